@@ -1,0 +1,123 @@
+"""From the value a layer returned to the value that is kept: transform, snapshot, move, cast.
+
+Nothing that runs here may be felt by the model. Tensors are snapshotted, containers rebuilt, and the
+user's transform runs in a clean room: without gradients, autocast and inference mode, on tensors that
+are its own, and with the random stream put back behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ._nested import Value, rebuild
+from ._snapshot import normal_mode, share, snapshot
+from .errors import TransformError
+
+__all__ = ["SKIPPED", "Capture", "Transform"]
+
+#: ``value -> value``. A transform that returns ``None`` skips the call.
+Transform: TypeAlias = Callable[[Any], Any]
+
+#: What :class:`Capture` returns for a call that its transform skips.
+SKIPPED: Final = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """How the values of one layer are kept."""
+
+    layer: str = ""
+    transform: Transform | None = None
+    detach: bool = True
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+
+    def __call__(self, value: Value, call: int) -> Value:
+        """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
+        if self.transform is not None:
+            value = self._transformed(self.transform, value, call)
+            # What the user's own function made is kept, also where it is no tensor.
+            return SKIPPED if value is None else rebuild(value, self.keep, unknown=_itself)
+        return rebuild(value, self.keep)
+
+    def added(self, value: Value) -> Value:
+        """Return what is kept of a value that the user adds: not cast, and never part of the graph."""
+        return rebuild(value, replace(self, detach=True, dtype=None).keep, unknown=_itself)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Return one tensor snapshotted, moved and cast as asked."""
+        move = self.device is not None and tensor.device != self.device and not tensor.is_meta
+        cast = self.dtype is not None and tensor.dtype != self.dtype and tensor.is_floating_point()
+        if not (move or cast):
+            return snapshot(tensor, detach=self.detach)
+        with normal_mode():
+            return (tensor.detach() if self.detach else tensor).to(
+                device=self.device if move else tensor.device,
+                dtype=self.dtype if cast else tensor.dtype,
+                copy=True,
+            )
+
+    def _transformed(self, transform: Transform, value: Value, call: int) -> Value:
+        loan = _Loan(detach=self.detach)
+        try:
+            lent = rebuild(value, loan)
+            with ExitStack() as clean_room:
+                clean_room.callback(torch.default_generator.set_state, torch.default_generator.get_state())
+                for mode in _modes_to_leave(loan.device_types, grad=not self.detach):
+                    clean_room.enter_context(mode)
+                result = transform(lent)
+            loan.check_untouched()
+        except Exception as error:
+            kind = type(error).__name__
+            message = f"the transform of layer {self.layer!r} raised {kind} on call {call}: {error}"
+            raise TransformError(message) from error
+        return result
+
+
+def _itself(value: object) -> object:
+    return value
+
+
+class _Loan:
+    """Lends tensors to a transform without copying them: copy-on-write where possible, else an alias."""
+
+    def __init__(self, *, detach: bool) -> None:
+        self.detach = detach
+        self.device_types = {"cpu"}
+        self.aliases: list[tuple[Tensor, int]] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_cpu:
+            self.device_types.add(tensor.device.type)
+        if not self.detach:
+            return snapshot(tensor, detach=False)
+        alias = tensor.detach()
+        with normal_mode():
+            shared = share(alias)
+        if shared is not None:
+            return shared
+        if not alias.is_inference():  # torch itself refuses to write to those in place
+            self.aliases.append((alias, alias._version))
+        return alias
+
+    def check_untouched(self) -> None:
+        if any(alias._version != version for alias, version in self.aliases):
+            message = "it wrote in place to a tensor that the model still uses; let it write to a clone()"
+            raise ValueError(message)
+
+
+def _modes_to_leave(device_types: set[str], *, grad: bool) -> Iterator[AbstractContextManager[None]]:
+    """Whatever modes the caller of the model is in that would change what a transform computes."""
+    if torch.is_inference_mode_enabled():
+        yield torch.inference_mode(mode=False)
+    if torch.is_grad_enabled() and not grad:
+        yield torch.no_grad()
+    for device_type in device_types:
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            yield torch.autocast(device_type, enabled=False)

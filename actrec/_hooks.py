@@ -1,0 +1,171 @@
+"""The hook objects, and how they come onto a model and off it again.
+
+A hook refers weakly to what it reports to, so that dropping a recorder drops what it recorded. In a
+copy of the model, or pickled with it, a hook is an inert function. It returns ``None``, always: anything
+else would replace the layer's output.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from torch.utils.hooks import RemovableHandle
+
+from ._passes import is_own_call
+from ._track import Session, Track
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import nn
+
+__all__ = ["BeginPass", "EndPass", "Hook", "InputHook", "OutputHook", "Hooks"]
+
+T = TypeVar("T")
+
+
+def _inert_hook(*_: object) -> None:
+    """What a hook of actrec is in a copy of the model: nothing."""
+
+
+def _make_inert_hook() -> Callable[..., None]:
+    return _inert_hook
+
+
+class Hook(Generic[T]):
+    """What all hooks have in common."""
+
+    __slots__ = ("_target",)
+
+    def __init__(self, target: T) -> None:
+        self._target = weakref.ref(target)
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        # copy(), deepcopy() and pickle all ask this.
+        return _make_inert_hook, ()
+
+    def register(self, module: nn.Module) -> RemovableHandle:
+        """Register this hook on ``module``."""
+        raise NotImplementedError
+
+
+class OutputHook(Hook[Track]):
+    """Tells what a call returned."""
+
+    def register(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        track = self._target()
+        if track is not None:
+            track.end(module, args, None, output)
+
+
+class CallHook(Hook[Track]):
+    """Tells what a call returned to a track that also wants what it received."""
+
+    def register(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        track = self._target()
+        if track is not None:
+            track.end(module, args, kwargs, output)
+
+
+class InputHook(Hook[Track]):
+    """Tells what a call receives."""
+
+    def register(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        track = self._target()
+        if track is not None:
+            track.begin(module, args, kwargs)
+
+
+class BeginPass(Hook[Session]):
+    """Tells that a call of the root, or of a module on the way to a chosen layer, begins."""
+
+    __slots__ = ("_is_root",)
+
+    def __init__(self, session: Session, *, is_root: bool) -> None:
+        super().__init__(session)
+        self._is_root = is_root
+
+    def register(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(self, prepend=True)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        session = self._target()
+        if session is not None and session.recording and is_own_call():
+            session.passes.begin(module, is_root=self._is_root)
+
+
+class EndPass(Hook[Session]):
+    """Tells that such a call ended, also by an exception."""
+
+    def register(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_hook(self, always_call=True)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        session = self._target()
+        if session is not None and is_own_call():
+            session.passes.end(module)
+            if session.error is not None and sys.exc_info()[1] is session.error:
+                session.surfaced = not session.passes.running
+
+
+class Hooks:
+    """The hooks of one block: on the model all together or not at all."""
+
+    def __init__(self) -> None:
+        self._placed: list[tuple[nn.Module, Hook[Any], RemovableHandle]] = []
+
+    def place(self, plan: Iterable[tuple[nn.Module, Hook[Any]]]) -> None:
+        """Register every hook; if one cannot be, take those before it off again."""
+        plan = list(plan)
+        _reserve_ids(module for module, _ in plan)
+        try:
+            for module, hook in plan:
+                self._placed.append((module, hook, hook.register(module)))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take every hook off, whatever happened to the model meanwhile. May be called again."""
+        failures = []
+        while self._placed:
+            module, hook, handle = self._placed.pop()
+            try:
+                handle.remove()
+            except Exception as error:
+                failures.append(error)
+            _delete(module, hook)
+        if failures:
+            raise failures[0]
+
+
+def _tables(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+def _delete(module: nn.Module, hook: Hook[Any]) -> None:
+    """Delete ``hook`` where its handle cannot reach it: somebody replaced the module's table of hooks."""
+    for table in _tables(module):
+        for key in [key for key, found in table.items() if found is hook]:
+            del table[key]
+
+
+def _reserve_ids(modules: Iterable[nn.Module]) -> None:
+    """Keep new ids clear of those in use.
+
+    A model that was pickled with hooks brings their ids into a process that counts from 0, and a handle
+    that gets the same id would replace another library's hook.
+    """
+    used = [key for module in modules for table in _tables(module) for key in table]
+    RemovableHandle.next_id = max([RemovableHandle.next_id, *(key + 1 for key in used)])

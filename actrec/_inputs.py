@@ -1,0 +1,76 @@
+"""What a call received: named after the parameters of ``forward``, and paired with what it returned."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from ._nested import Value
+
+__all__ = ["Arrival", "Arrivals", "Parameters"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The parameters of a module's ``forward`` that can be given by position."""
+
+    positional: tuple[str, ...] = ()
+    rest: str = "args"
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Parameters:
+        """Read them from the signature, where there is one."""
+        try:
+            parameters = inspect.signature(module.forward).parameters.values()
+        except (TypeError, ValueError):  # a forward that is written in C
+            return cls()
+        by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        rest = [p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL]
+        return cls(tuple(p.name for p in parameters if p.kind in by_position), *rest)
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what was given as a dict; surplus positions are one tuple, as in ``forward`` itself."""
+        given = dict(zip(self.positional, args, strict=False))
+        if len(args) > len(self.positional):
+            given[self.rest] = args[len(self.positional) :]
+        return {**given, **kwargs}
+
+
+class Arrival(NamedTuple):
+    """A call that began and has not ended yet."""
+
+    number: int  # of its pass
+    kwargs: object  # made anew by Python for every call, so it identifies this one
+    inputs: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """The calls of one layer that have begun: a stack for each thread, for a module may call itself."""
+
+    _stacks: dict[int, list[Arrival]] = field(default_factory=dict)
+
+    def push(self, arrival: Arrival) -> None:
+        """A call begins. Those of earlier passes that never ended have raised: they are forgotten."""
+        stack = self._stacks.setdefault(threading.get_ident(), [])
+        stack[:] = [earlier for earlier in stack if earlier.number == arrival.number]
+        stack.append(arrival)
+
+    def pop(self, kwargs: object) -> Arrival | None:
+        """The call with these ``kwargs`` ends; ``None`` if it began before it was hooked.
+
+        A pre-hook that ran after ours may have replaced ``kwargs``: then it is the last call to begin.
+        """
+        stack = self._stacks.get(threading.get_ident(), [])
+        same = [at for at, arrival in enumerate(stack) if arrival.kwargs is kwargs]
+        at = same[-1] if same else len(stack) - 1
+        arrival = stack[at] if stack else None
+        del stack[max(at, 0) :]
+        return arrival

@@ -1,0 +1,136 @@
+"""Joining the calls of a layer into one value, and saying what is wrong where they do not fit."""
+
+from __future__ import annotations
+
+from functools import reduce
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ._nested import Value, rebuild, tensors
+from .errors import JoinError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from ._recording import Layer
+
+__all__ = ["joined"]
+
+How = Literal["cat", "stack"]
+
+
+def joined(layer: Layer, how: How, dim: int, *, release: bool = False) -> Value:
+    """Return all calls of ``layer`` as one value. See :meth:`actrec.Layer.cat`."""
+    call = f"acts[{layer.name!r}].{how}(dim={dim})"
+    if not len(layer):
+        message = f"{call}: nothing was recorded of this layer, so there is nothing to join."
+        raise JoinError(message)
+    columns = _columns(call, layer)
+    for column in columns:
+        _check_column(call, how, dim, column)
+    if release and not any(tensor.requires_grad for column in columns for tensor in column):
+        results = [_empty_result(how, dim, column) for column in columns]
+        first = layer[0]
+        del columns, column
+        _move(layer, results, how, dim)
+    else:
+        function = torch.cat if how == "cat" else torch.stack
+        results = [function(column, dim) for column in columns]
+        first = layer[0]
+        if release:
+            layer.clear()  # type: ignore[attr-defined]
+    remaining = iter(results)
+    return rebuild(first, lambda _: next(remaining))
+
+
+# --- Checking --------------------------------------------------------------------------------------
+
+
+def _columns(call: str, layer: Sequence[Value]) -> list[list[Tensor]]:
+    """For every place of a tensor in the value, the tensors of all calls."""
+    first = _skeleton(layer[0])
+    for index, value in enumerate(layer):
+        if not isinstance(value, Tensor) and _skeleton(value) != first:
+            message = f"{call}: call {index} is {_skeleton(value)!r}, while call 0 is {first!r}. Join them by hand."
+            raise JoinError(message)
+    columns = [list(column) for column in zip(*map(tensors, layer), strict=True)]
+    if not columns:
+        message = f"{call}: the calls hold no tensors; call 0 is {first!r}."
+        raise JoinError(message)
+    return columns
+
+
+def _skeleton(value: Value) -> Value:
+    """The structure of a value, with ``...`` for every tensor."""
+    return rebuild(value, lambda _: ...)
+
+
+def _check_column(call: str, how: How, dim: int, column: list[Tensor]) -> None:
+    devices = {tensor.device for tensor in column}
+    if len(devices) > 1:
+        message = f"{call}: the calls are on several devices, {', '.join(sorted(map(str, devices)))}."
+        raise JoinError(message)
+    dimensions = column[0].dim() + (how == "stack")
+    if how == "cat" and dimensions == 0:
+        message = f"{call}: the calls are single numbers, without a dimension to join along. Use stack()."
+        raise JoinError(message)
+    if not -dimensions <= dim < dimensions:
+        message = f"{call}: there is no dimension {dim}; the calls have shape {tuple(column[0].shape)}."
+        raise JoinError(message)
+    rest = {_fixed(tensor.shape, how, dim) for tensor in column}
+    if len(rest) > 1:
+        must = "agree in every dimension" if how == "stack" else f"agree in every dimension but {dim}"
+        message = f"{call}: the calls do not {must}: {_shapes(column)}. They can be used one by one: acts[name][i]."
+        raise JoinError(message)
+
+
+def _fixed(shape: torch.Size, how: How, dim: int) -> tuple[int, ...]:
+    """The sizes that have to be the same in all calls (and how many there are)."""
+    if how == "stack":
+        return tuple(shape)
+    dim %= max(len(shape), 1)
+    return (len(shape), *shape[:dim], *shape[dim + 1 :])
+
+
+def _shapes(column: Iterable[Tensor], most: int = 6) -> str:
+    """``calls 0-2 are (8, 3), call 3 is (2, 4)``."""
+    runs = []
+    for shape, group in groupby(enumerate(column), key=lambda item: tuple(item[1].shape)):
+        indices = [index for index, _ in group]
+        one = len(indices) == 1
+        which = f"call {indices[0]} is" if one else f"calls {indices[0]}-{indices[-1]} are"
+        runs.append(f"{which} {shape}")
+    return ", ".join(runs[:most]) + (f", and {len(runs) - most} more changes" if len(runs) > most else "")
+
+
+# --- Releasing -------------------------------------------------------------------------------------
+
+
+def _empty_result(how: How, dim: int, column: list[Tensor]) -> Tensor:
+    """Where the tensors of a column will be joined."""
+    shape = list(column[0].shape)
+    if how == "stack":
+        shape.insert(dim % (len(shape) + 1), len(column))
+    else:
+        shape[dim] = sum(tensor.shape[dim] for tensor in column)
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in column))
+    return torch.empty(shape, dtype=dtype, device=column[0].device)
+
+
+def _move(layer: Any, results: list[Tensor], how: How, dim: int) -> None:
+    """Copy call after call into the results, and drop each one as soon as it is copied."""
+    starts = [0] * len(results)
+    for index in range(len(layer)):
+        for place, tensor in enumerate(tensors(layer[index])):
+            if how == "stack":
+                results[place].select(dim, index).copy_(tensor)
+            else:
+                size = tensor.shape[dim]
+                results[place].narrow(dim, starts[place], size).copy_(tensor)
+                starts[place] += size
+            del tensor
+        layer[index] = None
+    layer.clear()

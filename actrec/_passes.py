@@ -1,0 +1,127 @@
+"""Which pass is running: every call belongs to one outermost forward of the recorded model.
+
+Hooks on the root and on the modules between it and the chosen layers say when a forward begins and
+ends. They keep a stack for each thread; the first module on it opened the pass. So a pass is normally a
+call of the root, and where the root is not called (``model.encode(x)``, the encoder that ``generate()``
+runs before the first step) it is the outermost call on the way to a chosen layer.
+
+A forward that raises closes its stack entries too: ``always_call`` hooks run for an ``Exception``. Only
+after a ``KeyboardInterrupt`` entries stay behind; the next call of the root finds out and drops them.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils import checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+__all__ = ["Passes", "is_own_call"]
+
+
+# --- Private PyTorch: the running backward, the running trace, and the frame of a module's call ----
+
+
+def _is_recomputing() -> int:
+    """Stands in for the number of the running backward: -1 unless a checkpoint is being recomputed."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == checkpoint.__file__ and code.co_name in {"backward", "unpack_hook"}:
+            return 0
+        frame = frame.f_back  # type: ignore[assignment]
+    return -1
+
+
+_backward_number = getattr(torch._C, "_current_graph_task_id", _is_recomputing)
+_tracing_state = getattr(torch._C, "_get_tracing_state", torch.jit.is_tracing)
+_CALL_CODE = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
+
+
+def is_own_call() -> bool:
+    """Whether the call that is running is one of the model's own.
+
+    Activation checkpointing calls modules again while ``backward()`` runs, to recompute what it did not
+    keep, and ``torch.jit.trace`` calls them to write down what they do.
+    """
+    return _backward_number() == -1 and not _tracing_state()
+
+
+def _is_running(modules: Collection[int]) -> bool:
+    """Whether this thread is inside a call of one of ``modules`` (ids), besides the one that asks."""
+    frame, calls = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code is _CALL_CODE and id(frame.f_locals["self"]) in modules:
+            calls += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls > 1 or _CALL_CODE is None
+
+
+class _Thread(threading.local):
+    """What one thread is in: the ids of the modules it is calling, and the pass they belong to."""
+
+    def __init__(self) -> None:
+        self.calling: list[int] = []
+        self.current = -1
+
+
+class Passes:
+    """Numbers the passes, from 0, and tells which one a call belongs to."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._thread = _Thread()
+        self._open: list[int] = []  # in all threads, the latest last
+        self._lock = threading.Lock()
+
+    def begin(self, module: nn.Module, *, is_root: bool) -> None:
+        """A call of ``module`` begins."""
+        thread = self._thread
+        if thread.calling and is_root and not _is_running([*thread.calling, id(module)]):
+            self._close(thread)
+        if not thread.calling:
+            thread.current = self._number(module)
+            self._open.append(thread.current)
+        thread.calling.append(id(module))
+
+    def end(self, module: nn.Module) -> None:
+        """The call of ``module`` has ended, and with it those inside that did not say so."""
+        thread = self._thread
+        if id(module) in thread.calling:
+            while thread.calling.pop() != id(module):
+                pass
+            if not thread.calling:
+                self._close(thread)
+
+    def current(self, module: nn.Module) -> int:
+        """Return the number of the pass that a call of ``module`` belongs to."""
+        thread = self._thread
+        return thread.current if thread.calling else self._number(module)
+
+    @property
+    def running(self) -> bool:
+        """Whether this thread is inside a pass."""
+        return bool(self._thread.calling)
+
+    def restart(self) -> None:
+        """Count from 0 again."""
+        self.count = 0
+
+    def _number(self, module: nn.Module) -> int:
+        # The replicas of DataParallel run in threads of their own, inside a pass of the caller's.
+        if self._open and getattr(module, "_is_replica", False):
+            return self._open[-1]
+        with self._lock:
+            self.count += 1
+            return self.count - 1
+
+    def _close(self, thread: _Thread) -> None:
+        thread.calling.clear()
+        if thread.current in self._open:
+            self._open.remove(thread.current)

@@ -1,0 +1,274 @@
+"""``record()``: resolve the queries, place the hooks, hand out the recorder, take the hooks off."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from ._capture import Capture, Transform
+from ._eager import eager
+from ._hooks import BeginPass, CallHook, EndPass, Hook, Hooks, InputHook, OutputHook
+from ._inputs import Parameters
+from ._recording import Layer, ListLayer, Recorder, SinkLayer
+from ._select import Choice, Query, Selection, select
+from ._track import Session, Track
+from ._unused import warn_unused
+from .errors import ActrecError, OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from types import TracebackType
+
+__all__ = ["record"]
+
+
+def record(
+    model: nn.Module,
+    layers: Query | Iterable[Query] | Mapping[Query, Transform | None] | None = None,
+    *,
+    transform: Transform | None = None,
+    inputs: bool = False,
+    detach: bool = True,
+    device: torch.device | str | int | None = "cpu",
+    dtype: torch.dtype | None = None,
+    into: Callable[[], Any] = list,
+) -> AbstractContextManager[Recorder]:
+    """Record what the chosen layers of ``model`` return while the ``with`` block runs.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from actrec import record
+    >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(288, 10))
+    >>> with record(model, ["0", "3"]) as acts:
+    ...     for images in torch.randn(4, 16, 1, 8, 8):
+    ...         output = model(images)
+    >>> acts["0"][0].shape
+    torch.Size([16, 8, 6, 6])
+    >>> acts["3"].cat().shape
+    torch.Size([64, 10])
+    >>> acts
+    recorded Sequential: 2 layers, 4 passes, 76.3 kB
+    layer  type    calls  shape          dtype     memory
+    0      Conv2d      4  (16, 8, 6, 6)  float32  73.7 kB
+    3      Linear      4  (16, 10)       float32   2.6 kB
+
+    The values are **exactly** what the layers returned: the ReLU above overwrites its input, and the
+    recorded output of the convolution keeps its negative numbers. The model computes what it would have
+    computed unrecorded, and when the block ends, however it ends, its hooks are as they were.
+
+    **Which layers.** ``layers`` is a query, several in a list, or ``None`` for every leaf module:
+
+    ========================================  ========================================================
+    ``"layer1.0.conv1"``                      that module, by exact name; ``""`` is the model itself
+    ``"layer*.*.conv1"``, ``"blocks.**.attn"``  a glob: ``*`` stays inside one segment, ``**`` crosses dots
+    ``re.compile(r"h\\.\\d+")``                 the names that the regular expression matches fully
+    ``nn.Conv2d``                             all modules of that type
+    ``model.layer4``                          that module object
+    ``lambda name, module: ...``              the modules for which it returns true
+    ``{query: transform}``                    as above, each with a transform of its own
+    ========================================  ========================================================
+
+    Names may leave out what wrappers add (``module.``, ``_orig_mod.``, ``_fsdp_wrapped_module.``,
+    ``_checkpoint_wrapped_module.``). A module that is used under several names is recorded once, and
+    found under each of them. Where queries overlap, a layer that is spelled out goes before a pattern;
+    otherwise the first query counts.
+
+    Args:
+        model: any ``torch.nn.Module``. Compiled models run eagerly inside the block.
+        layers: the layer queries.
+        transform: ``value -> value``, applied to what a layer returns before it is copied or moved, such
+            as ``lambda t: t.mean((2, 3))``. It runs where the tensor is, without gradients, autocast and
+            inference mode, on a value of its own; the random stream of the model is put back behind it.
+            A call for which it returns ``None`` is skipped.
+        inputs: also record what each call received, as ``acts.inputs[name][i]``: a dict from parameter
+            name to value, taken before the call runs. ``transform`` is not applied to inputs.
+        detach: ``False`` keeps the autograd graph, for losses on activations, and with it the graph's
+            memory. The values are still safe from in-place writes.
+        device: where values are kept; ``None`` leaves them where they are.
+        dtype: cast floating-point values to this dtype. Integer, bool and complex values stay.
+        into: makes the container for the calls of a layer; anything with ``append`` will do, such as
+            ``functools.partial(collections.deque, maxlen=10)``.
+
+    Returns:
+        A context manager that yields the :class:`Recorder`, a mapping from layer name to :class:`Layer`.
+
+    **What is copied.** A tensor on the CPU that fills its memory is shared with the model copy-on-write:
+    nothing is copied unless the model writes to it. Anything else is copied at once, and never takes more
+    memory than its content: a slice does not keep the tensor that it is a slice of. Recorded values never
+    alias the model, also under ``torch.inference_mode()``, where they are normal tensors that a probe can
+    train on. Containers are rebuilt; objects that actrec does not take apart, such as key-value caches,
+    become an :class:`Opaque`.
+
+    **What counts as a call.** Every call of the module is one item, also of a module that is called
+    several times in a forward. What activation checkpointing recomputes is not recorded again.
+    ``Layer.passes`` says which forward a call belongs to.
+
+    Raises:
+        UnsupportedModelError: ``model`` is no module, or a form of one in which hooks never run.
+        SelectionError: a query matches nothing, or only containers that are never called; it names what
+            comes close. It is raised before any hook is placed.
+        TransformError: the transform raised; from the call of the model, with layer and call number. The
+            block keeps what was recorded before.
+        CaptureError: a value cannot be kept, such as one inside ``torch.func.vmap``.
+
+    Warns:
+        UnusedLayerWarning: at the end of the block, if nothing was recorded of a layer, and why that may be.
+    """
+    if torch.compiler.is_compiling():
+        raise ActrecError(_COMPILING)
+    _check(transform=transform, into=into)
+    selection = select(model, layers, transform)
+    capture = Capture(detach=detach, device=_checked_device(device), dtype=_checked_dtype(dtype))
+    return _Block(model, selection, capture, into, inputs=inputs)
+
+
+class _Block(AbstractContextManager[Recorder]):
+    """What ``with record(...)`` enters, once."""
+
+    def __init__(
+        self, model: nn.Module, selection: Selection, capture: Capture, into: Callable[[], Any], *, inputs: bool
+    ) -> None:
+        self._model = model
+        self._selection = selection
+        self._capture = capture
+        self._into = into
+        self._inputs = inputs
+        self._session = Session()
+        self._tracks: dict[str, tuple[Choice, Track]] = {}
+        self._yielded: Recorder | None = None
+
+    def __enter__(self) -> Recorder:
+        if self._tracks:
+            message = "record(): this block was entered before. Call record() again for another recording."
+            raise ActrecError(message)
+        self._tracks = {choice.key: (choice, self._track(choice)) for choice in self._selection.choices}
+        recorder = self._recorder()
+        hooks = Hooks()
+        with ExitStack() as stack:
+            stack.enter_context(eager())
+            stack.callback(hooks.remove)
+            hooks.place(self._plan())
+            # If the block is dropped without being left, as with a generator, this runs all the same.
+            self._clean_up = weakref.finalize(recorder, stack.pop_all().close)
+            self._clean_up.atexit = False
+        _sessions.add(self._session)
+        self._session.begin()
+        self._yielded = recorder
+        return recorder
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        session = self._session
+        session.end(interrupted=kind is not None)
+        self._clean_up()
+        if kind is not None:
+            return
+        if session.error is not None and not session.surfaced:
+            # The model has caught it: without this, calls would be missing without a word.
+            raise session.error
+        warn_unused(self._model, self._tracks, stacklevel=2)
+
+    def __getitem__(self, name: str) -> NoReturn:
+        raise ActrecError(_FORGOTTEN)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(_FORGOTTEN)
+
+    def _track(self, choice: Choice) -> Track:
+        """Make what keeps the calls of one layer."""
+        kind = type(choice.module).__name__
+        capture = replace(self._capture, layer=choice.key, transform=choice.transform)
+        track = Track(self._session, capture, self._layer(choice.key, kind))
+        if self._inputs:
+            track.inputs = self._layer(choice.key, kind)
+            track.parameters = Parameters.of(choice.module)
+        return track
+
+    def _layer(self, name: str, kind: str) -> Layer:
+        container = self._into()
+        return ListLayer(name, (), kind) if type(container) is list else SinkLayer(name, container, kind)
+
+    def _recorder(self) -> Recorder:
+        tracks = {key: track for key, (_, track) in self._tracks.items()}
+        return Recorder(
+            type(self._model).__name__,
+            tracks,
+            {name: key for key, (choice, _) in self._tracks.items() for name in choice.names},
+            self._session,
+            added=lambda name: ListLayer(name, (), "added"),
+            keep=self._capture.added,
+        )
+
+    def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
+        """The hooks, in the order in which they go onto the model: passes around calls."""
+        parents = self._selection.parents
+        for module in parents:
+            yield module, BeginPass(self._session, is_root=module is self._model)
+        for choice, track in self._tracks.values():
+            if self._inputs:
+                yield choice.module, InputHook(track)
+            yield choice.module, CallHook(track) if self._inputs else OutputHook(track)
+        for module in parents:
+            yield module, EndPass(self._session)
+
+
+# --- Checks, all of them before anything has happened ------------------------------------------------
+
+_FORGOTTEN = "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"
+
+_COMPILING = (
+    "record() was called inside a function that torch.compile is compiling, where hooks do not run. "
+    "Open the block outside of the compiled function."
+)
+
+
+def _check(*, transform: object, into: object) -> None:
+    if transform is not None and not callable(transform):
+        message = f"record(transform={transform!r}): a transform is a function of the value, such as lambda t: t.mean(1)."
+        raise OptionError(message)
+    if not callable(into) or not hasattr(into(), "append"):
+        message = (
+            f"record(into={into!r}): expected a function that makes a container with append(), such as list or "
+            "functools.partial(collections.deque, maxlen=10)."
+        )
+        raise OptionError(message)
+
+
+def _checked_device(device: torch.device | str | int | None) -> torch.device | None:
+    """Return the device that tensors will say they are on, which for "cuda" is "cuda:0"."""
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        message = f"record(device={device!r}): {str(error).splitlines()[0]} None keeps values where they are."
+        raise OptionError(message) from error
+
+
+def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        message = f"record(dtype={dtype!r}): expected a floating-point dtype such as torch.float16, or None."
+        raise OptionError(message)
+    return dtype
+
+
+# --- Forked processes --------------------------------------------------------------------------------
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    """What a forked process would record, nobody could read: in there the hooks do nothing."""
+    for session in _sessions:
+        session.end(interrupted=True)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_end_all)

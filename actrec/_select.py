@@ -1,0 +1,325 @@
+"""Layer queries -> modules, and the errors that help when a query selects nothing.
+
+A model is a tree of names over a graph of modules: one module may have several names, and wrappers such
+as ``DistributedDataParallel`` or ``torch.compile`` add segments that nobody wants to type. So a query is
+answered with *choices*: a module, the key under which it is recorded, and all of its names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+
+from .errors import OptionError, SelectionError, UnsupportedModelError, listed, nearest
+
+if TYPE_CHECKING:
+    from ._capture import Transform
+
+__all__ = ["Choice", "Query", "Selection", "select"]
+
+#: One layer query; ``record()`` also takes an iterable of them, or a mapping from them to transforms.
+Query: TypeAlias = str | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
+
+#: Segments that wrappers add to the names of what they wrap, their only child.
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One chosen layer."""
+
+    key: str  # its name in the recording
+    module: nn.Module
+    names: tuple[str, ...]  # everything else it may be called, with and without wrapper segments
+    transform: Transform | None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The chosen layers, and the modules whose calls lead to theirs: the root first, and all parents."""
+
+    choices: tuple[Choice, ...]
+    parents: tuple[nn.Module, ...]
+
+
+# --- The names of a model --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """One path to a module: as ``named_modules()`` spells it, and without the segments of wrappers."""
+
+    full: str
+    short: str
+    module: nn.Module
+
+    @property
+    def is_parametrization(self) -> bool:
+        return "parametrizations" in self.full.split(".")
+
+
+def _walk(name: _Name, above: tuple[int, ...] = ()) -> Iterator[_Name]:
+    """Every path to every module, in the order of ``named_modules()``, without going in circles."""
+    yield name
+    above = (*above, id(name.module))
+    children = name.module._modules
+    for segment, child in children.items():
+        if child is not None and id(child) not in above:
+            is_wrapped = segment in WRAPPERS and len(children) == 1
+            full = f"{name.full}.{segment}" if name.full else segment
+            short = f"{name.short}.{segment}" if name.short else segment
+            yield from _walk(_Name(full, name.short if is_wrapped else short, child), above)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether there is a forward: ``ModuleList`` and its like have none, so hooks on them never run."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def _inlined(names: list[_Name]) -> Iterator[str]:
+    """The names of the modules below a traced or exported graph that the graph does not call."""
+    for graph in names:
+        if isinstance(graph.module, torch.fx.GraphModule):
+            prefix = f"{graph.full}." if graph.full else ""
+            calls = (node.target for node in graph.module.graph.nodes if node.op == "call_module")
+            called = tuple(f"{prefix}{target}." for target in calls)
+            for name in names:
+                if name is not graph and name.full.startswith(prefix) and not f"{name.full}.".startswith(called):
+                    yield name.full
+
+
+class _Model:
+    """A model as queries see it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.type = type(model).__name__
+        self.names = list(_walk(_Name("", "", model)))
+        self.by_full = {name.full: name for name in self.names}
+        self.of: dict[int, list[_Name]] = {}
+        for name in self.names:
+            self.of.setdefault(id(name.module), []).append(name)
+        self.inlined = frozenset(_inlined(self.names))
+
+    def why_not(self, name: _Name) -> str | None:
+        """Why hooks on this module would never run, and what to write instead; ``None`` if they do."""
+        kind = type(name.module).__name__
+        spelled = name.short or name.full
+        if name.full in self.inlined:
+            return (
+                f"the graph that holds {spelled!r} does not call it: tracing has merged its operations into "
+                "the graph. Record the original module, or torch.export.unflatten(exported_program)"
+            )
+        if isinstance(name.module, torch.jit.ScriptModule):
+            return (
+                f"{spelled!r} is a {kind}: TorchScript runs no Python hooks. Record the original module"
+            )
+        if _is_called(name.module):
+            return None
+        instead = f"{spelled}.*" if spelled else "*"
+        children = f" Write {instead!r} for its {len(name.module._modules)} children" if name.module._modules else ""
+        return f"{spelled!r} is a {kind}, a container that is never called itself.{children}"
+
+    def hookable(self) -> Iterator[_Name]:
+        """The names that hooks can run on, less the internals of parametrized weights."""
+        return (n for n in self.names if not n.is_parametrization and self.why_not(n) is None)
+
+    def spelled(self, query: str) -> _Name | None:
+        """The module of that name, where wrapper segments may be left out."""
+        if query in self.by_full:
+            return self.by_full[query]
+        short = ".".join(segment for segment in query.split(".") if segment not in WRAPPERS)
+        for name in self.names:
+            if query == name.short or (short == name.short and _leaves_out_wrappers(query, name.full)):
+                return name
+        return None
+
+
+def _leaves_out_wrappers(query: str, full: str) -> bool:
+    """Whether ``query`` is ``full`` less some of its segments (which the caller knows to be wrappers)."""
+    segments = iter(full.split("."))
+    return all(segment in segments for segment in query.split("."))
+
+
+# --- Queries ---------------------------------------------------------------------------------------
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """``*`` stays inside one segment; ``**`` crosses dots, and as a whole segment may also be nothing."""
+    parts = []
+    *front, last = pattern.split(".")
+    for segment in front:
+        parts.append(r"(?:[^.]+\.)*" if segment == "**" else _segment(segment) + r"\.")
+    parts.append(".+" if last == "**" else _segment(last))
+    return re.compile("".join(parts))
+
+
+def _segment(text: str) -> str:
+    return ".*".join(r"[^.]*".join(map(re.escape, part.split("*"))) for part in text.split("**"))
+
+
+def _by_pattern(model: _Model, pattern: re.Pattern[str]) -> list[tuple[str, nn.Module]]:
+    """Names that match without their wrapper segments; or if there are none, as they stand."""
+    inside_weights = "parametrizations" in pattern.pattern
+    names = [n for n in model.names if inside_weights or not n.is_parametrization]
+    names = [n for n in names if model.why_not(n) is None]
+    short = [(n.short, n.module) for n in names if n.short and pattern.fullmatch(n.short)]
+    return short or [(n.full, n.module) for n in names if n.full and pattern.fullmatch(n.full)]
+
+
+def _by_name(model: _Model, query: str) -> list[tuple[str, nn.Module]]:
+    name = model.spelled(query)
+    if name is None and "*" in query:
+        found = _by_pattern(model, _glob(query))
+        if not found:
+            below = [n for n in model.names if n.short and _glob(query).fullmatch(n.short)]
+            raise SelectionError(_nothing(model, query, model.why_not(below[0]) if below else None))
+        return found
+    if name is None:
+        raise SelectionError(_nothing(model, query))
+    if why_not := model.why_not(name):
+        raise SelectionError(f"record() cannot record {query!r}: {why_not}.")
+    return [(query, name.module)]
+
+
+def _by_test(
+    model: _Model, passes: Callable[[_Name], object], complaint: str
+) -> list[tuple[str, nn.Module]]:
+    """The modules that pass a test, each under its first name."""
+    found = [(name.full, name.module) for name in model.hookable() if passes(name)]
+    if not found:
+        raise SelectionError(f"record(): {complaint}.")
+    return found
+
+
+def _by_module(model: _Model, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    names = model.of.get(id(module))
+    if names is None:
+        kind = type(module).__name__
+        message = (
+            f"record(): the {kind} given as a layer is not part of this {model.type}. Layers are looked up "
+            "by identity: a copy, or the model before it was wrapped or moved into another, does not count."
+        )
+        raise SelectionError(message)
+    if why_not := model.why_not(names[0]):
+        raise SelectionError(f"record() cannot record this layer: {why_not}.")
+    return [(names[0].full, module)]
+
+
+def _is_leaf(name: _Name) -> bool:
+    return not any(child is not None and key != "parametrizations" for key, child in name.module._modules.items())
+
+
+def _answer(model: _Model, query: Query | None) -> list[tuple[str, nn.Module]]:
+    """Answer one query: keys and modules."""
+    match query:
+        case None:
+            return _by_test(model, _is_leaf, _no_leaves(model))
+        case str():
+            return _by_name(model, query)
+        case re.Pattern():
+            found = _by_pattern(model, query)
+            if not found:
+                raise SelectionError(_nothing(model, query.pattern))
+            return found
+        case nn.Module():
+            return _by_module(model, query)
+        case type():
+            kinds = sorted({type(name.module).__name__ for name in model.hookable()})
+            complaint = f"no layer of this {model.type} is a {query.__name__}; there are {listed(kinds, 20)}"
+            return _by_test(model, lambda name: isinstance(name.module, query), complaint)
+        case Callable():
+            complaint = f"{query!r} returned true for none of the {len(model.of)} modules of this {model.type}"
+            return _by_test(model, lambda name: query(name.full, name.module), complaint)
+    message = (
+        f"record(): {query!r} is not a layer query. Use a name, a glob such as 'layer*.conv1', re.compile(...), "
+        "a module type, a module of the model, a function of name and module, or several of these."
+    )
+    raise SelectionError(message)
+
+
+def _flatten(queries: Any, transform: Transform | None) -> Iterator[tuple[Query | None, Transform | None]]:
+    """The single queries, each with its transform."""
+    if isinstance(queries, Mapping):
+        for query, own in queries.items():
+            if own is not None and not callable(own):
+                message = f"record(): the transform of {query!r} must be callable or None, not {own!r}."
+                raise OptionError(message)
+            yield from _flatten(query, own or transform)
+    elif isinstance(queries, Iterable) and not isinstance(queries, (str, nn.Module, type)):
+        for query in queries:
+            yield from _flatten(query, transform)
+    else:
+        yield queries, transform
+
+
+def select(model: nn.Module, queries: Any, transform: Transform | None = None) -> Selection:
+    """Answer ``queries``: every chosen layer once, or an error before anything has happened."""
+    _check_model(model)
+    names = _Model(model)
+    claims: dict[int, tuple[bool, Choice]] = {}
+    for query, own in _flatten(queries, transform):
+        spelled_out = isinstance(query, (str, nn.Module)) and not (isinstance(query, str) and "*" in query)
+        for key, module in _answer(names, query):
+            known = claims.get(id(module))
+            if known and known[0] and spelled_out and known[1].transform is not own:
+                message = f"record(): {known[1].key!r} and {key!r} are one module and cannot have two transforms."
+                raise SelectionError(message)
+            # A layer that is spelled out goes before a pattern; otherwise the first query counts.
+            if known is None or (spelled_out and not known[0]):
+                other = dict.fromkeys(s for n in names.of[id(module)] for s in (n.full, n.short))
+                claims[id(module)] = spelled_out, Choice(key, module, tuple(other), own)
+    if not claims:
+        raise SelectionError(f"record(): no layers were given, {queries!r} is empty. None means every leaf module.")
+    choices = tuple(choice for _, choice in claims.values())
+    return Selection(choices, tuple(_parents(names, choices)))
+
+
+def _parents(model: _Model, choices: Iterable[Choice]) -> Iterator[nn.Module]:
+    """The root, and every module above a chosen one that is itself called."""
+    above = {""}
+    for choice in choices:
+        for name in model.of[id(choice.module)]:
+            segments = name.full.split(".")
+            above.update(".".join(segments[:depth]) for depth in range(1, len(segments)))
+    found = {id(n.module): n.module for n in model.names if n.full in above and model.why_not(n) is None}
+    return iter({id(model.names[0].module): model.names[0].module, **found}.values())
+
+
+# --- The errors that help --------------------------------------------------------------------------
+
+
+def _nothing(model: _Model, query: str, why_not: str | None = None) -> str:
+    if why_not:
+        return f"record(): {query!r} matches only modules that hooks never run on: {why_not}."
+    names = dict.fromkeys(name.short for name in model.names if name.short)
+    return f"record(): {query!r} matches no layer of this {model.type}. {nearest(query, names)}"
+
+
+def _no_leaves(model: _Model) -> str:
+    blocked = [reason for name in model.names if name.full and (reason := model.why_not(name))]
+    return f"no layer of this {model.type} can be recorded" + (f": {blocked[0]}" if blocked else "")
+
+
+def _check_model(model: object) -> None:
+    """Only a Python module runs hooks."""
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        message = f"record() cannot record a {kind}: TorchScript runs no Python hooks. Record the original module."
+        raise UnsupportedModelError(message)
+    if isinstance(model, nn.Module):
+        return
+    message = f"record() records a torch.nn.Module, not {kind}."
+    if isinstance(model, torch.export.ExportedProgram):
+        message += " torch.export.unflatten(program) makes a module whose layers are called."
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        message = f"record() records a module, not the class {model.__name__}: create one first."
+    else:
+        inside = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)]
+        if inside:
+            message += f" It has modules inside: {listed(inside)}."
+    raise UnsupportedModelError(message)

@@ -1,0 +1,120 @@
+"""One tensor, kept as it is now: independent, detached, compact, and where possible free.
+
+The usual ``out.detach().cpu()`` is an alias on CPU, so the next in-place operation rewrites what was
+"saved". A ``clone()`` is right and costs a pass over memory. :func:`snapshot` shares the memory
+copy-on-write instead, with ``torch._lazy_clone``: nothing is copied unless somebody writes to either
+side, and then the writer's side moves to fresh memory.
+
+Copy-on-write is private API and wrong for some tensors, so it stands behind an allow-list, here and
+nowhere else. A tensor is shared only if all of this holds, and is cloned otherwise:
+
+* its dispatch keys are exactly those of a plain CPU tensor: no subclass, no sparse, quantized, nested
+  or lazily conjugated tensor, no ``torch.func`` wrapper;
+* it fills its storage, so that a slice never keeps a larger storage alive;
+* its storage is resizable, which ``Tensor.numpy()`` and ``from_numpy`` end: a NumPy array that shares
+  the memory writes past the copy-on-write.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+__all__ = ["address", "normal_mode", "share", "snapshot"]
+
+
+# --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
+
+_dispatch_keys = getattr(torch._C, "_dispatch_keys", None)
+_data_address = getattr(torch._C, "_data_address", None)
+_InferenceMode = getattr(torch._C, "_InferenceMode", torch.inference_mode)
+
+
+def _plain_keys() -> tuple[object, ...]:
+    """The dispatch keys of plain CPU tensors, if this PyTorch shares memory copy-on-write correctly."""
+    if _dispatch_keys is None:
+        return ()
+    try:
+        with _InferenceMode(False):
+            original = torch.zeros(2)
+            shared = original._lazy_clone()  # type: ignore[attr-defined]
+            original.add_(1)
+        with _InferenceMode(True):
+            inference = torch.zeros(2)
+    except (AttributeError, RuntimeError):
+        return ()
+    works = shared.tolist() == [0, 0] and original.tolist() == [1, 1]
+    return (_dispatch_keys(original), _dispatch_keys(inference)) if works else ()
+
+
+_PLAIN_KEYS = _plain_keys()
+
+
+_AS_IT_IS = nullcontext()
+
+
+def normal_mode() -> AbstractContextManager[object]:
+    """Tensors made in here are normal ones, also under ``inference_mode``: a probe can train on them.
+
+    Enter it at once: PyTorch's guard takes effect when it is made.
+    """
+    return _InferenceMode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS
+
+
+# --- Sharing and cloning ---------------------------------------------------------------------------
+
+
+def _can_share(tensor: Tensor) -> bool:
+    if type(tensor) is not Tensor or _dispatch_keys is None or _dispatch_keys(tensor) not in _PLAIN_KEYS:
+        return False
+    storage = tensor.untyped_storage()
+    return storage.nbytes() == tensor.nbytes and storage.resizable()
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """A clone that is as small as its content: dimensions that were expanded stay expanded."""
+    if tensor.layout is torch.strided and not tensor.is_nested and 0 in tensor.stride():
+        stored = tensor
+        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+            if stride == 0 and size > 1:
+                stored = stored.narrow(dim, 0, 1)
+        return stored.clone().expand(tensor.shape)
+    return tensor.clone()
+
+
+def share(tensor: Tensor) -> Tensor | None:
+    """Return a copy-on-write twin of ``tensor``, which costs nothing, or ``None`` where there is none."""
+    if not _can_share(tensor):
+        return None
+    try:
+        return tensor._lazy_clone()  # type: ignore[attr-defined,no-any-return]
+    except RuntimeError:  # memory that is not the allocator's own: shared, pinned, foreign
+        return None
+
+
+def snapshot(tensor: Tensor, *, detach: bool = True) -> Tensor:
+    """Return ``tensor`` as it is now, whatever is written to it later.
+
+    The result has the same values, shape, dtype and device. It is a normal tensor (never an inference
+    tensor), holds no more memory than its content, and never aliases ``tensor``: writing to either
+    leaves the other as it was. With ``detach=False`` it is part of the autograd graph.
+    """
+    with normal_mode():
+        if detach and (tensor.requires_grad or type(tensor) is not Tensor):
+            tensor = tensor.detach()
+        shared = share(tensor)
+        return _clone(tensor) if shared is None else shared
+
+
+def address(tensor: Tensor) -> tuple[object, int] | None:
+    """Where a tensor's memory is and how many bytes are there, or ``None`` where that cannot be said.
+
+    Equal addresses mean shared memory. Asking with ``data_ptr()`` would end the sharing.
+    """
+    if _data_address is None or type(tensor) is not Tensor or tensor.layout is not torch.strided:
+        return None
+    if tensor.is_nested or tensor.device.type == "meta":
+        return None
+    return (tensor.device, _data_address(tensor)), tensor.untyped_storage().nbytes()

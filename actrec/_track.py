@@ -1,0 +1,118 @@
+"""What happens when a chosen layer is called: find the call's pass, capture its value, keep it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ._capture import SKIPPED
+from ._inputs import Arrival, Arrivals, Parameters
+from ._passes import Passes, is_own_call
+from .errors import ActrecError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ._capture import Capture
+    from ._nested import Value
+
+__all__ = ["Session", "Track"]
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class Session:
+    """What the hooks of one ``with`` block share."""
+
+    recording: bool = False  # what a hook asks: active, and not paused
+    active: bool = False
+    interrupted: bool = False
+    pauses: int = 0
+    passes: Passes = field(default_factory=Passes)
+    error: Exception | None = None  # the first one that capturing a value raised
+    surfaced: bool = False  # that error left the model (or else the model swallowed it)
+
+    def begin(self) -> None:
+        """The block begins."""
+        self.active = self.recording = True
+
+    def end(self, *, interrupted: bool) -> None:
+        """The block ends; hooks that are still somewhere do nothing from now on."""
+        self.active = self.recording = False
+        self.interrupted = interrupted
+
+    def pause(self, by: int) -> None:
+        """Pause once more (1) or once less (-1)."""
+        self.pauses += by
+        self.recording = self.active and not self.pauses
+
+
+class Calls(Protocol):
+    """Where the values of a layer go."""
+
+    def keep(self, value: Value, number: int) -> None:
+        """Append a value of pass ``number``."""
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class Track:
+    """One chosen layer while the block runs."""
+
+    session: Session
+    capture: Capture
+    outputs: Calls
+    inputs: Calls | None = None
+    parameters: Parameters = field(default_factory=Parameters)
+    called: int = 0
+    kept: int = 0
+    recomputed: int = 0
+    _arrivals: Arrivals = field(default_factory=Arrivals)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take what a call receives, before the call can change it."""
+        session = self.session
+        if session.recording and is_own_call() and not _is_symbolic(args):
+            capture = replace(self.capture, transform=None)
+            inputs = self._captured(capture, self.parameters.named(args, kwargs))
+            self._arrivals.push(Arrival(session.passes.current(module), kwargs, inputs))
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: object, output: Value) -> None:
+        """Keep what a call returned, and what it had received."""
+        session = self.session
+        if not session.recording:
+            return
+        if not is_own_call():
+            self.recomputed += 1
+            return
+        if type(output) is not Tensor and _is_symbolic((*args, output)):
+            return
+        arrival = None if self.inputs is None else self._arrivals.pop(kwargs)
+        number = session.passes.current(module) if arrival is None else arrival.number
+        value = self._captured(self.capture, output)
+        self.called += 1
+        if value is not SKIPPED:
+            self.kept += 1
+            with self._lock:
+                self.outputs.keep(value, number)
+                if self.inputs is not None:
+                    self.inputs.keep(arrival and arrival.inputs, number)
+
+    def _captured(self, capture: Capture, value: Value) -> Value:
+        try:
+            return capture(value, self.called)
+        except Exception as error:
+            if not isinstance(error, ActrecError):
+                error.add_note(f"raised while call {self.called} of layer {capture.layer!r} was recorded")
+            if self.session.error is None:
+                self.session.error = error
+                self.session.surfaced = not self.session.passes.running
+            raise
+
+
+def _is_symbolic(values: tuple[Value, ...]) -> bool:
+    """Whether a compiler is reading the model: no tensor has a value then."""
+    return torch.compiler.is_compiling() or any(isinstance(value, torch.fx.Proxy) for value in values)

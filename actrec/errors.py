@@ -1,0 +1,95 @@
+"""Everything actrec raises or warns about, as one tree.
+
+.. code-block:: text
+
+    ActrecError                     catch this one to catch them all
+    ├── UnsupportedModelError       also TypeError: hooks cannot run inside this model
+    ├── OptionError                 also ValueError: an option that record() cannot work with
+    ├── SelectionError              also ValueError: a query that selects nothing that can be recorded
+    ├── UnknownLayerError           also KeyError: a name that is not in the recording
+    ├── TransformError              also RuntimeError: the user's transform raised
+    ├── CaptureError                also RuntimeError: a value that cannot be kept
+    └── JoinError                   also ValueError: calls that do not fit together
+
+    UnusedLayerWarning              a chosen layer of which nothing was recorded
+
+Every message names the call, the offending value, what was observed and the nearest fix.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "ActrecError",
+    "CaptureError",
+    "JoinError",
+    "OptionError",
+    "SelectionError",
+    "TransformError",
+    "UnknownLayerError",
+    "UnsupportedModelError",
+    "UnusedLayerWarning",
+]
+
+
+class ActrecError(Exception):
+    """The root of everything that actrec raises on its own account."""
+
+
+class UnsupportedModelError(ActrecError, TypeError):
+    """The model is not a module, or a form of one whose layers run no hooks."""
+
+
+class OptionError(ActrecError, ValueError):
+    """An option of ``record()`` that cannot be meant, found before anything has happened."""
+
+
+class SelectionError(ActrecError, ValueError):
+    """A layer query that selects nothing, or nothing that is ever called."""
+
+
+class UnknownLayerError(ActrecError, KeyError):
+    """A name that is not in the recording."""
+
+    def __str__(self) -> str:
+        # KeyError would show the message in quotes, with its newlines escaped.
+        return str(self.args[0])
+
+
+class TransformError(ActrecError, RuntimeError):
+    """The user's transform raised; the original error is the ``__cause__``."""
+
+
+class CaptureError(ActrecError, RuntimeError):
+    """A value that cannot be kept, such as one inside a ``torch.func`` transform."""
+
+
+class JoinError(ActrecError, ValueError):
+    """Calls of a layer that cannot be joined into one tensor."""
+
+
+class UnusedLayerWarning(UserWarning):
+    """Nothing was recorded of a chosen layer; the message says why that may be."""
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """``'a', 'b' and 3 more``: names for the middle of a message."""
+    quoted = [repr(name) for name in names]
+    shown = ", ".join(quoted[:most])
+    return shown if len(quoted) <= most else f"{shown} and {len(quoted) - most} more"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``Did you mean 'conv1'?``, or what there is where nothing comes close."""
+    names = list(names)
+    # Often only the front is missing: "conv1" for "backbone.conv1".
+    close = [other for other in names if name and other.endswith("." + name)]
+    close += get_close_matches(name, names, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {' or '.join(map(repr, list(dict.fromkeys(close))[:3]))}?"
+    return f"There are {listed(names)}." if names else "There are none."
