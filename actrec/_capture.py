@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ._nested import Value, rebuild
-from ._snapshot import normal_mode, share, snapshot
-from .errors import TransformError
+from ._snapshot import check, normal_mode, share, snapshot
+from .errors import CaptureError, TransformError
 
 __all__ = ["SKIPPED", "Capture", "Transform"]
 
@@ -56,6 +56,7 @@ class Capture:
         cast = self.dtype is not None and tensor.dtype != self.dtype and tensor.is_floating_point()
         if not (move or cast):
             return snapshot(tensor, detach=self.detach)
+        check(tensor)
         with normal_mode():
             return (tensor.detach() if self.detach else tensor).to(
                 device=self.device if move else tensor.device,
@@ -73,6 +74,8 @@ class Capture:
                     clean_room.enter_context(mode)
                 result = transform(lent)
             loan.check_untouched()
+        except CaptureError:
+            raise
         except Exception as error:
             kind = type(error).__name__
             message = f"the transform of layer {self.layer!r} raised {kind} on call {call}: {error}"
@@ -97,6 +100,7 @@ class _Loan:
             self.device_types.add(tensor.device.type)
         if not self.detach:
             return snapshot(tensor, detach=False)
+        check(tensor)
         alias = tensor.detach()
         with normal_mode():
             shared = share(alias)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ._capture import Capture, Transform
-from ._eager import eager
+from ._eager import COMPILING, eager
 from ._hooks import BeginPass, CallHook, EndPass, Hook, Hooks, InputHook, OutputHook
 from ._inputs import Parameters
 from ._recording import Layer, ListLayer, Recorder, SinkLayer
@@ -121,7 +121,7 @@ def record(
         UnusedLayerWarning: at the end of the block, if nothing was recorded of a layer, and why that may be.
     """
     if torch.compiler.is_compiling():
-        raise ActrecError(_COMPILING)
+        raise ActrecError(COMPILING)
     _check(transform=transform, into=into)
     selection = select(model, layers, transform)
     capture = Capture(detach=detach, device=_checked_device(device), dtype=_checked_dtype(dtype))
@@ -222,11 +222,6 @@ class _Block(AbstractContextManager[Recorder]):
 # --- Checks, all of them before anything has happened ------------------------------------------------
 
 _FORGOTTEN = "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"
-
-_COMPILING = (
-    "record() was called inside a function that torch.compile is compiling, where hooks do not run. "
-    "Open the block outside of the compiled function."
-)
 
 
 def _check(*, transform: object, into: object) -> None:

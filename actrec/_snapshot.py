@@ -22,13 +22,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["address", "normal_mode", "share", "snapshot"]
+from .errors import CaptureError
+
+__all__ = ["address", "check", "normal_mode", "share", "snapshot"]
 
 
 # --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
 
 _dispatch_keys = getattr(torch._C, "_dispatch_keys", None)
 _data_address = getattr(torch._C, "_data_address", None)
+_is_wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
 _InferenceMode = getattr(torch._C, "_InferenceMode", torch.inference_mode)
 
 
@@ -73,8 +76,19 @@ def _can_share(tensor: Tensor) -> bool:
     return storage.nbytes() == tensor.nbytes and storage.resizable()
 
 
+def check(tensor: Tensor) -> None:
+    """Raise ``CaptureError`` for a tensor that means nothing outside of a ``torch.func`` transform."""
+    if _is_wrapped is not None and _is_wrapped(tensor):
+        message = (
+            "inside torch.func (vmap, grad, jvp) a tensor stands for many, or for a step of a derivative, and cannot "
+            "be kept. Record a call of the model outside of it"
+        )
+        raise CaptureError(message)
+
+
 def _clone(tensor: Tensor) -> Tensor:
     """A clone that is as small as its content: dimensions that were expanded stay expanded."""
+    check(tensor)
     if tensor.layout is torch.strided and not tensor.is_nested and 0 in tensor.stride():
         stored = tensor
         for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):

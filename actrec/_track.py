@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._capture import SKIPPED
 from ._inputs import Arrival, Arrivals, Parameters
 from ._passes import Passes, is_own_call
-from .errors import ActrecError
+from .errors import CaptureError, TransformError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,6 +48,12 @@ class Session:
         """Pause once more (1) or once less (-1)."""
         self.pauses += by
         self.recording = self.active and not self.pauses
+
+    def failed(self, error: Exception) -> None:
+        """Remember the first error, in case the model swallows it."""
+        if self.error is None:
+            self.error = error
+            self.surfaced = not self.passes.running
 
 
 class Calls(Protocol):
@@ -104,13 +110,17 @@ class Track:
     def _captured(self, capture: Capture, value: Value) -> Value:
         try:
             return capture(value, self.called)
+        except CaptureError as error:
+            located = CaptureError(f"record() cannot keep {self._where(capture)}: {error}.")
+            self.session.failed(located)
+            raise located from error
         except Exception as error:
-            if not isinstance(error, ActrecError):
-                error.add_note(f"raised while call {self.called} of layer {capture.layer!r} was recorded")
-            if self.session.error is None:
-                self.session.error = error
-                self.session.surfaced = not self.session.passes.running
+            if not isinstance(error, TransformError):
+                error.add_note(f"raised while actrec recorded {self._where(capture)}")
+            self.session.failed(error)
             raise
+    def _where(self, capture: Capture) -> str:
+        return f"call {self.called} of layer {capture.layer!r}"
 
 
 def _is_symbolic(values: tuple[Value, ...]) -> bool:
