@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, overload
 from . import _display
 from ._join import joined
 from ._nested import Value, tensors
-from ._snapshot import address
+from ._snapshot import held
 from .errors import ActrecError, UnknownLayerError, nearest
 
 if TYPE_CHECKING:
@@ -111,13 +111,8 @@ class Layer(Sequence[Value]):
 
 
 def _held_bytes(values: Iterable[Value]) -> int:
-    held: dict[object, int] = {}
-    for value in values:
-        for tensor in tensors(value):
-            found = address(tensor)
-            where, size = (id(tensor), tensor.nbytes) if found is None else found
-            held[where] = size
-    return sum(held.values())
+    places = {place: size for value in values for tensor in tensors(value) for place, size in held(tensor)}
+    return sum(places.values())
 
 
 class ListLayer(list[Value], Layer):  # type: ignore[misc]  # list and Sequence differ in what index() takes

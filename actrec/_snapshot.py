@@ -17,6 +17,7 @@ nowhere else. A tensor is shared only if all of this holds, and is cloned otherw
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from .errors import CaptureError
 
-__all__ = ["address", "check", "normal_mode", "share", "snapshot"]
+__all__ = ["check", "held", "normal_mode", "share", "snapshot"]
 
 
 # --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
@@ -122,13 +123,27 @@ def snapshot(tensor: Tensor, *, detach: bool = True) -> Tensor:
         return _clone(tensor) if shared is None else shared
 
 
-def address(tensor: Tensor) -> tuple[object, int] | None:
-    """Where a tensor's memory is and how many bytes are there, or ``None`` where that cannot be said.
+def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
+    """The memory that a tensor holds: where it is, and how many bytes. Equal places are shared memory."""
+    if tensor.layout is torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    elif tensor.layout in {torch.sparse_csr, torch.sparse_bsr}:
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif tensor.layout in {torch.sparse_csc, torch.sparse_bsc}:
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    else:
+        yield _place(tensor), 0 if tensor.is_meta else _size(tensor)
+        return
+    for part in parts:
+        yield from held(part)
 
-    Equal addresses mean shared memory. Asking with ``data_ptr()`` would end the sharing.
-    """
-    if _data_address is None or type(tensor) is not Tensor or tensor.layout is not torch.strided:
-        return None
-    if tensor.is_nested or tensor.device.type == "meta":
-        return None
-    return (tensor.device, _data_address(tensor)), tensor.untyped_storage().nbytes()
+
+def _place(tensor: Tensor) -> object:
+    # data_ptr() would end the sharing that it is asked about.
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+    return (tensor.device, _data_address(tensor)) if plain and _data_address is not None else id(tensor)
+
+
+def _size(tensor: Tensor) -> int:
+    is_strided = tensor.layout is torch.strided and type(tensor) is Tensor
+    return tensor.untyped_storage().nbytes() if is_strided else tensor.nbytes

@@ -83,7 +83,7 @@ class Track:
         session = self.session
         if session.recording and is_own_call() and not _is_symbolic(args):
             capture = replace(self.capture, transform=None)
-            inputs = self._captured(capture, self.parameters.named(args, kwargs))
+            inputs = self._captured(capture, self.parameters.named(args, kwargs), self.called)
             self._arrivals.push(Arrival(session.passes.current(module), kwargs, inputs))
 
     def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: object, output: Value) -> None:
@@ -98,8 +98,9 @@ class Track:
             return
         arrival = None if self.inputs is None else self._arrivals.pop(kwargs)
         number = session.passes.current(module) if arrival is None else arrival.number
-        value = self._captured(self.capture, output)
+        call = self.called
         self.called += 1
+        value = self._captured(self.capture, output, call)
         if value is not SKIPPED:
             self.kept += 1
             with self._lock:
@@ -107,20 +108,18 @@ class Track:
                 if self.inputs is not None:
                     self.inputs.keep(arrival and arrival.inputs, number)
 
-    def _captured(self, capture: Capture, value: Value) -> Value:
+    def _captured(self, capture: Capture, value: Value, call: int) -> Value:
         try:
-            return capture(value, self.called)
+            return capture(value, call)
         except CaptureError as error:
-            located = CaptureError(f"record() cannot keep {self._where(capture)}: {error}.")
+            located = CaptureError(f"record() cannot keep call {call} of layer {capture.layer!r}: {error}.")
             self.session.failed(located)
             raise located from error
         except Exception as error:
             if not isinstance(error, TransformError):
-                error.add_note(f"raised while actrec recorded {self._where(capture)}")
+                error.add_note(f"raised while actrec recorded call {call} of layer {capture.layer!r}")
             self.session.failed(error)
             raise
-    def _where(self, capture: Capture) -> str:
-        return f"call {self.called} of layer {capture.layer!r}"
 
 
 def _is_symbolic(values: tuple[Value, ...]) -> bool:

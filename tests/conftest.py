@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,16 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def own_hooks() -> list[tuple[nn.Module, object]]:
-    """Every hook of actrec that is on some module of this process."""
-    return [
-        (module, hook)
-        for module in gc.get_objects()
-        if isinstance(module, nn.Module)
-        for table in (vars(module).get("_forward_hooks"), vars(module).get("_forward_pre_hooks"))
-        for hook in (table or {}).values()
-        if isinstance(hook, Hook)
-    ]
+def own_hooks(module: nn.Module) -> list[object]:
+    """The hooks of actrec that are on ``module`` itself."""
+    tables = (module._forward_hooks, module._forward_pre_hooks)
+    return [hook for table in tables for hook in table.values() if isinstance(hook, Hook)]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +27,21 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_hook_stays_behind() -> Iterator[None]:
+def _no_hook_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Watch every registration in this test; in the end none of actrec's hooks may be there."""
+    hooked: list[weakref.ref[nn.Module]] = []
+
+    def watch(name: str) -> None:
+        register = getattr(nn.Module, name)
+
+        def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            hooked.append(weakref.ref(module))
+            return register(module, *args, **kwargs)
+
+        monkeypatch.setattr(nn.Module, name, watched)
+
+    watch("register_forward_hook")
+    watch("register_forward_pre_hook")
     yield
-    left = own_hooks()
-    assert not left, f"{len(left)} hooks of actrec were left behind: {left[:3]}"
+    left = {id(module): module for ref in hooked if (module := ref()) is not None and own_hooks(module)}
+    assert not left, f"hooks of actrec were left behind on {list(left.values())[:3]}"

@@ -1,0 +1,413 @@
+"""Recorded values are exactly what the layer returned, whatever is written to that tensor later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from actrec import CaptureError, record
+
+
+def _set_item(t: Tensor) -> object:
+    t[:] = 7
+    return t
+
+
+def _through_data(t: Tensor) -> object:
+    return t.data.add_(3)
+
+
+def _through_numpy(t: Tensor) -> object:
+    t.detach().numpy()[...] = 5
+    return t
+
+
+def _through_view(t: Tensor) -> object:
+    return t.view(-1)[::2].fill_(9)
+
+
+def _as_out(t: Tensor) -> object:
+    return torch.exp(torch.ones_like(t), out=t)
+
+
+def _optimizer_step(t: Tensor) -> object:
+    parameter = nn.Parameter(t)
+    parameter.grad = torch.ones_like(t)
+    return torch.optim.SGD([parameter], lr=1.0).step()
+
+
+MUTATORS: dict[str, Callable[[Tensor], object]] = {
+    "relu_": F.relu_,
+    "inplace-module": nn.SiLU(inplace=True),
+    "add_": lambda t: t.add_(1),
+    "mul_": lambda t: t.mul_(-2),
+    "setitem": _set_item,
+    "zero_": Tensor.zero_,
+    "data": _through_data,
+    "numpy": _through_numpy,
+    "view": _through_view,
+    "out": _as_out,
+    "dropout_": lambda t: F.dropout(t, 0.9, training=True, inplace=True),
+    "optimizer": _optimizer_step,
+    "resize_": lambda t: t.resize_(1).fill_(8),
+}
+
+
+class MutatesItsResult(nn.Module):
+    """Writes to what its layer returned, and to what its layer received."""
+
+    def __init__(self, mutate: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 6)
+        self.mutate = mutate
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        self.mutate(out)
+        self.mutate(x)
+        return x
+
+
+@pytest.mark.parametrize("mutate", MUTATORS.values(), ids=MUTATORS)
+def test_outputs_and_inputs_stay_what_they_were_whatever_writes_to_them(
+    mutate: Callable[[Tensor], object],
+) -> None:
+    model = MutatesItsResult(mutate)
+    x = torch.randn(3, 4)
+    expected_input = x.clone()
+    with torch.no_grad():
+        expected = F.linear(x, model.layer.weight, model.layer.bias)
+        with record(model, "layer", inputs=True) as acts:
+            model(x)
+    assert torch.equal(acts["layer"][0], expected)
+    assert torch.equal(acts.inputs["layer"][0]["input"], expected_input)
+
+
+@pytest.mark.parametrize("mutate", MUTATORS.values(), ids=MUTATORS)
+def test_writing_to_a_recorded_value_changes_nothing_else(mutate: Callable[[Tensor], object]) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Identity())
+    x = torch.randn(3, 4)
+    with torch.no_grad(), record(model) as acts:
+        out = model(x)
+    expected = out.clone()
+    mutate(acts["0"][0])
+    assert torch.equal(out, expected)
+    assert torch.equal(acts["1"][0], expected)
+
+
+class Returns(nn.Module):
+    """Returns something of its own that the next step writes to."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.weight = nn.Parameter(torch.tensor([0.0, 1.0]))
+        self.register_buffer("running", torch.zeros(2))
+        self.buffer = torch.empty(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.what:
+            case "parameter":
+                return self.weight
+            case "buffer":
+                self.running += 1
+                return self.running
+            case "reused out":
+                return torch.mul(x, 2, out=self.buffer)
+        return x
+
+
+@pytest.mark.parametrize("what", ["parameter", "buffer", "reused out", "input"])
+def test_a_layer_that_returns_its_own_state_is_recorded_step_by_step(what: str) -> None:
+    model = Returns(what)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    x = torch.zeros(2)
+    seen: list[list[float]] = []
+    with record(model, "") as acts:
+        for _ in range(3):
+            with torch.set_grad_enabled(what == "parameter"):
+                seen.append(model(x).detach().clone().tolist())
+            model.weight.grad = torch.ones(2)
+            optimizer.step()
+            x += 1
+    assert [value.tolist() for value in acts[""]] == seen
+    assert seen[0] != seen[1] != seen[2]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Identity(), nn.Dropout(0.5).eval(), nn.Dropout(0.0), nn.Flatten(), nn.Sequential(), nn.ReLU(inplace=True)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_layer_that_returns_its_input_is_recorded_as_a_value_of_its_own(layer: nn.Module) -> None:
+    x = torch.randn(3, 4)
+    with record(nn.Sequential(layer), "0") as acts:
+        out = layer(x)
+    expected = out.clone()
+    x.fill_(5)
+    assert torch.equal(acts["0"][0], expected)
+
+
+def _held(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+class Takes(nn.Module):
+    """Returns a part or a view of a larger tensor."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.view = view
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.view(x)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": lambda t: t[:, 0],
+    "last token": lambda t: t[:, -1:],
+    "chunk": lambda t: t.chunk(4)[0],
+    "strided": lambda t: t[..., ::3],
+    "transposed": lambda t: t.mT,
+    "permuted slice": lambda t: t.permute(2, 0, 1)[1:3],
+    "as_strided overlap": lambda t: t.as_strided((2, 3), (1, 1)),
+    "empty": lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_part_of_a_tensor_is_kept_without_the_rest(view: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(4, 10, 6)
+    model = Takes(view)
+    expected = view(x).clone()
+    with record(model, "") as acts:
+        model(x)
+    x.zero_()
+    (value,) = acts[""]
+    assert torch.equal(value, expected)
+    assert value.stride() == expected.stride()
+    assert _held(value) == value.nbytes == acts.nbytes
+
+
+def test_a_transform_that_takes_a_slice_keeps_only_the_slice() -> None:
+    model = nn.Linear(6, 6)
+    with record(model, "", transform=lambda t: t[:, -1]) as acts:
+        model(torch.randn(4, 10, 6))
+    assert _held(acts[""][0]) == 4 * 6 * 4
+
+
+def test_an_expanded_tensor_is_kept_at_the_size_of_what_it_repeats() -> None:
+    x = torch.randn(1, 8)
+    model = Takes(lambda t: t.expand(100_000, 8))
+    with record(model, "") as acts:
+        model(x)
+    expected = x.clone()
+    x.zero_()
+    assert torch.equal(acts[""][0], expected.expand(100_000, 8))
+    assert _held(acts[""][0]) == 32
+
+
+def test_numpy_arrays_that_share_the_tensor_cannot_reach_the_record() -> None:
+    array = np.zeros(3, dtype=np.float32)
+    out = torch.zeros(3)
+    alias = out.numpy()
+    for tensor, writer in ((torch.from_numpy(array), array), (out, alias)):
+        model = nn.Identity()
+        with record(model, "") as acts:
+            model(tensor)
+        writer[:] = 7
+        assert acts[""][0].tolist() == [0, 0, 0]
+        assert tensor.tolist() == [7, 7, 7], "and the array still writes to the tensor"
+
+
+def test_memory_that_other_processes_share_is_recorded() -> None:
+    shared = torch.ones(3).share_memory_()
+    model = nn.Identity()
+    with record(model, "") as acts:
+        model(shared)
+    shared.zero_()
+    assert acts[""][0].tolist() == [1, 1, 1]
+
+
+EXOTIC: dict[str, Callable[[], Tensor]] = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "csr": lambda: torch.eye(3).to_sparse_csr(),
+    "mkldnn": lambda: torch.randn(3, 3).to_mkldnn(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8),
+    "jagged": lambda: torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(1, 3)], layout=torch.jagged),
+    "nested": lambda: torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(1, 3)]),
+    "conj": lambda: torch.randn(3, dtype=torch.complex64).conj(),
+    "neg": lambda: torch.randn(3, dtype=torch.complex64).conj().imag,
+    "bool": lambda: torch.tensor([True, False]),
+    "int": lambda: torch.arange(3),
+    "0-dim": lambda: torch.tensor(2.5),
+    "empty": lambda: torch.empty(0, 3),
+    "bfloat16": lambda: torch.randn(3).bfloat16(),
+    "float8": lambda: torch.randn(3).to(torch.float8_e4m3fn),
+    "complex": lambda: torch.randn(3, dtype=torch.complex64),
+    "channels last": lambda: torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    "negative zero and NaN": lambda: torch.tensor([-0.0, float("nan"), float("inf")]),
+}
+
+
+def _dense(tensor: Tensor) -> list[Tensor]:
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    if tensor.is_quantized:
+        return [tensor.int_repr()]
+    return [tensor.to_dense() if tensor.layout is not torch.strided else tensor]
+
+
+def _bits(tensor: Tensor) -> list[int]:
+    """Every byte, so that -0.0 is not 0.0 and NaN equals itself."""
+    resolved = tensor.resolve_conj().resolve_neg().contiguous()
+    return resolved.flatten().view(torch.uint8).tolist() if resolved.numel() else []
+
+
+# torch announces with these that it will drop or change the feature; it is recorded while it is there.
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("make", EXOTIC.values(), ids=EXOTIC)
+def test_a_tensor_of_any_kind_is_recorded_as_it_is(make: Callable[[], Tensor]) -> None:
+    tensor = make()
+    model = nn.Identity()
+    with record(model, "") as acts:
+        model(tensor)
+    (value,) = acts[""]
+    assert (value.dtype, value.layout) == (tensor.dtype, tensor.layout)
+    for recorded, returned in zip(_dense(value), _dense(tensor), strict=True):
+        assert _bits(recorded) == _bits(returned)
+    assert repr(acts).count("\n") == 2
+    assert acts.nbytes >= 0
+
+
+def test_meta_tensors_are_kept_as_shapes() -> None:
+    model = nn.Linear(4, 3, device="meta")
+    with record(model, "") as acts:
+        model(torch.empty(2, 4, device="meta"))
+    assert acts[""][0].device.type == "meta"
+    assert acts[""][0].shape == (2, 3)
+
+
+class Scaled(torch.Tensor):
+    """A tensor subclass, as libraries have them."""
+
+
+def test_a_tensor_subclass_stays_one() -> None:
+    tensor = torch.ones(3).as_subclass(Scaled)
+    model = nn.Identity()
+    with record(model, "") as acts:
+        model(tensor)
+    tensor.zero_()
+    assert type(acts[""][0]) is Scaled
+    assert acts[""][0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_probe_can_train_on_what_was_recorded_in_any_mode(mode: Callable[[], Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Flatten(0), nn.Unflatten(0, (5, 3)))
+    with mode(), record(model, inputs=True) as acts:
+        model(torch.randn(5, 4))
+    for value in (*(acts[name][0] for name in acts), acts.inputs["0"][0]["input"]):
+        assert not value.is_inference()
+        assert not value.requires_grad
+        probe = nn.Linear(value.shape[-1], 1)
+        probe(value).sum().backward()
+        value.add_(1).requires_grad_()
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_transform_runs_in_a_clean_room(mode: Callable[[], Any]) -> None:
+    seen = []
+
+    def transform(t: Tensor) -> Tensor:
+        seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")))
+        return t.float() @ t.float().T
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.Flatten(0), nn.Unflatten(0, (5, 3)))[:1]
+    with mode(), torch.autocast("cpu", dtype=torch.bfloat16), record(model, "0", transform=transform) as acts:
+        model(torch.randn(5, 4))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [(False, False, False)]
+    assert acts["0"][0].dtype == torch.float32
+    assert not acts["0"][0].is_inference()
+
+
+def test_under_autocast_the_dtype_is_the_one_that_was_produced() -> None:
+    model = nn.Linear(4, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16), record(model, "") as acts:
+        out = model(torch.randn(5, 4))
+    assert acts[""][0].dtype == out.dtype == torch.bfloat16
+    assert torch.equal(acts[""][0], out)
+
+
+@pytest.mark.parametrize("wrapped", ["whole", "slice"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_transform_that_writes_to_its_value_does_not_change_the_model(
+    wrapped: str, mode: Callable[[], Any]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Takes(lambda t: t[:, :2]))
+    x = torch.randn(5, 4)
+    with mode():
+        expected = model(x)
+    name = "0" if wrapped == "whole" else "1"
+    if wrapped == "whole":
+        with mode(), record(model, name, transform=lambda t: t.relu_()) as acts:
+            assert torch.equal(model(x), expected)
+        assert (acts[name][0] >= 0).all()
+    else:  # no copy was made for it: that it wrote is an error
+        with mode(), pytest.raises(Exception, match="layer '1'"), record(model, name, transform=lambda t: t.relu_()):
+            model(x)
+
+
+def test_a_transform_that_draws_random_numbers_leaves_the_models_stream_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    x = torch.randn(5, 4)
+    torch.manual_seed(1)
+    expected = [model(x), model(x)]
+    torch.manual_seed(1)
+    with record(model, transform=lambda t: t[torch.randperm(5)]):
+        assert all(torch.equal(model(x), one) for one in expected)
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
+@pytest.mark.parametrize("options", [{}, {"transform": torch.sum}, {"dtype": torch.float64}], ids=str)
+def test_inside_torch_func_recording_refuses_by_name(
+    transform: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]], options: dict[str, Any]
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    with pytest.raises(CaptureError, match="call 0 of layer '1'"), record(model, "1", **options):
+        transform(lambda x: model(x).sum())(torch.randn(3) if transform is torch.func.grad else torch.randn(2, 3))
+
+
+def test_device_and_dtype_say_where_and_as_what_values_are_kept() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), Takes(lambda t: (t, t > 0, t.to(torch.complex64), torch.arange(3))))  # type: ignore[arg-type,return-value]
+    with record(model, dtype=torch.float16) as acts:
+        model(torch.randn(5, 4))
+    assert acts["0"][0].dtype == torch.float16
+    assert [t.dtype for t in acts["1"][0]] == [torch.float16, torch.bool, torch.complex64, torch.int64]
+    with record(model, "0", device="meta", inputs=True) as acts:
+        model(torch.randn(5, 4))
+    assert acts["0"][0].device.type == acts.inputs["0"][0]["input"].device.type == "meta"
+    with record(model, "0", device=None) as acts:
+        model(torch.randn(5, 4))
+    assert acts["0"][0].device.type == "cpu"
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"dtype": torch.float32}, {}], ids=str)
+def test_without_detach_gradients_flow_through_recorded_values(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    x = torch.randn(5, 4)
+    with record(model, "0", detach=False, **options) as acts:
+        model(x)
+    reference = F.linear(x, model[0].weight, model[0].bias).square().sum()
+    expected = torch.autograd.grad(reference, [model[0].weight])[0]
+    (got,) = torch.autograd.grad(acts["0"][0].square().sum(), [model[0].weight])
+    assert torch.allclose(got, expected)
