@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._nested import Value, rebuild
-from ._snapshot import check, normal_mode, share, snapshot
+from ._snapshot import check, normal_mode, snapshot, twin
 from .errors import CaptureError, TransformError
 
 __all__ = ["SKIPPED", "Capture", "Transform"]
@@ -88,7 +88,7 @@ def _itself(value: object) -> object:
 
 
 class _Loan:
-    """Lends tensors to a transform without copying them: copy-on-write where possible, else an alias."""
+    """Lends tensors to a transform: a cheap copy where there is one, else an alias."""
 
     def __init__(self, *, detach: bool) -> None:
         self.detach = detach
@@ -103,9 +103,9 @@ class _Loan:
         check(tensor)
         alias = tensor.detach()
         with normal_mode():
-            shared = share(alias)
-        if shared is not None:
-            return shared
+            copy = twin(alias)
+        if copy is not None:
+            return copy
         if not alias.is_inference():  # torch itself refuses to write to those in place
             self.aliases.append((alias, alias._version))
         return alias

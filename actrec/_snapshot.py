@@ -8,6 +8,7 @@ side, and then the writer's side moves to fresh memory.
 Copy-on-write is private API and wrong for some tensors, so it stands behind an allow-list, here and
 nowhere else. A tensor is shared only if all of this holds, and is cloned otherwise:
 
+* it has two dimensions or more and is not small, or else a clone costs as little;
 * its dispatch keys are exactly those of a plain CPU tensor: no subclass, no sparse, quantized, nested
   or lazily conjugated tensor, no ``torch.func`` wrapper;
 * it fills its storage, so that a slice never keeps a larger storage alive;
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from .errors import CaptureError
 
-__all__ = ["check", "held", "normal_mode", "share", "snapshot"]
+__all__ = ["check", "held", "normal_mode", "snapshot", "twin"]
 
 
 # --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
@@ -69,9 +70,16 @@ def normal_mode() -> AbstractContextManager[object]:
 
 # --- Sharing and cloning ---------------------------------------------------------------------------
 
+#: Copying so few elements costs no more than sharing them.
+SMALL = 4096
+
 
 def _can_share(tensor: Tensor) -> bool:
     if type(tensor) is not Tensor or _dispatch_keys is None or _dispatch_keys(tensor) not in _PLAIN_KEYS:
+        return False
+    # One of PyTorch's 700 operators cannot read shared memory: the backward of ctc_loss, of the losses
+    # that it returned, one for each sample.
+    if tensor.dim() < 2:
         return False
     storage = tensor.untyped_storage()
     return storage.nbytes() == tensor.nbytes and storage.resizable()
@@ -99,14 +107,17 @@ def _clone(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def share(tensor: Tensor) -> Tensor | None:
-    """Return a copy-on-write twin of ``tensor``, which costs nothing, or ``None`` where there is none."""
-    if not _can_share(tensor):
-        return None
-    try:
-        return tensor._lazy_clone()  # type: ignore[attr-defined,no-any-return]
-    except RuntimeError:  # memory that is not the allocator's own: shared, pinned, foreign
-        return None
+def twin(tensor: Tensor) -> Tensor | None:
+    """Return a copy of ``tensor`` if there is one that costs next to nothing."""
+    if tensor.numel() <= SMALL:
+        check(tensor)
+        return tensor.clone()
+    if _can_share(tensor):
+        try:
+            return tensor._lazy_clone()  # type: ignore[attr-defined,no-any-return]
+        except RuntimeError:  # memory that is not the allocator's own: shared, pinned, foreign
+            return None
+    return None
 
 
 def snapshot(tensor: Tensor, *, detach: bool = True) -> Tensor:
@@ -119,8 +130,8 @@ def snapshot(tensor: Tensor, *, detach: bool = True) -> Tensor:
     with normal_mode():
         if detach and (tensor.requires_grad or type(tensor) is not Tensor):
             tensor = tensor.detach()
-        shared = share(tensor)
-        return _clone(tensor) if shared is None else shared
+        copy = twin(tensor)
+        return _clone(tensor) if copy is None else copy
 
 
 def held(tensor: Tensor) -> Iterator[tuple[object, int]]:

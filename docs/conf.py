@@ -1,0 +1,45 @@
+"""How Sphinx builds the documentation: ``nox -s docs``."""
+
+from __future__ import annotations
+
+from importlib.metadata import metadata
+
+about = metadata("actrec")
+
+project = about["Name"]
+author = about["Author"]
+copyright = f"2026, {author}"  # noqa: A001  # Sphinx wants this name
+version = release = about["Version"]
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints", "jupyter_execute"]
+
+html_theme = "furo"
+html_title = f"{project} {release}"
+
+# --- Text ----------------------------------------------------------------------------------------
+
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+# --- Notebooks: executed at every build, and broken ones break it ----------------------------------
+
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+nb_output_stderr = "warn"  # a page that warns its readers was not meant to
+
+# --- Reference -----------------------------------------------------------------------------------
+
+autodoc_class_signature = "separated"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+
+nitpicky = True
+# Links into other projects need their inventories from the network, and the docs build without it.
+nitpick_ignore_regex = [
+    ("py:.*", r"torch(\..*)?"),  # PyTorch has its own reference
+    ("py:.*", r"(collections|contextlib|os|types)\..*"),  # and so has the standard library
+]
