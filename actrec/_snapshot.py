@@ -75,14 +75,25 @@ SMALL = 4096
 
 
 def _can_share(tensor: Tensor) -> bool:
-    if type(tensor) is not Tensor or _dispatch_keys is None or _dispatch_keys(tensor) not in _PLAIN_KEYS:
-        return False
     # One of PyTorch's 700 operators cannot read shared memory: the backward of ctc_loss, of the losses
     # that it returned, one for each sample.
-    if tensor.dim() < 2:
-        return False
+    return tensor.dim() > 1 and type(tensor) is Tensor and _is_plain(tensor) and _fills_its_memory(tensor)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return _dispatch_keys is not None and _dispatch_keys(tensor) in _PLAIN_KEYS
+
+
+def _fills_its_memory(tensor: Tensor) -> bool:
     storage = tensor.untyped_storage()
     return storage.nbytes() == tensor.nbytes and storage.resizable()
+
+
+def _lazy_clone(tensor: Tensor) -> Tensor | None:
+    try:
+        return tensor._lazy_clone()  # type: ignore[attr-defined,no-any-return]
+    except RuntimeError:  # memory that is not the allocator's own: shared, pinned, foreign
+        return None
 
 
 def check(tensor: Tensor) -> None:
@@ -112,12 +123,7 @@ def twin(tensor: Tensor) -> Tensor | None:
     if tensor.numel() <= SMALL:
         check(tensor)
         return tensor.clone()
-    if _can_share(tensor):
-        try:
-            return tensor._lazy_clone()  # type: ignore[attr-defined,no-any-return]
-        except RuntimeError:  # memory that is not the allocator's own: shared, pinned, foreign
-            return None
-    return None
+    return _lazy_clone(tensor) if _can_share(tensor) else None
 
 
 def snapshot(tensor: Tensor, *, detach: bool = True) -> Tensor:

@@ -1,0 +1,69 @@
+"""Sharing memory copy-on-write with the model breaks no operator of PyTorch, forward or backward.
+
+A kernel that takes a writable pointer of shared memory inside a parallel loop fails. This runs every
+operator in PyTorch's own database on tensors that are shared as ``record()`` shares them. If a version of
+PyTorch adds a kernel that fails, ``_snapshot._can_share`` has to leave out its tensors, too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.utils._pytree import tree_leaves
+
+from actrec import _snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: The only one, and the reason why vectors are not shared.
+KNOWN = {("nn.functional.ctc_loss", "backward")}
+
+
+def shared(values: Any) -> list[Tensor]:
+    """A copy-on-write twin of every tensor that can have one, whatever its size."""
+    twins = [
+        _snapshot._lazy_clone(tensor.detach())
+        for tensor in tree_leaves(values)
+        if type(tensor) is Tensor and _snapshot._is_plain(tensor) and _snapshot._fills_its_memory(tensor)
+    ]
+    return [twin for twin in twins if twin is not None]
+
+
+def breaks(call: Any) -> tuple[bool, Any]:
+    """Whether a call fails because of shared memory, and what it returns."""
+    try:
+        return False, call()
+    except Exception as error:  # noqa: BLE001  # many samples of the database cannot run, shared or not
+        return "ParallelGuard" in str(error) or "COW" in str(error), None
+
+
+def failures() -> Iterator[tuple[str, str]]:
+    """Every operator and stage that cannot work on shared memory."""
+    for op in op_db:
+        if torch.float32 not in op.dtypes:
+            continue
+        samples = breaks(lambda: list(op.sample_inputs("cpu", torch.float32, requires_grad=op.supports_autograd)))[1]  # noqa: B023
+        for sample in (samples or [])[:8]:
+            twins = shared((sample.input, sample.args, sample.kwargs))
+            broken, out = breaks(lambda: op(sample.input, *sample.args, **sample.kwargs))  # noqa: B023
+            if broken:
+                yield op.name, "forward"
+            outs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+            if outs and breaks(lambda: _backward(outs, twins))[0]:  # noqa: B023
+                yield op.name, "backward"
+
+
+def _backward(outs: list[Tensor], twins: list[Tensor]) -> None:
+    grads = [torch.ones_like(t) for t in outs]
+    twins += shared((outs, grads))
+    torch.autograd.backward(outs, grads)
+
+
+@pytest.mark.filterwarnings("ignore")  # the samples try every deprecated corner of PyTorch
+def test_no_operator_breaks_on_memory_that_is_shared() -> None:
+    assert set(failures()) == KNOWN
