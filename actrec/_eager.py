@@ -49,7 +49,10 @@ class _Stance(MetaPathFinder):
         """One recorder more is open."""
         with self._lock:
             if _COMPILER in sys.modules:
-                self._hold()
+                try:
+                    self._hold()
+                except (RuntimeError, AssertionError) as error:  # the compiler forbids it in what it compiles
+                    raise ActrecError(COMPILING) from error
             elif self not in sys.meta_path:
                 sys.meta_path.insert(0, self)
             self._wanted += 1
@@ -66,10 +69,7 @@ class _Stance(MetaPathFinder):
 
     def _hold(self) -> None:
         if self._held is None:
-            try:
-                self._held = torch.compiler.set_stance("force_eager")
-            except RuntimeError as error:
-                raise ActrecError(COMPILING) from error
+            self._held = torch.compiler.set_stance("force_eager")
 
     def _stop_watching(self) -> None:
         if self in sys.meta_path:

@@ -11,6 +11,7 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from torch.compiler import is_dynamo_compiling  # torch.export reads hooks, even though nothing runs compiled
 from torch.utils.hooks import RemovableHandle
 
 from ._passes import is_own_call
@@ -59,7 +60,7 @@ class OutputHook(Hook[Track]):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         track = self._target()
-        if track is not None:
+        if track is not None and not is_dynamo_compiling():
             track.end(module, args, None, output)
 
 
@@ -71,7 +72,7 @@ class CallHook(Hook[Track]):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         track = self._target()
-        if track is not None:
+        if track is not None and not is_dynamo_compiling():
             track.end(module, args, kwargs, output)
 
 
@@ -83,7 +84,7 @@ class InputHook(Hook[Track]):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         track = self._target()
-        if track is not None:
+        if track is not None and not is_dynamo_compiling():
             track.begin(module, args, kwargs)
 
 
@@ -101,7 +102,7 @@ class BeginPass(Hook[Session]):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         session = self._target()
-        if session is not None and session.recording and is_own_call():
+        if session is not None and not is_dynamo_compiling() and session.recording and is_own_call():
             session.passes.begin(module, is_root=self._is_root)
 
 
@@ -113,7 +114,7 @@ class EndPass(Hook[Session]):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         session = self._target()
-        if session is not None and is_own_call():
+        if session is not None and not is_dynamo_compiling() and is_own_call():
             session.passes.end(module)
             if session.error is not None and sys.exc_info()[1] is session.error:
                 session.surfaced = not session.passes.running

@@ -210,6 +210,17 @@ def _by_module(model: _Model, module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(names[0].full, module)]
 
 
+def _leaves(model: _Model) -> list[tuple[str, nn.Module]]:
+    """Every leaf module; an error if hooks run on some of them only."""
+    for name in model.names:
+        counts = _is_called(name.module) or name.full in model.inlined
+        if counts and _is_leaf(name) and not name.is_parametrization:
+            if why_not := model.why_not(name):
+                message = f"record() cannot record every leaf module of this {model.type}: {why_not}, or choose layers."
+                raise SelectionError(message)
+    return _by_test(model, _is_leaf, f"no module of this {model.type} is ever called")
+
+
 def _is_leaf(name: _Name) -> bool:
     return not any(child is not None and key != "parametrizations" for key, child in name.module._modules.items())
 
@@ -218,7 +229,7 @@ def _answer(model: _Model, query: Query | None) -> list[tuple[str, nn.Module]]:
     """Answer one query: keys and modules."""
     match query:
         case None:
-            return _by_test(model, _is_leaf, _no_leaves(model))
+            return _leaves(model)
         case str():
             return _by_name(model, query)
         case re.Pattern():
@@ -297,12 +308,10 @@ def _nothing(model: _Model, query: str, why_not: str | None = None) -> str:
     if why_not:
         return f"record(): {query!r} matches only modules that hooks never run on: {why_not}."
     names = dict.fromkeys(name.short for name in model.names if name.short)
-    return f"record(): {query!r} matches no layer of this {model.type}. {nearest(query, names)}"
-
-
-def _no_leaves(model: _Model) -> str:
-    blocked = [reason for name in model.names if name.full and (reason := model.why_not(name))]
-    return f"no layer of this {model.type} can be recorded" + (f": {blocked[0]}" if blocked else "")
+    hint = ""
+    if any(isinstance(name.module, torch.fx.GraphModule) for name in model.names):
+        hint = " It is a traced graph: record the original module, or torch.export.unflatten(exported_program)."
+    return f"record(): {query!r} matches no layer of this {model.type}. {nearest(query, names)}{hint}"
 
 
 def _check_model(model: object) -> None:

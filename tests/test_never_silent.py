@@ -1,0 +1,232 @@
+"""When something that was asked for is not recorded, a warning or an error says so, and why."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from actrec import ActrecError, Opaque, SelectionError, UnsupportedModelError, UnusedLayerWarning, record
+
+X = torch.ones(2, 4)
+
+
+class Roundabout(nn.Module):
+    """Uses its layers without calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+        self.c = nn.Linear(4, 4)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.b.forward(self.a(x)), self.c.weight)
+
+
+def test_layers_that_are_used_without_being_called_are_named_in_one_warning() -> None:
+    model = Roundabout()
+    with (
+        pytest.warns(UnusedLayerWarning, match=r"3 of 4 layers of this Roundabout.\n  'b', 'c', 'unused'.*\.forward\(\)") as caught,
+        record(model) as acts,
+    ):
+        model(X)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__, "the warning points at the with block"
+    assert (len(acts["a"]), len(acts["b"])) == (1, 0)
+
+
+def test_a_model_that_was_not_called_is_said_once() -> None:
+    with pytest.warns(UnusedLayerWarning, match="this Linear was not called inside") as caught, record(nn.Linear(4, 4)):
+        pass
+    assert len(caught) == 1
+
+
+def test_no_warning_hides_the_error_that_ended_the_block() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ZeroDivisionError), record(nn.Linear(4, 4)):
+            1 / 0  # noqa: B018
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_projection_inside_attention_is_explained(train: bool) -> None:
+    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).train(train)
+    with (
+        torch.set_grad_enabled(train),
+        pytest.warns(UnusedLayerWarning, match=r"'self_attn.out_proj': nn.MultiheadAttention uses its weights"),
+        record(model) as acts,
+    ):
+        model(X[None])
+    assert len(acts["linear1"]) == 1, "recording turns the fused path off"
+
+
+def test_the_fast_path_is_left_and_the_numbers_are_the_same() -> None:
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2, enable_nested_tensor=False
+    ).eval()
+    with torch.no_grad():
+        expected = model(X[None])
+        with record(model, "layers.*.linear1") as acts:
+            got = model(X[None])
+    assert [len(layer) for layer in acts.values()] == [1, 1]
+    assert torch.allclose(got, expected, atol=1e-6)
+
+
+def test_dropout_inside_fused_attention_is_explained() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x, dropout_p=self.dropout.p)
+
+    model = Attention()
+    with pytest.warns(UnusedLayerWarning, match="fused attention"), record(model):
+        model(X[None])
+
+
+def test_a_module_that_was_replaced_inside_the_block_is_explained() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with pytest.warns(UnusedLayerWarning, match="'0': another module was put in its place"), record(model):
+        model[0] = nn.Linear(4, 4)
+        model(X)
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU())
+    with pytest.warns(UnusedLayerWarning, match="'0.0': another module was put in its place"), record(model, ["0.0", "1"]):
+        del model[0]
+        model(X)
+
+
+def test_a_transform_that_never_returns_a_value_is_explained() -> None:
+    def forgets_to_return(t: Tensor) -> None:
+        t.mean()
+
+    model = nn.Linear(4, 4)
+    with pytest.warns(UnusedLayerWarning, match="returned None for all of its 2 calls"), record(model, transform=forgets_to_return):
+        model(X)
+        model(X)
+
+
+def test_a_transform_that_returns_none_skips_that_call_only() -> None:
+    model = nn.Linear(4, 4)
+    with record(model, transform=lambda t: t if t.shape[0] == 2 else None, inputs=True) as acts:
+        for size in (2, 3, 2):
+            model(torch.ones(size, 4))
+    assert acts[""].passes == acts.inputs[""].passes == [0, 2]
+
+
+def test_calls_that_only_ran_inside_backward_are_explained() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def hook(grad: Tensor) -> None:
+        model[1](X)
+
+    x = X.clone().requires_grad_()
+    with pytest.warns(UnusedLayerWarning, match=r"'1': all of its 1 calls ran inside backward\(\)"), record(model, ["0", "1"]):
+        out = model[0](x)
+        out.register_hook(hook)
+        out.sum().backward()
+
+
+# --- Other forms of a graph --------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # as long as torch has it
+class TestTorchScript:
+    """TorchScript runs no Python hooks."""
+
+    @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)], ids=["script", "trace"])
+    def test_a_scripted_model_is_refused_with_advice(self, make: object) -> None:
+        scripted = make(nn.Sequential(nn.Linear(4, 4)))  # type: ignore[operator]
+        with pytest.raises(UnsupportedModelError, match="Record the original module"):
+            record(scripted)
+        with pytest.raises(SelectionError, match="TorchScript"):
+            record(nn.Sequential(scripted), "0")
+
+    def test_tracing_inside_the_block_is_not_recorded_and_traces_what_it_would(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        plain = torch.jit.trace(model, X)
+        with record(model) as acts:
+            traced = torch.jit.trace(model, X, check_trace=False)
+            model(X)
+        assert [len(layer) for layer in acts.values()] == [1, 1]
+        assert [node.kind() for node in traced.inlined_graph.nodes()] == [node.kind() for node in plain.inlined_graph.nodes()]
+
+
+class Branching(nn.Module):
+    """Has a submodule with submodules, which tracing inlines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Roundabout()
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.inner(x))
+
+
+def test_in_a_traced_graph_modules_it_calls_are_recorded_and_inlined_ones_refused() -> None:
+    graph = torch.fx.symbolic_trace(Branching())
+    with record(graph) as acts:
+        graph(X)
+    assert sorted(acts) == ["inner.a", "relu"]
+    with pytest.raises(SelectionError, match="does not call it"):
+        record(graph, "inner")
+
+
+def test_tracing_a_graph_inside_the_block_records_no_proxies() -> None:
+    model = Branching()
+    with record(model, ["inner", "relu"], inputs=True) as acts:
+        torch.fx.symbolic_trace(model)
+        model(X)
+    assert [len(layer) for layer in acts.values()] == [1, 1]
+    assert not isinstance(acts["inner"][0], Opaque)
+
+
+def test_an_exported_program_is_refused_with_advice_and_an_unflattened_one_recorded() -> None:
+    program = torch.export.export(Branching(), (X,))
+    with pytest.raises(UnsupportedModelError, match=r"torch.export.unflatten\(program\)"):
+        record(program)  # type: ignore[arg-type]
+    with pytest.raises(SelectionError, match="unflatten"):
+        record(program.module(), "relu")
+    with pytest.raises(SelectionError, match="unflatten"):
+        record(program.module())
+    model = torch.export.unflatten(program)
+    with record(model, ["inner", "relu"]) as acts:
+        model(X)
+    assert [len(layer) for layer in acts.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exporting_inside_the_block_records_nothing_of_it(strict: bool) -> None:
+    model = Branching()
+    with record(model, ["relu", "inner.a"]) as acts:
+        torch.export.export(model, (X,), strict=strict)
+        model(X)
+    assert [len(layer) for layer in acts.values()] == [1, 1]
+
+
+# --- Mistakes in using it ----------------------------------------------------------------------------
+
+
+def test_forgetting_the_with_is_explained() -> None:
+    acts = record(nn.Linear(4, 4))
+    for mistake in (lambda: acts[""], lambda: acts.num_passes):  # type: ignore[index,attr-defined]
+        with pytest.raises((ActrecError, AttributeError), match=re.escape("with record(model, ...) as acts:")):
+            mistake()
+
+
+def test_lazy_modules_are_recorded_from_their_first_call() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Lazy modules are a new feature", UserWarning)
+        lazy = nn.Sequential(nn.LazyLinear(3), nn.ReLU(inplace=True))
+    with record(lazy, nn.Linear) as acts:
+        lazy(X)
+        lazy(X)
+    assert len(acts["0"]) == 2
