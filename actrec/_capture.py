@@ -69,7 +69,9 @@ class Capture:
         try:
             lent = rebuild(value, loan)
             with ExitStack() as clean_room:
-                clean_room.callback(torch.default_generator.set_state, torch.default_generator.get_state())
+                clean_room.callback(
+                    torch.default_generator.set_state, torch.default_generator.get_state()
+                )
                 for mode in _modes_to_leave(loan.device_types, grad=not self.detach):
                     clean_room.enter_context(mode)
                 result = transform(lent)
@@ -112,11 +114,15 @@ class _Loan:
 
     def check_untouched(self) -> None:
         if any(alias._version != version for alias, version in self.aliases):
-            message = "it wrote in place to a tensor that the model still uses; let it write to a clone()"
+            message = (
+                "it wrote in place to a tensor that the model still uses; let it write to a clone()"
+            )
             raise ValueError(message)
 
 
-def _modes_to_leave(device_types: set[str], *, grad: bool) -> Iterator[AbstractContextManager[None]]:
+def _modes_to_leave(
+    device_types: set[str], *, grad: bool
+) -> Iterator[AbstractContextManager[None]]:
     """Whatever modes the caller of the model is in that would change what a transform computes."""
     if torch.is_inference_mode_enabled():
         yield torch.inference_mode(mode=False)

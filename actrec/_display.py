@@ -51,7 +51,7 @@ def _ranges(shapes: set[tuple[int | str, ...]]) -> str:
     >>> _ranges({(3, 4, 16), (3, 1, 16)})
     '(3, 1-4, 16)'
     """
-    if len({len(shape) for shape in shapes}) > 1 or ("nested",) in shapes and len(shapes) > 1:
+    if len({len(shape) for shape in shapes}) > 1 or (("nested",) in shapes and len(shapes) > 1):
         return f"{len(shapes)} different shapes"
     columns = [sorted(set(column)) for column in zip(*shapes, strict=True)]  # type: ignore[type-var]
     texts = [str(c[0]) if len(c) == 1 else f"{c[0]}-{c[-1]}" for c in columns]
@@ -82,7 +82,9 @@ def _one_or_more(names: Iterable[str]) -> str:
 
 
 def _dtype(values: Sequence[Value]) -> str:
-    return _one_or_more(str(t.dtype).removeprefix("torch.") for value in values for t in tensors(value))
+    return _one_or_more(
+        str(t.dtype).removeprefix("torch.") for value in values for t in tensors(value)
+    )
 
 
 def layer_line(layer: Layer) -> str:
@@ -106,7 +108,11 @@ def table(recording: Recording, title: str) -> str:
     lines = ["  ".join(_padded(row, widths)).rstrip() for row in rows]
     if len(shown) < len(layers):
         lines.insert(MOST_ROWS - 9, f"... {len(layers) - len(shown):,} more layers ...")
-    facts = (_count(len(layers), "layer"), _count(recording.num_passes, "pass"), size(recording.nbytes))
+    facts = (
+        _count(len(layers), "layer"),
+        _count(recording.num_passes, "pass"),
+        size(recording.nbytes),
+    )
     return "\n".join([f"{title}: {', '.join(facts)}", *lines])
 
 

@@ -51,7 +51,10 @@ class _Stance(MetaPathFinder):
             if _COMPILER in sys.modules:
                 try:
                     self._hold()
-                except (RuntimeError, AssertionError) as error:  # the compiler forbids it in what it compiles
+                except (
+                    RuntimeError,
+                    AssertionError,
+                ) as error:  # the compiler forbids it in what it compiles
                     raise ActrecError(COMPILING) from error
             elif self not in sys.meta_path:
                 sys.meta_path.insert(0, self)

@@ -11,7 +11,9 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from torch.compiler import is_dynamo_compiling  # torch.export reads hooks, even though nothing runs compiled
+from torch.compiler import (
+    is_dynamo_compiling,
+)  # torch.export reads hooks, even though nothing runs compiled
 from torch.utils.hooks import RemovableHandle
 
 from ._passes import is_own_call
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["BeginPass", "EndPass", "Hook", "InputHook", "OutputHook", "Hooks"]
+__all__ = ["BeginPass", "EndPass", "Hook", "Hooks", "InputHook", "OutputHook"]
 
 T = TypeVar("T")
 
@@ -70,7 +72,9 @@ class CallHook(Hook[Track]):
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         track = self._target()
         if track is not None and not is_dynamo_compiling():
             track.end(module, args, kwargs, output)
@@ -102,7 +106,12 @@ class BeginPass(Hook[Session]):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         session = self._target()
-        if session is not None and not is_dynamo_compiling() and session.recording and is_own_call():
+        if (
+            session is not None
+            and not is_dynamo_compiling()
+            and session.recording
+            and is_own_call()
+        ):
             session.passes.begin(module, is_root=self._is_root)
 
 

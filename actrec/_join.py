@@ -71,18 +71,26 @@ def _skeleton(value: Value) -> Value:
 def _check_column(call: str, how: How, dim: int, column: list[Tensor]) -> None:
     devices = {tensor.device for tensor in column}
     if len(devices) > 1:
-        message = f"{call}: the calls are on several devices, {', '.join(sorted(map(str, devices)))}."
+        message = (
+            f"{call}: the calls are on several devices, {', '.join(sorted(map(str, devices)))}."
+        )
         raise JoinError(message)
     dimensions = column[0].dim() + (how == "stack")
     if how == "cat" and dimensions == 0:
-        message = f"{call}: the calls are single numbers, without a dimension to join along. Use stack()."
+        message = (
+            f"{call}: the calls are single numbers, without a dimension to join along. Use stack()."
+        )
         raise JoinError(message)
     if not -dimensions <= dim < dimensions:
-        message = f"{call}: there is no dimension {dim}; the calls have shape {tuple(column[0].shape)}."
+        message = (
+            f"{call}: there is no dimension {dim}; the calls have shape {tuple(column[0].shape)}."
+        )
         raise JoinError(message)
     rest = {_fixed(tensor.shape, how, dim) for tensor in column}
     if len(rest) > 1:
-        must = "agree in every dimension" if how == "stack" else f"agree in every dimension but {dim}"
+        must = (
+            "agree in every dimension" if how == "stack" else f"agree in every dimension but {dim}"
+        )
         message = f"{call}: the calls do not {must}: {_shapes(column)}. They can be used one by one: acts[name][i]."
         raise JoinError(message)
 
@@ -103,7 +111,9 @@ def _shapes(column: Iterable[Tensor], most: int = 6) -> str:
         one = len(indices) == 1
         which = f"call {indices[0]} is" if one else f"calls {indices[0]}-{indices[-1]} are"
         runs.append(f"{which} {shape}")
-    return ", ".join(runs[:most]) + (f", and {len(runs) - most} more changes" if len(runs) > most else "")
+    return ", ".join(runs[:most]) + (
+        f", and {len(runs) - most} more changes" if len(runs) > most else ""
+    )
 
 
 # --- Releasing -------------------------------------------------------------------------------------

@@ -78,10 +78,14 @@ def rebuild(
 
 
 class _Rebuilder:
-    def __init__(self, tensor: Callable[[Tensor], Value], unknown: Callable[[object], Value]) -> None:
+    def __init__(
+        self, tensor: Callable[[Tensor], Value], unknown: Callable[[object], Value]
+    ) -> None:
         self.tensor = tensor
         self.unknown = unknown
-        self.made: dict[int, Value] = {}  # by id: what stands for a tensor, or for a container on the way down
+        self.made: dict[
+            int, Value
+        ] = {}  # by id: what stands for a tensor, or for a container on the way down
 
     def tree(self, value: Value) -> Value:
         if isinstance(value, _CONSTANTS):

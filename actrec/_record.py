@@ -132,7 +132,13 @@ class _Block(AbstractContextManager[Recorder]):
     """What ``with record(...)`` enters, once."""
 
     def __init__(
-        self, model: nn.Module, selection: Selection, capture: Capture, into: Callable[[], Any], *, inputs: bool
+        self,
+        model: nn.Module,
+        selection: Selection,
+        capture: Capture,
+        into: Callable[[], Any],
+        *,
+        inputs: bool,
     ) -> None:
         self._model = model
         self._selection = selection
@@ -147,7 +153,9 @@ class _Block(AbstractContextManager[Recorder]):
         if self._tracks:
             message = "record(): this block was entered before. Call record() again for another recording."
             raise ActrecError(message)
-        self._tracks = {choice.key: (choice, self._track(choice)) for choice in self._selection.choices}
+        self._tracks = {
+            choice.key: (choice, self._track(choice)) for choice in self._selection.choices
+        }
         recorder = self._recorder()
         hooks = Hooks()
         with ExitStack() as stack:
@@ -163,7 +171,10 @@ class _Block(AbstractContextManager[Recorder]):
         return recorder
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         session = self._session
         session.end(interrupted=kind is not None)
@@ -193,7 +204,11 @@ class _Block(AbstractContextManager[Recorder]):
 
     def _layer(self, name: str, kind: str) -> Layer:
         container = self._into()
-        return ListLayer(name, (), kind) if type(container) is list else SinkLayer(name, container, kind)
+        return (
+            ListLayer(name, (), kind)
+            if type(container) is list
+            else SinkLayer(name, container, kind)
+        )
 
     def _recorder(self) -> Recorder:
         tracks = {key: track for key, (_, track) in self._tracks.items()}
@@ -221,7 +236,9 @@ class _Block(AbstractContextManager[Recorder]):
 
 # --- Checks, all of them before anything has happened ------------------------------------------------
 
-_FORGOTTEN = "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"
+_FORGOTTEN = (
+    "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"
+)
 
 
 def _check(*, transform: object, into: object) -> None:

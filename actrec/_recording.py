@@ -111,7 +111,9 @@ class Layer(Sequence[Value]):
 
 
 def _held_bytes(values: Iterable[Value]) -> int:
-    places = {place: size for value in values for tensor in tensors(value) for place, size in held(tensor)}
+    places = {
+        place: size for value in values for tensor in tensors(value) for place, size in held(tensor)
+    }
     return sum(places.values())
 
 
@@ -334,10 +336,14 @@ class Recorder(Recording):
         has ended.
         """
         if not self._session.active:
-            message = f"acts.add({name!r}): the recording has ended. Add values inside the with block."
+            message = (
+                f"acts.add({name!r}): the recording has ended. Add values inside the with block."
+            )
             raise ActrecError(message)
         if name in self._tracks or name in self._aliases:
-            message = f"acts.add({name!r}): that is the name of a recorded layer. Choose another one."
+            message = (
+                f"acts.add({name!r}): that is the name of a recorded layer. Choose another one."
+            )
             raise ActrecError(message)
         if not self._session.recording:
             return

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "Query", "Selection", "select"]
 
 #: One layer query; ``record()`` also takes an iterable of them, or a mapping from them to transforms.
-Query: TypeAlias = str | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
+Query: TypeAlias = (
+    str | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
+)
 
 #: Segments that wrappers add to the names of what they wrap, their only child.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -89,7 +91,11 @@ def _inlined(names: list[_Name]) -> Iterator[str]:
             calls = (node.target for node in graph.module.graph.nodes if node.op == "call_module")
             called = tuple(f"{prefix}{target}." for target in calls)
             for name in names:
-                if name is not graph and name.full.startswith(prefix) and not f"{name.full}.".startswith(called):
+                if (
+                    name is not graph
+                    and name.full.startswith(prefix)
+                    and not f"{name.full}.".startswith(called)
+                ):
                     yield name.full
 
 
@@ -115,13 +121,15 @@ class _Model:
                 "the graph. Record the original module, or torch.export.unflatten(exported_program)"
             )
         if isinstance(name.module, torch.jit.ScriptModule):
-            return (
-                f"{spelled!r} is a {kind}: TorchScript runs no Python hooks. Record the original module"
-            )
+            return f"{spelled!r} is a {kind}: TorchScript runs no Python hooks. Record the original module"
         if _is_called(name.module):
             return None
         instead = f"{spelled}.*" if spelled else "*"
-        children = f" Write {instead!r} for its {len(name.module._modules)} children" if name.module._modules else ""
+        children = (
+            f" Write {instead!r} for its {len(name.module._modules)} children"
+            if name.module._modules
+            else ""
+        )
         return f"{spelled!r} is a {kind}, a container that is never called itself.{children}"
 
     def hookable(self) -> Iterator[_Name]:
@@ -134,7 +142,9 @@ class _Model:
             return self.by_full[query]
         short = ".".join(segment for segment in query.split(".") if segment not in WRAPPERS)
         for name in self.names:
-            if query == name.short or (short == name.short and _leaves_out_wrappers(query, name.full)):
+            if query == name.short or (
+                short == name.short and _leaves_out_wrappers(query, name.full)
+            ):
                 return name
         return None
 
@@ -222,7 +232,10 @@ def _leaves(model: _Model) -> list[tuple[str, nn.Module]]:
 
 
 def _is_leaf(name: _Name) -> bool:
-    return not any(child is not None and key != "parametrizations" for key, child in name.module._modules.items())
+    return not any(
+        child is not None and key != "parametrizations"
+        for key, child in name.module._modules.items()
+    )
 
 
 def _answer(model: _Model, query: Query | None) -> list[tuple[str, nn.Module]]:
@@ -253,12 +266,16 @@ def _answer(model: _Model, query: Query | None) -> list[tuple[str, nn.Module]]:
     raise SelectionError(message)
 
 
-def _flatten(queries: Any, transform: Transform | None) -> Iterator[tuple[Query | None, Transform | None]]:
+def _flatten(
+    queries: Any, transform: Transform | None
+) -> Iterator[tuple[Query | None, Transform | None]]:
     """The single queries, each with its transform."""
     if isinstance(queries, Mapping):
         for query, own in queries.items():
             if own is not None and not callable(own):
-                message = f"record(): the transform of {query!r} must be callable or None, not {own!r}."
+                message = (
+                    f"record(): the transform of {query!r} must be callable or None, not {own!r}."
+                )
                 raise OptionError(message)
             yield from _flatten(query, own or transform)
     elif isinstance(queries, Iterable) and not isinstance(queries, (str, nn.Module, type)):
@@ -274,7 +291,9 @@ def select(model: nn.Module, queries: Any, transform: Transform | None = None) -
     names = _Model(model)
     claims: dict[int, tuple[bool, Choice]] = {}
     for query, own in _flatten(queries, transform):
-        spelled_out = isinstance(query, (str, nn.Module)) and not (isinstance(query, str) and "*" in query)
+        spelled_out = isinstance(query, (str, nn.Module)) and not (
+            isinstance(query, str) and "*" in query
+        )
         for key, module in _answer(names, query):
             known = claims.get(id(module))
             if known and known[0] and spelled_out and known[1].transform is not own:
@@ -285,7 +304,9 @@ def select(model: nn.Module, queries: Any, transform: Transform | None = None) -
                 other = dict.fromkeys(s for n in names.of[id(module)] for s in (n.full, n.short))
                 claims[id(module)] = spelled_out, Choice(key, module, tuple(other), own)
     if not claims:
-        raise SelectionError(f"record(): no layers were given, {queries!r} is empty. None means every leaf module.")
+        raise SelectionError(
+            f"record(): no layers were given, {queries!r} is empty. None means every leaf module."
+        )
     choices = tuple(choice for _, choice in claims.values())
     return Selection(choices, tuple(_parents(names, choices)))
 
@@ -297,7 +318,9 @@ def _parents(model: _Model, choices: Iterable[Choice]) -> Iterator[nn.Module]:
         for name in model.of[id(choice.module)]:
             segments = name.full.split(".")
             above.update(".".join(segments[:depth]) for depth in range(1, len(segments)))
-    found = {id(n.module): n.module for n in model.names if n.full in above and model.why_not(n) is None}
+    found = {
+        id(n.module): n.module for n in model.names if n.full in above and model.why_not(n) is None
+    }
     return iter({id(model.names[0].module): model.names[0].module, **found}.values())
 
 
@@ -311,7 +334,9 @@ def _nothing(model: _Model, query: str, why_not: str | None = None) -> str:
     hint = ""
     if any(isinstance(name.module, torch.fx.GraphModule) for name in model.names):
         hint = " It is a traced graph: record the original module, or torch.export.unflatten(exported_program)."
-    return f"record(): {query!r} matches no layer of this {model.type}. {nearest(query, names)}{hint}"
+    return (
+        f"record(): {query!r} matches no layer of this {model.type}. {nearest(query, names)}{hint}"
+    )
 
 
 def _check_model(model: object) -> None:
@@ -328,7 +353,11 @@ def _check_model(model: object) -> None:
     elif isinstance(model, type) and issubclass(model, nn.Module):
         message = f"record() records a module, not the class {model.__name__}: create one first."
     else:
-        inside = [name for name, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)]
+        inside = [
+            name
+            for name, value in getattr(model, "__dict__", {}).items()
+            if isinstance(value, nn.Module)
+        ]
         if inside:
             message += f" It has modules inside: {listed(inside)}."
     raise UnsupportedModelError(message)

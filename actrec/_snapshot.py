@@ -77,7 +77,12 @@ SMALL = 4096
 def _can_share(tensor: Tensor) -> bool:
     # One of PyTorch's 700 operators cannot read shared memory: the backward of ctc_loss, of the losses
     # that it returned, one for each sample.
-    return tensor.dim() > 1 and type(tensor) is Tensor and _is_plain(tensor) and _fills_its_memory(tensor)
+    return (
+        tensor.dim() > 1
+        and type(tensor) is Tensor
+        and _is_plain(tensor)
+        and _fills_its_memory(tensor)
+    )
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -158,7 +163,11 @@ def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
 def _place(tensor: Tensor) -> object:
     # data_ptr() would end the sharing that it is asked about.
     plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
-    return (tensor.device, _data_address(tensor)) if plain and _data_address is not None else id(tensor)
+    return (
+        (tensor.device, _data_address(tensor))
+        if plain and _data_address is not None
+        else id(tensor)
+    )
 
 
 def _size(tensor: Tensor) -> int:

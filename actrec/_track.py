@@ -112,16 +112,22 @@ class Track:
         try:
             return capture(value, call)
         except CaptureError as error:
-            located = CaptureError(f"record() cannot keep call {call} of layer {capture.layer!r}: {error}.")
+            located = CaptureError(
+                f"record() cannot keep call {call} of layer {capture.layer!r}: {error}."
+            )
             self.session.failed(located)
             raise located from error
         except Exception as error:
             if not isinstance(error, TransformError):
-                error.add_note(f"raised while actrec recorded call {call} of layer {capture.layer!r}")
+                error.add_note(
+                    f"raised while actrec recorded call {call} of layer {capture.layer!r}"
+                )
             self.session.failed(error)
             raise
 
 
 def _is_symbolic(values: tuple[Value, ...]) -> bool:
     """Whether a compiler is reading the model: no tensor has a value then."""
-    return torch.compiler.is_compiling() or any(isinstance(value, torch.fx.Proxy) for value in values)
+    return torch.compiler.is_compiling() or any(
+        isinstance(value, torch.fx.Proxy) for value in values
+    )

@@ -24,7 +24,9 @@ _NEVER_CALLED = (
 )
 
 
-def warn_unused(model: nn.Module, tracks: Mapping[str, tuple[Choice, Track]], *, stacklevel: int) -> None:
+def warn_unused(
+    model: nn.Module, tracks: Mapping[str, tuple[Choice, Track]], *, stacklevel: int
+) -> None:
     """Warn once about all layers of which nothing was recorded."""
     unused: dict[str, list[str]] = {}
     for key, (choice, track) in tracks.items():
@@ -36,7 +38,9 @@ def warn_unused(model: nn.Module, tracks: Mapping[str, tuple[Choice, Track]], *,
     if ran:
         lines = [f"  {listed(keys)}: {cause}." for cause, keys in unused.items()]
         what = f"{sum(map(len, unused.values()))} of {len(tracks)} layers"
-        message = "\n".join([f"record(): nothing was recorded of {what} of this {type(model).__name__}.", *lines])
+        message = "\n".join(
+            [f"record(): nothing was recorded of {what} of this {type(model).__name__}.", *lines]
+        )
     else:
         message = (
             f"record(): nothing was recorded, this {type(model).__name__} was not called inside the with block."
@@ -48,7 +52,9 @@ def warn_unused(model: nn.Module, tracks: Mapping[str, tuple[Choice, Track]], *,
 def _cause(model: nn.Module, choice: Choice, track: Track) -> str:
     module = choice.module
     if track.called:
-        return f"the transform returned None for all of its {track.called} calls, which skips a call"
+        return (
+            f"the transform returned None for all of its {track.called} calls, which skips a call"
+        )
     if track.recomputed:
         return (
             f"all of its {track.recomputed} calls ran inside backward(), where activation checkpointing recomputes "

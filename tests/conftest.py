@@ -43,5 +43,7 @@ def _no_hook_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     watch("register_forward_hook")
     watch("register_forward_pre_hook")
     yield
-    left = {id(module): module for ref in hooked if (module := ref()) is not None and own_hooks(module)}
+    left = {
+        id(module): module for ref in hooked if (module := ref()) is not None and own_hooks(module)
+    }
     assert not left, f"hooks of actrec were left behind on {list(left.values())[:3]}"

@@ -40,7 +40,9 @@ pytestmark = [
     # An LSTM with proj_size says once in a process that it takes the general implementation.
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported:UserWarning"),
     # PyTorch's prototype of nested tensors, which the fast path of TransformerEncoder makes of padding.
-    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The PyTorch API of nested tensors is in prototype:UserWarning"
+    ),
     # Lazy modules say on construction that they are in development.
     pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning"),
 ]
@@ -78,16 +80,23 @@ def _computed(*shape: int) -> Callable[[torch.dtype], tuple[Any, ...]]:
 
 
 def _several(count: int, *shape: int) -> Callable[[torch.dtype], tuple[Any, ...]]:
-    return lambda dtype: tuple(torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(count))
+    return lambda dtype: tuple(
+        torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(count)
+    )
 
 
 def _and_classes(*shape: int) -> Callable[[torch.dtype], tuple[Any, ...]]:
-    return lambda dtype: (torch.randn(shape, dtype=dtype, requires_grad=True), torch.tensor([0, 3, 5, 1]))
+    return lambda dtype: (
+        torch.randn(shape, dtype=dtype, requires_grad=True),
+        torch.tensor([0, 3, 5, 1]),
+    )
 
 
 def _pooled(pool: Callable[..., Any], *shape: int) -> Callable[[torch.dtype], tuple[Any, ...]]:
     """What a max pool returns with its indices, which is what unpooling takes."""
-    return lambda dtype: pool(torch.randn(shape, dtype=dtype, requires_grad=True), 2, return_indices=True)
+    return lambda dtype: pool(
+        torch.randn(shape, dtype=dtype, requires_grad=True), 2, return_indices=True
+    )
 
 
 def _packed(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -107,20 +116,37 @@ OWN: dict[str, list[Row]] = {
     "AdaptiveLogSoftmaxWithLoss": [
         (partial(nn.AdaptiveLogSoftmaxWithLoss, 8, 6, cutoffs=[2]), _and_classes(4, 8))
     ],
-    "AlphaDropout": [(nn.AlphaDropout, _random(4, 6)), (partial(nn.AlphaDropout, inplace=True), _computed(4, 6))],
+    "AlphaDropout": [
+        (nn.AlphaDropout, _random(4, 6)),
+        (partial(nn.AlphaDropout, inplace=True), _computed(4, 6)),
+    ],
     "ChannelShuffle": [(partial(nn.ChannelShuffle, 2), _random(2, 4, 3, 3))],
     "CosineSimilarity": [(nn.CosineSimilarity, _several(2, 4, 6))],
     "CrossMapLRN2d": [(partial(nn.CrossMapLRN2d, 3), _random(2, 4, 5, 5))],
     "Dropout": [(nn.Dropout, _random(4, 6)), (partial(nn.Dropout, inplace=True), _computed(4, 6))],
-    "Dropout1d": [(nn.Dropout1d, _random(2, 4, 6)), (partial(nn.Dropout1d, inplace=True), _computed(2, 4, 6))],
-    "Dropout2d": [(nn.Dropout2d, _random(2, 4, 3, 3)), (partial(nn.Dropout2d, inplace=True), _computed(2, 4, 3, 3))],
+    "Dropout1d": [
+        (nn.Dropout1d, _random(2, 4, 6)),
+        (partial(nn.Dropout1d, inplace=True), _computed(2, 4, 6)),
+    ],
+    "Dropout2d": [
+        (nn.Dropout2d, _random(2, 4, 3, 3)),
+        (partial(nn.Dropout2d, inplace=True), _computed(2, 4, 3, 3)),
+    ],
     "Dropout3d": [(nn.Dropout3d, _random(2, 4, 3, 3, 3))],
     "ELU": [(partial(nn.ELU, inplace=True), _computed(4, 6))],
     "EmbeddingBag": [
-        (partial(nn.EmbeddingBag, 6, 4, mode=mode), lambda _: (torch.tensor([[0, 1, 5], [2, 2, 3]]),))
+        (
+            partial(nn.EmbeddingBag, 6, 4, mode=mode),
+            lambda _: (torch.tensor([[0, 1, 5], [2, 2, 3]]),),
+        )
         for mode in ("sum", "mean", "max")
     ],
-    "Embedding": [(partial(nn.Embedding, 6, 4, max_norm=0.5), lambda _: (torch.tensor([[0, 1, 5], [2, 2, 3]]),))],
+    "Embedding": [
+        (
+            partial(nn.Embedding, 6, 4, max_norm=0.5),
+            lambda _: (torch.tensor([[0, 1, 5], [2, 2, 3]]),),
+        )
+    ],
     "FeatureAlphaDropout": [(nn.FeatureAlphaDropout, _random(2, 4, 3, 3))],
     "Flatten": [(nn.Flatten, _random(2, 4, 3)), (nn.Flatten, _random(2, 4))],
     "Fold": [(partial(nn.Fold, (4, 5), (2, 2)), _random(1, 8, 12))],
@@ -161,7 +187,9 @@ OWN: dict[str, list[Row]] = {
     "Unflatten": [(partial(nn.Unflatten, 1, (2, 3)), _random(4, 6))],
     "Unfold": [(partial(nn.Unfold, 2), _random(1, 2, 5, 5))],
     "Upsample": [(partial(nn.Upsample, scale_factor=2), _random(1, 2, 3, 3))],
-    "UpsamplingBilinear2d": [(partial(nn.UpsamplingBilinear2d, scale_factor=2), _random(1, 2, 3, 3))],
+    "UpsamplingBilinear2d": [
+        (partial(nn.UpsamplingBilinear2d, scale_factor=2), _random(1, 2, 3, 3))
+    ],
     "UpsamplingNearest2d": [(partial(nn.UpsamplingNearest2d, scale_factor=2), _random(1, 2, 3, 3))],
 }
 
@@ -197,10 +225,19 @@ def samples(name: str, *, training: bool) -> Iterator[Sample]:
             yield Sample(f"{where}, own sample", make_ready, arguments(dtype), {})
 
 
-def _from_database(info: Any, dtype: torch.dtype, where: str, *, training: bool) -> Iterator[Sample]:
-    options: dict[str, Any] = {"device": "cpu", "dtype": dtype, "requires_grad": True, "training": training}
+def _from_database(
+    info: Any, dtype: torch.dtype, where: str, *, training: bool
+) -> Iterator[Sample]:
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": dtype,
+        "requires_grad": True,
+        "training": training,
+    }
     for number, found in enumerate(spread(info.module_inputs_func(info, **options))):
-        make = partial(info.module_cls, *found.constructor_input.args, **found.constructor_input.kwargs)
+        make = partial(
+            info.module_cls, *found.constructor_input.args, **found.constructor_input.kwargs
+        )
         label = f"{where}, sample {number} {found.desc}"
         ready = partial(_ready, make, dtype, training=training)
         yield Sample(label, ready, found.forward_input.args, found.forward_input.kwargs)
@@ -307,8 +344,18 @@ def gradients(module: nn.Module, output: Any, given: Any) -> list[Tensor | None]
 
 def hooks_of(module: nn.Module) -> list[object]:
     """All forward hooks, of the module and of those inside."""
-    tables = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs")
-    return [hook for child in module.modules() for table in tables for hook in vars(child)[table].values()]
+    tables = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_forward_hooks_always_called",
+        "_forward_hooks_with_kwargs",
+    )
+    return [
+        hook
+        for child in module.modules()
+        for table in tables
+        for hook in vars(child)[table].values()
+    ]
 
 
 @contextmanager
@@ -364,7 +411,11 @@ def check_itself(sample: Sample, mode: AbstractContextManager[Any]) -> int:
     assert_same(list(acts[""]), trusted)
     expected_gradients = gradients(twin, expected.output, given_twin)
     assert_same(gradients(module, actual.output, given), expected_gradients)
-    around = [actual.output, given, [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]]
+    around = [
+        actual.output,
+        given,
+        [tensor.detach() for tensor in (*module.parameters(), *module.buffers())],
+    ]
     check_independent(acts[""][0], trusted[0], around)
     return sum(gradient is not None for gradient in expected_gradients)
 
@@ -401,7 +452,9 @@ class Reference:
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self.inputs: dict[str, list[Any]] = {name: [] for name in modules}
         self.outputs: dict[str, list[Any]] = {name: [] for name in modules}
-        self._handles = [handle for name, module in modules.items() for handle in self._watch(name, module)]
+        self._handles = [
+            handle for name, module in modules.items() for handle in self._watch(name, module)
+        ]
 
     def _watch(self, name: str, module: nn.Module) -> Iterator[RemovableHandle]:
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -427,7 +480,9 @@ def warned_of(reference: Reference) -> Iterator[None]:
         yield
     unused = [name for name, calls in reference.outputs.items() if not calls]
     text = "".join(str(warning.message) for warning in caught)
-    assert {warning.category for warning in caught} == ({UnusedLayerWarning} if unused else set()), text
+    assert {warning.category for warning in caught} == (
+        {UnusedLayerWarning} if unused else set()
+    ), text
     assert all(repr(name) in text for name in unused[:8])
 
 
@@ -454,7 +509,11 @@ def check_leaves(sample: Sample, mode: AbstractContextManager[Any]) -> int:
 def test_every_leaf_is_recorded_call_by_call_with_what_it_received(name: str) -> None:
     for mode, sample in modes_and_samples(name):
         with named(sample):
-            assert check_leaves(sample, mode) or not sample.make()._modules or name == "MultiheadAttention"
+            assert (
+                check_leaves(sample, mode)
+                or not sample.make()._modules
+                or name == "MultiheadAttention"
+            )
 
 
 @pytest.mark.parametrize("name", CONTAINERS)

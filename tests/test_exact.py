@@ -99,7 +99,9 @@ def test_outputs_and_inputs_stay_what_they_were_whatever_writes_to_them(
 
 
 @pytest.mark.parametrize("mutate", MUTATORS.values(), ids=MUTATORS)
-def test_writing_to_a_recorded_value_changes_nothing_else(mutate: Callable[[Tensor], object]) -> None:
+def test_writing_to_a_recorded_value_changes_nothing_else(
+    mutate: Callable[[Tensor], object],
+) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Identity())
     x = torch.randn(3, 4)
     with torch.no_grad(), record(model) as acts:
@@ -151,7 +153,14 @@ def test_a_layer_that_returns_its_own_state_is_recorded_step_by_step(what: str) 
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Identity(), nn.Dropout(0.5).eval(), nn.Dropout(0.0), nn.Flatten(), nn.Sequential(), nn.ReLU(inplace=True)],
+    [
+        nn.Identity(),
+        nn.Dropout(0.5).eval(),
+        nn.Dropout(0.0),
+        nn.Flatten(),
+        nn.Sequential(),
+        nn.ReLU(inplace=True),
+    ],
     ids=lambda layer: type(layer).__name__,
 )
 def test_a_layer_that_returns_its_input_is_recorded_as_a_value_of_its_own(layer: nn.Module) -> None:
@@ -249,7 +258,9 @@ EXOTIC: dict[str, Callable[[], Tensor]] = {
     "csr": lambda: torch.eye(3).to_sparse_csr(),
     "mkldnn": lambda: torch.randn(3, 3).to_mkldnn(),
     "quantized": lambda: torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8),
-    "jagged": lambda: torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(1, 3)], layout=torch.jagged),
+    "jagged": lambda: torch.nested.nested_tensor(
+        [torch.randn(2, 3), torch.randn(1, 3)], layout=torch.jagged
+    ),
     "nested": lambda: torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(1, 3)]),
     "conj": lambda: torch.randn(3, dtype=torch.complex64).conj(),
     "neg": lambda: torch.randn(3, dtype=torch.complex64).conj().imag,
@@ -337,11 +348,21 @@ def test_a_transform_runs_in_a_clean_room(mode: Callable[[], Any]) -> None:
     seen = []
 
     def transform(t: Tensor) -> Tensor:
-        seen.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")))
+        seen.append(
+            (
+                torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+                torch.is_autocast_enabled("cpu"),
+            )
+        )
         return t.float() @ t.float().T
 
     model = nn.Sequential(nn.Linear(4, 3), nn.Flatten(0), nn.Unflatten(0, (5, 3)))[:1]
-    with mode(), torch.autocast("cpu", dtype=torch.bfloat16), record(model, "0", transform=transform) as acts:
+    with (
+        mode(),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        record(model, "0", transform=transform) as acts,
+    ):
         model(torch.randn(5, 4))
         assert torch.is_autocast_enabled("cpu")
     assert seen == [(False, False, False)]
@@ -372,9 +393,15 @@ def test_a_transform_may_write_to_a_value_that_was_copied_for_it(
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_transform_that_writes_to_the_models_own_tensor_is_an_error(mode: Callable[[], Any]) -> None:
+def test_a_transform_that_writes_to_the_models_own_tensor_is_an_error(
+    mode: Callable[[], Any],
+) -> None:
     model = Takes(lambda t: t[:, :2])
-    with mode(), pytest.raises(TransformError, match="layer ''"), record(model, "", transform=torch.relu_):
+    with (
+        mode(),
+        pytest.raises(TransformError, match="layer ''"),
+        record(model, "", transform=torch.relu_),
+    ):
         model(torch.randn(5000, 4))
 
 
@@ -389,21 +416,33 @@ def test_a_transform_that_draws_random_numbers_leaves_the_models_stream_alone() 
 
 
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
-@pytest.mark.parametrize("options", [{}, {"transform": torch.sum}, {"dtype": torch.float64}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"transform": torch.sum}, {"dtype": torch.float64}], ids=str
+)
 def test_inside_torch_func_recording_refuses_by_name(
-    transform: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]], options: dict[str, Any]
+    transform: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]],
+    options: dict[str, Any],
 ) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     with pytest.raises(CaptureError, match="call 0 of layer '1'"), record(model, "1", **options):
-        transform(lambda x: model(x).sum())(torch.randn(3) if transform is torch.func.grad else torch.randn(2, 3))
+        transform(lambda x: model(x).sum())(
+            torch.randn(3) if transform is torch.func.grad else torch.randn(2, 3)
+        )
 
 
 def test_device_and_dtype_say_where_and_as_what_values_are_kept() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), Takes(lambda t: (t, t > 0, t.to(torch.complex64), torch.arange(3))))  # type: ignore[arg-type,return-value]
+    model = nn.Sequential(
+        nn.Linear(4, 3), Takes(lambda t: (t, t > 0, t.to(torch.complex64), torch.arange(3)))
+    )  # type: ignore[arg-type,return-value]
     with record(model, dtype=torch.float16) as acts:
         model(torch.randn(5, 4))
     assert acts["0"][0].dtype == torch.float16
-    assert [t.dtype for t in acts["1"][0]] == [torch.float16, torch.bool, torch.complex64, torch.int64]
+    assert [t.dtype for t in acts["1"][0]] == [
+        torch.float16,
+        torch.bool,
+        torch.complex64,
+        torch.int64,
+    ]
     with record(model, "0", device="meta", inputs=True) as acts:
         model(torch.randn(5, 4))
     assert acts["0"][0].device.type == acts.inputs["0"][0]["input"].device.type == "meta"
@@ -412,7 +451,9 @@ def test_device_and_dtype_say_where_and_as_what_values_are_kept() -> None:
     assert acts["0"][0].device.type == "cpu"
 
 
-@pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"dtype": torch.float32}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"dtype": torch.float64}, {"dtype": torch.float32}, {}], ids=str
+)
 def test_without_detach_gradients_flow_through_recorded_values(options: dict[str, Any]) -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
     x = torch.randn(5, 4)
@@ -434,7 +475,9 @@ def test_sharing_memory_does_not_get_in_the_way_of_any_backward() -> None:
     assert torch.equal(acts[""][0], out)
 
 
-def test_a_tensor_that_fills_its_memory_is_shared_until_somebody_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensor_that_fills_its_memory_is_shared_until_somebody_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.undo()
     model = nn.Linear(64, 128)
     with record(model, "") as acts:

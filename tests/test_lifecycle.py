@@ -89,7 +89,9 @@ def test_no_hook_is_placed_if_a_query_is_wrong(model: Net) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_all_hooks_are_placed_or_none(model: Net, error: type[BaseException], monkeypatch: Any) -> None:
+def test_all_hooks_are_placed_or_none(
+    model: Net, error: type[BaseException], monkeypatch: Any
+) -> None:
     before = tables(model)
 
     def fail(*_: object, **__: object) -> RemovableHandle:
@@ -101,7 +103,9 @@ def test_all_hooks_are_placed_or_none(model: Net, error: type[BaseException], mo
     assert tables(model) == before
 
 
-def test_a_failing_remove_does_not_keep_the_others_and_is_told(model: Net, monkeypatch: Any) -> None:
+def test_a_failing_remove_does_not_keep_the_others_and_is_told(
+    model: Net, monkeypatch: Any
+) -> None:
     before = tables(model)
     remove = RemovableHandle.remove
     failed: list[RemovableHandle] = []
@@ -346,7 +350,9 @@ def _fails_on(value: float) -> Any:
 def test_a_transform_that_raises_names_layer_and_call_and_keeps_what_came_before() -> None:
     model = nn.Sequential(nn.Identity(), nn.Identity())
     with (
-        pytest.raises(TransformError, match=r"layer '1' raised ValueError on call 2: no good") as caught,
+        pytest.raises(
+            TransformError, match=r"layer '1' raised ValueError on call 2: no good"
+        ) as caught,
         record(model, {"0": None, "1": _fails_on(2.0)}) as acts,
     ):
         for step in range(4):
@@ -369,7 +375,9 @@ def test_a_transforms_error_that_the_model_swallows_is_raised_at_the_end() -> No
 
 def test_a_transforms_error_that_the_caller_handled_is_not_raised_again() -> None:
     model = Fails()
-    with record(model, "a", transform=lambda t: t if t.shape[0] == 2 else t.no_such_thing()) as acts:
+    with record(
+        model, "a", transform=lambda t: t if t.shape[0] == 2 else t.no_such_thing()
+    ) as acts:
         model(X)
         with pytest.raises(TransformError):
             model(torch.ones(3, 4))
@@ -393,7 +401,9 @@ def test_a_failed_pass_keeps_the_layers_joinable_through_their_passes() -> None:
 
 
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
-def test_after_an_interrupt_that_was_caught_the_next_call_is_a_new_pass(error: type[BaseException]) -> None:
+def test_after_an_interrupt_that_was_caught_the_next_call_is_a_new_pass(
+    error: type[BaseException],
+) -> None:
     model = Fails()
     outer = nn.Sequential(model)
     with record(outer, ["0.a", "0.b"]) as acts:
@@ -437,10 +447,14 @@ def test_eight_threads_through_one_model_give_one_record_for_each_call_with_its_
         for thread in threads:
             thread.join()
     assert acts.num_passes == 400
-    by_pass = [dict(zip(acts[name].passes, map(float, acts[name]), strict=True)) for name in ("0", "1")]
+    by_pass = [
+        dict(zip(acts[name].passes, map(float, acts[name]), strict=True)) for name in ("0", "1")
+    ]
     assert by_pass[0] == by_pass[1]
     assert sorted(by_pass[0].values()) == [float(i) for i in range(400)]
-    assert [float(given["input"]) for given in acts.inputs["1"]] == [float(value) for value in acts["1"]]
+    assert [float(given["input"]) for given in acts.inputs["1"]] == [
+        float(value) for value in acts["1"]
+    ]
 
 
 def test_the_replicas_of_data_parallel_are_recorded_by_layer_name_in_the_callers_pass() -> None:

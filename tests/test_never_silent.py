@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actrec import ActrecError, Opaque, SelectionError, UnsupportedModelError, UnusedLayerWarning, record
+from actrec import (
+    ActrecError,
+    Opaque,
+    SelectionError,
+    UnsupportedModelError,
+    UnusedLayerWarning,
+    record,
+)
 
 X = torch.ones(2, 4)
 
@@ -32,7 +39,10 @@ class Roundabout(nn.Module):
 def test_layers_that_are_used_without_being_called_are_named_in_one_warning() -> None:
     model = Roundabout()
     with (
-        pytest.warns(UnusedLayerWarning, match=r"3 of 4 layers of this Roundabout.\n  'b', 'c', 'unused'.*\.forward\(\)") as caught,
+        pytest.warns(
+            UnusedLayerWarning,
+            match=r"3 of 4 layers of this Roundabout.\n  'b', 'c', 'unused'.*\.forward\(\)",
+        ) as caught,
         record(model) as acts,
     ):
         model(X)
@@ -42,7 +52,10 @@ def test_layers_that_are_used_without_being_called_are_named_in_one_warning() ->
 
 
 def test_a_model_that_was_not_called_is_said_once() -> None:
-    with pytest.warns(UnusedLayerWarning, match="this Linear was not called inside") as caught, record(nn.Linear(4, 4)):
+    with (
+        pytest.warns(UnusedLayerWarning, match="this Linear was not called inside") as caught,
+        record(nn.Linear(4, 4)),
+    ):
         pass
     assert len(caught) == 1
 
@@ -59,7 +72,10 @@ def test_the_projection_inside_attention_is_explained(train: bool) -> None:
     model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).train(train)
     with (
         torch.set_grad_enabled(train),
-        pytest.warns(UnusedLayerWarning, match=r"'self_attn.out_proj': nn.MultiheadAttention uses its weights"),
+        pytest.warns(
+            UnusedLayerWarning,
+            match=r"'self_attn.out_proj': nn.MultiheadAttention uses its weights",
+        ),
         record(model) as acts,
     ):
         model(X[None])
@@ -94,11 +110,17 @@ def test_dropout_inside_fused_attention_is_explained() -> None:
 
 def test_a_module_that_was_replaced_inside_the_block_is_explained() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    with pytest.warns(UnusedLayerWarning, match="'0': another module was put in its place"), record(model):
+    with (
+        pytest.warns(UnusedLayerWarning, match="'0': another module was put in its place"),
+        record(model),
+    ):
         model[0] = nn.Linear(4, 4)
         model(X)
     model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU())
-    with pytest.warns(UnusedLayerWarning, match="'0.0': another module was put in its place"), record(model, ["0.0", "1"]):
+    with (
+        pytest.warns(UnusedLayerWarning, match="'0.0': another module was put in its place"),
+        record(model, ["0.0", "1"]),
+    ):
         del model[0]
         model(X)
 
@@ -108,7 +130,10 @@ def test_a_transform_that_never_returns_a_value_is_explained() -> None:
         t.mean()
 
     model = nn.Linear(4, 4)
-    with pytest.warns(UnusedLayerWarning, match="returned None for all of its 2 calls"), record(model, transform=forgets_to_return):
+    with (
+        pytest.warns(UnusedLayerWarning, match="returned None for all of its 2 calls"),
+        record(model, transform=forgets_to_return),
+    ):
         model(X)
         model(X)
 
@@ -128,7 +153,10 @@ def test_calls_that_only_ran_inside_backward_are_explained() -> None:
         model[1](X)
 
     x = X.clone().requires_grad_()
-    with pytest.warns(UnusedLayerWarning, match=r"'1': all of its 1 calls ran inside backward\(\)"), record(model, ["0", "1"]):
+    with (
+        pytest.warns(UnusedLayerWarning, match=r"'1': all of its 1 calls ran inside backward\(\)"),
+        record(model, ["0", "1"]),
+    ):
         out = model[0](x)
         out.register_hook(hook)
         out.sum().backward()
@@ -141,7 +169,9 @@ def test_calls_that_only_ran_inside_backward_are_explained() -> None:
 class TestTorchScript:
     """TorchScript runs no Python hooks."""
 
-    @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)], ids=["script", "trace"])
+    @pytest.mark.parametrize(
+        "make", [torch.jit.script, lambda m: torch.jit.trace(m, X)], ids=["script", "trace"]
+    )
     def test_a_scripted_model_is_refused_with_advice(self, make: object) -> None:
         scripted = make(nn.Sequential(nn.Linear(4, 4)))  # type: ignore[operator]
         with pytest.raises(UnsupportedModelError, match="Record the original module"):
@@ -156,7 +186,9 @@ class TestTorchScript:
             traced = torch.jit.trace(model, X, check_trace=False)
             model(X)
         assert [len(layer) for layer in acts.values()] == [1, 1]
-        assert [node.kind() for node in traced.inlined_graph.nodes()] == [node.kind() for node in plain.inlined_graph.nodes()]
+        assert [node.kind() for node in traced.inlined_graph.nodes()] == [
+            node.kind() for node in plain.inlined_graph.nodes()
+        ]
 
 
 class Branching(nn.Module):
@@ -218,7 +250,9 @@ def test_exporting_inside_the_block_records_nothing_of_it(strict: bool) -> None:
 def test_forgetting_the_with_is_explained() -> None:
     acts = record(nn.Linear(4, 4))
     for mistake in (lambda: acts[""], lambda: acts.num_passes):  # type: ignore[index,attr-defined]
-        with pytest.raises((ActrecError, AttributeError), match=re.escape("with record(model, ...) as acts:")):
+        with pytest.raises(
+            (ActrecError, AttributeError), match=re.escape("with record(model, ...) as acts:")
+        ):
             mistake()
 
 

@@ -77,7 +77,9 @@ def test_what_checkpointing_recomputes_is_not_recorded_again(
                 net(X.clone().requires_grad_()).sum().backward()
         runs.append((acts, [p.grad for p in net.parameters()]))
     (expected, grads), (got, checkpointed_grads) = runs
-    assert {name: layer.passes for name, layer in got.items()} == {n: layer.passes for n, layer in expected.items()}
+    assert {name: layer.passes for name, layer in got.items()} == {
+        n: layer.passes for n, layer in expected.items()
+    }
     for name in expected:
         assert all(map(torch.equal, got[name], expected[name]))
     assert all(map(torch.equal, grads, checkpointed_grads))
@@ -188,7 +190,14 @@ def test_a_pass_in_which_no_chosen_layer_runs_counts() -> None:
 
 def test_inputs_are_named_after_the_parameters_of_forward() -> None:
     class Many(nn.Module):
-        def forward(self, x: Tensor, y: Tensor | None = None, *rest: Tensor, scale: float = 1.0, **more: Tensor) -> Tensor:
+        def forward(
+            self,
+            x: Tensor,
+            y: Tensor | None = None,
+            *rest: Tensor,
+            scale: float = 1.0,
+            **more: Tensor,
+        ) -> Tensor:
             return x
 
     model = Many()
@@ -196,7 +205,11 @@ def test_inputs_are_named_after_the_parameters_of_forward() -> None:
         model(X)
         model(X, X, X, X, scale=2.0, z=X)
         model(x=X)
-    assert [list(given) for given in acts.inputs[""]] == [["x"], ["x", "y", "rest", "scale", "z"], ["x"]]
+    assert [list(given) for given in acts.inputs[""]] == [
+        ["x"],
+        ["x", "y", "rest", "scale", "z"],
+        ["x"],
+    ]
     assert acts.inputs[""][1]["scale"] == 2.0
     assert len(acts.inputs[""][1]["rest"]) == 2
 
@@ -204,7 +217,9 @@ def test_inputs_are_named_after_the_parameters_of_forward() -> None:
 def test_inputs_that_a_later_pre_hook_replaces_stay_paired_with_their_call() -> None:
     model = nn.Linear(4, 4)
     with record(model, "", inputs=True) as acts:
-        handle = model.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] * 2,), {}), with_kwargs=True)
+        handle = model.register_forward_pre_hook(
+            lambda module, args, kwargs: ((args[0] * 2,), {}), with_kwargs=True
+        )
         model(X)
         handle.remove()
     assert torch.equal(acts.inputs[""][0]["input"], X)
@@ -214,7 +229,9 @@ def test_a_call_that_had_begun_before_it_was_hooked_has_no_inputs() -> None:
     class Late(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_forward_hook(lambda *_: None)  # or else torch leaves out all hooks of this call
+            self.register_forward_hook(
+                lambda *_: None
+            )  # or else torch leaves out all hooks of this call
 
         def forward(self, x: Tensor) -> Tensor:
             self.block = record(self, "", inputs=True)

@@ -29,7 +29,9 @@ def shared(values: Any) -> list[Tensor]:
     twins = [
         _snapshot._lazy_clone(tensor.detach())
         for tensor in tree_leaves(values)
-        if type(tensor) is Tensor and _snapshot._is_plain(tensor) and _snapshot._fills_its_memory(tensor)
+        if type(tensor) is Tensor
+        and _snapshot._is_plain(tensor)
+        and _snapshot._fills_its_memory(tensor)
     ]
     return [twin for twin in twins if twin is not None]
 
@@ -38,7 +40,7 @@ def breaks(call: Any) -> tuple[bool, Any]:
     """Whether a call fails because of shared memory, and what it returns."""
     try:
         return False, call()
-    except Exception as error:  # noqa: BLE001  # many samples of the database cannot run, shared or not
+    except Exception as error:  # many samples of the database cannot run, shared or not
         return "ParallelGuard" in str(error) or "COW" in str(error), None
 
 
@@ -47,7 +49,9 @@ def failures() -> Iterator[tuple[str, str]]:
     for op in op_db:
         if torch.float32 not in op.dtypes:
             continue
-        samples = breaks(lambda: list(op.sample_inputs("cpu", torch.float32, requires_grad=op.supports_autograd)))[1]  # noqa: B023
+        samples = breaks(
+            lambda: list(op.sample_inputs("cpu", torch.float32, requires_grad=op.supports_autograd))
+        )[1]
         for sample in (samples or [])[:8]:
             twins = shared((sample.input, sample.args, sample.kwargs))
             broken, out = breaks(lambda: op(sample.input, *sample.args, **sample.kwargs))  # noqa: B023
