@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["layer_line", "table"]
 
 MOST_ROWS = 60
+KILO = 1000
+UNITS = ("kB", "MB", "GB", "TB", "PB")
 
 
 def size(nbytes: int) -> str:
@@ -25,12 +27,13 @@ def size(nbytes: int) -> str:
     >>> size(120), size(4_900_000)
     ('120 B', '4.9 MB')
     """
-    amount, unit = float(nbytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        if amount < 999.95 or unit == "PB":
-            break
-        amount /= 1000
-    return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+    if nbytes < KILO:
+        return f"{nbytes} B"
+    amount, units = nbytes / KILO, iter(UNITS)
+    unit = next(units)
+    while round(amount, 1) >= KILO and unit != UNITS[-1]:
+        amount, unit = amount / KILO, next(units)
+    return f"{amount:.1f} {unit}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -53,7 +56,7 @@ def _ranges(shapes: set[tuple[int | str, ...]]) -> str:
     """
     if len({len(shape) for shape in shapes}) > 1 or (("nested",) in shapes and len(shapes) > 1):
         return f"{len(shapes)} different shapes"
-    columns = [sorted(set(column)) for column in zip(*shapes, strict=True)]  # type: ignore[type-var]
+    columns = [sorted(set(column)) for column in zip(*shapes, strict=True)]
     texts = [str(c[0]) if len(c) == 1 else f"{c[0]}-{c[-1]}" for c in columns]
     return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
 

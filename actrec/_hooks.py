@@ -104,7 +104,7 @@ class BeginPass(Hook[Session]):
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_pre_hook(self, prepend=True)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
         session = self._target()
         if (
             session is not None
@@ -121,7 +121,7 @@ class EndPass(Hook[Session]):
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self, always_call=True)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         session = self._target()
         if session is not None and not is_dynamo_compiling() and is_own_call():
             session.passes.end(module)
@@ -153,7 +153,7 @@ class Hooks:
             module, hook, handle = self._placed.pop()
             try:
                 handle.remove()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # raised below, all the same
                 failures.append(error)
             _delete(module, hook)
         if failures:

@@ -31,19 +31,24 @@ def joined(layer: Layer, how: How, dim: int, *, release: bool = False) -> Value:
     columns = _columns(call, layer)
     for column in columns:
         _check_column(call, how, dim, column)
-    if release and not any(tensor.requires_grad for column in columns for tensor in column):
+    if release and _can_release(layer, columns):
         results = [_empty_result(how, dim, column) for column in columns]
-        first = layer[0]
-        del columns, column
+        value = _filled(layer[0], results)
+        columns.clear()
+        del column
         _move(layer, results, how, dim)
-    else:
-        function = torch.cat if how == "cat" else torch.stack
-        results = [function(column, dim) for column in columns]
-        first = layer[0]
-        if release:
-            layer.clear()  # type: ignore[attr-defined]
+        return value
+    function = torch.cat if how == "cat" else torch.stack
+    value = _filled(layer[0], [function(column, dim) for column in columns])
+    if release:
+        layer.clear()
+    return value
+
+
+def _filled(value: Value, results: list[Tensor]) -> Value:
+    """A value of the same structure, with the results in the places of its tensors."""
     remaining = iter(results)
-    return rebuild(first, lambda _: next(remaining))
+    return rebuild(value, lambda _: next(remaining))
 
 
 # --- Checking --------------------------------------------------------------------------------------
@@ -130,17 +135,21 @@ def _empty_result(how: How, dim: int, column: list[Tensor]) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=column[0].device)
 
 
+def _can_release(layer: Any, columns: list[list[Tensor]]) -> bool:
+    """Whether calls can be dropped one by one: from a container that can, and not those of a graph."""
+    return hasattr(layer, "pop") and not any(t.requires_grad for column in columns for t in column)
+
+
 def _move(layer: Any, results: list[Tensor], how: How, dim: int) -> None:
-    """Copy call after call into the results, and drop each one as soon as it is copied."""
-    starts = [0] * len(results)
-    for index in range(len(layer)):
-        for place, tensor in enumerate(tensors(layer[index])):
+    """Copy call after call into the results, the last one first, and drop each as soon as it is copied."""
+    ends = [result.shape[dim] for result in results]
+    while len(layer):
+        index = len(layer) - 1
+        for place, tensor in enumerate(tensors(layer.pop())):
             if how == "stack":
                 results[place].select(dim, index).copy_(tensor)
             else:
-                size = tensor.shape[dim]
-                results[place].narrow(dim, starts[place], size).copy_(tensor)
-                starts[place] += size
+                ends[place] -= tensor.shape[dim]
+                results[place].narrow(dim, ends[place], tensor.shape[dim]).copy_(tensor)
             del tensor
-        layer[index] = None
     layer.clear()

@@ -12,12 +12,14 @@ import copy
 import dataclasses
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
 from enum import Enum
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Opaque", "Value", "opaque", "rebuild", "tensors"]
 
@@ -107,9 +109,7 @@ class _Rebuilder:
             return self._dict(value)
         if dataclasses.is_dataclass(value) and not isinstance(value, Opaque):
             return self._attributes(value, object.__new__(type(value)))
-        if _is_array(value):
-            return copy.copy(value)
-        return self.unknown(value)
+        return copy.copy(value) if _is_array(value) else self.unknown(value)
 
     def _tuple(self, value: tuple[Value, ...]) -> Value:
         items = [self.tree(item) for item in value]

@@ -21,6 +21,7 @@ from torch.utils import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+    from types import FrameType
 
 __all__ = ["Passes", "is_own_call"]
 
@@ -30,17 +31,17 @@ __all__ = ["Passes", "is_own_call"]
 
 def _is_recomputing() -> int:
     """Stands in for the number of the running backward: -1 unless a checkpoint is being recomputed."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_filename == checkpoint.__file__ and code.co_name in {"backward", "unpack_hook"}:
             return 0
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return -1
 
 
 _backward_number = getattr(torch._C, "_current_graph_task_id", _is_recomputing)
-_tracing_state = getattr(torch._C, "_get_tracing_state", torch.jit.is_tracing)
+_tracing_state = getattr(torch._C, "_get_tracing_state", torch.jit.is_tracing)  # type: ignore[attr-defined]
 _CALL_CODE = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
 
 
@@ -55,11 +56,12 @@ def is_own_call() -> bool:
 
 def _is_running(modules: Collection[int]) -> bool:
     """Whether this thread is inside a call of one of ``modules`` (ids), besides the one that asks."""
-    frame, calls = sys._getframe(1), 0
+    frame: FrameType | None = sys._getframe(1)
+    calls = 0
     while frame is not None:
         if frame.f_code is _CALL_CODE and id(frame.f_locals["self"]) in modules:
             calls += 1
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return calls > 1 or _CALL_CODE is None
 
 

@@ -39,7 +39,7 @@ def record(
     dtype: torch.dtype | None = None,
     into: Callable[[], Any] = list,
 ) -> AbstractContextManager[Recorder]:
-    """Record what the chosen layers of ``model`` return while the ``with`` block runs.
+    r"""Record what the chosen layers of ``model`` return while the ``with`` block runs.
 
     >>> import torch
     >>> from torch import nn
@@ -64,15 +64,15 @@ def record(
 
     **Which layers.** ``layers`` is a query, several in a list, or ``None`` for every leaf module:
 
-    ========================================  ========================================================
-    ``"layer1.0.conv1"``                      that module, by exact name; ``""`` is the model itself
-    ``"layer*.*.conv1"``, ``"blocks.**.attn"``  a glob: ``*`` stays inside one segment, ``**`` crosses dots
-    ``re.compile(r"h\\.\\d+")``                 the names that the regular expression matches fully
-    ``nn.Conv2d``                             all modules of that type
-    ``model.layer4``                          that module object
-    ``lambda name, module: ...``              the modules for which it returns true
-    ``{query: transform}``                    as above, each with a transform of its own
-    ========================================  ========================================================
+    ===========================================  ====================================================
+    ``"layer1.0.conv1"``                         that module, by exact name; ``""`` is the model itself
+    ``"layer*.*.conv1"``, ``"blocks.**.attn"``   a glob: ``*`` stays inside one segment, ``**`` crosses dots
+    ``re.compile(r"h\.\d+")``                    the names that the regular expression matches fully
+    ``nn.Conv2d``                                all modules of that type
+    ``model.layer4``                             that module object
+    ``lambda name, module: ...``                 the modules for which it returns true
+    ``{query: transform}``                       as above, each with a transform of its own
+    ===========================================  ====================================================
 
     Names may leave out what wrappers add (``module.``, ``_orig_mod.``, ``_fsdp_wrapped_module.``,
     ``_checkpoint_wrapped_module.``). A module that is used under several names is recorded once, and
@@ -153,9 +153,6 @@ class _Block(AbstractContextManager[Recorder]):
         if self._tracks:
             message = "record(): this block was entered before. Call record() again for another recording."
             raise ActrecError(message)
-        self._tracks = {
-            choice.key: (choice, self._track(choice)) for choice in self._selection.choices
-        }
         recorder = self._recorder()
         hooks = Hooks()
         with ExitStack() as stack:
@@ -192,34 +189,37 @@ class _Block(AbstractContextManager[Recorder]):
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(_FORGOTTEN)
 
-    def _track(self, choice: Choice) -> Track:
-        """Make what keeps the calls of one layer."""
-        kind = type(choice.module).__name__
-        capture = replace(self._capture, layer=choice.key, transform=choice.transform)
-        track = Track(self._session, capture, self._layer(choice.key, kind))
-        if self._inputs:
-            track.inputs = self._layer(choice.key, kind)
-            track.parameters = Parameters.of(choice.module)
-        return track
-
-    def _layer(self, name: str, kind: str) -> Layer:
-        container = self._into()
-        return (
-            ListLayer(name, (), kind)
-            if type(container) is list
-            else SinkLayer(name, container, kind)
-        )
-
     def _recorder(self) -> Recorder:
-        tracks = {key: track for key, (_, track) in self._tracks.items()}
+        """Make what keeps the calls: a layer for each choice, and the track that leads to it."""
+        choices = self._selection.choices
+        layers = {choice.key: self._layer(choice) for choice in choices}
+        inputs = {choice.key: self._layer(choice) for choice in choices} if self._inputs else {}
+        self._tracks = {
+            choice.key: (choice, self._track(choice, layers[choice.key], inputs.get(choice.key)))
+            for choice in choices
+        }
         return Recorder(
             type(self._model).__name__,
-            tracks,
-            {name: key for key, (choice, _) in self._tracks.items() for name in choice.names},
+            layers,
+            {name: choice.key for choice in choices for name in choice.names},
             self._session,
-            added=lambda name: ListLayer(name, (), "added"),
-            keep=self._capture.added,
+            inputs=inputs,
+            capture=self._capture,
+            tracks=[track for _, track in self._tracks.values()],
         )
+
+    def _layer(self, choice: Choice) -> Layer:
+        kind = type(choice.module).__name__
+        container = self._into()
+        if type(container) is list:
+            return ListLayer(choice.key, container, kind)
+        _check_container(self._into, container)
+        return SinkLayer(choice.key, container, kind)
+
+    def _track(self, choice: Choice, layer: Layer, inputs: Layer | None) -> Track:
+        capture = replace(self._capture, layer=choice.key, transform=choice.transform)
+        parameters = Parameters() if inputs is None else Parameters.of(choice.module)
+        return Track(self._session, capture, layer, inputs, parameters)
 
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""
@@ -245,12 +245,20 @@ def _check(*, transform: object, into: object) -> None:
     if transform is not None and not callable(transform):
         message = f"record(transform={transform!r}): a transform is a function of the value, such as lambda t: t.mean(1)."
         raise OptionError(message)
-    if not callable(into) or not hasattr(into(), "append"):
-        message = (
-            f"record(into={into!r}): expected a function that makes a container with append(), such as list or "
-            "functools.partial(collections.deque, maxlen=10)."
-        )
-        raise OptionError(message)
+    if not callable(into):
+        raise OptionError(_bad_container(into))
+
+
+def _check_container(into: object, container: object) -> None:
+    if not hasattr(container, "append"):
+        raise OptionError(_bad_container(into))
+
+
+def _bad_container(into: object) -> str:
+    return (
+        f"record(into={into!r}): expected a function that makes a container with append(), such as list or "
+        "functools.partial(collections.deque, maxlen=10)."
+    )
 
 
 def _checked_device(device: torch.device | str | int | None) -> torch.device | None:
@@ -264,7 +272,7 @@ def _checked_device(device: torch.device | str | int | None) -> torch.device | N
         raise OptionError(message) from error
 
 
-def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+def _checked_dtype(dtype: Any) -> torch.dtype | None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         message = f"record(dtype={dtype!r}): expected a floating-point dtype such as torch.float16, or None."
         raise OptionError(message)

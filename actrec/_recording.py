@@ -8,7 +8,7 @@ only a live one can do.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
@@ -19,7 +19,8 @@ from ._snapshot import held
 from .errors import ActrecError, UnknownLayerError, nearest
 
 if TYPE_CHECKING:
-    from ._track import Session, Track
+    from ._capture import Capture
+    from ._track import Session
 
 __all__ = ["Layer", "ListLayer", "Recorder", "Recording", "SinkLayer"]
 
@@ -117,7 +118,7 @@ def _held_bytes(values: Iterable[Value]) -> int:
     return sum(places.values())
 
 
-class ListLayer(list[Value], Layer):  # type: ignore[misc]  # list and Sequence differ in what index() takes
+class ListLayer(list[Value], Layer):
     """A layer in memory: a real ``list``."""
 
     def __init__(self, name: str, values: Iterable[Value] = (), kind: str = "Tensor") -> None:
@@ -260,20 +261,20 @@ class Recorder(Recording):
     def __init__(
         self,
         model: str,
-        tracks: Mapping[str, Track],
+        layers: Mapping[str, Layer],
         aliases: Mapping[str, str],
         session: Session,
         *,
-        added: Callable[[str], Layer],
-        keep: Callable[[Value], Value],
+        inputs: Mapping[str, Layer],
+        capture: Capture,
+        tracks: object,
     ) -> None:
-        super().__init__(model, {name: track.outputs for name, track in tracks.items()}, aliases)
-        inputs = {name: track.inputs for name, track in tracks.items() if track.inputs is not None}
+        super().__init__(model, layers, aliases)
         self._inputs = Recording(model, inputs, aliases) if inputs else None
-        self._tracks = dict(tracks)  # the hooks refer to them weakly: this is what keeps them
+        self._chosen = frozenset([*layers, *aliases])
         self._session = session
-        self._new_added = added
-        self._keep = keep
+        self._capture = capture
+        self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
 
     @property
     def inputs(self) -> Recording:
@@ -340,7 +341,7 @@ class Recorder(Recording):
                 f"acts.add({name!r}): the recording has ended. Add values inside the with block."
             )
             raise ActrecError(message)
-        if name in self._tracks or name in self._aliases:
+        if name in self._chosen:
             message = (
                 f"acts.add({name!r}): that is the name of a recorded layer. Choose another one."
             )
@@ -351,8 +352,8 @@ class Recorder(Recording):
             message = f"acts.add({name!r}): there was no pass yet. Call the model first, then add what belongs to it."
             raise ActrecError(message)
         if name not in self._layers:
-            self._layers[name] = self._new_added(name)
-        self._layers[name].keep(self._keep(value), self.num_passes - 1)
+            self._layers[name] = ListLayer(name, (), "added")
+        self._layers[name].keep(self._capture.added(value), self.num_passes - 1)
 
     def clear(self) -> None:
         """Forget all calls, inputs and added values, and count the passes from 0 again.

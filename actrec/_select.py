@@ -61,8 +61,10 @@ class _Name:
     module: nn.Module
 
     @property
-    def is_parametrization(self) -> bool:
-        return "parametrizations" in self.full.split(".")
+    def is_machinery(self) -> bool:
+        """Whether no pattern should find it: what computes a parametrized weight, or checks an exported input."""
+        guards = type(self.module).__module__ == "torch.export._unlift"
+        return guards or "parametrizations" in self.full.split(".")
 
 
 def _walk(name: _Name, above: tuple[int, ...] = ()) -> Iterator[_Name]:
@@ -133,8 +135,8 @@ class _Model:
         return f"{spelled!r} is a {kind}, a container that is never called itself.{children}"
 
     def hookable(self) -> Iterator[_Name]:
-        """The names that hooks can run on, less the internals of parametrized weights."""
-        return (n for n in self.names if not n.is_parametrization and self.why_not(n) is None)
+        """The names that hooks can run on, less PyTorch's machinery."""
+        return (n for n in self.names if not n.is_machinery and self.why_not(n) is None)
 
     def spelled(self, query: str) -> _Name | None:
         """The module of that name, where wrapper segments may be left out."""
@@ -160,12 +162,9 @@ def _leaves_out_wrappers(query: str, full: str) -> bool:
 
 def _glob(pattern: str) -> re.Pattern[str]:
     """``*`` stays inside one segment; ``**`` crosses dots, and as a whole segment may also be nothing."""
-    parts = []
     *front, last = pattern.split(".")
-    for segment in front:
-        parts.append(r"(?:[^.]+\.)*" if segment == "**" else _segment(segment) + r"\.")
-    parts.append(".+" if last == "**" else _segment(last))
-    return re.compile("".join(parts))
+    parts = [r"(?:[^.]+\.)*" if segment == "**" else _segment(segment) + r"\." for segment in front]
+    return re.compile("".join(parts) + (".+" if last == "**" else _segment(last)))
 
 
 def _segment(text: str) -> str:
@@ -175,7 +174,7 @@ def _segment(text: str) -> str:
 def _by_pattern(model: _Model, pattern: re.Pattern[str]) -> list[tuple[str, nn.Module]]:
     """Names that match without their wrapper segments; or if there are none, as they stand."""
     inside_weights = "parametrizations" in pattern.pattern
-    names = [n for n in model.names if inside_weights or not n.is_parametrization]
+    names = [n for n in model.names if inside_weights or not n.is_machinery]
     names = [n for n in names if model.why_not(n) is None]
     short = [(n.short, n.module) for n in names if n.short and pattern.fullmatch(n.short)]
     return short or [(n.full, n.module) for n in names if n.full and pattern.fullmatch(n.full)]
@@ -192,7 +191,8 @@ def _by_name(model: _Model, query: str) -> list[tuple[str, nn.Module]]:
     if name is None:
         raise SelectionError(_nothing(model, query))
     if why_not := model.why_not(name):
-        raise SelectionError(f"record() cannot record {query!r}: {why_not}.")
+        message = f"record() cannot record {query!r}: {why_not}."
+        raise SelectionError(message)
     return [(query, name.module)]
 
 
@@ -202,7 +202,8 @@ def _by_test(
     """The modules that pass a test, each under its first name."""
     found = [(name.full, name.module) for name in model.hookable() if passes(name)]
     if not found:
-        raise SelectionError(f"record(): {complaint}.")
+        message = f"record(): {complaint}."
+        raise SelectionError(message)
     return found
 
 
@@ -216,19 +217,20 @@ def _by_module(model: _Model, module: nn.Module) -> list[tuple[str, nn.Module]]:
         )
         raise SelectionError(message)
     if why_not := model.why_not(names[0]):
-        raise SelectionError(f"record() cannot record this layer: {why_not}.")
+        message = f"record() cannot record this layer: {why_not}."
+        raise SelectionError(message)
     return [(names[0].full, module)]
 
 
 def _leaves(model: _Model) -> list[tuple[str, nn.Module]]:
-    """Every leaf module; an error if hooks run on some of them only."""
-    for name in model.names:
-        counts = _is_called(name.module) or name.full in model.inlined
-        if counts and _is_leaf(name) and not name.is_parametrization:
-            if why_not := model.why_not(name):
-                message = f"record() cannot record every leaf module of this {model.type}: {why_not}, or choose layers."
-                raise SelectionError(message)
-    return _by_test(model, _is_leaf, f"no module of this {model.type} is ever called")
+    """Every leaf module with a forward; if a traced graph calls only some, the exit says which it did not."""
+    leaves = [name for name in model.names if _is_leaf(name) and not name.is_machinery]
+    scripted = [name for name in leaves if isinstance(name.module, torch.jit.ScriptModule)]
+    if scripted or all(map(model.why_not, leaves)):
+        reasons = [reason for name in scripted or leaves if (reason := model.why_not(name))]
+        message = f"record() cannot record every leaf module of this {model.type}: {next(iter(reasons), 'it has none')}, or choose layers."
+        raise SelectionError(message)
+    return [(name.full, name.module) for name in leaves if _is_called(name.module)]
 
 
 def _is_leaf(name: _Name) -> bool:
@@ -238,7 +240,7 @@ def _is_leaf(name: _Name) -> bool:
     )
 
 
-def _answer(model: _Model, query: Query | None) -> list[tuple[str, nn.Module]]:
+def _answer(model: _Model, query: Any) -> list[tuple[str, nn.Module]]:
     """Answer one query: keys and modules."""
     match query:
         case None:
@@ -304,9 +306,10 @@ def select(model: nn.Module, queries: Any, transform: Transform | None = None) -
                 other = dict.fromkeys(s for n in names.of[id(module)] for s in (n.full, n.short))
                 claims[id(module)] = spelled_out, Choice(key, module, tuple(other), own)
     if not claims:
-        raise SelectionError(
+        message = (
             f"record(): no layers were given, {queries!r} is empty. None means every leaf module."
         )
+        raise SelectionError(message)
     choices = tuple(choice for _, choice in claims.values())
     return Selection(choices, tuple(_parents(names, choices)))
 

@@ -18,13 +18,16 @@ nowhere else. A tensor is shared only if all of this holds, and is cloned otherw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["check", "held", "normal_mode", "snapshot", "twin"]
 
@@ -35,6 +38,7 @@ _dispatch_keys = getattr(torch._C, "_dispatch_keys", None)
 _data_address = getattr(torch._C, "_data_address", None)
 _is_wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
 _InferenceMode = getattr(torch._C, "_InferenceMode", torch.inference_mode)
+_OFF, _ON = False, True
 
 
 def _plain_keys() -> tuple[object, ...]:
@@ -42,11 +46,11 @@ def _plain_keys() -> tuple[object, ...]:
     if _dispatch_keys is None:
         return ()
     try:
-        with _InferenceMode(False):
+        with _InferenceMode(_OFF):  # it takes no keyword
             original = torch.zeros(2)
-            shared = original._lazy_clone()  # type: ignore[attr-defined]
+            shared = original._lazy_clone()
             original.add_(1)
-        with _InferenceMode(True):
+        with _InferenceMode(_ON):
             inference = torch.zeros(2)
     except (AttributeError, RuntimeError):
         return ()
@@ -65,7 +69,7 @@ def normal_mode() -> AbstractContextManager[object]:
 
     Enter it at once: PyTorch's guard takes effect when it is made.
     """
-    return _InferenceMode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS
+    return _InferenceMode(_OFF) if torch.is_inference_mode_enabled() else _AS_IT_IS
 
 
 # --- Sharing and cloning ---------------------------------------------------------------------------
@@ -96,7 +100,7 @@ def _fills_its_memory(tensor: Tensor) -> bool:
 
 def _lazy_clone(tensor: Tensor) -> Tensor | None:
     try:
-        return tensor._lazy_clone()  # type: ignore[attr-defined,no-any-return]
+        return tensor._lazy_clone()
     except RuntimeError:  # memory that is not the allocator's own: shared, pinned, foreign
         return None
 

@@ -505,15 +505,15 @@ def check_leaves(sample: Sample, mode: AbstractContextManager[Any]) -> int:
     return sum(map(len, acts.values()))
 
 
+#: They use the weights of the modules inside without calling them, which the exit warns of.
+CALLS_NO_LEAF = {"LinearCrossEntropyLoss", "MultiheadAttention"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_leaf_is_recorded_call_by_call_with_what_it_received(name: str) -> None:
     for mode, sample in modes_and_samples(name):
         with named(sample):
-            assert (
-                check_leaves(sample, mode)
-                or not sample.make()._modules
-                or name == "MultiheadAttention"
-            )
+            assert check_leaves(sample, mode) or not sample.make()._modules or name in CALLS_NO_LEAF
 
 
 @pytest.mark.parametrize("name", CONTAINERS)

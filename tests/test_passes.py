@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from actrec import _passes, record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 X = torch.ones(2, 4)
 

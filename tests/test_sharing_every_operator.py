@@ -54,11 +54,11 @@ def failures() -> Iterator[tuple[str, str]]:
         )[1]
         for sample in (samples or [])[:8]:
             twins = shared((sample.input, sample.args, sample.kwargs))
-            broken, out = breaks(lambda: op(sample.input, *sample.args, **sample.kwargs))  # noqa: B023
+            broken, out = breaks(lambda: op(sample.input, *sample.args, **sample.kwargs))
             if broken:
                 yield op.name, "forward"
             outs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
-            if outs and breaks(lambda: _backward(outs, twins))[0]:  # noqa: B023
+            if outs and breaks(lambda: _backward(outs, twins))[0]:
                 yield op.name, "backward"
 
 

@@ -1,0 +1,610 @@
+"""Which layers a query chooses, under which key, and what is said when it chooses none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel
+
+from actrec import ActrecError, OptionError, SelectionError, UnsupportedModelError, record
+from actrec._select import select
+
+X = torch.ones(2, 4)
+
+
+class Block(nn.Module):
+    """A layer and an in-place activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.lin(x))
+
+
+class Net(nn.Module):
+    """Containers of both kinds, which are never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.heads = nn.ModuleDict({"main": nn.Linear(4, 3), "aux": nn.Linear(4, 2)})
+        self.nothing = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return tuple(head(x) for head in self.heads.values())
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net()
+
+
+def keys(model: nn.Module, layers: Any) -> list[str]:
+    return [choice.key for choice in select(model, layers).choices]
+
+
+LEAVES = ["stem", "blocks.0.lin", "blocks.0.act", "blocks.1.lin", "blocks.1.act"]
+LEAVES += ["heads.main", "heads.aux"]
+BLOCKS = ["blocks.0", "blocks.0.lin", "blocks.0.act", "blocks.1", "blocks.1.lin", "blocks.1.act"]
+
+QUERIES: dict[str, tuple[Any, list[str]]] = {
+    "name": ("blocks.0.lin", ["blocks.0.lin"]),
+    "root": ("", [""]),
+    "nothing said": (None, LEAVES),
+    "star": ("*", ["stem"]),
+    "star last": ("blocks.*", ["blocks.0", "blocks.1"]),
+    "star first": ("*.main", ["heads.main"]),
+    "star between": ("blocks.*.act", ["blocks.0.act", "blocks.1.act"]),
+    "star inside a segment": ("b*s.0.l*n", ["blocks.0.lin"]),
+    "several stars": ("*.*.*", ["blocks.0.lin", "blocks.0.act", "blocks.1.lin", "blocks.1.act"]),
+    "two stars": ("**", ["stem", *BLOCKS, "heads.main", "heads.aux"]),
+    "two stars last": ("blocks.**", BLOCKS),
+    "two stars first": ("**.act", ["blocks.0.act", "blocks.1.act"]),
+    "two stars between": ("blocks.**.lin", ["blocks.0.lin", "blocks.1.lin"]),
+    "two stars between may be nothing": ("blocks.**.0", ["blocks.0"]),
+    "two stars first may be nothing": ("**.stem", ["stem"]),
+    "two stars inside a segment": ("bl**t", ["blocks.0.act", "blocks.1.act"]),
+    "two stars and one": ("**.*in", ["blocks.0.lin", "blocks.1.lin", "heads.main"]),
+    "regex": (re.compile(r"blocks\.\d\.lin"), ["blocks.0.lin", "blocks.1.lin"]),
+    "regex of whole names": (re.compile("stem|blocks"), ["stem"]),
+    "regex with flags": (re.compile("STEM", re.IGNORECASE), ["stem"]),
+    "type": (nn.ReLU, ["blocks.0.act", "blocks.1.act"]),
+    "own type": (Block, ["blocks.0", "blocks.1"]),
+    "base type": (nn.Module, ["", "stem", *BLOCKS, "heads.main", "heads.aux"]),
+    "function": (lambda name, module: name.endswith("0") and type(module) is Block, ["blocks.0"]),
+    "function with a truthy result": (lambda name, _: re.match("s", name), ["stem"]),
+    "list": (["heads.aux", "stem"], ["heads.aux", "stem"]),
+    "nested lists": (["stem", ["heads.*", (nn.ReLU,)]], ["stem", *LEAVES[-2:], *LEAVES[2::2][:2]]),
+    "set": ({"stem"}, ["stem"]),
+    "dict view": ({"stem": 1, "": 2}.keys(), ["stem", ""]),
+    "overlap": (["blocks.0.*", nn.ReLU], ["blocks.0.lin", "blocks.0.act", "blocks.1.act"]),
+    "leaves and more": ([None, ""], [*LEAVES, ""]),
+}
+
+
+@pytest.mark.parametrize(("layers", "expected"), QUERIES.values(), ids=QUERIES)
+def test_every_kind_of_query_chooses_its_layers_in_order(
+    net: Net, layers: Any, expected: list[str]
+) -> None:
+    named = dict(net.named_modules())
+    choices = select(net, layers).choices
+    assert [choice.key for choice in choices] == expected
+    assert all(choice.module is named[choice.key] for choice in choices)
+    with record(net, layers) as acts:
+        net(X)
+    assert list(acts) == expected
+    assert [layer.type for layer in acts.values()] == [type(named[k]).__name__ for k in expected]
+
+
+def test_a_module_object_chooses_itself(net: Net) -> None:
+    assert keys(net, net.blocks[1].act) == ["blocks.1.act"]
+    assert keys(net, [net.heads["aux"], net]) == ["heads.aux", ""]
+
+
+def test_a_container_of_modules_with_a_forward_is_a_layer_not_a_list_of_layers() -> None:
+    inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    assert keys(nn.Sequential(inner), inner) == ["0"]
+
+
+def test_a_generator_of_queries_is_read_once(net: Net) -> None:
+    assert keys(net, (f"blocks.{i}.lin" for i in range(2))) == ["blocks.0.lin", "blocks.1.lin"]
+
+
+def test_a_function_is_asked_about_every_module_that_can_be_recorded(net: Net) -> None:
+    seen: dict[str, nn.Module] = {}
+
+    def ask(name: str, module: nn.Module) -> bool:
+        seen[name] = module
+        return True
+
+    keys(net, ask)
+    named = dict(net.named_modules())
+    assert seen == {name: m for name, m in named.items() if name not in {"blocks", "heads"}}
+
+
+def test_what_a_users_function_raises_passes_through(net: Net) -> None:
+    with pytest.raises(ZeroDivisionError):
+        record(net, lambda *_: 1 / 0)
+
+
+# --- Mappings ----------------------------------------------------------------------------------------
+
+
+def halve(t: Tensor) -> Tensor:
+    return t / 2
+
+
+def negate(t: Tensor) -> Tensor:
+    return -t
+
+
+def transforms(model: nn.Module, layers: Any, default: Any = None) -> dict[str, Any]:
+    return {choice.key: choice.transform for choice in select(model, layers, default).choices}
+
+
+def test_in_a_mapping_every_query_has_its_own_transform(net: Net) -> None:
+    layers = {"stem": halve, nn.ReLU: negate, net.heads["main"]: None}
+    expected = {"stem": halve, "blocks.0.act": negate, "blocks.1.act": negate, "heads.main": None}
+    assert transforms(net, layers) == expected
+    with record(net, layers) as acts:
+        main, _ = net(X)
+    with record(net, ["stem", nn.ReLU]) as plain:
+        net(X)
+    assert torch.equal(acts["stem"][0], plain["stem"][0] / 2)
+    assert torch.equal(acts["blocks.1.act"][0], -plain["blocks.1.act"][0])
+    assert torch.equal(acts["heads.main"][0], main)
+
+
+def test_the_keys_of_a_mapping_may_be_several_queries_or_none(net: Net) -> None:
+    assert transforms(net, {("stem", "heads.*"): halve}) == dict.fromkeys(
+        ["stem", "heads.main", "heads.aux"], halve
+    )
+    assert transforms(net, {None: halve}) == dict.fromkeys(LEAVES, halve)
+    assert transforms(net, {re.compile("stem"): halve}) == {"stem": halve}
+
+
+def test_mappings_stand_among_other_queries_and_the_default_is_for_those_without(net: Net) -> None:
+    layers = ["stem", {"heads.main": negate, "heads.aux": None}]
+    assert transforms(net, layers, halve) == {
+        "stem": halve,
+        "heads.main": negate,
+        "heads.aux": halve,
+    }
+
+
+def test_a_layer_that_is_spelled_out_goes_before_a_pattern_wherever_it_stands(net: Net) -> None:
+    after = transforms(net, {"**.act": halve, "blocks.1.act": negate})
+    before = transforms(net, {"blocks.1.act": negate, "**.act": halve})
+    assert after == before == {"blocks.0.act": halve, "blocks.1.act": negate}
+    assert transforms(net, {nn.ReLU: halve, net.blocks[1].act: negate}) == after
+
+
+def test_among_patterns_the_first_counts(net: Net) -> None:
+    assert transforms(net, [{nn.ReLU: halve}, {"blocks.0.*": negate}]) == {
+        "blocks.0.act": halve,
+        "blocks.1.act": halve,
+        "blocks.0.lin": negate,
+    }
+
+
+def test_a_layer_may_be_spelled_out_twice_if_both_agree(net: Net) -> None:
+    assert transforms(net, [{"stem": halve}, {net.stem: halve}]) == {"stem": halve}
+
+
+# --- Names -------------------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """Has names that torch's own methods do not find."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self._modules[name] = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self._modules.values():
+            x = layer(x)
+        return x
+
+
+ODD = ["a*", "ab", "[0]", "two words", "a.b", "**", "ä", "0", "\n", "a?", "a..b"]
+
+
+@pytest.mark.parametrize("name", ODD, ids=ascii)
+def test_an_exact_name_goes_first_whatever_it_looks_like(name: str) -> None:
+    model = Odd(*ODD)
+    (choice,) = select(model, name).choices
+    assert (choice.key, choice.module) == (name, model._modules[name])
+    with record(model, name) as acts:
+        model(X)
+    assert len(acts[name]) == 1
+
+
+def test_only_stars_are_special_in_a_glob() -> None:
+    model = Odd("a[0]", "a0", "a?", "ab", "a.b")
+    assert keys(model, "*[0]") == ["a[0]"]
+    assert keys(model, "*?") == ["a?"]
+    assert keys(model, "*.b") == ["a.b"]
+
+
+def test_a_name_with_a_line_break_is_found_by_globs() -> None:
+    assert keys(Odd("a\nb", "c"), "a**") == ["a\nb"]
+    assert keys(Odd("a\nb", "c"), "a*") == ["a\nb"]
+
+
+# --- Wrappers ----------------------------------------------------------------------------------------
+
+
+class FullyShardedLike(nn.Module):
+    """Names what it wraps as the first FSDP does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+    def forward(self, x: Tensor) -> Any:
+        return self._fsdp_wrapped_module(x)
+
+
+@pytest.fixture
+def one_process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def every_block_checkpointed(net: Net) -> nn.Module:
+    for i, block in enumerate(net.blocks):
+        net.blocks[i] = checkpoint_wrapper(block)
+    return net
+
+
+WRAPPERS: dict[str, tuple[Callable[[Net], nn.Module], str]] = {
+    "DistributedDataParallel": (
+        lambda net: DistributedDataParallel(net, find_unused_parameters=True),
+        "module.blocks.0.lin",
+    ),
+    "DataParallel": (nn.DataParallel, "module.blocks.0.lin"),
+    "AveragedModel": (AveragedModel, "module.blocks.0.lin"),
+    "compile": (
+        lambda net: torch.compile(net, backend="eager"),
+        "_orig_mod.blocks.0.lin",
+    ),
+    "FSDP": (FullyShardedLike, "_fsdp_wrapped_module.blocks.0.lin"),
+    "checkpoint": (checkpoint_wrapper, "_checkpoint_wrapped_module.blocks.0.lin"),
+    "checkpointed blocks": (
+        every_block_checkpointed,
+        "blocks.0._checkpoint_wrapped_module.lin",
+    ),
+    "several": (
+        lambda net: nn.DataParallel(FullyShardedLike(every_block_checkpointed(net))),
+        "module._fsdp_wrapped_module.blocks.0._checkpoint_wrapped_module.lin",
+    ),
+}
+
+
+@pytest.mark.usefixtures("one_process_group")
+# DDP asks to be given a device, on a machine that may have none.
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.nn.parallel.distributed")
+# The compiler warns about its own deprecations when it is first used.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize(("wrap", "full"), WRAPPERS.values(), ids=WRAPPERS)
+class TestWrapped:
+    """What a wrapper adds to a name may be left out, and the key is the name as it was spelled."""
+
+    def test_by_either_name(self, net: Net, wrap: Callable[[Net], nn.Module], full: str) -> None:
+        model = wrap(net)
+        assert full in dict(model.named_modules())
+        short = "blocks.0.lin"
+        for spelled, other in ((short, full), (full, short)):
+            with record(model, spelled) as acts:
+                model(X)
+            assert list(acts) == [spelled]
+            assert acts[other] is acts[spelled]
+            assert len(acts[spelled]) == 1
+            assert other in acts
+
+    def test_by_both_names_at_once(
+        self, net: Net, wrap: Callable[[Net], nn.Module], full: str
+    ) -> None:
+        assert keys(wrap(net), ["blocks.0.lin", full]) == ["blocks.0.lin"]
+
+    def test_by_pattern_as_if_it_were_not_wrapped(
+        self, net: Net, wrap: Callable[[Net], nn.Module], full: str
+    ) -> None:
+        model = wrap(net)
+        assert keys(model, "blocks.*.lin") == ["blocks.0.lin", "blocks.1.lin"]
+        assert keys(model, "**.main") == ["heads.main"]
+        assert keys(model, re.compile("stem")) == ["stem"]
+
+    def test_by_type_under_the_full_name(
+        self, net: Net, wrap: Callable[[Net], nn.Module], full: str
+    ) -> None:
+        model = wrap(net)
+        with record(model, nn.Linear) as acts:
+            model(X)
+        assert full in list(acts)
+        assert acts["blocks.0.lin"] is acts[full]
+
+    def test_a_glob_over_the_wrappers_own_segments(
+        self, net: Net, wrap: Callable[[Net], nn.Module], full: str
+    ) -> None:
+        pattern = re.escape(full).replace("lin", ".*")
+        assert full in keys(wrap(net), re.compile(pattern))
+        assert full in keys(wrap(net), full.replace("lin", "*"))
+
+    def test_mistakes_are_answered_with_the_short_name(
+        self, net: Net, wrap: Callable[[Net], nn.Module], full: str
+    ) -> None:
+        with pytest.raises(SelectionError, match=re.escape("Did you mean 'blocks.0.lin'")):
+            record(wrap(net), "blocks.0.linn")
+
+
+def test_some_of_the_wrappers_segments_may_be_left_out(net: Net) -> None:
+    model = nn.DataParallel(every_block_checkpointed(net))
+    module = net.blocks[0]._checkpoint_wrapped_module.lin
+    for name in ("module.blocks.0.lin", "blocks.0._checkpoint_wrapped_module.lin"):
+        (choice,) = select(model, name).choices
+        assert (choice.key, choice.module) == (name, module)
+
+
+def test_segments_of_wrappers_that_are_not_there_are_not_made_up(net: Net) -> None:
+    for name in ("module.stem", "_orig_mod.stem", "stem.module"):
+        with pytest.raises(SelectionError, match="matches no layer"):
+            record(net, name)
+
+
+def test_a_wrapped_block_that_a_pattern_finds_twice_is_recorded_once(net: Net) -> None:
+    model = every_block_checkpointed(net)
+    with record(model, "blocks.*") as acts:
+        model(X)
+    assert list(acts) == ["blocks.0", "blocks.1"]
+    assert [layer.passes for layer in acts.values()] == [[0], [0]]
+
+
+class HasModule(nn.Module):
+    """A model whose own child is called ``module``."""
+
+    def __init__(self, *, alone: bool) -> None:
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        if not alone:
+            self.other = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.module(x)
+        return self.other(x) if hasattr(self, "other") else x
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_real_child_called_module_is_found_by_its_name(alone: bool) -> None:
+    model = HasModule(alone=alone)
+    for query in ("module", "module.0", model.module[0]):
+        expected = query if isinstance(query, str) else "module.0"
+        assert keys(model, query) == [expected]
+    assert keys(model, "module.*") == ["module.0", "module.1"]
+
+
+def test_a_child_called_module_that_has_siblings_cannot_be_left_out() -> None:
+    with pytest.raises(SelectionError, match=re.escape("Did you mean 'module.0'?")):
+        record(HasModule(alone=False), "0")
+
+
+# --- One module under several names, cycles, parametrized weights ------------------------------------
+
+
+class Tied(nn.Module):
+    """Uses one module in three places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.Sequential(nn.Linear(4, 4))
+        self.dec = self.enc
+        self.blocks = nn.ModuleList([nn.ReLU(), self.enc])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](self.dec(self.enc(x)))
+
+
+TIED: dict[str, tuple[Any, str]] = {
+    "first name": ("enc", "enc"),
+    "second name": ("dec", "dec"),
+    "third name": ("blocks.1", "blocks.1"),
+    "all names": (["blocks.1", "enc", "dec"], "blocks.1"),
+    "glob": ("d*", "dec"),
+    "globs": (["d*", "e*"], "dec"),
+    "regex": (re.compile("dec|enc"), "enc"),
+    "type": (nn.Sequential, "enc"),
+}
+
+
+@pytest.mark.parametrize(("layers", "key"), TIED.values(), ids=TIED)
+def test_a_module_with_several_names_is_hooked_once_and_found_under_each(
+    layers: Any, key: str
+) -> None:
+    model = Tied()
+    with record(model, layers) as acts:
+        assert len(model.enc._forward_hooks) <= 2  # the layer's, and one that delimits passes
+        model(X)
+    assert list(acts) == [key]
+    assert acts["enc"] is acts["dec"] is acts["blocks.1"]
+    assert acts["enc"].passes == [0, 0, 0]
+    assert acts.nbytes == acts["dec"].nbytes
+
+
+def test_what_is_inside_a_module_with_several_names_has_several_names_too() -> None:
+    model = Tied()
+    with record(model, "blocks.1.0") as acts:
+        model(X)
+    assert acts["enc.0"] is acts["dec.0"] is acts["blocks.1.0"]
+    assert len(acts["enc.0"]) == 3
+
+
+def test_one_module_cannot_have_two_transforms() -> None:
+    message = "'enc' and 'dec' are one module and cannot have two transforms"
+    with pytest.raises(SelectionError, match=message):
+        record(Tied(), {"enc": halve, "dec": negate})
+
+
+class Cyclic(nn.Module):
+    """Knows its parent, and itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = nn.Linear(4, 4)
+        self.child.parent = self
+        self.me = self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(x)
+
+
+def test_a_model_that_contains_itself_is_recorded() -> None:
+    model = Cyclic()
+    for layers in ("**", nn.Linear, "child", model.child):
+        with record(model, layers) as acts:
+            model(X)
+        assert list(acts) == ["child"]
+        assert acts["child"].passes == [0]
+    assert keys(model, "") == [""]
+
+
+def test_patterns_leave_out_what_computes_a_parametrized_weight() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU())
+    for layers in (None, "**", "*", nn.Module, nn.Linear, lambda *_: True, re.compile(".*")):
+        assert not [key for key in keys(model, layers) if "parametrizations" in key]
+    with record(model) as acts:
+        model(X)
+        assert model[0].weight.shape == (4, 4)
+    assert list(acts) == ["0", "1"]
+
+
+def test_what_computes_a_parametrized_weight_can_be_asked_for() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)))
+    name = "0.parametrizations.weight.0"
+    for layers in (name, "**.parametrizations.weight.*", re.compile(r".*\.parametrizations.*\d")):
+        with record(model, layers) as acts:
+            model(X)
+        assert list(acts) == [name]
+        assert torch.equal(acts[name][0], model[0].weight)
+
+
+def test_a_custom_container_whose_instance_has_a_forward_is_called() -> None:
+    model = nn.Module()
+    model.lin = nn.Linear(4, 4)
+    model.forward = lambda x: model.lin(x)  # type: ignore[method-assign]
+    with record(model, ["", "lin"]) as acts:
+        model(X)
+    assert torch.equal(acts[""][0], acts["lin"][0])
+
+
+# --- Errors ------------------------------------------------------------------------------------------
+
+ERRORS: dict[str, tuple[Any, list[str]]] = {
+    "close": ("blocks.0.linn", ["'blocks.0.linn'", "this Net", "Did you mean 'blocks.0.lin'"]),
+    "the front is missing": ("aux", ["'aux'", "Did you mean 'heads.aux'?"]),
+    "not close": ("xyzzy", ["'xyzzy'", "There are 'stem', 'blocks', 'blocks.0'", "and 3 more."]),
+    "parameter": ("stem.weight", ["'stem.weight' matches no layer", "'stem'"]),
+    "case": ("Stem", ["'Stem'", "Did you mean 'stem'?"]),
+    "no index": ("blocks.7", ["'blocks.7'", "'blocks.0'", "'blocks.1'"]),
+    "list": ("blocks", ["'blocks' is a ModuleList", "never called", "Write 'blocks.*'", "2 children"]),
+    "dict": ("heads", ["'heads' is a ModuleDict", "never called", "Write 'heads.*'", "2 children"]),
+    "among others": (["stem", "heads"], ["cannot record 'heads'", "Write 'heads.*'"]),
+    "glob of nothing": ("blocks.*.conv", ["'blocks.*.conv' matches no layer", "Did you mean"]),
+    "glob of containers": ("bl*", ["'bl*' matches only modules", "ModuleList", "Write 'blocks.*'"]),
+    "regex of nothing": (re.compile("conv"), ["'conv' matches no layer", "There are 'stem'"]),
+    "type": (nn.Conv2d, ["no layer of this Net is a Conv2d", "'Block'", "'Linear'", "'ReLU'"]),
+    "function": (lambda *_: False, ["<lambda>", "returned true for none of the", "this Net"]),
+    "empty list": ([], ["no layers were given", "[] is empty", "None means every leaf module"]),
+    "empty lists": ([(), []], ["no layers were given", "None means every leaf module"]),
+    "empty mapping": ({}, ["no layers were given", "{} is empty"]),
+    "foreign module": (nn.Linear(4, 4), ["the Linear given", "not part of this Net", "identity"]),
+    "number": (3, ["3 is not a layer query", "re.compile(...)", "a module type"]),
+    "number in a list": (["stem", 1.5], ["1.5 is not a layer query"]),
+    "foreign class": (int, ["no layer of this Net is a int", "'Linear'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("layers", "pieces"), ERRORS.values(), ids=ERRORS)
+def test_a_query_that_chooses_nothing_is_answered_with_what_to_write_instead(
+    net: Net, layers: Any, pieces: list[str]
+) -> None:
+    with pytest.raises(SelectionError) as caught:
+        record(net, layers)
+    message = str(caught.value)
+    assert message.startswith("record()"), message
+    assert [piece for piece in pieces if piece not in message] == [], message
+    assert isinstance(caught.value, ValueError)
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_container_given_as_an_object_is_answered_too(net: Net) -> None:
+    with pytest.raises(SelectionError, match=re.escape("Write 'blocks.*' for its 2 children")):
+        record(net, net.blocks)
+    with pytest.raises(SelectionError, match="container that is never called itself.$"):
+        record(nn.Sequential(nn.ParameterList()), "0")
+
+
+def test_a_model_of_containers_alone_has_no_leaf_to_record() -> None:
+    with pytest.raises(SelectionError, match="no module of this ModuleList is ever called"):
+        record(nn.ModuleList())
+    with pytest.raises(SelectionError, match=re.escape("Write '*' for its 1 children")):
+        record(nn.ModuleList([nn.ReLU()]), "")
+
+
+def test_a_transform_that_cannot_be_called_is_refused_by_name(net: Net) -> None:
+    with pytest.raises(OptionError, match="transform of 'stem' must be callable or None, not 3"):
+        record(net, {"stem": 3})  # type: ignore[dict-item]
+
+
+def test_the_model_that_was_wrapped_is_told_from_its_copy(net: Net) -> None:
+    with pytest.raises(SelectionError, match="a copy, or the model before it was wrapped"):
+        record(AveragedModel(net), net.stem)
+
+
+class Pipeline:
+    """Not a module, but has some, as pipelines of diffusers have."""
+
+    def __init__(self) -> None:
+        self.unet = nn.Linear(4, 4)
+        self.vae = nn.Linear(4, 4)
+        self.name = "pipeline"
+
+
+@pytest.mark.parametrize(
+    ("model", "pieces"),
+    [
+        (None, ["not NoneType"]),
+        ("resnet50", ["not str"]),
+        ([nn.Linear(4, 4)], ["not list"]),
+        (nn.Linear(4, 4).forward, ["not method"]),
+        (nn.Linear, ["not the class Linear", "create one first"]),
+        (Pipeline(), ["not Pipeline", "It has modules inside: 'unet', 'vae'."]),
+    ],
+    ids=["None", "name", "list", "method", "class", "pipeline"],
+)
+def test_what_is_no_module_is_refused_with_advice(model: Any, pieces: list[str]) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        record(model)
+    message = str(caught.value)
+    assert message.startswith("record() records a")
+    assert [piece for piece in pieces if piece not in message] == [], message
+    assert isinstance(caught.value, TypeError)
+    assert isinstance(caught.value, ActrecError)
