@@ -113,6 +113,8 @@ class BeginPass(Hook[Session]):
             and is_own_call()
         ):
             session.passes.begin(module, is_root=self._is_root)
+            if session.stop is not None and self._is_root:
+                session.stop.enters(module)
 
 
 class EndPass(Hook[Session]):
@@ -153,7 +155,7 @@ class Hooks:
             module, hook, handle = self._placed.pop()
             try:
                 handle.remove()
-            except Exception as error:  # noqa: BLE001  # raised below, all the same
+            except Exception as error:  # noqa: BLE001  # raised below, once all are off
                 failures.append(error)
             _delete(module, hook)
         if failures:

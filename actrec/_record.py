@@ -13,12 +13,14 @@ from torch import nn
 
 from ._capture import Capture, Transform
 from ._eager import COMPILING, eager
+from ._early import EarlyStop, StoppableForward, refuse_sharded
+from ._grads import Gradients
 from ._hooks import BeginPass, CallHook, EndPass, Hook, Hooks, InputHook, OutputHook
 from ._inputs import Parameters
+from ._missing import warn_ungraded, warn_unused
 from ._recording import Layer, ListLayer, Recorder, SinkLayer
 from ._select import Choice, Query, Selection, select
 from ._track import Session, Track
-from ._unused import warn_unused
 from .errors import ActrecError, OptionError
 
 if TYPE_CHECKING:
@@ -34,9 +36,11 @@ def record(
     *,
     transform: Transform | None = None,
     inputs: bool = False,
+    grads: bool = False,
     detach: bool = True,
     device: torch.device | str | int | None = "cpu",
     dtype: torch.dtype | None = None,
+    stop_early: bool = False,
     into: Callable[[], Any] = list,
 ) -> AbstractContextManager[Recorder]:
     r"""Record what the chosen layers of ``model`` return while the ``with`` block runs.
@@ -88,10 +92,16 @@ def record(
             A call for which it returns ``None`` is skipped.
         inputs: also record what each call received, as ``acts.inputs[name][i]``: a dict from parameter
             name to value, taken before the call runs. ``transform`` is not applied to inputs.
+        grads: also record the gradient of the loss with respect to each value, as ``acts.grads[name][i]``:
+            nested as the value, ``None`` until ``backward()`` reaches it, in the block or after it. See
+            :attr:`Recorder.grads`.
         detach: ``False`` keeps the autograd graph, for losses on activations, and with it the graph's
             memory. The values are still safe from in-place writes.
         device: where values are kept; ``None`` leaves them where they are.
         dtype: cast floating-point values to this dtype. Integer, bool and complex values stay.
+        stop_early: end each forward as soon as every chosen layer has run in it (once, if it is called
+            several times): nothing behind them is computed, and the call of the model returns ``None``. A
+            forward in which one of them does not run goes on to its end and returns its result.
         into: makes the container for the calls of a layer; anything with ``append`` will do, such as
             ``functools.partial(collections.deque, maxlen=10)``.
 
@@ -119,13 +129,19 @@ def record(
 
     Warns:
         UnusedLayerWarning: at the end of the block, if nothing was recorded of a layer, and why that may be.
+        MissingGradientWarning: at the end of the block, if gradients were asked for (or ``detach=False``) and
+            none can reach a layer, because nothing that it returned requires grad.
     """
     if torch.compiler.is_compiling():
         raise ActrecError(COMPILING)
     _check(transform=transform, into=into)
     selection = select(model, layers, transform)
+    if stop_early:
+        refuse_sharded(model)
     capture = Capture(detach=detach, device=_checked_device(device), dtype=_checked_dtype(dtype))
-    return _Block(model, selection, capture, into, inputs=inputs)
+    return _Block(
+        model, selection, capture, into, inputs=inputs, grads=grads, stop_early=stop_early
+    )
 
 
 class _Block(AbstractContextManager[Recorder]):
@@ -139,13 +155,16 @@ class _Block(AbstractContextManager[Recorder]):
         into: Callable[[], Any],
         *,
         inputs: bool,
+        grads: bool,
+        stop_early: bool,
     ) -> None:
         self._model = model
         self._selection = selection
         self._capture = capture
         self._into = into
         self._inputs = inputs
-        self._session = Session()
+        self._grads = grads
+        self._session = Session(stop=EarlyStop() if stop_early else None)
         self._tracks: dict[str, tuple[Choice, Track]] = {}
         self._yielded: Recorder | None = None
 
@@ -157,8 +176,15 @@ class _Block(AbstractContextManager[Recorder]):
         hooks = Hooks()
         with ExitStack() as stack:
             stack.enter_context(eager())
+            if self._session.stop is not None:
+                forward = StoppableForward(self._model, self._session.stop)
+                stack.callback(forward.remove)
+                forward.place()
             stack.callback(hooks.remove)
             hooks.place(self._plan())
+            for _, track in self._tracks.values():
+                if track.grads is not None:
+                    stack.callback(track.grads.end)
             # If the block is dropped without being left, as with a generator, this runs all the same.
             self._clean_up = weakref.finalize(recorder, stack.pop_all().close)
             self._clean_up.atexit = False
@@ -182,6 +208,7 @@ class _Block(AbstractContextManager[Recorder]):
             # The model has caught it: without this, calls would be missing without a word.
             raise session.error
         warn_unused(self._model, self._tracks, stacklevel=2)
+        warn_ungraded(self._model, self._tracks, stacklevel=2)
 
     def __getitem__(self, name: str) -> NoReturn:
         raise ActrecError(_FORGOTTEN)
@@ -193,33 +220,40 @@ class _Block(AbstractContextManager[Recorder]):
         """Make what keeps the calls: a layer for each choice, and the track that leads to it."""
         choices = self._selection.choices
         layers = {choice.key: self._layer(choice) for choice in choices}
-        inputs = {choice.key: self._layer(choice) for choice in choices} if self._inputs else {}
-        self._tracks = {
-            choice.key: (choice, self._track(choice, layers[choice.key], inputs.get(choice.key)))
-            for choice in choices
-        }
+        inputs = {choice.key: self._layer(choice) for choice in choices if self._inputs}
+        grads = {choice.key: self._layer(choice) for choice in choices if self._grads}
+        for choice in choices:
+            track = Track(self._session, self._captures(choice), layers[choice.key])
+            if self._inputs:
+                track.inputs = inputs[choice.key]
+                track.parameters = Parameters.of(choice.module)
+            if self._grads:
+                what = replace(track.capture, what="the gradient of call")
+                track.grads = Gradients(what, grads[choice.key])
+            self._tracks[choice.key] = (choice, track)
+        if self._session.stop is not None:
+            self._session.stop.layers = frozenset(self._tracks)
         return Recorder(
             type(self._model).__name__,
             layers,
             {name: choice.key for choice in choices for name in choice.names},
             self._session,
             inputs=inputs,
+            grads=grads,
             capture=self._capture,
             tracks=[track for _, track in self._tracks.values()],
         )
+
+    def _captures(self, choice: Choice) -> Capture:
+        return replace(self._capture, layer=choice.key, transform=choice.transform)
 
     def _layer(self, choice: Choice) -> Layer:
         kind = type(choice.module).__name__
         container = self._into()
         if type(container) is list:
             return ListLayer(choice.key, container, kind)
-        _check_container(self._into, container)
+        _check_container(self._into, container, grads=self._grads)
         return SinkLayer(choice.key, container, kind)
-
-    def _track(self, choice: Choice, layer: Layer, inputs: Layer | None) -> Track:
-        capture = replace(self._capture, layer=choice.key, transform=choice.transform)
-        parameters = Parameters() if inputs is None else Parameters.of(choice.module)
-        return Track(self._session, capture, layer, inputs, parameters)
 
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""
@@ -249,9 +283,16 @@ def _check(*, transform: object, into: object) -> None:
         raise OptionError(_bad_container(into))
 
 
-def _check_container(into: object, container: object) -> None:
+def _check_container(into: object, container: object, *, grads: bool) -> None:
     if not hasattr(container, "append"):
         raise OptionError(_bad_container(into))
+    if grads and not (hasattr(container, "__setitem__") and hasattr(container, "__len__")):
+        message = (
+            f"record(grads=True, into={into!r}): a gradient comes after its call, so the container must let items be "
+            f"replaced, and {type(container).__name__} does not. Use list or functools.partial(collections.deque, "
+            "maxlen=10)."
+        )
+        raise OptionError(message)
 
 
 def _bad_container(into: object) -> str:

@@ -175,6 +175,9 @@ class SinkLayer(Layer):
     def __getitem__(self, index: int | slice) -> Value:
         return list(self)[index] if isinstance(index, slice) else self.sink[index]
 
+    def __setitem__(self, index: int, value: Value) -> None:
+        self.sink[index] = value
+
     def __len__(self) -> int:
         return len(self.sink) if hasattr(self.sink, "__len__") else len(self._passes)
 
@@ -266,11 +269,13 @@ class Recorder(Recording):
         session: Session,
         *,
         inputs: Mapping[str, Layer],
+        grads: Mapping[str, Layer],
         capture: Capture,
         tracks: object,
     ) -> None:
         super().__init__(model, layers, aliases)
         self._inputs = Recording(model, inputs, aliases) if inputs else None
+        self._grads = Recording(model, grads, aliases) if grads else None
         self._chosen = frozenset([*layers, *aliases])
         self._session = session
         self._capture = capture
@@ -287,6 +292,38 @@ class Recorder(Recording):
             message = "acts.inputs: inputs were not recorded. Ask for them: record(model, layers, inputs=True)."
             raise AttributeError(message)
         return self._inputs
+
+    @property
+    def grads(self) -> Recording:
+        """The gradients: ``acts.grads[name][i]`` is that of the loss with respect to ``acts[name][i]``.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 1))
+        >>> with record(model, "0", grads=True) as acts:
+        ...     loss = model(torch.randn(5, 4)).square().mean()
+        >>> list(acts.grads["0"])
+        [None]
+        >>> loss.backward()
+        >>> acts.grads["0"][0].shape
+        torch.Size([5, 3])
+
+        It lines up with ``acts[name]`` and is nested in the same way, with ``None`` for what no gradient has
+        reached. It belongs to the value as the layer returned it, also where a layer behind it works in
+        place. ``backward()`` may come inside the block or after it. A second one through the same forward adds
+        to what is there, as it does for the ``.grad`` of a parameter; so does ``torch.autograd.grad``.
+
+        Gradients are copied as values are, and moved and cast by ``device`` and ``dtype``. A ``transform`` is
+        applied to each as it arrives, with zeros in the place of what did not: what it selects or averages of
+        a value, it selects or averages of the gradient. Gradients of a scaled loss are scaled.
+
+        Needs ``record(..., grads=True)``.
+        """
+        if self._grads is None:
+            message = "acts.grads: gradients were not recorded. Ask for them: record(model, layers, grads=True)."
+            raise AttributeError(message)
+        return self._grads
 
     @property
     def num_passes(self) -> int:
@@ -356,11 +393,11 @@ class Recorder(Recording):
         self._layers[name].keep(self._capture.added(value), self.num_passes - 1)
 
     def clear(self) -> None:
-        """Forget all calls, inputs and added values, and count the passes from 0 again.
+        """Forget all calls, inputs, gradients and added values, and count the passes from 0 again.
 
         For long runs that are worked off in portions. Call it between two passes.
         """
-        for recording in (self, self._inputs):
+        for recording in (self, self._inputs, self._grads):
             for layer in (recording or {}).values():
                 layer.clear()
         self._session.passes.restart()

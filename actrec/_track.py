@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ._capture import Capture
+    from ._early import EarlyStop
+    from ._grads import Gradients
     from ._nested import Value
 
 __all__ = ["Session", "Track"]
@@ -34,6 +36,7 @@ class Session:
     passes: Passes = field(default_factory=Passes)
     error: Exception | None = None  # the first one that capturing a value raised
     surfaced: bool = False  # that error left the model (or else the model swallowed it)
+    stop: EarlyStop | None = None
 
     def begin(self) -> None:
         """The block begins."""
@@ -72,6 +75,7 @@ class Track:
     outputs: Calls
     inputs: Calls | None = None
     parameters: Parameters = field(default_factory=Parameters)
+    grads: Gradients | None = None
     called: int = 0
     kept: int = 0
     recomputed: int = 0
@@ -92,7 +96,7 @@ class Track:
         if not session.recording:
             return
         if not is_own_call():
-            self.recomputed += 1
+            self._end_again(output)
             return
         if type(output) is not Tensor and _is_symbolic((*args, output)):
             return
@@ -107,6 +111,16 @@ class Track:
                 self.outputs.keep(value, number)
                 if self.inputs is not None:
                     self.inputs.keep(arrival and arrival.inputs, number)
+        if self.grads is not None:
+            self.grads.expect(output, value, number)
+        if session.stop is not None:
+            session.stop.ran(self.capture.layer)
+
+    def _end_again(self, output: Value) -> None:
+        """A call that was recorded before has run again."""
+        self.recomputed += 1
+        if self.grads is not None:
+            self.grads.expect_again(output)
 
     def _captured(self, capture: Capture, value: Value, call: int) -> Value:
         try:

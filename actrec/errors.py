@@ -12,6 +12,7 @@
     └── JoinError                   also ValueError: calls that do not fit together
 
     UnusedLayerWarning              a chosen layer of which nothing was recorded
+    MissingGradientWarning          a chosen layer that no gradient can reach, though gradients were asked for
 
 Every message names the call, the offending value, what was observed and the nearest fix.
 """
@@ -28,6 +29,7 @@ __all__ = [
     "ActrecError",
     "CaptureError",
     "JoinError",
+    "MissingGradientWarning",
     "OptionError",
     "SelectionError",
     "TransformError",
@@ -71,6 +73,10 @@ class CaptureError(ActrecError, RuntimeError):
 
 class JoinError(ActrecError, ValueError):
     """Calls of a layer that cannot be joined into one tensor."""
+
+
+class MissingGradientWarning(UserWarning):
+    """No gradient can reach a layer, though gradients were asked for; the message says why."""
 
 
 class UnusedLayerWarning(UserWarning):
