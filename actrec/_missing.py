@@ -53,7 +53,7 @@ def warn_unused(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
     else:
         message = (
             f"record(): nothing was recorded, this {kind} was not called inside the with block."
-            " Was a copy called, or a model made from it (compiled elsewhere, exported, scripted)?"
+            " Was its .forward() called, a copy of it, or a model made from it (exported, scripted)?"
         )
     warnings.warn(message, UnusedLayerWarning, stacklevel=stacklevel + 1)
 

@@ -48,7 +48,9 @@ def record(
     >>> import torch
     >>> from torch import nn
     >>> from actrec import record
-    >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(288, 10))
+    >>> model = nn.Sequential(
+    ...     nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(288, 10)
+    ... )
     >>> with record(model, ["0", "3"]) as acts:
     ...     for images in torch.randn(4, 16, 1, 8, 8):
     ...         output = model(images)

@@ -65,6 +65,17 @@ class Layer(Sequence[Value]):
     def passes(self) -> list[int]:
         """For each call, the index of the pass that it belongs to.
 
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> relu = nn.ReLU()
+        >>> model = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu)
+        >>> with record(model, ["0", "1"]) as acts:
+        ...     for batch in torch.randn(2, 5, 4):
+        ...         output = model(batch)
+        >>> acts["0"].passes, acts["1"].passes
+        ([0, 1], [0, 0, 1, 1])
+
         A pass is one outermost forward of the recorded model. Layers line up by pass, not by position: a
         layer may be called several times in a pass, or not at all.
         """
@@ -73,8 +84,13 @@ class Layer(Sequence[Value]):
         """Join all calls along an existing dimension, as ``torch.cat`` does: by default the batch.
 
         >>> import torch
-        >>> layer = ListLayer("conv", [torch.zeros(8, 3), torch.ones(2, 3)])
-        >>> layer.cat().shape
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     for batch in torch.randn(10, 4).split(8):
+        ...         output = model(batch)
+        >>> acts[""].cat().shape
         torch.Size([10, 3])
 
         Values that nest tensors are joined tensor by tensor, and come back nested in the same way.
@@ -83,11 +99,11 @@ class Layer(Sequence[Value]):
         twice. With ``release=True`` each call is dropped as soon as it is copied, and the layer is empty
         in the end: the result and one call is all that is held at a time.
 
-        >>> layer.cat(release=True).shape, len(layer)
+        >>> acts[""].cat(release=True).shape, len(acts[""])
         (torch.Size([10, 3]), 0)
 
-        Raises ``JoinError`` if there are no calls, or if their structures, dtypes or sizes in other
-        dimensions differ; it names what differs, and nothing is released.
+        Raises ``JoinError`` if there are no calls, or if their structures or their sizes in
+        other dimensions differ; it names what differs, and nothing is released. Dtypes are promoted.
         """
         return joined(self, "cat", dim, release=release)
 
@@ -95,7 +111,13 @@ class Layer(Sequence[Value]):
         """Join all calls along a new dimension, as ``torch.stack`` does: item ``i`` is call ``i``.
 
         >>> import torch
-        >>> ListLayer("head", [torch.zeros(3), torch.ones(3)]).stack().shape
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     for one in torch.randn(2, 4):
+        ...         output = model(one)
+        >>> acts[""].stack().shape
         torch.Size([2, 3])
 
         All calls must have the same shape. Otherwise as :meth:`cat`.
@@ -258,6 +280,17 @@ class Recording(Mapping[str, Layer]):
 class Recorder(Recording):
     """A recording that is being made: what the ``with`` block of :func:`actrec.record` yields.
 
+    >>> import torch
+    >>> from torch import nn
+    >>> from actrec import record
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    >>> with record(model, "0") as acts:
+    ...     output = model(torch.randn(5, 4))
+    ...     print(repr(acts).splitlines()[0])
+    recording Sequential: 1 layer, 1 pass, 60 B
+    >>> acts.num_passes
+    1
+
     When the block has ended it remains, as a recording.
     """
 
@@ -283,7 +316,16 @@ class Recorder(Recording):
 
     @property
     def inputs(self) -> Recording:
-        """What the calls received: ``acts.inputs[name][i]`` is a dict from parameter name to value.
+        """What the calls received. ``acts.inputs[name][i]`` is a dict from parameter name to value.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Linear(4, 3)
+        >>> with record(model, "", inputs=True) as acts:
+        ...     output = model(torch.zeros(5, 4))
+        >>> acts.inputs[""][0]["input"].shape
+        torch.Size([5, 4])
 
         It lines up with ``acts[name][i]`` and holds what the call was given, not the defaults; ``None``
         for a call that had begun before the block. Needs ``record(..., inputs=True)``.
@@ -295,7 +337,7 @@ class Recorder(Recording):
 
     @property
     def grads(self) -> Recording:
-        """The gradients: ``acts.grads[name][i]`` is that of the loss with respect to ``acts[name][i]``.
+        """The gradients. ``acts.grads[name][i]`` is that of the loss with respect to ``acts[name][i]``.
 
         >>> import torch
         >>> from torch import nn
@@ -394,6 +436,19 @@ class Recorder(Recording):
 
     def clear(self) -> None:
         """Forget all calls, inputs, gradients and added values, and count the passes from 0 again.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Linear(4, 3)
+        >>> means = []
+        >>> with record(model, "") as acts:
+        ...     for batch in torch.randn(3, 5, 4):
+        ...         output = model(batch)
+        ...         means.append(acts[""].cat().mean(0))
+        ...         acts.clear()
+        >>> len(means), len(acts[""])
+        (3, 0)
 
         For long runs that are worked off in portions. Call it between two passes.
         """

@@ -12,7 +12,7 @@
     └── JoinError                   also ValueError: calls that do not fit together
 
     UnusedLayerWarning              a chosen layer of which nothing was recorded
-    MissingGradientWarning          a chosen layer that no gradient can reach, though gradients were asked for
+    MissingGradientWarning          a chosen layer that no gradient can reach
 
 Every message names the call, the offending value, what was observed and the nearest fix.
 """
