@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["Opaque", "Value", "opaque", "rebuild", "tensors"]
+__all__ = ["Opaque", "Value", "leaves", "opaque", "rebuild", "tensors"]
 
 #: What a layer returned: a tensor, or any nesting of tuples, lists, dicts and dataclasses of them.
 Value: TypeAlias = Any
@@ -158,3 +158,46 @@ def tensors(value: Value) -> Iterator[Tensor]:
     else:
         rebuild(value, found.append)
     return iter(found)
+
+
+def leaves(value: Value) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a recorded value as :func:`tensors` finds them, each with the way to it.
+
+    >>> [path for path, _ in leaves((torch.zeros(2), {"h": torch.zeros(3)}))]
+    ['[0]', "[1]['h']"]
+
+    The way is what one writes behind the value: ``acts["lstm"][0][1]['h']``.
+    """
+    return _walk(value, "", set())
+
+
+def _walk(value: Value, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, _CONSTANTS) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield path, value
+        return
+    for step, item in _steps(value):
+        yield from _walk(item, path + step, seen)
+
+
+def _steps(value: Value) -> Iterable[tuple[str, Value]]:
+    """What is directly inside a container, in the order in which :func:`rebuild` meets it."""
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", ())
+        named = len(names) == len(value)
+        yield from (
+            (f".{names[index]}" if named else f"[{index}]", item) for index, item in enumerate(value)
+        )
+    elif isinstance(value, (list, deque)):
+        yield from ((f"[{index}]", item) for index, item in enumerate(value))
+    elif isinstance(value, dict):
+        base = OrderedDict if isinstance(value, OrderedDict) else dict
+        yield from ((f"[{key!r}]", base.__getitem__(value, key)) for key in base.keys(value))
+    elif not dataclasses.is_dataclass(value):
+        return
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    for name in dict.fromkeys([*(field.name for field in fields), *getattr(value, "__dict__", {})]):
+        if hasattr(value, name):
+            yield f".{name}", getattr(value, name)

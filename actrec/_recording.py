@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
-from . import _display
+from . import _display, _html, _stats
+from ._forms import Form, form
 from ._join import joined
 from ._nested import Value, tensors
 from ._snapshot import held
@@ -107,8 +108,15 @@ class Layer(Sequence[Value]):
         """The bytes of memory that the calls hold. What several of them share counts once."""
         return _held_bytes(self)
 
+    def _forms(self) -> Iterable[Form]:
+        """What each call is, without its data. A stored layer says it without reading any."""
+        return map(form, self)
+
     def __repr__(self) -> str:
         return _display.layer_line(self)
+
+    def _repr_html_(self) -> str:
+        return _html.layer_html(self)
 
 
 def _held_bytes(values: Iterable[Value]) -> int:
@@ -209,11 +217,18 @@ class Recording(Mapping[str, Layer]):
     without ``module.``) is found under each of them, and listed once.
     """
 
-    #: ``model`` is the type of the recorded model.
-    def __init__(self, model: str, layers: Mapping[str, Layer], aliases: Mapping[str, str]) -> None:
+    #: ``model`` is the type of the recorded model, ``order`` what is known of the execution order.
+    def __init__(
+        self,
+        model: str,
+        layers: Mapping[str, Layer],
+        aliases: Mapping[str, str],
+        order: Iterable[str] = (),
+    ) -> None:
         self._model = model
         self._layers = dict(layers)
         self._aliases = aliases
+        self._order = order
 
     def __getitem__(self, name: str) -> Layer:
         key = name if name in self._layers else self._aliases.get(name)
@@ -242,11 +257,60 @@ class Recording(Mapping[str, Layer]):
         """
         return _held_bytes(value for layer in self.values() for value in layer)
 
-    def _title(self) -> str:
-        return f"recorded {self._model}"
+    @property
+    def execution_order(self) -> list[str]:
+        """The names of the layers that have calls, in the order in which their first calls ended.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> with record(model, ["1", "", "0"]) as acts:
+        ...     output = model(torch.randn(5, 4))
+        >>> list(acts), acts.execution_order
+        (['1', '', '0'], ['0', '1', ''])
+
+        A module that contains others ends after them. The iteration order of the recording is that of
+        the queries.
+        """
+        known = [name for name in self._order if name in self._layers]
+        return [name for name in dict.fromkeys([*known, *self]) if len(self._layers[name])]
+
+    def stats(self) -> _stats.Stats:
+        """Return statistics of every layer, over all its calls: one row for each tensor it returns.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Sequential(nn.Flatten(), nn.ReLU())
+        >>> with record(model) as acts:
+        ...     output = model(torch.tensor([[-1.0, 0.0, 2.0, 3.0]]))
+        >>> acts.stats()
+        statistics of 2 layers
+        layer  count  mean    std  min  max  zeros  nan  inf  memory
+        0          4     1  1.581   -1    3    25%    0    0    16 B
+        1          4  1.25  1.299    0    3    50%    0    0    16 B
+
+        The rows are in execution order, so this is the first layer that returned a NaN or an infinity,
+        or ``None``:
+
+        >>> acts.stats().first_nonfinite
+
+        ``pandas.DataFrame(acts.stats())`` makes a data frame of them. See :class:`Stats` for the columns.
+
+        It reads call after call in blocks, so besides the recording it needs a few megabytes. Nothing is
+        changed. It may be called inside the block.
+        """
+        return _stats.stats(self)
+
+    def _state(self) -> _display.State:
+        return "recorded"
 
     def __repr__(self) -> str:
-        return _display.table(self, self._title())
+        return _display.table(self)
+
+    def _repr_html_(self) -> str:
+        return _html.recording_html(self)
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self)
@@ -269,8 +333,8 @@ class Recorder(Recording):
         capture: Capture,
         tracks: object,
     ) -> None:
-        super().__init__(model, layers, aliases)
-        self._inputs = Recording(model, inputs, aliases) if inputs else None
+        super().__init__(model, layers, aliases, session.order)
+        self._inputs = Recording(model, inputs, aliases, session.order) if inputs else None
         self._chosen = frozenset([*layers, *aliases])
         self._session = session
         self._capture = capture
@@ -353,6 +417,7 @@ class Recorder(Recording):
             raise ActrecError(message)
         if name not in self._layers:
             self._layers[name] = ListLayer(name, (), "added")
+            self._session.order.setdefault(name)
         self._layers[name].keep(self._capture.added(value), self.num_passes - 1)
 
     def clear(self) -> None:
@@ -365,7 +430,7 @@ class Recorder(Recording):
                 layer.clear()
         self._session.passes.restart()
 
-    def _title(self) -> str:
+    def _state(self) -> _display.State:
         if self._session.active:
-            return f"recording {self._model}"
-        return super()._title() + (" (interrupted)" if self._session.interrupted else "")
+            return "recording"
+        return "interrupted" if self._session.interrupted else "recorded"

@@ -32,6 +32,7 @@ class Session:
     interrupted: bool = False
     pauses: int = 0
     passes: Passes = field(default_factory=Passes)
+    order: dict[str, None] = field(default_factory=dict)  # the layers, by the end of their first call
     error: Exception | None = None  # the first one that capturing a value raised
     surfaced: bool = False  # that error left the model (or else the model swallowed it)
 
@@ -102,6 +103,8 @@ class Track:
         self.called += 1
         value = self._captured(self.capture, output, call)
         if value is not SKIPPED:
+            if not self.kept:
+                session.order.setdefault(self.capture.layer)
             self.kept += 1
             with self._lock:
                 self.outputs.keep(value, number)
