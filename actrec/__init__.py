@@ -9,9 +9,11 @@
 Layer '0' (Linear): 1 call, (5, 3) float32, 60 B
 """
 
+from ._compare import Comparison, compare
 from ._nested import Opaque
 from ._record import record
 from ._recording import Layer, Recorder, Recording
+from ._stats import Stats
 from .errors import (
     ActrecError,
     CaptureError,
@@ -27,6 +29,7 @@ from .errors import (
 __all__ = [
     "ActrecError",
     "CaptureError",
+    "Comparison",
     "JoinError",
     "Layer",
     "Opaque",
@@ -34,9 +37,11 @@ __all__ = [
     "Recorder",
     "Recording",
     "SelectionError",
+    "Stats",
     "TransformError",
     "UnknownLayerError",
     "UnsupportedModelError",
     "UnusedLayerWarning",
+    "compare",
     "record",
 ]

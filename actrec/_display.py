@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from ._forms import Form
     from ._recording import Layer, Recording
 
-__all__ = ["Row", "State", "count", "layer_line", "rows", "shown", "size", "table", "text_table", "title"]
+__all__ = [
+    "Row",
+    "State",
+    "count",
+    "layer_line",
+    "rows",
+    "shown",
+    "size",
+    "table",
+    "text_table",
+    "title",
+]
 
 #: Whether the block runs, has ended, or was ended by an exception.
 State: TypeAlias = Literal["recording", "recorded", "interrupted"]
@@ -44,10 +55,10 @@ def count(number: int, noun: str) -> str:
 
 
 def shown(name: str) -> str:
-    """A name as it is shown: as it is, or quoted if it is empty or would upset a table.
+    r"""A name as it is shown: as it is, or quoted if it is empty or would upset a table.
 
-    >>> shown("conv1"), shown(""), shown("two\\nlines")
-    ('conv1', "''", "'two\\\\nlines'")
+    >>> shown("conv1"), shown(""), shown("two\nlines")
+    ('conv1', "''", "'two\\nlines'")
     """
     return name if name and name.isprintable() and name == name.strip() else repr(name)
 
@@ -110,7 +121,24 @@ class Row(NamedTuple):
     note: str
 
 
-RIGHT: Final = frozenset({"calls", "count", "memory"})
+#: Columns of numbers.
+RIGHT: Final = frozenset(
+    {
+        "calls",
+        "count",
+        "memory",
+        "mean",
+        "std",
+        "min",
+        "max",
+        "zeros",
+        "nan",
+        "inf",
+        "max abs",
+        "max rel",
+        "cosine",
+    }
+)
 
 
 def title(recording: Recording) -> str:
@@ -242,4 +270,6 @@ def _as_before(alike: list[Node]) -> Iterator[_Fold]:
     if alike:
         layers = sum(1 for node in alike for _ in node.names())
         which = shown(alike[0].prefix) + (f" to {shown(alike[-1].prefix)}" if alike[1:] else "")
-        yield _Fold(layers, f"... {which}: {count(layers, 'more layer')}, as in the block before ...")
+        yield _Fold(
+            layers, f"... {which}: {count(layers, 'more layer')}, as in the block before ..."
+        )

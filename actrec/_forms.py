@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._nested import Opaque, Value, leaves
 
-__all__ = ["Form", "Leaf", "form"]
+__all__ = ["Form", "Leaf", "form", "shape_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,15 @@ def form(value: Value) -> Form:
 
 
 def _leaf(path: str, tensor: Tensor) -> Leaf:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Leaf(path, shape_of(tensor), dtype, str(tensor.device))
+
+
+def shape_of(tensor: Tensor) -> tuple[int | str, ...]:
+    """Return the shape of a tensor of any kind."""
     # A strided nested tensor has no shape to ask for.
     nested = tensor.is_nested and tensor.layout is torch.strided
-    shape = ("nested",) if nested else tuple(map(_size, tensor.shape))
-    return Leaf(path, shape, str(tensor.dtype).removeprefix("torch."), str(tensor.device))
+    return ("nested",) if nested else tuple(map(_size, tensor.shape))
 
 
 def _size(size: object) -> int | str:

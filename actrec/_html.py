@@ -115,9 +115,7 @@ class Sheet:
         )
         head = f"<table>{self._widths()}<thead><tr>{cells}</tr></thead></table>"
         narrowest = sum(self.widths[1:]) + NARROWEST_NAME
-        return (
-            f'<div style="max-width:{sum(self.widths)}ch;min-width:{narrowest}ch">{head}{body}</div>'
-        )
+        return f'<div style="max-width:{sum(self.widths)}ch;min-width:{narrowest}ch">{head}{body}</div>'
 
     def table(self, rows: Sequence[tuple[str, tuple[str, ...]]], depth: int = 0) -> str:
         """Return rows, each with its label; of very many only the first are open."""
@@ -209,4 +207,6 @@ def _remark(node: Node, rows: dict[str, Row]) -> str:
     inside = [rows[name] for name in node.names() if name != node.prefix]
     noted = sum(1 for row in inside if row.note)
     remark = f"<small>{count(len(inside), 'layer')}</small>"
-    return remark + (f'<small class="actrec-n"><span>{count(noted, "note")}</span></small>' if noted else "")
+    return remark + (
+        f'<small class="actrec-n"><span>{count(noted, "note")}</span></small>' if noted else ""
+    )

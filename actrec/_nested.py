@@ -188,7 +188,8 @@ def _steps(value: Value) -> Iterable[tuple[str, Value]]:
         names = getattr(value, "_fields", ())
         named = len(names) == len(value)
         yield from (
-            (f".{names[index]}" if named else f"[{index}]", item) for index, item in enumerate(value)
+            (f".{names[index]}" if named else f"[{index}]", item)
+            for index, item in enumerate(value)
         )
     elif isinstance(value, (list, deque)):
         yield from ((f"[{index}]", item) for index, item in enumerate(value))

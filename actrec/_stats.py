@@ -1,6 +1,6 @@
 """Statistics of a recording, in one pass over it and in bounded memory.
 
-Tensors are read in blocks of :data:`BLOCK` elements. Of each block, converted to float64, the mean and
+Tensors are read in blocks of :data:`actrec._blocks.BLOCK` elements. Of each block, converted to float64, the mean and
 the sum of squared deviations from it are computed in two passes while it is in the cache, and merged into
 what came before after Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
 sample variances" (1979). The mean is held as a sum of two floats, so that a large mean does not drown a
@@ -11,49 +11,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import _display, _html
+from . import _display
+from ._blocks import blocks, dense
 from ._nested import leaves
+from ._rows import Rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ._recording import Layer, Recording
 
-__all__ = ["Moments", "Row", "Rows", "Stats", "blocks", "dense", "stats"]
-
-#: Elements read at a time: 128 kB of float64. They stay in the cache, and PyTorch starts no threads for so
-#: few, which would spend more time waiting for each other than working.
-BLOCK = 1 << 14
-
-R = TypeVar("R")
-
-
-class Rows(tuple[R, ...], Generic[R]):
-    """A tuple of rows that prints as a table."""
-
-    __slots__ = ()
-
-    def _title(self) -> str:
-        raise NotImplementedError
-
-    def _columns(self) -> tuple[str, ...]:
-        raise NotImplementedError
-
-    def _cells(self, row: R) -> tuple[str, ...]:
-        raise NotImplementedError
-
-    def __repr__(self) -> str:
-        cells = [self._cells(row) for row in self]
-        return "\n".join([self._title(), *_display.text_table(self._columns(), cells)])
-
-    def _repr_html_(self) -> str:
-        cells = [self._cells(row) for row in self]
-        return _html.rows_html(repr(self), self._title(), self._columns(), cells)
+__all__ = ["Moments", "Row", "Stats", "stats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +83,9 @@ class Stats(Rows[Row]):
 
     @property
     def first_nonfinite(self) -> Row | None:
-        """The row of the layer that was the first to return a NaN or an infinity: in the earliest pass,
-        and there in execution order.
+        """The row of the layer that was the first to return a NaN or an infinity.
+
+        That is in the earliest pass, and there in execution order. ``None`` if there are none.
         """
         bad = [(row.nonfinite_pass, row) for row in self if row.nonfinite_pass is not None]
         return min(bad, key=lambda pair: pair[0])[1] if bad else None
@@ -185,7 +159,7 @@ class Moments:
         for part in dense(tensor):
             self.count += part.numel()
             self.nbytes += part.numel() * part.element_size()
-            for block in blocks(part):
+            for (block,) in blocks(part):
                 self._add(block)
         if self.nonfinite_pass is None and self.nan + self.inf > bad:
             self.nonfinite_pass = number
@@ -249,28 +223,3 @@ class Moments:
 _WITH_MINIMUM = frozenset(
     {torch.float32, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
 )
-
-
-def dense(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements of a tensor of any kind, as plain tensors; none if it has no data."""
-    tensor = tensor.detach()
-    if tensor.is_meta:
-        return
-    if tensor.is_nested:
-        for part in tensor.unbind():
-            yield from dense(part)
-    elif tensor.is_quantized:
-        yield tensor.dequantize()
-    else:
-        yield tensor if tensor.layout is torch.strided else tensor.to_dense()
-
-
-def blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements of a plain tensor, in flat blocks on the CPU, without copying more than a block."""
-    if tensor.numel() > BLOCK and not tensor.is_contiguous():
-        longest = max(range(tensor.dim()), key=tensor.shape.__getitem__)
-        for half in tensor.tensor_split(2, longest):
-            yield from blocks(half)
-    elif tensor.numel():
-        for block in tensor.reshape(-1).split(BLOCK):
-            yield block.resolve_conj().resolve_neg().cpu()

@@ -32,7 +32,9 @@ class Session:
     interrupted: bool = False
     pauses: int = 0
     passes: Passes = field(default_factory=Passes)
-    order: dict[str, None] = field(default_factory=dict)  # the layers, by the end of their first call
+    order: dict[str, None] = field(
+        default_factory=dict
+    )  # the layers, by the end of their first call
     error: Exception | None = None  # the first one that capturing a value raised
     surfaced: bool = False  # that error left the model (or else the model swallowed it)
 
