@@ -89,14 +89,15 @@ class Comparison(Rows[Row]):
         return min(found, key=lambda pair: pair[0])[1] if found else None
 
     def _title(self) -> str:
-        verdicts = [_verdict(row) for row in self]
+        verdicts = [_verdict(row) for row in self if row.calls or not row.close]
         numbers = [
             f"{verdicts.count(verdict):,} {verdict}"
             for verdict in ("equal", "close", "different")
             if verdict in verdicts
         ]
-        title = f"compared {_display.count(len({row.layer for row in self}), 'layer')}"
-        facts = [f"{title}: {', '.join(numbers)}" if numbers else title]
+        layers = _display.count(len({row.layer for row in self}), "layer")
+        what = f"compared {_display.count(len(self), 'tensor')} of {layers}"
+        facts = [f"{what}: {', '.join(numbers)}" if numbers else what]
         if (first := self.first_difference) is not None:
             facts.append(f"first difference in {_place(first)}, pass {first.different_pass}")
         facts += [f"only in a: {listed(self.only_a)}"] * bool(self.only_a)
@@ -126,6 +127,8 @@ def _place(row: Row) -> str:
 
 
 def _verdict(row: Row) -> str:
+    if not row.calls and row.close:
+        return ""
     if row.equal:
         return "equal"
     return "close" if row.close else "different"
@@ -336,7 +339,7 @@ class _Tally:
             self.equal,
             self.different_pass is None,
             self.different_pass,
-            _first(self.notes),
+            _first(self.notes) if self.notes or self.calls else "nothing to compare",
         )
 
     def _max_rel(self) -> float:

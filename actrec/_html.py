@@ -28,7 +28,7 @@ __all__ = ["layer_html", "recording_html", "rows_html"]
 #: Up to so many layers a table is flat.
 MOST_FLAT = 20
 #: A branch with fewer layers is written out in its parent.
-SMALLEST_BRANCH = 8
+SMALLEST_BRANCH = 6
 #: How many rows are visible before anything is unfolded, about.
 MOST_OPEN = 60
 #: The columns are as wide as their widest cell, in characters, within these limits.
@@ -39,12 +39,12 @@ STYLE = """
 .actrec > pre.actrec-text { display: none; }
 .actrec > .actrec-table { display: block !important; overflow-x: auto; max-width: 100%;
   font-size: 13px; line-height: 1.45; text-align: left; }
-.actrec-title { font-weight: 600; padding: 2px 6px 6px; overflow-wrap: anywhere; }
+.actrec-title { font-weight: 600; padding: 2px 9px 6px; overflow-wrap: anywhere; }
 .actrec-table table { table-layout: fixed; width: 100%; border-collapse: collapse; border: 0;
   margin: 0; font-size: inherit; color: inherit; display: table; }
 .actrec-table tr, .actrec-table tbody tr:nth-child(n) { background: transparent !important; }
 .actrec-table tbody tr:hover { background: rgba(128, 128, 128, .16) !important; }
-.actrec-table th, .actrec-table td { padding: 2px 6px; border: 0; text-align: left;
+.actrec-table th, .actrec-table td { padding: 2px 9px; border: 0; text-align: left;
   vertical-align: top; overflow-wrap: anywhere; white-space: normal; max-width: none;
   font-variant-numeric: tabular-nums; color: inherit; background: transparent; }
 .actrec-table thead th { font-weight: 600; opacity: .75; border-bottom: 1px solid rgba(128, 128, 128, .5); }
@@ -53,7 +53,7 @@ STYLE = """
 .actrec-table .actrec-n span { font-weight: 600; padding: 0 5px; border-radius: 3px;
   background: rgba(255, 160, 0, .28); }
 .actrec-table details { margin: 0; padding: 0; border: 0; background: transparent; }
-.actrec-table summary { cursor: pointer; padding: 3px 6px; font-weight: 600; overflow-wrap: anywhere;
+.actrec-table summary { cursor: pointer; padding: 3px 9px; font-weight: 600; overflow-wrap: anywhere;
   border-bottom: 1px solid rgba(128, 128, 128, .18); background: rgba(128, 128, 128, .09); }
 .actrec-table summary small { font-size: 12px; font-weight: 400; opacity: .75; padding-left: 8px; }
 """
@@ -150,11 +150,11 @@ _NOTE = ' class="actrec-n"'
 
 
 def _width(length: int, widest: int) -> int:
-    return min(max(length + length // 8, NARROWEST), widest) + 2
+    return min(max(length + length // 8, NARROWEST), widest) + 4
 
 
 def _indent(depth: int) -> int:
-    return 6 + 16 * depth
+    return 9 + 16 * depth
 
 
 def _class(column: str) -> str:
