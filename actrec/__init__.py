@@ -9,9 +9,11 @@
 Layer '0' (Linear): 1 call, (5, 3) float32, 60 B
 """
 
+from ._compare import Comparison, compare
 from ._nested import Opaque
 from ._record import record
 from ._recording import Layer, Recorder, Recording
+from ._stats import Stats
 from .errors import (
     ActrecError,
     CaptureError,
@@ -28,6 +30,7 @@ from .errors import (
 __all__ = [
     "ActrecError",
     "CaptureError",
+    "Comparison",
     "JoinError",
     "Layer",
     "MissingGradientWarning",
@@ -36,9 +39,11 @@ __all__ = [
     "Recorder",
     "Recording",
     "SelectionError",
+    "Stats",
     "TransformError",
     "UnknownLayerError",
     "UnsupportedModelError",
     "UnusedLayerWarning",
+    "compare",
     "record",
 ]

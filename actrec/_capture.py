@@ -69,7 +69,7 @@ class Capture:
     def _transformed(self, transform: Transform, value: Value, call: int) -> Value:
         loan = _Loan(detach=self.detach)
         try:
-            lent = rebuild(value, loan)
+            lent = rebuild(value, loan, unknown=_itself)
             with ExitStack() as clean_room:
                 clean_room.callback(
                     torch.default_generator.set_state, torch.default_generator.get_state()

@@ -100,19 +100,10 @@ def _cause(model: nn.Module, choice: Choice, track: Track) -> str:
             f"all of its {track.recomputed} calls ran inside backward(), where activation checkpointing recomputes "
             "what was recorded before"
         )
-    if not any(_find(model, name) is module for name in choice.names):
+    if not any(other is module for other in model.modules()):
         return "another module was put in its place inside the with block; the one that was hooked was not called"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weights without calling it. Record the attention module instead"
     if isinstance(module, nn.modules.dropout._DropoutNd):
-        return f"{_NEVER_CALLED}; fused attention (scaled_dot_product_attention) does its dropout itself"
+        return f"{_NEVER_CALLED}; attention often does its dropout itself, fused (scaled_dot_product_attention) or with F.dropout"
     return _NEVER_CALLED
-
-
-def _find(model: nn.Module, name: str) -> nn.Module | None:
-    for segment in filter(None, name.split(".")):
-        found = model._modules.get(segment)
-        if found is None:
-            return None
-        model = found
-    return model

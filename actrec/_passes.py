@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from types import FrameType
 
-__all__ = ["Passes", "backward_number", "checkpoint_frames", "is_own_call"]
+__all__ = ["Count", "Passes", "backward_number", "checkpoint_frames", "is_own_call"]
 
 
 # --- Private PyTorch: the running backward, the running trace, and the frame of a module's call ----
@@ -84,11 +85,18 @@ class _Thread(threading.local):
         self.current = -1
 
 
-class Passes:
+@dataclass(eq=False)
+class Count:
+    """How many passes there have been."""
+
+    count: int = 0
+
+
+class Passes(Count):
     """Numbers the passes, from 0, and tells which one a call belongs to."""
 
     def __init__(self) -> None:
-        self.count = 0
+        super().__init__()
         self._thread = _Thread()
         self._open: list[int] = []  # in all threads, the latest last
         self._lock = threading.Lock()
@@ -136,5 +144,4 @@ class Passes:
 
     def _close(self, thread: _Thread) -> None:
         thread.calling.clear()
-        if thread.current in self._open:
-            self._open.remove(thread.current)
+        self._open.remove(thread.current)

@@ -168,10 +168,10 @@ class _Block(AbstractContextManager[Recorder]):
         self._grads = grads
         self._session = Session(stop=EarlyStop() if stop_early else None)
         self._tracks: dict[str, tuple[Choice, Track]] = {}
-        self._yielded: Recorder | None = None
+        self._yielded: Recorder | None = None  # which also keeps it, where the user does not
 
     def __enter__(self) -> Recorder:
-        if self._tracks:
+        if self._yielded is not None:
             message = "record(): this block was entered before. Call record() again for another recording."
             raise ActrecError(message)
         recorder = self._recorder()
@@ -251,11 +251,11 @@ class _Block(AbstractContextManager[Recorder]):
 
     def _layer(self, choice: Choice) -> Layer:
         kind = type(choice.module).__name__
-        container = self._into()
-        if type(container) is list:
-            return ListLayer(choice.key, container, kind)
-        _check_container(self._into, container, grads=self._grads)
-        return SinkLayer(choice.key, container, kind)
+        if self._into is list:
+            return ListLayer(choice.key, (), kind)
+        layer = SinkLayer(choice.key, self._into, kind)
+        _check_container(self._into, layer.sink, grads=self._grads)
+        return ListLayer(choice.key, (), kind) if type(layer.sink) is list else layer
 
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""
@@ -288,6 +288,13 @@ def _check(*, transform: object, into: object) -> None:
 def _check_container(into: object, container: object, *, grads: bool) -> None:
     if not hasattr(container, "append"):
         raise OptionError(_bad_container(into))
+    held = len(container) if hasattr(container, "__len__") else 0
+    if held:
+        message = (
+            f"record(into={into!r}): the {type(container).__name__} that it made holds {held} items already. Make a "
+            "new, empty one for each layer."
+        )
+        raise OptionError(message)
     if grads and not (hasattr(container, "__setitem__") and hasattr(container, "__len__")):
         message = (
             f"record(grads=True, into={into!r}): a gradient comes after its call, so the container must let items be "

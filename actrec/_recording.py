@@ -8,17 +8,21 @@ only a live one can do.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
-from . import _display
+from . import _display, _html, _stats
+from ._forms import Form, form
 from ._join import joined
 from ._nested import Value, tensors
+from ._passes import Count
 from ._snapshot import held
 from .errors import ActrecError, UnknownLayerError, nearest
 
 if TYPE_CHECKING:
+    from typing import SupportsIndex
+
     from ._capture import Capture
     from ._track import Session
 
@@ -102,8 +106,8 @@ class Layer(Sequence[Value]):
         >>> acts[""].cat(release=True).shape, len(acts[""])
         (torch.Size([10, 3]), 0)
 
-        Raises ``JoinError`` if there are no calls, or if their structures or their sizes in
-        other dimensions differ; it names what differs, and nothing is released. Dtypes are promoted.
+        Raises ``JoinError`` if there are no calls, or if their structures, dtypes or sizes in other
+        dimensions differ; it names what differs, and nothing is released.
         """
         return joined(self, "cat", dim, release=release)
 
@@ -127,10 +131,21 @@ class Layer(Sequence[Value]):
     @property
     def nbytes(self) -> int:
         """The bytes of memory that the calls hold. What several of them share counts once."""
-        return _held_bytes(self)
+        return _held_bytes(self._readable())
+
+    def _readable(self) -> Iterable[Value]:
+        """The calls that can be looked at: all of them, unless a container of the user's keeps them."""
+        return self
+
+    def _forms(self) -> Iterable[Form]:
+        """What each call is, without its data. A stored layer says it without reading any."""
+        return map(form, self._readable())
 
     def __repr__(self) -> str:
         return _display.layer_line(self)
+
+    def _repr_html_(self) -> str:
+        return _html.layer_html(self)
 
 
 def _held_bytes(values: Iterable[Value]) -> int:
@@ -153,16 +168,38 @@ class ListLayer(list[Value], Layer):
 
     @property
     def passes(self) -> list[int]:
-        return self._passes[: len(self)]
+        self._align()
+        return self._passes.copy()
 
     def keep(self, value: Value, number: int) -> None:
-        # Not append(): an interrupt between these two lines must not shift all that follows.
-        self._passes[len(self) :] = (number,)
+        if len(self._passes) != len(self):
+            self._align()
+        self._passes.append(number)
         self.append(value)
+
+    def _align(self) -> None:
+        """Bring the passes in line, after an interrupt in keep(), or if the user has appended (-1: no pass)."""
+        del self._passes[len(self) :]
+        self._passes += [-1] * (len(self) - len(self._passes))
+
+    def pop(self, index: SupportsIndex = -1) -> Value:
+        self._align()
+        value = super().pop(index)
+        self._passes.pop(index)
+        return value
+
+    def __delitem__(self, index: SupportsIndex | slice) -> None:
+        self._align()
+        super().__delitem__(index)
+        del self._passes[index]
 
     def clear(self) -> None:
         super().clear()
         self._passes.clear()
+
+
+#: Of this many calls that a bounded container has dropped, the passes may still be remembered.
+_SLACK = 64
 
 
 class SinkLayer(Layer):
@@ -171,10 +208,11 @@ class SinkLayer(Layer):
     Whatever else the container can do, the layer can do: ``acts["conv1"].mean`` is the container's.
     """
 
-    def __init__(self, name: str, sink: Any, kind: str) -> None:
+    def __init__(self, name: str, make: Callable[[], Any], kind: str) -> None:
         self.name = name
         self.type = kind
-        self.sink = sink
+        self.sink = make()
+        self._make = None if hasattr(self.sink, "clear") else make
         self._passes: list[int] = []
 
     @property
@@ -185,9 +223,14 @@ class SinkLayer(Layer):
     def keep(self, value: Value, number: int) -> None:
         self._passes.append(number)
         self.sink.append(value)
+        if len(self._passes) > 2 * len(self) + _SLACK:
+            self._passes = self.passes
 
     def clear(self) -> None:
-        self.sink.clear()
+        if self._make is None:
+            self.sink.clear()
+        else:
+            self.sink = self._make()
         self._passes.clear()
 
     @overload
@@ -195,7 +238,7 @@ class SinkLayer(Layer):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Value]: ...
     def __getitem__(self, index: int | slice) -> Value:
-        return list(self)[index] if isinstance(index, slice) else self.sink[index]
+        return list(self)[index] if isinstance(index, slice) else self._items()[index]
 
     def __setitem__(self, index: int, value: Value) -> None:
         self.sink[index] = value
@@ -204,7 +247,19 @@ class SinkLayer(Layer):
         return len(self.sink) if hasattr(self.sink, "__len__") else len(self._passes)
 
     def __iter__(self) -> Iterator[Value]:
-        return iter(self.sink if hasattr(self.sink, "__iter__") else ())
+        return iter(self._items())
+
+    def _readable(self) -> Iterable[Value]:
+        return self.sink if hasattr(self.sink, "__iter__") else ()
+
+    def _items(self) -> Any:
+        if not hasattr(self.sink, "__iter__"):
+            message = (
+                f"acts[{self.name!r}]: its calls went into a {type(self.sink).__name__}, from which they cannot be "
+                f"read. It is at acts[{self.name!r}].sink."
+            )
+            raise ActrecError(message)
+        return self.sink
 
     def __getattr__(self, name: str) -> Any:
         if name == "sink":  # while it is copied or unpickled there is none yet
@@ -234,11 +289,26 @@ class Recording(Mapping[str, Layer]):
     without ``module.``) is found under each of them, and listed once.
     """
 
-    #: ``model`` is the type of the recorded model.
-    def __init__(self, model: str, layers: Mapping[str, Layer], aliases: Mapping[str, str]) -> None:
+    #: ``model`` is the type of the recorded model, ``order`` what is known of the execution order, ``passes``
+    #: what counts the passes; without it, they are counted by those that calls belong to.
+    def __init__(
+        self,
+        model: str,
+        layers: Mapping[str, Layer],
+        aliases: Mapping[str, str],
+        order: Iterable[str] = (),
+        passes: Count | None = None,
+        *,
+        inputs: Mapping[str, Layer] | None = None,
+        grads: Mapping[str, Layer] | None = None,
+    ) -> None:
         self._model = model
         self._layers = dict(layers)
         self._aliases = aliases
+        self._order = order
+        self._passes = passes
+        self._inputs = Recording(model, inputs, aliases, order, passes) if inputs else None
+        self._grads = Recording(model, grads, aliases, order, passes) if grads else None
 
     def __getitem__(self, name: str) -> Layer:
         key = name if name in self._layers else self._aliases.get(name)
@@ -256,63 +326,9 @@ class Recording(Mapping[str, Layer]):
     @property
     def num_passes(self) -> int:
         """The number of passes so far, those in which no chosen layer was called included."""
+        if self._passes is not None:
+            return self._passes.count
         return max((index for layer in self.values() for index in layer.passes), default=-1) + 1
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of memory that the recording holds. What several calls share counts once.
-
-        A value that the model did not overwrite is shared with the model copy-on-write, so after a
-        forward that goes on this is an upper bound of what recording has cost.
-        """
-        return _held_bytes(value for layer in self.values() for value in layer)
-
-    def _title(self) -> str:
-        return f"recorded {self._model}"
-
-    def __repr__(self) -> str:
-        return _display.table(self, self._title())
-
-    def _ipython_key_completions_(self) -> list[str]:
-        return list(self)
-
-
-class Recorder(Recording):
-    """A recording that is being made: what the ``with`` block of :func:`actrec.record` yields.
-
-    >>> import torch
-    >>> from torch import nn
-    >>> from actrec import record
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
-    >>> with record(model, "0") as acts:
-    ...     output = model(torch.randn(5, 4))
-    ...     print(repr(acts).splitlines()[0])
-    recording Sequential: 1 layer, 1 pass, 60 B
-    >>> acts.num_passes
-    1
-
-    When the block has ended it remains, as a recording.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        layers: Mapping[str, Layer],
-        aliases: Mapping[str, str],
-        session: Session,
-        *,
-        inputs: Mapping[str, Layer],
-        grads: Mapping[str, Layer],
-        capture: Capture,
-        tracks: object,
-    ) -> None:
-        super().__init__(model, layers, aliases)
-        self._inputs = Recording(model, inputs, aliases) if inputs else None
-        self._grads = Recording(model, grads, aliases) if grads else None
-        self._chosen = frozenset([*layers, *aliases])
-        self._session = session
-        self._capture = capture
-        self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
 
     @property
     def inputs(self) -> Recording:
@@ -368,9 +384,109 @@ class Recorder(Recording):
         return self._grads
 
     @property
-    def num_passes(self) -> int:
-        """The number of passes so far, those in which no chosen layer was called included."""
-        return self._session.passes.count
+    def nbytes(self) -> int:
+        """The bytes of memory that the recording holds. What several calls share counts once.
+
+        A value that the model did not overwrite is shared with the model copy-on-write, so after a
+        forward that goes on this is an upper bound of what recording has cost.
+        """
+        return _held_bytes(value for layer in self.values() for value in layer._readable())
+
+    @property
+    def execution_order(self) -> list[str]:
+        """The names of the layers that have calls, in the order in which their first calls ended.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> with record(model, ["1", "", "0"]) as acts:
+        ...     output = model(torch.randn(5, 4))
+        >>> list(acts), acts.execution_order
+        (['1', '', '0'], ['0', '1', ''])
+
+        A module that contains others ends after them. The iteration order of the recording is that of
+        the queries.
+        """
+        known = [name for name in self._order if name in self._layers]
+        return [name for name in dict.fromkeys([*known, *self]) if len(self._layers[name])]
+
+    def stats(self) -> _stats.Stats:
+        """Return statistics of every layer, over all its calls: one row for each tensor it returns.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Sequential(nn.Flatten(), nn.ReLU())
+        >>> with record(model) as acts:
+        ...     output = model(torch.tensor([[-1.0, 0.0, 2.0, 3.0]]))
+        >>> acts.stats()
+        statistics of 2 layers
+        layer  count  mean    std  min  max  zeros  nan  inf  memory
+        0          4     1  1.581   -1    3    25%    0    0    16 B
+        1          4  1.25  1.299    0    3    50%    0    0    16 B
+
+        The rows are in execution order, so this is the first layer that returned a NaN or an infinity,
+        or ``None``:
+
+        >>> acts.stats().first_nonfinite
+
+        ``pandas.DataFrame(acts.stats())`` makes a data frame of them. See :class:`Stats` for the columns.
+
+        It reads call after call in blocks, so besides the recording it needs a few megabytes. Nothing is
+        changed. It may be called inside the block.
+        """
+        return _stats.stats(self)
+
+    def _state(self) -> _display.State:
+        return "recorded"
+
+    def __repr__(self) -> str:
+        return _display.table(self)
+
+    def _repr_html_(self) -> str:
+        return _html.recording_html(self)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)
+
+
+class Recorder(Recording):
+    """A recording that is being made: what the ``with`` block of :func:`actrec.record` yields.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from actrec import record
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    >>> with record(model, "0") as acts:
+    ...     output = model(torch.randn(5, 4))
+    ...     print(repr(acts).splitlines()[0])
+    recording Sequential: 1 layer, 1 pass, 60 B
+    >>> acts.num_passes
+    1
+
+    When the block has ended it remains, as a recording.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        layers: Mapping[str, Layer],
+        aliases: Mapping[str, str],
+        session: Session,
+        *,
+        inputs: Mapping[str, Layer],
+        grads: Mapping[str, Layer],
+        capture: Capture,
+        tracks: object,
+    ) -> None:
+        super().__init__(
+            model, layers, aliases, session.order, session.passes, inputs=inputs, grads=grads
+        )
+        self._chosen = frozenset([*layers, *aliases])
+        self._session = session
+        self._capture = capture
+        self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -432,6 +548,7 @@ class Recorder(Recording):
             raise ActrecError(message)
         if name not in self._layers:
             self._layers[name] = ListLayer(name, (), "added")
+            self._session.order.setdefault(name)
         self._layers[name].keep(self._capture.added(value), self.num_passes - 1)
 
     def clear(self) -> None:
@@ -457,7 +574,24 @@ class Recorder(Recording):
                 layer.clear()
         self._session.passes.restart()
 
-    def _title(self) -> str:
+    def __reduce__(self) -> tuple[Callable[..., Recording], tuple[dict[str, Any]]]:
+        # What is copied or pickled is what was recorded, not the recording of it.
+        state = {
+            "model": self._model,
+            "layers": self._layers,
+            "aliases": dict(self._aliases),
+            "order": [*self._order],
+            "passes": Count(self.num_passes),
+            "inputs": self._inputs and self._inputs._layers,
+            "grads": self._grads and self._grads._layers,
+        }
+        return _copied, (state,)
+
+    def _state(self) -> _display.State:
         if self._session.active:
-            return f"recording {self._model}"
-        return super()._title() + (" (interrupted)" if self._session.interrupted else "")
+            return "recording"
+        return "interrupted" if self._session.interrupted else "recorded"
+
+
+def _copied(state: dict[str, Any]) -> Recording:
+    return Recording(**state)

@@ -33,7 +33,11 @@ class Session:
     active: bool = False
     interrupted: bool = False
     pauses: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
     passes: Passes = field(default_factory=Passes)
+    order: dict[str, None] = field(
+        default_factory=dict
+    )  # the layers, by the end of their first call
     error: Exception | None = None  # the first one that capturing a value raised
     surfaced: bool = False  # that error left the model (or else the model swallowed it)
     stop: EarlyStop | None = None
@@ -49,8 +53,9 @@ class Session:
 
     def pause(self, by: int) -> None:
         """Pause once more (1) or once less (-1)."""
-        self.pauses += by
-        self.recording = self.active and not self.pauses
+        with self.lock:
+            self.pauses += by
+            self.recording = self.active and not self.pauses
 
     def failed(self, error: Exception) -> None:
         """Remember the first error, in case the model swallows it."""
@@ -106,6 +111,8 @@ class Track:
         self.called += 1
         value = self._captured(self.capture, output, call)
         if value is not SKIPPED:
+            if not self.kept:
+                session.order.setdefault(self.capture.layer)
             self.kept += 1
             with self._lock:
                 self.outputs.keep(value, number)

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from actrec import Opaque, record
+from actrec._nested import rebuild
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -539,3 +540,8 @@ def test_options_reach_every_tensor_of_a_nesting() -> None:
     assert (floats.dtype, bools.dtype) == (torch.float16, torch.bool)
     assert floats.is_meta
     assert bools.is_meta
+
+
+def test_object_arrays_do_not_smuggle_the_models_tensors() -> None:
+    array = np.array([torch.ones(2), 1], dtype=object)
+    assert rebuild(array, torch.clone) == Opaque("numpy.ndarray")

@@ -394,3 +394,26 @@ def test_a_layer_that_is_not_chosen_is_not_copied_and_hooked_only_on_the_way_to_
             model(X)
     assert hooked == {*acts} | parents
     assert copies.count == len(acts)
+
+
+def test_a_container_that_holds_something_already_is_refused() -> None:
+    with (
+        pytest.raises(OptionError, match=r"the list that it made holds 1 items already"),
+        record(nn.Linear(4, 4), "", into=lambda: [1]),
+    ):
+        pass
+
+
+def test_a_transform_takes_out_of_an_object_what_is_wanted() -> None:
+    class Cache:
+        def __init__(self, x: torch.Tensor) -> None:
+            self.keys = [x]
+
+    class Caching(nn.Module):
+        def forward(self, x: torch.Tensor) -> Cache:
+            return Cache(x)
+
+    model = Caching()
+    with record(model, "", transform=lambda cache: cache.keys) as acts:
+        model(torch.ones(2))
+    assert acts[""][0][0].tolist() == [1, 1]

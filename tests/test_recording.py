@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import pickle
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -10,9 +12,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from actrec import (
@@ -211,14 +215,14 @@ JOIN_ERRORS: dict[str, tuple[str, int, list[Any], list[str]]] = {
         "cat", 0, [torch.zeros(2), torch.zeros(2, device="meta")], ["several devices, cpu, meta"],
     ),
     "structure": (
-        "cat", 0, [(torch.zeros(1),), [torch.zeros(1)]], ["call 1 is [Ellipsis]", "call 0 is (Ellipsis,)"],
+        "cat", 0, [(torch.zeros(1),), [torch.zeros(1)]], ["call 1 is [a tensor]", "call 0 is (a tensor,)"],
     ),
     "sometimes nested": (
-        "cat", 0, [torch.zeros(1), (torch.zeros(1),)], ["call 1 is (Ellipsis,)", "call 0 is Ellipsis"],
+        "cat", 0, [torch.zeros(1), (torch.zeros(1),)], ["call 1 is (a tensor,)", "call 0 is a tensor"],
     ),
     "sometimes nothing": ("cat", 0, [torch.zeros(1), None], ["call 1 is None", "by hand"]),
     "other keys": (
-        "cat", 0, [{"a": torch.zeros(1)}, {"b": torch.zeros(1)}], ["{'b': Ellipsis}", "{'a': Ellipsis}"],
+        "cat", 0, [{"a": torch.zeros(1)}, {"b": torch.zeros(1)}], ["{'b': a tensor}", "{'a': a tensor}"],
     ),
     "no tensors": ("stack", 0, [Opaque("Cache")] * 2, ["hold no tensors", "Opaque('Cache')"]),
     "words": ("cat", 0, ["a", "b"], ["call 1 is 'b', while call 0 is 'a'"]),
@@ -637,7 +641,10 @@ def test_a_container_may_keep_what_it_likes_and_the_layer_leads_to_it() -> None:
     assert acts["lin"].mean == pytest.approx(expected, abs=1e-6)  # type: ignore[attr-defined]
     assert acts["lin"].passes == [0, 1]
     assert len(acts["lin"]) == 2
-    assert list(acts["lin"]) == []
+    for read in (list, Layer.cat, lambda layer: layer[0]):
+        with pytest.raises(ActrecError, match=r"acts\['lin'\]"):
+            read(acts["lin"])
+    assert "2 calls" in repr(acts["lin"])
     assert acts.nbytes == 0
     assert "lin" in repr(acts)
     with pytest.raises(AttributeError, match="median"):
@@ -752,12 +759,15 @@ def test_a_recording_says_what_state_it_is_in() -> None:
     with pytest.raises(ZeroDivisionError), record(model, "lin", inputs=True) as acts:
         assert repr(acts) == (
             "recording Sequential: 1 layer, 0 passes, 0 B\n"
-            "layer  type    calls  shape  dtype  memory\n"
-            "lin    Linear      0                   0 B"
+            "layer  type    calls  shape  dtype  memory  note\n"
+            "lin    Linear      0                   0 B  no call yet"
         )
         model(batches(1)[0])
         1 / 0  # noqa: B018
-    assert repr(acts).splitlines()[0] == "recorded Sequential (interrupted): 1 layer, 1 pass, 12 B"
+    assert (
+        repr(acts).splitlines()[0]
+        == "recorded Sequential (interrupted, partial): 1 layer, 1 pass, 12 B"
+    )
     assert repr(acts.inputs).splitlines() == [
         "recorded Sequential: 1 layer, 1 pass, 16 B",
         "layer  type    calls  shape      dtype    memory",
@@ -803,3 +813,137 @@ def test_text_never_shows_data_and_never_ends_the_sharing_of_memory() -> None:
     assert "0.1" not in text
     address = torch._C._data_address
     assert address(acts[""][0]) == address(out)
+
+
+# --- Structures that must not be joined, and what must not be lost ---------------------------------------
+
+
+def test_structures_that_differ_are_never_joined() -> None:
+    x, y = torch.ones(2), torch.zeros(2)
+    for values in ([(x,), x], [None, x], [(x, x), (x, y)], [(x, 1), (x, 2)]):
+        with pytest.raises(JoinError, match=r"call 1 is .*, while call 0 is"):
+            ListLayer("x", values).cat()
+
+
+def test_packed_sequences_are_not_joined_into_nonsense() -> None:
+    calls = [pack_sequence([torch.ones(n, 2)]) for n in (3, 2)]
+    with pytest.raises(JoinError, match="pad_packed_sequence"):
+        ListLayer("x", calls).cat()
+
+
+def test_dataclasses_that_do_not_compare_are_joined() -> None:
+    @dataclasses.dataclass(eq=False)
+    class Pair:
+        first: torch.Tensor
+
+    joined = ListLayer("x", [Pair(torch.ones(2)), Pair(torch.zeros(2))]).cat()
+    assert joined.first.tolist() == [1, 1, 0, 0]
+
+
+def test_arrays_are_joined_if_all_calls_have_the_same() -> None:
+    x = torch.ones(2)
+    assert ListLayer("x", [(x, np.ones(2))] * 2).cat()[0].shape == (4,)
+    with pytest.raises(JoinError):
+        ListLayer("x", [(x, np.ones(2)), (x, np.zeros(2))]).cat()
+
+
+def test_dtypes_that_differ_are_named() -> None:
+    with pytest.raises(JoinError, match=r"several dtypes, torch\.float32, torch\.float64.*dtype="):
+        ListLayer("x", [torch.ones(2), torch.ones(2).double()]).cat()
+
+
+class Sub(torch.Tensor):
+    """A tensor subclass."""
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(2).to_sparse(),
+        lambda: torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8),
+        lambda: torch.ones(2).as_subclass(Sub),
+    ],
+    ids=["sparse", "quantized", "subclass"],
+)
+def test_release_gives_what_it_would_give_without_and_loses_nothing(make: Any) -> None:
+    tensor = make()
+    layer = ListLayer("x", [tensor, tensor.clone()])
+    expected = layer.cat()
+    got = layer.cat(release=True)
+    assert type(got) is type(expected)
+    assert (got.layout, got.shape, got.dtype) == (expected.layout, expected.shape, expected.dtype)
+    assert len(layer) == 0
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_by_name(layout: torch.layout) -> None:
+    tensor = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(1, 3)], layout=layout)
+    with pytest.raises(JoinError, match="nested tensors"):
+        ListLayer("x", [tensor, tensor]).cat()
+
+
+# --- Copies, and changes that the user makes --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda acts: pickle.loads(pickle.dumps(acts))])
+def test_a_recording_can_be_copied_and_pickled(copied: Any) -> None:
+    model = net()
+    with record(model, ["lin", "act"], inputs=True, grads=True) as acts:
+        for batch in batches(2, 1):
+            model(batch).sum().backward()
+        acts.add("label", 3)
+    twin = copied(acts)
+    assert list(twin) == list(acts)
+    assert all(map(torch.equal, twin["lin"], acts["lin"]))
+    assert all(map(torch.equal, twin.grads["lin"], acts.grads["lin"]))
+    assert torch.equal(twin.inputs["lin"][1]["input"], acts.inputs["lin"][1]["input"])
+    assert twin["lin"][0] is not acts["lin"][0]
+    assert (twin.num_passes, twin["lin"].passes, list(twin["label"])) == (2, [0, 1], [3])
+    assert twin.execution_order == acts.execution_order
+    assert repr(twin) == repr(acts)
+
+
+def test_passes_follow_what_the_user_takes_out_and_puts_in() -> None:
+    model = net()
+    with record(model, "lin") as acts:
+        layer = acts["lin"]
+        for batch in batches(1, 1, 1, 1):
+            model(batch)
+        layer.pop(0)  # type: ignore[attr-defined]
+        assert layer.passes == [1, 2, 3]
+        del layer[0:2]  # type: ignore[attr-defined]
+        assert layer.passes == [3]
+        layer.append(torch.zeros(1))  # type: ignore[attr-defined]
+        model(batches(1)[0])
+    assert layer.passes == [3, -1, 4]
+
+
+def test_a_bounded_container_remembers_no_more_passes_than_it_needs() -> None:
+    model = nn.Identity()
+    with record(model, "", into=partial(deque, maxlen=2)) as acts:
+        for _ in range(200):
+            model(torch.zeros(1))
+    assert acts[""].passes == [198, 199]
+    assert len(acts[""]._passes) < 100  # type: ignore[attr-defined]
+
+
+def test_a_container_without_clear_is_replaced_by_a_new_one() -> None:
+    model = net()
+    with record(model, "lin", into=Mean) as acts:
+        model(batches(1)[0])
+        acts.clear()
+        assert (acts.num_passes, len(acts["lin"])) == (0, 0)
+        model(batches(1)[0])
+    assert len(acts["lin"]) == 1
+
+
+def test_inputs_have_as_many_passes_as_the_recording() -> None:
+    model = net()
+    with record(
+        model, "lin", inputs=True, transform=lambda t: t if t.shape[0] > 1 else None
+    ) as acts:
+        for batch in batches(2, 1):
+            model(batch)
+    assert acts.inputs.num_passes == acts.num_passes == 2

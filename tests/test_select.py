@@ -609,3 +609,29 @@ def test_what_is_no_module_is_refused_with_advice(model: Any, pieces: list[str])
     assert [piece for piece in pieces if piece not in message] == [], message
     assert isinstance(caught.value, TypeError)
     assert isinstance(caught.value, ActrecError)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [torch.ones(2), nn.Parameter(torch.tensor(1.0)), b"0"],
+    ids=["tensor", "number", "bytes"],
+)
+def test_what_is_no_query_is_refused_as_it_is(query: Any) -> None:
+    with pytest.raises(SelectionError, match=re.escape(repr(query)[:10])):
+        record(nn.Linear(4, 4), query)
+
+
+@pytest.mark.parametrize("query", [re.compile("blocks"), "block*", nn.ModuleList], ids=str)
+def test_a_pattern_or_type_of_containers_is_answered_with_what_to_write(query: Any) -> None:
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.ReLU()])
+    model.forward = lambda x: x  # type: ignore[method-assign,assignment]
+    with pytest.raises(
+        SelectionError, match=r"never called itself\. Write 'blocks\.\*' for its 1 children"
+    ):
+        record(model, query)
+
+
+def test_an_empty_container_is_refused_in_a_sentence() -> None:
+    with pytest.raises(SelectionError, match=r"a container that is never called itself\.$"):
+        record(nn.Sequential(nn.ParameterList()), "0")
