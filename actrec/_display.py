@@ -102,7 +102,7 @@ def layer_line(layer: Layer) -> str:
     dtypes = _one_or_more(leaf.dtype for form in forms for leaf in form.leaves)
     facts = [count(len(layer), "call"), f"{_shape(forms)} {dtypes}".strip()]
     facts = [fact for fact in facts if fact]
-    return f"Layer {layer.name!r} ({layer.type}): {', '.join(facts)}, {size(layer.nbytes)}"
+    return f"Layer {layer.name!r} ({shown(layer.type)}): {', '.join(facts)}, {size(layer.nbytes)}"
 
 
 # --- A recording -------------------------------------------------------------------------------------

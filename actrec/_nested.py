@@ -13,13 +13,14 @@ import dataclasses
 import sys
 from collections import OrderedDict, defaultdict, deque
 from enum import Enum
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Opaque", "Value", "is_array", "leaves", "opaque", "rebuild", "steps", "tensors"]
 
@@ -164,44 +165,42 @@ def tensors(value: Value) -> Iterator[Tensor]:
 
 
 def leaves(value: Value) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a recorded value as :func:`tensors` finds them, each with the way to it.
+    """The tensors of a recorded value in the order of :func:`tensors`, each with the way to it.
 
     >>> [path for path, _ in leaves((torch.zeros(2), {"h": torch.zeros(3)}))]
     ['[0]', "[1]['h']"]
 
-    The way is what one writes behind the value: ``acts["lstm"][0][1]['h']``.
+    The way is what one writes behind the value: ``acts["lstm"][0][1]['h']``. A tensor that stands in
+    several places is found in each of them.
     """
-    return _walk(value, "", set())
+    return _walk(value, "", frozenset())
 
 
-def _walk(value: Value, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, _CONSTANTS) or id(value) in seen:
-        return
-    seen.add(id(value))
+def _walk(value: Value, path: str, above: frozenset[int]) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield path, value
-        return
-    for step, item in steps(value):
-        yield from _walk(item, path + step, seen)
+    elif not isinstance(value, _CONSTANTS) and id(value) not in above:
+        for step, item in steps(value):
+            yield from _walk(item, path + step, above | {id(value)})
 
 
-def steps(value: Value) -> Iterable[tuple[str, Value]]:
+def steps(value: Value) -> Iterator[tuple[str, Value]]:
     """What is directly inside a container, in the order in which :func:`rebuild` meets it."""
+    items: list[tuple[str, Value]] = []
     if isinstance(value, tuple):
         names = getattr(value, "_fields", ())
-        named = len(names) == len(value)
-        yield from (
-            (f".{names[index]}" if named else f"[{index}]", item)
-            for index, item in enumerate(value)
-        )
+        ways = [f".{n}" for n in names] if len(names) == len(value) else map("[{}]".format, count())
+        items += zip(ways, value, strict=False)
     elif isinstance(value, (list, deque)):
-        yield from ((f"[{index}]", item) for index, item in enumerate(value))
+        items += ((f"[{index}]", item) for index, item in enumerate(value))
     elif isinstance(value, dict):
         base = OrderedDict if isinstance(value, OrderedDict) else dict
-        yield from ((f"[{key!r}]", base.__getitem__(value, key)) for key in base.keys(value))
+        items += ((f"[{key!r}]", base.__getitem__(value, key)) for key in base.keys(value))
     elif not dataclasses.is_dataclass(value):
         return
+    yield from items
     fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    met = {id(item) for _, item in items}  # a ModelOutput has each of its values twice
     for name in dict.fromkeys([*(field.name for field in fields), *getattr(value, "__dict__", {})]):
-        if hasattr(value, name):
-            yield f".{name}", getattr(value, name)
+        if hasattr(value, name) and id(item := getattr(value, name)) not in met:
+            yield f".{name}", item

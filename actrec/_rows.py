@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Generic, TypeVar
 
 from . import _display, _html
@@ -16,14 +17,14 @@ class Rows(tuple[R, ...], Generic[R]):
 
     __slots__ = ()
 
-    def _title(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _title(self) -> str: ...
 
-    def _columns(self) -> tuple[str, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def _columns(self) -> tuple[str, ...]: ...
 
-    def _cells(self, row: R) -> tuple[str, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def _cells(self, row: R) -> tuple[str, ...]: ...
 
     def __repr__(self) -> str:
         cells = [self._cells(row) for row in self]

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ._blocks import dense
 from ._display import count, shown
+from ._forms import shape_of
 from ._nested import Value, leaves
 from ._recording import Layer, Recording
 from ._stats import Moments
@@ -52,6 +53,7 @@ Array: TypeAlias = "np.ndarray[Any, Any]"
 
 MOST_CALLS = 256
 MOST_ELEMENTS = 50_000
+GRAM_BLOCK = 1 << 22  # 32 MB of float64
 LONGEST_NAME = 40
 
 
@@ -91,6 +93,9 @@ def feature_maps(
     Raises:
         OptionError: the value has no tensor of two to four dimensions, or is empty.
     """
+    if most < 1:
+        message = f"feature_maps(most={most}): expected 1 or more."
+        raise OptionError(message)
     maps = _maps(value, item)
     channels = _spread(len(maps), most)
     rows, columns = _grid(len(channels), maps.shape[1], maps.shape[2])
@@ -120,7 +125,9 @@ def feature_maps(
         f"{part}{count(len(maps), 'channel')} of {maps.shape[1]} x {maps.shape[2]}", fontsize=10
     )
     if not each:
-        ax.figure.colorbar(image, ax=ax, fraction=0.04, pad=0.02, extend="both")
+        below, above = np.nanmin(mosaic) < low, np.nanmax(mosaic) > high
+        beyond = "both" if below and above else "min" if below else "max" if above else "neither"
+        ax.figure.colorbar(image, ax=ax, fraction=0.04, pad=0.02, extend=beyond)
     return ax
 
 
@@ -132,8 +139,10 @@ def _maps(value: Value, item: int) -> Array:
             raise OptionError(message)
         value = value[0]
     tensor = next((tensor for _, tensor in leaves(value)), None)
-    if tensor is None or tensor.dim() not in {2, 3, 4} or not tensor.numel():
-        what = "no tensor" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
+    bad = tensor is None or tensor.is_meta or tensor.dim() not in {2, 3, 4} or not tensor.numel()
+    if tensor is None or bad:
+        what = "no tensor" if tensor is None else f"a tensor of shape {shape_of(tensor)}"
+        what += " without data" if tensor is not None and tensor.is_meta else ""
         message = (
             f"feature_maps(): expected (batch, channel, height, width), or less, found {what}. "
             "Give it a tensor with two to four dimensions, such as acts[name][0]."
@@ -172,9 +181,10 @@ def _rescaled(maps: Array) -> Array:
 
 
 def _grid(number: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns, so that the picture is about 1.4 times as wide as high."""
-    columns = round((1.4 * number * height / width) ** 0.5)
-    columns = min(max(columns, 1), number)
+    """Rows and columns, so that the picture is about 1.4 times as wide as high, with few empty places."""
+    ideal = min(max((1.4 * number * height / width) ** 0.5, 1.0), number)
+    near = range(max(int(ideal * 0.75), 1), min(int(ideal * 1.5), number) + 1)
+    columns = min(near, key=lambda columns: (-number % columns, abs(columns - ideal)))
     return -(-number // columns), columns
 
 
@@ -392,7 +402,8 @@ def similarity(acts: Layers, *, most: int = 256, ax: Axes | None = None) -> Axes
 
     Returns:
         The ``Axes``. Layers that do not have the same samples as most layers, or whose calls differ in
-        more than the number of samples, cannot be compared; the picture says how many were left out.
+        more than the number of samples, cannot be compared; the picture says how many were left out. A
+        layer that returns the same for all samples has no similarity, and stays white.
 
     Raises:
         OptionError: no two samples are left.
@@ -414,7 +425,7 @@ def similarity(acts: Layers, *, most: int = 256, ax: Axes | None = None) -> Axes
         side = min(max(3.5 + 0.16 * len(names), 4.5), 14.0)
         _, ax = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
     image = ax.imshow(matrix, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-    places = _spread(len(names), 60)
+    places = list(range(0, len(names), -(-len(names) // MOST_LABELS)))
     labels = [_short(names[place]) for place in places]
     size = 8 if len(names) <= FEW else 6
     ax.set_yticks(places, labels, fontsize=size)
@@ -437,7 +448,8 @@ class _Table(NamedTuple):
 
 
 def _table(layer: Layer) -> _Table | None:
-    shapes = [form.leaves[0].shape if form.leaves else () for form in layer._forms()]
+    first = [form.leaves[0] if form.leaves else None for form in layer._forms()]
+    shapes = [leaf.shape if leaf and leaf.device != "meta" else () for leaf in first]
     rest = {shape[1:] for shape in shapes}
     sizes = [size for shape in shapes for size in shape]
     if len(rest) != 1 or not all(shapes) or not all(isinstance(size, int) for size in sizes):
@@ -459,7 +471,7 @@ def _some_rows(total: int, most: int) -> list[int]:
 def _gram(layer: Layer, table: _Table, chosen: list[int]) -> Tensor:
     """The products of all pairs of samples, the mean of every feature taken off."""
     gram = torch.zeros(len(chosen), len(chosen), dtype=torch.float64)
-    step = max(1, (1 << 22) // len(chosen))  # 32 MB at a time
+    step = max(1, GRAM_BLOCK // len(chosen))
     for start in range(0, table.features, step):
         block = torch.cat(list(_columns(layer, chosen, slice(start, start + step))))
         block -= block.mean(0)
@@ -481,13 +493,15 @@ def _columns(layer: Layer, chosen: list[int], features: slice) -> Iterator[Tenso
 
 
 def _cka(one: Tensor, two: Tensor) -> float:
-    return float((one * two).sum() / (one.norm() * two.norm()))
+    lengths = float(one.norm() * two.norm())
+    return float((one * two).sum()) / lengths if lengths else np.nan
 
 
 # --- What the pictures share -------------------------------------------------------------------------
 
 FEW = 30
 MOST_IN_LEGEND = 10
+MOST_LABELS = 50
 
 
 def _ordered(acts: Layers) -> list[str]:

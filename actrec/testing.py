@@ -57,11 +57,11 @@ class _Example(nn.Module):
 
     def _fix_weights(self) -> None:
         generator = torch.Generator().manual_seed(0)
+        drawn = [module for module in self.modules() if not isinstance(module, nn.LayerNorm)]
         with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.dim() > 1:
-                    scale = parameter[0].numel() ** -0.5
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            for parameter in (p for module in drawn for p in module.parameters(recurse=False)):
+                scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
 class ConvNet(_Example):
