@@ -50,6 +50,14 @@ class Row:
 class Comparison(Rows[Row]):
     """What :func:`compare` found: a tuple of rows, in execution order, that prints as a table.
 
+    >>> import torch
+    >>> from actrec import compare, record
+    >>> model = torch.nn.Linear(4, 3)
+    >>> with record(model, "") as acts:
+    ...     output = model(torch.randn(5, 4))
+    >>> [row.equal for row in compare(acts, acts)]
+    [True]
+
     ===================  ==========================================================================
     ``layer``            the name of the layer in the first recording, ``a``
     ``leaf``             which of its tensors: what one writes behind ``a[layer][i]``, such as

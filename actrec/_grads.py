@@ -71,11 +71,7 @@ class _Nested:
         def gradient(place: object) -> object:
             return place.gradient(found, zeros=zeros) if isinstance(place, _Place) else place
 
-        return rebuild(self.structure, _itself, unknown=gradient)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+        return rebuild(self.structure, gradient, unknown=gradient)
 
 
 class _Arrival:
@@ -88,12 +84,13 @@ class _Arrival:
         self.ticket = ticket
         self.index = index
 
-    def __call__(self, grad: Tensor) -> None:
+    def __call__(self, grad: Tensor | None) -> None:
         gradients = self.gradients()
-        if gradients is not None:
+        # None: of several outputs of one operation, no gradient has reached this one.
+        if gradients is not None and grad is not None:
             gradients.arrived(self.ticket, self.index, grad)
 
-    def at_node(self, grads: tuple[Tensor, ...]) -> None:
+    def at_node(self, grads: tuple[Tensor | None, ...]) -> None:
         """The same, as a hook on the node that adds up the gradients of a leaf."""
         self(grads[0])
 
@@ -102,7 +99,6 @@ class _Arrival:
 class _Leaf:
     """A leaf that a call of pass ``number`` returned."""
 
-    tensor: int  # its id
     number: int
     arrival: _Arrival
     handle: RemovableHandle
@@ -210,12 +206,12 @@ class Gradients:
     def _watch_leaf(
         self, tensor: Tensor, number: int, arrival: _Arrival, handle: RemovableHandle
     ) -> None:
-        for leaf in [leaf for leaf in self._leaves if leaf.number != number]:
-            if leaf.tensor == id(tensor):
-                leaf.handle.remove()
-                self._leaves.remove(leaf)
         node = get_gradient_edge(tensor).node
-        self._leaves.append(_Leaf(id(tensor), number, arrival, handle, node))
+        earlier = [leaf for leaf in self._leaves if leaf.node is node and leaf.number != number]
+        for leaf in earlier:
+            leaf.handle.remove()
+            self._leaves.remove(leaf)
+        self._leaves.append(_Leaf(number, arrival, handle, node))
 
     def _forget(self) -> None:
         """Forget the structures of calls that are no longer in the recording."""

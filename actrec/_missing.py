@@ -48,7 +48,7 @@ def warn_unused(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
         return
     kind = type(model).__name__
     if any(track.session.passes.count for _, track in tracks.values()):
-        what = f"nothing was recorded of {len(causes)} of {len(tracks)} layers of this {kind}"
+        what = f"nothing was recorded of {_share(causes, tracks)} of this {kind}"
         message = _explained(f"record(): {what}.", causes)
     else:
         message = (
@@ -62,12 +62,16 @@ def warn_ungraded(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None
     """Warn once about all layers whose calls have no gradient, or no graph, though it was asked for."""
     causes = {key: cause for key, (_, track) in tracks.items() if (cause := _no_graph(track))}
     if causes:
-        what = f"no gradient can reach {len(causes)} of {len(tracks)} layers of this {type(model).__name__}"
+        what = f"no gradient can reach {_share(causes, tracks)} of this {type(model).__name__}"
         warnings.warn(
             _explained(f"record(): {what}.", causes),
             MissingGradientWarning,
             stacklevel=stacklevel + 1,
         )
+
+
+def _share(causes: dict[str, str], tracks: _Tracks) -> str:
+    return f"{len(causes)} of {len(tracks)} layer{'s' if len(tracks) != 1 else ''}"
 
 
 def _explained(title: str, causes: dict[str, str]) -> str:

@@ -96,7 +96,7 @@ def record(
             name to value, taken before the call runs. ``transform`` is not applied to inputs.
         grads: also record the gradient of the loss with respect to each value, as ``acts.grads[name][i]``:
             nested as the value, ``None`` until ``backward()`` reaches it, in the block or after it. See
-            :attr:`Recorder.grads`.
+            :attr:`Recording.grads`.
         detach: ``False`` keeps the autograd graph, for losses on activations, and with it the graph's
             memory. The values are still safe from in-place writes.
         device: where values are kept; ``None`` leaves them where they are.

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["Session", "Track"]
 
 
+_pausing = threading.Lock()
+
+
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Session:
     """What the hooks of one ``with`` block share."""
@@ -33,7 +36,6 @@ class Session:
     active: bool = False
     interrupted: bool = False
     pauses: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
     passes: Passes = field(default_factory=Passes)
     order: dict[str, None] = field(
         default_factory=dict
@@ -53,7 +55,7 @@ class Session:
 
     def pause(self, by: int) -> None:
         """Pause once more (1) or once less (-1)."""
-        with self.lock:
+        with _pausing:
             self.pauses += by
             self.recording = self.active and not self.pauses
 

@@ -804,7 +804,10 @@ def test_a_model_that_puts_hooks_on_itself_while_it_is_recorded_keeps_them() -> 
 )
 def test_dropout_that_fused_attention_does_itself_is_reported(name: str, dropout: str) -> None:
     model = build(name, attention="sdpa").train()
-    with pytest.warns(UnusedLayerWarning, match="attention often does its dropout itself") as warned, record(model):
+    with (
+        pytest.warns(UnusedLayerWarning, match="attention often does its dropout itself") as warned,
+        record(model),
+    ):
         model(**given_to(name))
     text = str(warned[0].message)
     assert f"{dropout.replace('*', '0')!r}, {dropout.replace('*', '1')!r}: " in text

@@ -18,6 +18,7 @@ def test_the_public_names_are_these():
     assert actrec.__all__ == [
         "ActrecError",
         "CaptureError",
+        "Comparison",
         "JoinError",
         "Layer",
         "MissingGradientWarning",
@@ -26,17 +27,19 @@ def test_the_public_names_are_these():
         "Recorder",
         "Recording",
         "SelectionError",
+        "Stats",
         "TransformError",
         "UnknownLayerError",
         "UnsupportedModelError",
         "UnusedLayerWarning",
+        "compare",
         "record",
     ]
 
 
 def test_everything_else_is_private():
     modules = {info.name for info in pkgutil.walk_packages(actrec.__path__)}
-    assert {name for name in modules if not name.startswith("_")} == {"errors"}
+    assert {name for name in modules if not name.startswith("_")} == {"errors", "plot", "testing"}
     names = {name for name in vars(actrec) if not name.startswith("_")}
     assert names == {*actrec.__all__, "errors"}
 

@@ -314,6 +314,26 @@ def test_a_part_that_no_gradient_reaches_is_none_in_its_place() -> None:
     assert torch.equal(of_hidden, torch.ones_like(hidden))
 
 
+class Unbound(nn.Module):
+    """Returns several outputs of one operation."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x * 1).unbind()
+
+
+@pytest.mark.parametrize("make", [Unbound, lambda: nn.LSTM(4, 5)], ids=["unbind", "LSTM"])
+def test_of_several_outputs_of_one_operation_those_without_a_gradient_are_none(
+    make: Callable[[], nn.Module],
+) -> None:
+    model = make()
+    with record(model, "", grads=True) as acts:
+        first, *_ = model(X[:, None].clone().requires_grad_())
+        first.sum().backward()
+    got, *rest = acts.grads[""][0]
+    assert torch.equal(got, torch.ones_like(first))
+    assert rest in ([None, None], [(None, None)])
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """A group of this process alone."""
