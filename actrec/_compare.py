@@ -293,44 +293,46 @@ class _Tally:
         for part, other in zip(parts, others, strict=True):
             self.count += part.numel()
             for one, two in blocks(part, other):
-                far = self._add(one, two, limits) or far
+                far = self._add(one, two, limits, known=far) or far
         if far:
             self.differ(number)
 
-    def _add(self, x: Tensor, y: Tensor, limits: tuple[float, float]) -> bool:
-        """Compare two blocks, and return whether they are further apart than ``limits``."""
-        if x.dtype == y.dtype and torch.equal(x.view(torch.uint8), y.view(torch.uint8)):
-            wide = _wide(y)
-            self._sum(wide, wide)
+    def _add(self, x: Tensor, y: Tensor, limits: tuple[float, float], *, known: bool) -> bool:
+        """Compare two blocks, and return whether they are further apart, if that is not known yet."""
+        if x.dtype == y.dtype and torch.equal(_bits(x), _bits(y)):
+            y = _wide(y)
+            self._sum(y, y, finite=math.isfinite(_magnitude(y)))
             return False
         self.equal = False
         exact = not (x.dtype.is_floating_point or x.dtype.is_complex) and x.dtype == y.dtype
         x, y = _wide(x), _wide(y)
         error = (x - y).abs()
-        error.masked_fill_((x == y) | (x.isnan() & y.isnan()), 0.0)
-        largest = error.nan_to_num_(nan=math.inf, posinf=math.inf).max().item()
+        largest = error.max().item()
+        finite = math.isfinite(largest)
+        if not finite:
+            error.masked_fill_((x == y) | (x.isnan() & y.isnan()), 0.0)
+            largest = error.nan_to_num_(nan=math.inf, posinf=math.inf).max().item()
         self.max_abs = max(self.max_abs, largest)
-        self._sum(x, y)
-        if (
-            math.isinf(largest) or exact
-        ):  # integers beyond 2**53 may differ by less than float64 shows
+        self._sum(x, y, finite=finite)
+        if math.isinf(largest) or exact:  # integers beyond 2**53 differ by more than float64 shows
             return True
         rtol, atol = limits
-        return largest > atol and bool((error > y.abs() * rtol + atol).any())
+        return not known and largest > atol and bool((error > y.abs() * rtol + atol).any())
 
-    def _sum(self, x: Tensor, y: Tensor) -> None:
-        largest = y.abs().max().item()
-        if not (math.isfinite(largest) and (x is y or math.isfinite(x.abs().max().item()))):
-            finite = x.isfinite() & y.isfinite()
-            x, y = x[finite], y[finite]
-            largest = y.abs().max().item() if y.numel() else 0.0
-        self.largest = max(self.largest, largest)
+    def _sum(self, x: Tensor, y: Tensor, *, finite: bool) -> None:
+        same = x is y
+        if not finite:
+            both = x.isfinite() & y.isfinite()
+            x, y = x[both], y[both]
+        if not y.numel():
+            return
+        self.largest = max(self.largest, _magnitude(y))
         if x.is_complex():
             x, y = torch.view_as_real(x), torch.view_as_real(y)
         squares = (y * y).sum().item()
         self.bb += squares
-        self.aa += squares if x is y else (x * x).sum().item()
-        self.ab += squares if x is y else (x * y).sum().item()
+        self.aa += squares if same else (x * x).sum().item()
+        self.ab += squares if same else (x * y).sum().item()
 
     def row(self, layer: str, leaf: str, other: str) -> Row:
         """Return the row of a table."""
@@ -370,6 +372,21 @@ def _first(notes: Iterable[str], most: int = 2) -> str:
 
 def _wide(block: Tensor) -> Tensor:
     return block.to(torch.complex128) if block.is_complex() else block.double()
+
+
+def _bits(block: Tensor) -> Tensor:
+    return block.view(_INTEGERS.get(block.element_size(), torch.int64))
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def _magnitude(block: Tensor) -> float:
+    """The largest absolute value: infinite, or NaN, if an element is."""
+    if block.is_complex():
+        return float(block.abs().max())
+    low, high = block.aminmax()
+    return max(-low.item(), high.item())
 
 
 def _dtype(tensor: Tensor) -> str:

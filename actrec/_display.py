@@ -143,16 +143,12 @@ RIGHT: Final = frozenset(
 
 def title(recording: Recording) -> str:
     """Return the line above a table: what was recorded, whether it is whole, and how much it is."""
-    state = recording._state()
     facts = (
         count(len(recording), "layer"),
         count(recording.num_passes, "pass"),
         size(recording.nbytes),
     )
-    head = f"{'recording' if state == 'recording' else 'recorded'} {shown(recording._model)}"
-    if state == "interrupted":
-        head += " (interrupted, partial)"
-    return f"{head}: {', '.join(facts)}"
+    return f"{recording._title()}: {', '.join(facts)}"
 
 
 def rows(recording: Recording) -> list[Row]:

@@ -33,29 +33,29 @@ SMALLEST_BRANCH = 6
 MOST_OPEN = 60
 #: The columns are as wide as their widest cell, in characters, within these limits.
 NARROWEST, WIDEST = 5, 26
-NARROWEST_NAME, WIDEST_NAME = 16, 56
+NARROWEST_NAME, WIDEST_NAME = 20, 56
 
 STYLE = """
 .actrec > pre.actrec-text { display: none; }
 .actrec > .actrec-table { display: block !important; overflow-x: auto; max-width: 100%;
   font-size: 13px; line-height: 1.45; text-align: left; }
-.actrec-title { font-weight: 600; padding: 2px 9px 6px; overflow-wrap: anywhere; }
-.actrec-table table { table-layout: fixed; width: 100%; border-collapse: collapse; border: 0;
+.actrec > .actrec-table > .actrec-title { font-weight: 600; padding: 2px 7px 6px; overflow-wrap: anywhere; }
+.actrec > .actrec-table table { table-layout: fixed; width: 100%; border-collapse: collapse; border: 0;
   margin: 0; font-size: inherit; color: inherit; display: table; }
-.actrec-table tr, .actrec-table tbody tr:nth-child(n) { background: transparent !important; }
-.actrec-table tbody tr:hover { background: rgba(128, 128, 128, .16) !important; }
-.actrec-table th, .actrec-table td { padding: 2px 9px; border: 0; text-align: left;
+.actrec > .actrec-table tr, .actrec > .actrec-table tbody tr:nth-child(n) { background: transparent !important; }
+.actrec > .actrec-table tbody tr:hover { background: rgba(128, 128, 128, .16) !important; }
+.actrec > .actrec-table th, .actrec > .actrec-table td { padding: 2px 7px; border: 0; text-align: left;
   vertical-align: top; overflow-wrap: anywhere; white-space: normal; max-width: none;
   font-variant-numeric: tabular-nums; color: inherit; background: transparent; }
-.actrec-table thead th { font-weight: 600; opacity: .75; border-bottom: 1px solid rgba(128, 128, 128, .5); }
-.actrec-table tbody td { border-bottom: 1px solid rgba(128, 128, 128, .18); }
-.actrec-table .actrec-r { text-align: right; }
-.actrec-table .actrec-n span { font-weight: 600; padding: 0 5px; border-radius: 3px;
+.actrec > .actrec-table thead th { font-weight: 600; opacity: .75; border-bottom: 1px solid rgba(128, 128, 128, .5); }
+.actrec > .actrec-table tbody td { border-bottom: 1px solid rgba(128, 128, 128, .18); }
+.actrec > .actrec-table .actrec-r { text-align: right; }
+.actrec > .actrec-table .actrec-n span { font-weight: 600; padding: 0 5px; border-radius: 3px;
   background: rgba(255, 160, 0, .28); }
-.actrec-table details { margin: 0; padding: 0; border: 0; background: transparent; }
-.actrec-table summary { cursor: pointer; padding: 3px 9px; font-weight: 600; overflow-wrap: anywhere;
+.actrec > .actrec-table details { margin: 0; padding: 0; border: 0; background: transparent; }
+.actrec > .actrec-table summary { cursor: pointer; padding: 3px 7px; font-weight: 600; overflow-wrap: anywhere;
   border-bottom: 1px solid rgba(128, 128, 128, .18); background: rgba(128, 128, 128, .09); }
-.actrec-table summary small { font-size: 12px; font-weight: 400; opacity: .75; padding-left: 8px; }
+.actrec > .actrec-table summary small { font-size: 12px; font-weight: 400; opacity: .75; padding-left: 8px; }
 """
 
 
@@ -104,6 +104,8 @@ class Sheet:
         self.widths = [
             _width(length, WIDEST if place else WIDEST_NAME) for place, length in enumerate(longest)
         ]
+        if columns[-1] == "note":
+            self.widths[-1] += 3  # it is bold, with a shade around it
         self.classes = [_class(column) for column in columns]
         self.open_rows = 0  # visible so far
 
@@ -114,7 +116,7 @@ class Sheet:
             for kind, column in zip(self.classes, self.columns, strict=True)
         )
         head = f"<table>{self._widths()}<thead><tr>{cells}</tr></thead></table>"
-        narrowest = sum(self.widths[1:]) + NARROWEST_NAME
+        narrowest = sum(self.widths[1:]) + min(self.widths[0], NARROWEST_NAME)
         return f'<div style="max-width:{sum(self.widths)}ch;min-width:{narrowest}ch">{head}{body}</div>'
 
     def table(self, rows: Sequence[tuple[str, tuple[str, ...]]], depth: int = 0) -> str:
@@ -137,7 +139,7 @@ class Sheet:
 
     def _row(self, label: str, cells: tuple[str, ...], depth: int) -> str:
         indent = f' style="padding-left:{_indent(depth)}px"' if depth else ""
-        first = f'<td{indent} title="{escape(cells[0])}">{escape(label)}</td>'
+        first = f'<td{indent} title="{escape(cells[0])}">{_breakable(label)}</td>'
         rest = zip(self.classes[1:], cells[1 : len(self.columns)], strict=True)
         return f"<tr>{first}{''.join(_cell(kind, cell) for kind, cell in rest)}</tr>"
 
@@ -150,17 +152,23 @@ _NOTE = ' class="actrec-n"'
 
 
 def _width(length: int, widest: int) -> int:
-    return min(max(length + length // 8, NARROWEST), widest) + 4
+    # Letters are narrower than the digit that CSS measures with; 3 are for the padding.
+    return min(max(length - length // 12, NARROWEST), widest) + 3
 
 
 def _indent(depth: int) -> int:
-    return 9 + 16 * depth
+    return 7 + 16 * depth
 
 
 def _class(column: str) -> str:
     if column in _display.RIGHT:
         return ' class="actrec-r"'
     return _NOTE if column == "note" else ""
+
+
+def _breakable(name: str) -> str:
+    """A name that is broken behind its dots and underscores, before it is broken anywhere else."""
+    return escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def _cell(kind: str, text: str) -> str:

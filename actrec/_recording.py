@@ -441,6 +441,13 @@ class Recording(Mapping[str, Layer]):
     def _state(self) -> _display.State:
         return "recorded"
 
+    def _title(self) -> str:
+        state = self._state()
+        head = (
+            f"{'recording' if state == 'recording' else 'recorded'} {_display.shown(self._model)}"
+        )
+        return head + (" (interrupted, partial)" if state == "interrupted" else "")
+
     def __repr__(self) -> str:
         return _display.table(self)
 

@@ -4,7 +4,7 @@
 
     ActrecError                     catch this one to catch them all
     ├── UnsupportedModelError       also TypeError: hooks cannot run inside this model
-    ├── OptionError                 also ValueError: an option that record() cannot work with
+    ├── OptionError                 also ValueError: an argument that a call cannot work with
     ├── SelectionError              also ValueError: a query that selects nothing that can be recorded
     ├── UnknownLayerError           also KeyError: a name that is not in the recording
     ├── TransformError              also RuntimeError: the user's transform raised
@@ -48,7 +48,7 @@ class UnsupportedModelError(ActrecError, TypeError):
 
 
 class OptionError(ActrecError, ValueError):
-    """An option of ``record()`` that cannot be meant, found before anything has happened."""
+    """An argument that cannot be meant, found before anything has happened."""
 
 
 class SelectionError(ActrecError, ValueError):
