@@ -80,18 +80,10 @@ class Capture:
 
     def _transformed(self, transform: Transform, value: Value, call: int) -> Value:
         loan = _Loan(detach=self.detach)
+        random = torch.default_generator.get_state()
         try:
             lent = rebuild(value, loan, unknown=_itself)
-            with ExitStack() as clean_room:
-                clean_room.callback(
-                    torch.default_generator.set_state, torch.default_generator.get_state()
-                )
-                for mode in _modes_to_leave(loan.device_types, grad=not self.detach):
-                    clean_room.enter_context(mode)
-                if not self.detach:
-                    # What it saves for its backward is none of the checkpoint's that the layer may run in.
-                    clean_room.enter_context(saved_tensors_hooks(_itself, _itself))
-                result = transform(lent)
+            result = _in_a_clean_room(transform, lent, loan.device_types, grad=not self.detach)
             loan.check_untouched()
         except CaptureError:
             raise
@@ -99,7 +91,21 @@ class Capture:
             kind = type(error).__name__
             message = f"the transform of layer {self.layer!r} raised {kind} on {self.what} {call}: {error}"
             raise TransformError(message) from error
+        finally:
+            torch.default_generator.set_state(random)
         return result
+
+
+def _in_a_clean_room(
+    transform: Transform, value: Value, device_types: set[str], *, grad: bool
+) -> Value:
+    modes = [*_modes_to_leave(device_types, grad=grad)]
+    if not modes:
+        return transform(value)
+    with ExitStack() as clean_room:
+        for mode in modes:
+            clean_room.enter_context(mode)
+        return transform(value)
 
 
 def _itself(value: Any) -> Any:
@@ -141,13 +147,15 @@ class _Loan:
             raise ValueError(message)
 
 
-def _modes_to_leave(
-    device_types: set[str], *, grad: bool
-) -> Iterator[AbstractContextManager[None]]:
-    """Whatever modes the caller of the model is in that would change what a transform computes."""
-    if torch.is_inference_mode_enabled():
-        yield torch.inference_mode(mode=False)
-    if torch.is_grad_enabled() and not grad:
+def _modes_to_leave(device_types: set[str], *, grad: bool) -> Iterator[AbstractContextManager[Any]]:
+    """Whatever the caller of the model is in that would change what a transform computes."""
+    inference = torch.is_inference_mode_enabled()
+    if inference:
+        yield torch.inference_mode(mode=False)  # which lets gradients in
+    if grad:
+        # What it saves for its backward is none of the checkpoint's that the layer may run in.
+        yield saved_tensors_hooks(_itself, _itself)
+    elif inference or torch.is_grad_enabled():
         yield torch.no_grad()
     for device_type in device_types:
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
