@@ -92,8 +92,8 @@ def _dtype(values: Sequence[Value]) -> str:
 
 def layer_line(layer: Layer) -> str:
     """Return the one-line ``repr`` of a layer."""
-    values = list(layer)
-    facts = [_count(len(values), "call"), f"{_shape(values)} {_dtype(values)}".strip()]
+    values = layer.outline()
+    facts = [_count(len(layer), "call"), f"{_shape(values)} {_dtype(values)}".strip()]
     facts = [fact for fact in facts if fact]
     return f"Layer {layer.name!r} ({layer.type}): {', '.join(facts)}, {size(layer.nbytes)}"
 
@@ -104,8 +104,8 @@ def table(recording: Recording, title: str) -> str:
     shown = layers if len(layers) <= MOST_ROWS else [*layers[: MOST_ROWS - 10], *layers[-10:]]
     rows = [("layer", "type", "calls", "shape", "dtype", "memory")]
     for layer in shown:
-        values = list(layer)
-        cells = (f"{len(values):,}", _shape(values), _dtype(values), size(layer.nbytes))
+        values = layer.outline()
+        cells = (f"{len(layer):,}", _shape(values), _dtype(values), size(layer.nbytes))
         rows.append((layer.name or "''", layer.type, *cells))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(_padded(row, widths)).rstrip() for row in rows]

@@ -6,7 +6,7 @@ import os
 import weakref
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from ._select import Choice, Query, Selection, select
 from ._track import Session, Track
 from ._unused import warn_unused
 from .errors import ActrecError, OptionError
+from .store._folder import Folder
+from .store._live import Stream
+from .store._manifest import LayerInfo, Manifest, described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,7 +40,8 @@ def record(
     detach: bool = True,
     device: torch.device | str | int | None = "cpu",
     dtype: torch.dtype | None = None,
-    into: Callable[[], Any] = list,
+    into: Callable[[], Any] | str | os.PathLike[str] = list,
+    resume: bool = False,
 ) -> AbstractContextManager[Recorder]:
     r"""Record what the chosen layers of ``model`` return while the ``with`` block runs.
 
@@ -93,7 +97,11 @@ def record(
         device: where values are kept; ``None`` leaves them where they are.
         dtype: cast floating-point values to this dtype. Integer, bool and complex values stay.
         into: makes the container for the calls of a layer; anything with ``append`` will do, such as
-            ``functools.partial(collections.deque, maxlen=10)``.
+            ``functools.partial(collections.deque, maxlen=10)``. Or a path, or a
+            :class:`actrec.store.Folder`, which is a path with settings: the recording is written there while
+            the block runs, and never takes more memory than a budget (1 GiB); see below.
+        resume: with a path: go on after the last committed pass of the recording that is there, if there is
+            one. ``acts.num_passes`` says how many passes that are.
 
     Returns:
         A context manager that yields the :class:`Recorder`, a mapping from layer name to :class:`Layer`.
@@ -123,9 +131,10 @@ def record(
     if torch.compiler.is_compiling():
         raise ActrecError(COMPILING)
     _check(transform=transform, into=into)
+    _check_path(into, detach=detach, resume=resume)
     selection = select(model, layers, transform)
     capture = Capture(detach=detach, device=_checked_device(device), dtype=_checked_dtype(dtype))
-    return _Block(model, selection, capture, into, inputs=inputs)
+    return _Block(model, selection, capture, into, inputs=inputs, resume=resume)
 
 
 class _Block(AbstractContextManager[Recorder]):
@@ -136,15 +145,18 @@ class _Block(AbstractContextManager[Recorder]):
         model: nn.Module,
         selection: Selection,
         capture: Capture,
-        into: Callable[[], Any],
+        into: Callable[[], Any] | str | os.PathLike[str],
         *,
         inputs: bool,
+        resume: bool,
     ) -> None:
         self._model = model
         self._selection = selection
         self._capture = capture
         self._into = into
         self._inputs = inputs
+        self._resume = resume
+        self._stream: Stream | None = None  # if the recording goes to the disk
         self._session = Session()
         self._tracks: dict[str, tuple[Choice, Track]] = {}
         self._yielded: Recorder | None = None
@@ -153,9 +165,12 @@ class _Block(AbstractContextManager[Recorder]):
         if self._tracks:
             message = "record(): this block was entered before. Call record() again for another recording."
             raise ActrecError(message)
-        recorder = self._recorder()
         hooks = Hooks()
         with ExitStack() as stack:
+            if not callable(self._into):
+                self._stream = self._opened(self._into)
+                stack.callback(self._stream.close)
+            recorder = self._recorder()
             stack.enter_context(eager())
             stack.callback(hooks.remove)
             hooks.place(self._plan())
@@ -175,9 +190,16 @@ class _Block(AbstractContextManager[Recorder]):
     ) -> None:
         session = self._session
         session.end(interrupted=kind is not None)
+        if self._stream is not None:
+            self._stream.left_by(error)
         self._clean_up()
-        if kind is not None:
+        failure = self._stream.failure() if self._stream is not None else None
+        if error is not None:
+            if failure is not None:
+                error.add_note(str(failure))
             return
+        if failure is not None:
+            raise failure
         if session.error is not None and not session.surfaced:
             # The model has caught it: without this, calls would be missing without a word.
             raise session.error
@@ -192,25 +214,52 @@ class _Block(AbstractContextManager[Recorder]):
     def _recorder(self) -> Recorder:
         """Make what keeps the calls: a layer for each choice, and the track that leads to it."""
         choices = self._selection.choices
-        layers = {choice.key: self._layer(choice) for choice in choices}
-        inputs = {choice.key: self._layer(choice) for choice in choices} if self._inputs else {}
+        layers = {choice.key: self._layer(choice, "output") for choice in choices}
+        inputs = (
+            {choice.key: self._layer(choice, "input") for choice in choices} if self._inputs else {}
+        )
         self._tracks = {
             choice.key: (choice, self._track(choice, layers[choice.key], inputs.get(choice.key)))
             for choice in choices
         }
-        return Recorder(
+        added = {} if self._stream is None else {"added": self._stream.added}
+        recorder = Recorder(
             type(self._model).__name__,
             layers,
-            {name: choice.key for choice in choices for name in choice.names},
+            self._selection_names(),
             self._session,
             inputs=inputs,
             capture=self._capture,
             tracks=[track for _, track in self._tracks.values()],
+            **added,
         )
+        if self._stream is not None:
+            recorder._layers.update(self._stream.added_before())
+        return recorder
 
-    def _layer(self, choice: Choice) -> Layer:
+    def _selection_names(self) -> dict[str, str]:
+        return {name: choice.key for choice in self._selection.choices for name in choice.names}
+
+    def _opened(self, path: str | os.PathLike[str]) -> Stream:
+        """Open the path that is recorded into, before anything happens to the model."""
+        manifest = Manifest(
+            type(self._model).__name__,
+            tuple(
+                LayerInfo(choice.key, type(choice.module).__name__, described(choice.transform))
+                for choice in self._selection.choices
+            ),
+            self._selection_names(),
+            self._inputs,
+            None if self._capture.dtype is None else str(self._capture.dtype),
+        )
+        return Stream(Folder.of(path), manifest, self._session.passes, resume=self._resume)
+
+    def _layer(self, choice: Choice, role: Literal["output", "input"]) -> Layer:
         kind = type(choice.module).__name__
-        container = self._into()
+        if self._stream is not None:
+            index = self._selection.choices.index(choice)
+            return self._stream.layer(role, index, choice.key, kind)
+        container = self._into() if callable(self._into) else None
         if type(container) is list:
             return ListLayer(choice.key, container, kind)
         _check_container(self._into, container)
@@ -219,7 +268,8 @@ class _Block(AbstractContextManager[Recorder]):
     def _track(self, choice: Choice, layer: Layer, inputs: Layer | None) -> Track:
         capture = replace(self._capture, layer=choice.key, transform=choice.transform)
         parameters = Parameters() if inputs is None else Parameters.of(choice.module)
-        return Track(self._session, capture, layer, inputs, parameters)
+        before = 0 if self._stream is None else len(layer)  # in a run that is resumed
+        return Track(self._session, capture, layer, inputs, parameters, kept=before)
 
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""
@@ -245,8 +295,20 @@ def _check(*, transform: object, into: object) -> None:
     if transform is not None and not callable(transform):
         message = f"record(transform={transform!r}): a transform is a function of the value, such as lambda t: t.mean(1)."
         raise OptionError(message)
-    if not callable(into):
+    if not (callable(into) or isinstance(into, (str, os.PathLike))):
         raise OptionError(_bad_container(into))
+
+
+def _check_path(into: Any, *, detach: bool, resume: bool) -> None:
+    is_path = isinstance(into, (str, os.PathLike))
+    if is_path and not detach:
+        message = f"record(into={os.fspath(into)!r}, detach=False): a graph cannot be stored. Record into memory."
+        raise OptionError(message)
+    if resume and not is_path:
+        message = (
+            f"record(resume=True, into={into!r}): only a recording into a path can be resumed."
+        )
+        raise OptionError(message)
 
 
 def _check_container(into: object, container: object) -> None:
@@ -257,7 +319,7 @@ def _check_container(into: object, container: object) -> None:
 def _bad_container(into: object) -> str:
     return (
         f"record(into={into!r}): expected a function that makes a container with append(), such as list or "
-        "functools.partial(collections.deque, maxlen=10)."
+        "functools.partial(collections.deque, maxlen=10), or a path to record into."
     )
 
 

@@ -8,7 +8,7 @@ only a live one can do.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
@@ -16,9 +16,11 @@ from . import _display
 from ._join import joined
 from ._nested import Value, tensors
 from ._snapshot import held
-from .errors import ActrecError, UnknownLayerError, nearest
+from .errors import ActrecError, CaptureError, UnknownLayerError, nearest
 
 if TYPE_CHECKING:
+    import os
+
     from ._capture import Capture
     from ._track import Session
 
@@ -105,17 +107,18 @@ class Layer(Sequence[Value]):
     @property
     def nbytes(self) -> int:
         """The bytes of memory that the calls hold. What several of them share counts once."""
-        return _held_bytes(self)
+        return sum(dict(self.places()).values())
+
+    def places(self) -> Iterator[tuple[object, int]]:
+        """The memory that the calls hold: where it is, and how many bytes. Equal places are shared."""
+        return (place for value in self for tensor in tensors(value) for place in held(tensor))
+
+    def outline(self) -> Sequence[Value]:
+        """Values to tell the structures, shapes and dtypes of all calls from. On disk they hold no data."""
+        return list(self)
 
     def __repr__(self) -> str:
         return _display.layer_line(self)
-
-
-def _held_bytes(values: Iterable[Value]) -> int:
-    places = {
-        place: size for value in values for tensor in tensors(value) for place, size in held(tensor)
-    }
-    return sum(places.values())
 
 
 class ListLayer(list[Value], Layer):
@@ -240,7 +243,29 @@ class Recording(Mapping[str, Layer]):
         A value that the model did not overwrite is shared with the model copy-on-write, so after a
         forward that goes on this is an upper bound of what recording has cost.
         """
-        return _held_bytes(value for layer in self.values() for value in layer)
+        return sum({p: size for layer in self.values() for p, size in layer.places()}.values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recording to ``path``, a new folder, to be opened with :func:`actrec.load`.
+
+        >>> import tempfile, torch, actrec
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with actrec.record(model, "") as acts:
+        ...     output = model(torch.randn(5, 4))
+        >>> path = tempfile.mkdtemp() + "/run"
+        >>> acts.save(path)
+        >>> torch.equal(actrec.load(path)[""][0], acts[""][0])
+        True
+
+        Tensors are stored as they are, without the graph; what shares memory is stored once. To record
+        more than fits into memory, record into a path: ``record(model, layers, into=path)``.
+
+        Raises ``RecordingExistsError`` if there is something at the path, ``CaptureError`` for a value
+        that cannot be stored, before anything is written, and ``WriteError`` if writing fails.
+        """
+        from .store._save import save  # noqa: PLC0415  # the store knows recordings, not they it
+
+        save(self, path)
 
     def _title(self) -> str:
         return f"recorded {self._model}"
@@ -268,8 +293,10 @@ class Recorder(Recording):
         inputs: Mapping[str, Layer],
         capture: Capture,
         tracks: object,
+        added: Callable[[str], Layer] = lambda name: ListLayer(name, (), "added"),
     ) -> None:
         super().__init__(model, layers, aliases)
+        self._added = added
         self._inputs = Recording(model, inputs, aliases) if inputs else None
         self._chosen = frozenset([*layers, *aliases])
         self._session = session
@@ -352,8 +379,12 @@ class Recorder(Recording):
             message = f"acts.add({name!r}): there was no pass yet. Call the model first, then add what belongs to it."
             raise ActrecError(message)
         if name not in self._layers:
-            self._layers[name] = ListLayer(name, (), "added")
-        self._layers[name].keep(self._capture.added(value), self.num_passes - 1)
+            self._layers[name] = self._added(name)
+        try:
+            self._layers[name].keep(self._capture.added(value), self.num_passes - 1)
+        except CaptureError as error:
+            message = f"acts.add({name!r}): {error}."
+            raise CaptureError(message) from error
 
     def clear(self) -> None:
         """Forget all calls, inputs and added values, and count the passes from 0 again.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._capture import SKIPPED
 from ._inputs import Arrival, Arrivals, Parameters
 from ._passes import Passes, is_own_call
-from .errors import CaptureError, TransformError
+from .errors import ActrecError, CaptureError, TransformError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -103,20 +103,19 @@ class Track:
         value = self._captured(self.capture, output, call)
         if value is not SKIPPED:
             self.kept += 1
-            with self._lock:
-                self.outputs.keep(value, number)
-                if self.inputs is not None:
-                    self.inputs.keep(arrival and arrival.inputs, number)
+            try:
+                with self._lock:
+                    self.outputs.keep(value, number)
+                    if self.inputs is not None:
+                        self.inputs.keep(arrival and arrival.inputs, number)
+            except ActrecError as error:  # from a recording that goes to the disk
+                raise self._located(error, call) from error.__cause__
 
     def _captured(self, capture: Capture, value: Value, call: int) -> Value:
         try:
             return capture(value, call)
         except CaptureError as error:
-            located = CaptureError(
-                f"record() cannot keep call {call} of layer {capture.layer!r}: {error}."
-            )
-            self.session.failed(located)
-            raise located from error
+            raise self._located(error, call) from error
         except Exception as error:
             if not isinstance(error, TransformError):
                 error.add_note(
@@ -124,6 +123,15 @@ class Track:
                 )
             self.session.failed(error)
             raise
+
+    def _located(self, error: ActrecError, call: int) -> ActrecError:
+        """The error as the caller of the model sees it, remembered in case the model swallows it."""
+        if isinstance(error, CaptureError):
+            error = CaptureError(
+                f"record() cannot keep call {call} of layer {self.capture.layer!r}: {error}."
+            )
+        self.session.failed(error)
+        return error
 
 
 def _is_symbolic(values: tuple[Value, ...]) -> bool:
