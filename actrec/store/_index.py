@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -118,10 +118,9 @@ class Leaf:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Successive calls of a layer whose values are alike."""
+    """Calls of a layer whose values are alike."""
 
     shard: Shard
-    calls: int
     structure: str
     leaves: list[Leaf]
 
@@ -146,6 +145,14 @@ class Group:
             raise corrupt(self.shard.path, defect) from None
 
 
+class Stretch(NamedTuple):
+    """Successive calls of a layer that are in one group."""
+
+    group: Group
+    first: int  # in the group
+    many: int
+
+
 @dataclass(slots=True, eq=False)
 class Part:
     """What a shard has of one layer."""
@@ -153,6 +160,7 @@ class Part:
     slot: Slot
     passes: list[Run]
     groups: list[Group]
+    calls: list[Stretch]
 
 
 class Shard:
@@ -204,6 +212,13 @@ def _contents(shard: Shard, container: Container) -> tuple[Heading, list[Part]]:
     return heading, [checker.part(layer) for layer in items(about["layers"], "the layers")]
 
 
+def _stretches(groups: list[Group], order: list[tuple[int, int]]) -> Iterator[Stretch]:
+    had = [0] * len(groups)
+    for many, number in order:
+        yield Stretch(groups[number], had[number], many)
+        had[number] += many
+
+
 class _Checker:
     def __init__(self, shard: Shard, container: Container, structures: list[str]) -> None:
         self.shard = shard
@@ -212,7 +227,7 @@ class _Checker:
         self.count = 0
 
     def part(self, layer: Any) -> Part:
-        layer = mapping(layer, "a layer", *Slot._fields, "passes", "groups")
+        layer = mapping(layer, "a layer", *Slot._fields, "passes", "calls", "groups")
         need(layer["role"] in ROLES, "a layer is of an unknown role")
         slot = Slot(
             layer["role"],
@@ -220,14 +235,29 @@ class _Checker:
             text(layer["name"], "the name of a layer"),
             text(layer["type"], "the type of a layer"),
         )
-        groups = [self.group(group) for group in items(layer["groups"], "the groups of a layer")]
+        described = items(layer["groups"], "the groups of a layer")
+        order = [
+            self.pair(pair, len(described))
+            for pair in items(layer["calls"], "the calls of a layer")
+        ]
+        calls = [0] * len(described)
+        for many, number in order:
+            calls[number] += many
+        groups = [self.group(*pair) for pair in zip(described, calls, strict=True)]
         passes = [self.run(run) for run in items(layer["passes"], "the passes of a layer")]
-        calls = sum(group.calls for group in groups)
         need(
-            sum(many for _, _, many in passes) == calls,
-            f"layer {slot.name[:60]!r} has {calls} calls, and passes for another number",
+            sum(many for _, _, many in passes) == sum(calls),
+            f"layer {slot.name[:60]!r} has {sum(calls)} calls, and passes for another number",
         )
-        return Part(slot, passes, groups)
+        return Part(slot, passes, groups, list(_stretches(groups, order)))
+
+    def pair(self, pair: Any, groups: int) -> tuple[int, int]:
+        pair = items(pair, "a run of calls")
+        need(len(pair) == 2, "a run of calls is not how many and of which group")  # noqa: PLR2004
+        return (
+            integer(pair[0], "a number of calls", MAX_ITEMS),
+            integer(pair[1], "the number of a group", groups - 1),
+        )
 
     def run(self, run: Any) -> Run:
         run = items(run, "a run of passes")
@@ -238,10 +268,9 @@ class _Checker:
             integer(run[2], "a number of passes", MAX_ITEMS),
         )
 
-    def group(self, group: Any) -> Group:
-        group = mapping(group, "a group", "calls", "structure", "tensors")
+    def group(self, group: Any, calls: int) -> Group:
+        group = mapping(group, "a group", "structure", "tensors")
         leaves = items(group["tensors"], "the tensors of a group")
-        calls = integer(group["calls"], "the calls of a group", MAX_ITEMS)
         self.count += calls * max(1, len(leaves))
         need(calls > 0, "a group has no calls")
         need(self.count <= MAX_ITEMS, f"it claims more than {MAX_ITEMS} calls")
@@ -249,10 +278,7 @@ class _Checker:
             group["structure"], "the number of a structure", len(self.structures) - 1
         )
         return Group(
-            self.shard,
-            calls,
-            self.structures[structure],
-            [self.leaf(leaf, calls) for leaf in leaves],
+            self.shard, self.structures[structure], [self.leaf(leaf, calls) for leaf in leaves]
         )
 
     def leaf(self, leaf: Any, calls: int) -> Leaf:

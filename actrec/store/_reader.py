@@ -165,8 +165,9 @@ class StoredLayer(Layer):
         self.type = kind
         parts = list(parts)
         self._groups: list[Group] = [group for part in parts for group in part.groups]
+        self._stretches = [stretch for part in parts for stretch in part.calls]
         self._runs = [run for part in parts for run in part.passes]
-        self._starts = list(accumulate((group.calls for group in self._groups), initial=0))
+        self._starts = list(accumulate((stretch.many for stretch in self._stretches), initial=0))
         # Calls are listed by pass. They are stored so, unless several ranks or threads have written them.
         bounds = ((first, first + step * (many - 1)) for first, step, many in self._runs if many)
         ordered = all(a[1] <= b[0] for a, b in pairwise(bounds))
@@ -201,8 +202,9 @@ class StoredLayer(Layer):
     def _call(self, index: int) -> Value:
         if self._order is not None:
             index = self._order[index]
-        group = bisect_right(self._starts, index) - 1
-        return self._groups[group].value(index - self._starts[group])
+        at = bisect_right(self._starts, index) - 1
+        group, first, _ = self._stretches[at]
+        return group.value(first + index - self._starts[at])
 
     def outline(self) -> list[Value]:
         examples: dict[object, tuple[Group, int]] = {}

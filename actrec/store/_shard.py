@@ -1,8 +1,8 @@
 """A shard: all calls of a contiguous range of passes, laid out so that those of a layer lie together.
 
-Successive calls of a layer whose values have the same structure, dtypes and shapes (but for the first
-dimension) form a *group*. A group has one safetensors tensor for each tensor in the value, which is the
-calls joined along the first dimension; how many rows each call has stands in the metadata. So ten
+The calls of a layer whose values have the same structure, dtypes and shapes (but for the first dimension)
+form a *group*. A group has one safetensors tensor for each tensor in the value, which is the calls joined
+along the first dimension; which calls they are, and how many rows each has, stands in the metadata. So ten
 thousand small calls are one entry in the header, and joining them again is one copy.
 
 Memory that several values share is written once: the others say where it is.
@@ -210,10 +210,13 @@ class _Leaf:
 
 @dataclass(slots=True, eq=False)
 class _Group:
+    """Calls that are alike."""
+
     structure: str
-    forms: list[_Form]
     leaves: list[_Leaf]
-    calls: int = 0
+
+    def goes_on_at(self, found: Sequence[_Found]) -> bool:
+        return all(leaf.goes_on_at(at) for leaf, at in zip(self.leaves, found, strict=True))
 
 
 class _Layout:
@@ -223,34 +226,37 @@ class _Layout:
         self.entries: list[_Entry] = []
         self.places: dict[object, _At] = {}
 
-    def groups(self, slot: Slot, calls: Iterable[Call]) -> list[_Group]:
+    def groups(self, slot: Slot, calls: Iterable[Call]) -> tuple[list[_Group], list[int]]:
+        """The groups of a layer, and for each call the number of its group."""
         groups: list[_Group] = []
+        latest: dict[object, int] = {}  # of the groups whose calls are alike
+        order: list[int] = []
         for call in calls:
             forms = [_form(tensor) for tensor in call.tensors]
             bases = [_base(*pair) for pair in zip(call.tensors, forms, strict=True)]
             keys = [_memory_key(base) for base in bases]
             found = [self.met(key, keys[:at]) for at, key in enumerate(keys)]
-            group = groups[-1] if groups else None
-            if group is None or not _goes_on(group, call.structure, forms, found):
-                group = self.group(f"{slot.key}.{len(groups):05d}", call.structure, forms, found)
-                groups.append(group)
-            group.calls += 1
+            alike = call.structure, *forms
+            number = latest.get(alike)
+            if number is None or not groups[number].goes_on_at(found):
+                number = latest[alike] = len(groups)
+                leaves = self.leaves(f"{slot.key}.{number:05d}", forms, found)
+                groups.append(_Group(call.structure, leaves))
+            order.append(number)
             for leaf, tensor, base, key in zip(
-                group.leaves, call.tensors, bases, keys, strict=True
+                groups[number].leaves, call.tensors, bases, keys, strict=True
             ):
                 if leaf.own and key is not None:
                     self.places[key] = _At(leaf.entry, leaf.nbytes)
                 leaf.add(tensor, base)
-        return groups
+        return groups, order
 
     def met(self, key: object, before: list[object]) -> _Found:
         if key is None:
             return None
         return before.index(key) if key in before else self.places.get(key)
 
-    def group(
-        self, name: str, structure: str, forms: list[_Form], found: Sequence[_Found]
-    ) -> _Group:
+    def leaves(self, name: str, forms: list[_Form], found: Sequence[_Found]) -> list[_Leaf]:
         leaves: list[_Leaf] = []
         for number, (form, at) in enumerate(zip(forms, found, strict=True)):
             if at is None:
@@ -261,15 +267,7 @@ class _Layout:
             else:
                 twin = leaves[at]
                 leaves.append(_Leaf(twin.entry, twin.offset, form, twin=at))
-        return _Group(structure, forms, leaves)
-
-
-def _goes_on(group: _Group, structure: str, forms: list[_Form], found: Sequence[_Found]) -> bool:
-    return (
-        group.structure == structure
-        and group.forms == forms
-        and all(leaf.goes_on_at(at) for leaf, at in zip(group.leaves, found, strict=True))
-    )
+        return leaves
 
 
 def _memory_key(base: Tensor) -> object:
@@ -292,16 +290,21 @@ def write(file: Writable, heading: Heading, calls: Iterable[Call]) -> None:
     layers = []
     for slot in sorted(by_slot, key=_order):
         ordered = sorted(by_slot[slot], key=attrgetter("number"))
-        groups = [
+        groups, order = layout.groups(slot, ordered)
+        layers.append(
             {
-                "calls": group.calls,
-                "structure": structures.setdefault(group.structure, len(structures)),
-                "tensors": [leaf.text() for leaf in group.leaves],
+                **slot._asdict(),
+                "passes": list(runs(call.number for call in ordered)),
+                "calls": list(lengths(order)),
+                "groups": [
+                    {
+                        "structure": structures.setdefault(group.structure, len(structures)),
+                        "tensors": [leaf.text() for leaf in group.leaves],
+                    }
+                    for group in groups
+                ],
             }
-            for group in layout.groups(slot, ordered)
-        ]
-        passes = list(runs(call.number for call in ordered))
-        layers.append({**slot._asdict(), "passes": passes, "groups": groups})
+        )
     about = {**heading.text(), "layers": layers, "structures": list(structures)}
     metadata = {"actrec": json.dumps(about, separators=(",", ":"))}
     _container.write(file, metadata, [entry.finished() for entry in layout.entries])
