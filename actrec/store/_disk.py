@@ -39,7 +39,7 @@ class Disk:
         """What is in the folder, sorted; nothing if there is no folder."""
         try:
             return sorted(path.name for path in self.path.iterdir())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def size(self, name: str) -> int:
@@ -54,6 +54,7 @@ class Disk:
     def map(self, name: str, size: int) -> torch.UntypedStorage:
         """Map a file of ``size`` bytes. Writing to the memory copies the page, and never reaches the file."""
         path = self.path / name
+        need(path.exists(), "it was there when it was opened, and is gone")
         found = path.stat().st_size
         need(found == size, f"it had {size} bytes when it was opened, and has {found} now")
         storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)

@@ -255,7 +255,7 @@ def decode(structure: str, tensor: Callable[[int], Tensor]) -> Value:
         return _Decoder(tensor).value(json.loads(structure), 0)
     except RecursionError:
         raise Defect(_DEEP) from None
-    except (ValueError, TypeError, LookupError, RuntimeError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
         message = f"a value cannot be made of its description ({error})"
         raise Defect(message) from error
 
@@ -383,7 +383,11 @@ class _Decoder:
         return _of_torch(name, torch.memory_format)
 
     def _device(self, name: Any, *_: Any) -> torch.device:
-        return torch.device(text(name, "a device"))
+        try:
+            return torch.device(text(name, "a device"))
+        except RuntimeError:
+            message = "an unknown device"
+            raise Defect(message) from None
 
     def _opaque(self, name: Any, *_: Any) -> Opaque:
         return Opaque(text(name, "the type of an object"))
