@@ -39,5 +39,5 @@ def _verify(path: str) -> list[str]:
     return problems
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # pragma: no cover  # in a process of its own
     sys.exit(main())

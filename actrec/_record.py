@@ -113,6 +113,15 @@ def record(
     train on. Containers are rebuilt; objects that actrec does not take apart, such as key-value caches,
     become an :class:`Opaque`.
 
+    **Recording to disk.** With ``into=path`` the values are written by a thread while the model goes on, a
+    quarter of a gigabyte at a time, and read after the block, or with :func:`actrec.load`. What waits to be
+    written, and what is on its way, never exceeds a budget: where the disk is too slow, the model waits.
+    A pass is committed, all layers at once, when the next one has begun; what was committed survives
+    a crash of the process, of the machine and a full disk. If the block is left by an exception, the
+    last pass is not committed, as it may not be whole. To go on, pass ``resume=True`` and begin with the
+    batch of number ``acts.num_passes``. An error of the writer is raised once: from the next recorded
+    call, or at the end of the block. ``detach=False`` and ``acts.clear()`` do not go with a path.
+
     **What counts as a call.** Every call of the module is one item, also of a module that is called
     several times in a forward. What activation checkpointing recomputes is not recorded again.
     ``Layer.passes`` says which forward a call belongs to.
@@ -123,7 +132,10 @@ def record(
             comes close. It is raised before any hook is placed.
         TransformError: the transform raised; from the call of the model, with layer and call number. The
             block keeps what was recorded before.
-        CaptureError: a value cannot be kept, such as one inside ``torch.func.vmap``.
+        CaptureError: a value cannot be kept, such as one inside ``torch.func.vmap``, or cannot be stored.
+        RecordingExistsError: there is something at the path already; it was not touched.
+        ResumeError: what is there was recorded with other layers or options; the message says which.
+        WriteError: writing failed; what was committed stays.
 
     Warns:
         UnusedLayerWarning: at the end of the block, if nothing was recorded of a layer, and why that may be.

@@ -33,7 +33,7 @@ from actrec import (
 )
 from actrec.__main__ import main
 from actrec._recording import ListLayer
-from actrec.store import Folder, _container, _disk, _format, _index, _tree
+from actrec.store import Folder, _container, _disk, _format, _index, _shard, _tree, _verify
 from tests.stored import Net, assert_same, batches, same
 
 if TYPE_CHECKING:
@@ -734,5 +734,18 @@ def test_mutated_headers_that_were_signed_afterwards_never_crash(
     actrec.verify(path)
 
 
+def test_a_file_that_shrinks_while_it_is_verified_is_found(path: Path) -> None:
+    shard = _index.Shard(_disk.Disk(path / "rank-00000"), "000000.safetensors")
+    content = shards(path)[0].read_bytes()
+    shards(path)[0].write_bytes(content[:-10])
+    problems = list(
+        _verify._shard_problems(_disk.Disk(path / "rank-00000"), "000000.safetensors", shard)
+    )
+    assert "the checksum of the data of layer" in problems[0]
+
+
 def test_runs_of_passes_are_told_apart() -> None:
     assert list(_index.numbers([(0, 1, 3), (5, 0, 2)])) == [0, 1, 2, 5, 5]
+    for numbers in ([], [3], [0, 1, 2, 2, 2, 3], [5, 4, 4, 9, 10]):
+        runs = [tuple(run) for run in _shard.runs(numbers)]
+        assert list(_index.numbers(runs)) == numbers  # type: ignore[arg-type]

@@ -12,6 +12,8 @@ import threading
 import time
 import traceback
 import weakref
+from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,7 +33,7 @@ from actrec import (
     record,
 )
 from actrec._snapshot import memory, snapshot
-from actrec.store import Folder, _disk, _writer
+from actrec.store import Folder, _disk, _live, _writer
 from tests.conftest import own_hooks
 from tests.stored import Net, assert_same, batches, bits
 
@@ -773,3 +775,73 @@ foreign = {{"safetensors", "transformers", "h5py", "zarr"}} & set(sys.modules)
 assert not foreign, foreign
 """
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
+
+
+def test_a_forked_process_lets_go_of_locks(tmp_path: Path) -> None:
+    net = nn.Linear(4, 3)
+    with record(net, "", into=tmp_path / "r"):
+        net(torch.ones(2, 4))
+        own = _disk.Disk(tmp_path / "r/rank-00000")
+        with pytest.raises(BlockingIOError):
+            own.lock()
+        _live._forget_locks()  # what runs in the child
+        own.lock().release()
+
+
+def test_closing_twice_does_nothing(tmp_path: Path) -> None:
+    net = nn.Linear(4, 3)
+    with record(net, "", into=tmp_path / "r") as acts:
+        net(torch.ones(2, 4))
+    stream = acts[""]._stream  # type: ignore[attr-defined]
+    before = (tmp_path / "r/rank-00000/end.json").stat().st_mtime_ns
+    stream.left_by(ZeroDivisionError())
+    stream.close()
+    assert (tmp_path / "r/rank-00000/end.json").stat().st_mtime_ns == before
+
+
+def test_a_call_that_comes_after_the_end_is_dropped(tmp_path: Path) -> None:
+    net = nn.Linear(4, 3)
+    with record(net, "", into=tmp_path / "r") as acts:
+        net(torch.ones(2, 4))
+    acts[""].keep(torch.ones(1), 1)
+    assert len(acts[""]) == 1
+
+
+# --- Saving ------------------------------------------------------------------------------------------
+
+
+def test_saving_a_recording_and_what_was_loaded_gives_the_same(tmp_path: Path) -> None:
+    acts = recorded(5, inputs=True)
+    acts.save(tmp_path / "a")
+    load(tmp_path / "a").save(Folder(tmp_path / "b", 50 * KIB))
+    assert_same(load(tmp_path / "a"), acts)
+    assert_same(load(tmp_path / "b"), acts)
+    assert len(list((tmp_path / "b/rank-00000").iterdir())) > 3
+    acts.inputs.save(tmp_path / "c")
+    assert_same(load(tmp_path / "c"), acts.inputs)
+
+
+def test_saving_says_when_it_fails_and_what_is_there_is_incomplete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acts = recorded(5)
+    failing(monkeypatch, OSError("broken"), at=1)
+    with pytest.raises(WriteError, match="broken"):
+        acts.save(Folder(tmp_path / "a", 100 * KIB))
+    assert not load(tmp_path / "a").complete
+    with monkeypatch.context() as patch:
+        patch.setattr(_writer.Writer, "keep", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            acts.save(tmp_path / "b")
+    assert not load(tmp_path / "b").complete
+    assert load(tmp_path / "b").num_passes == 0
+
+
+def test_saving_keeps_what_a_bounded_container_has_kept(tmp_path: Path) -> None:
+    net = nn.Linear(4, 3)
+    with record(net, "", into=partial(deque, maxlen=2)) as acts:
+        for size in range(1, 6):
+            net(torch.ones(size, 4))
+    acts.save(tmp_path / "r")
+    assert load(tmp_path / "r")[""].passes == [3, 4]
+    assert [len(t) for t in load(tmp_path / "r")[""]] == [4, 5]

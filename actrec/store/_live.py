@@ -286,5 +286,5 @@ def _forget_locks() -> None:
         stream._lock.release()
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows
     os.register_at_fork(after_in_child=_forget_locks)
