@@ -252,6 +252,8 @@ def test_the_command_line_shows_and_verifies(
     data = bytearray(shards(path)[1].read_bytes())
     data[-1] ^= 1
     shards(path)[1].write_bytes(data)
+    assert main(["verify", str(path)]) == 1
+    assert "the checksum of the data" in capsys.readouterr().err
     done = subprocess.run(
         [sys.executable, "-m", "actrec", "verify", str(path)],
         capture_output=True, text=True, check=False,

@@ -127,6 +127,21 @@ def test_expanded_tensors_and_shared_memory_take_their_own_bytes_once(tmp_path: 
     assert found["b"].nbytes == big.nbytes + row.nbytes
 
 
+def test_memory_is_found_again_wherever_it_was_met(tmp_path: Path) -> None:
+    x, y, z = (torch.randn(n, 5) for n in (3, 2, 4))
+    values = {
+        "a": [x, y, z],
+        "b": [z, x, y, z, torch.randn(3, 5)],
+        "c": [y.view(-1), z.view(-1), (y, x), (z, y), (y, y.view(5, 2))],
+    }
+    recording(**values).save(tmp_path / "r")
+    found = load(tmp_path / "r")
+    assert found.nbytes == sum(t.nbytes for t in (x, y, z, values["b"][-1]))  # type: ignore[attr-defined]
+    assert_same(found, recording(**values))
+    assert same(found["b"].cat(), torch.cat(values["b"]))
+    assert actrec.verify(tmp_path / "r") == []
+
+
 def test_what_is_shared_between_layers_call_by_call_stays_one_entry(tmp_path: Path) -> None:
     net = Net()
     with record(net) as acts:
@@ -315,6 +330,7 @@ def test_other_kinds_of_containers_come_back_as_what_they_are_kinds_of() -> None
         defaultdict(list, a=1),
         Names([1]),
         Colour.RED,
+        Opaque("a.Cache"),
         int,
         Output,
         np.arange(6, dtype=np.int16).reshape(2, 3)[:, ::-1],
@@ -326,12 +342,13 @@ def test_other_kinds_of_containers_come_back_as_what_they_are_kinds_of() -> None
     assert type(found[0]) is dict
     assert type(found[1]) is list
     assert found[2] == Opaque("tests.test_store_values.Colour.RED")
-    assert found[3] == Opaque("int")
-    assert found[4] == Opaque("tests.test_store_values.Output")
-    assert same(found[5], values[5].copy())
-    assert type(found[6]) is np.float32
-    assert found[6] == 2.5
-    assert type(found[7]) is np.float64
+    assert found[3] == Opaque("a.Cache")
+    assert found[4] == Opaque("int")
+    assert found[5] == Opaque("tests.test_store_values.Output")
+    assert same(found[6], values[6].copy())
+    assert type(found[7]) is np.float32
+    assert found[7] == 2.5
+    assert type(found[8]) is np.float64
 
 
 def test_a_tensor_that_stands_in_two_places_comes_back_as_one() -> None:

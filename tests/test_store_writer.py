@@ -598,6 +598,16 @@ def test_passes_without_a_call_are_counted(tmp_path: Path) -> None:
     assert (load(tmp_path / "r").num_passes, load(tmp_path / "s").num_passes) == (3, 2)
 
 
+def test_a_run_without_any_call_counts_its_passes(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 3))
+    with record(net, "0", into=tmp_path / "r"):
+        net(torch.ones(2, 4))
+    net.forward = lambda x: x  # type: ignore[method-assign]
+    with record(net, "0", into=tmp_path / "r", resume=True) as acts:
+        net(torch.ones(2, 4))
+    assert acts.num_passes == load(tmp_path / "r").num_passes == 2
+
+
 def test_a_transforms_error_commits_what_came_before(tmp_path: Path) -> None:
     net = nn.Linear(4, 3)
     with (
@@ -796,7 +806,31 @@ def test_closing_twice_does_nothing(tmp_path: Path) -> None:
     before = (tmp_path / "r/rank-00000/end.json").stat().st_mtime_ns
     stream.left_by(ZeroDivisionError())
     stream.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)  # as in a process that was forked off
+        stream.close()
     assert (tmp_path / "r/rank-00000/end.json").stat().st_mtime_ns == before
+
+
+def test_a_block_that_the_writers_own_thread_collects_is_closed_without_a_deadlock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = _writer.Writer._write
+
+    collected = threading.Event()
+
+    def collect(writer: Any, batch: Any) -> None:
+        writer.close(1)
+        collected.set()
+        write(writer, batch)
+
+    monkeypatch.setattr(_writer.Writer, "_write", collect)
+    net = nn.Linear(4, 3)
+    with record(net, "", into=Folder(tmp_path / "r", seconds=0)):
+        for _ in range(2):
+            net(torch.ones(2, 4))
+        assert collected.wait(60)
+    assert load(tmp_path / "r").num_passes == 1
 
 
 def test_a_call_that_comes_after_the_end_is_dropped(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -70,8 +70,8 @@ class Leaf:
     before: list[int] = field(init=False)  # the rows in the file before that run, and in all
 
     def __post_init__(self) -> None:
-        calls = zip(self.calls, self.calls[1:], strict=False)
-        rows = (self._stored(run) * (end - begin) for run, (begin, end) in enumerate(calls))
+        calls = enumerate(pairwise(self.calls))
+        rows = (self._stored(run) * (end - begin) for run, (begin, end) in calls)
         self.before = list(accumulate(rows, initial=0))
 
     def shape(self, call: int) -> tuple[int, ...]:
@@ -90,6 +90,15 @@ class Leaf:
     def whole(self, storage: Callable[[], torch.UntypedStorage], *shape: int) -> Tensor:
         """All calls as one tensor of this shape."""
         return self._view(storage, self.begin, self.nbytes, shape)
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Where the bytes of each call begin in the file, and how many they are."""
+        begin = self.begin
+        for run, (first, end) in enumerate(pairwise(self.calls)):
+            nbytes = self._stored(run) * self.row
+            for _ in range(end - first if nbytes else 0):
+                yield begin, nbytes
+                begin += nbytes
 
     def _view(
         self,

@@ -217,7 +217,8 @@ class StoredLayer(Layer):
     def places(self) -> Iterator[tuple[object, int]]:
         for group in self._groups:
             for leaf in group.leaves:
-                yield (group.shard.path, leaf.begin, leaf.nbytes), leaf.nbytes
+                for begin, nbytes in leaf.pieces():
+                    yield (group.shard.path, begin), nbytes
 
     def cat(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""

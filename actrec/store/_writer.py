@@ -230,6 +230,8 @@ class Writer:
         with self._changed:
             if not self._closed:
                 self._close(max(passes, self._cut_at))
+        if threading.current_thread() is self._thread:
+            return  # it collects garbage, a dropped block among it: it cannot wait for itself
         self._thread.join()
         if not self._failed and not self._ended:
             self._ended = True
