@@ -9,14 +9,17 @@
 Layer '0' (Linear): 1 call, (5, 3) float32, 60 B
 """
 
+from ._compare import Comparison, compare
 from ._nested import Opaque
 from ._record import record
 from ._recording import Layer, Recorder, Recording
+from ._stats import Stats
 from .errors import (
     ActrecError,
     CaptureError,
     CorruptRecordingError,
     JoinError,
+    MissingGradientWarning,
     OptionError,
     RecordingExistsError,
     RecordingNotFoundError,
@@ -33,9 +36,11 @@ from .store import load, verify
 __all__ = [
     "ActrecError",
     "CaptureError",
+    "Comparison",
     "CorruptRecordingError",
     "JoinError",
     "Layer",
+    "MissingGradientWarning",
     "Opaque",
     "OptionError",
     "Recorder",
@@ -44,11 +49,13 @@ __all__ = [
     "RecordingNotFoundError",
     "ResumeError",
     "SelectionError",
+    "Stats",
     "TransformError",
     "UnknownLayerError",
     "UnsupportedModelError",
     "UnusedLayerWarning",
     "WriteError",
+    "compare",
     "load",
     "record",
     "verify",

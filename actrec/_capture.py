@@ -14,6 +14,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from ._nested import Value, rebuild
 from ._snapshot import check, normal_mode, snapshot, twin
@@ -37,6 +38,7 @@ class Capture:
     detach: bool = True
     device: torch.device | None = None
     dtype: torch.dtype | None = None
+    what: str = "call"  # for messages: what is captured, before its number
 
     def __call__(self, value: Value, call: int) -> Value:
         """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
@@ -67,25 +69,28 @@ class Capture:
     def _transformed(self, transform: Transform, value: Value, call: int) -> Value:
         loan = _Loan(detach=self.detach)
         try:
-            lent = rebuild(value, loan)
+            lent = rebuild(value, loan, unknown=_itself)
             with ExitStack() as clean_room:
                 clean_room.callback(
                     torch.default_generator.set_state, torch.default_generator.get_state()
                 )
                 for mode in _modes_to_leave(loan.device_types, grad=not self.detach):
                     clean_room.enter_context(mode)
+                if not self.detach:
+                    # What it saves for its backward is none of the checkpoint's that the layer may run in.
+                    clean_room.enter_context(saved_tensors_hooks(_itself, _itself))
                 result = transform(lent)
             loan.check_untouched()
         except CaptureError:
             raise
         except Exception as error:
             kind = type(error).__name__
-            message = f"the transform of layer {self.layer!r} raised {kind} on call {call}: {error}"
+            message = f"the transform of layer {self.layer!r} raised {kind} on {self.what} {call}: {error}"
             raise TransformError(message) from error
         return result
 
 
-def _itself(value: object) -> object:
+def _itself(value: Any) -> Any:
     return value
 
 

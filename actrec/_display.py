@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
-
-from ._nested import Opaque, Value, tensors
+from ._tree import Node, tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
+    from ._forms import Form
     from ._recording import Layer, Recording
 
-__all__ = ["layer_line", "table"]
+__all__ = [
+    "Row",
+    "State",
+    "count",
+    "layer_line",
+    "rows",
+    "shown",
+    "size",
+    "table",
+    "text_table",
+    "title",
+]
+
+#: Whether the block runs, has ended, or was ended by an exception.
+State: TypeAlias = Literal["recording", "recorded", "interrupted"]
 
 MOST_ROWS = 60
 KILO = 1000
@@ -36,89 +48,224 @@ def size(nbytes: int) -> str:
     return f"{amount:.1f} {unit}"
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """``1 layer``, ``2,000 passes``."""
     plural = noun + ("es" if noun.endswith("s") else "s")
     return f"{number:,} {noun if number == 1 else plural}"
 
 
-def _shape_of(tensor: Tensor) -> tuple[int | str, ...]:
-    # A strided nested tensor has no shape to ask for.
-    if tensor.is_nested and tensor.layout is torch.strided:
-        return ("nested",)
-    return tuple(tensor.shape)
+def shown(name: str) -> str:
+    r"""A name as it is shown: as it is, or quoted if it is empty or would upset a table.
+
+    >>> shown("conv1"), shown(""), shown("two\nlines")
+    ('conv1', "''", "'two\\nlines'")
+    """
+    return name if name and name.isprintable() and name == name.strip() else repr(name)
 
 
-def _ranges(shapes: set[tuple[int | str, ...]]) -> str:
+def _ranges(shapes: Collection[tuple[int | str, ...]]) -> str:
     """One shape for many calls; a dimension that varies shows its range.
 
     >>> _ranges({(3, 4, 16), (3, 1, 16)})
     '(3, 1-4, 16)'
     """
-    if len({len(shape) for shape in shapes}) > 1 or (("nested",) in shapes and len(shapes) > 1):
+    columns = [set(column) for column in zip(*shapes, strict=False)]
+    if len({len(shape) for shape in shapes}) > 1 or any(map(_mixed, columns)):
         return f"{len(shapes)} different shapes"
-    columns = [sorted(set(column)) for column in zip(*shapes, strict=True)]
-    texts = [str(c[0]) if len(c) == 1 else f"{c[0]}-{c[-1]}" for c in columns]
+    texts = [str(min(c)) if len(c) == 1 else f"{min(c)}-{max(c)}" for c in columns]
     return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
 
 
-def _kind(value: Value) -> str:
-    match value:
-        case Opaque():
-            return value.type.rpartition(".")[2]
-        case tuple() | list():
-            return f"{type(value).__name__} of {len(value)}"
-        case dict():
-            return f"{type(value).__name__} of {len(value)}"
-    return type(value).__name__
+def _mixed(sizes: set[int | str]) -> bool:
+    return len(sizes) > 1 and any(isinstance(size, str) for size in sizes)
 
 
-def _shape(values: Sequence[Value]) -> str:
-    if not values:
+def _shape(forms: Sequence[Form]) -> str:
+    if not forms:
         return ""
-    if all(isinstance(value, Tensor) for value in values):
-        return _ranges({_shape_of(value) for value in values})
-    return " | ".join(dict.fromkeys(_kind(value) for value in values))
+    if all(not form.kind for form in forms):
+        return _ranges({form.leaves[0].shape for form in forms})
+    return " | ".join(dict.fromkeys(shown(form.kind or "Tensor") for form in forms))
 
 
 def _one_or_more(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _dtype(values: Sequence[Value]) -> str:
-    return _one_or_more(
-        str(t.dtype).removeprefix("torch.") for value in values for t in tensors(value)
-    )
+def _forms(layer: Layer) -> list[Form]:
+    return list(dict.fromkeys(layer._forms()))
 
 
 def layer_line(layer: Layer) -> str:
     """Return the one-line ``repr`` of a layer."""
-    values = layer.outline()
-    facts = [_count(len(layer), "call"), f"{_shape(values)} {_dtype(values)}".strip()]
+    forms = _forms(layer)
+    dtypes = _one_or_more(leaf.dtype for form in forms for leaf in form.leaves)
+    facts = [count(len(layer), "call"), f"{_shape(forms)} {dtypes}".strip()]
     facts = [fact for fact in facts if fact]
-    return f"Layer {layer.name!r} ({layer.type}): {', '.join(facts)}, {size(layer.nbytes)}"
+    return f"Layer {layer.name!r} ({shown(layer.type)}): {', '.join(facts)}, {size(layer.nbytes)}"
 
 
-def table(recording: Recording, title: str) -> str:
-    """Return the ``repr`` of a recording: a line about it, and a row for each layer."""
-    layers = list(recording.values())
-    shown = layers if len(layers) <= MOST_ROWS else [*layers[: MOST_ROWS - 10], *layers[-10:]]
-    rows = [("layer", "type", "calls", "shape", "dtype", "memory")]
-    for layer in shown:
-        values = layer.outline()
-        cells = (f"{len(layer):,}", _shape(values), _dtype(values), size(layer.nbytes))
-        rows.append((layer.name or "''", layer.type, *cells))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(_padded(row, widths)).rstrip() for row in rows]
-    if len(shown) < len(layers):
-        lines.insert(MOST_ROWS - 9, f"... {len(layers) - len(shown):,} more layers ...")
+# --- A recording -------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What a table says about one layer."""
+
+    layer: str
+    type: str
+    calls: str
+    shape: str
+    dtype: str
+    device: str
+    memory: str
+    note: str
+
+
+#: Columns of numbers.
+RIGHT: Final = frozenset(
+    {
+        "calls",
+        "count",
+        "memory",
+        "mean",
+        "std",
+        "min",
+        "max",
+        "zeros",
+        "nan",
+        "inf",
+        "max abs",
+        "max rel",
+        "cosine",
+    }
+)
+
+
+def title(recording: Recording) -> str:
+    """Return the line above a table: what was recorded, whether it is whole, and how much it is."""
     facts = (
-        _count(len(layers), "layer"),
-        _count(recording.num_passes, "pass"),
+        count(len(recording), "layer"),
+        count(recording.num_passes, "pass"),
         size(recording.nbytes),
     )
-    return "\n".join([f"{title}: {', '.join(facts)}", *lines])
+    return f"{recording._title()}: {', '.join(facts)}"
 
 
-def _padded(row: tuple[str, ...], widths: list[int]) -> Iterable[str]:
-    for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
-        yield cell.rjust(width) if column in {2, 5} else cell.ljust(width)
+def rows(recording: Recording) -> list[Row]:
+    """Return a row for each layer."""
+    last = recording.num_passes - 1
+    return [_row(layer, recording._state(), last) for layer in recording.values()]
+
+
+def _row(layer: Layer, state: State, last_pass: int) -> Row:
+    forms = _forms(layer)
+    leaves = [leaf for form in forms for leaf in form.leaves]
+    return Row(
+        shown(layer.name),
+        shown(layer.type),
+        f"{len(layer):,}",
+        _shape(forms),
+        _one_or_more(leaf.dtype for leaf in leaves),
+        _one_or_more(leaf.device for leaf in leaves),
+        size(layer.nbytes),
+        _note(layer, state, last_pass),
+    )
+
+
+def _note(layer: Layer, state: State, last_pass: int) -> str:
+    """What needs attention, if anything does."""
+    if not len(layer):
+        return "no call yet" if state == "recording" else "never called"
+    if state == "interrupted" and last_pass not in layer.passes:
+        return "not in the last pass"
+    return ""
+
+
+def table(recording: Recording) -> str:
+    """Return the ``repr`` of a recording: a line about it, and a row for each layer.
+
+    The note column is there if something needs attention, the device column if not all is on the CPU.
+    Of many layers, blocks that are alike are shown once; of more still, the first and the last.
+    """
+    all_rows = rows(recording)
+    hidden = {
+        *(() if any(row.note for row in all_rows) else ("note",)),
+        *(() if any(row.device not in {"", "cpu"} for row in all_rows) else ("device",)),
+    }
+    columns = [name for name in Row._fields if name not in hidden]
+    lines: list[tuple[str, ...] | str] = [
+        line.text if isinstance(line, _Fold) else tuple(getattr(line, name) for name in columns)
+        for line in _folded(list(recording), all_rows)
+    ]
+    return "\n".join([title(recording), *text_table(columns, lines)])
+
+
+def text_table(columns: Sequence[str], lines: Iterable[tuple[str, ...] | str]) -> list[str]:
+    """Align cells under ``columns``; a line that is a string stands for itself."""
+    lines = list(lines)
+    cells = [tuple(columns), *(line for line in lines if not isinstance(line, str))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [name in RIGHT for name in columns]
+    return [
+        line if isinstance(line, str) else _aligned(line, widths, right)
+        for line in [tuple(columns), *lines]
+    ]
+
+
+def _aligned(cells: tuple[str, ...], widths: list[int], right: list[bool]) -> str:
+    places = zip(cells, widths, right, strict=True)
+    return "  ".join(c.rjust(w) if to_right else c.ljust(w) for c, w, to_right in places).rstrip()
+
+
+# --- Many layers -------------------------------------------------------------------------------------
+
+
+class _Fold(NamedTuple):
+    """Stands for rows that are not shown."""
+
+    layers: int
+    text: str
+
+
+def _folded(names: list[str], all_rows: list[Row]) -> list[Row | _Fold]:
+    """The rows to show, and what stands for the others."""
+    if len(all_rows) <= MOST_ROWS:
+        return [*all_rows]
+    lines = list(_branch(tree(names), dict(zip(names, all_rows, strict=True))))
+    if len(lines) <= MOST_ROWS:
+        return lines
+    cut = slice(MOST_ROWS - 10, -10)
+    skipped = sum(line.layers if isinstance(line, _Fold) else 1 for line in lines[cut])
+    lines[cut] = [_Fold(skipped, f"... {skipped:,} more layers ...")]
+    return lines
+
+
+def _branch(node: Node, by_name: dict[str, Row]) -> Iterator[Row | _Fold]:
+    """The rows of a branch; of neighbours that are alike only the first."""
+    if node.is_layer:
+        yield by_name[node.prefix]
+    alike: list[Node] = []
+    before: object = None
+    for child in node.children.values():
+        signature = _signature(child, by_name) if child.children else None
+        if signature is not None and signature == before:
+            alike.append(child)
+            continue
+        yield from _as_before(alike)
+        alike, before = [], signature
+        yield from _branch(child, by_name)
+    yield from _as_before(alike)
+
+
+def _signature(node: Node, by_name: dict[str, Row]) -> object:
+    """What two branches have in common that differ in nothing but their names."""
+    return [(name[len(node.prefix) :], by_name[name][1:]) for name in node.names()]
+
+
+def _as_before(alike: list[Node]) -> Iterator[_Fold]:
+    if alike:
+        layers = sum(1 for node in alike for _ in node.names())
+        which = shown(alike[0].prefix) + (f" to {shown(alike[-1].prefix)}" if alike[1:] else "")
+        yield _Fold(
+            layers, f"... {which}: {count(layers, 'more layer')}, as in the block before ..."
+        )

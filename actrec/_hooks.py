@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch.compiler import (
@@ -49,9 +50,9 @@ class Hook(Generic[T]):
         # copy(), deepcopy() and pickle all ask this.
         return _make_inert_hook, ()
 
+    @abstractmethod
     def register(self, module: nn.Module) -> RemovableHandle:
         """Register this hook on ``module``."""
-        raise NotImplementedError
 
 
 class OutputHook(Hook[Track]):
@@ -66,17 +67,21 @@ class OutputHook(Hook[Track]):
             track.end(module, args, None, output)
 
 
+#: What a hook receives after the args: kwargs and output. If the block is left during a call, torch calls
+#: the hooks that it took off once more, and without the kwargs.
+_WITH_KWARGS = 2
+
+
 class CallHook(Hook[Track]):
     """Tells what a call returned to a track that also wants what it received."""
 
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self, with_kwargs=True)
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         track = self._target()
-        if track is not None and not is_dynamo_compiling():
+        if track is not None and len(rest) == _WITH_KWARGS and not is_dynamo_compiling():
+            kwargs, output = rest
             track.end(module, args, kwargs, output)
 
 
@@ -86,10 +91,10 @@ class InputHook(Hook[Track]):
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_pre_hook(self, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         track = self._target()
-        if track is not None and not is_dynamo_compiling():
-            track.begin(module, args, kwargs)
+        if track is not None and rest and not is_dynamo_compiling():
+            track.begin(module, args, *rest)
 
 
 class BeginPass(Hook[Session]):
@@ -113,6 +118,8 @@ class BeginPass(Hook[Session]):
             and is_own_call()
         ):
             session.passes.begin(module, is_root=self._is_root)
+            if session.stop is not None and self._is_root:
+                session.stop.enters(module)
 
 
 class EndPass(Hook[Session]):
@@ -153,7 +160,7 @@ class Hooks:
             module, hook, handle = self._placed.pop()
             try:
                 handle.remove()
-            except Exception as error:  # noqa: BLE001  # raised below, all the same
+            except Exception as error:  # noqa: BLE001  # raised below, once all are off
                 failures.append(error)
             _delete(module, hook)
         if failures:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from functools import reduce
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from ._nested import Value, rebuild, tensors
+from ._nested import Value, is_array, rebuild, steps, tensors
 from .errors import JoinError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from ._recording import Layer
 
@@ -27,6 +27,9 @@ def joined(layer: Layer, how: How, dim: int, *, release: bool = False) -> Value:
     call = f"acts[{layer.name!r}].{how}(dim={dim})"
     if not len(layer):
         message = f"{call}: nothing was recorded of this layer, so there is nothing to join."
+        raise JoinError(message)
+    if len(list(layer._readable())) != len(layer):
+        message = f"{call}: the container given as into= does not keep the calls, so there is nothing to join."
         raise JoinError(message)
     columns = _columns(call, layer)
     for column in columns:
@@ -56,24 +59,68 @@ def _filled(value: Value, results: list[Tensor]) -> Value:
 
 def _columns(call: str, layer: Sequence[Value]) -> list[list[Tensor]]:
     """For every place of a tensor in the value, the tensors of all calls."""
-    first = _skeleton(layer[0])
+    first = list(_outline(call, layer[0]))
     for index, value in enumerate(layer):
-        if not isinstance(value, Tensor) and _skeleton(value) != first:
-            message = f"{call}: call {index} is {_skeleton(value)!r}, while call 0 is {first!r}. Join them by hand."
+        if list(_outline(call, value)) != first:
+            message = (
+                f"{call}: call {index} is {_sketch(value)}, while call 0 is {_sketch(layer[0])}. They can be joined "
+                "by hand: acts[name][i]."
+            )
             raise JoinError(message)
     columns = [list(column) for column in zip(*map(tensors, layer), strict=True)]
     if not columns:
-        message = f"{call}: the calls hold no tensors; call 0 is {first!r}."
+        message = f"{call}: the calls hold no tensors; call 0 is {_sketch(layer[0])}."
         raise JoinError(message)
     return columns
 
 
-def _skeleton(value: Value) -> Value:
-    """The structure of a value, with ``...`` for every tensor."""
-    return rebuild(value, lambda _: ...)
+def _outline(call: str, value: Value) -> Iterator[object]:
+    """What a value is besides the content of its tensors: the same for calls that fit together."""
+    met: dict[int, int] = {}  # a tensor that stands in two places does so in every call
+
+    def walk(path: str, part: Value) -> Iterator[object]:
+        if isinstance(part, PackedSequence):
+            message = (
+                f"{call}: the calls are packed sequences, which hold several batches in one tensor. Unpack them first, "
+                "with torch.nn.utils.rnn.pad_packed_sequence."
+            )
+            raise JoinError(message)
+        if isinstance(part, Tensor):
+            yield path, met.setdefault(id(part), len(met))
+        elif is_array(part):
+            yield path, part.shape, part.dtype, part.tobytes()
+        elif parts := list(steps(part)):
+            yield path, type(part)
+            for step, item in parts:
+                yield from walk(path + step, item)
+        else:
+            yield path, type(part), repr(part)
+
+    return walk("", value)
+
+
+class _ATensor:
+    def __repr__(self) -> str:
+        return "a tensor"
+
+
+def _sketch(value: Value) -> str:
+    return repr(rebuild(value, lambda _: _ATensor()))
 
 
 def _check_column(call: str, how: How, dim: int, column: list[Tensor]) -> None:
+    if any(tensor.is_nested for tensor in column):
+        message = (
+            f"{call}: the calls are nested tensors. They can be used one by one: acts[name][i]."
+        )
+        raise JoinError(message)
+    dtypes = {tensor.dtype for tensor in column}
+    if len(dtypes) > 1:
+        message = (
+            f"{call}: the calls have several dtypes, {', '.join(sorted(map(str, dtypes)))}. Cast them first, or record "
+            "with dtype=."
+        )
+        raise JoinError(message)
     devices = {tensor.device for tensor in column}
     if len(devices) > 1:
         message = (
@@ -131,13 +178,17 @@ def _empty_result(how: How, dim: int, column: list[Tensor]) -> Tensor:
         shape.insert(dim % (len(shape) + 1), len(column))
     else:
         shape[dim] = sum(tensor.shape[dim] for tensor in column)
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in column))
-    return torch.empty(shape, dtype=dtype, device=column[0].device)
+    return torch.empty(shape, dtype=column[0].dtype, device=column[0].device)
 
 
 def _can_release(layer: Any, columns: list[list[Tensor]]) -> bool:
-    """Whether calls can be dropped one by one: from a container that can, and not those of a graph."""
-    return hasattr(layer, "pop") and not any(t.requires_grad for column in columns for t in column)
+    """Whether calls can be copied and dropped one by one: plain tensors in a container that lets go of them."""
+    plain = all(
+        type(t) is Tensor and t.layout is torch.strided and not (t.is_quantized or t.requires_grad)
+        for column in columns
+        for t in column
+    )
+    return plain and hasattr(layer, "pop")
 
 
 def _move(layer: Any, results: list[Tensor], how: How, dim: int) -> None:

@@ -13,6 +13,7 @@ import dataclasses
 import sys
 from collections import OrderedDict, defaultdict, deque
 from enum import Enum
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Opaque", "Value", "opaque", "rebuild", "tensors"]
+__all__ = ["Opaque", "Value", "is_array", "leaves", "opaque", "rebuild", "steps", "tensors"]
 
 #: What a layer returned: a tensor, or any nesting of tuples, lists, dicts and dataclasses of them.
 Value: TypeAlias = Any
@@ -59,9 +60,12 @@ def opaque(value: object) -> Opaque:
     return Opaque(kind.__qualname__ if builtin else f"{kind.__module__}.{kind.__qualname__}")
 
 
-def _is_array(value: object) -> bool:
+def is_array(value: Any) -> bool:
+    """Whether ``value`` is a NumPy array, or a scalar of NumPy's, that holds nothing but numbers."""
     numpy = sys.modules.get("numpy")  # whoever has an array has imported it
-    return numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic))
+    if numpy is None or not isinstance(value, (numpy.ndarray, numpy.generic)):
+        return False
+    return not value.dtype.hasobject
 
 
 def rebuild(
@@ -109,7 +113,7 @@ class _Rebuilder:
             return self._dict(value)
         if dataclasses.is_dataclass(value) and not isinstance(value, Opaque):
             return self._attributes(value, object.__new__(type(value)))
-        return copy.copy(value) if _is_array(value) else self.unknown(value)
+        return copy.copy(value) if is_array(value) else self.unknown(value)
 
     def _tuple(self, value: tuple[Value, ...]) -> Value:
         items = [self.tree(item) for item in value]
@@ -158,3 +162,45 @@ def tensors(value: Value) -> Iterator[Tensor]:
     else:
         rebuild(value, found.append)
     return iter(found)
+
+
+def leaves(value: Value) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a recorded value in the order of :func:`tensors`, each with the way to it.
+
+    >>> [path for path, _ in leaves((torch.zeros(2), {"h": torch.zeros(3)}))]
+    ['[0]', "[1]['h']"]
+
+    The way is what one writes behind the value: ``acts["lstm"][0][1]['h']``. A tensor that stands in
+    several places is found in each of them.
+    """
+    return _walk(value, "", frozenset())
+
+
+def _walk(value: Value, path: str, above: frozenset[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif not isinstance(value, _CONSTANTS) and id(value) not in above:
+        for step, item in steps(value):
+            yield from _walk(item, path + step, above | {id(value)})
+
+
+def steps(value: Value) -> Iterator[tuple[str, Value]]:
+    """What is directly inside a container, in the order in which :func:`rebuild` meets it."""
+    items: list[tuple[str, Value]] = []
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", ())
+        ways = [f".{n}" for n in names] if len(names) == len(value) else map("[{}]".format, count())
+        items += zip(ways, value, strict=False)
+    elif isinstance(value, (list, deque)):
+        items += ((f"[{index}]", item) for index, item in enumerate(value))
+    elif isinstance(value, dict):
+        base = OrderedDict if isinstance(value, OrderedDict) else dict
+        items += ((f"[{key!r}]", base.__getitem__(value, key)) for key in base.keys(value))
+    elif not dataclasses.is_dataclass(value):
+        return
+    yield from items
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    met = {id(item) for _, item in items}  # a ModelOutput has each of its values twice
+    for name in dict.fromkeys([*(field.name for field in fields), *getattr(value, "__dict__", {})]):
+        if hasattr(value, name) and id(item := getattr(value, name)) not in met:
+            yield f".{name}", item

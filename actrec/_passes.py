@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,27 +21,38 @@ from torch import nn
 from torch.utils import checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
     from types import FrameType
 
-__all__ = ["Passes", "is_own_call"]
+__all__ = ["Count", "Passes", "backward_number", "checkpoint_frames", "is_own_call"]
 
 
 # --- Private PyTorch: the running backward, the running trace, and the frame of a module's call ----
 
 
-def _is_recomputing() -> int:
-    """Stands in for the number of the running backward: -1 unless a checkpoint is being recomputed."""
+def checkpoint_frames() -> Iterator[tuple[str, FrameType]]:
+    """What activation checkpointing is doing in this thread, from the inside out.
+
+    ``"forward"`` and ``"backward"`` run a region of reentrant checkpointing for the first time, and again;
+    ``"unpack_hook"`` runs a non-reentrant one again.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_filename == checkpoint.__file__ and code.co_name in {"backward", "unpack_hook"}:
-            return 0
+        if code.co_filename == checkpoint.__file__ and code.co_name in _CHECKPOINT_FRAMES:
+            yield code.co_name, frame
         frame = frame.f_back
-    return -1
 
 
-_backward_number = getattr(torch._C, "_current_graph_task_id", _is_recomputing)
+_CHECKPOINT_FRAMES = {"forward", "backward", "unpack_hook"}
+
+
+def _is_recomputing() -> int:
+    """Stands in for the number of the running backward: -1 unless a checkpoint is being recomputed."""
+    return 0 if any(name != "forward" for name, _ in checkpoint_frames()) else -1
+
+
+backward_number = getattr(torch._C, "_current_graph_task_id", _is_recomputing)
 _tracing_state = getattr(torch._C, "_get_tracing_state", torch.jit.is_tracing)  # type: ignore[attr-defined]
 _CALL_CODE = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
 
@@ -51,7 +63,7 @@ def is_own_call() -> bool:
     Activation checkpointing calls modules again while ``backward()`` runs, to recompute what it did not
     keep, and ``torch.jit.trace`` calls them to write down what they do.
     """
-    return _backward_number() == -1 and not _tracing_state()
+    return backward_number() == -1 and not _tracing_state()
 
 
 def _is_running(modules: Collection[int]) -> bool:
@@ -73,11 +85,18 @@ class _Thread(threading.local):
         self.current = -1
 
 
-class Passes:
+@dataclass(eq=False)
+class Count:
+    """How many passes there have been."""
+
+    count: int = 0
+
+
+class Passes(Count):
     """Numbers the passes, from 0, and tells which one a call belongs to."""
 
     def __init__(self) -> None:
-        self.count = 0
+        super().__init__()
         self._thread = _Thread()
         self._open: list[int] = []  # in all threads, the latest last
         self._lock = threading.RLock()
@@ -134,5 +153,4 @@ class Passes:
 
     def _close(self, thread: _Thread) -> None:
         thread.calling.clear()
-        if thread.current in self._open:
-            self._open.remove(thread.current)
+        self._open.remove(thread.current)

@@ -13,12 +13,14 @@ from torch import nn
 
 from ._capture import Capture, Transform
 from ._eager import COMPILING, eager
+from ._early import EarlyStop, StoppableForward, refuse_sharded
+from ._grads import Gradients
 from ._hooks import BeginPass, CallHook, EndPass, Hook, Hooks, InputHook, OutputHook
 from ._inputs import Parameters
+from ._missing import warn_ungraded, warn_unused
 from ._recording import Layer, ListLayer, Recorder, SinkLayer
 from ._select import Choice, Query, Selection, select
 from ._track import Session, Track
-from ._unused import warn_unused
 from .errors import ActrecError, OptionError
 from .store._folder import Folder
 from .store._live import Stream
@@ -37,9 +39,11 @@ def record(
     *,
     transform: Transform | None = None,
     inputs: bool = False,
+    grads: bool = False,
     detach: bool = True,
     device: torch.device | str | int | None = "cpu",
     dtype: torch.dtype | None = None,
+    stop_early: bool = False,
     into: Callable[[], Any] | str | os.PathLike[str] = list,
     resume: bool = False,
 ) -> AbstractContextManager[Recorder]:
@@ -48,7 +52,9 @@ def record(
     >>> import torch
     >>> from torch import nn
     >>> from actrec import record
-    >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(288, 10))
+    >>> model = nn.Sequential(
+    ...     nn.Conv2d(1, 8, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(288, 10)
+    ... )
     >>> with record(model, ["0", "3"]) as acts:
     ...     for images in torch.randn(4, 16, 1, 8, 8):
     ...         output = model(images)
@@ -92,10 +98,16 @@ def record(
             A call for which it returns ``None`` is skipped.
         inputs: also record what each call received, as ``acts.inputs[name][i]``: a dict from parameter
             name to value, taken before the call runs. ``transform`` is not applied to inputs.
+        grads: also record the gradient of the loss with respect to each value, as ``acts.grads[name][i]``:
+            nested as the value, ``None`` until ``backward()`` reaches it, in the block or after it. See
+            :attr:`Recording.grads`.
         detach: ``False`` keeps the autograd graph, for losses on activations, and with it the graph's
             memory. The values are still safe from in-place writes.
         device: where values are kept; ``None`` leaves them where they are.
         dtype: cast floating-point values to this dtype. Integer, bool and complex values stay.
+        stop_early: end each forward as soon as every chosen layer has run in it (once, if it is called
+            several times): nothing behind them is computed, and the call of the model returns ``None``. A
+            forward in which one of them does not run goes on to its end and returns its result.
         into: makes the container for the calls of a layer; anything with ``append`` will do, such as
             ``functools.partial(collections.deque, maxlen=10)``. Or a path, or a
             :class:`actrec.store.Folder`, which is a path with settings: the recording is written there while
@@ -120,7 +132,8 @@ def record(
     a crash of the process, of the machine and a full disk. If the block is left by an exception, the
     last pass is not committed, as it may not be whole. To go on, pass ``resume=True`` and begin with the
     batch of number ``acts.num_passes``. An error of the writer is raised once: from the next recorded
-    call, or at the end of the block. ``detach=False`` and ``acts.clear()`` do not go with a path.
+    call, or at the end of the block. ``detach=False``, ``grads=True`` and ``acts.clear()`` do not go with
+    a path.
 
     **What counts as a call.** Every call of the module is one item, also of a module that is called
     several times in a forward. What activation checkpointing recomputes is not recorded again.
@@ -139,14 +152,27 @@ def record(
 
     Warns:
         UnusedLayerWarning: at the end of the block, if nothing was recorded of a layer, and why that may be.
+        MissingGradientWarning: at the end of the block, if gradients were asked for (or ``detach=False``) and
+            none can reach a layer, because nothing that it returned requires grad.
     """
     if torch.compiler.is_compiling():
         raise ActrecError(COMPILING)
     _check(transform=transform, into=into)
-    _check_path(into, detach=detach, resume=resume)
+    _check_path(into, detach=detach, grads=grads, resume=resume)
     selection = select(model, layers, transform)
+    if stop_early:
+        refuse_sharded(model)
     capture = Capture(detach=detach, device=_checked_device(device), dtype=_checked_dtype(dtype))
-    return _Block(model, selection, capture, into, inputs=inputs, resume=resume)
+    return _Block(
+        model,
+        selection,
+        capture,
+        into,
+        inputs=inputs,
+        grads=grads,
+        stop_early=stop_early,
+        resume=resume,
+    )
 
 
 class _Block(AbstractContextManager[Recorder]):
@@ -160,6 +186,8 @@ class _Block(AbstractContextManager[Recorder]):
         into: Callable[[], Any] | str | os.PathLike[str],
         *,
         inputs: bool,
+        grads: bool,
+        stop_early: bool,
         resume: bool,
     ) -> None:
         self._model = model
@@ -167,14 +195,15 @@ class _Block(AbstractContextManager[Recorder]):
         self._capture = capture
         self._into = into
         self._inputs = inputs
+        self._grads = grads
         self._resume = resume
         self._stream: Stream | None = None  # if the recording goes to the disk
-        self._session = Session()
+        self._session = Session(stop=EarlyStop() if stop_early else None)
         self._tracks: dict[str, tuple[Choice, Track]] = {}
-        self._yielded: Recorder | None = None
+        self._yielded: Recorder | None = None  # which also keeps it, where the user does not
 
     def __enter__(self) -> Recorder:
-        if self._tracks:
+        if self._yielded is not None:
             message = "record(): this block was entered before. Call record() again for another recording."
             raise ActrecError(message)
         hooks = Hooks()
@@ -184,8 +213,15 @@ class _Block(AbstractContextManager[Recorder]):
                 stack.callback(self._stream.close)
             recorder = self._recorder()
             stack.enter_context(eager())
+            if self._session.stop is not None:
+                forward = StoppableForward(self._model, self._session.stop)
+                stack.callback(forward.remove)
+                forward.place()
             stack.callback(hooks.remove)
             hooks.place(self._plan())
+            for _, track in self._tracks.values():
+                if track.grads is not None:
+                    stack.callback(track.grads.end)
             # If the block is dropped without being left, as with a generator, this runs all the same.
             self._clean_up = weakref.finalize(recorder, stack.pop_all().close)
             self._clean_up.atexit = False
@@ -216,6 +252,7 @@ class _Block(AbstractContextManager[Recorder]):
             # The model has caught it: without this, calls would be missing without a word.
             raise session.error
         warn_unused(self._model, self._tracks, stacklevel=2)
+        warn_ungraded(self._model, self._tracks, stacklevel=2)
 
     def __getitem__(self, name: str) -> NoReturn:
         raise ActrecError(_FORGOTTEN)
@@ -226,21 +263,29 @@ class _Block(AbstractContextManager[Recorder]):
     def _recorder(self) -> Recorder:
         """Make what keeps the calls: a layer for each choice, and the track that leads to it."""
         choices = self._selection.choices
-        layers = {choice.key: self._layer(choice, "output") for choice in choices}
-        inputs = (
-            {choice.key: self._layer(choice, "input") for choice in choices} if self._inputs else {}
-        )
-        self._tracks = {
-            choice.key: (choice, self._track(choice, layers[choice.key], inputs.get(choice.key)))
-            for choice in choices
-        }
+        layers = {choice.key: self._layer(choice) for choice in choices}
+        inputs = {choice.key: self._layer(choice, "input") for choice in choices if self._inputs}
+        grads = {choice.key: self._layer(choice) for choice in choices if self._grads}
+        for choice in choices:
+            track = Track(self._session, self._captures(choice), layers[choice.key])
+            track.kept = len(layers[choice.key])  # in a run that is resumed
+            if self._inputs:
+                track.inputs = inputs[choice.key]
+                track.parameters = Parameters.of(choice.module)
+            if self._grads:
+                what = replace(track.capture, what="the gradient of call")
+                track.grads = Gradients(what, grads[choice.key])
+            self._tracks[choice.key] = (choice, track)
+        if self._session.stop is not None:
+            self._session.stop.layers = frozenset(self._tracks)
         added = {} if self._stream is None else {"added": self._stream.added}
         recorder = Recorder(
             type(self._model).__name__,
             layers,
-            self._selection_names(),
+            self._names(),
             self._session,
             inputs=inputs,
+            grads=grads,
             capture=self._capture,
             tracks=[track for _, track in self._tracks.values()],
             **added,
@@ -249,7 +294,7 @@ class _Block(AbstractContextManager[Recorder]):
             recorder._layers.update(self._stream.added_before())
         return recorder
 
-    def _selection_names(self) -> dict[str, str]:
+    def _names(self) -> dict[str, str]:
         return {name: choice.key for choice in self._selection.choices for name in choice.names}
 
     def _opened(self, path: str | os.PathLike[str]) -> Stream:
@@ -260,28 +305,26 @@ class _Block(AbstractContextManager[Recorder]):
                 LayerInfo(choice.key, type(choice.module).__name__, described(choice.transform))
                 for choice in self._selection.choices
             ),
-            self._selection_names(),
+            self._names(),
             self._inputs,
             None if self._capture.dtype is None else str(self._capture.dtype),
         )
         return Stream(Folder.of(path), manifest, self._session.passes, resume=self._resume)
 
-    def _layer(self, choice: Choice, role: Literal["output", "input"]) -> Layer:
+    def _captures(self, choice: Choice) -> Capture:
+        return replace(self._capture, layer=choice.key, transform=choice.transform)
+
+    def _layer(self, choice: Choice, role: Literal["output", "input"] = "output") -> Layer:
         kind = type(choice.module).__name__
         if self._stream is not None:
-            index = self._selection.choices.index(choice)
-            return self._stream.layer(role, index, choice.key, kind)
-        container = self._into() if callable(self._into) else None
-        if type(container) is list:
-            return ListLayer(choice.key, container, kind)
-        _check_container(self._into, container)
-        return SinkLayer(choice.key, container, kind)
-
-    def _track(self, choice: Choice, layer: Layer, inputs: Layer | None) -> Track:
-        capture = replace(self._capture, layer=choice.key, transform=choice.transform)
-        parameters = Parameters() if inputs is None else Parameters.of(choice.module)
-        before = 0 if self._stream is None else len(layer)  # in a run that is resumed
-        return Track(self._session, capture, layer, inputs, parameters, kept=before)
+            number = self._selection.choices.index(choice)
+            return self._stream.layer(role, number, choice.key, kind)
+        assert callable(self._into)  # noqa: S101  # for the type checker: a path has a stream
+        if self._into is list:
+            return ListLayer(choice.key, (), kind)
+        layer = SinkLayer(choice.key, self._into, kind)
+        _check_container(self._into, layer.sink, grads=self._grads)
+        return ListLayer(choice.key, (), kind) if type(layer.sink) is list else layer
 
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""
@@ -311,21 +354,40 @@ def _check(*, transform: object, into: object) -> None:
         raise OptionError(_bad_container(into))
 
 
-def _check_path(into: Any, *, detach: bool, resume: bool) -> None:
+def _check_path(into: Any, *, detach: bool, grads: bool, resume: bool) -> None:
     is_path = isinstance(into, (str, os.PathLike))
+    call = f"into={os.fspath(into)!r}" if is_path else f"into={into!r}"
     if is_path and not detach:
-        message = f"record(into={os.fspath(into)!r}, detach=False): a graph cannot be stored. Record into memory."
+        message = f"record({call}, detach=False): a graph cannot be stored. Record into memory."
         raise OptionError(message)
-    if resume and not is_path:
+    if is_path and grads:
         message = (
-            f"record(resume=True, into={into!r}): only a recording into a path can be resumed."
+            f"record({call}, grads=True): a gradient comes after its value may have been written. Record into memory, "
+            "and write it with acts.save() and acts.grads.save()."
         )
         raise OptionError(message)
+    if resume and not is_path:
+        message = f"record({call}, resume=True): only a recording into a path can be resumed."
+        raise OptionError(message)
 
 
-def _check_container(into: object, container: object) -> None:
+def _check_container(into: object, container: object, *, grads: bool) -> None:
     if not hasattr(container, "append"):
         raise OptionError(_bad_container(into))
+    held = len(container) if hasattr(container, "__len__") else 0
+    if held:
+        message = (
+            f"record(into={into!r}): the {type(container).__name__} that it made holds {held} items already. Make a "
+            "new, empty one for each layer."
+        )
+        raise OptionError(message)
+    if grads and not (hasattr(container, "__setitem__") and hasattr(container, "__len__")):
+        message = (
+            f"record(grads=True, into={into!r}): a gradient comes after its call, so the container must let items be "
+            f"replaced, and {type(container).__name__} does not. Use list or functools.partial(collections.deque, "
+            "maxlen=10)."
+        )
+        raise OptionError(message)
 
 
 def _bad_container(into: object) -> str:

@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, overload
 
-from . import _display
+from . import _display, _html, _stats
+from ._forms import Form, form
 from ._join import joined
 from ._nested import Value, tensors
+from ._passes import Count
 from ._snapshot import held
 from .errors import ActrecError, CaptureError, UnknownLayerError, nearest
 
 if TYPE_CHECKING:
     import os
+    from typing import SupportsIndex
 
     from ._capture import Capture
     from ._track import Session
@@ -67,6 +70,17 @@ class Layer(Sequence[Value]):
     def passes(self) -> list[int]:
         """For each call, the index of the pass that it belongs to.
 
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> relu = nn.ReLU()
+        >>> model = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu)
+        >>> with record(model, ["0", "1"]) as acts:
+        ...     for batch in torch.randn(2, 5, 4):
+        ...         output = model(batch)
+        >>> acts["0"].passes, acts["1"].passes
+        ([0, 1], [0, 0, 1, 1])
+
         A pass is one outermost forward of the recorded model. Layers line up by pass, not by position: a
         layer may be called several times in a pass, or not at all.
         """
@@ -75,8 +89,13 @@ class Layer(Sequence[Value]):
         """Join all calls along an existing dimension, as ``torch.cat`` does: by default the batch.
 
         >>> import torch
-        >>> layer = ListLayer("conv", [torch.zeros(8, 3), torch.ones(2, 3)])
-        >>> layer.cat().shape
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     for batch in torch.randn(10, 4).split(8):
+        ...         output = model(batch)
+        >>> acts[""].cat().shape
         torch.Size([10, 3])
 
         Values that nest tensors are joined tensor by tensor, and come back nested in the same way.
@@ -85,7 +104,7 @@ class Layer(Sequence[Value]):
         twice. With ``release=True`` each call is dropped as soon as it is copied, and the layer is empty
         in the end: the result and one call is all that is held at a time.
 
-        >>> layer.cat(release=True).shape, len(layer)
+        >>> acts[""].cat(release=True).shape, len(acts[""])
         (torch.Size([10, 3]), 0)
 
         Raises ``JoinError`` if there are no calls, or if their structures, dtypes or sizes in other
@@ -97,7 +116,13 @@ class Layer(Sequence[Value]):
         """Join all calls along a new dimension, as ``torch.stack`` does: item ``i`` is call ``i``.
 
         >>> import torch
-        >>> ListLayer("head", [torch.zeros(3), torch.ones(3)]).stack().shape
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     for one in torch.randn(2, 4):
+        ...         output = model(one)
+        >>> acts[""].stack().shape
         torch.Size([2, 3])
 
         All calls must have the same shape. Otherwise as :meth:`cat`.
@@ -107,18 +132,26 @@ class Layer(Sequence[Value]):
     @property
     def nbytes(self) -> int:
         """The bytes of memory that the calls hold. What several of them share counts once."""
-        return sum(dict(self.places()).values())
+        return sum(dict(self._places()).values())
 
-    def places(self) -> Iterator[tuple[object, int]]:
+    def _places(self) -> Iterator[tuple[object, int]]:
         """The memory that the calls hold: where it is, and how many bytes. Equal places are shared."""
-        return (place for value in self for tensor in tensors(value) for place in held(tensor))
+        values = self._readable()
+        return (place for value in values for tensor in tensors(value) for place in held(tensor))
 
-    def outline(self) -> Sequence[Value]:
-        """Values to tell the structures, shapes and dtypes of all calls from. On disk they hold no data."""
-        return list(self)
+    def _readable(self) -> Iterable[Value]:
+        """The calls that can be looked at: all of them, unless a container of the user's keeps them."""
+        return self
+
+    def _forms(self) -> Iterable[Form]:
+        """What each call is, without its data. A stored layer says it without reading any."""
+        return map(form, self._readable())
 
     def __repr__(self) -> str:
         return _display.layer_line(self)
+
+    def _repr_html_(self) -> str:
+        return _html.layer_html(self)
 
 
 class ListLayer(list[Value], Layer):
@@ -134,16 +167,38 @@ class ListLayer(list[Value], Layer):
 
     @property
     def passes(self) -> list[int]:
-        return self._passes[: len(self)]
+        self._align()
+        return self._passes.copy()
 
     def keep(self, value: Value, number: int) -> None:
-        # Not append(): an interrupt between these two lines must not shift all that follows.
-        self._passes[len(self) :] = (number,)
+        if len(self._passes) != len(self):
+            self._align()
+        self._passes.append(number)
         self.append(value)
+
+    def _align(self) -> None:
+        """Bring the passes in line, after an interrupt in keep(), or if the user has appended (-1: no pass)."""
+        del self._passes[len(self) :]
+        self._passes += [-1] * (len(self) - len(self._passes))
+
+    def pop(self, index: SupportsIndex = -1) -> Value:
+        self._align()
+        value = super().pop(index)
+        self._passes.pop(index)
+        return value
+
+    def __delitem__(self, index: SupportsIndex | slice) -> None:
+        self._align()
+        super().__delitem__(index)
+        del self._passes[index]
 
     def clear(self) -> None:
         super().clear()
         self._passes.clear()
+
+
+#: Of this many calls that a bounded container has dropped, the passes may still be remembered.
+_SLACK = 64
 
 
 class SinkLayer(Layer):
@@ -152,10 +207,11 @@ class SinkLayer(Layer):
     Whatever else the container can do, the layer can do: ``acts["conv1"].mean`` is the container's.
     """
 
-    def __init__(self, name: str, sink: Any, kind: str) -> None:
+    def __init__(self, name: str, make: Callable[[], Any], kind: str) -> None:
         self.name = name
         self.type = kind
-        self.sink = sink
+        self.sink = make()
+        self._make = None if hasattr(self.sink, "clear") else make
         self._passes: list[int] = []
 
     @property
@@ -166,9 +222,14 @@ class SinkLayer(Layer):
     def keep(self, value: Value, number: int) -> None:
         self._passes.append(number)
         self.sink.append(value)
+        if len(self._passes) > 2 * len(self) + _SLACK:
+            self._passes = self.passes
 
     def clear(self) -> None:
-        self.sink.clear()
+        if self._make is None:
+            self.sink.clear()
+        else:
+            self.sink = self._make()
         self._passes.clear()
 
     @overload
@@ -176,13 +237,28 @@ class SinkLayer(Layer):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Value]: ...
     def __getitem__(self, index: int | slice) -> Value:
-        return list(self)[index] if isinstance(index, slice) else self.sink[index]
+        return list(self)[index] if isinstance(index, slice) else self._items()[index]
+
+    def __setitem__(self, index: int, value: Value) -> None:
+        self.sink[index] = value
 
     def __len__(self) -> int:
         return len(self.sink) if hasattr(self.sink, "__len__") else len(self._passes)
 
     def __iter__(self) -> Iterator[Value]:
-        return iter(self.sink if hasattr(self.sink, "__iter__") else ())
+        return iter(self._items())
+
+    def _readable(self) -> Iterable[Value]:
+        return self.sink if hasattr(self.sink, "__iter__") else ()
+
+    def _items(self) -> Any:
+        if not hasattr(self.sink, "__iter__"):
+            message = (
+                f"acts[{self.name!r}]: its calls went into a {type(self.sink).__name__}, from which they cannot be "
+                f"read. It is at acts[{self.name!r}].sink."
+            )
+            raise ActrecError(message)
+        return self.sink
 
     def __getattr__(self, name: str) -> Any:
         if name == "sink":  # while it is copied or unpickled there is none yet
@@ -212,11 +288,26 @@ class Recording(Mapping[str, Layer]):
     without ``module.``) is found under each of them, and listed once.
     """
 
-    #: ``model`` is the type of the recorded model.
-    def __init__(self, model: str, layers: Mapping[str, Layer], aliases: Mapping[str, str]) -> None:
+    #: ``model`` is the type of the recorded model, ``order`` what is known of the execution order, ``passes``
+    #: what counts the passes; without it, they are counted by those that calls belong to.
+    def __init__(
+        self,
+        model: str,
+        layers: Mapping[str, Layer],
+        aliases: Mapping[str, str],
+        order: Iterable[str] = (),
+        passes: Count | None = None,
+        *,
+        inputs: Mapping[str, Layer] | None = None,
+        grads: Mapping[str, Layer] | None = None,
+    ) -> None:
         self._model = model
         self._layers = dict(layers)
         self._aliases = aliases
+        self._order = order
+        self._passes = passes
+        self._inputs = Recording(model, inputs, aliases, order, passes) if inputs else None
+        self._grads = Recording(model, grads, aliases, order, passes) if grads else None
 
     def __getitem__(self, name: str) -> Layer:
         key = name if name in self._layers else self._aliases.get(name)
@@ -234,7 +325,62 @@ class Recording(Mapping[str, Layer]):
     @property
     def num_passes(self) -> int:
         """The number of passes so far, those in which no chosen layer was called included."""
+        if self._passes is not None:
+            return self._passes.count
         return max((index for layer in self.values() for index in layer.passes), default=-1) + 1
+
+    @property
+    def inputs(self) -> Recording:
+        """What the calls received. ``acts.inputs[name][i]`` is a dict from parameter name to value.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Linear(4, 3)
+        >>> with record(model, "", inputs=True) as acts:
+        ...     output = model(torch.zeros(5, 4))
+        >>> acts.inputs[""][0]["input"].shape
+        torch.Size([5, 4])
+
+        It lines up with ``acts[name][i]`` and holds what the call was given, not the defaults; ``None``
+        for a call that had begun before the block. Needs ``record(..., inputs=True)``.
+        """
+        if self._inputs is None:
+            message = "acts.inputs: inputs were not recorded. Ask for them: record(model, layers, inputs=True)."
+            raise AttributeError(message)
+        return self._inputs
+
+    @property
+    def grads(self) -> Recording:
+        """The gradients. ``acts.grads[name][i]`` is that of the loss with respect to ``acts[name][i]``.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True), nn.Linear(3, 1))
+        >>> with record(model, "0", grads=True) as acts:
+        ...     loss = model(torch.randn(5, 4)).square().mean()
+        >>> list(acts.grads["0"])
+        [None]
+        >>> loss.backward()
+        >>> acts.grads["0"][0].shape
+        torch.Size([5, 3])
+
+        It lines up with ``acts[name]`` and is nested in the same way, with ``None`` for what no gradient has
+        reached. It belongs to the value as the layer returned it, also where a layer behind it works in
+        place. ``backward()`` may come inside the block or after it. A second one through the same forward adds
+        to what is there, as it does for the ``.grad`` of a parameter; so does ``torch.autograd.grad``.
+
+        Gradients are copied as values are, and moved and cast by ``device`` and ``dtype``. A ``transform`` is
+        applied to each as it arrives, with zeros in the place of what did not: what it selects or averages of
+        a value, it selects or averages of the gradient. Gradients of a scaled loss are scaled.
+
+        Needs ``record(..., grads=True)``.
+        """
+        if self._grads is None:
+            message = "acts.grads: gradients were not recorded. Ask for them: record(model, layers, grads=True)."
+            raise AttributeError(message)
+        return self._grads
 
     @property
     def nbytes(self) -> int:
@@ -243,7 +389,53 @@ class Recording(Mapping[str, Layer]):
         A value that the model did not overwrite is shared with the model copy-on-write, so after a
         forward that goes on this is an upper bound of what recording has cost.
         """
-        return sum({p: size for layer in self.values() for p, size in layer.places()}.values())
+        return sum({p: size for layer in self.values() for p, size in layer._places()}.values())
+
+    @property
+    def execution_order(self) -> list[str]:
+        """The names of the layers that have calls, in the order in which their first calls ended.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> with record(model, ["1", "", "0"]) as acts:
+        ...     output = model(torch.randn(5, 4))
+        >>> list(acts), acts.execution_order
+        (['1', '', '0'], ['0', '1', ''])
+
+        A module that contains others ends after them. The iteration order of the recording is that of
+        the queries.
+        """
+        known = [name for name in self._order if name in self._layers]
+        return [name for name in dict.fromkeys([*known, *self]) if len(self._layers[name])]
+
+    def stats(self) -> _stats.Stats:
+        """Return statistics of every layer, over all its calls: one row for each tensor it returns.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Sequential(nn.Flatten(), nn.ReLU())
+        >>> with record(model) as acts:
+        ...     output = model(torch.tensor([[-1.0, 0.0, 2.0, 3.0]]))
+        >>> acts.stats()
+        statistics of 2 layers
+        layer  count  mean    std  min  max  zeros  nan  inf  memory
+        0          4     1  1.581   -1    3    25%    0    0    16 B
+        1          4  1.25  1.299    0    3    50%    0    0    16 B
+
+        The rows are in execution order, so this is the first layer that returned a NaN or an infinity,
+        or ``None``:
+
+        >>> acts.stats().first_nonfinite
+
+        ``pandas.DataFrame(acts.stats())`` makes a data frame of them. See :class:`Stats` for the columns.
+
+        It reads call after call in blocks, so besides the recording it needs a few megabytes. Nothing is
+        changed. It may be called inside the block.
+        """
+        return _stats.stats(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recording to ``path``, a new folder, to be opened with :func:`actrec.load`.
@@ -257,8 +449,9 @@ class Recording(Mapping[str, Layer]):
         >>> torch.equal(actrec.load(path)[""][0], acts[""][0])
         True
 
-        Tensors are stored as they are, without the graph; what shares memory is stored once. To record
-        more than fits into memory, record into a path: ``record(model, layers, into=path)``.
+        Tensors are stored as they are, without the graph; what shares memory is stored once. Gradients are
+        not stored; ``acts.grads.save(path)`` writes them as a recording of their own. To record more than
+        fits into memory, record into a path: ``record(model, layers, into=path)``.
 
         Raises ``RecordingExistsError`` if there is something at the path, ``CaptureError`` for a value
         that cannot be stored, before anything is written, and ``WriteError`` if writing fails.
@@ -267,11 +460,21 @@ class Recording(Mapping[str, Layer]):
 
         save(self, path)
 
+    def _state(self) -> _display.State:
+        return "recorded"
+
     def _title(self) -> str:
-        return f"recorded {self._model}"
+        state = self._state()
+        head = (
+            f"{'recording' if state == 'recording' else 'recorded'} {_display.shown(self._model)}"
+        )
+        return head + (" (interrupted, partial)" if state == "interrupted" else "")
 
     def __repr__(self) -> str:
-        return _display.table(self, self._title())
+        return _display.table(self)
+
+    def _repr_html_(self) -> str:
+        return _html.recording_html(self)
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self)
@@ -279,6 +482,17 @@ class Recording(Mapping[str, Layer]):
 
 class Recorder(Recording):
     """A recording that is being made: what the ``with`` block of :func:`actrec.record` yields.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from actrec import record
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    >>> with record(model, "0") as acts:
+    ...     output = model(torch.randn(5, 4))
+    ...     print(repr(acts).splitlines()[0])
+    recording Sequential: 1 layer, 1 pass, 60 B
+    >>> acts.num_passes
+    1
 
     When the block has ended it remains, as a recording.
     """
@@ -291,34 +505,19 @@ class Recorder(Recording):
         session: Session,
         *,
         inputs: Mapping[str, Layer],
+        grads: Mapping[str, Layer],
         capture: Capture,
         tracks: object,
         added: Callable[[str], Layer] = lambda name: ListLayer(name, (), "added"),
     ) -> None:
-        super().__init__(model, layers, aliases)
+        super().__init__(
+            model, layers, aliases, session.order, session.passes, inputs=inputs, grads=grads
+        )
         self._added = added
-        self._inputs = Recording(model, inputs, aliases) if inputs else None
         self._chosen = frozenset([*layers, *aliases])
         self._session = session
         self._capture = capture
         self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
-
-    @property
-    def inputs(self) -> Recording:
-        """What the calls received: ``acts.inputs[name][i]`` is a dict from parameter name to value.
-
-        It lines up with ``acts[name][i]`` and holds what the call was given, not the defaults; ``None``
-        for a call that had begun before the block. Needs ``record(..., inputs=True)``.
-        """
-        if self._inputs is None:
-            message = "acts.inputs: inputs were not recorded. Ask for them: record(model, layers, inputs=True)."
-            raise AttributeError(message)
-        return self._inputs
-
-    @property
-    def num_passes(self) -> int:
-        """The number of passes so far, those in which no chosen layer was called included."""
-        return self._session.passes.count
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -380,6 +579,7 @@ class Recorder(Recording):
             raise ActrecError(message)
         if name not in self._layers:
             self._layers[name] = self._added(name)
+            self._session.order.setdefault(name)
         try:
             self._layers[name].keep(self._capture.added(value), self.num_passes - 1)
         except CaptureError as error:
@@ -387,16 +587,46 @@ class Recorder(Recording):
             raise CaptureError(message) from error
 
     def clear(self) -> None:
-        """Forget all calls, inputs and added values, and count the passes from 0 again.
+        """Forget all calls, inputs, gradients and added values, and count the passes from 0 again.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Linear(4, 3)
+        >>> means = []
+        >>> with record(model, "") as acts:
+        ...     for batch in torch.randn(3, 5, 4):
+        ...         output = model(batch)
+        ...         means.append(acts[""].cat().mean(0))
+        ...         acts.clear()
+        >>> len(means), len(acts[""])
+        (3, 0)
 
         For long runs that are worked off in portions. Call it between two passes.
         """
-        for recording in (self, self._inputs):
+        for recording in (self, self._inputs, self._grads):
             for layer in (recording or {}).values():
                 layer.clear()
         self._session.passes.restart()
 
-    def _title(self) -> str:
+    def __reduce__(self) -> tuple[Callable[..., Recording], tuple[dict[str, Any]]]:
+        # What is copied or pickled is what was recorded, not the recording of it.
+        state = {
+            "model": self._model,
+            "layers": self._layers,
+            "aliases": dict(self._aliases),
+            "order": [*self._order],
+            "passes": Count(self.num_passes),
+            "inputs": self._inputs and self._inputs._layers,
+            "grads": self._grads and self._grads._layers,
+        }
+        return _copied, (state,)
+
+    def _state(self) -> _display.State:
         if self._session.active:
-            return f"recording {self._model}"
-        return super()._title() + (" (interrupted)" if self._session.interrupted else "")
+            return "recording"
+        return "interrupted" if self._session.interrupted else "recorded"
+
+
+def _copied(state: dict[str, Any]) -> Recording:
+    return Recording(**state)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import OptionError, SelectionError, UnsupportedModelError, listed, nearest
 
@@ -126,13 +126,10 @@ class _Model:
             return f"{spelled!r} is a {kind}: TorchScript runs no Python hooks. Record the original module"
         if _is_called(name.module):
             return None
+        reason = f"{spelled!r} is a {kind}, a container that is never called itself"
         instead = f"{spelled}.*" if spelled else "*"
-        children = (
-            f" Write {instead!r} for its {len(name.module._modules)} children"
-            if name.module._modules
-            else ""
-        )
-        return f"{spelled!r} is a {kind}, a container that is never called itself.{children}"
+        children = len(name.module._modules)
+        return f"{reason}. Write {instead!r} for its {children} children" if children else reason
 
     def hookable(self) -> Iterator[_Name]:
         """The names that hooks can run on, less PyTorch's machinery."""
@@ -171,23 +168,25 @@ def _segment(text: str) -> str:
     return ".*".join(r"[^.]*".join(map(re.escape, part.split("*"))) for part in text.split("**"))
 
 
-def _by_pattern(model: _Model, pattern: re.Pattern[str]) -> list[tuple[str, nn.Module]]:
+def _by_pattern(model: _Model, query: str, pattern: re.Pattern[str]) -> list[tuple[str, nn.Module]]:
     """Names that match without their wrapper segments; or if there are none, as they stand."""
     inside_weights = "parametrizations" in pattern.pattern
     names = [n for n in model.names if inside_weights or not n.is_machinery]
-    names = [n for n in names if model.why_not(n) is None]
-    short = [(n.short, n.module) for n in names if n.short and pattern.fullmatch(n.short)]
-    return short or [(n.full, n.module) for n in names if n.full and pattern.fullmatch(n.full)]
+    short = [(n.short, n) for n in names if n.short and pattern.fullmatch(n.short)]
+    matches = short or [(n.full, n) for n in names if n.full and pattern.fullmatch(n.full)]
+    if not matches:
+        raise SelectionError(_nothing(model, query))
+    found = [(key, name.module) for key, name in matches if model.why_not(name) is None]
+    if not found:
+        message = f"record(): {query!r} matches only modules that hooks never run on: {model.why_not(matches[0][1])}."
+        raise SelectionError(message)
+    return found
 
 
 def _by_name(model: _Model, query: str) -> list[tuple[str, nn.Module]]:
     name = model.spelled(query)
     if name is None and "*" in query:
-        found = _by_pattern(model, _glob(query))
-        if not found:
-            below = [n for n in model.names if n.short and _glob(query).fullmatch(n.short)]
-            raise SelectionError(_nothing(model, query, model.why_not(below[0]) if below else None))
-        return found
+        return _by_pattern(model, query, _glob(query))
     if name is None:
         raise SelectionError(_nothing(model, query))
     if why_not := model.why_not(name):
@@ -205,6 +204,14 @@ def _by_test(
         message = f"record(): {complaint}."
         raise SelectionError(message)
     return found
+
+
+def _by_type(model: _Model, kind: type) -> list[tuple[str, nn.Module]]:
+    kinds = sorted({type(name.module).__name__ for name in model.hookable()})
+    complaint = f"no layer of this {model.type} is a {kind.__name__}; there are {listed(kinds, 20)}"
+    never_run = (model.why_not(n) for n in model.names if isinstance(n.module, kind))
+    complaint = next(filter(None, never_run), complaint)
+    return _by_test(model, lambda name: isinstance(name.module, kind), complaint)
 
 
 def _by_module(model: _Model, module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -248,16 +255,11 @@ def _answer(model: _Model, query: Any) -> list[tuple[str, nn.Module]]:
         case str():
             return _by_name(model, query)
         case re.Pattern():
-            found = _by_pattern(model, query)
-            if not found:
-                raise SelectionError(_nothing(model, query.pattern))
-            return found
+            return _by_pattern(model, query.pattern, query)
         case nn.Module():
             return _by_module(model, query)
         case type():
-            kinds = sorted({type(name.module).__name__ for name in model.hookable()})
-            complaint = f"no layer of this {model.type} is a {query.__name__}; there are {listed(kinds, 20)}"
-            return _by_test(model, lambda name: isinstance(name.module, query), complaint)
+            return _by_type(model, query)
         case Callable():
             complaint = f"{query!r} returned true for none of the {len(model.of)} modules of this {model.type}"
             return _by_test(model, lambda name: query(name.full, name.module), complaint)
@@ -280,7 +282,9 @@ def _flatten(
                 )
                 raise OptionError(message)
             yield from _flatten(query, own or transform)
-    elif isinstance(queries, Iterable) and not isinstance(queries, (str, nn.Module, type)):
+    elif isinstance(queries, Iterable) and not isinstance(
+        queries, (str, bytes, Tensor, nn.Module, type)
+    ):
         for query in queries:
             yield from _flatten(query, transform)
     else:
@@ -330,9 +334,7 @@ def _parents(model: _Model, choices: Iterable[Choice]) -> Iterator[nn.Module]:
 # --- The errors that help --------------------------------------------------------------------------
 
 
-def _nothing(model: _Model, query: str, why_not: str | None = None) -> str:
-    if why_not:
-        return f"record(): {query!r} matches only modules that hooks never run on: {why_not}."
+def _nothing(model: _Model, query: str) -> str:
     names = dict.fromkeys(name.short for name in model.names if name.short)
     hint = ""
     if any(isinstance(name.module, torch.fx.GraphModule) for name in model.names):

@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ._capture import Capture
+    from ._early import EarlyStop
+    from ._grads import Gradients
     from ._nested import Value
 
 __all__ = ["Session", "Track"]
+
+
+_pausing = threading.Lock()
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -32,8 +37,12 @@ class Session:
     interrupted: bool = False
     pauses: int = 0
     passes: Passes = field(default_factory=Passes)
+    order: dict[str, None] = field(
+        default_factory=dict
+    )  # the layers, by the end of their first call
     error: Exception | None = None  # the first one that capturing a value raised
     surfaced: bool = False  # that error left the model (or else the model swallowed it)
+    stop: EarlyStop | None = None
 
     def begin(self) -> None:
         """The block begins."""
@@ -46,8 +55,9 @@ class Session:
 
     def pause(self, by: int) -> None:
         """Pause once more (1) or once less (-1)."""
-        self.pauses += by
-        self.recording = self.active and not self.pauses
+        with _pausing:
+            self.pauses += by
+            self.recording = self.active and not self.pauses
 
     def failed(self, error: Exception) -> None:
         """Remember the first error, in case the model swallows it."""
@@ -72,6 +82,7 @@ class Track:
     outputs: Calls
     inputs: Calls | None = None
     parameters: Parameters = field(default_factory=Parameters)
+    grads: Gradients | None = None
     called: int = 0
     kept: int = 0
     recomputed: int = 0
@@ -92,7 +103,7 @@ class Track:
         if not session.recording:
             return
         if not is_own_call():
-            self.recomputed += 1
+            self._end_again(output)
             return
         if type(output) is not Tensor and _is_symbolic((*args, output)):
             return
@@ -102,6 +113,8 @@ class Track:
         self.called += 1
         value = self._captured(self.capture, output, call)
         if value is not SKIPPED:
+            if not self.kept:
+                session.order.setdefault(self.capture.layer)
             self.kept += 1
             try:
                 with self._lock:
@@ -110,6 +123,16 @@ class Track:
                         self.inputs.keep(arrival and arrival.inputs, number)
             except ActrecError as error:  # from a recording that goes to the disk
                 raise self._located(error, call) from error.__cause__
+        if self.grads is not None:
+            self.grads.expect(output, value, number)
+        if session.stop is not None:
+            session.stop.ran(self.capture.layer)
+
+    def _end_again(self, output: Value) -> None:
+        """A call that was recorded before has run again."""
+        self.recomputed += 1
+        if self.grads is not None:
+            self.grads.expect_again(output)
 
     def _captured(self, capture: Capture, value: Value, call: int) -> Value:
         try:

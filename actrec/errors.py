@@ -4,7 +4,7 @@
 
     ActrecError                     catch this one to catch them all
     ├── UnsupportedModelError       also TypeError: hooks cannot run inside this model
-    ├── OptionError                 also ValueError: an option that record() cannot work with
+    ├── OptionError                 also ValueError: an argument that a call cannot work with
     ├── SelectionError              also ValueError: a query that selects nothing that can be recorded
     ├── UnknownLayerError           also KeyError: a name that is not in the recording
     ├── TransformError              also RuntimeError: the user's transform raised
@@ -17,6 +17,7 @@
     └── CorruptRecordingError       also ValueError: a stored recording that is damaged
 
     UnusedLayerWarning              a chosen layer of which nothing was recorded
+    MissingGradientWarning          a chosen layer that no gradient can reach
 
 Every message names the call, the offending value, what was observed and the nearest fix.
 """
@@ -34,6 +35,7 @@ __all__ = [
     "CaptureError",
     "CorruptRecordingError",
     "JoinError",
+    "MissingGradientWarning",
     "OptionError",
     "RecordingExistsError",
     "RecordingNotFoundError",
@@ -56,7 +58,7 @@ class UnsupportedModelError(ActrecError, TypeError):
 
 
 class OptionError(ActrecError, ValueError):
-    """An option of ``record()`` that cannot be meant, found before anything has happened."""
+    """An argument that cannot be meant, found before anything has happened."""
 
 
 class SelectionError(ActrecError, ValueError):
@@ -104,6 +106,10 @@ class WriteError(ActrecError, OSError):
 
 class CorruptRecordingError(ActrecError, ValueError):
     """A stored recording is damaged; the message names the file and the defect."""
+
+
+class MissingGradientWarning(UserWarning):
+    """No gradient can reach a layer, though gradients were asked for; the message says why."""
 
 
 class UnusedLayerWarning(UserWarning):

@@ -12,10 +12,12 @@ copyright = f"2026, {author}"  # noqa: A001  # Sphinx wants this name
 version = release = about["Version"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "**/.ipynb_checkpoints", "jupyter_execute"]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints", "jupyter_execute", "benchmarks.md"]
 
 html_theme = "furo"
 html_title = f"{project} {release}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 # --- Text ----------------------------------------------------------------------------------------
 
@@ -34,12 +36,18 @@ nb_output_stderr = "warn"  # a page that warns its readers was not meant to
 
 autodoc_class_signature = "separated"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+
+python_maximum_signature_line_length = 88
 
 nitpicky = True
 # Links into other projects need their inventories from the network, and the docs build without it.
 nitpick_ignore_regex = [
     ("py:.*", r"torch(\..*)?"),  # PyTorch has its own reference
     ("py:.*", r"(collections|contextlib|os|types)\..*"),  # and so has the standard library
+    # Signatures stand as they are written: names that only the type checker imports, and short ones
+    # for types that the text explains.
+    ("py:class", r"nn\.Module|AbstractContextManager|Callable\[.*|.*\b(Query|Transform)\b.*"),
 ]

@@ -510,3 +510,47 @@ def test_tasks_of_asyncio_have_passes_of_their_own() -> None:
     with record(model, "a") as acts:
         asyncio.run(main())
     assert acts["a"].passes == list(range(6))
+
+
+# --- A block that ends during a call -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_recorder_that_is_dropped_during_a_call_does_no_harm_to_it(when: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    kept: list[object] = []
+    register = (
+        model[0].register_forward_pre_hook if when == "before" else model[0].register_forward_hook
+    )
+    register(lambda *_: kept.clear())
+    expected = model(X)
+    block = record(model, ["", "0"], inputs=True)
+    kept += [block, block.__enter__()]
+    del block
+    assert torch.equal(model(X), expected)
+
+
+def test_a_block_that_is_left_during_a_call_does_no_harm_to_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    block = record(model, "0", inputs=True)
+    handle = model[0].register_forward_hook(lambda *_: block.__exit__(Boom, Boom(), None))
+    acts = block.__enter__()
+    model(X)
+    handle.remove()
+    assert len(acts["0"]) == 0
+
+
+def test_a_block_that_could_not_be_entered_can_be_entered_later(monkeypatch: Any) -> None:
+    model = Net()
+
+    def fail(*_: object, **__: object) -> RemovableHandle:
+        raise Boom
+
+    block = record(model, "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(model.a, "register_forward_hook", fail)
+        with pytest.raises(Boom), block:
+            pass
+    with block as acts:
+        model(X)
+    assert len(acts["a"]) == 1

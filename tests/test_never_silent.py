@@ -104,7 +104,10 @@ def test_dropout_inside_fused_attention_is_explained() -> None:
             return F.scaled_dot_product_attention(x, x, x, dropout_p=self.dropout.p)
 
     model = Attention()
-    with pytest.warns(UnusedLayerWarning, match="fused attention"), record(model):
+    with (
+        pytest.warns(UnusedLayerWarning, match="attention often does its dropout itself, fused"),
+        record(model),
+    ):
         model(X[None])
 
 
@@ -266,3 +269,11 @@ def test_lazy_modules_are_recorded_from_their_first_call() -> None:
         lazy(X)
         lazy(X)
     assert len(acts["0"]) == 2
+
+
+def test_an_unused_layer_whose_name_has_a_dot_was_not_replaced() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model._modules["a.b"] = nn.Linear(4, 4)
+    model.forward = model[0].forward  # type: ignore[method-assign]
+    with pytest.warns(UnusedLayerWarning, match="'0', 'a.b': it was never called"), record(model):
+        model(X)

@@ -156,6 +156,31 @@ def test_a_call_takes_no_more_than_itself_when_it_is_saved_copied_or_pickled(
     assert same(copy.deepcopy(tensor), tensor)
 
 
+def test_recordings_on_disk_can_be_copied_and_pickled(path: Path) -> None:
+    net = nn.Linear(2, 2)
+    with record(net, "", inputs=True, into=path / "../new") as acts:
+        net(torch.ones(300, 2))
+    for recording in (load(path), load(path / "../new"), acts):
+        next(iter(recording.values()))[0]  # something is mapped
+        for twin in (copy.deepcopy(recording), pickle.loads(pickle.dumps(recording))):
+            assert_same(twin, recording)
+        assert len(pickle.dumps(recording)) < 100_000, "the values stay where they are"
+
+
+def test_the_execution_order_comes_back(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with record(net, ["", "1", "0"], into=tmp_path / "a") as acts:
+        for _ in range(2):
+            net(torch.ones(1, 2))
+            acts.add("x", 1)
+    found = load(tmp_path / "a")
+    assert list(found) == ["", "1", "0", "x"]
+    found.save(tmp_path / "b")
+    for recording in (acts, found, load(tmp_path / "b")):
+        assert recording.execution_order == ["0", "1", "", "x"]
+    assert [row.layer for row in found.stats()] == ["0", "1", "", "x"]
+
+
 def test_a_call_outlives_the_recording_and_its_files(path: Path) -> None:
     expected = load(path)["conv"][0].clone()
     acts = load(path)

@@ -574,7 +574,7 @@ def test_leaving_by_an_exception_commits_what_is_complete(
     assert (found.num_passes, len(found[""]), found.complete) == (3, 3, False)
     assert acts.num_passes == 3, "the last pass may lack what would have been added to it"
     assert "stored Linear (incomplete): 1 layer, 3 passes" in repr(found)
-    assert "(interrupted)" in repr(acts)
+    assert "(interrupted, partial)" in repr(acts)
     assert found._ranks[0].ending.error == error.__name__  # type: ignore[union-attr]
     assert not own_hooks(net)
 
@@ -756,6 +756,8 @@ def test_options_that_make_no_sense_with_a_path_are_refused(tmp_path: Path) -> N
     net = nn.Linear(4, 3)
     with pytest.raises(OptionError, match=r"detach=False.*a graph cannot be stored"):
         record(net, "", into=tmp_path / "r", detach=False)
+    with pytest.raises(OptionError, match=r"grads=True.*a gradient comes after its value"):
+        record(net, "", into=tmp_path / "r", grads=True)
     with pytest.raises(OptionError, match="only a recording into a path can be resumed"):
         record(net, "", resume=True)
     with pytest.raises(OptionError, match=r"Folder\(budget=0\): expected a number greater than 0"):

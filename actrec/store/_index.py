@@ -188,6 +188,9 @@ class Shard:
         except FileNotFoundError:
             raise corrupt(self.path, "it is missing") from None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_storage": None}  # a copy maps the file itself
+
     def storage(self) -> torch.UntypedStorage:
         """The file, mapped when it is first used."""
         if self._storage is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NoReturn, overload
 
 import torch
 
+from actrec._forms import Form, form
 from actrec._recording import Layer
 from actrec.errors import (
     ActrecError,
@@ -25,7 +26,7 @@ from ._tree import Encoded, decode, encode
 from ._writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from actrec._nested import Value
     from actrec._passes import Passes
@@ -248,16 +249,16 @@ class LiveLayer(Layer):
         """Join all calls along a new dimension. See :meth:`Layer.stack`."""
         return self._stored.stack(dim, release=release)
 
-    def outline(self) -> Sequence[Value]:
+    def _forms(self) -> Iterable[Form]:
         if self._stream.closed:
-            return self._stored.outline()
+            return self._stored._forms()
         new = [decode(look.structure, look.tensors.__getitem__) for look in self._looks.values()]
-        return [*self._before.outline(), *new]
+        return [*self._before._forms(), *map(form, new)]
 
-    def places(self) -> Iterator[tuple[object, int]]:
+    def _places(self) -> Iterator[tuple[object, int]]:
         if self._stream.closed:
-            return self._stored.places()
-        return iter([*self._before.places(), (id(self), self._bytes)])
+            return self._stored._places()
+        return iter([*self._before._places(), (id(self), self._bytes)])
 
     def clear(self) -> NoReturn:
         message = (
@@ -269,6 +270,14 @@ class LiveLayer(Layer):
     @property
     def _stored(self) -> StoredLayer:
         return self._stream.stored(self._slot)
+
+    def __reduce__(self) -> tuple[Callable[..., StoredLayer], tuple[StoredLayer]]:
+        # What is copied or pickled is what was stored, not the storing of it.
+        return _itself, (self._stored,)
+
+
+def _itself(layer: StoredLayer) -> StoredLayer:
+    return layer
 
 
 def _empty_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Final, NoReturn, overload
 import torch
 from torch import Tensor
 
+from actrec._display import shown
+from actrec._forms import Form, form
 from actrec._join import joined
+from actrec._passes import Count
 from actrec._recording import Layer, Recording
 from actrec.errors import ActrecError, RecordingNotFoundError
 
@@ -206,7 +209,11 @@ class StoredLayer(Layer):
         group, first, _ = self._stretches[at]
         return group.value(first + index - self._starts[at])
 
-    def outline(self) -> list[Value]:
+    def _forms(self) -> Iterable[Form]:
+        return map(form, self._examples())
+
+    def _examples(self) -> list[Value]:
+        """Values of all structures, shapes and dtypes, without data."""
         examples: dict[object, tuple[Group, int]] = {}
         for group in self._groups:
             for call in {start for leaf in group.leaves for start in leaf.calls[:-1]} or {0}:
@@ -214,7 +221,7 @@ class StoredLayer(Layer):
                 examples.setdefault((group.structure, shapes), (group, call))
         return [group.example(call) for group, call in examples.values()]
 
-    def places(self) -> Iterator[tuple[object, int]]:
+    def _places(self) -> Iterator[tuple[object, int]]:
         for group in self._groups:
             for leaf in group.leaves:
                 for begin, nbytes in leaf.pieces():
@@ -281,13 +288,16 @@ class StoredRecording(Recording):
     def __init__(self, disk: Disk, manifest: Manifest, ranks: Sequence[Rank]) -> None:
         self._path = disk.path
         self._ranks = ranks
-        self._has_inputs = manifest.inputs
         self.chosen = frozenset(layer.name for layer in manifest.layers)
         parts = self._parts(ranks)
         info = {layer.name: layer.type for layer in manifest.layers}
         layers = _layers("output", info, parts) | _layers("added", {}, parts)
-        super().__init__(manifest.model, layers, manifest.names)
-        self._input_layers = _layers("input", info, parts)
+        self._input_layers = _layers("input", info, parts) if manifest.inputs else {}
+        order = [name for role, name in parts if role != "input"]
+        committed = Count(max((rank.committed for rank in ranks), default=0))
+        super().__init__(
+            manifest.model, layers, manifest.names, order, committed, inputs=self._input_layers
+        )
 
     @staticmethod
     def _parts(ranks: Sequence[Rank]) -> dict[tuple[Role, str], list[Part]]:
@@ -298,25 +308,12 @@ class StoredRecording(Recording):
         return parts
 
     @property
-    def inputs(self) -> Recording:
-        """What the calls received, if ``record(..., inputs=True)`` recorded it."""
-        if not self._has_inputs:
-            message = "acts.inputs: inputs were not recorded. Ask for them: record(model, layers, inputs=True)."
-            raise AttributeError(message)
-        return Recording(self._model, self._input_layers, self._aliases)
-
-    @property
     def complete(self) -> bool:
         """Whether the recording was closed properly, so that nothing is missing at its end."""
         return bool(self._ranks) and all(rank.complete for rank in self._ranks)
 
-    @property
-    def num_passes(self) -> int:
-        """The number of passes that were committed, those in which no chosen layer was called included."""
-        return max((rank.committed for rank in self._ranks), default=0)
-
     def _title(self) -> str:
-        return f"stored {self._model}" + ("" if self.complete else " (incomplete)")
+        return f"stored {shown(self._model)}" + ("" if self.complete else " (incomplete)")
 
 
 def _layers(

@@ -40,7 +40,7 @@ def save(recording: Recording, path: str | os.PathLike[str]) -> None:
         writer = Writer(own, manifest.recording, folder)
         error: str | None = "save() did not finish"
         try:
-            for call in _calls(layers):
+            for call in _calls(layers, recording.execution_order):
                 writer.keep(call, lambda number=call.number: number)  # type: ignore[misc]
             error = None
         finally:
@@ -73,14 +73,15 @@ def _check(layers: list[tuple[Slot, Layer]]) -> None:
                 raise CaptureError(message) from error
 
 
-def _calls(layers: list[tuple[Slot, Layer]]) -> Iterator[Call]:
-    """All calls, pass after pass."""
+def _calls(layers: list[tuple[Slot, Layer]], names: list[str]) -> Iterator[Call]:
+    """All calls, pass after pass, and in a pass in the order of the layers' ``names``."""
+    rank = {name: at for at, name in enumerate(names)}
     order = sorted(
-        (number, place, call)
-        for place, (_, layer) in enumerate(layers)
+        (max(number, 0), rank.get(slot.name, len(rank)), place, call)  # -1: the user appended it
+        for place, (slot, layer) in enumerate(layers)
         for call, number in enumerate(layer.passes)
     )
-    for number, place, call in order:
+    for number, _, place, call in order:
         slot, layer = layers[place]
         value = encoded(layer[call])
         yield Call(slot, number, value.structure, value.tensors, 0)

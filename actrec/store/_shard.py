@@ -25,7 +25,7 @@ from actrec._snapshot import held, memory
 from actrec.errors import CaptureError
 
 from . import _container
-from ._format import DTYPES, ROLES, VERSION, Slot, Stored
+from ._format import DTYPES, VERSION, Slot, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -281,15 +281,15 @@ def _memory_key(base: Tensor) -> object:
 
 
 def write(file: Writable, heading: Heading, calls: Iterable[Call]) -> None:
-    """Write a shard with these calls, ordered by layer, and in each layer by pass."""
+    """Write a shard with these calls, which come as they ended: layer by layer, and in each by pass."""
     layout = _Layout()
     structures: dict[str, int] = {}
     by_slot: dict[Slot, list[Call]] = defaultdict(list)
     for call in calls:
         by_slot[call.slot].append(call)
     layers = []
-    for slot in sorted(by_slot, key=_order):
-        ordered = sorted(by_slot[slot], key=attrgetter("number"))
+    for slot, called in by_slot.items():  # in the order of their first calls
+        ordered = sorted(called, key=attrgetter("number"))
         groups, order = layout.groups(slot, ordered)
         layers.append(
             {
@@ -308,10 +308,6 @@ def write(file: Writable, heading: Heading, calls: Iterable[Call]) -> None:
     about = {**heading.text(), "layers": layers, "structures": list(structures)}
     metadata = {"actrec": json.dumps(about, separators=(",", ":"))}
     _container.write(file, metadata, [entry.finished() for entry in layout.entries])
-
-
-def _order(slot: Slot) -> tuple[int, int]:
-    return ROLES.index(slot.role), slot.number
 
 
 def lengths(numbers: Iterable[int]) -> Iterator[list[int]]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from actrec._nested import Opaque, Value, _is_array
+from actrec._nested import Opaque, Value, is_array
 from actrec.errors import CaptureError
 
 from ._format import (
@@ -126,7 +126,7 @@ class _Encoder:
             raise CaptureError(_TOO_LARGE)
         if isinstance(value, Tensor):
             return {"tensor": self.number(value)}
-        if _is_array(value):
+        if is_array(value):
             return self.array(value)
         if isinstance(value, Enum):
             return {"opaque": f"{_qualified(type(value))}.{value.name}"}

@@ -1,0 +1,149 @@
+"""Stopping early: a forward ends as soon as every chosen layer has run in it.
+
+The hook of the last layer raises :class:`Stop`, which is no ``Exception``: models that catch those do not
+hold it up. It is caught around ``model.forward``, so that the call of the model ends like any other one,
+with ``None`` as its result. For that, while the block is open, the model has a ``forward`` of its own,
+that of its class inside a :class:`StoppableForward`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import types
+import weakref
+from functools import update_wrapper
+from typing import TYPE_CHECKING, Any
+
+from .errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+__all__ = ["EarlyStop", "StoppableForward", "refuse_sharded"]
+
+
+class Stop(BaseException):
+    """Ends a forward; its argument is the :class:`EarlyStop` that wants it to end."""
+
+
+class _Thread(threading.local):
+    """What one thread is doing: whether it is inside a forward, and which layers have not run in it."""
+
+    def __init__(self) -> None:
+        self.module: nn.Module | None = None  # whose forward comes next
+        self.inside = False
+        self.missing: set[str] = set()
+
+
+class EarlyStop:
+    """Counts off, for each thread, the chosen layers that have run, and ends the forward after the last."""
+
+    def __init__(self) -> None:
+        self.layers: frozenset[str] = frozenset()
+        self._thread = _Thread()
+
+    def enters(self, module: nn.Module) -> None:
+        """A call of the model begins, or of a replica of it that DataParallel has made."""
+        self._thread.module = module
+
+    def ran(self, layer: str) -> None:
+        """A chosen layer has run. Does not return if it was the last one."""
+        thread = self._thread
+        if thread.inside:
+            thread.missing.discard(layer)
+            if not thread.missing:
+                raise Stop(self)
+
+    def run(
+        self, stoppable: StoppableForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a forward up to that point. A model that calls itself runs inside one such call."""
+        thread = self._thread
+        forward = stoppable.forward_of(thread.module)
+        if thread.inside:
+            return forward(*args, **kwargs)
+        thread.inside, thread.missing = True, set(self.layers)
+        try:
+            return forward(*args, **kwargs)
+        except Stop as stop:
+            if stop.args != (self,):
+                raise
+            return None
+        finally:
+            thread.inside = False
+
+
+class StoppableForward:
+    """Stands in for ``model.forward``, and lets an :class:`EarlyStop` end it.
+
+    It refers weakly to what stops it: wherever it is left, it is the forward that it stands for.
+    """
+
+    def __init__(self, model: nn.Module, stop: EarlyStop) -> None:
+        self.model = model
+        self.forward = model.forward
+        self.own = vars(model).get("forward")  # what was set on the model itself, normally nothing
+        self._stop: Callable[[], EarlyStop | None] = weakref.ref(stop)
+        update_wrapper(self, self.forward, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        stop = self._stop()
+        if stop is None:
+            return self.forward(*args, **kwargs)
+        return stop.run(self, args, kwargs)
+
+    def forward_of(self, module: nn.Module | None) -> Callable[..., Any]:
+        """The forward of the model, or of a replica: it has the attributes of the model, this one included."""
+        replicated = module is not None and module is not self.model and self.own is None
+        return types.MethodType(type(self.model).forward, module) if replicated else self.forward
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # In a copy of the model, the forward of that copy.
+        return _forward_of, (self.model, self.own)
+
+    def place(self) -> None:
+        """Put it on the model."""
+        vars(self.model)["forward"] = self
+
+    def remove(self) -> None:
+        """Take it off again, unless somebody has put another forward in its place meanwhile."""
+        self._stop = _nothing
+        attributes = vars(self.model)
+        if attributes.get("forward") is self:
+            del attributes["forward"]
+            if self.own is not None:
+                attributes["forward"] = self.own
+
+
+def _nothing() -> None:
+    """What a weak reference returns when what it referred to is gone."""
+
+
+def _forward_of(model: nn.Module, own: Any) -> Any:
+    return types.MethodType(type(model).forward, model) if own is None else own
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise ``UnsupportedModelError`` for a model under FSDP.
+
+    FSDP gathers the weights of a module before it runs, and frees them behind it: a module that is left
+    in the middle would keep them gathered.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards a model has imported it
+    if fsdp is None:
+        return
+    kinds = tuple(
+        kind
+        for name in ("FullyShardedDataParallel", "FSDPModule")
+        if (kind := getattr(fsdp, name, None))
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            message = (
+                f"record(stop_early=True): {name or 'the model'!r} is sharded by FSDP ({type(module).__name__}), which "
+                "would keep the weights of the modules that are left early gathered. Record without stop_early."
+            )
+            raise UnsupportedModelError(message)

@@ -1,0 +1,113 @@
+"""Never silent: what the end of the block warns of, with the likely cause.
+
+Layers of which nothing was recorded, and layers of which gradients were asked for that cannot come.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ._nested import tensors
+from .errors import MissingGradientWarning, UnusedLayerWarning, listed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import TypeAlias
+
+    from ._select import Choice
+    from ._track import Track
+
+    _Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
+
+__all__ = ["warn_ungraded", "warn_unused"]
+
+_NEVER_CALLED = (
+    "it was never called. Usual causes: its .forward() or its weights are used directly (hooks run only when "
+    "the module itself is called), the branch with it was not taken, or code of another kind ran in its place "
+    "(a fused or exported version)"
+)
+
+
+_NO_GRAPH = (
+    "nothing that its calls returned requires grad. They ran under torch.no_grad() or inference_mode(), or neither the "
+    "inputs nor any parameter up to there require grad (a frozen part)"
+)
+_REENTRANT = (
+    "its calls ran inside reentrant activation checkpointing, which builds their graph only while backward() runs. Call "
+    "backward() inside the with block, or checkpoint with use_reentrant=False"
+)
+
+
+def warn_unused(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
+    """Warn once about all layers of which nothing was recorded."""
+    causes = {key: _cause(model, *item) for key, item in tracks.items() if not item[1].kept}
+    if not causes:
+        return
+    kind = type(model).__name__
+    if any(track.session.passes.count for _, track in tracks.values()):
+        what = f"nothing was recorded of {_share(causes, tracks)} of this {kind}"
+        message = _explained(f"record(): {what}.", causes)
+    else:
+        message = (
+            f"record(): nothing was recorded, this {kind} was not called inside the with block."
+            " Was its .forward() called, a copy of it, or a model made from it (exported, scripted)?"
+        )
+    warnings.warn(message, UnusedLayerWarning, stacklevel=stacklevel + 1)
+
+
+def warn_ungraded(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
+    """Warn once about all layers whose calls have no gradient, or no graph, though it was asked for."""
+    causes = {key: cause for key, (_, track) in tracks.items() if (cause := _no_graph(track))}
+    if causes:
+        what = f"no gradient can reach {_share(causes, tracks)} of this {type(model).__name__}"
+        warnings.warn(
+            _explained(f"record(): {what}.", causes),
+            MissingGradientWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _share(causes: dict[str, str], tracks: _Tracks) -> str:
+    return f"{len(causes)} of {len(tracks)} layer{'s' if len(tracks) != 1 else ''}"
+
+
+def _explained(title: str, causes: dict[str, str]) -> str:
+    """The title, and a line for each cause with the layers that it explains."""
+    layers: dict[str, list[str]] = {}
+    for key, cause in causes.items():
+        layers.setdefault(cause, []).append(key)
+    return "\n".join([title, *(f"  {listed(keys)}: {cause}." for cause, keys in layers.items())])
+
+
+def _no_graph(track: Track) -> str | None:
+    if not track.kept:
+        return None
+    if track.grads is not None and not track.grads.watched:
+        return _REENTRANT if track.grads.regions else _NO_GRAPH
+    kept = track.outputs if isinstance(track.outputs, list) and not track.capture.detach else ()
+    if kept and not any(t.requires_grad for value in kept for t in tensors(value)):
+        return _NO_GRAPH
+    return None
+
+
+def _cause(model: nn.Module, choice: Choice, track: Track) -> str:
+    module = choice.module
+    if track.called:
+        return (
+            f"the transform returned None for all of its {track.called} calls, which skips a call"
+        )
+    if track.recomputed:
+        return (
+            f"all of its {track.recomputed} calls ran inside backward(), where activation checkpointing recomputes "
+            "what was recorded before"
+        )
+    if not any(other is module for other in model.modules()):
+        return "another module was put in its place inside the with block; the one that was hooked was not called"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention uses its weights without calling it. Record the attention module instead"
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return f"{_NEVER_CALLED}; attention often does its dropout itself, fused (scaled_dot_product_attention) or with F.dropout"
+    return _NEVER_CALLED

@@ -1,0 +1,76 @@
+"""Names with dots, as the tree that they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["Node", "tree"]
+
+#: Deeper than this, the rest of a name is one label: modules do not nest so deep, hostile names do.
+DEEPEST = 24
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """A part of the names: a layer, what stands before the names of other layers, or both."""
+
+    label: str  #: relative to the parent
+    prefix: str  #: the whole name up to here
+    is_layer: bool = False
+    children: dict[str, Node] = field(default_factory=dict)
+
+    def names(self) -> Iterator[str]:
+        """The names of the layers from here on."""
+        if self.is_layer:
+            yield self.prefix
+        for child in self.children.values():
+            yield from child.names()
+
+
+def tree(names: Iterable[str], smallest: int = 2) -> Node:
+    """Return the root of the tree that ``names`` are.
+
+    >>> root = tree(["conv", "blocks.0.a", "blocks.0.b", "blocks.1.a"])
+    >>> [(node.label, list(node.children)) for node in root.children.values()]
+    [('conv', []), ('blocks', ['0', '1.a'])]
+
+    Where a name has no siblings, it is one label with its parent's, and a part with fewer layers than
+    ``smallest`` is no branch of its own.
+    """
+    root = Node("", "")
+    for name in names:
+        node, prefix = root, ""
+        for segment in name.split(".", DEEPEST):
+            prefix = f"{prefix}.{segment}" if node is not root else segment
+            node = node.children.setdefault(segment, Node(segment, prefix))
+        node.is_layer = True
+    for child in root.children.values():
+        _join(child, smallest)
+    root.children = dict(_inlined(root, smallest))
+    return root
+
+
+def _join(node: Node, smallest: int) -> None:
+    """Join, from the leaves up, what has no siblings or is too small."""
+    for child in node.children.values():
+        _join(child, smallest)
+    node.children = dict(_inlined(node, smallest))
+
+
+def _inlined(node: Node, smallest: int) -> Iterator[tuple[str, Node]]:
+    """The children, where a branch that is too small is replaced by its own children."""
+    for label, child in node.children.items():
+        alone = len(child.children) == 1 and not child.is_layer
+        if child.children and (alone or sum(1 for _ in child.names()) < smallest):
+            if child.is_layer:
+                yield label, Node(label, child.prefix, is_layer=True)
+            for inner, grandchild in child.children.items():
+                joined = f"{label}.{inner}"
+                grandchild.label = joined
+                yield joined, grandchild
+        else:
+            yield label, child

@@ -1,0 +1,37 @@
+"""Import time, in fresh interpreters that take turns."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
+
+from .timing import Row, ratios, take_turns
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TARGET = 1.03
+
+_CHILD = """
+from time import process_time
+start = process_time()
+import {modules}
+print(process_time() - start)
+"""
+
+
+def measure(*, quick: bool) -> Iterator[Row]:
+    variants = {
+        "torch": partial(_seconds_to_import, "torch"),
+        "both": partial(_seconds_to_import, "torch, actrec"),
+    }
+    times = take_turns(variants, rounds=1 if quick else 15)
+    name = "import: torch and actrec / torch"
+    yield Row.of(name, ratios(times, "both", "torch"), TARGET)
+
+
+def _seconds_to_import(modules: str) -> float:
+    child = [sys.executable, "-c", _CHILD.format(modules=modules)]
+    return float(subprocess.run(child, check=True, capture_output=True, text=True).stdout)

@@ -1,0 +1,55 @@
+"""Measure what recording costs, and print the table: ``python tests/benchmarks/run.py [NAME ...]``.
+
+Every number is a ratio of times that were taken in turn, with garbage collection off; only entry and exit
+has microseconds too, because its target has. PyTorch gets one thread (``torch.set_num_threads(1)``): with
+more, the threads' waiting for each other drowns what a hook costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+if not __package__:  # started as a file
+    sys.path[0] = str(Path(__file__).parents[2])
+
+from tests.benchmarks import calls, entry, importing, networks, report
+
+BENCHMARKS = {
+    "calls": calls.measure,
+    "networks": networks.measure,
+    "entry": entry.measure,
+    "import": importing.measure,
+}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Measure what recording costs, as ratios.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--markdown", action="store_true", help="print for the documentation")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        if name not in BENCHMARKS:
+            parser.error(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    rows = _measured(options.names or list(BENCHMARKS), quick=options.quick)
+    command = " ".join(["python tests/benchmarks/run.py", *arguments])
+    show = report.markdown if options.markdown else report.text
+    print(show(rows, command))
+
+
+def _measured(names, *, quick):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        return [row for name in names for row in BENCHMARKS[name](quick=quick)]
+    finally:
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

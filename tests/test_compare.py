@@ -1,0 +1,399 @@
+"""Comparing recordings: the layer where they part is found, whatever else does not match."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from actrec import (
+    Comparison,
+    OptionError,
+    Recording,
+    UnknownLayerError,
+    UnusedLayerWarning,
+    _blocks,
+    compare,
+    record,
+)
+from actrec._recording import ListLayer
+from actrec.testing import ConvNet, TinyTransformer
+
+if TYPE_CHECKING:
+    from actrec._compare import Row
+
+NAN, INF = math.nan, math.inf
+
+
+def recording(**layers: list[Any]) -> Recording:
+    return Recording("Net", {k: ListLayer(k, v, "Linear") for k, v in layers.items()}, {})
+
+
+def only(a: Any, b: Any, **options: Any) -> Row:
+    (row,) = compare(recording(x=[a]), recording(x=[b]), **options)
+    return row
+
+
+def recorded(model: nn.Module, *inputs: Tensor, layers: Any = None, **options: Any) -> Recording:
+    with record(model, layers, **options) as acts:
+        for x in inputs:
+            model(x)
+    return acts
+
+
+# --- What is found -----------------------------------------------------------------------------------
+
+
+def test_a_recording_equals_itself() -> None:
+    model = TinyTransformer()
+    acts = recorded(model, model.example())
+    result = compare(acts, recorded(model, model.example()))
+    assert len(result) == len(acts)
+    assert all(row.equal and row.close and row.max_abs == 0 and row.cosine == 1 for row in result)
+    assert result.first_difference is None
+    assert (result.only_a, result.only_b) == ((), ())
+
+
+def test_the_layer_with_another_eps_is_found() -> None:
+    model = TinyTransformer()
+    ported = copy.deepcopy(model)
+    ported.blocks[1].norm1.eps = 1e-2
+    a, b = (recorded(m, m.example()) for m in (model, ported))
+    first = compare(a, b).first_difference
+    assert first is not None
+    assert first.layer == "blocks.1.norm1"
+
+
+def test_the_layer_with_a_transposed_weight_is_found_under_its_new_name() -> None:
+    class Ported(nn.Module):
+        def __init__(self, model: TinyTransformer) -> None:
+            super().__init__()
+            self.transformer = copy.deepcopy(model)
+            query = self.transformer.blocks[0].attention.query
+            query.weight.data = query.weight.data.T.clone()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.transformer(ids)
+
+    model = TinyTransformer()
+    a, b = recorded(model, model.example()), recorded(Ported(model), model.example())
+    assert len(compare(a, b)) == 0
+    first = compare(a, b, lambda name: f"transformer.{name}").first_difference
+    assert first is not None
+    assert (first.layer, first.other) == (
+        "blocks.0.attention.query",
+        "transformer.blocks.0.attention.query",
+    )
+
+
+def test_first_means_the_earliest_pass_and_there_execution_order() -> None:
+    one, two = torch.zeros(1), torch.ones(1)
+    a = recording(x=[one, one], y=[one, one], z=[one, one])
+    b = recording(x=[one, two], y=[two, one], z=[two, one])
+    first = compare(a, b).first_difference
+    assert first is not None
+    assert (first.layer, first.different_pass) == ("y", 0)
+
+
+def test_rows_are_in_the_execution_order_of_the_first() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    a = recorded(model, torch.ones(1, 4), layers=["1", "0"])
+    assert [row.layer for row in compare(a, recorded(model, torch.ones(1, 4)))] == ["0", "1"]
+
+
+floats = st.floats(-1e3, 1e3, width=32)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(floats, floats), min_size=1, max_size=40), st.integers(1, 9))
+def test_errors_are_what_numpy_says(pairs: list[tuple[float, float]], block: int) -> None:
+    before, _blocks.BLOCK = _blocks.BLOCK, block
+    try:
+        row = only(*(torch.tensor(side) for side in zip(*pairs, strict=True)))
+    finally:
+        _blocks.BLOCK = before
+    a, b = np.array(pairs, dtype=np.float64).T
+    error = np.abs(a - b)
+    assert row.max_abs == error.max()
+    assert row.count == len(pairs)
+    if error.max() == 0:
+        assert row.max_rel == 0
+    elif np.abs(b).max() == 0:
+        assert row.max_rel == INF
+    else:
+        assert row.max_rel == error.max() / np.abs(b).max()
+    assert row.close == bool((error <= 1e-5 + 1.3e-6 * np.abs(b)).all())
+    lengths = np.linalg.norm(a) * np.linalg.norm(b)
+    if lengths > 1e-100:
+        assert row.cosine == pytest.approx(a @ b / lengths, abs=1e-12)
+
+
+def test_close_is_between_equal_and_different() -> None:
+    one = torch.ones(3)
+    rows = [only(one, one + delta) for delta in (0, 1e-6, 1e-3)]
+    assert [(row.equal, row.close) for row in rows] == [(True, True), (False, True), (False, False)]
+
+
+def test_tolerances_can_be_given() -> None:
+    one, other = torch.ones(3), torch.ones(3) * 1.01
+    assert not only(one, other).close
+    assert only(one, other, rtol=0.1).close
+    assert only(one, other, atol=0.1).close
+    assert not only(one, one + 1e-7, rtol=0, atol=0).close
+
+
+@pytest.mark.parametrize(
+    ("dtype", "near", "far"),
+    [
+        (torch.float16, 5e-4, 5e-3),
+        (torch.bfloat16, 8e-3, 0.1),
+        (torch.float64, 5e-8, 5e-7),
+        (torch.float8_e4m3fn, 0, 0.25),
+    ],
+)
+def test_the_tolerance_is_that_of_the_less_precise_dtype(
+    dtype: torch.dtype, near: float, far: float
+) -> None:
+    one = torch.ones(2, dtype=torch.float64)
+    assert only(one, (one + near).to(dtype)).close
+    assert not only(one, (one + far).to(dtype)).close
+    assert only((one + near).to(dtype), one).close
+
+
+def test_equal_means_bits_so_minus_zero_is_another_zero() -> None:
+    row = only(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert (row.equal, row.close, row.max_abs, row.max_rel, row.cosine) == (False, True, 0, 0, 1)
+
+
+def test_nan_agrees_with_nan_and_an_infinity_with_its_like() -> None:
+    odd = torch.tensor([NAN, INF, -INF, 1.0])
+    row = only(odd, odd.clone())
+    assert (row.equal, row.close, row.max_abs, row.cosine) == (True, True, 0, 1)
+    row = only(odd.double(), odd)
+    assert (row.equal, row.close, row.max_abs, row.cosine) == (False, True, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(NAN, 1.0), (1.0, NAN), (INF, 1.0), (1.0, INF), (INF, -INF), (NAN, INF)]
+)
+def test_finite_against_not_is_infinitely_wrong(one: float, other: float) -> None:
+    row = only(torch.tensor([one, 2.0]), torch.tensor([other, 2.0]))
+    assert (row.max_abs, row.close, row.max_rel) == (INF, False, INF)
+    assert row.cosine == 1  # of what is finite in both
+    assert only(torch.tensor([one]), torch.tensor([other])).max_abs == INF
+
+
+def test_a_zero_against_something_has_no_angle() -> None:
+    zero, one = torch.zeros(3), torch.ones(3)
+    assert only(zero, one).cosine == 0
+    assert only(one, -one).cosine == -1
+    assert only(zero, zero.clone()).cosine == 1
+    assert only(one, zero).max_rel == INF
+
+
+def test_integers_and_bools_are_close_only_if_they_are_equal() -> None:
+    for dtype in (torch.int32, torch.bool, torch.uint8):
+        one = torch.tensor([0, 1], dtype=dtype)
+        assert only(one, one.clone()).equal
+        assert not only(one, torch.tensor([1, 1], dtype=dtype)).close
+    large = torch.tensor([2**60])
+    assert not only(large, large + 1).close
+    assert only(torch.tensor([3]), torch.tensor([3], dtype=torch.int32)).close
+
+
+def test_complex_numbers_differ_by_the_modulus() -> None:
+    row = only(torch.tensor([3 + 4j]), torch.tensor([0j]))
+    assert (row.max_abs, row.cosine) == (5, 0)
+    assert only(torch.tensor([1j]), torch.tensor([1 + 0j])).cosine == 0
+    assert only(torch.tensor([1j]), torch.tensor([1j]).conj().conj()).equal
+
+
+def test_nested_values_have_a_row_for_each_tensor() -> None:
+    model = nn.LSTM(4, 2)
+    a, b = (recorded(m, torch.ones(3, 4), layers="") for m in (model, copy.deepcopy(model)))
+    assert [row.leaf for row in compare(a, b)] == ["[0]", "[1][0]", "[1][1]"]
+
+
+def test_all_calls_count() -> None:
+    xs = torch.randn(3, 2, 4)
+    model = nn.Linear(4, 4)
+    a, b = (recorded(m, *xs, layers="") for m in (model, model))
+    (row,) = compare(a, b)
+    assert (row.calls, row.count) == (3, 24)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:.*quantiz")
+def test_other_kinds_of_tensors_are_compared_by_what_they_stand_for() -> None:
+    dense = torch.tensor([[0.0, 2.0], [0.0, 4.0]])
+    assert only(dense.to_sparse(), dense).equal
+    assert not only(dense.to_sparse(), dense + 1).close
+    ragged = torch.nested.nested_tensor([dense, dense[:1]], layout=torch.strided)
+    assert only(ragged, ragged.clone()).equal
+    other = torch.nested.nested_tensor([dense, dense[:1].T], layout=torch.strided)
+    assert only(ragged, other).note == "call 0: nested or without data in another way"
+    quantized = torch.quantize_per_tensor(dense, 1.0, 0, torch.qint8)
+    assert only(quantized, dense).close
+
+
+def test_memory_order_does_not_matter() -> None:
+    images = torch.randn(4, 30, 40, 50)
+    assert only(images, images.to(memory_format=torch.channels_last)).equal
+    assert not only(images, images.to(memory_format=torch.channels_last) + 1).close
+    assert only(torch.ones(1, 50).expand(2000, 50), torch.ones(2000, 50)).equal
+
+
+# --- What does not match is told, not raised ---------------------------------------------------------
+
+
+def test_other_shapes_are_told() -> None:
+    ones = [torch.ones(2), torch.ones(2), torch.ones(2), torch.ones(2)]
+    others = [torch.ones(2), torch.ones(3), torch.ones(1, 2), torch.ones(4)]
+    (row,) = compare(recording(x=ones), recording(x=others))
+    assert (row.equal, row.close, row.calls, row.different_pass) == (False, False, 1, 1)
+    assert row.note == "call 1: (2,) and (3,); call 2: (2,) and (1, 2); 1 more"
+
+
+def test_other_numbers_of_calls_are_told() -> None:
+    one = torch.ones(2)
+    for a, b, note in (([one], [one, one], "1 and 2 calls"), ([one, one], [one], "2 and 1 call")):
+        (row,) = compare(recording(x=a), recording(x=b))
+        assert (row.note, row.calls, row.close, row.different_pass) == (note, 1, False, 1)
+    (row,) = compare(recording(x=[]), recording(x=[one]))
+    assert (row.note, row.calls, row.different_pass) == ("0 and 1 call", 0, 0)
+    assert math.isnan(row.max_abs)
+
+
+def test_another_dtype_is_told_and_compared_all_the_same() -> None:
+    row = only(torch.ones(2), torch.ones(2, dtype=torch.float16))
+    assert (row.note, row.equal, row.close, row.max_abs) == ("float32 and float16", False, True, 0)
+
+
+def test_another_structure_is_told() -> None:
+    one = torch.ones(2)
+    result = compare(recording(x=[(one, one)]), recording(x=[(one, [one])]))
+    assert [(row.leaf, row.close, row.note) for row in result] == [
+        ("[0]", True, ""),
+        ("[1]", False, "call 0 only in a"),
+        ("[1][0]", False, "call 0 only in b"),
+    ]
+
+
+def test_layers_that_only_one_has_are_listed() -> None:
+    one = [torch.ones(2)]
+    result = compare(recording(a=one, both=one), recording(b=one, both=one))
+    assert (result.only_a, result.only_b) == (("a",), ("b",))
+    assert [row.layer for row in result] == ["both"]
+    assert "only in a: 'a'; only in b: 'b'" in repr(result)
+
+
+def test_layers_that_were_never_called_have_nothing_to_compare() -> None:
+    with pytest.warns(UnusedLayerWarning), record(nn.Linear(1, 1), "") as acts:
+        pass
+    (row,) = compare(acts, acts)
+    assert (row.note, row.close, row.different_pass) == ("nothing to compare", True, None)
+    assert math.isnan(row.cosine)
+    (row,) = compare(recording(x=["text"]), recording(x=["other"]))
+    assert row.note == "nothing to compare"
+
+
+def test_tensors_without_elements_are_equal() -> None:
+    row = only(torch.empty(0, 3), torch.empty(0, 3))
+    assert (row.equal, row.calls, row.count) == (True, 1, 0)
+
+
+# --- Names -------------------------------------------------------------------------------------------
+
+
+def test_names_can_be_mapped_and_those_that_are_not_stay() -> None:
+    one = [torch.ones(2)]
+    result = compare(
+        recording(conv=one, fc=one), recording(features=one, fc=one), {"conv": "features"}
+    )
+    assert [(row.layer, row.other) for row in result] == [("conv", "features"), ("fc", "fc")]
+    assert repr(result).splitlines()[2].startswith("conv -> features ")
+
+
+def test_a_function_may_leave_layers_out() -> None:
+    one = [torch.ones(2)]
+    acts = recording(a=one, b=one)
+    result = compare(acts, acts, lambda name: None if name == "a" else name)
+    assert [row.layer for row in result] == ["b"]
+    assert (result.only_a, result.only_b) == ((), ("a",))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"cnov": "fc"}, r"compare\(names=.*: a has no layer 'cnov'. Did you mean 'conv'"),
+        ({"conv": "fcc"}, r"compare\(names=.*: b has no layer 'fcc'. Did you mean 'fc'"),
+    ],
+)
+def test_a_misspelled_name_in_a_mapping_is_an_error(names: dict[str, str], message: str) -> None:
+    one = [torch.ones(2)]
+    with pytest.raises(UnknownLayerError, match=message):
+        compare(recording(conv=one), recording(fc=one), names)
+
+
+def test_an_alias_is_the_layer_that_it_stands_for() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, shared)
+    acts = recorded(model, torch.ones(1, 4), layers="0")
+    result = compare(acts, acts, {"1": "1"})
+    assert [(row.layer, row.other) for row in result] == [("0", "0")]
+    assert result.only_b == ()
+
+
+def test_anything_but_a_recording_is_an_error() -> None:
+    with pytest.raises(OptionError, match="expected two recordings, got 'str'"):
+        compare("runs/a", recording())  # type: ignore[arg-type]
+
+
+# --- Shown -------------------------------------------------------------------------------------------
+
+
+def test_it_prints_as_a_table() -> None:
+    a = recording(a=[torch.tensor([1.0, 2.0])], b=[torch.ones(1)], c=[torch.ones(1)], d=[])
+    b = recording(a=[torch.tensor([1.0, 4.0])], b=[torch.ones(1)], c=[torch.ones(1).half()], d=[])
+    result = compare(a, b)
+    assert isinstance(result, Comparison)
+    assert repr(result).splitlines() == [
+        "compared 4 tensors of 4 layers: 1 equal, 1 close, 1 different; first difference in a, pass 0",
+        "layer  calls  count  max abs  max rel    cosine  verdict    note",
+        "a          1      2        2      0.5  0.976187  different",
+        "b          1      1        0        0  1.000000  equal",
+        "c          1      1        0        0  1.000000  close      float32 and float16",
+        "d          0      0                                         nothing to compare",
+    ]
+    assert "first difference in a, pass 0" in result._repr_html_()
+    assert "<span>float32 and float16</span>" in result._repr_html_()
+
+
+def test_nothing_in_common_is_a_table_too() -> None:
+    assert (
+        repr(compare(recording(), recording())).splitlines()[0] == "compared 0 tensors of 0 layers"
+    )
+
+
+def test_rows_make_a_data_frame() -> None:
+    model = ConvNet()
+    acts = recorded(model, model.example())
+    frame = pd.DataFrame(compare(acts, acts))
+    assert list(frame["layer"]) == acts.execution_order
+    assert frame["equal"].all()
+
+
+def test_nothing_is_changed() -> None:
+    values = [torch.tensor([1.0, NAN]).double(), torch.tensor([2.0, INF]).double()]
+    copies = [value.clone() for value in values]
+    only(*values)
+    assert all(
+        torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(values, copies, strict=True)
+    )

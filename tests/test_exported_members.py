@@ -1,0 +1,95 @@
+"""The public names, all of them; and what importing them does not import."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import actrec
+
+NEVER_IMPORTED = {"matplotlib", "sklearn", "torch._dynamo", "transformers"}
+
+
+def test_the_public_names_are_these():
+    assert actrec.__all__ == [
+        "ActrecError",
+        "CaptureError",
+        "Comparison",
+        "JoinError",
+        "Layer",
+        "MissingGradientWarning",
+        "Opaque",
+        "OptionError",
+        "Recorder",
+        "Recording",
+        "SelectionError",
+        "Stats",
+        "TransformError",
+        "UnknownLayerError",
+        "UnsupportedModelError",
+        "UnusedLayerWarning",
+        "compare",
+        "record",
+    ]
+
+
+def test_everything_else_is_private():
+    modules = {info.name for info in pkgutil.walk_packages(actrec.__path__)}
+    assert {name for name in modules if not name.startswith("_")} == {"errors", "plot", "testing"}
+    names = {name for name in vars(actrec) if not name.startswith("_")}
+    assert names == {*actrec.__all__, "errors"}
+
+
+@pytest.mark.parametrize("name", actrec.__all__)
+def test_a_public_name_leads_to_the_object_that_its_own_module_exports(name):
+    public = getattr(actrec, name)
+    assert public.__module__.partition(".")[0] == "actrec"
+    home = importlib.import_module(public.__module__)
+    assert name in home.__all__
+    assert getattr(home, name) is public
+
+
+def test_the_errors_are_all_exported():
+    assert set(actrec.errors.__all__) <= set(actrec.__all__)
+
+
+# --- In a fresh interpreter ------------------------------------------------------------------------
+
+
+def imported(code: str, *after: str) -> set[str]:
+    """The modules that are imported by ``code``, beyond those imported by ``after``."""
+    lines = [
+        "import sys",
+        *after,
+        "before = set(sys.modules)",
+        code,
+        "print(*set(sys.modules) - before, sep='\\n')",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(result.stdout.split())
+
+
+def foreign(modules: set[str]) -> set[str]:
+    """Those that are neither actrec's own nor the standard library's."""
+    own = {"actrec", *sys.stdlib_module_names}
+    return {name for name in modules if name.partition(".")[0] not in own}
+
+
+def test_actrec_imports_nothing_but_torch():
+    modules = imported("import actrec", "import torch")
+    assert "actrec" in modules
+    assert not foreign(modules)
+
+
+def test_actrec_imports_no_optional_library_and_no_compiler():
+    assert not NEVER_IMPORTED & imported("import actrec")
+
+
+@pytest.mark.parametrize("name", ["pytest", "torch._dynamo"])
+def test_an_import_would_be_noticed(name):
+    assert name in foreign(imported(f"import actrec, {name}", "import torch"))

@@ -1,0 +1,283 @@
+"""What rarely runs: other versions of PyTorch, a compiler not yet imported, recorders that are gone."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from actrec import ActrecError, _eager, _record, _snapshot, record
+from actrec._hooks import Hook
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+X = torch.ones(2, 4)
+
+
+# --- Snapshots ---------------------------------------------------------------------------------------
+
+
+def test_where_pytorch_cannot_share_memory_nothing_is_shared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert _snapshot._plain_keys(), "this version can"
+    monkeypatch.setattr(torch.Tensor, "_lazy_clone", lambda self: self.detach())
+    assert _snapshot._plain_keys() == (), "a twin that is an alias"
+
+    def fail(_: Tensor) -> Tensor:
+        raise RuntimeError("not implemented")
+
+    monkeypatch.setattr(torch.Tensor, "_lazy_clone", fail)
+    assert _snapshot._plain_keys() == ()
+    monkeypatch.setattr(_snapshot, "_dispatch_keys", None)
+    assert _snapshot._plain_keys() == ()
+    assert not _snapshot._is_plain(X)
+
+
+def test_memory_that_cannot_be_shared_is_cloned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_snapshot, "SMALL", -1)
+    shared = torch.ones(2, 3).share_memory_()
+    model = nn.Identity()
+    with record(model, "") as acts:
+        model(shared)
+    shared.zero_()
+    assert acts[""][0].sum() == 6
+
+
+def test_without_an_address_every_tensor_counts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_snapshot, "_data_address", None)
+    model = nn.Sequential(nn.Linear(4, 4096), nn.Identity())
+    with record(model) as acts:
+        model(X)
+    assert acts.nbytes == 2 * 2 * 4096 * 4, "shared, but that cannot be seen"
+
+
+# --- The compiler ------------------------------------------------------------------------------------
+
+
+def test_a_block_is_refused_where_the_compiler_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(ActrecError, match="Open the block outside of the compiled function"):
+        record(nn.Linear(4, 4))
+
+
+# The compiler warns about its own deprecations when it is first used.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_block_that_is_made_outside_and_entered_in_a_compiled_function_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    block = record(model)
+
+    def step(x: Tensor) -> Tensor:
+        with block:
+            return model(x)
+
+    with pytest.raises(ActrecError, match=r"torch\.compile is compiling"):
+        torch.compile(step, backend="eager")(X)
+    with record(model) as acts:
+        model(X)
+    assert len(acts["0"]) == 1, "and the next block works"
+
+
+class Stance:
+    """Stands in for ``torch.compiler.set_stance``."""
+
+    held: tuple[str, ...] = ()
+
+    def __init__(self, stance: str) -> None:
+        Stance.held += (stance,)
+
+    def __exit__(self, *_: object) -> None:
+        Stance.held = Stance.held[:-1]
+
+
+@pytest.fixture
+def late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module that nobody has imported, in the place of the compiler."""
+    name = "a_compiler_that_is_imported_late"
+    for module in (name, "something_else"):
+        (tmp_path / f"{module}.py").write_text("ready = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(_eager, "_COMPILER", name)
+    monkeypatch.setattr(torch.compiler, "set_stance", Stance)
+    Stance.held = ()
+    yield name
+    for module in (name, "something_else"):
+        sys.modules.pop(module, None)
+
+
+def watchers() -> list[object]:
+    return [finder for finder in sys.meta_path if isinstance(finder, _eager._Stance)]
+
+
+def test_a_compiler_that_is_imported_inside_the_block_finds_the_stance_set(late: str) -> None:
+    model = nn.Sequential(nn.ReLU())
+    with record(model, "0"), record(model, ""):
+        assert Stance.held == ()
+        assert len(watchers()) == 1, "however many recorders"
+        assert importlib.import_module("something_else").ready
+        assert Stance.held == ()
+        assert importlib.import_module(late).ready
+        assert Stance.held == ("force_eager",)
+        assert watchers() == []
+        model(X)
+    assert Stance.held == ()
+
+
+def test_a_compiler_that_is_imported_afterwards_is_left_alone(late: str) -> None:
+    model = nn.ReLU()
+    with record(model, ""):
+        model(X)
+    assert watchers() == []
+    importlib.import_module(late)
+    assert Stance.held == ()
+
+
+def test_a_compiler_that_is_not_installed_is_an_import_error_as_ever(late: str) -> None:
+    model = nn.ReLU()
+    with record(model, ""):
+        model(X)
+        sys.path_importer_cache.clear()
+        sys.path.pop(0)
+        with pytest.raises(ModuleNotFoundError, match=late):
+            importlib.import_module(late)
+
+
+def test_a_block_that_ends_while_the_compiler_is_being_imported_sets_no_stance(late: str) -> None:
+    model = nn.ReLU()
+    with record(model, ""):
+        model(X)
+        (watcher,) = watchers()
+        spec = watcher.find_spec(late, None)  # type: ignore[attr-defined]
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert Stance.held == ()
+
+
+# --- Recorders that are gone -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_recorder_that_is_dropped_during_a_call_does_no_harm_to_it(when: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    kept: list[object] = []
+
+    def drop(*_: object) -> None:
+        kept.clear()
+
+    if when == "before":
+        model.register_forward_pre_hook(drop)
+        model[0].register_forward_pre_hook(drop)
+    else:
+        model[0].register_forward_hook(drop)
+    expected = model(X)
+    block = record(model, ["", "0"])
+    kept += [block, block.__enter__()]
+    del block
+    assert torch.equal(model(X), expected)
+    tables = [t for m in model.modules() for t in (m._forward_hooks, m._forward_pre_hooks)]
+    assert not any(isinstance(hook, Hook) for table in tables for hook in table.values())
+
+
+def test_in_a_forked_process_every_open_recorder_stops() -> None:
+    model = nn.Linear(4, 4)
+    with record(model, "") as acts:
+        model(X)
+        _record._end_all()  # what a fork runs in the child
+        model(X)
+    assert len(acts[""]) == 1
+
+
+# --- Errors ------------------------------------------------------------------------------------------
+
+
+class Stubborn(Tensor):
+    """A tensor that cannot be detached."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.detach:
+            raise NotImplementedError("no")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_value_that_cannot_be_copied_is_an_error_that_says_where_it_came_from() -> None:
+    model = nn.Sequential(nn.Identity())
+    with (
+        pytest.raises(NotImplementedError, match="no") as caught,
+        record(model, "0") as acts,
+    ):
+        model(X)
+        model(X.as_subclass(Stubborn))
+    assert caught.value.__notes__ == ["raised while actrec recorded call 1 of layer '0'"]
+    assert len(acts["0"]) == 1
+
+
+def test_of_several_errors_that_a_model_swallows_the_first_is_raised() -> None:
+    class Swallows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                with suppress(RuntimeError):
+                    self.layer(x)
+            return x
+
+    calls: list[int] = []
+
+    def fail(_: Tensor) -> None:
+        calls.append(len(calls))
+        raise ValueError(f"number {len(calls)}")
+
+    model = Swallows()
+    with (
+        pytest.raises(RuntimeError, match="call 0: number 1"),
+        record(model, "layer", transform=fail),
+    ):
+        model(X)
+    assert calls == [0, 1]
+
+
+def test_after_an_interrupt_inside_that_the_model_itself_caught_the_pass_goes_on() -> None:
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.layer(x)
+            raise KeyboardInterrupt
+
+    class Catches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Interrupted()
+            self.last = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return self.inner(x)
+            except KeyboardInterrupt:
+                return self.last(x)
+
+    model = Catches()
+    with record(model, ["inner.layer", "last"]) as acts:
+        model(X)
+        model(X)
+    assert acts["inner.layer"].passes == acts["last"].passes == [0, 1]
+    assert acts.num_passes == 2
+
+
+def test_a_transform_of_a_tensor_on_another_device_runs_there() -> None:
+    model = nn.Identity()
+    with record(model, "", transform=lambda t: t.sum(0)) as acts:
+        model(torch.empty(2, 4, device="meta"))
+    assert acts[""][0].is_meta
+    assert acts[""][0].shape == (4,)

@@ -1,0 +1,320 @@
+"""Statistics: exact where floats allow it, of every kind of tensor, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from actrec import ActrecError, Recording, Stats, UnusedLayerWarning, _blocks, record
+from actrec._recording import ListLayer
+from actrec._stats import Moments, Row
+
+NAN, INF = math.nan, math.inf
+
+
+def recording(**layers: list[Any]) -> Recording:
+    return Recording("Net", {k: ListLayer(k, v, "Linear") for k, v in layers.items()}, {})
+
+
+def only(*values: Any) -> Row:
+    (row,) = recording(a=list(values)).stats()
+    return row
+
+
+def exact(values: np.ndarray[Any, Any]) -> tuple[Fraction, Fraction]:
+    """Mean and variance as they are."""
+    fractions = [Fraction(float(value)) for value in values]
+    mean = sum(fractions, Fraction(0)) / len(fractions)
+    return mean, sum(((f - mean) ** 2 for f in fractions), Fraction(0)) / len(fractions)
+
+
+# --- Right -------------------------------------------------------------------------------------------
+
+
+def test_statistics_run_over_all_calls() -> None:
+    row = only(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 5.0], [NAN, -INF]]))
+    assert row == Row("a", "", 6, 2.0, math.sqrt(3.5), 0.0, 5.0, 1 / 6, 1, 1, 24, 1)
+
+
+numbers = st.floats(-1e6, 1e6, width=32) | st.sampled_from([NAN, INF, -INF, 0.0, -0.0])
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(numbers, max_size=30), min_size=1, max_size=5), st.integers(1, 7))
+def test_they_are_what_numpy_says(calls: list[list[float]], block: int) -> None:
+    before, _blocks.BLOCK = _blocks.BLOCK, block
+    try:
+        row = only(*map(torch.tensor, calls))
+    finally:
+        _blocks.BLOCK = before
+    data = np.array([x for call in calls for x in call])
+    finite = data[np.isfinite(data)]
+    assert (row.count, row.nan, row.inf) == (
+        data.size, int(np.isnan(data).sum()), int(np.isinf(data).sum()),
+    )  # fmt: skip
+    if data.size:
+        assert row.zeros == (data == 0).mean()
+    else:
+        assert math.isnan(row.zeros)
+    if finite.size:
+        assert (row.min, row.max) == (finite.min(), finite.max())
+        assert row.mean == pytest.approx(finite.mean(), rel=1e-9, abs=1e-9)
+        assert row.std == pytest.approx(finite.std(), rel=1e-9, abs=1e-9)
+    else:
+        assert all(map(math.isnan, (row.mean, row.std, row.min, row.max)))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e8, -1e12, 1e15])
+@pytest.mark.parametrize("size", [7, 40_000])
+def test_a_large_mean_does_not_drown_a_small_variance(offset: float, size: int) -> None:
+    data = offset + np.random.default_rng(0).normal(size=size)
+    row = only(*torch.from_numpy(data).split(999))
+    mean, variance = exact(data)
+    assert row.mean == pytest.approx(float(mean), rel=1e-15)
+    assert row.std == pytest.approx(float(variance) ** 0.5, rel=1e-12)
+
+
+def test_blocks_of_very_different_size_merge_without_loss() -> None:
+    data = np.concatenate([np.zeros(50_000), np.full(50_000, 1e8), [3e9], np.full(9, -1e-8)])
+    row = only(torch.from_numpy(data))
+    mean, variance = exact(data)
+    assert row.mean == pytest.approx(float(mean), rel=1e-15)
+    assert row.std == pytest.approx(float(variance) ** 0.5, rel=1e-13)
+
+
+def test_equal_values_have_no_deviation() -> None:
+    assert only(torch.full((100_000,), 0.1)).std == 0
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_small_floats_are_exact(dtype: torch.dtype) -> None:
+    values = torch.randn(50_000).to(dtype)
+    row = only(values)
+    mean, variance = exact(values.double().numpy())
+    assert row.mean == pytest.approx(float(mean), rel=1e-14)
+    assert row.std == pytest.approx(float(variance) ** 0.5, rel=1e-14)
+    assert (row.min, row.max) == (values.double().min(), values.double().max())
+    assert row.nbytes == values.nbytes
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    ],
+    ids=str,
+)
+def test_integers_count(dtype: torch.dtype) -> None:
+    row = only(torch.tensor([0, 1, 5], dtype=dtype))
+    assert (row.count, row.mean, row.min, row.max, row.zeros) == (3, 2, 0, 5, 1 / 3)
+
+
+def test_large_integers_keep_their_extremes() -> None:
+    row = only(torch.tensor([2**62 + 1, -(2**62) - 1]))
+    assert (row.min, row.max) == (-(2**62) - 1, 2**62 + 1)
+
+
+def test_bools_count_as_zero_and_one() -> None:
+    row = only(torch.tensor([True, True, False, True]))
+    assert (row.mean, row.min, row.max, row.zeros, row.nbytes) == (0.75, 0, 1, 0.25, 4)
+
+
+def test_complex_numbers_count_with_their_modulus() -> None:
+    row = only(
+        torch.tensor([3 + 4j, 0j, complex(NAN, 1), complex(0, INF)]), torch.tensor([5 + 0j]).conj()
+    )
+    assert row.mean == pytest.approx(10 / 3)
+    assert (row.min, row.max, row.zeros, row.nan, row.inf) == (0, 5, 0.2, 1, 1)
+
+
+def test_negative_zero_is_zero() -> None:
+    assert only(torch.tensor([-0.0, 1.0])).zeros == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse")
+def test_other_kinds_of_tensors_count_with_what_they_stand_for() -> None:
+    dense = torch.tensor([[0.0, 2.0], [0.0, 4.0]])
+    for kind in (
+        dense.to_sparse(),
+        torch.nested.nested_tensor(list(dense), layout=torch.strided),
+        torch.nested.nested_tensor(list(dense), layout=torch.jagged),
+        dense.T,
+        dense.requires_grad_(),
+    ):
+        row = only(kind)
+        assert (row.count, row.mean, row.max, row.zeros) == (4, 1.5, 4, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+def test_quantized_tensors_count_with_the_numbers_that_they_stand_for() -> None:
+    row = only(torch.quantize_per_tensor(torch.tensor([0.0, 1.0]), 0.5, 0, torch.qint8))
+    assert (row.mean, row.max) == (0.5, 1)
+
+
+def test_tensors_without_data_or_elements_count_nothing() -> None:
+    for nothing in (torch.empty(3, device="meta"), torch.empty(0, 3), "text"):
+        row = only(nothing)
+        assert (row.count, row.nbytes, row.nan) == (0, 0, 0)
+        assert math.isnan(row.mean)
+        assert math.isnan(row.zeros)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(3, 50, 60, 70).to(memory_format=torch.channels_last),
+        lambda: torch.randn(1000, 100).T,
+        lambda: torch.randn(1, 50).expand(3000, 50),
+        lambda: torch.randn(200, 1000)[:, ::2],
+        lambda: torch.randn(100_000),
+        lambda: torch.tensor(1.5),
+    ],
+)
+def test_what_lies_in_memory_in_any_order_is_read_once_in_small_blocks(make: Any) -> None:
+    tensor: Tensor = make()
+    seen = [block for (block,) in _blocks.blocks(tensor)]
+    assert all(block.dim() == 1 and len(block) <= _blocks.BLOCK for block in seen)
+    assert torch.equal(torch.cat(seen).sort().values, tensor.reshape(-1).sort().values)
+
+
+def test_nothing_is_changed() -> None:
+    values = [torch.randn(3).double(), torch.tensor([1.0, NAN]).double()]
+    copies = [value.clone() for value in values]
+    recording(a=values).stats()
+    assert all(
+        torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(values, copies, strict=True)
+    )
+
+
+def test_one_call_is_in_memory_at_a_time() -> None:
+    alive: list[int] = []
+
+    class Lazy(ListLayer):
+        def __iter__(self) -> Any:
+            import weakref
+
+            refs: list[Any] = []
+            for index in range(5):
+                value = torch.full((10,), float(index))
+                refs.append(weakref.ref(value))
+                alive.append(sum(ref() is not None for ref in refs))
+                yield value
+                del value
+
+    layer = Lazy("a", range(5))
+    assert Recording("Net", {"a": layer}, {}).stats()[0].mean == 2
+    assert max(alive) <= 2
+
+
+# --- Rows --------------------------------------------------------------------------------------------
+
+
+def test_nested_values_have_a_row_for_each_tensor() -> None:
+    model = nn.LSTM(4, 2)
+    with record(model, "") as acts:
+        model(torch.ones(3, 4))
+    assert [(row.layer, row.leaf, row.count) for row in acts.stats()] == [
+        ("", "[0]", 6),
+        ("", "[1][0]", 2),
+        ("", "[1][1]", 2),
+    ]
+
+
+def test_rows_are_in_execution_order_and_layers_without_calls_come_last() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.warns(UnusedLayerWarning), record(model, ["2", "1", "0"]) as acts:
+        model[1](model[0](torch.ones(1, 4)))
+    assert [row.layer for row in acts.stats()] == ["0", "1", "2"]
+    assert acts.stats()[2].count == 0
+
+
+def test_the_first_layer_with_a_nan_is_found_in_one_line() -> None:
+    class Divide(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / x.sum()
+
+    model = nn.Sequential(nn.ReLU(), Divide(), nn.Tanh())
+    with record(model, ["2", "1", "0"]) as acts:
+        model(torch.ones(2))
+        model(-torch.ones(2))
+    first = acts.stats().first_nonfinite
+    assert first is not None
+    assert (first.layer, first.nan, first.nonfinite_pass) == ("1", 2, 1)
+
+
+def test_an_earlier_pass_comes_before_an_earlier_layer() -> None:
+    fine, bad = torch.ones(1), torch.tensor([INF])
+    first = recording(a=[fine, fine, bad], b=[fine, bad, fine], c=[bad * 0 + 1, fine, bad]).stats()
+    found = first.first_nonfinite
+    assert found is not None
+    assert found.layer == "c"  # inf * 0 is NaN, in pass 0
+    assert recording(a=[fine]).stats().first_nonfinite is None
+
+
+def test_rows_make_a_data_frame() -> None:
+    stats = recording(a=[torch.ones(3)], b=[torch.tensor([NAN])]).stats()
+    frame = pd.DataFrame(stats)
+    assert list(frame["layer"]) == ["a", "b"]
+    assert frame["count"].sum() == 4
+    assert frame["mean"][0] == 1
+    assert frame.shape == (2, 12)
+
+
+def test_they_print_as_a_table() -> None:
+    stats = recording(
+        a=[torch.tensor([0.0, 3.0])], b=[(torch.tensor([True]), torch.tensor([NAN]))], c=[]
+    ).stats()
+    assert isinstance(stats, Stats)
+    assert repr(stats).splitlines() == [
+        "statistics of 3 layers",
+        "layer  count  mean  std  min  max  zeros  nan  inf  memory",
+        "a          2   1.5  1.5    0    3    50%    0    0     8 B",
+        "b[0]       1     1    0    1    1     0%    0    0     1 B",
+        "b[1]       1                          0%    1    0     4 B",
+        "c          0                                0    0     0 B",
+    ]
+    assert '<td class="actrec-r">1.5</td>' in stats._repr_html_()
+    assert "statistics of 3 layers" in stats._repr_html_()
+
+
+def test_statistics_can_be_asked_for_inside_the_block() -> None:
+    model = nn.Linear(4, 3)
+    with record(model, "") as acts:
+        with pytest.raises(ActrecError, match="from which they cannot be read"):
+            acts.stats()
+        model(torch.ones(1, 4))
+        assert acts.stats()[0].count == 3
+
+
+def test_calls_that_cannot_be_read_are_named() -> None:
+    class Sink:
+        def append(self, value: Any) -> None: ...
+
+    model = nn.Linear(4, 3)
+    with record(model, "", into=Sink) as acts:
+        model(torch.ones(1, 4))
+    with pytest.raises(ActrecError, match="from which they cannot be read"):
+        acts.stats()
+
+
+def test_moments_of_nothing_are_nan() -> None:
+    moments = Moments()
+    assert all(map(math.isnan, (moments.mean, moments.std, moments.zero_share)))

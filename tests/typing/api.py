@@ -1,0 +1,163 @@
+"""What a type checker says of the public API. Checked by mypy, not run by pytest.
+
+``assert_type`` says what an expression is; an ignored error says that a mistake is one, for mypy also
+complains about an ignore that nothing needs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import ItemsView, Iterator, KeysView, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any, assert_type
+
+import torch
+from torch import Tensor, nn
+
+import actrec
+from actrec import Layer, Opaque, Recorder, Recording, UnusedLayerWarning, record
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+model: nn.Module = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+batch = torch.zeros(2, 4)
+
+
+def pooled(t: Tensor) -> Tensor:
+    return t.mean(1)
+
+
+def is_relu(name: str, module: nn.Module) -> bool:
+    return bool(name) and isinstance(module, nn.ReLU)
+
+
+def what_record_returns() -> None:
+    assert_type(record(model), AbstractContextManager[Recorder])
+    with record(model) as acts:
+        assert_type(acts, Recorder)
+        assert_type(acts.add("label", batch), None)
+        assert_type(acts.add("tokens", ["a", "b"]), None)
+        assert_type(acts.clear(), None)
+        with acts.pause() as nothing:
+            assert_type(nothing, None)
+    assert_type(acts.inputs, Recording)
+
+
+def a_block_that_returns_is_left_by_its_return() -> Tensor:
+    with record(model) as acts:
+        model(batch)
+        return acts["0"].cat()  # type: ignore[no-any-return]  # values are Any, see below
+
+
+def every_kind_of_query() -> None:
+    record(model, None)
+    record(model, "0")
+    record(model, re.compile(r"\d"))
+    record(model, nn.Linear)
+    record(model, model)
+    record(model, is_relu)
+    record(model, lambda name, module: name == "0" and isinstance(module, nn.Linear))
+    record(model, ["0", nn.ReLU, re.compile("1"), model, is_relu])
+    record(model, ("0", "1"))
+    record(model, {"0", "1"})
+    record(model, (str(i) for i in range(2)))
+    record(model, {"0": pooled, "1": None})
+    record(model, {nn.ReLU: torch.sum, "0": lambda t: t[0]})
+
+
+def every_option() -> None:
+    record(
+        model,
+        transform=pooled,
+        inputs=True,
+        detach=False,
+        device="cpu",
+        dtype=torch.float16,
+        into=partial(deque, maxlen=10),
+    )
+    record(model, transform=None, device=None, dtype=None, into=list)
+    record(model, device=torch.device("cpu"), into=deque)
+    record(model, device=0)
+
+
+def what_a_recording_is(acts: Recording) -> None:
+    assert_type(acts["0"], Layer)
+    assert_type(acts.get("0"), Layer | None)
+    assert_type(list(acts), list[str])
+    assert_type(acts.keys(), KeysView[str])
+    assert_type(acts.items(), ItemsView[str, Layer])
+    assert_type(len(acts), int)
+    assert_type("0" in acts, bool)
+    assert_type(acts.num_passes, int)
+    assert_type(acts.nbytes, int)
+    mapping: Mapping[str, Layer] = acts
+    assert_type(mapping["0"], Layer)
+
+
+def what_a_layer_is(layer: Layer) -> None:
+    # What a layer returns depends on the layer: a tensor, or any nesting of them.
+    assert_type(layer[0], Any)
+    assert_type(layer.cat(), Any)
+    assert_type(layer.stack(dim=1, release=True), Any)
+    assert_type(layer[1:], Sequence[Any])
+    assert_type(iter(layer), Iterator[Any])
+    assert_type(len(layer), int)
+    assert_type(layer.passes, list[int])
+    assert_type(layer.nbytes, int)
+    assert_type(layer.name, str)
+    assert_type(layer.type, str)
+    assert_type(layer.clear(), None)
+    values: Sequence[Tensor] = layer
+    torch.cat(list(values))
+    tensor: Tensor = layer.cat()
+    assert_type(tensor, Tensor)
+
+
+def a_recorder_is_a_recording(acts: Recorder) -> Recording:
+    return acts
+
+
+def what_stands_for_an_object() -> None:
+    assert_type(Opaque("Cache").type, str)
+
+
+def the_tree_of_errors() -> None:
+    errors: list[type[actrec.ActrecError]] = [
+        actrec.CaptureError,
+        actrec.JoinError,
+        actrec.OptionError,
+        actrec.SelectionError,
+        actrec.TransformError,
+        actrec.UnknownLayerError,
+        actrec.UnsupportedModelError,
+    ]
+    values: list[type[ValueError]] = [actrec.OptionError, actrec.SelectionError, actrec.JoinError]
+    keys: type[KeyError] = actrec.UnknownLayerError
+    types: type[TypeError] = actrec.UnsupportedModelError
+    runtime: list[type[RuntimeError]] = [actrec.TransformError, actrec.CaptureError]
+    warning: type[UserWarning] = UnusedLayerWarning
+    assert_type((errors, values, keys, types, runtime, warning), Any)  # type: ignore[assert-type]
+
+
+def mistakes() -> None:
+    record()  # type: ignore[call-arg]
+    record("resnet50")  # type: ignore[arg-type]
+    record(nn.Linear)  # type: ignore[arg-type]
+    record(model, 3)  # type: ignore[arg-type]
+    record(model, ["0", 3])  # type: ignore[list-item]
+    record(model, "0", pooled)  # type: ignore[call-arg]
+    record(model, layer="0")  # type: ignore[call-arg]
+    record(model, transform=3)  # type: ignore[arg-type]
+    record(model, dtype="float16")  # type: ignore[arg-type]
+    record(model, device=1.5)  # type: ignore[arg-type]
+    record(model, into=[])  # type: ignore[arg-type]
+    record(model)["0"]  # type: ignore[index]
+    with record(model) as acts:
+        acts["0"] = []  # type: ignore[index]
+        del acts["0"]  # type: ignore[attr-defined]
+        acts.num_passes = 3  # type: ignore[misc]
+        acts["0"].cat("0")  # type: ignore[arg-type]
+        acts.add(3, batch)  # type: ignore[arg-type]
