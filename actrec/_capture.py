@@ -42,11 +42,23 @@ class Capture:
 
     def __call__(self, value: Value, call: int) -> Value:
         """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
-        if self.transform is not None:
-            value = self._transformed(self.transform, value, call)
-            # What the user's own function made is kept, also where it is no tensor.
-            return SKIPPED if value is None else rebuild(value, self.keep, unknown=_itself)
-        return rebuild(value, self.keep)
+        if self.transform is None:
+            return rebuild(value, self.keep)
+        value = self._transformed(self.transform, value, call)
+        # What the user's own function made is kept, also where it is no tensor.
+        return SKIPPED if value is None else rebuild(value, self.keep, unknown=_itself)
+
+    def is_direct(self) -> bool:
+        """Whether a tensor on the CPU is kept just as it is."""
+        moved = self.device is not None and self.device.type != "cpu"
+        return self.transform is None and self.detach and self.dtype is None and not moved
+
+    def received(self, given: dict[str, Value]) -> dict[str, Value]:
+        """Return what is kept of what a call received."""
+        if len(given) == 1:  # nothing can stand in two places, so there is nothing to look out for
+            return {name: rebuild(value, self.keep) for name, value in given.items()}
+        kept: dict[str, Value] = rebuild(given, self.keep)
+        return kept
 
     def added(self, value: Value) -> Value:
         """Return what is kept of a value that the user adds: not cast, and never part of the graph."""
@@ -94,6 +106,10 @@ def _itself(value: Any) -> Any:
     return value
 
 
+#: So few elements are cloned for a transform, also where they cannot be shared.
+SMALL = 4096
+
+
 class _Loan:
     """Lends tensors to a transform: a cheap copy where there is one, else an alias."""
 
@@ -110,7 +126,7 @@ class _Loan:
         check(tensor)
         alias = tensor.detach()
         with normal_mode():
-            copy = twin(alias)
+            copy = alias.clone() if alias.numel() <= SMALL else twin(alias)
         if copy is not None:
             return copy
         if not alias.is_inference():  # torch itself refuses to write to those in place

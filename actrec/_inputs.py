@@ -40,7 +40,8 @@ class Parameters:
         given = dict(zip(self.positional, args, strict=False))
         if len(args) > len(self.positional):
             given[self.rest] = args[len(self.positional) :]
-        return {**given, **kwargs}
+        given.update(kwargs)
+        return given
 
 
 class Arrival(NamedTuple):
@@ -60,7 +61,8 @@ class Arrivals:
     def push(self, arrival: Arrival) -> None:
         """A call begins. Those of earlier passes that never ended have raised: they are forgotten."""
         stack = self._stacks.setdefault(threading.get_ident(), [])
-        stack[:] = [earlier for earlier in stack if earlier.number == arrival.number]
+        if stack:
+            stack[:] = [earlier for earlier in stack if earlier.number == arrival.number]
         stack.append(arrival)
 
     def pop(self, kwargs: object) -> Arrival | None:
@@ -69,6 +71,8 @@ class Arrivals:
         A pre-hook that ran after ours may have replaced ``kwargs``: then it is the last call to begin.
         """
         stack = self._stacks.get(threading.get_ident(), [])
+        if stack and stack[-1].kwargs is kwargs:
+            return stack.pop()
         same = [at for at, arrival in enumerate(stack) if arrival.kwargs is kwargs]
         at = same[-1] if same else len(stack) - 1
         arrival = stack[at] if stack else None

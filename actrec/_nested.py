@@ -34,6 +34,10 @@ _CONSTANTS = (
 )  # fmt: skip
 
 
+# Nothing but their items.
+_PLAIN = frozenset({dict, list, tuple})
+
+
 @dataclasses.dataclass(frozen=True)
 class Opaque:
     """Stands where a layer returned an object that actrec does not take apart, such as a cache.
@@ -94,7 +98,7 @@ class _Rebuilder:
         ] = {}  # by id: what stands for a tensor, or for a container on the way down
 
     def tree(self, value: Value) -> Value:
-        if isinstance(value, _CONSTANTS):
+        if type(value) is not Tensor and isinstance(value, _CONSTANTS):
             return value
         if id(value) not in self.made:
             # A container that contains itself is not finished when it is met again.
@@ -141,6 +145,8 @@ class _Rebuilder:
 
     def _attributes(self, value: Value, new: Value) -> Value:
         """Give ``new`` what ``value`` has besides its items: a ``ModelOutput`` has both."""
+        if type(value) in _PLAIN:
+            return new
         named = getattr(value, "__dict__", {})
         fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
         for name in dict.fromkeys([*(field.name for field in fields), *named]):

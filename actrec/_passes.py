@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from types import FrameType
 
-__all__ = ["Count", "Passes", "backward_number", "checkpoint_frames", "is_own_call"]
+__all__ = [
+    "Count",
+    "Passes",
+    "backward_number",
+    "checkpoint_frames",
+    "is_own_call",
+    "tracing_state",
+]
 
 
 # --- Private PyTorch: the running backward, the running trace, and the frame of a module's call ----
@@ -53,7 +60,7 @@ def _is_recomputing() -> int:
 
 
 backward_number = getattr(torch._C, "_current_graph_task_id", _is_recomputing)
-_tracing_state = getattr(torch._C, "_get_tracing_state", torch.jit.is_tracing)  # type: ignore[attr-defined]
+tracing_state = getattr(torch._C, "_gettracing_state", torch.jit.is_tracing)  # type: ignore[attr-defined]
 _CALL_CODE = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
 
 
@@ -63,7 +70,7 @@ def is_own_call() -> bool:
     Activation checkpointing calls modules again while ``backward()`` runs, to recompute what it did not
     keep, and ``torch.jit.trace`` calls them to write down what they do.
     """
-    return backward_number() == -1 and not _tracing_state()
+    return backward_number() == -1 and not tracing_state()
 
 
 def _is_running(modules: Collection[int]) -> bool:
@@ -82,7 +89,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.calling: list[int] = []
-        self.current = -1
+        self.current: int | None = None  # while it calls something
 
 
 @dataclass(eq=False)
@@ -97,24 +104,24 @@ class Passes(Count):
 
     def __init__(self) -> None:
         super().__init__()
-        self._thread = _Thread()
+        self.thread = _Thread()
         self._open: list[int] = []  # in all threads, the latest last
         self._lock = threading.RLock()
 
     def begin(self, module: nn.Module, *, is_root: bool) -> None:
         """A call of ``module`` begins."""
-        thread = self._thread
+        thread = self.thread
         if thread.calling and is_root and not _is_running([*thread.calling, id(module)]):
             self._close(thread)
         if not thread.calling:
             with self._lock:  # so that no pass is counted and not open, as complete() would see it
-                thread.current = self._number(module)
+                thread.current = self.number(module)
                 self._open.append(thread.current)
         thread.calling.append(id(module))
 
     def end(self, module: nn.Module) -> None:
         """The call of ``module`` has ended, and with it those inside that did not say so."""
-        thread = self._thread
+        thread = self.thread
         if id(module) in thread.calling:
             while thread.calling.pop() != id(module):
                 pass
@@ -123,13 +130,13 @@ class Passes(Count):
 
     def current(self, module: nn.Module) -> int:
         """Return the number of the pass that a call of ``module`` belongs to."""
-        thread = self._thread
-        return thread.current if thread.calling else self._number(module)
+        current = self.thread.current
+        return self.number(module) if current is None else current
 
     @property
     def running(self) -> bool:
         """Whether this thread is inside a pass."""
-        return bool(self._thread.calling)
+        return bool(self.thread.calling)
 
     def complete(self) -> int:
         """Return how many passes are complete: nothing is going to be recorded of those before this number.
@@ -143,7 +150,8 @@ class Passes(Count):
         """Count from 0 again."""
         self.count = 0
 
-    def _number(self, module: nn.Module) -> int:
+    def number(self, module: nn.Module) -> int:
+        """Return the number of a pass that begins with a call of ``module``."""
         # The replicas of DataParallel run in threads of their own, inside a pass of the caller's.
         if self._open and getattr(module, "_is_replica", False):
             return self._open[-1]
@@ -153,4 +161,6 @@ class Passes(Count):
 
     def _close(self, thread: _Thread) -> None:
         thread.calling.clear()
-        self._open.remove(thread.current)
+        if thread.current is not None:
+            self._open.remove(thread.current)
+        thread.current = None

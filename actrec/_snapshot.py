@@ -8,9 +8,10 @@ side, and then the writer's side moves to fresh memory.
 Copy-on-write is private API and wrong for some tensors, so it stands behind an allow-list, here and
 nowhere else. A tensor is shared only if all of this holds, and is cloned otherwise:
 
-* it has two dimensions or more and is not small, or else a clone costs as little;
-* its dispatch keys are exactly those of a plain CPU tensor: no subclass, no sparse, quantized, nested
-  or lazily conjugated tensor, no ``torch.func`` wrapper;
+* it has two dimensions or more: a clone of less costs as little;
+* it is a plain CPU tensor: no subclass, and not quantized. (Sparse, mkldnn and nested tensors, and the
+  wrappers of ``torch.func``, have no storage, or no such kernel, and say so. Its dispatch keys would tell
+  all that at once, but PyTorch takes a microsecond to make a Python object of them.)
 * it fills its storage, so that a slice never keeps a larger storage alive;
 * its storage is resizable, which ``Tensor.numpy()`` and ``from_numpy`` end: a NumPy array that shares
   the memory writes past the copy-on-write.
@@ -35,31 +36,29 @@ __all__ = ["check", "held", "memory", "normal_mode", "snapshot", "twin"]
 
 # --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
 
-_dispatch_keys = getattr(torch._C, "_dispatch_keys", None)
+
+def _never(_: object) -> bool:
+    return False
+
+
 _data_address = getattr(torch._C, "_data_address", None)
-_is_wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", None)
+_is_wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", _never)
 _InferenceMode = getattr(torch._C, "_InferenceMode", torch.inference_mode)
 _OFF, _ON = False, True
 
 
-def _plain_keys() -> tuple[object, ...]:
-    """The dispatch keys of plain CPU tensors, if this PyTorch shares memory copy-on-write correctly."""
-    if _dispatch_keys is None:
-        return ()
+def _sharing_works() -> bool:
+    """Whether this PyTorch shares memory copy-on-write correctly."""
     try:
-        with _InferenceMode(_OFF):  # it takes no keyword
-            original = torch.zeros(2)
-            shared = original._lazy_clone()
-            original.add_(1)
-        with _InferenceMode(_ON):
-            inference = torch.zeros(2)
+        original = torch.zeros(2)
+        shared = original._lazy_clone()
+        original.add_(1)
     except (AttributeError, RuntimeError):
-        return ()
-    works = shared.tolist() == [0, 0] and original.tolist() == [1, 1]
-    return (_dispatch_keys(original), _dispatch_keys(inference)) if works else ()
+        return False
+    return shared.tolist() == [0, 0] and original.tolist() == [1, 1]
 
 
-_PLAIN_KEYS = _plain_keys()
+_SHARING = _sharing_works()
 
 
 _AS_IT_IS = nullcontext()
@@ -75,40 +74,35 @@ def normal_mode() -> AbstractContextManager[object]:
 
 # --- Sharing and cloning ---------------------------------------------------------------------------
 
-#: Copying so few elements costs no more than sharing them.
-SMALL = 4096
 
+def twin(tensor: Tensor) -> Tensor | None:
+    """Return a copy of ``tensor`` that shares its memory copy-on-write, or ``None`` if there can be none.
 
-def _can_share(tensor: Tensor) -> bool:
+    One function, because it runs for every value, and a call of a function costs as much as a question.
+    """
     # One of PyTorch's 700 operators cannot read shared memory: the backward of ctc_loss, of the losses
-    # that it returned, one for each sample.
-    return (
+    # that it returned, one for each sample. So vectors are not shared.
+    if (
         tensor.dim() > 1
+        and tensor.is_cpu
         and type(tensor) is Tensor
-        and _is_plain(tensor)
-        and _fills_its_memory(tensor)
-    )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return _dispatch_keys is not None and _dispatch_keys(tensor) in _PLAIN_KEYS
-
-
-def _fills_its_memory(tensor: Tensor) -> bool:
-    storage = tensor.untyped_storage()
-    return storage.nbytes() == tensor.nbytes and storage.resizable()
-
-
-def _lazy_clone(tensor: Tensor) -> Tensor | None:
-    try:
-        return tensor._lazy_clone()
-    except RuntimeError:  # memory that is not the allocator's own: shared, pinned, foreign
-        return None
+        and _SHARING
+        and not tensor.is_quantized
+    ):
+        try:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() == tensor.nbytes and storage.resizable():
+                return tensor._lazy_clone()
+        except (
+            RuntimeError
+        ):  # there is no storage, or it is not the allocator's own: shared, foreign
+            pass
+    return None
 
 
 def check(tensor: Tensor) -> None:
     """Raise ``CaptureError`` for a tensor that means nothing outside of a ``torch.func`` transform."""
-    if _is_wrapped is not None and _is_wrapped(tensor):
+    if _is_wrapped(tensor):
         message = (
             "inside torch.func (vmap, grad, jvp) a tensor stands for many, or for a step of a derivative, and cannot "
             "be kept. Record a call of the model outside of it"
@@ -128,14 +122,6 @@ def _clone(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def twin(tensor: Tensor) -> Tensor | None:
-    """Return a copy of ``tensor`` if there is one that costs next to nothing."""
-    if tensor.numel() <= SMALL:
-        check(tensor)
-        return tensor.clone()
-    return _lazy_clone(tensor) if _can_share(tensor) else None
-
-
 def snapshot(tensor: Tensor, *, detach: bool = True) -> Tensor:
     """Return ``tensor`` as it is now, whatever is written to it later.
 
@@ -143,11 +129,15 @@ def snapshot(tensor: Tensor, *, detach: bool = True) -> Tensor:
     tensor), holds no more memory than its content, and never aliases ``tensor``: writing to either
     leaves the other as it was. With ``detach=False`` it is part of the autograd graph.
     """
-    with normal_mode():
+    # PyTorch's guard acts from when it is made until it is gone; "with" would only add time.
+    guard = _InferenceMode(_OFF) if torch.is_inference_mode_enabled() else None
+    try:
         if detach and (tensor.requires_grad or type(tensor) is not Tensor):
             tensor = tensor.detach()
         copy = twin(tensor)
         return _clone(tensor) if copy is None else copy
+    finally:
+        del guard
 
 
 def held(tensor: Tensor) -> Iterator[tuple[object, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ._capture import SKIPPED
 from ._inputs import Arrival, Arrivals, Parameters
-from ._passes import Passes, is_own_call
-from .errors import ActrecError, CaptureError, TransformError
+from ._passes import Passes, backward_number, is_own_call, tracing_state
+from ._snapshot import snapshot
+from .errors import ActrecError, CaptureError, TransformError, WriteError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,32 +87,55 @@ class Track:
     called: int = 0
     kept: int = 0
     recomputed: int = 0
+    _is_direct: bool = field(init=False)  # whether a tensor is kept just as it is
     _arrivals: Arrivals = field(default_factory=Arrivals)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._is_direct = self.capture.is_direct()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take what a call receives, before the call can change it."""
         session = self.session
         if session.recording and is_own_call() and not _is_symbolic(args):
-            capture = replace(self.capture, transform=None)
-            inputs = self._captured(capture, self.parameters.named(args, kwargs), self.called)
+            try:
+                inputs = self.capture.received(self.parameters.named(args, kwargs))
+            except Exception as error:
+                self._failed(error, self.called)
+                raise
             self._arrivals.push(Arrival(session.passes.current(module), kwargs, inputs))
 
-    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: object, output: Value) -> None:
-        """Keep what a call returned, and what it had received."""
+    def end(  # noqa: C901, PLR0912  # one function, see below
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: object, output: Value
+    ) -> None:
+        """Keep what a call returned, and what it had received.
+
+        This runs for every call. So a tensor that is kept just as it is takes the shortest way, and two small
+        functions are written out.
+        """
         session = self.session
         if not session.recording:
             return
-        if not is_own_call():
+        if backward_number() != -1 or tracing_state():  # is_own_call()
             self._end_again(output)
             return
-        if type(output) is not Tensor and _is_symbolic((*args, output)):
+        is_tensor = type(output) is Tensor
+        if not is_tensor and _is_symbolic((*args, output)):
             return
         arrival = None if self.inputs is None else self._arrivals.pop(kwargs)
-        number = session.passes.current(module) if arrival is None else arrival.number
+        number = session.passes.thread.current if arrival is None else arrival.number
+        if number is None:
+            number = session.passes.number(module)
         call = self.called
-        self.called += 1
-        value = self._captured(self.capture, output, call)
+        self.called = call + 1
+        try:
+            if is_tensor and self._is_direct and output.is_cpu:
+                value = snapshot(output)
+            else:
+                value = self.capture(output, call)
+        except Exception as error:
+            self._failed(error, call)
+            raise
         if value is not SKIPPED:
             if not self.kept:
                 session.order.setdefault(self.capture.layer)
@@ -122,7 +146,8 @@ class Track:
                     if self.inputs is not None:
                         self.inputs.keep(arrival and arrival.inputs, number)
             except ActrecError as error:  # from a recording that goes to the disk
-                raise self._located(error, call) from error.__cause__
+                self._failed(error, call)
+                raise
         if self.grads is not None:
             self.grads.expect(output, value, number)
         if session.stop is not None:
@@ -134,27 +159,16 @@ class Track:
         if self.grads is not None:
             self.grads.expect_again(output)
 
-    def _captured(self, capture: Capture, value: Value, call: int) -> Value:
-        try:
-            return capture(value, call)
-        except CaptureError as error:
-            raise self._located(error, call) from error
-        except Exception as error:
-            if not isinstance(error, TransformError):
-                error.add_note(
-                    f"raised while actrec recorded call {call} of layer {capture.layer!r}"
-                )
-            self.session.failed(error)
-            raise
-
-    def _located(self, error: ActrecError, call: int) -> ActrecError:
-        """The error as the caller of the model sees it, remembered in case the model swallows it."""
+    def _failed(self, error: Exception, call: int) -> None:
+        """Say where it happened: on the error, or in one that says more."""
+        layer = self.capture.layer
         if isinstance(error, CaptureError):
-            error = CaptureError(
-                f"record() cannot keep call {call} of layer {self.capture.layer!r}: {error}."
-            )
+            located = CaptureError(f"record() cannot keep call {call} of layer {layer!r}: {error}.")
+            self.session.failed(located)
+            raise located from error
+        if not isinstance(error, (TransformError, WriteError)):
+            error.add_note(f"raised while actrec recorded call {call} of layer {layer!r}")
         self.session.failed(error)
-        return error
 
 
 def _is_symbolic(values: tuple[Value, ...]) -> bool:

@@ -569,7 +569,7 @@ class Mode(NamedTuple):
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     layers: Any = ("", "**")
     inputs: bool = False
-    sharing: bool = False  # of memory, copy-on-write, also for tensors as small as these
+    sharing: bool = False  # of memory, copy-on-write
     attention: str | None = None
     options: Mapping[str, Any] = MappingProxyType({})  # of the configuration
 
@@ -741,8 +741,8 @@ def _no_true_randomness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "seed", lambda: torch.manual_seed(4).initial_seed())
 
 
-#: Below this size actrec clones instead of sharing memory, and all that these models compute is smaller.
-SMALL = "actrec._snapshot.SMALL"
+#: Whether memory is shared copy-on-write.
+SHARING = "actrec._snapshot._SHARING"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -750,8 +750,7 @@ SMALL = "actrec._snapshot.SMALL"
 def test_every_call_is_recorded_exactly_and_the_model_feels_nothing(
     name: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if MODES[mode].sharing:
-        monkeypatch.setattr(SMALL, 0)
+    monkeypatch.setattr(SHARING, MODES[mode].sharing)
     done = check(name, MODES[mode])
     assert done.acts.num_passes == 1
     assert any(g is not None for g in done.expected.gradients) == MODES[mode].training

@@ -19,10 +19,8 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True, params=["shared", "cloned"])
 def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every promise holds for tensors that are shared copy-on-write, and for those that are cloned."""
-    if request.param == "shared":
-        monkeypatch.setattr(_snapshot, "SMALL", -1)
-    else:
-        monkeypatch.setattr(_snapshot, "_PLAIN_KEYS", ())
+    if request.param == "cloned":
+        monkeypatch.setattr(_snapshot, "_SHARING", False)
 
 
 def _set_item(t: Tensor) -> object:
@@ -259,22 +257,24 @@ EXOTIC: dict[str, Callable[[], Tensor]] = {
     "sparse": lambda: torch.eye(3).to_sparse(),
     "csr": lambda: torch.eye(3).to_sparse_csr(),
     "mkldnn": lambda: torch.randn(3, 3).to_mkldnn(),
-    "quantized": lambda: torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8),
+    "quantized": lambda: torch.quantize_per_tensor(torch.randn(3, 2), 0.1, 0, torch.qint8),
     "jagged": lambda: torch.nested.nested_tensor(
         [torch.randn(2, 3), torch.randn(1, 3)], layout=torch.jagged
     ),
     "nested": lambda: torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(1, 3)]),
-    "conj": lambda: torch.randn(3, dtype=torch.complex64).conj(),
-    "neg": lambda: torch.randn(3, dtype=torch.complex64).conj().imag,
-    "bool": lambda: torch.tensor([True, False]),
-    "int": lambda: torch.arange(3),
+    "conj": lambda: torch.randn(3, 2, dtype=torch.complex64).conj(),
+    "neg": lambda: torch.randn(3, 2, dtype=torch.complex64).conj().imag,
+    "bool": lambda: torch.tensor([[True, False]]),
+    "int": lambda: torch.arange(6).view(2, 3),
     "0-dim": lambda: torch.tensor(2.5),
     "empty": lambda: torch.empty(0, 3),
-    "bfloat16": lambda: torch.randn(3).bfloat16(),
-    "float8": lambda: torch.randn(3).to(torch.float8_e4m3fn),
-    "complex": lambda: torch.randn(3, dtype=torch.complex64),
+    "bfloat16": lambda: torch.randn(3, 2).bfloat16(),
+    "float8": lambda: torch.randn(3, 2).to(torch.float8_e4m3fn),
+    "complex": lambda: torch.randn(3, 2, dtype=torch.complex64),
     "channels last": lambda: torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
-    "negative zero and NaN": lambda: torch.tensor([-0.0, float("nan"), float("inf")]),
+    "negative zero and NaN": lambda: torch.tensor([[-0.0, float("nan"), float("inf")]]),
+    "vector": lambda: torch.randn(3),
+    "neg of the whole": lambda: torch._neg_view(torch.randn(2, 3)),
 }
 
 
@@ -384,7 +384,6 @@ def test_under_autocast_the_dtype_is_the_one_that_was_produced() -> None:
 def test_a_transform_may_write_to_a_value_that_was_copied_for_it(
     mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_snapshot, "SMALL", 4096)
     model = nn.Linear(4, 4)
     x = torch.randn(5, 4)
     with mode():

@@ -27,22 +27,20 @@ X = torch.ones(2, 4)
 def test_where_pytorch_cannot_share_memory_nothing_is_shared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert _snapshot._plain_keys(), "this version can"
+    assert _snapshot._sharing_works(), "this version can"
     monkeypatch.setattr(torch.Tensor, "_lazy_clone", lambda self: self.detach())
-    assert _snapshot._plain_keys() == (), "a twin that is an alias"
+    assert not _snapshot._sharing_works(), "a twin that is an alias"
 
     def fail(_: Tensor) -> Tensor:
         raise RuntimeError("not implemented")
 
     monkeypatch.setattr(torch.Tensor, "_lazy_clone", fail)
-    assert _snapshot._plain_keys() == ()
-    monkeypatch.setattr(_snapshot, "_dispatch_keys", None)
-    assert _snapshot._plain_keys() == ()
-    assert not _snapshot._is_plain(X)
+    assert not _snapshot._sharing_works()
+    monkeypatch.setattr(_snapshot, "_SHARING", False)
+    assert _snapshot.twin(X) is None
 
 
 def test_memory_that_cannot_be_shared_is_cloned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_snapshot, "SMALL", -1)
     shared = torch.ones(2, 3).share_memory_()
     model = nn.Identity()
     with record(model, "") as acts:

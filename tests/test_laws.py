@@ -240,7 +240,7 @@ class Case:
 
     @contextmanager
     def snapshots(self) -> Iterator[None]:
-        name, value = ("SMALL", -1) if self.shared else ("_PLAIN_KEYS", ())
+        name, value = ("_SHARING", self.shared)
         with mock.patch.object(_snapshot, name, value):
             yield
 

@@ -2,7 +2,7 @@
 
 A kernel that takes a writable pointer of shared memory inside a parallel loop fails. This runs every
 operator in PyTorch's own database on tensors that are shared as ``record()`` shares them. If a version of
-PyTorch adds a kernel that fails, ``_snapshot._can_share`` has to leave out its tensors, too.
+PyTorch adds a kernel that fails, ``_snapshot.twin`` has to leave out its tensors, too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_leaves
 
-from actrec import _snapshot
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -25,15 +23,18 @@ KNOWN = {("nn.functional.ctc_loss", "backward")}
 
 
 def shared(values: Any) -> list[Tensor]:
-    """A copy-on-write twin of every tensor that can have one, whatever its size."""
-    twins = [
-        _snapshot._lazy_clone(tensor.detach())
+    """A copy-on-write twin of every tensor that can have one, also of vectors."""
+    return [
+        tensor.detach()._lazy_clone()  # type: ignore[attr-defined]
         for tensor in tree_leaves(values)
-        if type(tensor) is Tensor
-        and _snapshot._is_plain(tensor)
-        and _snapshot._fills_its_memory(tensor)
+        if type(tensor) is Tensor and tensor.layout is torch.strided and fills_its_memory(tensor)
     ]
-    return [twin for twin in twins if twin is not None]
+
+
+def fills_its_memory(tensor: Tensor) -> bool:
+    storage = tensor.untyped_storage()
+    whole = storage.nbytes() == tensor.nbytes > 0
+    return whole and storage.resizable() and tensor.is_cpu and not tensor.is_quantized
 
 
 def breaks(call: Any) -> tuple[bool, Any]:
