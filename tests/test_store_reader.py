@@ -45,7 +45,7 @@ KIB = 1024
 def make(path: Path, passes: int = 6, **options: Any) -> Any:
     """A recording of a few shards, with inputs and added values, and the same in memory."""
     made = []
-    for into in (Folder(path, 400 * KIB), list):
+    for into in (Folder(path, 200 * KIB), list):
         torch.manual_seed(0)
         net = Net()
         with record(net, inputs=True, into=into, **options) as acts:

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import actrec
 from actrec import CaptureError, Opaque, Recording, load, record
 from actrec._recording import ListLayer
-from actrec.store import Fields, _format, _shard, _tree
+from actrec.store import Fields, _container, _format, _shard, _tree
 from tests.stored import Net, assert_same, batches, same
 
 if TYPE_CHECKING:
@@ -101,6 +101,13 @@ def test_the_most_absurd_memory_layouts_come_back() -> None:
     ]
     found = there_and_back(*values)
     assert all(same(a, b.detach()) for a, b in zip(found, values, strict=True))
+
+
+def test_small_and_large_pieces_keep_their_order(monkeypatch: Any) -> None:
+    monkeypatch.setattr(_container, "_SMALL", 100)
+    monkeypatch.setattr(_container, "_CHUNK", 150)
+    values = [torch.randn(n) for n in (3, 20, 100, 1, 24, 24, 24, 30, 2)]
+    assert all(map(same, there_and_back(*values), values))
 
 
 def test_a_large_transposed_tensor_is_written_a_few_rows_at_a_time(monkeypatch: Any) -> None:
@@ -331,6 +338,7 @@ def test_other_kinds_of_containers_come_back_as_what_they_are_kinds_of() -> None
         Names([1]),
         Colour.RED,
         Opaque("a.Cache"),
+        (torch.float8_e5m2, torch.device("cuda", 3), torch.sparse_csr, torch.channels_last),
         int,
         Output,
         np.arange(6, dtype=np.int16).reshape(2, 3)[:, ::-1],
@@ -343,12 +351,13 @@ def test_other_kinds_of_containers_come_back_as_what_they_are_kinds_of() -> None
     assert type(found[1]) is list
     assert found[2] == Opaque("tests.test_store_values.Colour.RED")
     assert found[3] == Opaque("a.Cache")
-    assert found[4] == Opaque("int")
-    assert found[5] == Opaque("tests.test_store_values.Output")
-    assert same(found[6], values[6].copy())
-    assert type(found[7]) is np.float32
-    assert found[7] == 2.5
-    assert type(found[8]) is np.float64
+    assert found[4] == values[4]
+    assert found[5] == Opaque("int")
+    assert found[6] == Opaque("tests.test_store_values.Output")
+    assert same(found[7], values[7].copy())
+    assert type(found[8]) is np.float32
+    assert found[8] == 2.5
+    assert type(found[9]) is np.float64
 
 
 def test_a_tensor_that_stands_in_two_places_comes_back_as_one() -> None:
