@@ -106,7 +106,7 @@ class Passes(Count):
         super().__init__()
         self.thread = _Thread()
         self._open: list[int] = []  # in all threads, the latest last
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def begin(self, module: nn.Module, *, is_root: bool) -> None:
         """A call of ``module`` begins."""
@@ -114,8 +114,9 @@ class Passes(Count):
         if thread.calling and is_root and not _is_running([*thread.calling, id(module)]):
             self._close(thread)
         if not thread.calling:
-            thread.current = self.number(module)
-            self._open.append(thread.current)
+            with self._lock:  # so that no pass is counted and not open, as complete() would see it
+                thread.current = self.number(module)
+                self._open.append(thread.current)
         thread.calling.append(id(module))
 
     def end(self, module: nn.Module) -> None:
@@ -136,6 +137,14 @@ class Passes(Count):
     def running(self) -> bool:
         """Whether this thread is inside a pass."""
         return bool(self.thread.calling)
+
+    def complete(self) -> int:
+        """Return how many passes are complete: nothing is going to be recorded of those before this number.
+
+        The latest one never is, for what is added after a forward belongs to it.
+        """
+        with self._lock:
+            return max(0, min([*self._open, self.count - 1]))
 
     def restart(self) -> None:
         """Count from 0 again."""

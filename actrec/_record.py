@@ -6,7 +6,7 @@ import os
 import weakref
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from ._recording import Layer, ListLayer, Recorder, SinkLayer
 from ._select import Choice, Query, Selection, select
 from ._track import Session, Track
 from .errors import ActrecError, OptionError
+from .store._folder import Folder
+from .store._live import Stream
+from .store._manifest import LayerInfo, Manifest, described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,7 +44,8 @@ def record(
     device: torch.device | str | int | None = "cpu",
     dtype: torch.dtype | None = None,
     stop_early: bool = False,
-    into: Callable[[], Any] = list,
+    into: Callable[[], Any] | str | os.PathLike[str] = list,
+    resume: bool = False,
 ) -> AbstractContextManager[Recorder]:
     r"""Record what the chosen layers of ``model`` return while the ``with`` block runs.
 
@@ -105,7 +109,11 @@ def record(
             several times): nothing behind them is computed, and the call of the model returns ``None``. A
             forward in which one of them does not run goes on to its end and returns its result.
         into: makes the container for the calls of a layer; anything with ``append`` will do, such as
-            ``functools.partial(collections.deque, maxlen=10)``.
+            ``functools.partial(collections.deque, maxlen=10)``. Or a path, or a
+            :class:`actrec.store.Folder`, which is a path with settings: the recording is written there while
+            the block runs, and never takes more memory than a budget (1 GiB); see below.
+        resume: with a path: go on after the last committed pass of the recording that is there, if there is
+            one. ``acts.num_passes`` says how many passes that are.
 
     Returns:
         A context manager that yields the :class:`Recorder`, a mapping from layer name to :class:`Layer`.
@@ -117,6 +125,16 @@ def record(
     train on. Containers are rebuilt; objects that actrec does not take apart, such as key-value caches,
     become an :class:`Opaque`.
 
+    **Recording to disk.** With ``into=path`` the values are written by a thread while the model goes on, a
+    quarter of a gigabyte at a time, and read after the block, or with :func:`actrec.load`. What waits to be
+    written, and what is on its way, never exceeds a budget: where the disk is too slow, the model waits.
+    A pass is committed, all layers at once, when the next one has begun; what was committed survives
+    a crash of the process, of the machine and a full disk. If the block is left by an exception, the
+    last pass is not committed, as it may not be whole. To go on, pass ``resume=True`` and begin with the
+    batch of number ``acts.num_passes``. An error of the writer is raised once: from the next recorded
+    call, or at the end of the block. ``detach=False``, ``grads=True`` and ``acts.clear()`` do not go with
+    a path.
+
     **What counts as a call.** Every call of the module is one item, also of a module that is called
     several times in a forward. What activation checkpointing recomputes is not recorded again.
     ``Layer.passes`` says which forward a call belongs to.
@@ -127,7 +145,10 @@ def record(
             comes close. It is raised before any hook is placed.
         TransformError: the transform raised; from the call of the model, with layer and call number. The
             block keeps what was recorded before.
-        CaptureError: a value cannot be kept, such as one inside ``torch.func.vmap``.
+        CaptureError: a value cannot be kept, such as one inside ``torch.func.vmap``, or cannot be stored.
+        RecordingExistsError: there is something at the path already; it was not touched.
+        ResumeError: what is there was recorded with other layers or options; the message says which.
+        WriteError: writing failed; what was committed stays.
 
     Warns:
         UnusedLayerWarning: at the end of the block, if nothing was recorded of a layer, and why that may be.
@@ -137,12 +158,20 @@ def record(
     if torch.compiler.is_compiling():
         raise ActrecError(COMPILING)
     _check(transform=transform, into=into)
+    _check_path(into, detach=detach, grads=grads, resume=resume)
     selection = select(model, layers, transform)
     if stop_early:
         refuse_sharded(model)
     capture = Capture(detach=detach, device=_checked_device(device), dtype=_checked_dtype(dtype))
     return _Block(
-        model, selection, capture, into, inputs=inputs, grads=grads, stop_early=stop_early
+        model,
+        selection,
+        capture,
+        into,
+        inputs=inputs,
+        grads=grads,
+        stop_early=stop_early,
+        resume=resume,
     )
 
 
@@ -154,11 +183,12 @@ class _Block(AbstractContextManager[Recorder]):
         model: nn.Module,
         selection: Selection,
         capture: Capture,
-        into: Callable[[], Any],
+        into: Callable[[], Any] | str | os.PathLike[str],
         *,
         inputs: bool,
         grads: bool,
         stop_early: bool,
+        resume: bool,
     ) -> None:
         self._model = model
         self._selection = selection
@@ -166,6 +196,8 @@ class _Block(AbstractContextManager[Recorder]):
         self._into = into
         self._inputs = inputs
         self._grads = grads
+        self._resume = resume
+        self._stream: Stream | None = None  # if the recording goes to the disk
         self._session = Session(stop=EarlyStop() if stop_early else None)
         self._tracks: dict[str, tuple[Choice, Track]] = {}
         self._yielded: Recorder | None = None  # which also keeps it, where the user does not
@@ -174,9 +206,12 @@ class _Block(AbstractContextManager[Recorder]):
         if self._yielded is not None:
             message = "record(): this block was entered before. Call record() again for another recording."
             raise ActrecError(message)
-        recorder = self._recorder()
         hooks = Hooks()
         with ExitStack() as stack:
+            if not callable(self._into):
+                self._stream = self._opened(self._into)
+                stack.callback(self._stream.close)
+            recorder = self._recorder()
             stack.enter_context(eager())
             if self._session.stop is not None:
                 forward = StoppableForward(self._model, self._session.stop)
@@ -203,9 +238,16 @@ class _Block(AbstractContextManager[Recorder]):
     ) -> None:
         session = self._session
         session.end(interrupted=kind is not None)
+        if self._stream is not None:
+            self._stream.left_by(error)
         self._clean_up()
-        if kind is not None:
+        failure = self._stream.failure() if self._stream is not None else None
+        if error is not None:
+            if failure is not None:
+                error.add_note(str(failure))
             return
+        if failure is not None:
+            raise failure
         if session.error is not None and not session.surfaced:
             # The model has caught it: without this, calls would be missing without a word.
             raise session.error
@@ -222,10 +264,11 @@ class _Block(AbstractContextManager[Recorder]):
         """Make what keeps the calls: a layer for each choice, and the track that leads to it."""
         choices = self._selection.choices
         layers = {choice.key: self._layer(choice) for choice in choices}
-        inputs = {choice.key: self._layer(choice) for choice in choices if self._inputs}
+        inputs = {choice.key: self._layer(choice, "input") for choice in choices if self._inputs}
         grads = {choice.key: self._layer(choice) for choice in choices if self._grads}
         for choice in choices:
             track = Track(self._session, self._captures(choice), layers[choice.key])
+            track.kept = len(layers[choice.key])  # in a run that is resumed
             if self._inputs:
                 track.inputs = inputs[choice.key]
                 track.parameters = Parameters.of(choice.module)
@@ -235,22 +278,48 @@ class _Block(AbstractContextManager[Recorder]):
             self._tracks[choice.key] = (choice, track)
         if self._session.stop is not None:
             self._session.stop.layers = frozenset(self._tracks)
-        return Recorder(
+        added = {} if self._stream is None else {"added": self._stream.added}
+        recorder = Recorder(
             type(self._model).__name__,
             layers,
-            {name: choice.key for choice in choices for name in choice.names},
+            self._names(),
             self._session,
             inputs=inputs,
             grads=grads,
             capture=self._capture,
             tracks=[track for _, track in self._tracks.values()],
+            **added,
         )
+        if self._stream is not None:
+            recorder._layers.update(self._stream.added_before())
+        return recorder
+
+    def _names(self) -> dict[str, str]:
+        return {name: choice.key for choice in self._selection.choices for name in choice.names}
+
+    def _opened(self, path: str | os.PathLike[str]) -> Stream:
+        """Open the path that is recorded into, before anything happens to the model."""
+        manifest = Manifest(
+            type(self._model).__name__,
+            tuple(
+                LayerInfo(choice.key, type(choice.module).__name__, described(choice.transform))
+                for choice in self._selection.choices
+            ),
+            self._names(),
+            self._inputs,
+            None if self._capture.dtype is None else str(self._capture.dtype),
+        )
+        return Stream(Folder.of(path), manifest, self._session.passes, resume=self._resume)
 
     def _captures(self, choice: Choice) -> Capture:
         return replace(self._capture, layer=choice.key, transform=choice.transform)
 
-    def _layer(self, choice: Choice) -> Layer:
+    def _layer(self, choice: Choice, role: Literal["output", "input"] = "output") -> Layer:
         kind = type(choice.module).__name__
+        if self._stream is not None:
+            number = self._selection.choices.index(choice)
+            return self._stream.layer(role, number, choice.key, kind)
+        assert callable(self._into)  # noqa: S101  # for the type checker: a path has a stream
         if self._into is list:
             return ListLayer(choice.key, (), kind)
         layer = SinkLayer(choice.key, self._into, kind)
@@ -281,8 +350,25 @@ def _check(*, transform: object, into: object) -> None:
     if transform is not None and not callable(transform):
         message = f"record(transform={transform!r}): a transform is a function of the value, such as lambda t: t.mean(1)."
         raise OptionError(message)
-    if not callable(into):
+    if not (callable(into) or isinstance(into, (str, os.PathLike))):
         raise OptionError(_bad_container(into))
+
+
+def _check_path(into: Any, *, detach: bool, grads: bool, resume: bool) -> None:
+    is_path = isinstance(into, (str, os.PathLike))
+    call = f"into={os.fspath(into)!r}" if is_path else f"into={into!r}"
+    if is_path and not detach:
+        message = f"record({call}, detach=False): a graph cannot be stored. Record into memory."
+        raise OptionError(message)
+    if is_path and grads:
+        message = (
+            f"record({call}, grads=True): a gradient comes after its value may have been written. Record into memory, "
+            "and write it with acts.save() and acts.grads.save()."
+        )
+        raise OptionError(message)
+    if resume and not is_path:
+        message = f"record({call}, resume=True): only a recording into a path can be resumed."
+        raise OptionError(message)
 
 
 def _check_container(into: object, container: object, *, grads: bool) -> None:
@@ -307,7 +393,7 @@ def _check_container(into: object, container: object, *, grads: bool) -> None:
 def _bad_container(into: object) -> str:
     return (
         f"record(into={into!r}): expected a function that makes a container with append(), such as list or "
-        "functools.partial(collections.deque, maxlen=10)."
+        "functools.partial(collections.deque, maxlen=10), or a path to record into."
     )
 
 

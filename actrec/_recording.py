@@ -18,9 +18,10 @@ from ._join import joined
 from ._nested import Value, tensors
 from ._passes import Count
 from ._snapshot import held
-from .errors import ActrecError, UnknownLayerError, nearest
+from .errors import ActrecError, CaptureError, UnknownLayerError, nearest
 
 if TYPE_CHECKING:
+    import os
     from typing import SupportsIndex
 
     from ._capture import Capture
@@ -131,7 +132,12 @@ class Layer(Sequence[Value]):
     @property
     def nbytes(self) -> int:
         """The bytes of memory that the calls hold. What several of them share counts once."""
-        return _held_bytes(self._readable())
+        return sum(dict(self._places()).values())
+
+    def _places(self) -> Iterator[tuple[object, int]]:
+        """The memory that the calls hold: where it is, and how many bytes. Equal places are shared."""
+        values = self._readable()
+        return (place for value in values for tensor in tensors(value) for place in held(tensor))
 
     def _readable(self) -> Iterable[Value]:
         """The calls that can be looked at: all of them, unless a container of the user's keeps them."""
@@ -146,13 +152,6 @@ class Layer(Sequence[Value]):
 
     def _repr_html_(self) -> str:
         return _html.layer_html(self)
-
-
-def _held_bytes(values: Iterable[Value]) -> int:
-    places = {
-        place: size for value in values for tensor in tensors(value) for place, size in held(tensor)
-    }
-    return sum(places.values())
 
 
 class ListLayer(list[Value], Layer):
@@ -390,7 +389,7 @@ class Recording(Mapping[str, Layer]):
         A value that the model did not overwrite is shared with the model copy-on-write, so after a
         forward that goes on this is an upper bound of what recording has cost.
         """
-        return _held_bytes(value for layer in self.values() for value in layer._readable())
+        return sum({p: size for layer in self.values() for p, size in layer._places()}.values())
 
     @property
     def execution_order(self) -> list[str]:
@@ -437,6 +436,29 @@ class Recording(Mapping[str, Layer]):
         changed. It may be called inside the block.
         """
         return _stats.stats(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recording to ``path``, a new folder, to be opened with :func:`actrec.load`.
+
+        >>> import tempfile, torch, actrec
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with actrec.record(model, "") as acts:
+        ...     output = model(torch.randn(5, 4))
+        >>> path = tempfile.mkdtemp() + "/run"
+        >>> acts.save(path)
+        >>> torch.equal(actrec.load(path)[""][0], acts[""][0])
+        True
+
+        Tensors are stored as they are, without the graph; what shares memory is stored once. Gradients are
+        not stored; ``acts.grads.save(path)`` writes them as a recording of their own. To record more than
+        fits into memory, record into a path: ``record(model, layers, into=path)``.
+
+        Raises ``RecordingExistsError`` if there is something at the path, ``CaptureError`` for a value
+        that cannot be stored, before anything is written, and ``WriteError`` if writing fails.
+        """
+        from .store._save import save  # noqa: PLC0415  # the store knows recordings, not they it
+
+        save(self, path)
 
     def _state(self) -> _display.State:
         return "recorded"
@@ -486,10 +508,12 @@ class Recorder(Recording):
         grads: Mapping[str, Layer],
         capture: Capture,
         tracks: object,
+        added: Callable[[str], Layer] = lambda name: ListLayer(name, (), "added"),
     ) -> None:
         super().__init__(
             model, layers, aliases, session.order, session.passes, inputs=inputs, grads=grads
         )
+        self._added = added
         self._chosen = frozenset([*layers, *aliases])
         self._session = session
         self._capture = capture
@@ -554,9 +578,13 @@ class Recorder(Recording):
             message = f"acts.add({name!r}): there was no pass yet. Call the model first, then add what belongs to it."
             raise ActrecError(message)
         if name not in self._layers:
-            self._layers[name] = ListLayer(name, (), "added")
+            self._layers[name] = self._added(name)
             self._session.order.setdefault(name)
-        self._layers[name].keep(self._capture.added(value), self.num_passes - 1)
+        try:
+            self._layers[name].keep(self._capture.added(value), self.num_passes - 1)
+        except CaptureError as error:
+            message = f"acts.add({name!r}): {error}."
+            raise CaptureError(message) from error
 
     def clear(self) -> None:
         """Forget all calls, inputs, gradients and added values, and count the passes from 0 again.

@@ -19,6 +19,7 @@ nowhere else. A tensor is shared only if all of this holds, and is cloned otherw
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from .errors import CaptureError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["check", "held", "normal_mode", "snapshot", "twin"]
+__all__ = ["check", "held", "memory", "normal_mode", "snapshot", "twin"]
 
 
 # --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
@@ -167,3 +168,27 @@ def _place(tensor: Tensor) -> object:
 def _size(tensor: Tensor) -> int:
     is_strided = tensor.layout is torch.strided and type(tensor) is Tensor
     return tensor.untyped_storage().nbytes() if is_strided else tensor.nbytes
+
+
+# --- Reading memory --------------------------------------------------------------------------------
+
+_READ_ONLY = 0x100  # PyBUF_READ
+_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_at.restype = ctypes.py_object
+_memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+
+
+def memory(tensor: Tensor) -> tuple[Tensor, memoryview]:
+    """The memory of a contiguous tensor on the CPU, to be read as long as the tensor that comes with it lives.
+
+    A pointer that could be written through, as ``data_ptr()`` gives, would end the sharing with the
+    model, by a copy. Reading a shared tensor is safe while the model writes to its side: the model's side
+    moves to fresh memory, and ours stays where it is.
+    """
+    if tensor.nbytes == 0:
+        return tensor, memoryview(b"")
+    if _data_address is None:
+        tensor = tensor.clone()
+        return tensor, _memory_at(tensor.data_ptr(), tensor.nbytes, _READ_ONLY)
+    start = _data_address(tensor) + tensor.storage_offset() * tensor.element_size()
+    return tensor, _memory_at(start, tensor.nbytes, _READ_ONLY)

@@ -13,7 +13,7 @@ from ._capture import SKIPPED
 from ._inputs import Arrival, Arrivals, Parameters
 from ._passes import Passes, backward_number, is_own_call, tracing_state
 from ._snapshot import snapshot
-from .errors import CaptureError, TransformError
+from .errors import ActrecError, CaptureError, TransformError, WriteError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -105,7 +105,7 @@ class Track:
                 raise
             self._arrivals.push(Arrival(session.passes.current(module), kwargs, inputs))
 
-    def end(  # noqa: C901  # one function, see below
+    def end(  # noqa: C901, PLR0912  # one function, see below
         self, module: nn.Module, args: tuple[Any, ...], kwargs: object, output: Value
     ) -> None:
         """Keep what a call returned, and what it had received.
@@ -140,10 +140,14 @@ class Track:
             if not self.kept:
                 session.order.setdefault(self.capture.layer)
             self.kept += 1
-            with self._lock:
-                self.outputs.keep(value, number)
-                if self.inputs is not None:
-                    self.inputs.keep(arrival and arrival.inputs, number)
+            try:
+                with self._lock:
+                    self.outputs.keep(value, number)
+                    if self.inputs is not None:
+                        self.inputs.keep(arrival and arrival.inputs, number)
+            except ActrecError as error:  # from a recording that goes to the disk
+                self._failed(error, call)
+                raise
         if self.grads is not None:
             self.grads.expect(output, value, number)
         if session.stop is not None:
@@ -162,7 +166,7 @@ class Track:
             located = CaptureError(f"record() cannot keep call {call} of layer {layer!r}: {error}.")
             self.session.failed(located)
             raise located from error
-        if not isinstance(error, TransformError):
+        if not isinstance(error, (TransformError, WriteError)):
             error.add_note(f"raised while actrec recorded call {call} of layer {layer!r}")
         self.session.failed(error)
 

@@ -9,7 +9,12 @@
     ├── UnknownLayerError           also KeyError: a name that is not in the recording
     ├── TransformError              also RuntimeError: the user's transform raised
     ├── CaptureError                also RuntimeError: a value that cannot be kept
-    └── JoinError                   also ValueError: calls that do not fit together
+    ├── JoinError                   also ValueError: calls that do not fit together
+    ├── RecordingExistsError        also FileExistsError: a path that is taken, and stays as it is
+    ├── RecordingNotFoundError      also FileNotFoundError: a path without a recording
+    ├── ResumeError                 also ValueError: a recording that cannot go on like this
+    ├── WriteError                  also OSError: what was recorded could not be written
+    └── CorruptRecordingError       also ValueError: a stored recording that is damaged
 
     UnusedLayerWarning              a chosen layer of which nothing was recorded
     MissingGradientWarning          a chosen layer that no gradient can reach
@@ -28,14 +33,19 @@ if TYPE_CHECKING:
 __all__ = [
     "ActrecError",
     "CaptureError",
+    "CorruptRecordingError",
     "JoinError",
     "MissingGradientWarning",
     "OptionError",
+    "RecordingExistsError",
+    "RecordingNotFoundError",
+    "ResumeError",
     "SelectionError",
     "TransformError",
     "UnknownLayerError",
     "UnsupportedModelError",
     "UnusedLayerWarning",
+    "WriteError",
 ]
 
 
@@ -73,6 +83,29 @@ class CaptureError(ActrecError, RuntimeError):
 
 class JoinError(ActrecError, ValueError):
     """Calls of a layer that cannot be joined into one tensor."""
+
+
+class RecordingExistsError(ActrecError, FileExistsError):
+    """There is something at the path already. It was not touched."""
+
+
+class RecordingNotFoundError(ActrecError, FileNotFoundError):
+    """There is no recording at the path."""
+
+
+class ResumeError(ActrecError, ValueError):
+    """The stored recording is one of other layers or options; the message says which."""
+
+
+class WriteError(ActrecError, OSError):
+    """What was recorded could not be written; the original error is the ``__cause__``.
+
+    What was committed before is on disk, and stays.
+    """
+
+
+class CorruptRecordingError(ActrecError, ValueError):
+    """A stored recording is damaged; the message names the file and the defect."""
 
 
 class MissingGradientWarning(UserWarning):

@@ -40,7 +40,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "transform by name": ({"transform": "mean"}, ["transform='mean'", "function of the value"]),
     "into a container": ({"into": []}, ["into=[]", "function that makes a container", "append()"]),
-    "into a name": ({"into": "list"}, ["into='list'", "such as list"]),
+    "into a number": ({"into": 3}, ["into=3", "such as list", "or a path"]),
     "into a set": ({"into": set}, ["into=<class 'set'>", "append()", "deque, maxlen=10"]),
     "into nothing": ({"into": None}, ["into=None", "append()"]),
     "device": ({"device": "gpu"}, ["device='gpu'", "None keeps values where they are"]),

@@ -1,0 +1,24 @@
+"""Recordings on disk: larger than memory, safe against what happens to long jobs, readable without actrec.
+
+>>> import tempfile, torch, actrec
+>>> from torch import nn
+>>> path = tempfile.mkdtemp() + "/run"
+>>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+>>> with actrec.record(model, into=path) as acts:
+...     for batch in torch.randn(3, 5, 4):
+...         output = model(batch)
+>>> actrec.load(path)["1"].cat().shape
+torch.Size([15, 3])
+>>> actrec.verify(path)
+[]
+
+What is recorded into a path is written by a thread while the model goes on. The format is safetensors in
+a folder, described on a page of its own in the documentation.
+"""
+
+from ._folder import Folder
+from ._reader import StoredRecording, load
+from ._tree import Fields
+from ._verify import verify
+
+__all__ = ["Fields", "Folder", "StoredRecording", "load", "verify"]

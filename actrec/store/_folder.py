@@ -1,0 +1,51 @@
+"""Where a recording goes, and in what portions."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from actrec.errors import OptionError
+
+__all__ = ["Folder"]
+
+MEBI: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Folder(os.PathLike[str]):
+    """A path to record into, with settings of its own: ``record(model, into=Folder("run", budget=2**28))``.
+
+    >>> Folder("runs/minilm", shard_bytes=64 * 2**20)
+    Folder(path='runs/minilm', shard_bytes=67108864, budget=1073741824, seconds=60.0)
+
+    Wherever a path will do, a ``Folder`` will do, and the other way round.
+    """
+
+    path: str | os.PathLike[str]
+    #: About how many bytes are written to one file, and committed together.
+    shard_bytes: int = 256 * MEBI
+    #: How many bytes may wait to be written or be on their way. A call that does not fit makes the model wait.
+    budget: int = 1024 * MEBI
+    #: What is complete is committed after so many seconds, however little it is.
+    seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("shard_bytes", "budget", "seconds"):
+            value = getattr(self, name)
+            if (
+                not isinstance(value, (int, float))
+                or value < 0
+                or (value == 0 and name != "seconds")
+            ):
+                message = f"Folder({name}={value!r}): expected a number greater than 0."
+                raise OptionError(message)
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> Folder:
+        """Return ``path`` as a ``Folder``."""
+        return path if isinstance(path, Folder) else cls(os.fspath(path))

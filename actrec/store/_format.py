@@ -1,0 +1,138 @@
+"""What the writer and the reader agree on: names, dtypes and limits.
+
+The format itself is described in ``docs/reference/format.md``, which is normative.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import torch
+
+from actrec.errors import CorruptRecordingError
+
+__all__ = [
+    "DTYPES",
+    "Defect",
+    "Role",
+    "Slot",
+    "Stored",
+    "corrupt",
+    "integer",
+    "items",
+    "mapping",
+    "need",
+    "text",
+]
+
+FORMAT: Final = "actrec"
+VERSION: Final = 1
+MANIFEST: Final = "actrec.json"
+END: Final = "end.json"
+UNFINISHED: Final = ".tmp"
+
+#: Limits that a writer keeps and a reader insists on, so that no file can ask for absurd amounts.
+MAX_HEADER: Final = 100_000_000  # bytes; that of the safetensors library
+MAX_JSON: Final = 100_000_000  # bytes of the manifest
+MAX_DEPTH: Final = 64  # of nesting in a value
+MAX_STRUCTURE: Final = 1 << 22  # characters that describe one value
+MAX_ITEMS: Final = 1 << 17  # calls, and tensors in them, in one shard
+MAX_SIZE: Final = 1 << 62  # any size or number
+
+#: What a layer's values are: what it returned, what it received, or what the user added.
+Role: TypeAlias = Literal["output", "input", "added"]
+ROLES: Final[tuple[Role, ...]] = ("output", "input", "added")
+
+
+class Slot(NamedTuple):
+    """A list of calls in a recording: the outputs or inputs of a layer, or the values added by a name."""
+
+    role: Role
+    number: int  # of the layer in the recording
+    name: str
+    type: str
+
+    @property
+    def key(self) -> str:
+        """The start of its tensors' names in a shard: never the name of the layer, which can be anything."""
+        return f"{self.role}.{self.number:05d}"
+
+
+class Stored(NamedTuple):
+    """How safetensors holds a dtype of PyTorch."""
+
+    code: str
+    itemsize: int
+    pair: bool = False  # a complex number as two real ones, in one more dimension
+
+
+_CODES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
+    "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "float4_e2m1fn_x2": "U8",
+    "complex32": "F16", "complex128": "F64",
+}  # fmt: skip
+_PAIRS = {"complex32", "complex128"}
+
+#: The dtypes that can be stored, by their name without ``torch.``; PyTorch decides which of them there are.
+DTYPES: Final[dict[str, tuple[torch.dtype, Stored]]] = {
+    name: (
+        dtype,
+        Stored(code, dtype.itemsize // 2 if name in _PAIRS else dtype.itemsize, name in _PAIRS),
+    )
+    for name, code in _CODES.items()
+    if (dtype := getattr(torch, name, None)) is not None
+}
+
+
+# --- Checking what a file claims -------------------------------------------------------------------
+
+
+class Defect(Exception):  # noqa: N818  # not an error yet: whoever knows the file makes one of it
+    """Something in a file is not as it must be."""
+
+
+def corrupt(path: object, defect: object) -> CorruptRecordingError:
+    """The error for a defect in the file at ``path``."""
+    return CorruptRecordingError(f"{path} is damaged: {defect}.")
+
+
+def need(condition: object, defect: str) -> None:
+    """Raise ``Defect`` unless ``condition`` holds."""
+    if not condition:
+        raise Defect(defect)
+
+
+def _shown(value: object, most: int = 60) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= most else f"{shown[:most]}..."
+
+
+def integer(value: Any, what: str, most: int = MAX_SIZE) -> int:
+    """Return ``value`` if it is an integer from 0 to ``most``."""
+    need(
+        type(value) is int and 0 <= value <= most,
+        f"{what} is {_shown(value)}, which is no number from 0 to {most}",
+    )
+    return int(value)
+
+
+def text(value: Any, what: str) -> str:
+    """Return ``value`` if it is text."""
+    need(type(value) is str, f"{what} is {_shown(value)}, which is no text")
+    return str(value)
+
+
+def items(value: Any, what: str) -> list[Any]:
+    """Return ``value`` if it is a list."""
+    need(type(value) is list, f"{what} is {_shown(value)}, which is no list")
+    return list(value)
+
+
+def mapping(value: Any, what: str, *keys: str) -> dict[str, Any]:
+    """Return ``value`` if it is an object with (at least) these keys."""
+    need(type(value) is dict, f"{what} is {_shown(value)}, which is no object")
+    for key in keys:
+        need(key in value, f"{what} has no {key!r}")
+    return dict(value)

@@ -1,0 +1,299 @@
+"""Recording into a path: what stands in the recorder for layers whose values go to the disk."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import TYPE_CHECKING, NoReturn, overload
+
+import torch
+
+from actrec._forms import Form, form
+from actrec._recording import Layer
+from actrec.errors import (
+    ActrecError,
+    RecordingExistsError,
+    WriteError,
+)
+
+from ._disk import Disk, Lock
+from ._format import END, MANIFEST, UNFINISHED, Role, Slot, corrupt
+from ._manifest import Manifest, read_manifest
+from ._reader import Rank, StoredLayer, StoredRecording, load, shard_names
+from ._shard import Call, storable
+from ._shard import write as write_shard
+from ._tree import Encoded, decode, encode
+from ._writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from actrec._nested import Value
+    from actrec._passes import Passes
+
+    from ._folder import Folder
+
+__all__ = ["LiveLayer", "Stream", "claim", "encoded"]
+
+
+def encoded(value: Value) -> Encoded:
+    """Take a value apart into what is written; ``CaptureError`` if it cannot be stored."""
+    structure, tensors = encode(value)
+    return Encoded(structure, [storable(tensor) for tensor in tensors])
+
+
+class Stream:
+    """A path that is being recorded into: opened before the block begins, closed when it has ended."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        manifest: Manifest,
+        passes: Passes,
+        *,
+        resume: bool = False,
+        rank: int = 0,
+    ) -> None:
+        self._disk = Disk(folder)
+        self._passes = passes
+        self._counts: dict[tuple[Role, str], StoredLayer] = {}
+        self._added: dict[str, int] = {}
+        self._chosen = len(manifest.layers)
+        self._stored: StoredRecording | None = None
+        self.error: str | None = "the block was dropped without being left"
+        self.closed = False
+        own = self._disk / f"rank-{rank:05d}"
+        call = f"record(into={str(self._disk.path)!r})"
+        self._lock = claim(call, self._disk, own, resume=resume)
+        try:
+            self._writer = self._open(own, folder, manifest, rank)
+        except BaseException:
+            self._lock.release()
+            raise
+        _opened.add(self)
+
+    def _open(self, own: Disk, folder: Folder, manifest: Manifest, rank: int) -> Writer:
+        shards = committed = 0
+        try:
+            there = read_manifest(self._disk)
+        except FileNotFoundError:
+            if shard_names(own):
+                raise corrupt(self._disk.path / MANIFEST, "it is missing") from None
+            self._disk.commit(MANIFEST, lambda file: file.write(manifest.content()))
+        else:
+            there.check_same(self._disk.path, manifest)
+            manifest = there
+            found = Rank(own, manifest)
+            _discard_leftovers(own, found)
+            shards, committed = len(found.shards), found.committed
+            self._remember(StoredRecording(self._disk, manifest, [found]))
+        self._passes.count = committed
+        return Writer(
+            own, manifest.recording, folder, rank=rank, shards=shards, committed=committed
+        )
+
+    def _remember(self, before: StoredRecording) -> None:
+        """Know what was recorded before this run."""
+        chosen = before.chosen
+        for name, layer in before.items():
+            if name not in chosen:
+                self._added[name] = self._chosen + len(self._added)
+            self._counts["output" if name in chosen else "added", name] = layer  # type: ignore[assignment]
+        for name, layer in before._input_layers.items():
+            self._counts["input", name] = layer  # type: ignore[assignment]
+
+    # --- Layers ----------------------------------------------------------------------------------------
+
+    def layer(self, role: Role, index: int, name: str, kind: str) -> LiveLayer:
+        """The layer that stands for a chosen one."""
+        before = self._counts.get((role, name), StoredLayer(name, kind))
+        return LiveLayer(self, Slot(role, index, name, kind), before)
+
+    def added(self, name: str) -> LiveLayer:
+        """The layer that stands for values that are added by a name."""
+        index = self._added.setdefault(name, self._chosen + len(self._added))
+        return self.layer("added", index, name, "added")
+
+    def added_before(self) -> dict[str, LiveLayer]:
+        """The layers of names that were added in earlier runs."""
+        return {name: self.added(name) for name in self._added}
+
+    def keep(self, slot: Slot, value: Encoded, number: int) -> None:
+        """Write a value, sooner or later."""
+        call = Call(slot, number, value.structure, value.tensors, 0)
+        self._writer.keep(call, self._passes.complete)
+
+    def stored(self, slot: Slot) -> StoredLayer:
+        """What is on the disk of a layer, after the end."""
+        if not self.closed:
+            message = (
+                f"acts[{slot.name!r}]: its values are being written to {self._disk.path}. "
+                "Read them after the with block, or from another process with actrec.load()."
+            )
+            raise ActrecError(message)
+        if self._stored is None:
+            self._stored = load(self._disk.path)
+        layers = self._stored._input_layers if slot.role == "input" else self._stored._layers
+        layer = layers.get(slot.name)
+        return layer if isinstance(layer, StoredLayer) else StoredLayer(slot.name, slot.type)
+
+    # --- Ending ----------------------------------------------------------------------------------------
+
+    def left_by(self, error: BaseException | None) -> None:
+        """Say how the block was left."""
+        self.error = None if error is None else type(error).__name__
+
+    def close(self) -> None:
+        """Commit what is complete. May be called again."""
+        self.closed = True
+        _opened.discard(self)
+        try:
+            passes = self._passes.count if self.error is None else self._passes.complete()
+            self._writer.close(passes, self.error)
+            self._passes.count = self._writer.committed
+        finally:
+            self._lock.release()
+
+    def failure(self) -> WriteError | None:
+        """The error of the writer that no call has raised."""
+        return self._writer.unseen()
+
+
+def claim(call: str, disk: Disk, own: Disk, *, resume: bool = False) -> Lock:
+    """Make the folder of this writer, or with ``resume`` take the one that is there; nobody else gets it."""
+    if disk.path.exists() and not disk.path.is_dir():
+        raise _taken(call, "that is a file")
+    names = disk.names()
+    is_recording = MANIFEST in names or own.path.name in names
+    if names and not is_recording:
+        raise _taken(call, f"that folder has other things in it ({names[0][:60]!r})")
+    if is_recording and not resume:
+        go_on = "Go on with it: record(..., resume=True); or delete it, or choose another path."
+        raise _taken(call, "there is a recording already", go_on)
+    disk.path.mkdir(parents=True, exist_ok=True)
+    try:
+        own.make()
+    except FileExistsError:
+        if not resume:
+            raise _taken(call, "another run has just begun there") from None
+    try:
+        return own.lock()
+    except BlockingIOError:
+        raise _taken(call, "another run is recording there now") from None
+
+
+def _taken(call: str, why: str, what_to_do: str = "Choose another path.") -> RecordingExistsError:
+    return RecordingExistsError(f"{call}: {why}. {what_to_do}")
+
+
+def _discard_leftovers(own: Disk, found: Rank) -> None:
+    """Empty the shards of passes that were never completed, and forget how the run before ended."""
+    own.remove(END)
+    for shard in found.leftovers():
+        heading = shard.heading._replace(part=False)
+        own.commit(shard.path.name, lambda file, heading=heading: write_shard(file, heading, []))  # type: ignore[misc]
+    for name in own.names():
+        if name.endswith(UNFINISHED):
+            own.remove(name)
+
+
+class LiveLayer(Layer):
+    """A layer whose values go to the disk. They can be read when the block has ended."""
+
+    def __init__(self, stream: Stream, slot: Slot, before: StoredLayer) -> None:
+        self.name = slot.name
+        self.type = slot.type
+        self._stream = stream
+        self._slot = slot
+        self._before = before
+        self._passes: list[int] = []
+        self._bytes = 0
+        self._looks: dict[object, Encoded] = {}
+
+    def keep(self, value: Value, number: int) -> None:
+        found = encoded(value)
+        look = found.structure, *((t.dtype, tuple(t.shape)) for t in found.tensors)
+        size = sum(tensor.nbytes for tensor in found.tensors)
+        self._stream.keep(self._slot, found, number)
+        if look not in self._looks:
+            self._looks[look] = Encoded(found.structure, [_empty_like(t) for t in found.tensors])
+        self._passes.append(number)
+        self._bytes += size
+
+    @property
+    def passes(self) -> list[int]:
+        if self._stream.closed:
+            return self._stored.passes
+        return self._before.passes + self._passes
+
+    def __len__(self) -> int:
+        if self._stream.closed:
+            return len(self._stored)
+        return len(self._before) + len(self._passes)
+
+    @overload
+    def __getitem__(self, index: int) -> Value: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Value]: ...
+    def __getitem__(self, index: int | slice) -> Value:
+        return self._stored[index]
+
+    def __iter__(self) -> Iterator[Value]:
+        return iter(self._stored)
+
+    def cat(self, dim: int = 0, *, release: bool = False) -> Value:
+        """Join all calls along an existing dimension. See :meth:`Layer.cat`."""
+        return self._stored.cat(dim, release=release)
+
+    def stack(self, dim: int = 0, *, release: bool = False) -> Value:
+        """Join all calls along a new dimension. See :meth:`Layer.stack`."""
+        return self._stored.stack(dim, release=release)
+
+    def _forms(self) -> Iterable[Form]:
+        if self._stream.closed:
+            return self._stored._forms()
+        new = [decode(look.structure, look.tensors.__getitem__) for look in self._looks.values()]
+        return [*self._before._forms(), *map(form, new)]
+
+    def _places(self) -> Iterator[tuple[object, int]]:
+        if self._stream.closed:
+            return self._stored._places()
+        return iter([*self._before._places(), (id(self), self._bytes)])
+
+    def clear(self) -> NoReturn:
+        message = (
+            f"acts[{self.name!r}].clear(): what was written to a path stays there. To keep only a part of a "
+            "run, record that part: acts.pause() records nothing."
+        )
+        raise ActrecError(message)
+
+    @property
+    def _stored(self) -> StoredLayer:
+        return self._stream.stored(self._slot)
+
+    def __reduce__(self) -> tuple[Callable[..., StoredLayer], tuple[StoredLayer]]:
+        # What is copied or pickled is what was stored, not the storing of it.
+        return _itself, (self._stored,)
+
+
+def _itself(layer: StoredLayer) -> StoredLayer:
+    return layer
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+# --- Forked processes --------------------------------------------------------------------------------
+
+_opened: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+def _forget_locks() -> None:
+    """A forked process must not hold on to its parent's locks."""
+    for stream in _opened:
+        stream._lock.release()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows
+    os.register_at_fork(after_in_child=_forget_locks)

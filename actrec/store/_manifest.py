@@ -1,0 +1,216 @@
+"""``actrec.json``: what a recording is of. Written once, before anything is recorded."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from actrec.errors import ResumeError
+
+from ._format import (
+    END,
+    FORMAT,
+    MANIFEST,
+    MAX_ITEMS,
+    MAX_JSON,
+    VERSION,
+    Defect,
+    corrupt,
+    integer,
+    items,
+    mapping,
+    need,
+    text,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ._disk import Disk
+
+__all__ = ["Ending", "LayerInfo", "Manifest", "described", "read_ending", "read_manifest"]
+
+
+def described(transform: Callable[..., Any] | None) -> str | None:
+    """How a transform is named in the manifest, so that a resumed run can be compared with the first."""
+    if transform is None:
+        return None
+    return getattr(transform, "__qualname__", type(transform).__qualname__)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """A layer that was chosen."""
+
+    name: str
+    type: str
+    transform: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What ``actrec.json`` says."""
+
+    model: str
+    layers: tuple[LayerInfo, ...]
+    names: dict[str, str] = field(default_factory=dict)  # other names of layers
+    inputs: bool = False
+    dtype: str | None = None
+    recording: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def content(self) -> bytes:
+        """The file, readable for people too."""
+        layers = [
+            {"name": layer.name, "type": layer.type, "transform": layer.transform}
+            for layer in self.layers
+        ]
+        about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "recording": self.recording,
+            "made_by": {"actrec": _own_version(), "torch": torch.__version__},
+            "model": self.model,
+            "options": {"inputs": self.inputs, "dtype": self.dtype},
+            "layers": layers,
+            "names": {name: key for name, key in self.names.items() if name != key},
+        }
+        return json.dumps(about, indent=1).encode()
+
+    def check_same(self, path: object, new: Manifest) -> None:
+        """Raise ``ResumeError`` if ``new`` describes another recording than this one."""
+        differences = [
+            f"{what} {then!r} then, {now!r} now"
+            for what, then, now in (
+                ("the model was", self.model, new.model),
+                ("inputs was", self.inputs, new.inputs),
+                ("dtype was", self.dtype, new.dtype),
+                *self._layer_differences(new),
+            )
+            if then != now
+        ]
+        if differences:
+            message = (
+                f"record(into={str(path)!r}, resume=True): what is there was recorded otherwise: "
+                f"{'; '.join(differences[:5])}. Record it as before, or into another path."
+            )
+            raise ResumeError(message)
+
+    def _layer_differences(self, new: Manifest) -> list[tuple[str, Any, Any]]:
+        then, now = ([layer.name for layer in one.layers] for one in (self, new))
+        if then != now:
+            missing = [name for name in then if name not in now]
+            added = [name for name in now if name not in then]
+            if not missing and not added:
+                return [("the order of the layers was", then[:8], now[:8])]
+            return [("the layers were", missing[:8] or "fewer", added[:8] or "fewer")]
+        pairs = zip(self.layers, new.layers, strict=True)
+        return [
+            (f"the {what} of layer {a.name[:60]!r} was", getattr(a, what), getattr(b, what))
+            for a, b in pairs
+            for what in ("type", "transform")
+        ]
+
+
+def _own_version() -> str:
+    try:
+        return version("actrec")
+    except PackageNotFoundError:  # pragma: no cover  # run from a folder, never installed
+        return "unknown"
+
+
+def read_manifest(disk: Disk) -> Manifest:
+    """Read ``actrec.json``, or raise ``CorruptRecordingError``; ``FileNotFoundError`` if there is none."""
+    try:
+        return _parsed(_json(disk, MANIFEST))
+    except Defect as defect:
+        raise corrupt(disk.path / MANIFEST, defect) from None
+
+
+def _json(disk: Disk, name: str) -> Any:
+    size = disk.size(name)
+    need(size <= MAX_JSON, f"it has {size} bytes, and {MAX_JSON} is the limit")
+    try:
+        return json.loads(disk.read(name, MAX_JSON))
+    except (ValueError, RecursionError) as error:
+        message = f"it is no JSON ({error})"
+        raise Defect(message) from error
+
+
+def _parsed(content: Any) -> Manifest:
+    about = mapping(content, "the file", "format", "version")
+    need(about["format"] == FORMAT, "it does not describe a recording of actrec")
+    need(
+        about["version"] == VERSION,
+        f"it is of version {str(about['version'])[:20]} of the format, and this actrec reads version {VERSION}",
+    )
+    about = mapping(about, "the file", "recording", "model", "options", "layers", "names")
+    options = mapping(about["options"], "the options", "inputs", "dtype")
+    layers = items(about["layers"], "the layers")
+    need(len(layers) <= MAX_ITEMS, f"it lists {len(layers)} layers")
+    names = mapping(about["names"], "the names")
+    return Manifest(
+        text(about["model"], "the model"),
+        tuple(_layer(layer) for layer in layers),
+        {name: text(key, "a name") for name, key in names.items()},
+        options["inputs"] is True,
+        _optional(options["dtype"], "the dtype"),
+        text(about["recording"], "the identity of the recording"),
+    )
+
+
+def _layer(layer: Any) -> LayerInfo:
+    layer = mapping(layer, "a layer", "name", "type", "transform")
+    return LayerInfo(
+        text(layer["name"], "the name of a layer"),
+        text(layer["type"], "the type of a layer"),
+        _optional(layer["transform"], "the transform of a layer"),
+    )
+
+
+def _optional(value: Any, what: str) -> str | None:
+    return None if value is None else text(value, what)
+
+
+# --- How a run ended ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What a writer says when it ends, in ``end.json``."""
+
+    recording: str
+    passes: int
+    shards: int
+    error: str | None  # what the block was left by
+
+    def content(self) -> bytes:
+        """The file."""
+        about = {
+            "recording": self.recording,
+            "passes": self.passes,
+            "shards": self.shards,
+            "error": self.error,
+        }
+        return json.dumps(about, indent=1).encode()
+
+
+def read_ending(disk: Disk, recording: str) -> Ending | None:
+    """How the writer of a folder ended; ``None`` if it did not say."""
+    if END not in disk.names():
+        return None
+    try:
+        about = mapping(_json(disk, END), "the file", "recording", "passes", "shards", "error")
+        need(about["recording"] == recording, "it belongs to another recording")
+        return Ending(
+            recording,
+            integer(about["passes"], "the number of passes"),
+            integer(about["shards"], "the number of shards"),
+            _optional(about["error"], "the error"),
+        )
+    except Defect as defect:
+        raise corrupt(disk.path / END, defect) from None

@@ -1,0 +1,412 @@
+"""Values as text: the structure as JSON, with a number in the place of every tensor.
+
+Nothing that is read is ever imported or called by a name from the file. What has a class that cannot be
+had without running somebody's code comes back as a stand-in: a :class:`Fields` for a dataclass, a
+``ModelOutput`` or a dict subclass, a named tuple made anew, an ``Opaque`` for a class or an enum member.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections import OrderedDict, deque, namedtuple
+from enum import Enum
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from actrec._nested import Opaque, Value, is_array
+from actrec.errors import CaptureError
+
+from ._format import (
+    MAX_DEPTH,
+    MAX_ITEMS,
+    MAX_STRUCTURE,
+    Defect,
+    integer,
+    items,
+    mapping,
+    need,
+    text,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["Encoded", "Fields", "decode", "encode"]
+
+#: The structure of a value that is a tensor and nothing else.
+TENSOR: Final = '{"tensor":0}'
+
+_SAFE_INT: Final = 1 << 53  # what every reader of JSON reads exactly
+_WORD = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)
+_MAX_NODES: Final = MAX_ITEMS // 2
+_PACKED: Final = 4  # items of a PackedSequence
+
+
+class Fields(dict[Any, Value]):
+    """Stands, in a recording that was loaded, for a dataclass, a ``ModelOutput`` or another kind of dict.
+
+    >>> out = Fields("transformers.modeling_outputs.BaseModelOutput", {"hidden": 1})
+    >>> out["hidden"], out.hidden
+    (1, 1)
+    >>> out
+    BaseModelOutput({'hidden': 1})
+
+    The class itself would have to be imported, and a file does not get to say what is imported.
+    """
+
+    def __init__(self, kind: str, fields: Any = (), more: Iterable[tuple[str, Value]] = ()) -> None:
+        super().__init__(fields)
+        self.__dict__["_type"] = kind
+        self.__dict__.update(more)
+
+    def __getattr__(self, name: str) -> Value:
+        try:
+            return self[name]
+        except KeyError:
+            kind = self.__dict__.get("_type", "Fields")
+            message = f"this {kind} has no {name!r}; it has {', '.join(map(repr, self))}"
+            raise AttributeError(message) from None
+
+    def __repr__(self) -> str:
+        return f"{self._type.rpartition('.')[2]}({dict.__repr__(self)})"
+
+
+class Encoded(NamedTuple):
+    """A value taken apart."""
+
+    structure: str
+    tensors: list[Tensor]
+
+
+def encode(value: Value) -> Encoded:
+    """Take a value apart; ``CaptureError`` if there is something in it that cannot be stored."""
+    if type(value) is Tensor:
+        return Encoded(TENSOR, [value])
+    encoder = _Encoder()
+    try:
+        structure = json.dumps(
+            encoder.node(value, 0), separators=(",", ":"), allow_nan=False, ensure_ascii=True
+        )
+    except RecursionError:  # pragma: no cover  # MAX_DEPTH is far below what Python allows
+        raise CaptureError(_TOO_DEEP) from None
+    if len(structure) > MAX_STRUCTURE:
+        raise CaptureError(_TOO_LARGE)
+    return Encoded(structure, encoder.tensors)
+
+
+_TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
+_TOO_LARGE = "it has too many parts. Many numbers are better stored as one tensor"
+
+
+def _qualified(kind: type) -> str:
+    builtin = kind.__module__ == "builtins"
+    return kind.__qualname__ if builtin else f"{kind.__module__}.{kind.__qualname__}"
+
+
+class _Encoder:
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.numbers: dict[int, int] = {}  # by id of the tensor
+        self.nodes = 0
+
+    def node(self, value: Value, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise CaptureError(_TOO_DEEP)
+        self.nodes += 1
+        if self.nodes > _MAX_NODES:
+            raise CaptureError(_TOO_LARGE)
+        if isinstance(value, Tensor):
+            return {"tensor": self.number(value)}
+        if is_array(value):
+            return self.array(value)
+        if isinstance(value, Enum):
+            return {"opaque": f"{_qualified(type(value))}.{value.name}"}
+        known, node = _constant(value)
+        return node if known else self.container(value, depth)
+
+    def number(self, tensor: Tensor) -> int:
+        if id(tensor) not in self.numbers:
+            self.numbers[id(tensor)] = len(self.tensors)
+            self.tensors.append(tensor)
+        return self.numbers[id(tensor)]
+
+    def array(self, value: Any) -> Any:
+        numpy = sys.modules["numpy"]
+        try:
+            tensor = torch.from_numpy(numpy.array(value))
+        except (TypeError, ValueError) as error:
+            message = f"a NumPy array of dtype {value.dtype} cannot be stored"
+            raise CaptureError(message) from error
+        kind = "array" if isinstance(value, numpy.ndarray) else "scalar"
+        number = len(self.tensors)
+        self.tensors.append(tensor)
+        return {kind: number}
+
+    def container(self, value: Any, depth: int) -> Any:
+        def nodes(values: Iterable[Any]) -> list[Any]:
+            return [self.node(item, depth + 1) for item in values]
+
+        if isinstance(value, tuple):
+            return _tuple_head(value) | {"items": nodes(tuple.__iter__(value))}
+        if isinstance(value, list):
+            return {"list": nodes(list.__iter__(value))}
+        if isinstance(value, deque):
+            return {"deque": nodes(deque.__iter__(value)), "maxlen": value.maxlen}
+        if isinstance(value, dict):
+            return self.dict(value, nodes)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = _attributes(value)
+            names, values = list(fields), list(fields.values())
+            pairs = [list(pair) for pair in zip(names, nodes(values), strict=True)]
+            return {"object": _qualified(type(value)), "items": pairs, "more": []}
+        message = f"a value of type {_qualified(type(value))} cannot be stored; take out of it what you need"
+        raise CaptureError(message)
+
+    def dict(self, value: dict[Any, Any], nodes: Callable[[Iterable[Any]], list[Any]]) -> Any:
+        base = OrderedDict if isinstance(value, OrderedDict) else dict
+        keys = list(base.keys(value))
+        contents = [base.__getitem__(value, key) for key in keys]
+        pairs = [list(pair) for pair in zip(nodes(keys), nodes(contents), strict=True)]
+        if type(value) is dict or type(value).__name__ == "defaultdict":
+            return {"dict": pairs}
+        if type(value) is OrderedDict:
+            return {"ordered_dict": pairs}
+        more = {k: v for k, v in _attributes(value).items() if k not in value and _may_be_set(k)}
+        kind = value._type if isinstance(value, Fields) else _qualified(type(value))
+        more.pop("_type", None)
+        extra = [list(pair) for pair in zip(more, nodes(more.values()), strict=True)]
+        return {"object": kind, "items": pairs, "more": extra}
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    names = dict.fromkeys([*(field.name for field in fields), *getattr(value, "__dict__", {})])
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def _may_be_set(name: object) -> bool:
+    """Whether a stand-in can have an attribute of that name without losing what a dict can do."""
+    return isinstance(name, str) and name.isidentifier() and not hasattr(dict, name)
+
+
+def _tuple_head(value: tuple[Any, ...]) -> dict[str, Any]:
+    kind = type(value)
+    if kind is PackedSequence:
+        return {"packed_sequence": True}
+    if kind.__module__ == "torch.return_types":
+        return {"return_type": kind.__name__}
+    fields = getattr(kind, "_fields", None)
+    if isinstance(fields, tuple) and len(fields) == tuple.__len__(value):
+        return {"named_tuple": kind.__name__, "fields": list(fields)}
+    return {"tuple": True}
+
+
+def _constant(value: Any) -> tuple[bool, Any]:  # noqa: C901, PLR0911, PLR0912  # a table, in effect
+    """Whether ``value`` is a constant, and what stands for it."""
+    match value:
+        case None | bool():
+            return True, value
+        case str():
+            return True, str(value)
+        case int():
+            small = -_SAFE_INT < value < _SAFE_INT
+            return True, int(value) if small else {"int": hex(value)}
+        case float():
+            return True, float(value) if math.isfinite(value) else {"float": repr(float(value))}
+        case complex():
+            return True, {"complex": [_constant(value.real)[1], _constant(value.imag)[1]]}
+        case bytes():
+            return True, {"bytes": base64.b64encode(value).decode("ascii")}
+        case torch.Size():
+            return True, {"size": list(value)}
+        case range():
+            return True, {"range": [_constant(x)[1] for x in (value.start, value.stop, value.step)]}
+        case torch.dtype() | torch.layout() | torch.memory_format():
+            return True, {type(value).__name__: str(value).removeprefix("torch.")}
+        case torch.device():
+            return True, {"device": str(value)}
+        case Opaque():
+            return True, {"opaque": value.type}
+        case type():
+            return True, {"opaque": _qualified(value)}
+        case slice():
+            parts = [_constant(x) for x in (value.start, value.stop, value.step)]
+            return all(known for known, _ in parts), {"slice": [node for _, node in parts]}
+    return value is ..., {"ellipsis": True}
+
+
+# --- Reading -----------------------------------------------------------------------------------------
+
+
+def decode(structure: str, tensor: Callable[[int], Tensor]) -> Value:
+    """Put a value together again; ``Defect`` if the text describes none. ``tensor(k)`` is its tensor ``k``."""
+    if structure == TENSOR:
+        return tensor(0)
+    try:
+        return _Decoder(tensor).value(json.loads(structure), 0)
+    except RecursionError:
+        raise Defect(_DEEP) from None
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        message = f"a value cannot be made of its description ({error})"
+        raise Defect(message) from error
+
+
+_DEEP = f"a value is nested more than {MAX_DEPTH} deep"
+
+
+class _Decoder:
+    def __init__(self, tensor: Callable[[int], Tensor]) -> None:
+        self.tensor = tensor
+        self.made: dict[int, Tensor] = {}
+
+    def value(self, node: Any, depth: int) -> Value:
+        need(depth <= MAX_DEPTH, _DEEP)
+        if node is None or isinstance(node, (bool, int, float, str)):
+            return node
+        node = mapping(node, "a part of a value")
+        kinds = _KINDS.intersection(node)
+        need(len(kinds) == 1, f"a part of a value is of no known kind ({', '.join(node)[:60]})")
+        (kind,) = kinds
+        return getattr(self, f"_{kind}")(node[kind], node, depth + 1)
+
+    def values(self, nodes: Any, depth: int) -> list[Value]:
+        return [self.value(node, depth) for node in items(nodes, "the parts of a value")]
+
+    def pairs(self, nodes: Any, depth: int) -> list[tuple[Value, Value]]:
+        pairs = []
+        for pair in items(nodes, "the items of a value"):
+            key, value = items(pair, "an item of a value")
+            pairs.append((self.value(key, depth), self.value(value, depth)))
+        return pairs
+
+    def _tensor(self, number: Any, *_: Any) -> Tensor:
+        number = integer(number, "the number of a tensor")
+        if number not in self.made:
+            self.made[number] = self.tensor(number)
+        return self.made[number]
+
+    def _array(self, number: Any, *_: Any) -> Any:
+        return self._tensor(number).numpy()
+
+    def _scalar(self, number: Any, *_: Any) -> Any:
+        array = self._array(number)
+        need(array.ndim == 0, "a NumPy scalar has dimensions")
+        return array[()]
+
+    def _tuple(self, _: Any, node: Any, depth: int) -> Any:
+        return tuple(self.values(node["items"], depth))
+
+    def _named_tuple(self, name: Any, node: Any, depth: int) -> Any:
+        values = self.values(node["items"], depth)
+        fields = tuple(
+            text(field, "the field of a named tuple") for field in items(node["fields"], "fields")
+        )
+        need(len(fields) == len(values) <= 1000, "a named tuple has not as many values as fields")  # noqa: PLR2004
+        return tuple.__new__(_named_tuple(text(name, "the name of a named tuple"), fields), values)
+
+    def _packed_sequence(self, _: Any, node: Any, depth: int) -> Any:
+        values = self.values(node["items"], depth)
+        need(len(values) == _PACKED, "a PackedSequence has other than four parts")
+        return tuple.__new__(PackedSequence, values)
+
+    def _return_type(self, name: Any, node: Any, depth: int) -> Any:
+        known = {kind.__name__: kind for kind in torch.return_types.all_return_types}
+        need(name in known, "an unknown return type of PyTorch")
+        return known[name](self.values(node["items"], depth))
+
+    def _list(self, nodes: Any, _: Any, depth: int) -> Any:
+        return self.values(nodes, depth)
+
+    def _deque(self, nodes: Any, node: Any, depth: int) -> Any:
+        most = node["maxlen"]
+        return deque(
+            self.values(nodes, depth), None if most is None else integer(most, "a deque's maxlen")
+        )
+
+    def _dict(self, nodes: Any, _: Any, depth: int) -> Any:
+        return dict(self.pairs(nodes, depth))
+
+    def _ordered_dict(self, nodes: Any, _: Any, depth: int) -> Any:
+        return OrderedDict(self.pairs(nodes, depth))
+
+    def _object(self, name: Any, node: Any, depth: int) -> Any:
+        more = []
+        for pair in items(node["more"], "the attributes of a value"):
+            key, value = items(pair, "an attribute of a value")
+            need(_may_be_set(key), "an attribute of a value has an impossible name")
+            more.append((key, self.value(value, depth)))
+        return Fields(text(name, "the type of a value"), self.pairs(node["items"], depth), more)
+
+    def _int(self, digits: Any, *_: Any) -> int:
+        return int(text(digits, "an integer"), 16)
+
+    def _float(self, word: Any, *_: Any) -> float:
+        need(word in {"nan", "inf", "-inf"}, "an unknown floating-point number")
+        return float(word)
+
+    def _complex(self, parts: Any, *_: Any) -> complex:
+        real, imaginary = self.values(parts, MAX_DEPTH)
+        return complex(real, imaginary)
+
+    def _bytes(self, code: Any, *_: Any) -> bytes:
+        return base64.b64decode(text(code, "bytes"), validate=True)
+
+    def _size(self, sizes: Any, *_: Any) -> torch.Size:
+        return torch.Size([integer(size, "a size") for size in items(sizes, "a shape")])
+
+    def _range(self, parts: Any, *_: Any) -> range:
+        return range(*self.values(parts, MAX_DEPTH))
+
+    def _slice(self, parts: Any, *_: Any) -> slice:
+        start, stop, step = self.values(parts, MAX_DEPTH)
+        return slice(start, stop, step)
+
+    def _ellipsis(self, *_: Any) -> Any:
+        return ...
+
+    def _dtype(self, name: Any, *_: Any) -> Any:
+        return _of_torch(name, torch.dtype)
+
+    def _layout(self, name: Any, *_: Any) -> Any:
+        return _of_torch(name, torch.layout)
+
+    def _memory_format(self, name: Any, *_: Any) -> Any:
+        return _of_torch(name, torch.memory_format)
+
+    def _device(self, name: Any, *_: Any) -> torch.device:
+        try:
+            return torch.device(text(name, "a device"))
+        except RuntimeError:
+            message = "an unknown device"
+            raise Defect(message) from None
+
+    def _opaque(self, name: Any, *_: Any) -> Opaque:
+        return Opaque(text(name, "the type of an object"))
+
+
+_KINDS = frozenset(
+    name[1:] for name in vars(_Decoder) if name.startswith("_") and not name.startswith("__")
+)
+
+
+def _of_torch(name: Any, kind: type) -> Any:
+    need(_WORD.fullmatch(text(name, "a constant")), "an unknown constant of PyTorch")
+    constant = getattr(torch, name, None)
+    need(isinstance(constant, kind), "an unknown constant of PyTorch")
+    return constant
+
+
+@lru_cache(maxsize=256)
+def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
+    """A named tuple class; names that Python cannot have become others."""
+    name = name if _WORD.fullmatch(name) else "namedtuple"
+    return namedtuple(name, fields, rename=True)  # noqa: PYI024

@@ -1,0 +1,107 @@
+"""``verify()``: every problem that a stored recording has, its data included."""
+
+from __future__ import annotations
+
+import zlib
+from contextlib import suppress
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from actrec.errors import CorruptRecordingError
+
+from ._disk import Disk
+from ._format import corrupt
+from ._index import Shard
+from ._manifest import read_manifest
+from ._reader import RANK, check_identity, load, rank_number, shard_name, shard_names
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+__all__ = ["verify"]
+
+_CHUNK: Final = 1 << 24
+
+
+def verify(path: str | os.PathLike[str]) -> list[str]:
+    """Check all of a stored recording, and return every problem found: an empty list if there is none.
+
+    >>> import tempfile, torch, actrec
+    >>> path = tempfile.mkdtemp() + "/run"
+    >>> model = torch.nn.Linear(4, 3)
+    >>> with actrec.record(model, "", into=path):
+    ...     output = model(torch.randn(5, 4))
+    >>> actrec.verify(path)
+    []
+
+    Everything is read: headers, the description of every value, and all data, whose checksums are
+    compared. A recording that was not closed properly is no problem: what was committed is whole.
+
+    Raises ``RecordingNotFoundError`` if there is no recording at ``path``.
+    """
+    return list(dict.fromkeys(_problems(Disk(path))))
+
+
+def _problems(disk: Disk) -> Iterator[str]:
+    recording: str | None = None
+    try:
+        load(disk.path)
+    except CorruptRecordingError as error:
+        yield str(error)
+    with suppress(CorruptRecordingError, FileNotFoundError):
+        recording = read_manifest(disk).recording
+    for rank in filter(RANK.fullmatch, disk.names()):
+        for number, name in _expected(disk / rank):
+            try:
+                shard = Shard(disk / rank, name)
+                if recording is not None:
+                    check_identity(shard, recording, rank_number(rank), number)
+            except CorruptRecordingError as error:
+                yield str(error)
+            else:
+                yield from _shard_problems(disk / rank, name, shard)
+
+
+def _expected(disk: Disk) -> Iterator[tuple[int, str]]:
+    """The numbers and names of all shards that there should be, judging by the last that there is."""
+    names = shard_names(disk)
+    last = int(names[-1].partition(".")[0]) if names else -1
+    # A number that is far off is a name, not a count.
+    yield from ((n, shard_name(n)) for n in range(min(last, 2 * len(names)) + 1))
+
+
+def _shard_problems(disk: Disk, name: str, shard: Shard) -> Iterator[str]:
+    for part in shard.parts:
+        for group in part.groups:
+            try:
+                group.example(0)
+            except CorruptRecordingError as error:
+                yield str(error)
+    owners: dict[str, str] = {}
+    for part in shard.parts:
+        for tensor in shard.container.tensors:
+            if tensor.startswith(part.slot.key + "."):
+                owners[tensor] = part.slot.name
+    with (disk.path / name).open("rb") as file:
+        for tensor, extent in shard.container.tensors.items():
+            file.seek(extent.begin)
+            found = _checksum(file, extent.end - extent.begin)
+            if found != extent.checksum:
+                layer = owners.get(tensor, tensor)[:60]
+                yield str(
+                    corrupt(
+                        shard.path,
+                        f"the checksum of the data of layer {layer!r} is {found:08x}, and should be {extent.checksum:08x}",
+                    )
+                )
+
+
+def _checksum(file: BinaryIO, size: int) -> int:
+    checksum = 0
+    while size:
+        chunk = file.read(min(size, _CHUNK))
+        if not chunk:
+            break
+        checksum = zlib.crc32(chunk, checksum)
+        size -= len(chunk)
+    return checksum

@@ -1,0 +1,257 @@
+"""The writer: a thread that puts calls on the disk, shard by shard, while the model computes the next.
+
+What waits counts against a budget of bytes. A call that does not fit waits until there is room, and with
+it the forward that it belongs to. A pass is committed only when no call can be added to it any more: when
+it and all passes before it have ended, and a later one has begun. A pass that is larger than a shard is
+written in parts, which count when the shard that commits the pass is there.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import traceback
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from actrec.errors import WriteError
+
+from . import _shard
+from ._format import END, MAX_ITEMS
+from ._manifest import Ending
+from ._reader import shard_name
+from ._shard import Call, Heading
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ._disk import Disk
+    from ._folder import Folder
+
+__all__ = ["Writer", "counted"]
+
+#: What a tensor takes in Python's memory besides its data, roughly. It counts too.
+OVERHEAD: Final = 1024
+_PATIENCE: Final = 1.0  # seconds between two looks whether the thread is still there
+
+
+def counted(call: Call, places: dict[object, int]) -> int:
+    """What a call counts against the budget, beyond memory in ``places``, to which its own is added."""
+    size = len(call.structure) + OVERHEAD * (1 + len(call.tensors))
+    for tensor in call.tensors:
+        place, nbytes = _shard.place(tensor)
+        if place not in places:
+            places[place] = nbytes
+            size += nbytes
+    return size
+
+
+def _items(call: Call) -> int:
+    """What a call takes in the header of a shard."""
+    return max(1, len(call.tensors)) + len(call.structure) // 64
+
+
+class _Batch(NamedTuple):
+    """What becomes one shard."""
+
+    calls: list[Call]
+    committed: int
+    part: bool
+    size: int
+
+
+class Writer:
+    """Writes one ``rank-`` folder. One thread of its own writes; any thread may give it calls."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        recording: str,
+        folder: Folder,
+        *,
+        rank: int = 0,
+        shards: int = 0,
+        committed: int = 0,
+    ) -> None:
+        self._disk = disk
+        self._recording = recording
+        self._rank = rank
+        self._shards = shards  # how many there are, with those in the queue
+        self._budget = folder.budget
+        self._limit = min(folder.shard_bytes, max(folder.budget // 2, 1))
+        self._seconds = folder.seconds
+        self.committed = committed  # on the disk
+        self._cut_at = committed  # and in the queue
+        self._parted: set[int] = (
+            set()
+        )  # passes of which there are parts that no shard has committed
+        self.used = 0  # bytes pending, queued or being written
+        self._pending: list[Call] = []
+        self._pending_size = self._pending_items = 0
+        self._places: dict[object, int] = {}  # the memory of what is pending
+        self._queue: deque[_Batch] = deque()
+        self._writing = False
+        self._closed = False
+        self._error: WriteError | None = None
+        self._failed = self._ended = False
+        self._changed = threading.Condition(threading.RLock())
+        self._last_cut = time.monotonic()
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="actrec-writer", daemon=True)
+        self._thread.start()
+
+    # --- Taking calls ----------------------------------------------------------------------------------
+
+    def keep(self, call: Call, complete: Callable[[], int]) -> None:
+        """Take a call; wait until there is room for it. ``complete()`` is how many passes can be committed.
+
+        Raises ``WriteError`` if the writer has failed, once: after that, calls are dropped.
+        """
+        with self._changed:
+            self._check()
+            if self._failed or self._closed:
+                return
+            call.size = counted(call, self._places)
+            while self.used and self.used + call.size > self._budget:
+                self._make_room(complete)
+            self._pending.append(call)
+            self.used += call.size
+            self._pending_size += call.size
+            self._pending_items += _items(call)
+            if self._is_due():
+                self._cut(complete(), everything=self._is_full())
+
+    def _check(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _make_room(self, complete: Callable[[], int]) -> None:
+        if not self._queue and not self._writing:
+            self._cut(complete(), everything=True)
+        self._changed.wait(_PATIENCE)
+        if not self._thread.is_alive() and not self._failed:
+            self._fail(RuntimeError("the thread that writes has died"))
+        self._check()
+
+    def _is_full(self) -> bool:
+        return self._pending_size >= self._limit or self._pending_items >= MAX_ITEMS // 2
+
+    def _is_due(self) -> bool:
+        return self._is_full() or time.monotonic() - self._last_cut >= self._seconds
+
+    def _cut(self, complete: int, *, everything: bool) -> None:
+        """Queue what is complete as a shard and, of ``everything``, each pass that is not as a part."""
+        complete = max(complete, self._cut_at)
+        done = [call for call in self._pending if call.number < complete]
+        rest = [call for call in self._pending if call.number >= complete]
+        if done or any(number < complete for number in self._parted):
+            self._commit(done, complete)
+        if everything and sum(call.size for call in rest) >= (0 if not done else self._limit):
+            for number in sorted({call.number for call in rest}):
+                part = [call for call in rest if call.number == number]
+                self._enqueue(part, self._cut_at, part=True)
+                self._parted.add(number)
+            rest = []
+        self._pending = rest
+        self._pending_size = sum(call.size for call in rest)
+        self._pending_items = sum(map(_items, rest))
+        self._places.clear()
+        self._last_cut = time.monotonic()
+
+    def _commit(self, calls: list[Call], complete: int) -> None:
+        self._cut_at = complete
+        self._parted = {number for number in self._parted if number >= complete}
+        self._enqueue(calls, complete, part=False)
+
+    def _enqueue(self, calls: list[Call], committed: int, *, part: bool) -> None:
+        self._queue.append(_Batch(calls, committed, part, sum(call.size for call in calls)))
+        self._changed.notify_all()
+
+    # --- Writing ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue:
+                    if self._closed:
+                        return
+                    self._changed.wait()
+                batch = self._queue.popleft()
+                self._writing = True
+            try:
+                self._write(batch)
+            except BaseException as error:  # noqa: BLE001  # whatever it is, it reaches the caller
+                # Or else the frames that the error went through would keep the values.
+                traceback.clear_frames(error.__traceback__)
+                del batch
+                self._fail(error)
+                return
+            size = batch.size
+            del batch
+            with self._changed:
+                self.used -= size
+                self._writing = False
+                self._changed.notify_all()
+
+    def _write(self, batch: _Batch) -> None:
+        heading = Heading(self._recording, self._rank, self._shards, batch.committed, batch.part)
+        name = shard_name(self._shards)
+        self._disk.commit(name, partial(_shard.write, heading=heading, calls=batch.calls))
+        self._shards += 1
+        self.committed = batch.committed
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            failure = WriteError(
+                f"recording into {self._disk.path.parent}: {shard_name(self._shards)} could not be written: {error}. "
+                f"The {self.committed} passes that were committed are safe; record(..., resume=True) goes on after them."
+            )
+            failure.__cause__ = error
+            self._error, self._failed = failure, True
+            self._queue.clear()
+            self._pending.clear()
+            self._places.clear()
+            self.used = 0
+            self._writing = False
+            self._changed.notify_all()
+
+    # --- Ending ----------------------------------------------------------------------------------------
+
+    def close(self, passes: int, error: str | None = None) -> None:
+        """Commit ``passes`` passes, and say how the run ended. May be called again, which does nothing.
+
+        A process that was forked off has no thread, and nothing to write.
+        """
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            if not self._closed:
+                self._close(max(passes, self._cut_at))
+        if threading.current_thread() is self._thread:
+            return  # it collects garbage, a dropped block among it: it cannot wait for itself
+        self._thread.join()
+        if not self._failed and not self._ended:
+            self._ended = True
+            ending = Ending(self._recording, self.committed, self._shards, error)
+            try:
+                self._disk.commit(END, lambda file: file.write(ending.content()))
+            except OSError as failure:
+                self._fail(failure)
+
+    def _close(self, passes: int) -> None:
+        if not self._failed:
+            self._cut(passes, everything=False)
+            if self._cut_at < passes:
+                self._commit([], passes)
+        self.used -= sum(call.size for call in self._pending)
+        self._pending.clear()
+        self._closed = True
+        self._changed.notify_all()
+
+    def unseen(self) -> WriteError | None:
+        """The error that no call has raised; from then on it counts as seen."""
+        error, self._error = self._error, None
+        return error

@@ -1,0 +1,85 @@
+"""What the tests of the store share: comparing values bit for bit, and small models to record."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from actrec import Opaque
+
+if TYPE_CHECKING:
+    from actrec import Recording
+
+
+def bits(tensor: Tensor) -> bytes:
+    """The bytes of a tensor, NaN payloads and all."""
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+
+
+def same(a: Any, b: Any) -> bool:  # noqa: PLR0911  # a table, in effect
+    """Whether two values are the same, bit for bit, and of the same types."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        both = type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape
+        return both and bits(a) == bits(b)
+    if type(a).__module__ == "numpy" or type(b).__module__ == "numpy":
+        return type(a) is type(b) and a.dtype == b.dtype and same(*map(torch.from_numpy, (a, b)))
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        pairs = zip(a.items(), b.items(), strict=False)
+        return len(a) == len(b) and all(same(list(x), list(y)) for x, y in pairs)
+    if isinstance(a, (tuple, list, deque)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float) and math.isnan(a):
+        return math.isnan(b)
+    if isinstance(a, complex):
+        return same(a.real, b.real) and same(a.imag, b.imag)
+    if isinstance(a, float):
+        return a == b and math.copysign(1, a) == math.copysign(1, b)
+    return bool(a == b) if not isinstance(a, Opaque) else a.type == b.type
+
+
+def assert_same(found: Recording, expected: Recording) -> None:
+    """Two recordings hold the same."""
+    assert list(found) == list(expected)
+    assert found.num_passes == expected.num_passes
+    for name in expected:
+        assert (found[name].name, found[name].type) == (expected[name].name, expected[name].type)
+        assert found[name].passes == expected[name].passes, name
+        assert len(found[name]) == len(expected[name])
+        pairs = zip(found[name], expected[name], strict=True)
+        assert [i for i, (a, b) in enumerate(pairs) if not same(a, b)] == [], name
+    if getattr(expected, "inputs", None) is not None:
+        assert_same(found.inputs, expected.inputs)  # type: ignore[attr-defined]
+
+
+class Net(nn.Module):
+    """Writes in place to what its layers return, shares memory between layers, calls one twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout()
+        self.flat = nn.Flatten()
+        self.head = nn.Linear(6 * 36, 6 * 36)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norm(self.conv(x)))
+        x = self.flat(self.drop(x))
+        y = self.relu(self.head(x))
+        y += x
+        return y
+
+
+def batches(count: int, size: int = 16) -> list[Tensor]:
+    """The same images at every call."""
+    images = torch.randn(count * size, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return list(images.split(size))

@@ -1,0 +1,407 @@
+"""What is stored comes back: every kind of value and dtype, bit for bit, and nothing is run for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import tempfile
+from collections import OrderedDict, defaultdict, deque, namedtuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+import actrec
+from actrec import CaptureError, Opaque, Recording, load, record
+from actrec._recording import ListLayer
+from actrec.store import Fields, _container, _format, _shard, _tree
+from tests.stored import Net, assert_same, batches, same
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DTYPES = [dtype for dtype, _ in _format.DTYPES.values()]
+
+
+def recording(**layers: list[Any]) -> Recording:
+    """A recording in memory, of these calls."""
+    return Recording("Net", {name: ListLayer(name, values) for name, values in layers.items()}, {})
+
+
+def there_and_back(*values: Any) -> list[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        recording(x=list(values)).save(folder + "/run")
+        assert actrec.verify(folder + "/run") == []
+        return list(load(folder + "/run")["x"])
+
+
+def random(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Random bits, among them NaNs of every kind; a bool has only two values."""
+    if dtype is torch.bool:
+        return torch.rand(shape) > 0.5
+    data = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), dtype=torch.uint8)
+    return data.view(dtype).reshape(shape)
+
+
+# --- Tensors -----------------------------------------------------------------------------------------
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_of_every_dtype_come_back_bit_for_bit(dtype: torch.dtype) -> None:
+    values = [
+        random(dtype, *shape) for shape in [(3, 4), (2, 4), (5,), (), (0, 4), (0,), (2, 1, 3)]
+    ]
+    found = there_and_back(*values)
+    assert [(t.dtype, t.shape) for t in found] == [(t.dtype, t.shape) for t in values]
+    assert all(map(same, found, values))
+
+
+def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
+    values = {str(dtype).removeprefix("torch."): random(dtype, 3, 5) for dtype in DTYPES}
+    recording(**{name: [value, value.flip(0)] for name, value in values.items()}).save(
+        tmp_path / "r"
+    )
+    found = load_file(tmp_path / "r/rank-00000/000000.safetensors")
+    about = json.loads((tmp_path / "r/actrec.json").read_text())
+    for number, layer in enumerate(about["layers"]):
+        value, name = values[layer["name"]], layer["name"]
+        joined = torch.cat([value.view(torch.uint8), value.flip(0).view(torch.uint8)])
+        tensor = found[f"output.{number:05d}.00000.0"]
+        assert same(tensor.reshape(6, -1).view(torch.uint8), joined), name
+
+
+def test_the_most_absurd_memory_layouts_come_back() -> None:
+    base = torch.randn(6, 4, 8, 8)
+    values = [
+        base[1:3],
+        base[:, 2],
+        base.transpose(0, 3),
+        base.contiguous(memory_format=torch.channels_last),
+        base.permute(3, 1, 0, 2)[::2],
+        torch.randn(1, 8).expand(1000, 8),
+        torch.randn(3, 1, 2).expand(3, 50, 2),
+        torch.randn(1).expand(4, 5),
+        torch.randn(1, 3).expand(1, 3),
+        torch.randn(1, 3).expand(0, 3),
+        torch.as_strided(torch.randn(10), (4, 3), (2, 1)),
+        torch.randn(3, 4, dtype=torch.complex64).conj(),
+        torch.randn(3, 4, dtype=torch.complex64).conj().imag,
+        nn.Parameter(torch.randn(3)),
+    ]
+    found = there_and_back(*values)
+    assert all(same(a, b.detach()) for a, b in zip(found, values, strict=True))
+
+
+def test_small_and_large_pieces_keep_their_order(monkeypatch: Any) -> None:
+    monkeypatch.setattr(_container, "_SMALL", 100)
+    monkeypatch.setattr(_container, "_CHUNK", 150)
+    values = [torch.randn(n) for n in (3, 20, 100, 1, 24, 24, 24, 30, 2)]
+    assert all(map(same, there_and_back(*values), values))
+
+
+def test_a_large_transposed_tensor_is_written_a_few_rows_at_a_time(monkeypatch: Any) -> None:
+    monkeypatch.setattr(_shard, "_PIECE", 100)
+    value = torch.randn(50, 30).t()
+    assert same(*there_and_back(value), value)
+
+
+def test_expanded_tensors_and_shared_memory_take_their_own_bytes_once(tmp_path: Path) -> None:
+    big, row = torch.randn(64, 64), torch.randn(1, 64)
+    values = {
+        "a": [big, big],
+        "b": [big, row.expand(10_000, 64)],
+        "c": [(big, big.view(-1), row), big],
+        "d": [big.view(torch.int32)],
+    }
+    recording(**values).save(tmp_path / "r")
+    (shard,) = (tmp_path / "r/rank-00000").glob("*.safetensors")
+    # big once as floats, once as integers; the row once
+    assert shard.stat().st_size < 2 * big.nbytes + row.nbytes + 4000
+    found = load(tmp_path / "r")
+    assert_same(found, recording(**values))
+    assert found.nbytes == 2 * big.nbytes + row.nbytes
+    assert found["b"].nbytes == big.nbytes + row.nbytes
+
+
+def test_memory_is_found_again_wherever_it_was_met(tmp_path: Path) -> None:
+    x, y, z = (torch.randn(n, 5) for n in (3, 2, 4))
+    values = {
+        "a": [x, y, z],
+        "b": [z, x, y, z, torch.randn(3, 5)],
+        "c": [y.view(-1), z.view(-1), (y, x), (z, y), (y, y.view(5, 2))],
+    }
+    recording(**values).save(tmp_path / "r")
+    found = load(tmp_path / "r")
+    assert found.nbytes == sum(t.nbytes for t in (x, y, z, values["b"][-1]))  # type: ignore[attr-defined]
+    assert_same(found, recording(**values))
+    assert same(found["b"].cat(), torch.cat(values["b"]))
+    assert actrec.verify(tmp_path / "r") == []
+
+
+def test_what_is_shared_between_layers_call_by_call_stays_one_entry(tmp_path: Path) -> None:
+    net = Net()
+    with record(net) as acts:
+        for batch in batches(5, 64):
+            net(batch)
+    acts.save(tmp_path / "r")
+    found = load_file(tmp_path / "r/rank-00000/000000.safetensors")
+    assert len(found) == 5, "conv, norm, relu, head and relu again: drop and flat are relu's"
+    assert_same(load(tmp_path / "r"), acts)
+
+
+UNSTORABLE = {
+    "sparse": (lambda: torch.eye(3).to_sparse(), "a sparse_coo tensor cannot be stored"),
+    "csr": (lambda: torch.eye(3).to_sparse_csr(), "a sparse_csr tensor cannot be stored"),
+    "meta": (lambda: torch.empty(3, device="meta"), "a tensor on the meta device"),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        "dtype torch.qint8",
+    ),
+    "bits": (lambda: torch.empty(2, dtype=torch.uint4), "dtype torch.uint4"),
+    "set": (lambda: {1, 2}, "a value of type set cannot be stored"),
+    "object": (lambda: [object()], "a value of type object cannot be stored"),
+    "array": (lambda: np.array(["text"]), "a NumPy array of dtype <U4 cannot be stored"),
+    "slice": (lambda: slice(object(), 1), "a value of type slice cannot be stored"),
+    "many": (lambda: [0] * 70_000, "it has too many parts"),
+    "long": (lambda: "long" * 2_000_000, "it has too many parts"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:.*quantiz")
+@pytest.mark.parametrize("name", UNSTORABLE)
+def test_what_cannot_be_stored_is_refused_before_anything_is_written(
+    name: str, tmp_path: Path
+) -> None:
+    make, told = UNSTORABLE[name]
+    with pytest.raises(CaptureError, match=told) as caught:
+        recording(x=[torch.ones(1), make()]).save(tmp_path / "r")
+    assert "save(): call 1 of 'x' cannot be stored" in str(caught.value)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_and_tensors_that_are_no_plain_ones_are_refused(tmp_path: Path) -> None:
+    class Wrapper(Tensor):
+        @classmethod
+        def __torch_dispatch__(
+            cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            raise NotImplementedError
+
+    wrapper = torch.Tensor._make_wrapper_subclass(Wrapper, (2,))  # type: ignore[attr-defined]
+    with pytest.raises(CaptureError, match="a Wrapper cannot be stored"):
+        _shard.storable(wrapper)
+    with pytest.raises(CaptureError, match="a nested tensor cannot be stored"):
+        _shard.storable(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+
+
+def test_a_subclass_without_a_mind_of_its_own_comes_back_as_the_tensor_that_it_is() -> None:
+    class Image(Tensor):
+        pass
+
+    (found,) = there_and_back(torch.ones(2, 3).as_subclass(Image))
+    assert same(found, torch.ones(2, 3))
+
+
+def test_values_nested_too_deep_are_refused() -> None:
+    value: Any = torch.ones(1)
+    for _ in range(70):
+        value = [value]
+    with pytest.raises(CaptureError, match="nested more than 64 deep"):
+        _tree.encode(value)
+
+
+# --- Structures --------------------------------------------------------------------------------------
+
+CONSTANTS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.complex_numbers(allow_nan=True),
+    st.text(st.characters()),
+    st.binary(),
+    st.sampled_from([
+        torch.float8_e5m2, torch.device("cuda", 3), torch.sparse_csr, torch.channels_last, ..., slice(1, None, -2),
+        range(0, -(2**70), -3), torch.Size([2, 0]), 2**80, -(2**80), -0.0, float("nan"), Opaque("a.B"), "\ud800",
+    ]),
+)  # fmt: skip
+KEYS = st.one_of(st.text(), st.integers(), st.tuples(st.integers(), st.text()))
+TENSORS = st.builds(
+    random, st.sampled_from(DTYPES), st.integers(0, 3), st.integers(0, 3)
+) | st.builds(random, st.sampled_from(DTYPES))
+VALUES = st.recursive(
+    TENSORS | CONSTANTS,
+    lambda values: st.one_of(
+        st.lists(values, max_size=4),
+        st.lists(values, max_size=4).map(tuple),
+        st.dictionaries(KEYS, values, max_size=4),
+        st.dictionaries(KEYS, values, max_size=4).map(OrderedDict),
+        st.lists(values, max_size=4).map(lambda items: deque(items, maxlen=4)),
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.lists(VALUES, max_size=6))
+def test_values_come_back_however_they_are_nested(values: list[Any]) -> None:
+    found = there_and_back(*values)
+    assert len(found) == len(values)
+    assert [i for i, pair in enumerate(zip(found, values, strict=True)) if not same(*pair)] == []
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@dataclasses.dataclass
+class Output:
+    hidden: Any
+    rest: Any = None
+
+
+class Attributes(dict[str, Any]):
+    pass
+
+
+class Colour(enum.IntEnum):
+    RED = 1
+
+
+class Names(list[Any]):
+    pass
+
+
+def test_named_tuples_come_back_with_their_names() -> None:
+    (found,) = there_and_back(Pair(torch.ones(2), {"a": 1}))
+    assert type(found).__name__ == "Pair"
+    assert found._fields == ("left", "right")
+    assert same(found.left, torch.ones(2))
+    assert found.right == {"a": 1}
+    odd = namedtuple("odd", ["class", "x"], rename=True)(1, 2)  # noqa: PYI024
+    (found,) = there_and_back(odd)
+    assert found == odd
+    assert found._fields == odd._fields
+
+
+def test_the_tuples_of_pytorch_come_back_as_themselves() -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3), torch.zeros(2)])
+    top = torch.randn(3, 4).max(0)
+    found_packed, found_top = there_and_back(packed, top)
+    assert type(found_packed) is nn.utils.rnn.PackedSequence
+    assert same(*(nn.utils.rnn.pad_packed_sequence(p)[0] for p in (packed, found_packed)))
+    assert type(found_top) is torch.return_types.max
+    assert same(found_top.values, top.values)
+    assert same(found_top.indices, top.indices)
+
+
+def test_objects_with_fields_come_back_as_fields_with_the_name_of_their_type() -> None:
+    output = BaseModelOutput(last_hidden_state=torch.ones(2))  # type: ignore[arg-type]
+    attributes = Attributes(a=1)
+    attributes.more = (2, torch.ones(1))  # type: ignore[attr-defined]
+    attributes.keys = "hides a method"  # type: ignore[assignment,method-assign]
+    found = there_and_back(Output(torch.ones(3)), output, attributes)
+    assert all(type(value) is Fields for value in found)
+    plain, model, attribute = found
+    assert same(plain.hidden, torch.ones(3))
+    assert plain["rest"] is plain.rest is None
+    assert list(model) == ["last_hidden_state"]
+    assert model.hidden_states is None
+    assert attribute.more[0] == 2
+    assert list(attribute.keys()) == ["a"]
+    assert repr(model).startswith("BaseModelOutput({'last_hidden_state'")
+    with pytest.raises(AttributeError, match="has no 'other'; it has 'hidden', 'rest'"):
+        _ = plain.other
+    assert all(map(same, there_and_back(*found), found)), "and can be stored again"
+    assert there_and_back(*found)[1].hidden_states is None
+    assert "Fields of 2" in repr(recording(x=[plain])["x"]) or "Output" in repr(
+        recording(x=[plain])["x"]
+    )
+
+
+def test_other_kinds_of_containers_come_back_as_what_they_are_kinds_of() -> None:
+    values = [
+        defaultdict(list, a=1),
+        Names([1]),
+        Colour.RED,
+        Opaque("a.Cache"),
+        (torch.float8_e5m2, torch.device("cuda", 3), torch.sparse_csr, torch.channels_last),
+        int,
+        Output,
+        np.arange(6, dtype=np.int16).reshape(2, 3)[:, ::-1],
+        np.float32(2.5),
+        np.float64(2.5),
+    ]
+    found = there_and_back(*values)
+    assert found[0] == {"a": 1}
+    assert type(found[0]) is dict
+    assert type(found[1]) is list
+    assert found[2] == Opaque("tests.test_store_values.Colour.RED")
+    assert found[3] == Opaque("a.Cache")
+    assert found[4] == values[4]
+    assert found[5] == Opaque("int")
+    assert found[6] == Opaque("tests.test_store_values.Output")
+    assert same(found[7], values[7].copy())
+    assert type(found[8]) is np.float32
+    assert found[8] == 2.5
+    assert type(found[9]) is np.float64
+
+
+def test_a_tensor_that_stands_in_two_places_comes_back_as_one() -> None:
+    tensor = torch.ones(3)
+    (found,) = there_and_back([tensor, {"again": tensor}])
+    assert found[0] is found[1]["again"]
+
+
+# --- Names -------------------------------------------------------------------------------------------
+
+NAMES = [
+    "../../x",
+    "",
+    "x" * 10_000,
+    "größe/体積\n\0",
+    "/etc/passwd",
+    "a.b",
+    "__metadata__",
+    "\ud800",
+]
+
+
+def test_any_name_of_a_layer_is_safe_and_comes_back(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    for number, name in enumerate(NAMES):
+        if name:
+            model._modules[name] = nn.Linear(1, 1) if number % 2 else nn.Identity()
+    picked = list(model.modules())
+    with record(model, picked, into=tmp_path / "deep" / "r") as acts:
+        model(torch.ones(1, 1))
+        acts.add("../label", 1)
+    assert sorted(load(tmp_path / "deep/r")) == sorted([*NAMES, "../label"])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "000000.safetensors", "actrec.json", "deep", "end.json", "r", "rank-00000",
+    ]  # fmt: skip
+    assert load(tmp_path / "deep/r")["../../x"][0].shape == (1, 1)
+
+
+def test_a_module_with_two_names_is_found_by_both(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    model.append(model[0])
+    with record(model, ["0", "2"], into=tmp_path / "r"):
+        model(torch.ones(1, 2))
+    found = load(tmp_path / "r")
+    assert list(found) == ["0"]
+    assert len(found["2"]) == 2
+    assert found["2"] is found["0"]
