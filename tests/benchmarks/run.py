@@ -16,11 +16,13 @@ import torch
 if not __package__:  # started as a file
     sys.path[0] = str(Path(__file__).parents[2])
 
-from tests.benchmarks import calls, entry, importing, networks, report
+from tests.benchmarks import calls, entry, gradients, importing, networks, report, stopping
 
 BENCHMARKS = {
     "calls": calls.measure,
     "networks": networks.measure,
+    "gradients": gradients.measure,
+    "stopping": stopping.measure,
     "entry": entry.measure,
     "import": importing.measure,
 }
