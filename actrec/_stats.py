@@ -185,9 +185,8 @@ class Moments:
     def _merge(self, numbers: Tensor) -> None:
         n, shift = numbers.numel(), self._mean
         low, squares = _around(shift, numbers)
-        if (
-            squares and n * low * low * 2 >= squares
-        ):  # their difference would be left with few digits
+        # Where that is far, the difference below would be left with few digits.
+        if squares and n * low * low * 2 >= squares:
             shift = float(numbers.sum(dtype=torch.float64)) / n
             low, squares = _around(shift, numbers)
         squares -= n * low * low
