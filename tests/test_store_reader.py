@@ -274,6 +274,25 @@ def test_what_several_ranks_wrote_is_merged_by_pass_then_rank(path: Path, stored
     assert not load(path).complete
 
 
+def test_gradients_are_saved_and_stay_aligned(tmp_path: Path) -> None:
+    net = nn.LSTM(4, 3)
+    with record(net, "", grads=True) as acts:
+        for step in range(3):
+            out, _ = net(torch.randn(2, 1, 4))
+            if step != 1:
+                out.sum().backward()
+    acts.save(tmp_path / "r")
+    grads = load(tmp_path / "r").grads[""]
+    assert grads.passes == [0, 1, 2]
+    assert grads[1] == (None, (None, None))
+    assert torch.equal(grads[2][0], acts.grads[""][2][0])
+    with record(net, "") as acts:
+        net(torch.randn(2, 1, 4))
+    acts.save(tmp_path / "s")
+    with pytest.raises(AttributeError, match="gradients were not recorded"):
+        _ = load(tmp_path / "s").grads
+
+
 def test_inputs_that_were_not_recorded_are_not_there(tmp_path: Path) -> None:
     net = nn.Linear(2, 2)
     with record(net, "", into=tmp_path / "r"):

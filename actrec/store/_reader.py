@@ -301,10 +301,17 @@ class StoredRecording(Recording):
         info = {layer.name: layer.type for layer in manifest.layers}
         layers = _layers("output", info, parts) | _layers("added", {}, parts)
         self._input_layers = _layers("input", info, parts) if manifest.inputs else {}
-        order = [name for role, name in parts if role != "input"]
+        grads = _layers("gradient", info, parts) if manifest.grads else {}
+        order = [name for role, name in parts if role in {"output", "added"}]
         committed = Count(max((rank.committed for rank in ranks), default=0))
         super().__init__(
-            manifest.model, layers, manifest.names, order, committed, inputs=self._input_layers
+            manifest.model,
+            layers,
+            manifest.names,
+            order,
+            committed,
+            inputs=self._input_layers,
+            grads=grads,
         )
 
     @staticmethod
