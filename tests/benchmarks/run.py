@@ -1,8 +1,8 @@
 """Measure what recording costs, and print the table: ``python tests/benchmarks/run.py [NAME ...]``.
 
 Every number is a ratio of times that were taken in turn, with garbage collection off; only entry and exit
-has microseconds too, because its target has. PyTorch gets one thread (``torch.set_num_threads(1)``): with
-more, the threads' waiting for each other drowns what a hook costs.
+has microseconds too, and reading a recording megabytes, because their targets have. PyTorch gets one thread
+(``torch.set_num_threads(1)``): with more, the threads' waiting for each other drowns what a hook costs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import torch
 if not __package__:  # started as a file
     sys.path[0] = str(Path(__file__).parents[2])
 
-from tests.benchmarks import calls, entry, gradients, importing, networks, report, stopping
+from tests.benchmarks import (
+    calls,
+    entry,
+    gradients,
+    importing,
+    networks,
+    reading_statistics,
+    report,
+    stopping,
+)
 
 BENCHMARKS = {
     "calls": calls.measure,
@@ -25,6 +34,7 @@ BENCHMARKS = {
     "stopping": stopping.measure,
     "entry": entry.measure,
     "import": importing.measure,
+    "reading": reading_statistics.measure,
 }
 
 
