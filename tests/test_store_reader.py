@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import re
 import shutil
@@ -666,6 +667,14 @@ MUTATIONS = st.lists(
 )
 
 
+#: How many; "nox -s crash" asks for thousands, and for others each time.
+MANY = int(os.environ.get("ACTREC_MUTATIONS", "120"))
+many_mutations = settings(
+    max_examples=MANY, deadline=None, derandomize=MANY == 120,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+
+
 def mutated(content: bytes, mutations: list[tuple[str, int, int]], within: int) -> bytes:
     """The content with some bytes changed, most of them in its first part."""
     changed = bytearray(content)
@@ -719,10 +728,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(
-    max_examples=120, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+@many_mutations
 @given(st.integers(0, 10), MUTATIONS)
 def test_mutated_files_are_found_by_verify_and_never_crash(
     small: Path, tmp_path: Path, which: int, mutations: list[tuple[str, int, int]]
@@ -741,10 +747,7 @@ def test_mutated_files_are_found_by_verify_and_never_crash(
         assert actrec.verify(path) != []
 
 
-@settings(
-    max_examples=120, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+@many_mutations
 @given(MUTATIONS)
 def test_mutated_headers_that_were_signed_afterwards_never_crash(
     small: Path, tmp_path: Path, mutations: list[tuple[str, int, int]]

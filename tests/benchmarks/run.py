@@ -16,13 +16,14 @@ import torch
 if not __package__:  # started as a file
     sys.path[0] = str(Path(__file__).parents[2])
 
-from tests.benchmarks import calls, entry, importing, networks, report
+from tests.benchmarks import calls, entry, importing, networks, report, storing
 
 BENCHMARKS = {
     "calls": calls.measure,
     "networks": networks.measure,
     "entry": entry.measure,
     "import": importing.measure,
+    "storing": storing.measure,
 }
 
 
