@@ -92,6 +92,13 @@ def demo_minilm(session: nox.Session) -> None:
 
 
 @nox.session
+def browser(session: nox.Session) -> None:
+    """Run the tutorial as a notebook, and look at it in Chromium, which has to be there."""
+    install(session, "browser", "-e", ".")
+    session.run("pytest", "tests/browser", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure what recording costs, as ratios, and print the table."""
     install(session, "bench", "-e", ".")

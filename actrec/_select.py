@@ -175,7 +175,7 @@ def _by_pattern(model: _Model, query: str, pattern: re.Pattern[str]) -> list[tup
     short = [(n.short, n) for n in names if n.short and pattern.fullmatch(n.short)]
     matches = short or [(n.full, n) for n in names if n.full and pattern.fullmatch(n.full)]
     if not matches:
-        raise SelectionError(_nothing(model, query))
+        raise SelectionError(_nothing(model, query, is_glob=pattern.pattern != query))
     found = [(key, name.module) for key, name in matches if model.why_not(name) is None]
     if not found:
         message = f"record(): {query!r} matches only modules that hooks never run on: {model.why_not(matches[0][1])}."
@@ -334,8 +334,14 @@ def _parents(model: _Model, choices: Iterable[Choice]) -> Iterator[nn.Module]:
 # --- The errors that help --------------------------------------------------------------------------
 
 
-def _nothing(model: _Model, query: str) -> str:
+def _nothing(model: _Model, query: str, *, is_glob: bool = False) -> str:
     names = dict.fromkeys(name.short for name in model.names if name.short)
+    deeper = f"**.{query}"
+    if is_glob and any(map(_glob(deeper).fullmatch, names)):
+        return (
+            f"record(): {query!r} matches no layer of this {model.type}. A star stays inside one segment. "
+            f"Did you mean {deeper!r}?"
+        )
     hint = ""
     if any(isinstance(name.module, torch.fx.GraphModule) for name in model.names):
         hint = " It is a traced graph: record the original module, or torch.export.unflatten(exported_program)."

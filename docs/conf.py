@@ -49,5 +49,6 @@ nitpick_ignore_regex = [
     ("py:.*", r"(collections|contextlib|os|types)\..*"),  # and so has the standard library
     # Signatures stand as they are written: names that only the type checker imports, and short ones
     # for types that the text explains.
-    ("py:class", r"nn\.Module|AbstractContextManager|Callable\[.*|.*\b(Query|Transform)\b.*"),
+    ("py:class", r"nn\.Module|AbstractContextManager|Callable\[.*|.*\b(Query|Transform|Value)\b.*"),
+    ("py:class", r"(Axes|Layers|numpy\.ndarray|actrec\._(rows|stats|compare)\.\w+)(\[.*)?"),
 ]

@@ -632,6 +632,16 @@ def test_a_pattern_or_type_of_containers_is_answered_with_what_to_write(query: A
         record(model, query)
 
 
+def test_a_glob_that_misses_what_is_deeper_is_told_how_to_reach_it() -> None:
+    model = nn.Sequential(nn.Sequential())
+    model[0].add_module("conv1", nn.Conv2d(1, 1, 1))
+    with pytest.raises(SelectionError, match=r"inside one segment\. Did you mean '\*\*\.conv\*'\?"):
+        record(model, "conv*")
+    with record(model, "**.conv*") as acts:
+        model(torch.zeros(1, 1, 1, 1))
+    assert list(acts) == ["0.conv1"]
+
+
 def test_an_empty_container_is_refused_in_a_sentence() -> None:
     with pytest.raises(SelectionError, match=r"a container that is never called itself\.$"):
         record(nn.Sequential(nn.ParameterList()), "0")

@@ -191,6 +191,35 @@ def test_a_call_outlives_the_recording_and_its_files(path: Path) -> None:
     assert same(call, expected)
 
 
+def test_while_a_large_call_is_worked_on_the_system_is_asked_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def advise(fd: int, begin: int, nbytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        expected.append((os.fstat(fd).st_ino, begin, nbytes))
+        raise OSError  # a file system that takes no advice
+
+    expected: list[tuple[int, int, int]] = []
+    large, small = nn.Linear(2, 100_000), nn.Linear(2, 10_000)
+    with record(nn.Sequential(large), "0", into=tmp_path / "large") as acts:
+        for batch in torch.randn(3, 1, 2):
+            large(batch)
+    with record(nn.Sequential(small), "0", into=tmp_path / "small"):
+        small(torch.randn(1, 2))
+        small(torch.randn(1, 2))
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    calls = iter(acts["0"])
+    next(calls)
+    (shard,) = (tmp_path / "large").rglob("*.safetensors")
+    ((inode, begin, nbytes),) = expected
+    assert (inode, nbytes) == (shard.stat().st_ino, 400_000)
+    assert shard.read_bytes()[begin : begin + nbytes] == acts["0"][1].numpy().tobytes()
+    assert len(list(calls)) == 2
+    assert len(expected) == 2
+    assert len(list(load(tmp_path / "small")["0"])) == 2
+    assert len(expected) == 2
+
+
 @pytest.mark.parametrize("how", ["cat", "stack"])
 def test_calls_are_joined_as_in_memory(tmp_path: Path, how: str) -> None:
     values: dict[str, list[Any]] = {
@@ -243,6 +272,25 @@ def test_what_several_ranks_wrote_is_merged_by_pass_then_rank(path: Path, stored
     assert acts.complete
     (other / "end.json").unlink()
     assert not load(path).complete
+
+
+def test_gradients_are_saved_and_stay_aligned(tmp_path: Path) -> None:
+    net = nn.LSTM(4, 3)
+    with record(net, "", grads=True) as acts:
+        for step in range(3):
+            out, _ = net(torch.randn(2, 1, 4))
+            if step != 1:
+                out.sum().backward()
+    acts.save(tmp_path / "r")
+    grads = load(tmp_path / "r").grads[""]
+    assert grads.passes == [0, 1, 2]
+    assert grads[1] == (None, (None, None))
+    assert torch.equal(grads[2][0], acts.grads[""][2][0])
+    with record(net, "") as acts:
+        net(torch.randn(2, 1, 4))
+    acts.save(tmp_path / "s")
+    with pytest.raises(AttributeError, match="gradients were not recorded"):
+        _ = load(tmp_path / "s").grads
 
 
 def test_inputs_that_were_not_recorded_are_not_there(tmp_path: Path) -> None:

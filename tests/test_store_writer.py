@@ -6,6 +6,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -345,6 +346,8 @@ def test_memory_that_values_share_counts_once_and_small_ones_count_their_objects
 def test_a_full_queue_makes_the_model_wait_and_can_be_interrupted(
     tmp_path: Path, gate: Gate
 ) -> None:
+    # A run in the background of a shell may have been told to ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     net = nn.Identity()
     state: list[str] = []
 
@@ -353,7 +356,7 @@ def test_a_full_queue_makes_the_model_wait_and_can_be_interrupted(
         state.append("waiting")
         time.sleep(0.3)
         state.append("interrupted")
-        os.kill(os.getpid(), 2)
+        os.kill(os.getpid(), signal.SIGINT)
         threading.Timer(0.3, gate.open.set).start()
 
     thread = threading.Thread(target=interrupt)
@@ -366,6 +369,7 @@ def test_a_full_queue_makes_the_model_wait_and_can_be_interrupted(
             net(torch.full((1000,), float(step)))
         state.append("never full")
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert state == ["waiting", "interrupted"]
     assert 1 <= load(tmp_path / "r").num_passes == acts.num_passes <= 3
     assert not load(tmp_path / "r").complete

@@ -200,14 +200,22 @@ class StoredLayer(Layer):
             raise IndexError(message) from None
 
     def __iter__(self) -> Iterator[Value]:
-        return map(self._call, range(len(self)))
+        for index in range(len(self)):
+            if index + 1 < len(self):  # the disk is busy while this call is worked on
+                group, call = self._place(index + 1)
+                group.expect(call)
+            yield self._call(index)
 
     def _call(self, index: int) -> Value:
+        group, call = self._place(index)
+        return group.value(call)
+
+    def _place(self, index: int) -> tuple[Group, int]:
         if self._order is not None:
             index = self._order[index]
         at = bisect_right(self._starts, index) - 1
         group, first, _ = self._stretches[at]
-        return group.value(first + index - self._starts[at])
+        return group, first + index - self._starts[at]
 
     def _forms(self) -> Iterable[Form]:
         return map(form, self._examples())
@@ -293,10 +301,17 @@ class StoredRecording(Recording):
         info = {layer.name: layer.type for layer in manifest.layers}
         layers = _layers("output", info, parts) | _layers("added", {}, parts)
         self._input_layers = _layers("input", info, parts) if manifest.inputs else {}
-        order = [name for role, name in parts if role != "input"]
+        grads = _layers("gradient", info, parts) if manifest.grads else {}
+        order = [name for role, name in parts if role in {"output", "added"}]
         committed = Count(max((rank.committed for rank in ranks), default=0))
         super().__init__(
-            manifest.model, layers, manifest.names, order, committed, inputs=self._input_layers
+            manifest.model,
+            layers,
+            manifest.names,
+            order,
+            committed,
+            inputs=self._input_layers,
+            grads=grads,
         )
 
     @staticmethod

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions around a shortcut, with one ReLU that writes in place and is called three times."""
+    """Three convolutions around a shortcut, with one ReLU that is called three times."""
 
-    def __init__(self, wide: int, narrow: int, stride: int) -> None:
+    def __init__(self, wide: int, narrow: int, stride: int, *, in_place: bool) -> None:
         super().__init__()
         out = 4 * narrow
         self.conv1 = nn.Conv2d(wide, narrow, 1, bias=False)
@@ -21,7 +21,8 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(narrow)
         self.conv3 = nn.Conv2d(narrow, out, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU(inplace=in_place)
+        self.in_place = in_place
         self.shortcut = None
         if stride != 1 or wide != out:
             conv = nn.Conv2d(wide, out, 1, stride, bias=False)
@@ -31,22 +32,25 @@ class Bottleneck(nn.Module):
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        y += x if self.shortcut is None else self.shortcut(x)
-        return self.relu(y)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return self.relu(y.add_(shortcut) if self.in_place else y + shortcut)
 
 
-def resnet(blocks: tuple[int, ...] = (3, 4, 6, 3), width: int = 64) -> nn.Sequential:
+def resnet(
+    blocks: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, *, in_place: bool = True
+) -> nn.Sequential:
     layers: list[nn.Module] = [
         nn.Conv2d(3, width, 7, 2, padding=3, bias=False),
         nn.BatchNorm2d(width),
-        nn.ReLU(inplace=True),
+        nn.ReLU(inplace=in_place),
         nn.MaxPool2d(3, 2, padding=1),
     ]
     wide = width
     for stage, count in enumerate(blocks):
         narrow = width * 2**stage
         for index in range(count):
-            layers.append(Bottleneck(wide, narrow, stride=2 if stage and not index else 1))
+            stride = 2 if stage and not index else 1
+            layers.append(Bottleneck(wide, narrow, stride, in_place=in_place))
             wide = 4 * narrow
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(wide, 1000)]
     return nn.Sequential(*layers)

@@ -57,7 +57,9 @@ def measure(*, quick: bool) -> Iterator[Row]:
 
 
 def _models() -> Iterator[tuple[str, nn.Module, Tensor]]:
-    yield "ResNet-50 shape, 8x3x128x128", resnet(), torch.randn(8, 3, 128, 128)
+    images = torch.randn(8, 3, 128, 128)
+    yield "ResNet-50 shape, 8x3x128x128", resnet(), images
+    yield "ResNet-50 shape, nothing in place", resnet(in_place=False), images
     yield "GPT shape, 12 layers of 512, 4x256", GPT(), torch.randint(1000, (4, 256))
 
 

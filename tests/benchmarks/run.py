@@ -1,8 +1,8 @@
 """Measure what recording costs, and print the table: ``python tests/benchmarks/run.py [NAME ...]``.
 
 Every number is a ratio of times that were taken in turn, with garbage collection off; only entry and exit
-has microseconds too, because its target has. PyTorch gets one thread (``torch.set_num_threads(1)``): with
-more, the threads' waiting for each other drowns what a hook costs.
+has microseconds too, and reading a recording megabytes, because their targets have. PyTorch gets one thread
+(``torch.set_num_threads(1)``): with more, the threads' waiting for each other drowns what a hook costs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,26 @@ import torch
 if not __package__:  # started as a file
     sys.path[0] = str(Path(__file__).parents[2])
 
-from tests.benchmarks import calls, entry, importing, networks, report, storing
+from tests.benchmarks import (
+    calls,
+    entry,
+    gradients,
+    importing,
+    networks,
+    reading_statistics,
+    report,
+    stopping,
+    storing,
+)
 
 BENCHMARKS = {
     "calls": calls.measure,
     "networks": networks.measure,
+    "gradients": gradients.measure,
+    "stopping": stopping.measure,
     "entry": entry.measure,
     "import": importing.measure,
+    "reading": reading_statistics.measure,
     "storing": storing.measure,
 }
 
