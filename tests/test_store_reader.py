@@ -95,6 +95,53 @@ def test_a_stored_recording_is_a_recording(stored: tuple[Path, Any]) -> None:
     )
 
 
+def test_a_stored_recording_is_looked_at_and_compared_as_one_in_memory(
+    stored: tuple[Path, Any],
+) -> None:
+    path, expected = stored
+    acts = load(path)
+    rows = zip(acts.stats(), expected.stats(), strict=True)
+    assert [(a.layer, a.count, a.mean, a.std, a.max) for a, _ in rows] == [
+        (b.layer, b.count, b.mean, b.std, b.max) for b in expected.stats()
+    ]
+    assert actrec.compare(expected, acts).first_difference is None
+    assert [row.equal for row in actrec.compare(acts, expected)] == [True] * len(acts.stats())
+    changed = copy.deepcopy(expected)
+    changed["head"][2][0, 0] += 1
+    difference = actrec.compare(changed, acts).first_difference
+    assert difference is not None
+    assert difference.layer == "head"
+    html = acts._repr_html_()
+    assert html.count("stored Net: 7 layers, 6 passes") == 2, "as text and as a table"
+    for name in acts:
+        assert f">{name}<" in html
+    assert "Layer &#x27;conv&#x27; (Conv2d): 6 calls" in acts["conv"]._repr_html_()
+
+
+class Ragged(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"a": x, "b": [x[:1], None]} if len(x) % 2 else x
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 10**6])
+def test_the_form_of_each_call_is_known_without_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
+) -> None:
+    sizes = [2, 2, 4, 3, 2, 5, 5, 1]
+    found = []
+    for into in (Folder(tmp_path / "r", shard_bytes), list):
+        net = Ragged()
+        with record(net, "", into=into) as acts:
+            for size in sizes:
+                net(torch.ones(size, 3))
+            found.append([*acts[""]._forms()])
+        found.append([*acts[""]._forms()])
+    monkeypatch.setattr(_disk.Disk, "map", None)
+    found.append([*load(tmp_path / "r")[""]._forms()])
+    assert all(forms == found[-2] for forms in found)
+    assert len(found[-1]) == len(sizes)
+
+
 def test_a_layer_is_a_sequence(stored: tuple[Path, Any]) -> None:
     path, expected = stored
     layer, plain = load(path)["relu"], expected["relu"]
