@@ -105,6 +105,16 @@ def bench(session: nox.Session) -> None:
     session.run("python", "tests/benchmarks/run.py", *session.posargs)
 
 
+@nox.session
+def crash(session: nox.Session) -> None:
+    """Kill a recording two hundred times, and damage stored ones in thousands of ways."""
+    install(session, "tests", "-e", ".")
+    many = {"ACTREC_KILLS": "200", "ACTREC_MUTATIONS": "5000"}
+    names = "after_a_kill or mutated"
+    files = ["tests/test_store_resume.py", "tests/test_store_reader.py"]
+    session.run("pytest", *files, "-k", names, *session.posargs, env=OFFLINE | many)
+
+
 @nox.session(reuse_venv=False)
 def package(session: nox.Session) -> None:
     """Build sdist and wheel, install the wheel, and use it from elsewhere."""

@@ -94,6 +94,53 @@ def test_a_stored_recording_is_a_recording(stored: tuple[Path, Any]) -> None:
     )
 
 
+def test_a_stored_recording_is_looked_at_and_compared_as_one_in_memory(
+    stored: tuple[Path, Any],
+) -> None:
+    path, expected = stored
+    acts = load(path)
+    rows = zip(acts.stats(), expected.stats(), strict=True)
+    assert [(a.layer, a.count, a.mean, a.std, a.max) for a, _ in rows] == [
+        (b.layer, b.count, b.mean, b.std, b.max) for b in expected.stats()
+    ]
+    assert actrec.compare(expected, acts).first_difference is None
+    assert [row.equal for row in actrec.compare(acts, expected)] == [True] * len(acts.stats())
+    changed = copy.deepcopy(expected)
+    changed["head"][2][0, 0] += 1
+    difference = actrec.compare(changed, acts).first_difference
+    assert difference is not None
+    assert difference.layer == "head"
+    html = acts._repr_html_()
+    assert html.count("stored Net: 7 layers, 6 passes") == 2, "as text and as a table"
+    for name in acts:
+        assert f">{name}<" in html
+    assert "Layer &#x27;conv&#x27; (Conv2d): 6 calls" in acts["conv"]._repr_html_()
+
+
+class Ragged(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"a": x, "b": [x[:1], None]} if len(x) % 2 else x
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 10**6])
+def test_the_form_of_each_call_is_known_without_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
+) -> None:
+    sizes = [2, 2, 4, 3, 2, 5, 5, 1]
+    found = []
+    for into in (Folder(tmp_path / "r", shard_bytes), list):
+        net = Ragged()
+        with record(net, "", into=into) as acts:
+            for size in sizes:
+                net(torch.ones(size, 3))
+            found.append([*acts[""]._forms()])
+        found.append([*acts[""]._forms()])
+    monkeypatch.setattr(_disk.Disk, "map", None)
+    found.append([*load(tmp_path / "r")[""]._forms()])
+    assert all(forms == found[-2] for forms in found)
+    assert len(found[-1]) == len(sizes)
+
+
 def test_a_layer_is_a_sequence(stored: tuple[Path, Any]) -> None:
     path, expected = stored
     layer, plain = load(path)["relu"], expected["relu"]
@@ -685,6 +732,14 @@ MUTATIONS = st.lists(
 )
 
 
+#: How many; "nox -s crash" asks for thousands, and for others each time.
+MANY = int(os.environ.get("ACTREC_MUTATIONS", "120"))
+many_mutations = settings(
+    max_examples=MANY, deadline=None, derandomize=MANY == 120,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+
+
 def mutated(content: bytes, mutations: list[tuple[str, int, int]], within: int) -> bytes:
     """The content with some bytes changed, most of them in its first part."""
     changed = bytearray(content)
@@ -738,10 +793,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(
-    max_examples=120, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+@many_mutations
 @given(st.integers(0, 10), MUTATIONS)
 def test_mutated_files_are_found_by_verify_and_never_crash(
     small: Path, tmp_path: Path, which: int, mutations: list[tuple[str, int, int]]
@@ -760,10 +812,7 @@ def test_mutated_files_are_found_by_verify_and_never_crash(
         assert actrec.verify(path) != []
 
 
-@settings(
-    max_examples=120, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+@many_mutations
 @given(MUTATIONS)
 def test_mutated_headers_that_were_signed_afterwards_never_crash(
     small: Path, tmp_path: Path, mutations: list[tuple[str, int, int]]

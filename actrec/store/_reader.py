@@ -210,16 +210,13 @@ class StoredLayer(Layer):
         return group.value(first + index - self._starts[at])
 
     def _forms(self) -> Iterable[Form]:
-        return map(form, self._examples())
-
-    def _examples(self) -> list[Value]:
-        """Values of all structures, shapes and dtypes, without data."""
-        examples: dict[object, tuple[Group, int]] = {}
-        for group in self._groups:
-            for call in {start for leaf in group.leaves for start in leaf.calls[:-1]} or {0}:
-                shapes = tuple((leaf.dtype, leaf.shape(call)) for leaf in group.leaves)
-                examples.setdefault((group.structure, shapes), (group, call))
-        return [group.example(call) for group, call in examples.values()]
+        forms: dict[object, Form] = {}
+        for index in range(len(self)):
+            group, call = self._place(index)
+            look = id(group), *(leaf.shape(call) for leaf in group.leaves)
+            if look not in forms:
+                forms[look] = form(group.example(call))
+            yield forms[look]
 
     def _places(self) -> Iterator[tuple[object, int]]:
         for group in self._groups:

@@ -25,6 +25,7 @@ from tests.benchmarks import (
     reading_statistics,
     report,
     stopping,
+    storing,
 )
 
 BENCHMARKS = {
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "entry": entry.measure,
     "import": importing.measure,
     "reading": reading_statistics.measure,
+    "storing": storing.measure,
 }
 
 
