@@ -200,22 +200,14 @@ class StoredLayer(Layer):
             raise IndexError(message) from None
 
     def __iter__(self) -> Iterator[Value]:
-        for index in range(len(self)):
-            if index + 1 < len(self):  # the disk is busy while this call is worked on
-                group, call = self._place(index + 1)
-                group.expect(call)
-            yield self._call(index)
+        return map(self._call, range(len(self)))
 
     def _call(self, index: int) -> Value:
-        group, call = self._place(index)
-        return group.value(call)
-
-    def _place(self, index: int) -> tuple[Group, int]:
         if self._order is not None:
             index = self._order[index]
         at = bisect_right(self._starts, index) - 1
         group, first, _ = self._stretches[at]
-        return group, first + index - self._starts[at]
+        return group.value(first + index - self._starts[at])
 
     def _forms(self) -> Iterable[Form]:
         forms: dict[object, Form] = {}
