@@ -128,6 +128,10 @@ class Passes(Count):
             if not thread.calling:
                 self._close(thread)
 
+    def opened_by(self, module: nn.Module) -> bool:
+        """Whether the pass of this thread ends with the call of ``module``."""
+        return self.thread.calling[:1] == [id(module)]
+
     def current(self, module: nn.Module) -> int:
         """Return the number of the pass that a call of ``module`` belongs to."""
         current = self.thread.current

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ._early import EarlyStop
     from ._grads import Gradients
     from ._nested import Value
+    from ._offload import Offload
 
 __all__ = ["Session", "Track"]
 
@@ -44,6 +45,8 @@ class Session:
     error: Exception | None = None  # the first one that capturing a value raised
     surfaced: bool = False  # that error left the model (or else the model swallowed it)
     stop: EarlyStop | None = None
+    offload: Offload | None = None  # what moves values from a GPU into memory
+    unseen: Exception | None = None  # what went wrong with the last of them
 
     def begin(self) -> None:
         """The block begins."""
@@ -59,6 +62,16 @@ class Session:
         with _pausing:
             self.pauses += by
             self.recording = self.active and not self.pauses
+
+    def complete(self) -> None:
+        """Wait for the values that are on their way from a device."""
+        if self.offload is not None:
+            self.offload.finish()
+
+    def close(self) -> None:
+        """Wait for the last of them. What goes wrong now, the block raises."""
+        if self.offload is not None:
+            self.unseen = self.offload.close()
 
     def failed(self, error: Exception) -> None:
         """Remember the first error, in case the model swallows it."""
