@@ -35,11 +35,15 @@ class ArrivingList(ListLayer):
         self._complete()
         return super().passes
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # What is copied or pickled is a list, with all that is in it now.
-        plain = ListLayer(self.name, self, self.type)
-        plain._passes = self.passes
-        return plain.__reduce_ex__(protocol)
+        return _plain_list, (self.name, self.type, self.passes, [*self])
+
+
+def _plain_list(name: str, kind: str, passes: list[int], values: list[Any]) -> ListLayer:
+    layer = ListLayer(name, values, kind)
+    layer._passes = passes
+    return layer
 
 
 class ArrivingSink(SinkLayer):
