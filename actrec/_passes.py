@@ -132,11 +132,6 @@ class Passes(Count):
         """Whether the pass of this thread ends with the call of ``module``."""
         return self.thread.calling[:1] == [id(module)]
 
-    def current(self, module: nn.Module) -> int:
-        """Return the number of the pass that a call of ``module`` belongs to."""
-        current = self.thread.current
-        return self.number(module) if current is None else current
-
     @property
     def running(self) -> bool:
         """Whether this thread is inside a pass."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._capture import SKIPPED
 from ._inputs import Arrival, Arrivals, Parameters
-from ._passes import Passes, backward_number, is_own_call, tracing_state
+from ._passes import Passes, backward_number, tracing_state
 from ._snapshot import snapshot
 from .errors import ActrecError, CaptureError, TransformError, WriteError
 
@@ -110,13 +110,24 @@ class Track:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take what a call receives, before the call can change it."""
         session = self.session
-        if session.recording and is_own_call() and not _is_symbolic(args):
-            try:
+        if not session.recording or backward_number() != -1 or tracing_state():  # is_own_call()
+            return
+        is_tensor = len(args) == 1 and type(args[0]) is Tensor
+        if not is_tensor and _is_symbolic(args):
+            return
+        try:
+            names = self.parameters.positional
+            if is_tensor and names and not kwargs and self._is_direct and args[0].is_cpu:
+                inputs = {names[0]: snapshot(args[0])}
+            else:
                 inputs = self.capture.received(self.parameters.named(args, kwargs))
-            except Exception as error:
-                self._failed(error, self.called)
-                raise
-            self._arrivals.push(Arrival(session.passes.current(module), kwargs, inputs))
+        except Exception as error:
+            self._failed(error, self.called)
+            raise
+        number = session.passes.thread.current
+        if number is None:
+            number = session.passes.number(module)
+        self._arrivals.push(Arrival(number, kwargs, inputs))
 
     def end(  # noqa: C901, PLR0912  # one function, see below
         self, module: nn.Module, args: tuple[Any, ...], kwargs: object, output: Value

@@ -513,10 +513,15 @@ def test_a_container_and_its_last_child_are_moved_once_and_do_not_alias(
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
-    "change", [lambda t: t.data.mul_(2), lambda t: t.mul_(2), lambda t: t.numpy().fill(3)]
+    ("change", "counted"),
+    [
+        (lambda t: t.data.mul_(2), False),
+        (lambda t: t.mul_(2), True),
+        (lambda t: t.numpy().fill(3), False),
+    ],
 )
 def test_a_tensor_that_was_written_to_is_moved_again_also_if_nothing_counted_the_write(
-    change: Any, mode: Any, quick: bool, device: StandIn
+    change: Any, counted: bool, mode: Any, quick: bool, device: StandIn
 ) -> None:
     device.is_quick = lambda: quick
     net = nn.Sequential(Inside(change), nn.Tanh())
@@ -527,6 +532,19 @@ def test_a_tensor_that_was_written_to_is_moved_again_also_if_nothing_counted_the
     assert torch.equal(acts["0"][0], expected[0])
     assert torch.equal(acts["0.layer"][0], expected[1])
     assert sum(n for n in device.copied if n > 1) == 3 * X.nbytes
+    if counted and mode is torch.no_grad:
+        assert device.copied == [X.nbytes] * 3  # without asking
+
+
+@in_place_of_a_gpu
+def test_another_tensor_with_the_id_of_one_that_is_gone_is_not_compared(
+    device: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_offload, "id", lambda _: 1, raising=False)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    with torch.no_grad(), record(net):
+        net(X)
+    assert device.copied == [X.nbytes] * 2
 
 
 def test_nan_is_the_same_as_itself_and_small_tensors_are_not_compared(device: StandIn) -> None:
@@ -605,6 +623,7 @@ def test_a_value_larger_than_the_staging_memory_goes_through_it_piece_by_piece(
         expected = net(x)
     assert torch.equal(acts[""][0], expected)
     assert max(device.copied) == 16
+    assert sum(device.copied) == x.nbytes  # nothing took the plain way
     assert device.pinned_bytes == 256
 
 
@@ -710,6 +729,23 @@ def test_what_a_container_raises_comes_out_of_the_pass_and_nothing_else_is_lost(
         acts.clear()
         net(X)
     assert [len(layer) for layer in acts.values()] == [1, 1]
+
+
+@in_place_of_a_gpu
+def test_an_error_of_one_container_does_not_come_out_of_a_look_from_inside_another() -> None:
+    class Curious(list[Any]):
+        def append(self, value: Any) -> None:
+            len(acts["relu"])
+            if self is acts._layers["a"].sink:
+                message = "full"
+                raise OverflowError(message)
+            super().append(value)
+
+    net = Net()
+    with record(net, ["a", "relu"], into=Curious) as acts:
+        with pytest.raises(OverflowError, match="full"):
+            net(X)
+        assert len(acts["relu"]) == 2
 
 
 @in_place_of_a_gpu

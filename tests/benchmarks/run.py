@@ -11,10 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-if not __package__:  # started as a file
+if not __package__:  # started as a file, beside one with a name that PyTorch imports: cuda
     sys.path[0] = str(Path(__file__).parents[2])
+
+import torch
 
 from tests.benchmarks import calls, entry, gradients, importing, networks, report, stopping
 
