@@ -337,9 +337,8 @@ class Offload:
             return
         self._at_work = True
         try:
-            with normal_mode():
-                while len(self._queue) > leave and self._next(wait=wait):
-                    pass
+            while len(self._queue) > leave and self._next(wait=wait):
+                pass
         finally:
             self._at_work = False
 

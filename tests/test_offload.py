@@ -11,6 +11,7 @@ import pickle
 import threading
 import weakref
 from collections import deque
+from contextlib import nullcontext
 from functools import partial
 from itertools import count
 from random import Random
@@ -29,7 +30,8 @@ from actrec._arriving import ArrivingList, ArrivingSink
 from actrec._offload import Offload
 from actrec._recording import ListLayer, SinkLayer
 from actrec._staging import BLOCK, Staging
-from tests.stand_in import POISON, StandIn, standing_in
+from actrec.store._writer import Writer
+from tests.stand_in import POISON, StandIn, StandInStream, standing_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -250,8 +252,10 @@ def test_the_models_results_and_its_gradients_are_the_same() -> None:
     expected = plain(X).sum()
     gradient = torch.autograd.grad(expected, plain[0].weight)
     with record(plain, grads=True) as acts:
+        layer = acts.grads["0"]
         loss = plain(X).sum()
         assert torch.equal(torch.autograd.grad(loss, plain[0].weight)[0], gradient[0])
+        assert layer[0].shape == (3, 4)  # moved at once: a backward has no end to wait at
     assert torch.equal(loss, expected)
     assert acts.grads["0"][0].shape == acts["0"][0].shape
 
@@ -475,6 +479,48 @@ def test_what_goes_to_the_disk_is_finished_and_a_pass_is_committed_only_when_it_
     assert torch.equal(acts["label"][0], torch.ones(2, 2))
 
 
+class Kept:
+    """Looks over the shoulder of the writer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.late: list[int] = []
+        keep = Writer.keep
+
+        def watched(writer: Writer, call: Any, complete: Callable[[], int]) -> None:
+            if call.number < complete():
+                self.late.append(call.number)
+            keep(writer, call, complete)
+
+        monkeypatch.setattr(Writer, "keep", watched)
+
+
+@in_place_of_a_gpu
+def test_no_value_reaches_the_writer_after_its_pass_counts_as_complete(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Kept(monkeypatch)
+    net = Net()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def another() -> None:
+        net.between = lambda: None
+        thread = threading.Thread(target=net, args=(X,))
+        thread.start()
+        thread.join()
+
+    with record(net, ["a", "tail"], into=tmp_path / "run") as acts:
+        for between in (interrupt, another, interrupt):
+            net.between = between
+            with nullcontext() if between is another else pytest.raises(KeyboardInterrupt):
+                net(X)
+        net.between = lambda: None
+        net(X)
+    assert kept.late == []
+    assert acts["a"].passes == [0, 1, 2, 3, 4]
+
+
 # --- Once over the link ------------------------------------------------------------------------------
 
 
@@ -559,6 +605,18 @@ def test_nan_is_the_same_as_itself_and_small_tensors_are_not_compared(device: St
         assert acts[""][0].isnan().all()
 
 
+@in_place_of_a_gpu
+def test_a_comparison_on_another_stream_waits_for_the_first_snapshot(device: StandIn) -> None:
+    def change_stream(_: Tensor) -> None:
+        device.compute = StandInStream(device)
+
+    net = Inside(change_stream)
+    with torch.no_grad(), record(net, ["layer", ""]):
+        net(X)
+    assert device.copied == [X.nbytes, 1]
+    assert device.compute.seen == 1  # when the first snapshot was there
+
+
 def test_odd_sizes_are_compared_byte_by_byte() -> None:
     one = torch.tensor([1, 2, 3], dtype=torch.uint8)
     assert _offload._equal(one, one.clone()).item()
@@ -585,6 +643,11 @@ def test_pinned_memory_is_got_in_blocks_up_to_the_budget_and_used_again() -> Non
     assert len(again.memory) == 128
     assert again.memory.data_ptr() == pieces[3].memory.data_ptr()
     again.give_back()
+    one = [staging.take(10), staging.take(65), staging.take(64)]
+    assert one[1] is None  # that would have been a byte too much
+    assert one[2] is not None
+    one[0].give_back()
+    one[2].give_back()
     small = [staging.take(10), staging.take(10)]
     assert small[1].memory.data_ptr() - small[0].memory.data_ptr() == 64
     small[0].give_back()
@@ -664,6 +727,25 @@ def test_a_copy_that_fails_is_said_and_no_unfinished_value_is_seen(
     with pytest.raises(ValueError, match="the model fails"):
         net.fail = True
         net(X)
+
+
+def test_what_was_lost_does_not_turn_up_later(device: StandIn) -> None:
+    failures = iter([RuntimeError("a hiccup")])
+
+    def on_wait() -> None:
+        for failure in failures:
+            raise failure
+
+    net = Net()
+    device.on_wait = on_wait
+    with (
+        standing_in(device),
+        pytest.raises(CaptureError, match="a hiccup"),
+        record(net, "a") as acts,
+    ):
+        net(X)
+    assert not acts["a"]
+    assert not acts["a"]._offload._queue
 
 
 @pytest.mark.parametrize("budget", [16, 160])
