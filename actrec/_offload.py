@@ -337,8 +337,9 @@ class Offload:
             return
         self._at_work = True
         try:
-            while len(self._queue) > leave and self._next(wait=wait):
-                pass
+            with normal_mode():  # what is sent after all may be the first to use a block of staging
+                while len(self._queue) > leave and self._next(wait=wait):
+                    pass
         finally:
             self._at_work = False
 

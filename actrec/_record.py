@@ -128,6 +128,10 @@ def record(
     train on. Containers are rebuilt; objects that actrec does not take apart, such as key-value caches,
     become an :class:`Opaque`.
 
+    **From a GPU.** With ``device="cpu"``, the default, a value is copied on the GPU, and moved into memory while the
+    model goes on. Nobody sees it before it has arrived: the lists are complete when the model returns, and
+    whenever you look at them from Python. On the way values pass through at most 512 MiB of pinned memory.
+
     **Recording to disk.** With ``into=path`` the values are written by a thread while the model goes on, a
     quarter of a gigabyte at a time, and read after the block, or with :func:`actrec.load`. What waits to be
     written, and what is on its way, never exceeds a budget: where the disk is too slow, the model waits.
@@ -148,7 +152,8 @@ def record(
             comes close. It is raised before any hook is placed.
         TransformError: the transform raised; from the call of the model, with layer and call number. The
             block keeps what was recorded before.
-        CaptureError: a value cannot be kept, such as one inside ``torch.func.vmap``, or cannot be stored.
+        CaptureError: a value cannot be kept, such as one inside ``torch.func.vmap`` or while a CUDA graph is
+            captured, or cannot be stored, or not be moved.
         RecordingExistsError: there is something at the path already; it was not touched.
         ResumeError: what is there was recorded with other layers or options; the message says which.
         WriteError: writing failed; what was committed stays.

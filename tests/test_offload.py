@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -226,7 +226,8 @@ class Schedule:
     st.one_of(st.none(), st.integers(0, 1000)),
     st.sampled_from([torch.enable_grad, torch.no_grad, torch.inference_mode]),
 )
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@example(["pass"], 4096, "nothing", 0, torch.inference_mode)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_whatever_one_does_one_sees_what_one_would_see_without_a_device(
     steps: list[str], budget: int, between: str, seed: int | None, mode: Any
 ) -> None:

@@ -16,13 +16,23 @@ if not __package__:  # started as a file, beside one with a name that PyTorch im
 
 import torch
 
-from tests.benchmarks import calls, entry, gradients, importing, networks, report, stopping
+from tests.benchmarks import (
+    calls,
+    entry,
+    gradients,
+    importing,
+    memory_pages,
+    networks,
+    report,
+    stopping,
+)
 
 BENCHMARKS = {
     "calls": calls.measure,
     "networks": networks.measure,
     "gradients": gradients.measure,
     "stopping": stopping.measure,
+    "memory_pages": memory_pages.measure,
     "entry": entry.measure,
     "import": importing.measure,
 }
