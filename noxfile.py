@@ -92,10 +92,27 @@ def demo_minilm(session: nox.Session) -> None:
 
 
 @nox.session
+def browser(session: nox.Session) -> None:
+    """Run the tutorial as a notebook, and look at it in Chromium, which has to be there."""
+    install(session, "browser", "-e", ".")
+    session.run("pytest", "tests/browser", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure what recording costs, as ratios, and print the table."""
     install(session, "bench", "-e", ".")
     session.run("python", "tests/benchmarks/run.py", *session.posargs)
+
+
+@nox.session
+def crash(session: nox.Session) -> None:
+    """Kill a recording two hundred times, and damage stored ones in thousands of ways."""
+    install(session, "tests", "-e", ".")
+    many = {"ACTREC_KILLS": "200", "ACTREC_MUTATIONS": "5000"}
+    names = "after_a_kill or mutated"
+    files = ["tests/test_store_resume.py", "tests/test_store_reader.py"]
+    session.run("pytest", *files, "-k", names, *session.posargs, env=OFFLINE | many)
 
 
 @nox.session(reuse_venv=False)

@@ -299,7 +299,7 @@ class _Tally:
 
     def _add(self, x: Tensor, y: Tensor, limits: tuple[float, float], *, known: bool) -> bool:
         """Compare two blocks, and return whether they are further apart, if that is not known yet."""
-        if x.dtype == y.dtype and torch.equal(_bits(x), _bits(y)):
+        if x.dtype == y.dtype and _same_bits(x, y):
             y = _wide(y)
             self._sum(y, y, finite=math.isfinite(_magnitude(y)))
             return False
@@ -328,11 +328,11 @@ class _Tally:
             return
         self.largest = max(self.largest, _magnitude(y))
         if x.is_complex():
-            x, y = torch.view_as_real(x), torch.view_as_real(y)
-        squares = (y * y).sum().item()
+            x, y = torch.view_as_real(x).flatten(), torch.view_as_real(y).flatten()
+        squares = y.dot(y).item()
         self.bb += squares
-        self.aa += squares if same else (x * x).sum().item()
-        self.ab += squares if same else (x * y).sum().item()
+        self.aa += squares if same else x.dot(x).item()
+        self.ab += squares if same else x.dot(y).item()
 
     def row(self, layer: str, leaf: str, other: str) -> Row:
         """Return the row of a table."""
@@ -374,8 +374,12 @@ def _wide(block: Tensor) -> Tensor:
     return block.to(torch.complex128) if block.is_complex() else block.double()
 
 
-def _bits(block: Tensor) -> Tensor:
-    return block.view(_INTEGERS.get(block.element_size(), torch.int64))
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    """Whether two blocks of one dtype have the same bits, compared in steps as large as they allow."""
+    size = x.element_size()
+    offsets = (size * x.numel(), size * x.storage_offset(), size * y.storage_offset())
+    step = torch.int64 if math.gcd(8, *offsets) == 8 else _INTEGERS[size]  # noqa: PLR2004  # bytes
+    return torch.equal(x.view(step), y.view(step))
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}

@@ -133,13 +133,8 @@ def refuse_sharded(model: nn.Module) -> None:
     in the middle would keep them gathered.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards a model has imported it
-    if fsdp is None:
-        return
-    kinds = tuple(
-        kind
-        for name in ("FullyShardedDataParallel", "FSDPModule")
-        if (kind := getattr(fsdp, name, None))
-    )
+    names = ("FullyShardedDataParallel", "FSDPModule")
+    kinds = tuple(filter(None, (getattr(fsdp, name, None) for name in names)))
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             message = (

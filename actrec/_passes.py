@@ -160,6 +160,5 @@ class Passes(Count):
 
     def _close(self, thread: _Thread) -> None:
         thread.calling.clear()
-        if thread.current is not None:
-            self._open.remove(thread.current)
+        self._open.remove(thread.current)  # type: ignore[arg-type]  # it was calling something
         thread.current = None

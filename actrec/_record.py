@@ -464,5 +464,5 @@ def _end_all() -> None:
         session.end(interrupted=True)
 
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows
     os.register_at_fork(after_in_child=_end_all)

@@ -454,7 +454,8 @@ class Recording(Mapping[str, Layer]):
         >>> torch.equal(actrec.load(path)[""][0], acts[""][0])
         True
 
-        Tensors are stored as they are, without the graph; what shares memory is stored once. Gradients are
+        Tensors are stored as they are, without the graph, inputs and gradients included; what shares memory
+        is stored once. Gradients are
         not stored; ``acts.grads.save(path)`` writes them as a recording of their own. To record more than
         fits into memory, record into a path: ``record(model, layers, into=path)``.
 

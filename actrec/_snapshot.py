@@ -36,13 +36,10 @@ __all__ = ["check", "held", "memory", "normal_mode", "snapshot", "twin"]
 
 # --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
 
-
-def _never(_: object) -> bool:
-    return False
-
-
 _data_address = getattr(torch._C, "_data_address", None)
-_is_wrapped = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", _never)
+_is_wrapped = getattr(
+    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
+)
 _InferenceMode = getattr(torch._C, "_InferenceMode", torch.inference_mode)
 _OFF, _ON = False, True
 

@@ -1,10 +1,11 @@
 """Statistics of a recording, in one pass over it and in bounded memory.
 
-Tensors are read in blocks of :data:`actrec._blocks.BLOCK` elements. Of each block, converted to float64, the mean and
-the sum of squared deviations from it are computed in two passes while it is in the cache, and merged into
-what came before after Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
-sample variances" (1979). The mean is held as a sum of two floats, so that a large mean does not drown a
-small variance.
+Tensors are read in blocks of :data:`actrec._blocks.BLOCK` elements. Of each block, converted to float64 while it
+is in the cache, the sum and the sum of squares are taken around the mean of all blocks before it. That is sound
+where the block's own mean is close to that, by less than its deviation, as it is in nearly all blocks of a layer;
+where it is not, they are taken again, around the block's own mean. They are merged into what came before after
+Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
+The mean is held as a sum of two floats, so that a large mean does not drown a small variance.
 """
 
 from __future__ import annotations
@@ -166,38 +167,39 @@ class Moments:
 
     def _add(self, block: Tensor) -> None:
         numbers = block.to(torch.complex128).abs() if block.is_complex() else block
-        doubles = numbers.double()
-        exact = numbers if numbers.dtype in _WITH_MINIMUM else doubles
-        low, high = (bound.item() for bound in exact.aminmax())
-        self.zeros += block.numel() - int(exact.count_nonzero())
+        if numbers.dtype not in _WITH_MINIMUM:
+            numbers = numbers.double()
+        low, high = (bound.item() for bound in numbers.aminmax())
+        if not (low > 0 or high < 0):
+            self.zeros += numbers.numel() - int(numbers.count_nonzero())
         if not (math.isfinite(low) and math.isfinite(high)):
-            self.nan += int(doubles.isnan().sum())
-            self.inf += int(doubles.isinf().sum())
-            doubles = doubles[doubles.isfinite()]
-            if not doubles.numel():
+            self.nan += int(numbers.isnan().sum())
+            self.inf += int(numbers.isinf().sum())
+            numbers = numbers[numbers.isfinite()]
+            if not numbers.numel():
                 return
-            low, high = (bound.item() for bound in doubles.aminmax())
-        elif doubles is numbers:
-            doubles = doubles.clone()  # it is written to below
+            low, high = (bound.item() for bound in numbers.aminmax())
         self.min, self.max = min(self.min, low), max(self.max, high)
-        self._merge(doubles)
+        self._merge(numbers)
 
-    def _merge(self, doubles: Tensor) -> None:
-        n = doubles.numel()
-        mean = float(doubles.sum()) / n
-        doubles.sub_(mean)
-        low = float(doubles.sum()) / n
-        squares = float(doubles.mul_(doubles).sum()) - n * low * low
+    def _merge(self, numbers: Tensor) -> None:
+        n, shift = numbers.numel(), self._mean
+        low, squares = _around(shift, numbers)
+        # Where that is far, the difference below would be left with few digits.
+        if squares and n * low * low * 2 >= squares:
+            shift = float(numbers.sum(dtype=torch.float64)) / n
+            low, squares = _around(shift, numbers)
+        squares -= n * low * low
         total = self.finite + n
         if self.finite:
-            delta = (mean - self._mean) + (low - self._low)
+            delta = (shift - self._mean) + (low - self._low)
             self._squares += squares + delta * delta * self.finite / total * n
             self._low += delta * (n / total)
             high = self._mean + self._low
             self._low -= high - self._mean
             self._mean = high
         else:
-            self._mean, self._low, self._squares = mean, low, squares
+            self._mean, self._low, self._squares = shift, low, squares
         self.finite = total
 
     def row(self, layer: str, leaf: str) -> Row:
@@ -217,6 +219,13 @@ class Moments:
             self.nbytes,
             self.nonfinite_pass,
         )
+
+
+def _around(shift: float, numbers: Tensor) -> tuple[float, float]:
+    """How far numbers are from ``shift``: their mean, and the sum of their squares."""
+    is_double = numbers.dtype is torch.float64  # what double() would not copy
+    away = numbers - shift if is_double else numbers.double().sub_(shift)
+    return float(away.sum()) / away.numel(), float(away.dot(away))
 
 
 # The types in which a minimum is found faster than in float64, or more exactly.

@@ -12,7 +12,7 @@ copyright = f"2026, {author}"  # noqa: A001  # Sphinx wants this name
 version = release = about["Version"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "**/.ipynb_checkpoints", "jupyter_execute", "benchmarks.md"]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints", "jupyter_execute", "benchmarks*.md"]
 
 html_theme = "furo"
 html_title = f"{project} {release}"

@@ -24,7 +24,6 @@ def test_every_benchmark_runs_and_measures_something_with_a_target(name: str) ->
     for row in rows:
         assert math.isfinite(row.median), row
         assert row.low <= row.median <= row.high, row
-        assert row.high > 0, row
 
 
 def test_a_median_up_to_the_target_meets_it() -> None:

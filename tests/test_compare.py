@@ -168,6 +168,19 @@ def test_the_tolerance_is_that_of_the_less_precise_dtype(
     assert only((one + near).to(dtype), one).close
 
 
+@pytest.mark.parametrize("start", range(9))
+@pytest.mark.parametrize("number", [1, 7, 8, 33_000])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.float32, torch.complex128])
+def test_one_bit_is_seen_wherever_a_tensor_begins_and_ends(
+    dtype: torch.dtype, number: int, start: int
+) -> None:
+    whole = torch.ones(number + 9, dtype=dtype)
+    x, y = whole[start:][:number], torch.ones(number, dtype=dtype)
+    assert only(x, y).equal
+    y.view(torch.uint8)[-1] += 1
+    assert not only(x, y).equal
+
+
 def test_equal_means_bits_so_minus_zero_is_another_zero() -> None:
     row = only(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert (row.equal, row.close, row.max_abs, row.max_rel, row.cosine) == (False, True, 0, 0, 1)

@@ -52,13 +52,14 @@ def blocks(page: Path, language: str) -> list[Block]:
     return [block for block in found if block.language == language]
 
 
-def check_block(page: Path, index: int) -> None:
-    """Run a Python block after those above it, and compare what it prints with the text below it."""
+def check_block(page: Path, index: int, folder: Path) -> None:
+    """Run a Python block after those above it, in a folder, and compare what it prints with the text below it."""
     names: dict[str, object] = {}
     for block in blocks(page, "python")[: index + 1]:
         # Empty lines in front: a traceback shows the line of the page.
         code = compile("\n" * block.line + block.text, page, "exec")
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
+        # What a page writes to a path of its own is not left in the tree.
+        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(code, names)  # noqa: S102  # code of this project's own pages
     assert block.output is None or printed.getvalue() == block.output
 
@@ -89,8 +90,8 @@ DOCSTRINGS = [pytest.param(test, id=test.name) for module in MODULES for test in
 
 
 @pytest.mark.parametrize(("page", "index"), BLOCKS)
-def test_the_example_on_the_page_runs_and_prints_what_it_says(page, index):
-    check_block(page, index)
+def test_the_example_on_the_page_runs_and_prints_what_it_says(tmp_path, page, index):
+    check_block(page, index, tmp_path)
 
 
 @pytest.mark.parametrize("test", DOCSTRINGS)
@@ -112,7 +113,7 @@ def test_a_broken_example_on_a_page_is_noticed(tmp_path, example, error):
     page = tmp_path / "page.md"
     page.write_text(f"# A page\n\n```python\n{example}```\n")
     with pytest.raises(error):
-        check_block(page, len(blocks(page, "python")) - 1)
+        check_block(page, len(blocks(page, "python")) - 1, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_a_block_sees_what_the_blocks_above_it_have_made(tmp_path):
     page.write_text(
         "```python\na = 1\n```\n\nThen\n\n```python\nprint(a)\n```\n\n```text\n1\n```\n"
     )
-    check_block(page, 1)
+    check_block(page, 1, tmp_path)
 
 
 def test_the_examples_are_found():

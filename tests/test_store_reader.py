@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import re
 import shutil
@@ -92,6 +93,53 @@ def test_a_stored_recording_is_a_recording(stored: tuple[Path, Any]) -> None:
         == acts.nbytes
         <= sum(shard.stat().st_size for shard in shards(path))
     )
+
+
+def test_a_stored_recording_is_looked_at_and_compared_as_one_in_memory(
+    stored: tuple[Path, Any],
+) -> None:
+    path, expected = stored
+    acts = load(path)
+    rows = zip(acts.stats(), expected.stats(), strict=True)
+    assert [(a.layer, a.count, a.mean, a.std, a.max) for a, _ in rows] == [
+        (b.layer, b.count, b.mean, b.std, b.max) for b in expected.stats()
+    ]
+    assert actrec.compare(expected, acts).first_difference is None
+    assert [row.equal for row in actrec.compare(acts, expected)] == [True] * len(acts.stats())
+    changed = copy.deepcopy(expected)
+    changed["head"][2][0, 0] += 1
+    difference = actrec.compare(changed, acts).first_difference
+    assert difference is not None
+    assert difference.layer == "head"
+    html = acts._repr_html_()
+    assert html.count("stored Net: 7 layers, 6 passes") == 2, "as text and as a table"
+    for name in acts:
+        assert f">{name}<" in html
+    assert "Layer &#x27;conv&#x27; (Conv2d): 6 calls" in acts["conv"]._repr_html_()
+
+
+class Ragged(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"a": x, "b": [x[:1], None]} if len(x) % 2 else x
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 10**6])
+def test_the_form_of_each_call_is_known_without_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
+) -> None:
+    sizes = [2, 2, 4, 3, 2, 5, 5, 1]
+    found = []
+    for into in (Folder(tmp_path / "r", shard_bytes), list):
+        net = Ragged()
+        with record(net, "", into=into) as acts:
+            for size in sizes:
+                net(torch.ones(size, 3))
+            found.append([*acts[""]._forms()])
+        found.append([*acts[""]._forms()])
+    monkeypatch.setattr(_disk.Disk, "map", None)
+    found.append([*load(tmp_path / "r")[""]._forms()])
+    assert all(forms == found[-2] for forms in found)
+    assert len(found[-1]) == len(sizes)
 
 
 def test_a_layer_is_a_sequence(stored: tuple[Path, Any]) -> None:
@@ -190,6 +238,35 @@ def test_a_call_outlives_the_recording_and_its_files(path: Path) -> None:
     assert same(call, expected)
 
 
+def test_while_a_large_call_is_worked_on_the_system_is_asked_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def advise(fd: int, begin: int, nbytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        expected.append((os.fstat(fd).st_ino, begin, nbytes))
+        raise OSError  # a file system that takes no advice
+
+    expected: list[tuple[int, int, int]] = []
+    large, small = nn.Linear(2, 100_000), nn.Linear(2, 10_000)
+    with record(nn.Sequential(large), "0", into=tmp_path / "large") as acts:
+        for batch in torch.randn(3, 1, 2):
+            large(batch)
+    with record(nn.Sequential(small), "0", into=tmp_path / "small"):
+        small(torch.randn(1, 2))
+        small(torch.randn(1, 2))
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    calls = iter(acts["0"])
+    next(calls)
+    (shard,) = (tmp_path / "large").rglob("*.safetensors")
+    ((inode, begin, nbytes),) = expected
+    assert (inode, nbytes) == (shard.stat().st_ino, 400_000)
+    assert shard.read_bytes()[begin : begin + nbytes] == acts["0"][1].numpy().tobytes()
+    assert len(list(calls)) == 2
+    assert len(expected) == 2
+    assert len(list(load(tmp_path / "small")["0"])) == 2
+    assert len(expected) == 2
+
+
 @pytest.mark.parametrize("how", ["cat", "stack"])
 def test_calls_are_joined_as_in_memory(tmp_path: Path, how: str) -> None:
     values: dict[str, list[Any]] = {
@@ -242,6 +319,25 @@ def test_what_several_ranks_wrote_is_merged_by_pass_then_rank(path: Path, stored
     assert acts.complete
     (other / "end.json").unlink()
     assert not load(path).complete
+
+
+def test_gradients_are_saved_and_stay_aligned(tmp_path: Path) -> None:
+    net = nn.LSTM(4, 3)
+    with record(net, "", grads=True) as acts:
+        for step in range(3):
+            out, _ = net(torch.randn(2, 1, 4))
+            if step != 1:
+                out.sum().backward()
+    acts.save(tmp_path / "r")
+    grads = load(tmp_path / "r").grads[""]
+    assert grads.passes == [0, 1, 2]
+    assert grads[1] == (None, (None, None))
+    assert torch.equal(grads[2][0], acts.grads[""][2][0])
+    with record(net, "") as acts:
+        net(torch.randn(2, 1, 4))
+    acts.save(tmp_path / "s")
+    with pytest.raises(AttributeError, match="gradients were not recorded"):
+        _ = load(tmp_path / "s").grads
 
 
 def test_inputs_that_were_not_recorded_are_not_there(tmp_path: Path) -> None:
@@ -666,6 +762,14 @@ MUTATIONS = st.lists(
 )
 
 
+#: How many; "nox -s crash" asks for thousands, and for others each time.
+MANY = int(os.environ.get("ACTREC_MUTATIONS", "120"))
+many_mutations = settings(
+    max_examples=MANY, deadline=None, derandomize=MANY == 120,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+
+
 def mutated(content: bytes, mutations: list[tuple[str, int, int]], within: int) -> bytes:
     """The content with some bytes changed, most of them in its first part."""
     changed = bytearray(content)
@@ -719,10 +823,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(
-    max_examples=120, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+@many_mutations
 @given(st.integers(0, 10), MUTATIONS)
 def test_mutated_files_are_found_by_verify_and_never_crash(
     small: Path, tmp_path: Path, which: int, mutations: list[tuple[str, int, int]]
@@ -741,10 +842,7 @@ def test_mutated_files_are_found_by_verify_and_never_crash(
         assert actrec.verify(path) != []
 
 
-@settings(
-    max_examples=120, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+@many_mutations
 @given(MUTATIONS)
 def test_mutated_headers_that_were_signed_afterwards_never_crash(
     small: Path, tmp_path: Path, mutations: list[tuple[str, int, int]]

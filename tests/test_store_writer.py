@@ -6,6 +6,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from actrec.store._container import Writable
 
 KIB = 1024
 
@@ -61,13 +61,13 @@ def recorded(count: int, **options: Any) -> Any:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that takes its time."""
-    commit = _disk.Disk.commit
+    write, finish = _disk.Unfinished.write, _disk.Unfinished.finish
 
-    def slowly(disk: Any, name: str, write: Callable[[Writable], object]) -> None:
-        time.sleep(0.005)
-        commit(disk, name, write)
+    def slowly(function: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args: (time.sleep(0.005), function(*args))[1]
 
-    monkeypatch.setattr(_disk.Disk, "commit", slowly)
+    monkeypatch.setattr(_disk.Unfinished, "write", slowly(write))
+    monkeypatch.setattr(_disk.Unfinished, "finish", slowly(finish))
 
 
 class Gate:
@@ -78,10 +78,10 @@ class Gate:
         self.reached = threading.Event()
         write = _writer.Writer._write
 
-        def gated(writer: Any, batch: Any) -> None:
+        def gated(writer: Any, batch: Any) -> Any:
             self.reached.set()
             assert self.open.wait(60)
-            write(writer, batch)
+            return write(writer, batch)
 
         monkeypatch.setattr(_writer.Writer, "_write", gated)
 
@@ -346,6 +346,8 @@ def test_memory_that_values_share_counts_once_and_small_ones_count_their_objects
 def test_a_full_queue_makes_the_model_wait_and_can_be_interrupted(
     tmp_path: Path, gate: Gate
 ) -> None:
+    # A run in the background of a shell may have been told to ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     net = nn.Identity()
     state: list[str] = []
 
@@ -354,7 +356,7 @@ def test_a_full_queue_makes_the_model_wait_and_can_be_interrupted(
         state.append("waiting")
         time.sleep(0.3)
         state.append("interrupted")
-        os.kill(os.getpid(), 2)
+        os.kill(os.getpid(), signal.SIGINT)
         threading.Timer(0.3, gate.open.set).start()
 
     thread = threading.Thread(target=interrupt)
@@ -367,6 +369,7 @@ def test_a_full_queue_makes_the_model_wait_and_can_be_interrupted(
             net(torch.full((1000,), float(step)))
         state.append("never full")
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert state == ["waiting", "interrupted"]
     assert 1 <= load(tmp_path / "r").num_passes == acts.num_passes <= 3
     assert not load(tmp_path / "r").complete
@@ -425,6 +428,73 @@ def test_an_error_of_the_writer_is_raised_once_from_the_next_call_with_path_and_
     assert (found.num_passes, acts.num_passes, found.complete) == (1, 1, False)
     assert len(acts["0"]) == 1
     assert [path.name for path in (tmp_path / "r/rank-00000").iterdir()] == ["000000.safetensors"]
+
+
+def test_a_shard_is_written_while_the_disk_has_yet_to_confirm_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = threading.Event()
+    finish, write = _disk.Unfinished.finish, _writer._shard.write
+
+    def confirm(unfinished: Any) -> None:
+        if unfinished._name == "000000.safetensors":
+            assert second.wait(60)
+        finish(unfinished)
+
+    def written(file: Any, heading: Any, calls: Any) -> None:
+        write(file, heading, calls)
+        if heading.shard == 1:
+            assert load(tmp_path / "r").num_passes == 0
+            second.set()
+
+    monkeypatch.setattr(_disk.Unfinished, "finish", confirm)
+    monkeypatch.setattr(_writer._shard, "write", written)
+    net = nn.Linear(4, 3)
+    with record(net, "", into=Folder(tmp_path / "r", seconds=0)):
+        for _ in range(4):
+            net(torch.ones(2, 4))
+        assert second.wait(60)
+    assert load(tmp_path / "r").num_passes == 4
+
+
+@pytest.mark.parametrize("also", [False, True])
+def test_where_the_disk_refuses_a_shard_the_one_behind_it_is_thrown_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, also: bool
+) -> None:
+    refused = threading.Event()
+    fsync, write = os.fsync, _writer._shard.write
+    fds: list[int] = []
+
+    def refuse(fd: int) -> None:
+        if fd in fds:
+            assert refused.wait(60)
+            raise OSError("broken")
+        fsync(fd)
+
+    def written(file: Any, heading: Any, calls: Any) -> None:
+        if heading.shard == 1:
+            fds.append(file.fd)
+        write(file, heading, calls)
+        if heading.shard == 2:
+            refused.set()
+            if also:
+                raise OSError("and that one too")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(_writer._shard, "write", written)
+    net = nn.Linear(4, 3)
+    with (
+        pytest.raises(
+            WriteError, match=r"000001\.safetensors could not be written: broken.*The 1 p"
+        ),
+        record(net, "", into=Folder(tmp_path / "r", seconds=0)),
+    ):
+        for _ in range(4):
+            net(torch.ones(2, 4))
+            time.sleep(0.005)
+        assert refused.wait(60)
+    assert [path.name for path in (tmp_path / "r/rank-00000").iterdir()] == ["000000.safetensors"]
+    assert load(tmp_path / "r").num_passes == 1
 
 
 def test_an_error_that_no_call_has_raised_is_raised_at_the_end(
@@ -814,21 +884,28 @@ def test_closing_twice_does_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "r/rank-00000/end.json").stat().st_mtime_ns == before
 
 
-def test_a_block_that_the_writers_own_thread_collects_is_closed_without_a_deadlock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("owner", "method"), [(_writer.Writer, "_write"), (_disk.Unfinished, "finish")]
+)
+def test_a_block_that_the_writers_own_threads_collect_is_closed_without_a_deadlock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, method: str
 ) -> None:
-    write = _writer.Writer._write
-
+    function = getattr(owner, method)
     collected = threading.Event()
+    stream: list[Any] = []
 
-    def collect(writer: Any, batch: Any) -> None:
-        writer.close(1)
-        collected.set()
-        write(writer, batch)
+    def collect(*args: Any) -> Any:
+        if threading.current_thread().name.startswith("actrec"):
+            while not stream:
+                time.sleep(0.001)
+            stream[0]._writer.close(1)
+            collected.set()
+        return function(*args)
 
-    monkeypatch.setattr(_writer.Writer, "_write", collect)
+    monkeypatch.setattr(owner, method, collect)
     net = nn.Linear(4, 3)
-    with record(net, "", into=Folder(tmp_path / "r", seconds=0)):
+    with record(net, "", into=Folder(tmp_path / "r", seconds=0)) as acts:
+        stream.append(acts[""]._stream)  # type: ignore[attr-defined]
         for _ in range(2):
             net(torch.ones(2, 4))
         assert collected.wait(60)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from ._format import MAX_HEADER, MAX_SIZE, Defect, integer, items, mapping, need, text
 
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
 
     Buffer = bytes | bytearray | memoryview
 
-__all__ = ["Container", "Extent", "Tensor", "Writable", "parse", "write"]
+__all__ = ["Container", "Extent", "Piece", "Tensor", "Writable", "parse", "write"]
 
 _ALIGNMENT: Final = 64  # where the data begins: a cache line
 _LENGTH: Final = 8  # bytes that hold the length of the header
 _MAX_DIMS: Final = 64
 _ZEROS: Final = "00000000"
 _SMALL: Final = 1 << 16
-_CHUNK: Final = 1 << 22
+_CHUNK: Final = 1 << 22  # bytes that are written at a time
 #: The size of an element in bytes.
 _SIZES: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1,
@@ -49,6 +50,10 @@ class Writable(Protocol):
         """Write over the beginning."""
 
 
+#: What owns some memory, and the memory, which may be read as long as the owner lives.
+Piece: TypeAlias = tuple[object, memoryview]
+
+
 @dataclass(slots=True, eq=False)
 class Tensor:
     """A tensor to be written, out of pieces that follow each other in memory order."""
@@ -57,16 +62,18 @@ class Tensor:
     code: str
     shape: tuple[int, ...]
     nbytes: int
-    pieces: Callable[[], Iterator[memoryview]]
+    pieces: Callable[[], Iterator[Piece]]
 
 
 def write(file: Writable, metadata: dict[str, str], tensors: Iterable[Tensor]) -> None:
     """Write a whole container. Tensors with large elements come first, so that all are aligned."""
     ordered = sorted(tensors, key=lambda tensor: -_SIZES[tensor.code])
     file.write(_header(metadata, ordered, [0] * len(ordered)))
-    out = _Stream(file)
-    checksums = [out.write(tensor.pieces()) for tensor in ordered]
-    out.flush()
+    with ThreadPoolExecutor(1, "actrec-write") as thread:
+        out = _Stream(file, thread)
+        checksums = [out.write(tensor.pieces()) for tensor in ordered]
+        out.flush()
+        out.wait()
     file.write_at_start(_header(metadata, ordered, checksums))
 
 
@@ -98,35 +105,66 @@ def _mark(checksum: str) -> bytes:
 
 
 class _Stream:
-    """Writes large pieces as they are, and small ones many at a time."""
+    """Writes what it is given in chunks.
 
-    def __init__(self, file: Writable) -> None:
-        self.file = file
-        self.small = bytearray()
+    A thread writes one chunk while the checksum of the next is computed: both take about as long.
+    """
 
-    def write(self, pieces: Iterable[memoryview]) -> int:
+    def __init__(self, file: Writable, thread: Executor) -> None:
+        self._file = file
+        self._thread = thread
+        self._chunk: list[Piece] = []
+        self._size = 0
+        self._writing: Future[None] | None = None
+
+    def write(self, pieces: Iterable[Piece]) -> int:
         """Write the pieces of one tensor, and return their checksum."""
         checksum = 0
-        for piece in pieces:
-            if len(piece) < _SMALL:
-                checksum = zlib.crc32(piece, checksum)
-                self.small += piece
-                if len(self.small) > _CHUNK:
-                    self.flush()
-                continue
-            self.flush()
-            # By chunks, so that a chunk is still in the cache of the processor when it is written.
-            for start in range(0, len(piece), _CHUNK):
-                chunk = piece[start : start + _CHUNK]
-                checksum = zlib.crc32(chunk, checksum)
-                self.file.write(chunk)
+        for owner, data in _joined(pieces):
+            for start in range(0, len(data), _CHUNK):
+                part = data[start : start + _CHUNK]
+                self._add(owner, part)
+                checksum = zlib.crc32(part, checksum)
         return checksum
 
+    def _add(self, owner: object, part: memoryview) -> None:
+        self._chunk.append((owner, part))
+        self._size += len(part)
+        if self._size >= _CHUNK:
+            self.flush()
+
     def flush(self) -> None:
-        """Write the small pieces that have come together."""
-        if self.small:
-            self.file.write(self.small)
-            self.small = bytearray()
+        """Let the thread write what has come together, once it has written what came before."""
+        self.wait()
+        self._writing = self._thread.submit(self._write, self._chunk)
+        self._chunk, self._size = [], 0
+
+    def wait(self) -> None:
+        """Wait for the thread, and raise its error."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write(self, chunk: list[Piece]) -> None:
+        for _, part in chunk:
+            self._file.write(part)
+
+
+def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Large pieces as they are, and of small ones many in one: to ask for each costs more than to copy it."""
+    small = bytearray()
+    for piece in pieces:
+        _, data = piece
+        if len(data) < _SMALL:
+            small += data
+            if len(small) < _CHUNK:
+                continue
+        if small:
+            yield small, memoryview(small)
+            small = bytearray()
+        if len(data) >= _SMALL:
+            yield piece
+    if small:
+        yield small, memoryview(small)
 
 
 # --- Reading -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ try:
 except ImportError:  # pragma: no cover  # Windows
     fcntl = None
 
-__all__ = ["Disk", "Lock"]
+__all__ = ["Disk", "Lock", "Unfinished"]
 
 
 class Disk:
@@ -60,6 +60,12 @@ class Disk:
         storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
         return cast("torch.UntypedStorage", storage)
 
+    def expect(self, name: str, begin: int, nbytes: int) -> None:
+        """Let the system read a part of a file ahead, while something else is done; where it can, and no more."""
+        if hasattr(os, "posix_fadvise"):  # pragma: no branch  # macOS and Windows have none
+            with contextlib.suppress(OSError), (self.path / name).open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
+
     def make(self) -> None:
         """Make the folder, for one caller alone: ``FileExistsError`` for the others."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,24 +75,13 @@ class Disk:
 
     def commit(self, name: str, write: Callable[[Writable], object]) -> None:
         """Put a file into the folder, in one step: it is there whole, and on the disk, or not at all."""
-        unfinished = self.path / (name + UNFINISHED)
-        try:
-            fd = os.open(
-                unfinished,
-                os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0),
-                0o666,
-            )
-            try:
-                write(_File(fd))
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            unfinished.replace(self.path / name)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
-            raise
-        self.sync()
+        self.begin(name, write).finish()
+
+    def begin(self, name: str, write: Callable[[Writable], object]) -> Unfinished:
+        """Write a file, so that all that is left to do is to ``finish()`` it."""
+        unfinished = Unfinished(self, name)
+        unfinished.write(write)
+        return unfinished
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -133,6 +128,47 @@ class Lock(AbstractContextManager[None]):
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+class Unfinished:
+    """A file that is written, but has neither reached the disk for certain nor got its name."""
+
+    def __init__(self, disk: Disk, name: str) -> None:
+        self._disk = disk
+        self._name = name
+        self._path = disk.path / (name + UNFINISHED)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+        self._fd = os.open(self._path, flags, 0o666)
+
+    def write(self, write: Callable[[Writable], object]) -> None:
+        """Let ``write`` write all that it is."""
+        try:
+            write(_File(self._fd))
+        except BaseException:
+            self.discard()
+            raise
+
+    def finish(self) -> None:
+        """Put it onto the disk, and then into the folder."""
+        try:
+            try:
+                os.fsync(self._fd)
+            finally:
+                os.close(self._fd)
+            self._path.replace(self._disk.path / self._name)
+        except BaseException:
+            self._unlink()
+            raise
+        self._disk.sync()
+
+    def discard(self) -> None:
+        """Take it away."""
+        os.close(self._fd)
+        self._unlink()
+
+    def _unlink(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink()
 
 
 class _File:

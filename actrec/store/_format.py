@@ -40,8 +40,8 @@ MAX_ITEMS: Final = 1 << 17  # calls, and tensors in them, in one shard
 MAX_SIZE: Final = 1 << 62  # any size or number
 
 #: What a layer's values are: what it returned, what it received, or what the user added.
-Role: TypeAlias = Literal["output", "input", "added"]
-ROLES: Final[tuple[Role, ...]] = ("output", "input", "added")
+Role: TypeAlias = Literal["output", "input", "gradient", "added"]
+ROLES: Final[tuple[Role, ...]] = ("output", "input", "gradient", "added")
 
 
 class Slot(NamedTuple):

@@ -208,7 +208,8 @@ class LiveLayer(Layer):
         self._before = before
         self._passes: list[int] = []
         self._bytes = 0
-        self._looks: dict[object, Encoded] = {}
+        self._looks: dict[object, Form] = {}
+        self._new: list[Form] = []  # one for each call
 
     def keep(self, value: Value, number: int) -> None:
         found = encoded(value)
@@ -216,7 +217,9 @@ class LiveLayer(Layer):
         size = sum(tensor.nbytes for tensor in found.tensors)
         self._stream.keep(self._slot, found, number)
         if look not in self._looks:
-            self._looks[look] = Encoded(found.structure, [_empty_like(t) for t in found.tensors])
+            empty = [_empty_like(tensor) for tensor in found.tensors]
+            self._looks[look] = form(decode(found.structure, empty.__getitem__))
+        self._new.append(self._looks[look])
         self._passes.append(number)
         self._bytes += size
 
@@ -252,8 +255,7 @@ class LiveLayer(Layer):
     def _forms(self) -> Iterable[Form]:
         if self._stream.closed:
             return self._stored._forms()
-        new = [decode(look.structure, look.tensors.__getitem__) for look in self._looks.values()]
-        return [*self._before._forms(), *map(form, new)]
+        return [*self._before._forms(), *self._new]
 
     def _places(self) -> Iterator[tuple[object, int]]:
         if self._stream.closed:

@@ -61,6 +61,7 @@ class Manifest:
     names: dict[str, str] = field(default_factory=dict)  # other names of layers
     inputs: bool = False
     dtype: str | None = None
+    grads: bool = False
     recording: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def content(self) -> bytes:
@@ -75,7 +76,7 @@ class Manifest:
             "recording": self.recording,
             "made_by": {"actrec": _own_version(), "torch": torch.__version__},
             "model": self.model,
-            "options": {"inputs": self.inputs, "dtype": self.dtype},
+            "options": {"inputs": self.inputs, "grads": self.grads, "dtype": self.dtype},
             "layers": layers,
             "names": {name: key for name, key in self.names.items() if name != key},
         }
@@ -149,7 +150,7 @@ def _parsed(content: Any) -> Manifest:
         f"it is of version {str(about['version'])[:20]} of the format, and this actrec reads version {VERSION}",
     )
     about = mapping(about, "the file", "recording", "model", "options", "layers", "names")
-    options = mapping(about["options"], "the options", "inputs", "dtype")
+    options = mapping(about["options"], "the options", "inputs", "grads", "dtype")
     layers = items(about["layers"], "the layers")
     need(len(layers) <= MAX_ITEMS, f"it lists {len(layers)} layers")
     names = mapping(about["names"], "the names")
@@ -159,6 +160,7 @@ def _parsed(content: Any) -> Manifest:
         {name: text(key, "a name") for name, key in names.items()},
         options["inputs"] is True,
         _optional(options["dtype"], "the dtype"),
+        options["grads"] is True,
         text(about["recording"], "the identity of the recording"),
     )
 

@@ -200,26 +200,31 @@ class StoredLayer(Layer):
             raise IndexError(message) from None
 
     def __iter__(self) -> Iterator[Value]:
-        return map(self._call, range(len(self)))
+        for index in range(len(self)):
+            if index + 1 < len(self):  # the disk is busy while this call is worked on
+                group, call = self._place(index + 1)
+                group.expect(call)
+            yield self._call(index)
 
     def _call(self, index: int) -> Value:
+        group, call = self._place(index)
+        return group.value(call)
+
+    def _place(self, index: int) -> tuple[Group, int]:
         if self._order is not None:
             index = self._order[index]
         at = bisect_right(self._starts, index) - 1
         group, first, _ = self._stretches[at]
-        return group.value(first + index - self._starts[at])
+        return group, first + index - self._starts[at]
 
     def _forms(self) -> Iterable[Form]:
-        return map(form, self._examples())
-
-    def _examples(self) -> list[Value]:
-        """Values of all structures, shapes and dtypes, without data."""
-        examples: dict[object, tuple[Group, int]] = {}
-        for group in self._groups:
-            for call in {start for leaf in group.leaves for start in leaf.calls[:-1]} or {0}:
-                shapes = tuple((leaf.dtype, leaf.shape(call)) for leaf in group.leaves)
-                examples.setdefault((group.structure, shapes), (group, call))
-        return [group.example(call) for group, call in examples.values()]
+        forms: dict[object, Form] = {}
+        for index in range(len(self)):
+            group, call = self._place(index)
+            look = id(group), *(leaf.shape(call) for leaf in group.leaves)
+            if look not in forms:
+                forms[look] = form(group.example(call))
+            yield forms[look]
 
     def _places(self) -> Iterator[tuple[object, int]]:
         for group in self._groups:
@@ -293,10 +298,17 @@ class StoredRecording(Recording):
         info = {layer.name: layer.type for layer in manifest.layers}
         layers = _layers("output", info, parts) | _layers("added", {}, parts)
         self._input_layers = _layers("input", info, parts) if manifest.inputs else {}
-        order = [name for role, name in parts if role != "input"]
+        grads = _layers("gradient", info, parts) if manifest.grads else {}
+        order = [name for role, name in parts if role in {"output", "added"}]
         committed = Count(max((rank.committed for rank in ranks), default=0))
         super().__init__(
-            manifest.model, layers, manifest.names, order, committed, inputs=self._input_layers
+            manifest.model,
+            layers,
+            manifest.names,
+            order,
+            committed,
+            inputs=self._input_layers,
+            grads=grads,
         )
 
     @staticmethod

@@ -34,7 +34,8 @@ def save(recording: Recording, path: str | os.PathLike[str]) -> None:
             recording._model,
             tuple(LayerInfo(slot.name, slot.type) for slot, _ in layers if slot.role == "output"),
             dict(recording._aliases),
-            inputs=any(slot.role == "input" for slot, _ in layers),
+            inputs=recording._inputs is not None,
+            grads=recording._grads is not None,
         )
         disk.commit(MANIFEST, lambda file: file.write(manifest.content()))
         writer = Writer(own, manifest.recording, folder)
@@ -58,8 +59,10 @@ def _layers(recording: Recording) -> Iterator[tuple[Slot, Layer]]:
         yield Slot("output", index, layer.name, layer.type), layer
     for index, layer in enumerate(added, len(chosen)):
         yield Slot("added", index, layer.name, layer.type), layer
-    for index, layer in enumerate((getattr(recording, "inputs", None) or {}).values()):
+    for index, layer in enumerate((recording._inputs or {}).values()):
         yield Slot("input", index, layer.name, layer.type), layer
+    for index, layer in enumerate((recording._grads or {}).values()):
+        yield Slot("gradient", index, layer.name, layer.type), layer
 
 
 def _check(layers: list[tuple[Slot, Layer]]) -> None:

@@ -30,7 +30,7 @@ from ._format import DTYPES, VERSION, Slot, Stored
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from ._container import Writable
+    from ._container import Piece, Writable
 
 __all__ = ["Call", "Heading", "place", "runs", "storable", "write"]
 
@@ -84,7 +84,12 @@ def storable(tensor: Tensor) -> Tensor:
         raise CaptureError(_refused(f"a tensor of dtype {tensor.dtype}"))
     if not tensor.is_cpu:  # pragma: no cover  # needs another device
         tensor = tensor.cpu()
-    return tensor.detach().resolve_conj().resolve_neg()
+    # Each would make another tensor, also of one that is plain already, as nearly all are.
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    return tensor
 
 
 def _refused(what: str) -> str:
@@ -121,12 +126,9 @@ def _base(tensor: Tensor, form: _Form) -> Tensor:
     return tensor
 
 
-def _views(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+def _views(tensors: Iterable[Tensor]) -> Iterator[Piece]:
     for tensor in tensors:
-        for piece in [tensor] if tensor.is_contiguous() else _made_contiguous(tensor):
-            owner, view = memory(piece)
-            yield view
-            del owner
+        yield from map(memory, [tensor] if tensor.is_contiguous() else _made_contiguous(tensor))
 
 
 def _made_contiguous(tensor: Tensor) -> Iterator[Tensor]:

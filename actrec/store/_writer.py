@@ -1,5 +1,8 @@
 """The writer: a thread that puts calls on the disk, shard by shard, while the model computes the next.
 
+A shard counts when it has reached the disk for certain, which takes the disk as long as writing takes the
+processor. So while the thread writes a shard, another one waits for the disk to have the shard before it.
+
 What waits counts against a budget of bytes. A call that does not fit waits until there is room, and with
 it the forward that it belongs to. A pass is committed only when no call can be added to it any more: when
 it and all passes before it have ended, and a later one has begun. A pass that is larger than a shard is
@@ -27,7 +30,7 @@ from ._shard import Call, Heading
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._disk import Disk
+    from ._disk import Disk, Unfinished
     from ._folder import Folder
 
 __all__ = ["Writer", "counted"]
@@ -78,7 +81,8 @@ class Writer:
         self._disk = disk
         self._recording = recording
         self._rank = rank
-        self._shards = shards  # how many there are, with those in the queue
+        self._shards = self._finished = shards  # how many there are: written, and on the disk
+        self._finishing: threading.Thread | None = None
         self._budget = folder.budget
         self._limit = min(folder.shard_bytes, max(folder.budget // 2, 1))
         self._seconds = folder.seconds
@@ -173,40 +177,71 @@ class Writer:
     # --- Writing ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._queue:
-                    if self._closed:
-                        return
-                    self._changed.wait()
-                batch = self._queue.popleft()
-                self._writing = True
-            try:
-                self._write(batch)
-            except BaseException as error:  # noqa: BLE001  # whatever it is, it reaches the caller
-                # Or else the frames that the error went through would keep the values.
-                traceback.clear_frames(error.__traceback__)
-                del batch
-                self._fail(error)
-                return
-            size = batch.size
-            del batch
-            with self._changed:
-                self.used -= size
-                self._writing = False
-                self._changed.notify_all()
+        try:
+            while (batch := self._next()) is not None:
+                unfinished = self._write(batch)
+                committed, size = batch.committed, batch.size
+                del batch  # and the values with it
+                self._written(size)
+                self._hand_over(unfinished, committed)
+        except BaseException as error:  # noqa: BLE001  # whatever it is, it reaches the caller
+            # Or else the frames that the error went through would keep the values.
+            traceback.clear_frames(error.__traceback__)
+            batch = None
+            self._settle()
+            self._fail(error)
+        self._settle()
 
-    def _write(self, batch: _Batch) -> None:
+    def _next(self) -> _Batch | None:
+        with self._changed:
+            while not self._queue and not self._closed and not self._failed:
+                self._changed.wait()
+            self._writing = bool(self._queue)
+            return self._queue.popleft() if self._queue else None
+
+    def _written(self, size: int) -> None:
+        with self._changed:
+            self.used = max(self.used - size, 0)
+            self._writing = False
+            self._changed.notify_all()
+
+    def _write(self, batch: _Batch) -> Unfinished:
         heading = Heading(self._recording, self._rank, self._shards, batch.committed, batch.part)
-        name = shard_name(self._shards)
-        self._disk.commit(name, partial(_shard.write, heading=heading, calls=batch.calls))
+        write = partial(_shard.write, heading=heading, calls=batch.calls)
+        return self._disk.begin(shard_name(self._shards), write)
+
+    def _hand_over(self, unfinished: Unfinished, committed: int) -> None:
+        """Let another thread wait for the disk, once it has the shard before."""
+        self._settle()
+        if self._failed:  # to put this one into the folder would leave a gap
+            unfinished.discard()
+            return
         self._shards += 1
-        self.committed = batch.committed
+        self._finishing = threading.Thread(
+            target=self._finish, args=(unfinished, committed), name="actrec-finisher", daemon=True
+        )
+        self._finishing.start()
+
+    def _finish(self, unfinished: Unfinished, committed: int) -> None:
+        try:
+            unfinished.finish()
+            self._finished += 1
+            self.committed = committed
+        except BaseException as error:  # noqa: BLE001  # whatever it is, it reaches the caller
+            self._fail(error)
+
+    def _settle(self) -> None:
+        """Wait until the disk has what was written."""
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
+            if self._failed:
+                return
             failure = WriteError(
-                f"recording into {self._disk.path.parent}: {shard_name(self._shards)} could not be written: {error}. "
+                f"recording into {self._disk.path.parent}: {shard_name(self._finished)} could not be written: {error}. "
                 f"The {self.committed} passes that were committed are safe; record(..., resume=True) goes on after them."
             )
             failure.__cause__ = error
@@ -230,12 +265,12 @@ class Writer:
         with self._changed:
             if not self._closed:
                 self._close(max(passes, self._cut_at))
-        if threading.current_thread() is self._thread:
+        if threading.current_thread() in {self._thread, self._finishing}:
             return  # it collects garbage, a dropped block among it: it cannot wait for itself
         self._thread.join()
         if not self._failed and not self._ended:
             self._ended = True
-            ending = Ending(self._recording, self.committed, self._shards, error)
+            ending = Ending(self._recording, self.committed, self._finished, error)
             try:
                 self._disk.commit(END, lambda file: file.write(ending.content()))
             except OSError as failure:

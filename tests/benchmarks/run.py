@@ -1,8 +1,8 @@
 """Measure what recording costs, and print the table: ``python tests/benchmarks/run.py [NAME ...]``.
 
 Every number is a ratio of times that were taken in turn, with garbage collection off; only entry and exit
-has microseconds too, because its target has. PyTorch gets one thread (``torch.set_num_threads(1)``): with
-more, the threads' waiting for each other drowns what a hook costs.
+has microseconds too, and reading a recording megabytes, because their targets have. PyTorch gets one thread
+(``torch.set_num_threads(1)``): with more, the threads' waiting for each other drowns what a hook costs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from tests.benchmarks import (
     importing,
     memory_pages,
     networks,
+    reading_statistics,
     report,
     stopping,
+    storing,
 )
 
 BENCHMARKS = {
@@ -35,6 +37,8 @@ BENCHMARKS = {
     "memory_pages": memory_pages.measure,
     "entry": entry.measure,
     "import": importing.measure,
+    "reading": reading_statistics.measure,
+    "storing": storing.measure,
 }
 
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import ItemsView, Iterator, KeysView, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_type
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import actrec
 from actrec import Layer, Opaque, Recorder, Recording, UnusedLayerWarning, record
+from actrec.store import Folder, StoredRecording
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,6 +118,20 @@ def what_a_layer_is(layer: Layer) -> None:
     assert_type(tensor, Tensor)
 
 
+def recording_to_the_disk() -> None:
+    assert_type(record(model, into="runs/a"), AbstractContextManager[Recorder])
+    assert_type(record(model, into=Path("runs/a"), resume=True), AbstractContextManager[Recorder])
+    record(model, into=Folder("runs/a", shard_bytes=2**20, budget=2**22, seconds=1.5))
+    record(model, into=Folder(Path("runs/a")))
+    stored = actrec.load("runs/a")
+    assert_type(stored, StoredRecording)
+    assert_type(stored.complete, bool)
+    assert_type(actrec.load(Folder("runs/a"))["0"], Layer)
+    assert_type(actrec.verify(Path("runs/a")), list[str])
+    recording: Recording = stored
+    assert_type(recording.save("runs/b"), None)
+
+
 def a_recorder_is_a_recording(acts: Recorder) -> Recording:
     return acts
 
@@ -154,6 +170,10 @@ def mistakes() -> None:
     record(model, dtype="float16")  # type: ignore[arg-type]
     record(model, device=1.5)  # type: ignore[arg-type]
     record(model, into=[])  # type: ignore[arg-type]
+    record(model, into=3)  # type: ignore[arg-type]
+    record(model, into="a", resume="yes")  # type: ignore[arg-type]
+    actrec.load(3)  # type: ignore[arg-type]
+    Folder("a", 1, 2, 3, 4)  # type: ignore[call-arg]
     record(model)["0"]  # type: ignore[index]
     with record(model) as acts:
         acts["0"] = []  # type: ignore[index]
