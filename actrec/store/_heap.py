@@ -21,9 +21,10 @@ _WORTH_IT: Final = 1 << 25  # bytes: it takes the time of writing a few megabyte
 def _found() -> Callable[[int], int]:
     """``malloc_trim`` where the C library has it, which is glibc alone."""
     try:
-        return ctypes.CDLL(None).malloc_trim
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # another system
         return lambda _: 0
+    return trim
 
 
 _trim = _found()

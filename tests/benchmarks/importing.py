@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import compileall
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import actrec
 
 from .timing import Row, ratios, take_turns
 
@@ -23,6 +27,7 @@ print(process_time() - start)
 
 
 def measure(*, quick: bool) -> Iterator[Row]:
+    compileall.compile_dir(Path(actrec.__file__).parent, quiet=1)  # as installing it does
     variants = {
         "torch": partial(_seconds_to_import, "torch"),
         "both": partial(_seconds_to_import, "torch, actrec"),
