@@ -238,35 +238,6 @@ def test_a_call_outlives_the_recording_and_its_files(path: Path) -> None:
     assert same(call, expected)
 
 
-def test_while_a_large_call_is_worked_on_the_system_is_asked_for_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def advise(fd: int, begin: int, nbytes: int, advice: int) -> None:
-        assert advice == os.POSIX_FADV_WILLNEED
-        expected.append((os.fstat(fd).st_ino, begin, nbytes))
-        raise OSError  # a file system that takes no advice
-
-    expected: list[tuple[int, int, int]] = []
-    large, small = nn.Linear(2, 100_000), nn.Linear(2, 10_000)
-    with record(nn.Sequential(large), "0", into=tmp_path / "large") as acts:
-        for batch in torch.randn(3, 1, 2):
-            large(batch)
-    with record(nn.Sequential(small), "0", into=tmp_path / "small"):
-        small(torch.randn(1, 2))
-        small(torch.randn(1, 2))
-    monkeypatch.setattr(os, "posix_fadvise", advise)
-    calls = iter(acts["0"])
-    next(calls)
-    (shard,) = (tmp_path / "large").rglob("*.safetensors")
-    ((inode, begin, nbytes),) = expected
-    assert (inode, nbytes) == (shard.stat().st_ino, 400_000)
-    assert shard.read_bytes()[begin : begin + nbytes] == acts["0"][1].numpy().tobytes()
-    assert len(list(calls)) == 2
-    assert len(expected) == 2
-    assert len(list(load(tmp_path / "small")["0"])) == 2
-    assert len(expected) == 2
-
-
 @pytest.mark.parametrize("how", ["cat", "stack"])
 def test_calls_are_joined_as_in_memory(tmp_path: Path, how: str) -> None:
     values: dict[str, list[Any]] = {

@@ -60,12 +60,6 @@ class Disk:
         storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
         return cast("torch.UntypedStorage", storage)
 
-    def expect(self, name: str, begin: int, nbytes: int) -> None:
-        """Let the system read a part of a file ahead, while something else is done; where it can, and no more."""
-        if hasattr(os, "posix_fadvise"):  # pragma: no branch  # macOS and Windows have none
-            with contextlib.suppress(OSError), (self.path / name).open("rb", buffering=0) as file:
-                os.posix_fadvise(file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
-
     def make(self) -> None:
         """Make the folder, for one caller alone: ``FileExistsError`` for the others."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

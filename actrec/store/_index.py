@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["Group", "Part", "Run", "Shard", "numbers"]
 
 _MAX_DIMS = 64
-_WORTH_EXPECTING = 1 << 18  # bytes: less is read along with what is before it
-_MOST_EXPECTED = 1 << 26
 
 #: ``first, step, how many``.
 Run: TypeAlias = tuple[int, int, int]
@@ -84,13 +82,10 @@ class Leaf:
         """The tensor of a call, as a view of the file."""
         shape = self.shape(call)
         stored = [1 if dim in self.expanded else size for dim, size in enumerate(shape)]
-        return self._view(storage, *self.piece(call), stored).expand(shape)
-
-    def piece(self, call: int) -> tuple[int, int]:
-        """Where the bytes of a call begin in the file, and how many they are."""
         run = bisect_right(self.calls, call) - 1
         before = self.before[run] + self._stored(run) * (call - self.calls[run])
-        return self.begin + before * self.row, self._stored(run) * self.row
+        begin, nbytes = self.begin + before * self.row, self._stored(run) * self.row
+        return self._view(storage, begin, nbytes, stored).expand(shape)
 
     def whole(self, storage: Callable[[], torch.UntypedStorage], *shape: int) -> Tensor:
         """All calls as one tensor of this shape."""
@@ -141,13 +136,6 @@ class Group:
     def value(self, call: int) -> Value:
         """What call number ``call`` of the group returned."""
         return self._decoded(lambda k: self.leaves[k].tensor(call, self.shard.storage))
-
-    def expect(self, call: int) -> None:
-        """Say that a call will be read soon."""
-        for leaf in self.leaves:
-            begin, nbytes = leaf.piece(call)
-            if nbytes >= _WORTH_EXPECTING:
-                self.shard.expect(begin, min(nbytes, _MOST_EXPECTED))
 
     def example(self, call: int) -> Value:
         """A value like it, that takes no memory and touches no data."""
@@ -202,10 +190,6 @@ class Shard:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_storage": None}  # a copy maps the file itself
-
-    def expect(self, begin: int, nbytes: int) -> None:
-        """Say that a part of the file will be read soon."""
-        self._disk.expect(self._name, begin, nbytes)
 
     def storage(self) -> torch.UntypedStorage:
         """The file, mapped when it is first used."""

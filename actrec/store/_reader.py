@@ -200,17 +200,14 @@ class StoredLayer(Layer):
             raise IndexError(message) from None
 
     def __iter__(self) -> Iterator[Value]:
-        for index in range(len(self)):
-            if index + 1 < len(self):  # the disk is busy while this call is worked on
-                group, call = self._place(index + 1)
-                group.expect(call)
-            yield self._call(index)
+        return map(self._call, range(len(self)))
 
     def _call(self, index: int) -> Value:
         group, call = self._place(index)
         return group.value(call)
 
     def _place(self, index: int) -> tuple[Group, int]:
+        """Where a call is: in which group, and the how-manieth there."""
         if self._order is not None:
             index = self._order[index]
         at = bisect_right(self._starts, index) - 1
