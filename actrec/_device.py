@@ -7,6 +7,7 @@ on a stand-in for a device whose copies happen only when somebody waits for them
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .errors import CaptureError
 
-__all__ = ["Cuda", "Device", "Event", "Stream", "refuse_graph_capture", "with_streams"]
+__all__ = ["SWITCH", "Cuda", "Device", "Event", "Stream", "refuse_graph_capture", "with_streams"]
 
 
 class Event(Protocol):
@@ -81,12 +82,18 @@ class Cuda:
             to.copy_(source[start : start + len(to)], non_blocking=True)
 
 
+#: The variable of the environment that turns asynchronous copies on, with ``1``. They stay off until
+#: ``tests/benchmarks/cuda.py`` has been run on a GPU: a value that is late is better than one that is wrong.
+SWITCH = "ACTREC_ASYNC_COPIES"
+
+
 def with_streams() -> Device | None:
     """What this PyTorch can copy from asynchronously, if anything.
 
     It does not ask whether there is a GPU: that would take time, and begin to use it.
     """
-    return Cuda() if torch.backends.cuda.is_built() else None  # type: ignore[no-untyped-call]
+    is_on = os.environ.get(SWITCH) == "1" and torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
+    return Cuda() if is_on else None
 
 
 def refuse_graph_capture() -> None:

@@ -220,8 +220,7 @@ class _Block(AbstractContextManager[Recorder]):
             if not callable(self._into):
                 self._stream = self._opened(self._into)
                 stack.callback(self._stream.close)
-            if self._session.offload is not None:
-                stack.callback(self._session.close)
+            stack.callback(self._session.close)
             recorder = self._recorder()
             stack.enter_context(eager())
             if self._session.stop is not None:

@@ -1073,9 +1073,13 @@ def test_the_seam_asks_torch_cuda_for_the_very_same(monkeypatch: pytest.MonkeyPa
     assert not cuda.has(X)
 
 
-def test_there_is_something_to_copy_from_only_if_pytorch_was_built_for_it(
+def test_copies_are_asynchronous_only_if_asked_for_and_if_pytorch_was_built_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.delenv(_device.SWITCH, raising=False)
+    assert _device.with_streams() is None, "not yet checked on a GPU"
+    monkeypatch.setenv(_device.SWITCH, "1")
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     assert _device.with_streams() is None
     net = Net()

@@ -9,6 +9,7 @@ It ends with status 1 if a value was wrong, or a target was missed.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from actrec import CaptureError, record
+from actrec._device import SWITCH
 from actrec._offload import BUDGET
 from tests.benchmarks import report
 from tests.benchmarks.models import Block
@@ -301,6 +303,7 @@ def main(arguments: list[str], gpu: Gpu | None = None) -> int:
         if not torch.cuda.is_available():
             print(NO_GPU, file=sys.stderr)
             return 2
+        os.environ[SWITCH] = "1"
         gpu = Gpu([torch.device("cuda", index) for index in range(torch.cuda.device_count())])
     checks = CHECKS if gpu.devices[0].type == "cpu" else {**CHECKS, **ON_A_GPU_ALONE}
     repetitions, size = (2, 16) if options.quick else (100, 1024)
