@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ._device import refuse_graph_capture
 from ._nested import Value, rebuild
 from ._snapshot import check, normal_mode, snapshot, twin
 from .errors import CaptureError, TransformError
+
+if TYPE_CHECKING:
+    from ._offload import Offload
 
 __all__ = ["SKIPPED", "Capture", "Transform"]
 
@@ -39,6 +43,7 @@ class Capture:
     device: torch.device | None = None
     dtype: torch.dtype | None = None
     what: str = "call"  # for messages: what is captured, before its number
+    offload: Offload | None = None  # moves values while the model goes on
 
     def __call__(self, value: Value, call: int) -> Value:
         """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
@@ -66,8 +71,12 @@ class Capture:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Return one tensor snapshotted, moved and cast as asked."""
+        if tensor.is_cuda:
+            refuse_graph_capture()
         move = self.device is not None and tensor.device != self.device and not tensor.is_meta
         cast = self.dtype is not None and tensor.dtype != self.dtype and tensor.is_floating_point()
+        if self.offload is not None and self.offload.takes(tensor):
+            return self.offload.start(tensor, self.dtype if cast else None)
         if not (move or cast):
             return snapshot(tensor, detach=self.detach)
         check(tensor)
@@ -80,9 +89,10 @@ class Capture:
 
     def _transformed(self, transform: Transform, value: Value, call: int) -> Value:
         loan = _Loan(detach=self.detach)
-        random = torch.default_generator.get_state()
+        streams = [_random_stream(torch.default_generator)]
         try:
             lent = rebuild(value, loan, unknown=_itself)
+            streams += map(_random_stream, loan.generators())
             result = _in_a_clean_room(transform, lent, loan.device_types, grad=not self.detach)
             loan.check_untouched()
         except CaptureError:
@@ -92,8 +102,13 @@ class Capture:
             message = f"the transform of layer {self.layer!r} raised {kind} on {self.what} {call}: {error}"
             raise TransformError(message) from error
         finally:
-            torch.default_generator.set_state(random)
+            for generator, state in streams:
+                generator.set_state(state)
         return result
+
+
+def _random_stream(generator: torch.Generator) -> tuple[torch.Generator, Tensor]:
+    return generator, generator.get_state()
 
 
 def _in_a_clean_room(
@@ -122,11 +137,15 @@ class _Loan:
     def __init__(self, *, detach: bool) -> None:
         self.detach = detach
         self.device_types = {"cpu"}
+        self.devices: set[torch.device] = set()  # besides the CPU
         self.aliases: list[tuple[Tensor, int]] = []
 
     def __call__(self, tensor: Tensor) -> Tensor:
         if not tensor.is_cpu:
             self.device_types.add(tensor.device.type)
+            self.devices.add(tensor.device)
+            if tensor.is_cuda:
+                refuse_graph_capture()
         if not self.detach:
             return snapshot(tensor, detach=False)
         check(tensor)
@@ -138,6 +157,12 @@ class _Loan:
         if not alias.is_inference():  # torch itself refuses to write to those in place
             self.aliases.append((alias, alias._version))
         return alias
+
+    def generators(self) -> Iterator[torch.Generator]:
+        """The generators of random numbers on the devices of what was lent, besides the CPU's."""
+        for device in self.devices:
+            on_devices = getattr(getattr(torch, device.type, None), "default_generators", ())
+            yield from on_devices[device.index or 0 :][:1]
 
     def check_untouched(self) -> None:
         if any(alias._version != version for alias, version in self.aliases):

@@ -117,6 +117,8 @@ class BeginPass(Hook[Session]):
             and session.recording
             and is_own_call()
         ):
+            if self._is_root and session.offload is not None and session.passes.running:
+                session.complete()  # a pass that was interrupted may be about to be closed
             session.passes.begin(module, is_root=self._is_root)
             if session.stop is not None and self._is_root:
                 session.stop.enters(module)
@@ -131,7 +133,11 @@ class EndPass(Hook[Session]):
     def __call__(self, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         session = self._target()
         if session is not None and not is_dynamo_compiling() and is_own_call():
-            session.passes.end(module)
+            try:
+                if session.offload is not None and session.passes.opened_by(module):
+                    session.complete()  # before the pass counts as complete
+            finally:
+                session.passes.end(module)
             if session.error is not None and sys.exc_info()[1] is session.error:
                 session.surfaced = not session.passes.running
 

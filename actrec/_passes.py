@@ -128,10 +128,9 @@ class Passes(Count):
             if not thread.calling:
                 self._close(thread)
 
-    def current(self, module: nn.Module) -> int:
-        """Return the number of the pass that a call of ``module`` belongs to."""
-        current = self.thread.current
-        return self.number(module) if current is None else current
+    def opened_by(self, module: nn.Module) -> bool:
+        """Whether the pass of this thread ends with the call of ``module``."""
+        return self.thread.calling[:1] == [id(module)]
 
     @property
     def running(self) -> bool:

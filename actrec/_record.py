@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import torch
 from torch import nn
 
+from ._arriving import ArrivingList, ArrivingSink
 from ._capture import Capture, Transform
+from ._device import with_streams
 from ._eager import COMPILING, eager
 from ._early import EarlyStop, StoppableForward, refuse_sharded
 from ._grads import Gradients
 from ._hooks import BeginPass, CallHook, EndPass, Hook, Hooks, InputHook, OutputHook
 from ._inputs import Parameters
 from ._missing import warn_ungraded, warn_unused
+from ._offload import Deferred, Offload
 from ._recording import Layer, ListLayer, Recorder, SinkLayer
 from ._select import Choice, Query, Selection, select
-from ._track import Session, Track
+from ._track import Calls, Session, Track
 from .errors import ActrecError, OptionError
 from .store._folder import Folder
 from .store._live import Stream
@@ -125,6 +128,10 @@ def record(
     train on. Containers are rebuilt; objects that actrec does not take apart, such as key-value caches,
     become an :class:`Opaque`.
 
+    **From a GPU.** With ``device="cpu"``, the default, a value is copied on the GPU, and moved into memory while the
+    model goes on. Nobody sees it before it has arrived: the lists are complete when the model returns, and
+    whenever you look at them from Python. On the way values pass through at most 512 MiB of pinned memory.
+
     **Recording to disk.** With ``into=path`` the values are written by a thread while the model goes on, a
     quarter of a gigabyte at a time, and read after the block, or with :func:`actrec.load`. What waits to be
     written, and what is on its way, never exceeds a budget: where the disk is too slow, the model waits.
@@ -145,7 +152,8 @@ def record(
             comes close. It is raised before any hook is placed.
         TransformError: the transform raised; from the call of the model, with layer and call number. The
             block keeps what was recorded before.
-        CaptureError: a value cannot be kept, such as one inside ``torch.func.vmap``, or cannot be stored.
+        CaptureError: a value cannot be kept, such as one inside ``torch.func.vmap`` or while a CUDA graph is
+            captured, or cannot be stored, or not be moved.
         RecordingExistsError: there is something at the path already; it was not touched.
         ResumeError: what is there was recorded with other layers or options; the message says which.
         WriteError: writing failed; what was committed stays.
@@ -198,7 +206,8 @@ class _Block(AbstractContextManager[Recorder]):
         self._grads = grads
         self._resume = resume
         self._stream: Stream | None = None  # if the recording goes to the disk
-        self._session = Session(stop=EarlyStop() if stop_early else None)
+        stop = EarlyStop() if stop_early else None
+        self._session = Session(stop=stop, offload=_offload_for(capture))
         self._tracks: dict[str, tuple[Choice, Track]] = {}
         self._yielded: Recorder | None = None  # which also keeps it, where the user does not
 
@@ -211,6 +220,7 @@ class _Block(AbstractContextManager[Recorder]):
             if not callable(self._into):
                 self._stream = self._opened(self._into)
                 stack.callback(self._stream.close)
+            stack.callback(self._session.close)
             recorder = self._recorder()
             stack.enter_context(eager())
             if self._session.stop is not None:
@@ -241,7 +251,9 @@ class _Block(AbstractContextManager[Recorder]):
         if self._stream is not None:
             self._stream.left_by(error)
         self._clean_up()
-        failure = self._stream.failure() if self._stream is not None else None
+        failure = session.unseen
+        if failure is None and self._stream is not None:
+            failure = self._stream.failure()
         if error is not None:
             if failure is not None:
                 error.add_note(str(failure))
@@ -265,15 +277,16 @@ class _Block(AbstractContextManager[Recorder]):
         choices = self._selection.choices
         layers = {choice.key: self._layer(choice) for choice in choices}
         inputs = {choice.key: self._layer(choice, "input") for choice in choices if self._inputs}
-        grads = {choice.key: self._layer(choice) for choice in choices if self._grads}
+        grads = {choice.key: self._layer(choice, "grad") for choice in choices if self._grads}
         for choice in choices:
-            track = Track(self._session, self._captures(choice), layers[choice.key])
+            layer = self._deferred(layers[choice.key])
+            track = Track(self._session, self._captures(choice), layer)
             track.kept = len(layers[choice.key])  # in a run that is resumed
             if self._inputs:
-                track.inputs = inputs[choice.key]
+                track.inputs = self._deferred(inputs[choice.key])
                 track.parameters = Parameters.of(choice.module)
             if self._grads:
-                what = replace(track.capture, what="the gradient of call")
+                what = replace(track.capture, what="the gradient of call", offload=None)
                 track.grads = Gradients(what, grads[choice.key])
             self._tracks[choice.key] = (choice, track)
         if self._session.stop is not None:
@@ -294,6 +307,11 @@ class _Block(AbstractContextManager[Recorder]):
             recorder._layers.update(self._stream.added_before())
         return recorder
 
+    def _deferred(self, layer: Layer) -> Calls:
+        """Where the calls of a layer go: into it, and where values are moved, when they are there."""
+        offload = self._session.offload
+        return layer if offload is None else Deferred(layer, offload, self._session.passes)
+
     def _names(self) -> dict[str, str]:
         return {name: choice.key for choice in self._selection.choices for name in choice.names}
 
@@ -312,19 +330,29 @@ class _Block(AbstractContextManager[Recorder]):
         return Stream(Folder.of(path), manifest, self._session.passes, resume=self._resume)
 
     def _captures(self, choice: Choice) -> Capture:
-        return replace(self._capture, layer=choice.key, transform=choice.transform)
+        return replace(
+            self._capture,
+            layer=choice.key,
+            transform=choice.transform,
+            offload=self._session.offload,
+        )
 
-    def _layer(self, choice: Choice, role: Literal["output", "input"] = "output") -> Layer:
+    def _layer(self, choice: Choice, role: Literal["output", "input", "grad"] = "output") -> Layer:
         kind = type(choice.module).__name__
         if self._stream is not None:
             number = self._selection.choices.index(choice)
+            assert role != "grad"  # noqa: S101  # for the type checker: a path has none
             return self._stream.layer(role, number, choice.key, kind)
-        assert callable(self._into)  # noqa: S101  # for the type checker: a path has a stream
-        if self._into is list:
+        assert callable(self._into)  # noqa: S101  # likewise: a path has a stream
+        offload = None if role == "grad" else self._session.offload  # gradients are moved at once
+        if self._into is not list:
+            layer = SinkLayer(choice.key, self._into, kind)
+            _check_container(self._into, layer.sink, grads=self._grads)
+            if type(layer.sink) is not list:
+                return layer if offload is None else ArrivingSink(offload, layer)
+        if offload is None:
             return ListLayer(choice.key, (), kind)
-        layer = SinkLayer(choice.key, self._into, kind)
-        _check_container(self._into, layer.sink, grads=self._grads)
-        return ListLayer(choice.key, (), kind) if type(layer.sink) is list else layer
+        return ArrivingList(offload, choice.key, kind)
 
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""
@@ -413,6 +441,15 @@ def _checked_dtype(dtype: Any) -> torch.dtype | None:
         message = f"record(dtype={dtype!r}): expected a floating-point dtype such as torch.float16, or None."
         raise OptionError(message)
     return dtype
+
+
+def _offload_for(capture: Capture) -> Offload | None:
+    """What moves values into memory while the model goes on, if they can be moved like that."""
+    device = with_streams() if capture.detach and capture.device == _MEMORY else None
+    return None if device is None else Offload(device)
+
+
+_MEMORY = torch.device("cpu")
 
 
 # --- Forked processes --------------------------------------------------------------------------------

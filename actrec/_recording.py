@@ -65,6 +65,9 @@ class Layer(Sequence[Value]):
     def clear(self) -> None:
         """Forget all calls."""
 
+    def _complete(self) -> None:
+        """Wait for calls that are on their way from a device."""
+
     @property
     @abstractmethod
     def passes(self) -> list[int]:
@@ -314,7 +317,9 @@ class Recording(Mapping[str, Layer]):
         if key is None:
             message = f"acts[{name!r}]: no layer of that name was recorded. {nearest(str(name), self._layers)}"
             raise UnknownLayerError(message)
-        return self._layers[key]
+        layer = self._layers[key]
+        layer._complete()
+        return layer
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -537,6 +542,7 @@ class Recorder(Recording):
 
         It holds for all threads. The hooks stay on the model.
         """
+        self._session.complete()
         self._session.pause(by=1)
         try:
             yield

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._capture import SKIPPED
 from ._inputs import Arrival, Arrivals, Parameters
-from ._passes import Passes, backward_number, is_own_call, tracing_state
+from ._passes import Passes, backward_number, tracing_state
 from ._snapshot import snapshot
 from .errors import ActrecError, CaptureError, TransformError, WriteError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ._early import EarlyStop
     from ._grads import Gradients
     from ._nested import Value
+    from ._offload import Offload
 
 __all__ = ["Session", "Track"]
 
@@ -44,6 +45,8 @@ class Session:
     error: Exception | None = None  # the first one that capturing a value raised
     surfaced: bool = False  # that error left the model (or else the model swallowed it)
     stop: EarlyStop | None = None
+    offload: Offload | None = None  # what moves values from a GPU into memory
+    unseen: Exception | None = None  # what went wrong with the last of them
 
     def begin(self) -> None:
         """The block begins."""
@@ -59,6 +62,16 @@ class Session:
         with _pausing:
             self.pauses += by
             self.recording = self.active and not self.pauses
+
+    def complete(self) -> None:
+        """Wait for the values that are on their way from a device."""
+        if self.offload is not None:
+            self.offload.finish()
+
+    def close(self) -> None:
+        """Wait for the last of them. What goes wrong now, the block raises."""
+        if self.offload is not None:
+            self.unseen = self.offload.close()
 
     def failed(self, error: Exception) -> None:
         """Remember the first error, in case the model swallows it."""
@@ -97,13 +110,24 @@ class Track:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take what a call receives, before the call can change it."""
         session = self.session
-        if session.recording and is_own_call() and not _is_symbolic(args):
-            try:
+        if not session.recording or backward_number() != -1 or tracing_state():  # is_own_call()
+            return
+        is_tensor = len(args) == 1 and type(args[0]) is Tensor
+        if not is_tensor and _is_symbolic(args):
+            return
+        try:
+            names = self.parameters.positional
+            if is_tensor and names and not kwargs and self._is_direct and args[0].is_cpu:
+                inputs = {names[0]: snapshot(args[0])}
+            else:
                 inputs = self.capture.received(self.parameters.named(args, kwargs))
-            except Exception as error:
-                self._failed(error, self.called)
-                raise
-            self._arrivals.push(Arrival(session.passes.current(module), kwargs, inputs))
+        except Exception as error:
+            self._failed(error, self.called)
+            raise
+        number = session.passes.thread.current
+        if number is None:
+            number = session.passes.number(module)
+        self._arrivals.push(Arrival(number, kwargs, inputs))
 
     def end(  # noqa: C901, PLR0912  # one function, see below
         self, module: nn.Module, args: tuple[Any, ...], kwargs: object, output: Value

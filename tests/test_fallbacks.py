@@ -204,11 +204,14 @@ class Stubborn(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def test_a_value_that_cannot_be_copied_is_an_error_that_says_where_it_came_from() -> None:
+@pytest.mark.parametrize("inputs", [False, True])
+def test_a_value_that_cannot_be_copied_is_an_error_that_says_where_it_came_from(
+    inputs: bool,
+) -> None:
     model = nn.Sequential(nn.Identity())
     with (
         pytest.raises(NotImplementedError, match="no") as caught,
-        record(model, "0") as acts,
+        record(model, "0", inputs=inputs) as acts,
     ):
         model(X)
         model(X.as_subclass(Stubborn))

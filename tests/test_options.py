@@ -417,3 +417,18 @@ def test_a_transform_takes_out_of_an_object_what_is_wanted() -> None:
     with record(model, "", transform=lambda cache: cache.keys) as acts:
         model(torch.ones(2))
     assert acts[""][0][0].tolist() == [1, 1]
+
+
+def test_a_function_that_makes_lists_makes_real_lists() -> None:
+    model = nn.Linear(4, 4)
+    with record(model, "", into=lambda: []) as acts:  # noqa: PIE807  # not list itself
+        model(torch.ones(2, 4))
+    assert torch.equal(torch.cat(acts[""]), acts[""].cat())  # type: ignore[arg-type]
+
+
+def test_inputs_of_a_call_outside_of_any_forward_are_a_pass_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with record(model, "0", inputs=True) as acts:
+        model[0](torch.ones(2, 4))
+        model(torch.ones(2, 4))
+    assert acts.inputs["0"].passes == acts["0"].passes == [0, 1]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from actrec.store import _heap
 from tests import memory
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 MIB = memory.MIB
 
@@ -18,3 +22,20 @@ def test_recording_gigabytes_takes_the_budget_and_little_more(tmp_path: Path) ->
     shutil.rmtree(tmp_path)
     assert stored > 1500 * MIB
     assert 0 < recorded - bare <= (256 + 300) * MIB
+
+
+def test_only_large_shards_are_worth_giving_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(_heap, "_trim", asked.append)
+    _heap.give_back(_heap._WORTH_IT - 1)
+    assert asked == []
+    _heap.give_back(_heap._WORTH_IT)
+    assert asked == [0]
+
+
+def test_another_c_library_gives_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(_: Any) -> Any:
+        raise OSError
+
+    monkeypatch.setattr(ctypes, "CDLL", without)
+    assert _heap._found()(0) == 0

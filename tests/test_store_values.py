@@ -405,3 +405,17 @@ def test_a_module_with_two_names_is_found_by_both(tmp_path: Path) -> None:
     assert list(found) == ["0"]
     assert len(found["2"]) == 2
     assert found["2"] is found["0"]
+
+
+def test_a_shape_comes_back_as_a_shape(tmp_path: Path) -> None:
+    class Shapes(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, torch.Size]:
+            return x, x.shape
+
+    model = Shapes()
+    with record(model, "") as acts:
+        model(torch.ones(2, 3))
+    acts.save(tmp_path / "r")
+    shape = load(tmp_path / "r")[""][0][1]
+    assert type(shape) is torch.Size
+    assert shape == (2, 3)

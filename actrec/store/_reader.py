@@ -203,11 +203,16 @@ class StoredLayer(Layer):
         return map(self._call, range(len(self)))
 
     def _call(self, index: int) -> Value:
+        group, call = self._place(index)
+        return group.value(call)
+
+    def _place(self, index: int) -> tuple[Group, int]:
+        """Where a call is: in which group, and the how-manieth there."""
         if self._order is not None:
             index = self._order[index]
         at = bisect_right(self._starts, index) - 1
         group, first, _ = self._stretches[at]
-        return group.value(first + index - self._starts[at])
+        return group, first + index - self._starts[at]
 
     def _forms(self) -> Iterable[Form]:
         forms: dict[object, Form] = {}

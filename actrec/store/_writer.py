@@ -23,6 +23,7 @@ from actrec.errors import WriteError
 
 from . import _shard
 from ._format import END, MAX_ITEMS
+from ._heap import give_back
 from ._manifest import Ending
 from ._reader import shard_name
 from ._shard import Call, Heading
@@ -171,7 +172,9 @@ class Writer:
         self._enqueue(calls, complete, part=False)
 
     def _enqueue(self, calls: list[Call], committed: int, *, part: bool) -> None:
-        self._queue.append(_Batch(calls, committed, part, sum(call.size for call in calls)))
+        size = sum(call.size for call in calls)
+        give_back(size)
+        self._queue.append(_Batch(calls, committed, part, size))
         self._changed.notify_all()
 
     # --- Writing ---------------------------------------------------------------------------------------

@@ -11,16 +11,17 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-if not __package__:  # started as a file
+if not __package__:  # started as a file, beside one with a name that PyTorch imports: cuda
     sys.path[0] = str(Path(__file__).parents[2])
+
+import torch
 
 from tests.benchmarks import (
     calls,
     entry,
     gradients,
     importing,
+    memory_pages,
     networks,
     reading_statistics,
     report,
@@ -33,6 +34,7 @@ BENCHMARKS = {
     "networks": networks.measure,
     "gradients": gradients.measure,
     "stopping": stopping.measure,
+    "memory_pages": memory_pages.measure,
     "entry": entry.measure,
     "import": importing.measure,
     "reading": reading_statistics.measure,
