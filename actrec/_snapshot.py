@@ -110,6 +110,8 @@ def check(tensor: Tensor) -> None:
 def _clone(tensor: Tensor) -> Tensor:
     """A clone that is as small as its content: dimensions that were expanded stay expanded."""
     check(tensor)
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor.clone()  # a DTensor would ask the other ranks before it takes a slice
     if tensor.layout is torch.strided and not tensor.is_nested and 0 in tensor.stride():
         stored = tensor
         for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
