@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.distributed.tensor.debug import CommDebugMode
 
 import actrec
 from actrec import CaptureError, CorruptRecordingError, compare, load, record
@@ -23,7 +22,16 @@ from actrec._select import type_name
 from actrec.store import _parts, _tree
 from actrec.store._format import Defect
 from actrec.store._parts import Spread
-from tests.ranked import Same, as_rank, distributed, mesh_of, on_every_rank, parts_of, write
+from tests.ranked import (
+    Communication,
+    Same,
+    as_rank,
+    distributed,
+    mesh_of,
+    on_every_rank,
+    parts_of,
+    write,
+)
 from tests.stored import same
 from tests.test_store_reader import rewrite
 
@@ -240,7 +248,9 @@ def test_calls_of_which_parts_are_missing_are_left_out_and_the_recording_says_so
     acts = load(tmp_path / "r")
     assert acts["layer"].ranks == [0, 0], "rank 0 has what rank 1 had"
     assert same(acts["layer"][1], whole)
-    assert repr(acts).startswith("stored Same (incomplete: rank 1 wrote nothing): 1 layer, 2 passes")
+    assert repr(acts).startswith(
+        "stored Same (incomplete: rank 1 wrote nothing): 1 layer, 2 passes"
+    )
 
     spread_out(tmp_path / "s", [whole, whole], (2, 2), [shard(0), REPLICATE], missing=[2, 3])
     acts = load(tmp_path / "s")
@@ -273,9 +283,14 @@ def test_in_memory_a_dtensor_stays_one_of_its_own_and_cannot_be_saved(tmp_path: 
         with record(model, "layer") as acts:
             model(value)
             value.add_(1)
-        (kept,) = acts["layer"]
+            model(DTensor.from_local(part, mesh_of((2,)), [Odd("sum")], run_check=False))
+        with record(model, "layer", dtype=torch.float16) as cast:
+            model(DTensor.from_local(part, mesh_of((2,)), [Odd("sum")], run_check=False))
+        kept, odd = acts["layer"]
         assert type(kept) is DTensor
         assert kept.placements == (Shard(0),)
+        assert type(odd.placements[0]) is type(cast["layer"][0].placements[0]) is Odd
+        assert cast["layer"][0].dtype == torch.float16
         assert same(kept.to_local(), torch.ones(2, 3))
         with pytest.raises(CaptureError, match=r"save\(\): call 0 of 'layer' .* a DTensor cannot be stored"):  # fmt: skip
             acts.save(tmp_path / "r")
@@ -295,22 +310,27 @@ def test_nothing_is_communicated_when_a_part_is_recorded(tmp_path: Path) -> None
         ]
         whole = DTensor.from_local(torch.ones(1, 1), mesh, [Replicate()], run_check=False)
         values.append(whole.expand(4, 3))
+        values = [value.detach().requires_grad_() for value in values]
         model = Same()
-        for options in ({}, {"dtype": torch.float16}, {"into": tmp_path / "r"}):
-            with CommDebugMode() as communication, record(model, "layer", **options) as acts:  # type: ignore[arg-type]
+        every = [{}, {"dtype": torch.float16}, {"detach": False}, {"into": tmp_path / "r"}, {"transform": lambda t: t}]  # fmt: skip
+        for options in every:
+            with Communication() as communication, record(model, "layer", **options) as acts:
                 for value in values:
                     model(value)
-            assert communication.get_total_counts() == 0
+            assert communication.heard == [], options
             assert len(acts["layer"]) == 4
+        with Communication() as communication:
+            values[1].clone()
+        assert communication.heard, "as PyTorch's own way would"
 
 
 def test_what_is_on_its_way_is_waited_for(tmp_path: Path) -> None:
     from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
 
     with as_rank(0, 2):
-        arriving = all_reduce(torch.ones(2, 3), "sum", [0, 1])
-        assert type(arriving) is AsyncCollectiveTensor
         mesh = mesh_of((2,))
+        arriving = all_reduce(torch.ones(2, 3), "sum", mesh)
+        assert type(arriving) is AsyncCollectiveTensor
         part = DTensor.from_local(arriving, mesh, [Shard(0)], run_check=False)
         acts = write(tmp_path / "r", 0, 2, [(arriving, part)])
         assert type(_parts.local(part)) is Tensor
@@ -339,7 +359,10 @@ def test_what_the_format_has_no_words_for_is_refused_when_it_is_recorded(tmp_pat
         ]):  # fmt: skip
             value = DTensor.from_local(torch.ones(2, 2), mesh, placements, run_check=False)
             with (
-                pytest.raises(CaptureError, match=r"DTensor .* cannot be stored. Let a transform redistribute it"),  # fmt: skip
+                pytest.raises(
+                    CaptureError,
+                    match=r"DTensor .* cannot be stored. Let a transform redistribute it",
+                ),  # fmt: skip
                 record(model, "layer", into=tmp_path / str(number)),
             ):
                 model(value)
@@ -351,6 +374,7 @@ def test_a_tensor_that_is_sharded_out_of_order_is_refused() -> None:
 
     class Spec:
         shard_order = (Entry(),)
+        placements = (Shard(0), Shard(0))
 
     with as_rank(0, 4):
         value = DTensor.from_local(torch.ones(2), mesh_of((2, 2)), [Shard(0), Shard(0)], run_check=False)  # fmt: skip

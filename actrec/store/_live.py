@@ -245,7 +245,9 @@ def _check_run(call: str, there: Manifest, new: Manifest) -> None:
     """The ranks of one run share a path, and nobody else."""
     if there.run != new.run:
         ranks = f"a run of {there.ranks} ranks" if there.ranks > 1 else "a single process"
-        raise _taken(call, f"{ranks} records there, or has recorded, and this is another run", _GO_ON)
+        raise _taken(
+            call, f"{ranks} records there, or has recorded, and this is another run", _GO_ON
+        )
 
 
 _GO_ON = "Go on with it: record(..., resume=True); or delete it, or choose another path."

@@ -7,7 +7,6 @@ whoever has all the parts: nothing here communicates.
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
@@ -22,7 +21,7 @@ from ._format import MAX_RANKS, MAX_SIZE, Defect, integer, items, mapping, need,
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-__all__ = ["Spread", "is_parted", "local", "spread"]
+__all__ = ["Spread", "local", "spread"]
 
 #: Along one dimension of the mesh: ``("replicate",)``, ``("shard", dim)`` or ``("partial", how to reduce)``.
 Placement: TypeAlias = tuple[Any, ...]
@@ -62,7 +61,8 @@ class Spread:
         mesh = _sizes(node["mesh"], "the shape of a mesh")
         ranks = _sizes(node["ranks"], "the ranks of a mesh", MAX_RANKS)
         placements = tuple(
-            _placement(placement, len(shape)) for placement in items(node["placements"], "placements")
+            _placement(placement, len(shape))
+            for placement in items(node["placements"], "placements")
         )
         names = node["names"]
         if names is not None:
@@ -138,12 +138,6 @@ def _placement(placement: Any, dims: int) -> Placement:
 
 
 # --- Taking a DTensor apart --------------------------------------------------------------------------
-
-
-def is_parted(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a ``DTensor``."""
-    module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Any) -> Tensor:

@@ -234,7 +234,9 @@ class StoredLayer(Layer):
         All zeros, unless a run of several processes was recorded.
         """
         owners = [
-            stretch.group.shard.heading.rank for stretch in self._stretches for _ in range(stretch.many)
+            stretch.group.shard.heading.rank
+            for stretch in self._stretches
+            for _ in range(stretch.many)
         ]
         return owners if self._order is None else [owners[index] for index in self._order]
 

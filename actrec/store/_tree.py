@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from actrec._nested import Opaque, Value, is_array
+from actrec._snapshot import is_distributed
 from actrec.errors import CaptureError
 
 from ._format import (
@@ -37,7 +38,7 @@ from ._format import (
     text,
 )
 
-from ._parts import Spread, is_parted, local, spread
+from ._parts import Spread, local, spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -132,7 +133,7 @@ class _Encoder:
         if self.nodes > _MAX_NODES:
             raise CaptureError(_TOO_LARGE)
         if isinstance(value, Tensor):
-            if self.parts and is_parted(value):
+            if self.parts and is_distributed(value):
                 return self.part(value)
             return {"tensor": self.number(value)}
         if is_array(value):
@@ -152,7 +153,9 @@ class _Encoder:
         found = spread(tensor)
         self.ranks.add(found.ranks)
         if len(self.ranks) > 1:
-            message = "its tensors are spread over different ranks. Let a transform take one of them"
+            message = (
+                "its tensors are spread over different ranks. Let a transform take one of them"
+            )
             raise CaptureError(message)
         if id(tensor) not in self.numbers:
             self.numbers[id(tensor)] = len(self.tensors)

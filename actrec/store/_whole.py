@@ -110,7 +110,9 @@ class WholeLayer(Layer):
         group, at = self._recorded._place(call.parts[call.rank])
         return group.decoded(
             lambda k: group.leaves[k].tensor(at, group.shard.storage),
-            lambda k, spread: spread.whole(call.parts, lambda rank: self._part(call.parts[rank], k)),
+            lambda k, spread: spread.whole(
+                call.parts, lambda rank: self._part(call.parts[rank], k)
+            ),
         )
 
     def _part(self, index: int, number: int) -> Tensor:
