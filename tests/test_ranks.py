@@ -280,7 +280,7 @@ def test_a_rank_that_has_not_written_anything_yet_is_no_obstacle(uneven: Path) -
 def test_a_damaged_rank_is_named_and_the_others_can_be_read(uneven: Path) -> None:
     shard = uneven / "rank-00001/000000.safetensors"
     shard.write_bytes(b"")
-    with pytest.raises(CorruptRecordingError, match="rank-00001/000000.safetensors is damaged"):
+    with pytest.raises(CorruptRecordingError, match=r"rank-00001/000000.safetensors is damaged"):
         load(uneven)
     assert len(load(uneven, rank=0)["layer"]) == 2
     assert any("rank-00001" in problem for problem in actrec.verify(uneven))

@@ -97,8 +97,8 @@ def load(path: str | os.PathLike[str], *, rank: int | None = None) -> StoredReco
         ranks = [Rank(folder, manifest) for folder in rank_folders(disk)]
         return StoredRecording(disk, manifest, ranks)
     folders = {rank_number(folder.path.name): folder for folder in rank_folders(disk)}
-    there = range(max([manifest.ranks - 1, *folders]) + 1)
-    rank = _one_of(f"load({str(disk.path)!r}, rank={rank!r})", rank, there)
+    numbered = range(max([manifest.ranks - 1, *folders]) + 1)
+    rank = _one_of(f"load({str(disk.path)!r}, rank={rank!r})", rank, numbered)
     ranks = [Rank(folders[rank], manifest)] if rank in folders else []
     return StoredRecording(disk, manifest, ranks, only=rank)
 

@@ -30,7 +30,7 @@ def save(recording: Recording, path: str | os.PathLike[str]) -> None:
     _check(layers)
     disk, folder = Disk(path), Folder.of(path)
     own = disk / rank_folder(0)
-    call = f"save({str(disk.path)!r})"
+    name = f"save({str(disk.path)!r})"
     manifest = Manifest(
         recording._model,
         tuple(LayerInfo(slot.name, slot.type) for slot, _ in layers if slot.role == "output"),
@@ -38,8 +38,8 @@ def save(recording: Recording, path: str | os.PathLike[str]) -> None:
         inputs=recording._inputs is not None,
         grads=recording._grads is not None,
     )
-    with claim(call, disk, own, manifest):
-        publish(call, disk, own, manifest)
+    with claim(name, disk, own, manifest):
+        publish(name, disk, own, manifest)
         writer = Writer(own, manifest.recording, folder)
         error: str | None = "save() did not finish"
         try:

@@ -37,7 +37,6 @@ from ._format import (
     need,
     text,
 )
-
 from ._parts import Spread, local, spread
 
 if TYPE_CHECKING:
