@@ -433,10 +433,15 @@ class StoredRecording(Recording):
         return all(rank.complete for rank in self.ranks) and not self._left_out
 
     @property
+    def _wholes(self) -> list[WholeLayer]:
+        """The layers whose calls are made of parts."""
+        layers = [*self._layers.values(), *self._input_layers.values()]
+        return [layer for layer in layers if isinstance(layer, WholeLayer)]
+
+    @property
     def _left_out(self) -> int:
         """How many calls are left out, because parts of their tensors are missing."""
-        layers = [*self._layers.values(), *self._input_layers.values()]
-        return sum(layer.left_out for layer in layers if isinstance(layer, WholeLayer))
+        return sum(layer.left_out for layer in self._wholes)
 
     def _title(self) -> str:
         reasons = list(summary(self.ranks)) if len(self.ranks) > 1 else []

@@ -48,7 +48,8 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
 def _problems(disk: Disk) -> Iterator[str]:
     manifest: Manifest | None = None
     try:
-        load(disk.path)
+        for layer in load(disk.path)._wholes:
+            yield from layer.problems()
     except CorruptRecordingError as error:
         yield str(error)
     with suppress(CorruptRecordingError, FileNotFoundError):

@@ -18,6 +18,7 @@ from torch import Tensor
 from actrec._forms import Form, form
 from actrec._join import joined
 from actrec._recording import Layer
+from actrec.errors import CorruptRecordingError
 
 from ._format import Defect, corrupt, integer
 from ._parts import Spread
@@ -141,6 +142,14 @@ class WholeLayer(Layer):
                 if number in spreads:
                     nbytes = math.prod(spreads[number].shape) * leaf.dtype.itemsize
                 yield (group.shard.path, begin), nbytes
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the calls whose parts do not fit together."""
+        for call in self._found[0]:
+            try:
+                self._value(call)
+            except CorruptRecordingError as error:
+                yield str(error)
 
     def cat(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""
