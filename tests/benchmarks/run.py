@@ -23,6 +23,7 @@ from tests.benchmarks import (
     importing,
     memory_pages,
     networks,
+    ranks,
     reading_statistics,
     report,
     stopping,
@@ -39,6 +40,7 @@ BENCHMARKS = {
     "import": importing.measure,
     "reading": reading_statistics.measure,
     "storing": storing.measure,
+    "ranks": ranks.measure,
 }
 
 
