@@ -60,7 +60,10 @@ def measure(*, quick: bool) -> Iterator[Row]:
 def _measured(many: int, kib: int, *, quick: bool) -> Iterator[Row]:
     shape = (kib // 4, 256)
     values = torch.arange(float(many * LAYERS)).split(LAYERS)
-    batches = [[value.expand(math.prod(shape)).reshape(shape) for value in row] for row in values]
+    # Each of them has memory of its own: of one that repeats an element, actrec would write the element.
+    batches = [
+        [value.expand(math.prod(shape)).reshape(shape).clone() for value in row] for row in values
+    ]
     ways = _ways()
     rounds = 1 if quick else 3
     size = f"{many * LAYERS * kib / 2**20:.2g} GiB in values of {kib:,} KiB"
