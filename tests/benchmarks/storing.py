@@ -60,7 +60,7 @@ def measure(*, quick: bool) -> Iterator[Row]:
 
 def _measured(many: int, kib: int, *, quick: bool) -> Iterator[Row]:
     shape = (kib, 256)
-    values = torch.arange(float(many * LAYERS)).split(LAYERS)
+    values = torch.arange(1.0, many * LAYERS + 1).split(LAYERS)  # zarr does not write zeros
     # Each of them has memory of its own: of one that repeats an element, actrec would write the element.
     batches = [
         [value.expand(math.prod(shape)).reshape(shape).clone() for value in row] for row in values
