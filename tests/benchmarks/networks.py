@@ -93,7 +93,7 @@ def _who_is_exact(work: Work, mode: str, other: str) -> str:
         with MODES[mode]():
             with HOOKS[name](work.model) as acts:
                 work.model(work.x)
-            is_exact[name] = exact(work.model, work.x, acts)
+            is_exact[name] = exact(work.model, [work.x], acts)
     assert is_exact["kept"], work.name
     return "both" if is_exact[other] else "actrec alone"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -20,10 +20,11 @@ def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, m) for name, m in model.named_modules() if not m._modules]
 
 
-def exact(model: nn.Module, x: Any, recorded: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether ``recorded`` is what every leaf returned in a forward of ``model(x)``, in all of its calls."""
+def exact(model: nn.Module, batches: Iterable[Any], recorded: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether ``recorded`` is what every leaf returned for the batches, in all of its calls."""
     with clone_hook(model) as reference:
-        model(x)
+        for batch in batches:
+            model(batch)
     return all(
         len(recorded.get(name, ())) == len(values)
         and all(torch.equal(a, b) for a, b in zip(values, recorded[name], strict=True))
