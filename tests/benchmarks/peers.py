@@ -1,4 +1,4 @@
-"""Every leaf of a network recorded, over ten batches: actrec against the libraries that can do it, as they are from PyPI.
+"""Every leaf of a network recorded, over five batches: actrec against the libraries that can do it, as they are from PyPI.
 
 A row says how long the other one takes for each second of actrec's. Both call the model themselves, in the same process
 and without gradients, and both begin with the bare model: what a library does to a model before it can be recorded
@@ -144,14 +144,14 @@ def measure(*, quick: bool) -> Iterator[Row]:
     for what, model, x in _small() if quick else _works():
         model.eval()
         names = _executed(model, x)
-        batches = [x.roll(shift, 0) for shift in range(2 if quick else 10)]
+        batches = [x.roll(shift, 0) for shift in range(2 if quick else 5)]
         calls = {"actrec": partial(actrec, model, batches, names)}
         for name, (_, way) in _installed().items():
             calls[name] = partial(way, model, batches, names)
         right = {name: exact(model, batches, call()) for name, call in calls.items()}
         assert right["actrec"], what
         variants = {name: partial(_time, call) for name, call in calls.items()}
-        times = take_turns(variants, rounds=1 if quick else 5)
+        times = take_turns(variants, rounds=1 if quick else 3)
         for name in list(calls)[1:]:
             took = ratios(times, "actrec", name)
             target = NOT_SLOWER if right[name] else None
@@ -166,8 +166,8 @@ def _time(call: Callable[[], Recorded]) -> float:
 
 
 def _works() -> Iterator[tuple[str, nn.Module, Tensor]]:
-    yield "ResNet-50 shape, 8x3x128x128", resnet(), torch.randn(8, 3, 128, 128)
-    yield "GPT shape, 12 layers of 512, 4x256", GPT(), torch.randint(1000, (4, 256))
+    yield "ResNet-50 shape, 4x3x96x96", resnet(), torch.randn(4, 3, 96, 96)
+    yield "GPT shape, 12 layers of 512, 4x64", GPT(), torch.randint(1000, (4, 64))
     yield "50 linear layers with ReLUs, 8x16", mlp(), torch.randn(8, 16)
 
 
