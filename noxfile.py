@@ -106,6 +106,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def peers(session: nox.Session) -> None:
+    """Measure other libraries that record, which never become dependencies."""
+    install(session, "peers", "-e", ".")
+    session.run("python", "tests/benchmarks/peers.py", *session.posargs)
+
+
+@nox.session
 def crash(session: nox.Session) -> None:
     """Kill a recording two hundred times, and damage stored ones in thousands of ways."""
     install(session, "tests", "-e", ".")

@@ -9,6 +9,11 @@
 Layer '0' (Linear): 1 call, (5, 3) float32, 60 B
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ._compare import Comparison, compare
 from ._nested import Opaque
 from ._record import record
@@ -31,7 +36,9 @@ from .errors import (
     UnusedLayerWarning,
     WriteError,
 )
-from .store import load, verify
+
+if TYPE_CHECKING:
+    from .store import load, verify
 
 __all__ = [
     "ActrecError",
@@ -60,3 +67,18 @@ __all__ = [
     "record",
     "verify",
 ]
+
+_IN_THE_STORE = ("load", "store", "verify")
+
+
+def __getattr__(name: str) -> Any:
+    """Import the store when it is first asked for: it is half of what importing actrec takes."""
+    if name not in _IN_THE_STORE:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    store = import_module("actrec.store")
+    return store if name == "store" else getattr(store, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "errors", "store"])

@@ -25,13 +25,12 @@ from ._recording import Layer, ListLayer, Recorder, SinkLayer
 from ._select import Choice, Query, Selection, select, type_name
 from ._track import Calls, Session, Track
 from .errors import ActrecError, OptionError
-from .store._folder import Folder
-from .store._live import Stream
-from .store._manifest import LayerInfo, Manifest, described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from types import TracebackType
+
+    from .store._live import Stream
 
 __all__ = ["record"]
 
@@ -322,6 +321,11 @@ class _Block(AbstractContextManager[Recorder]):
 
     def _opened(self, path: str | os.PathLike[str]) -> Stream:
         """Open the path that is recorded into, before anything happens to the model."""
+        # Who records into memory does not wait for the store to be imported.
+        from .store._folder import Folder  # noqa: PLC0415
+        from .store._live import Stream  # noqa: PLC0415
+        from .store._manifest import LayerInfo, Manifest, described  # noqa: PLC0415
+
         manifest = Manifest(
             type_name(self._model),
             tuple(

@@ -51,19 +51,19 @@ def test_a_ratio_is_taken_round_by_round_and_added_cost_leaves_the_work_out() ->
 
 
 def test_the_tables_name_the_command_the_machine_and_what_was_missed() -> None:
-    rows = [Row.of("import", [1.5], target=1.3), Row.of("entry", [20.0], unit="us")]
+    rows = [Row.of("import", [1.5], target=1.3, exact="both"), Row.of("entry", [20.0], unit="us")]
     text = report.text(rows, "the command")
     markdown = report.markdown(rows, "the command")
     for table in (text, markdown):
         assert "the command" in table
         assert torch.__version__ in table
     assert text.splitlines()[-2:] == [
-        "import  1.500 x  1.500 - 1.500  <= 1.3 x   no",
+        "import  1.500 x  1.500 - 1.500  <= 1.3 x   no   both",
         "entry   20.0 us    20.0 - 20.0",
     ]
     assert markdown.splitlines()[-2:] == [
-        "| import | 1.500 x | 1.500 - 1.500 | <= 1.3 x | no |",
-        "| entry | 20.0 us | 20.0 - 20.0 |  |  |",
+        "| import | 1.500 x | 1.500 - 1.500 | <= 1.3 x | no | both |",
+        "| entry | 20.0 us | 20.0 - 20.0 |  |  |  |",
     ]
 
 

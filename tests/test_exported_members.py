@@ -52,9 +52,24 @@ def test_everything_else_is_private():
         "store",
         "testing",
     }
-    names = {name for name in vars(actrec) if not name.startswith("_")}
-    # The others may have been imported by other tests.
-    assert names - {"plot", "testing"} == {*actrec.__all__, "errors", "store"}
+    assert dir(actrec) == sorted([*actrec.__all__, "errors", "store"])
+    assert all(hasattr(actrec, name) for name in dir(actrec))
+
+
+def test_what_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'actrec' has no attribute 'recrod'"):
+        _ = actrec.recrod
+
+
+def test_the_store_is_imported_when_it_is_first_asked_for():
+    code = """
+import sys, actrec
+assert not any(name.startswith("actrec.store") for name in sys.modules)
+assert actrec.store.load is actrec.load
+from actrec import verify
+assert verify is actrec.store.verify
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", actrec.__all__)

@@ -111,30 +111,40 @@ def _shown(value: object, most: int = 60) -> str:
     return shown if len(shown) <= most else f"{shown[:most]}..."
 
 
+# Every number in every header comes by here, so a message is made only where it is needed.
+
+
 def integer(value: Any, what: str, most: int = MAX_SIZE) -> int:
     """Return ``value`` if it is an integer from 0 to ``most``."""
-    need(
-        type(value) is int and 0 <= value <= most,
-        f"{what} is {_shown(value)}, which is no number from 0 to {most}",
-    )
-    return int(value)
+    if type(value) is int and 0 <= value <= most:
+        return value
+    message = f"{what} is {_shown(value)}, which is no number from 0 to {most}"
+    raise Defect(message)
 
 
 def text(value: Any, what: str) -> str:
     """Return ``value`` if it is text."""
-    need(type(value) is str, f"{what} is {_shown(value)}, which is no text")
-    return str(value)
+    if type(value) is str:
+        return value
+    message = f"{what} is {_shown(value)}, which is no text"
+    raise Defect(message)
 
 
 def items(value: Any, what: str) -> list[Any]:
     """Return ``value`` if it is a list."""
-    need(type(value) is list, f"{what} is {_shown(value)}, which is no list")
-    return list(value)
+    if type(value) is list:
+        return value
+    message = f"{what} is {_shown(value)}, which is no list"
+    raise Defect(message)
 
 
 def mapping(value: Any, what: str, *keys: str) -> dict[str, Any]:
     """Return ``value`` if it is an object with (at least) these keys."""
-    need(type(value) is dict, f"{what} is {_shown(value)}, which is no object")
+    if type(value) is not dict:
+        message = f"{what} is {_shown(value)}, which is no object"
+        raise Defect(message)
     for key in keys:
-        need(key in value, f"{what} has no {key!r}")
-    return dict(value)
+        if key not in value:
+            message = f"{what} has no {key!r}"
+            raise Defect(message)
+    return value

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TARGET = 1.3
+FLAT = 1.1  # the last calls over the first
 LAYERS = 24  # hooked calls in a forward, which share the cost of its pass as in a real model
 MODES = {
     "grad": torch.enable_grad,
@@ -62,6 +63,25 @@ def measure(*, quick: bool) -> Iterator[Row]:
     times = take_turns(single, rounds)
     name = "call: actrec / classic hook, a model that is one Linear 2x4, no_grad"
     yield Row.of(name, ratios(times, "actrec", "classic hook"))
+    yield from _many_calls(quick=quick)
+
+
+def _many_calls(*, quick: bool) -> Iterator[Row]:
+    """Whether the last of many calls cost what the first did, with garbage collection on as users have it."""
+    calls, rounds = (100, 1) if quick else (100_000, 5)
+    model, x = nn.Linear(4, 4), torch.ones(2, 4)
+
+    def run() -> None:
+        for _ in range(calls // 10):
+            model(x)
+
+    growth = []
+    for _ in range(rounds):
+        with torch.no_grad(), record(model, ""):
+            times = [seconds(run) for _ in range(10)]
+        growth.append(times[-1] / times[0])
+    name = f"call: the last tenth of {calls:,} calls / the first, Linear 2x4, no_grad"
+    yield Row.of(name, growth, FLAT)
 
 
 def _compared(times: Any, usual: str, where: str, mode: str) -> Iterator[Row]:

@@ -111,6 +111,15 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
+# --- Tiny tensors through many layers ------------------------------------------------------------------
+
+
+def mlp(layers: int = 50, width: int = 16) -> nn.Sequential:
+    """Linear layers, each with a ReLU behind it: of such tensors, hooks are most of what is felt."""
+    pairs = ((nn.Linear(width, width), nn.ReLU()) for _ in range(layers))
+    return nn.Sequential(*(module for pair in pairs for module in pair))
+
+
 # --- Many modules that do nothing ---------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from .timing import Row
 
-HEADER = ("what", "median", "quartiles", "target", "met")
+HEADER = ("what", "median", "quartiles", "target", "met", "exact")
 
 
 def text(rows: Iterable[Row], command: str) -> str:
@@ -27,7 +27,7 @@ def text(rows: Iterable[Row], command: str) -> str:
 
 def markdown(rows: Iterable[Row], command: str) -> str:
     """Return the rows as a Markdown table."""
-    cells = [HEADER, ("---", "---:", "---:", "---:", "---"), *map(_cells, rows)]
+    cells = [HEADER, ("---", "---:", "---:", "---:", "---", "---"), *map(_cells, rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([f"`{command}`", "", machine(), "", *lines])
 
@@ -52,6 +52,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.low:.{digits}f} - {row.high:.{digits}f}",
         target,
         {None: "", True: "yes", False: "no"}[row.met],
+        row.exact,
     )
 
 

@@ -18,6 +18,7 @@ import torch
 
 from tests.benchmarks import (
     calls,
+    dataset,
     entry,
     gradients,
     importing,
@@ -33,6 +34,7 @@ from tests.benchmarks import (
 BENCHMARKS = {
     "calls": calls.measure,
     "networks": networks.measure,
+    "dataset": dataset.measure,
     "gradients": gradients.measure,
     "stopping": stopping.measure,
     "memory_pages": memory_pages.measure,

@@ -9,6 +9,7 @@ It writes to the folder for temporary files; ``TMPDIR`` chooses another one.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
@@ -58,11 +59,15 @@ def measure(*, quick: bool) -> Iterator[Row]:
 
 
 def _measured(many: int, kib: int, *, quick: bool) -> Iterator[Row]:
-    shape = (kib // 4, 256)
-    values = torch.arange(float(many * LAYERS)).split(LAYERS)
-    batches = [[value.expand(math.prod(shape)).reshape(shape) for value in row] for row in values]
+    shape = (kib, 256)
+    values = torch.arange(1.0, many * LAYERS + 1).split(LAYERS)  # zarr does not write zeros
+    # Each of them has memory of its own: of one that repeats an element, actrec would write the element.
+    batches = [
+        [value.expand(math.prod(shape)).reshape(shape).clone() for value in row] for row in values
+    ]
     ways = _ways()
     rounds = 1 if quick else 3
+    assert batches[0][0].nbytes == kib * 2**10
     size = f"{many * LAYERS * kib / 2**20:.2g} GiB in values of {kib:,} KiB"
     if missing := [name for name in ("h5py", "zarr") if name not in ways]:
         size += f" (without {' and '.join(missing)}, not installed)"
@@ -99,7 +104,10 @@ def _write(way: Way, path: Path, batches: list[Batch]) -> float:
     shutil.rmtree(path, ignore_errors=True)
     start = perf_counter()
     way.write(path, batches)
-    return perf_counter() - start
+    took = perf_counter() - start
+    written = sum(file.stat().st_size for file in _files(path))
+    assert written >= sum(value.nbytes for batch in batches for value in batch), path.name
+    return took
 
 
 def _read(way: Way, path: Path, shape: tuple[int, ...], calls: list[tuple[int, int]]) -> float:
@@ -112,7 +120,8 @@ def _read(way: Way, path: Path, shape: tuple[int, ...], calls: list[tuple[int, i
 
 
 def _out_of_memory(path: Path) -> None:
-    """Let the system forget what it holds of these files."""
+    """Let the system forget what it holds of these files, once nobody has them mapped any more."""
+    gc.collect()
     with suppress(AttributeError):  # not everywhere
         for file in _files(path):
             with file.open("rb") as opened:

@@ -34,14 +34,20 @@ class Row:
     high: float
     target: float | None = None
     unit: str = "x"
+    exact: str = ""  # who of the two recorded what the layers returned, where that was looked at
 
     @classmethod
     def of(
-        cls, name: str, values: Iterable[float], target: float | None = None, unit: str = "x"
+        cls,
+        name: str,
+        values: Iterable[float],
+        target: float | None = None,
+        unit: str = "x",
+        exact: str = "",
     ) -> Row:
         values = list(values)
         quartiles = statistics.quantiles(values, method="inclusive") if values[1:] else values * 3
-        return cls(name, *quartiles, target, unit)
+        return cls(name, *quartiles, target, unit, exact)
 
     @property
     def met(self) -> bool | None:

@@ -6,8 +6,10 @@ from collections import defaultdict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -16,6 +18,18 @@ Store = dict[str, list[Any]]
 
 def leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, m) for name, m in model.named_modules() if not m._modules]
+
+
+def exact(model: nn.Module, batches: Iterable[Any], recorded: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether ``recorded`` is what every leaf returned for the batches, in all of its calls."""
+    with clone_hook(model) as reference:
+        for batch in batches:
+            model(batch)
+    return all(
+        len(recorded.get(name, ())) == len(values)
+        and all(torch.equal(a, b) for a, b in zip(values, recorded[name], strict=True))
+        for name, values in reference.items()
+    )
 
 
 @contextmanager
