@@ -93,7 +93,7 @@ def _one_or_more(names: Iterable[str]) -> str:
 
 
 def _forms(layer: Layer) -> list[Form]:
-    return list(dict.fromkeys(layer._forms()))
+    return list(layer._different_forms())
 
 
 def layer_line(layer: Layer) -> str:

@@ -150,6 +150,10 @@ class Layer(Sequence[Value]):
         """What each call is, without its data. A stored layer says it without reading any."""
         return map(form, self._readable())
 
+    def _different_forms(self) -> Iterable[Form]:
+        """Each form once."""
+        return dict.fromkeys(self._forms())
+
     def __repr__(self) -> str:
         return _display.layer_line(self)
 

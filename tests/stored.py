@@ -13,6 +13,14 @@ from actrec import Opaque
 
 if TYPE_CHECKING:
     from actrec import Recording
+    from actrec.store import StoredRecording
+    from actrec.store._index import Opened
+
+
+def opened_shards(acts: StoredRecording, rank: int = 0) -> list[Opened]:
+    """The shards that a rank has written."""
+    found = acts._ranks[rank]
+    return [found.opened(number) for number in range(found.count)]
 
 
 def bits(tensor: Tensor) -> bytes:

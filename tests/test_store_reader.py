@@ -35,7 +35,7 @@ from actrec import (
 from actrec.__main__ import main
 from actrec._recording import ListLayer
 from actrec.store import Folder, _container, _disk, _format, _index, _shard, _tree, _verify
-from tests.stored import Net, assert_same, batches, same
+from tests.stored import Net, assert_same, batches, opened_shards, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -170,8 +170,8 @@ def test_opening_and_showing_touch_no_data(path: Path, monkeypatch: pytest.Monke
     acts = load(path)
     assert len(shards(path)) > 2
     headers = sum(
-        min(extent.begin for extent in shard.container.tensors.values())
-        for shard in acts._ranks[0].shards
+        min(extent.begin for extent in opened.container.tensors.values())
+        for opened in opened_shards(acts)
     )
     read_bytes = sum(n for n in reads if n != _format.MAX_JSON)
     assert read_bytes == headers + 8 * len(shards(path)), "and each header once"
@@ -705,7 +705,7 @@ def test_a_header_that_shrinks_while_it_is_read_is_found() -> None:
 def test_verify_lists_every_shard_whose_data_is_damaged_and_the_layer(path: Path) -> None:
     hit = []
     for number, shard in enumerate(shards(path)):
-        extents = load(path)._ranks[0].shards[number].container.tensors
+        extents = load(path)._ranks[0].opened(number).container.tensors
         content = bytearray(shard.read_bytes())
         content[extents["output.00000.00000.0"].begin + 17] ^= 0x40
         hit.append(content)
@@ -834,12 +834,11 @@ def test_mutated_headers_that_were_signed_afterwards_never_crash(
 
 
 def test_a_file_that_shrinks_while_it_is_verified_is_found(path: Path) -> None:
-    shard = _index.Shard(_disk.Disk(path / "rank-00000"), "000000.safetensors")
+    disk = _disk.Disk(path / "rank-00000")
+    opened = _index.open_shard(disk, "000000.safetensors")
     content = shards(path)[0].read_bytes()
     shards(path)[0].write_bytes(content[:-10])
-    problems = list(
-        _verify._shard_problems(_disk.Disk(path / "rank-00000"), "000000.safetensors", shard)
-    )
+    problems = list(_verify._shard_problems(disk, "000000.safetensors", opened))
     assert "the checksum of the data of layer" in problems[0]
 
 

@@ -336,7 +336,7 @@ def test_parts_of_a_pass_that_was_never_completed_do_not_count_and_are_emptied(
     again = load(path)
     assert not list(again._ranks[0].leftovers())
     for shard in left:
-        assert again._ranks[0].shards[shard.heading.shard].parts == []
+        assert again._ranks[0].opened(shard.heading.shard).parts == []
 
 
 def test_a_recording_without_its_description_is_not_overwritten(tmp_path: Path) -> None:

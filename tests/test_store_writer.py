@@ -36,7 +36,7 @@ from actrec import (
 from actrec._snapshot import memory, snapshot
 from actrec.store import Folder, _disk, _live, _writer
 from tests.conftest import own_hooks
-from tests.stored import Net, assert_same, batches, bits
+from tests.stored import Net, assert_same, batches, bits, opened_shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -125,8 +125,7 @@ def test_what_is_streamed_is_what_memory_would_have_held_bit_for_bit(
 
 def test_a_pass_that_is_larger_than_a_shard_is_written_in_parts(tmp_path: Path) -> None:
     acts = recorded(3, into=Folder(tmp_path / "r", 20 * KIB, 40 * KIB))
-    ranks = load(tmp_path / "r")._ranks
-    parts = [shard.heading.part for shard in ranks[0].shards]
+    parts = [opened.shard.heading.part for opened in opened_shards(load(tmp_path / "r"))]
     assert parts.count(True) > 3
     assert parts[-1] is False
     assert_same(acts, recorded(3))

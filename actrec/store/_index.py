@@ -32,7 +32,7 @@ from ._shard import Heading, stored_row
 from ._tree import decode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from actrec._nested import Value
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ._disk import Disk
     from ._parts import Spread
 
-__all__ = ["Group", "Part", "Run", "Shard", "numbers"]
+__all__ = ["Group", "Opened", "Part", "Run", "Shard", "numbers", "open_shard"]
 
 _MAX_DIMS = 64
 
@@ -48,7 +48,7 @@ _MAX_DIMS = 64
 Run: TypeAlias = tuple[int, int, int]
 
 
-def numbers(runs: list[Run]) -> Iterator[int]:
+def numbers(runs: Iterable[Run]) -> Iterator[int]:
     """The numbers of some runs."""
     for first, step, many in runs:
         yield from range(first, first + many) if step else [first] * many
@@ -179,23 +179,28 @@ class Part:
     passes: list[Run]
     groups: list[Group]
     calls: list[Stretch]
+    starts: list[int] = field(init=False)  # of each stretch, and where the last ends
+
+    def __post_init__(self) -> None:
+        self.starts = list(accumulate((stretch.many for stretch in self.calls), initial=0))
+
+    def place(self, call: int) -> tuple[Group, int]:
+        """Where a call is: in which group, and the how-manieth there."""
+        at = bisect_right(self.starts, call) - 1
+        group, first, _ = self.calls[at]
+        return group, first + call - self.starts[at]
 
 
 class Shard:
-    """A shard, opened: its header is read and checked, its data untouched."""
+    """A shard whose header was read and checked; its data is untouched."""
 
     def __init__(self, disk: Disk, name: str) -> None:
         self._disk = disk
         self._name = name
         self.path = disk.path / name
+        self.size = 0
+        self.heading = Heading("", 0, 0, 0)
         self._storage: torch.UntypedStorage | None = None
-        try:
-            self.container = _container.parse(disk.size(name), lambda n: disk.read(name, n))
-            self.heading, self.parts = _contents(self, self.container)
-        except Defect as defect:
-            raise corrupt(self.path, defect) from None
-        except FileNotFoundError:
-            raise corrupt(self.path, "it is missing") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_storage": None}  # a copy maps the file itself
@@ -203,8 +208,35 @@ class Shard:
     def storage(self) -> torch.UntypedStorage:
         """The file, mapped when it is first used."""
         if self._storage is None:
-            self._storage = self._disk.map(self._name, self.container.size)
+            self._storage = self._disk.map(self._name, self.size)
         return self._storage
+
+
+class Opened(NamedTuple):
+    """A shard, and beside it what it holds, which refers to it: so they are no cycle that waits for the collector."""
+
+    shard: Shard
+    container: Container
+    parts: list[Part]
+
+    def part(self, role: str, name: str) -> Part | None:
+        """What it holds of a layer."""
+        same = (part for part in self.parts if (part.slot.role, part.slot.name) == (role, name))
+        return next(same, None)
+
+
+def open_shard(disk: Disk, name: str) -> Opened:
+    """Read and check the header of a shard, or raise ``CorruptRecordingError``."""
+    shard = Shard(disk, name)
+    try:
+        container = _container.parse(disk.size(name), lambda n: disk.read(name, n))
+        shard.size = container.size
+        shard.heading, parts = _contents(shard, container)
+    except Defect as defect:
+        raise corrupt(shard.path, defect) from None
+    except FileNotFoundError:
+        raise corrupt(shard.path, "it is missing") from None
+    return Opened(shard, container, parts)
 
 
 # --- Checking ----------------------------------------------------------------------------------------
@@ -230,7 +262,10 @@ def _contents(shard: Shard, container: Container) -> tuple[Heading, list[Part]]:
         text(structure, "a structure") for structure in items(about["structures"], "the structures")
     ]
     checker = _Checker(shard, container, structures)
-    return heading, [checker.part(layer) for layer in items(about["layers"], "the layers")]
+    parts = [checker.part(layer) for layer in items(about["layers"], "the layers")]
+    slots = {(part.slot.role, part.slot.name) for part in parts}
+    need(len(slots) == len(parts), "it lists a layer twice")
+    return heading, parts
 
 
 def _stretches(groups: list[Group], order: list[tuple[int, int]]) -> Iterator[Stretch]:

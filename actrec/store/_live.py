@@ -111,7 +111,7 @@ class Stream:
             there.recording,
             folder,
             rank=found.number,
-            shards=len(found.shards),
+            shards=found.count,
             committed=found.committed,
         )
 
@@ -327,6 +327,15 @@ class LiveLayer(Layer):
         if self._stream.closed:
             return self._stored._forms()
         return [*self._before._forms(), *self._new]
+
+    def _different_forms(self) -> Iterable[Form]:
+        if self._stream.closed:
+            return self._stored._different_forms()
+        return dict.fromkeys([*self._before._different_forms(), *self._looks.values()])
+
+    @property
+    def nbytes(self) -> int:
+        return self._stored.nbytes if self._stream.closed else self._before.nbytes + self._bytes
 
     def _places(self) -> Iterator[tuple[object, int]]:
         if self._stream.closed:

@@ -7,10 +7,12 @@ is written to a value reaches the memory of this process alone, never the file.
 from __future__ import annotations
 
 import re
+import threading
+from array import array
 from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
-from typing import TYPE_CHECKING, Final, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -23,10 +25,12 @@ from actrec._recording import Layer, Recording
 from actrec.errors import ActrecError, OptionError, RecordingNotFoundError
 
 from ._disk import Disk
-from ._format import END, MANIFEST, Role, corrupt
-from ._index import Group, Part, Shard, numbers
+from ._format import END, MANIFEST, Defect, Role, corrupt
+from ._index import Group, Opened, Part, Shard, open_shard
 from ._manifest import Ending, Manifest, read_ending, read_manifest, read_own
+from ._outline import Held, Look, Outline
 from ._ranks import RankInfo, listed_ranks, summary
+from ._tree import decode
 from ._whole import WholeLayer, has_parts
 
 if TYPE_CHECKING:
@@ -111,50 +115,83 @@ def _one_of(call: str, rank: int, there: Sequence[int]) -> int:
     return rank
 
 
+#: So many shards of a rank are kept open: their headers in memory, and the files mapped that have been read.
+_MOST_OPEN: Final = 1024
+
+
 class Rank:
     """What one writer has written: the folder ``rank-00000``, say."""
 
     def __init__(self, disk: Disk, manifest: Manifest) -> None:
+        self.path = disk.path
         self.number = rank_number(disk.path.name)
         self.manifest = read_own(disk, manifest) or manifest
-        self.shards: list[Shard] = []
-        self.committed = 0
+        self.outline = Outline()
         self.ending: Ending | None = read_ending(disk, manifest.recording)
+        self._disk = disk
+        self._opened: dict[int, Opened] = {}  # the one used last is the last
+        self._opening = threading.Lock()
         for number, name in enumerate(shard_names(disk)):
             if name != shard_name(number):
                 raise corrupt(disk.path / shard_name(number), "it is missing")
-            self._add(Shard(disk, name), manifest, number)
+            self._add(self.opened(number))
         if self.ending is not None:
-            if len(self.shards) < self.ending.shards:
-                raise corrupt(disk.path / shard_name(len(self.shards)), "it is missing")
-            if (len(self.shards), self.committed) != (self.ending.shards, self.ending.passes):
+            if self.count < self.ending.shards:
+                raise corrupt(disk.path / shard_name(self.count), "it is missing")
+            if (self.count, self.committed) != (self.ending.shards, self.ending.passes):
                 raise corrupt(
                     disk.path / END, "it speaks of fewer shards or other passes than there are"
                 )
 
-    def _add(self, shard: Shard, manifest: Manifest, number: int) -> None:
-        check_identity(shard, manifest.recording, self.number, number)
-        if shard.heading.committed < self.committed:
-            raise corrupt(shard.path, "it commits fewer passes than the shard before it")
-        self.committed = shard.heading.committed
-        self.shards.append(shard)
+    def _add(self, opened: Opened) -> None:
+        if opened.shard.heading.committed < self.committed:
+            raise corrupt(opened.shard.path, "it commits fewer passes than the shard before it")
+        self.outline.add(opened)
+
+    @property
+    def count(self) -> int:
+        """How many shards there are."""
+        return self.outline.count
+
+    @property
+    def committed(self) -> int:
+        """How many passes there are."""
+        return self.outline.committed
+
+    def opened(self, number: int) -> Opened:
+        """Shard ``number``, which is opened if it is not."""
+        with self._opening:
+            opened = self._opened.pop(number, None)
+            if opened is None:
+                opened = open_shard(self._disk, shard_name(number))
+                check_identity(opened.shard, self.manifest.recording, self.number, number)
+            self._opened[number] = opened
+            if len(self._opened) > _MOST_OPEN:
+                del self._opened[next(iter(self._opened))]
+        return opened
+
+    def part(self, number: int, held: Held) -> Part:
+        """What shard ``number`` holds of a layer."""
+        opened = self.opened(number)
+        part = opened.part(held.slot.role, held.slot.name)
+        if part is None:
+            raise corrupt(opened.shard.path, "it is another file than when it was opened")
+        return part
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}, "_opening": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _opening=threading.Lock())
 
     def leftovers(self) -> Iterator[Shard]:
         """The shards with calls of a pass that was never completed."""
-        for shard in self.shards:
-            passes = (run for part in shard.parts for run in part.passes)
-            if shard.heading.part and any(first >= self.committed for first, _, _ in passes):
-                yield shard
-
-    def committed_shards(self) -> list[Shard]:
-        """The shards with calls that count."""
-        left = set(self.leftovers())
-        return [shard for shard in self.shards if shard not in left]
+        return (self.opened(number).shard for number in self.outline.leftovers)
 
     @property
     def has_begun(self) -> bool:
         """Whether anything was written, if only that there was nothing."""
-        return bool(self.shards) or self.ending is not None
+        return self.count > 0 or self.ending is not None
 
     @property
     def info(self) -> RankInfo:
@@ -204,28 +241,48 @@ def shard_names(disk: Disk) -> list[str]:
     return sorted(filter(_SHARD.fullmatch, disk.names()), key=lambda name: (len(name), name))
 
 
+class Source(NamedTuple):
+    """A rank that has recorded calls of a layer."""
+
+    rank: Rank
+    held: Held
+
+    def parts(self) -> Iterator[Part]:
+        """What its shards hold of the layer."""
+        return (self.rank.part(number, self.held) for number in self.held.shards)
+
+    def place(self, call: int) -> tuple[Group, int]:
+        """Where a call is: in which group, and the how-manieth there."""
+        at = bisect_right(self.held.starts, call) - 1
+        part = self.rank.part(self.held.shards[at], self.held)
+        return part.place(call - self.held.starts[at])
+
+
 class StoredLayer(Layer):
     """A layer on disk: indexed and iterated over like a list, each call read when it is asked for."""
 
-    def __init__(self, name: str, kind: str, parts: Iterable[Part] = ()) -> None:
+    def __init__(self, name: str, kind: str, sources: Iterable[Source] = ()) -> None:
         self.name = name
         self.type = kind
-        parts = list(parts)
-        self._groups: list[Group] = [group for part in parts for group in part.groups]
-        self._stretches = [stretch for part in parts for stretch in part.calls]
-        self._runs = [run for part in parts for run in part.passes]
-        self._starts = list(accumulate((stretch.many for stretch in self._stretches), initial=0))
-        # Calls are listed by pass. They are stored so, unless several ranks or threads have written them.
-        bounds = ((first, first + step * (many - 1)) for first, step, many in self._runs if many)
-        ordered = all(a[1] <= b[0] for a, b in pairwise(bounds))
-        self._order: list[int] | None = None
-        if not ordered:
-            passes = list(numbers(self._runs))
-            self._order = sorted(range(len(passes)), key=passes.__getitem__)
+        self._sources = list(sources)
+        calls = (source.held.starts[-1] for source in self._sources)
+        self._starts = list(accumulate(calls, initial=0))
+
+    @cached_property
+    def _order(self) -> array[int] | None:
+        """The calls by pass, ``None`` where they are stored so; several ranks or threads store them otherwise."""
+        held = [source.held for source in self._sources]
+        if all(one.ordered for one in held) and all(a.last <= b.first for a, b in pairwise(held)):
+            return None
+        order = torch.tensor(list(self._stored_passes())).argsort(stable=True)
+        return array("q", order.tolist())
+
+    def _stored_passes(self) -> Iterator[int]:
+        return chain.from_iterable(source.held.passes for source in self._sources)
 
     @property
     def passes(self) -> list[int]:
-        return sorted(numbers(self._runs))
+        return sorted(self._stored_passes())
 
     @property
     def ranks(self) -> list[int]:
@@ -234,9 +291,7 @@ class StoredLayer(Layer):
         All zeros, unless a run of several processes was recorded.
         """
         owners = [
-            stretch.group.shard.heading.rank
-            for stretch in self._stretches
-            for _ in range(stretch.many)
+            source.rank.number for source in self._sources for _ in range(source.held.starts[-1])
         ]
         return owners if self._order is None else [owners[index] for index in self._order]
 
@@ -268,60 +323,74 @@ class StoredLayer(Layer):
         if self._order is not None:
             index = self._order[index]
         at = bisect_right(self._starts, index) - 1
-        group, first, _ = self._stretches[at]
-        return group, first + index - self._starts[at]
+        return self._sources[at].place(index - self._starts[at])
+
+    def parts(self) -> Iterator[Part]:
+        """What the shards hold of this layer, in the order in which it is stored."""
+        return (part for source in self._sources for part in source.parts())
+
+    def _groups(self) -> list[Group]:
+        return [group for part in self.parts() for group in part.groups]
 
     def _forms(self) -> Iterable[Form]:
         forms: dict[object, Form] = {}
         for index in range(len(self)):
             group, call = self._place(index)
-            look = id(group), *(leaf.shape(call) for leaf in group.leaves)
+            look = group.structure, *((leaf.dtype, leaf.shape(call)) for leaf in group.leaves)
             if look not in forms:
                 forms[look] = form(group.example(call))
             yield forms[look]
 
+    def _different_forms(self) -> Iterable[Form]:
+        looks = dict.fromkeys(look for source in self._sources for look in source.held.looks)
+        return dict.fromkeys(map(self._form, looks))
+
+    def _form(self, look: Look) -> Form:
+        structure, leaves = look
+        empty = [torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) for leaf in leaves]
+        try:
+            return form(decode(structure, empty.__getitem__))
+        except Defect as defect:
+            raise corrupt(self._sources[0].rank.path, defect) from None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(source.held.nbytes for source in self._sources)
+
     def _places(self) -> Iterator[tuple[object, int]]:
-        for group in self._groups:
+        for group in self._groups():
             for leaf in group.leaves:
                 for begin, nbytes in leaf.pieces():
                     yield (group.shard.path, begin), nbytes
 
     def cat(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""
-        columns = self._columns() if dim == 0 else None
-        if columns is None or any(leaf.scalar for leaf in self._groups[0].leaves):
+        groups = self._alike() if dim == 0 else []
+        if not groups or any(leaf.scalar for leaf in groups[0].leaves):
             return joined(self, "cat", dim)
-        return self._groups[0].filled([torch.cat(column) for column in columns])
+        return groups[0].filled([torch.cat(column) for column in _columns(groups)])
 
     def stack(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
-        columns = self._columns() if dim == 0 else None
-        if columns is None:
-            return joined(self, "stack", dim)
-        shapes = [leaf.shape(0) for leaf in self._groups[0].leaves]
-        if any(
-            len({rows for g in self._groups for rows in g.leaves[k].rows}) > 1
-            for k in range(len(shapes))
-        ):
+        groups = self._alike() if dim == 0 else []
+        if not groups or any(len(set(_rows(groups, k))) > 1 for k in range(len(groups[0].leaves))):
             return joined(self, "stack", dim)  # which says what does not fit
-        pairs = zip(columns, shapes, strict=True)
-        return self._groups[0].filled([torch.cat(c).view(len(self), *shape) for c, shape in pairs])
+        shapes = [leaf.shape(0) for leaf in groups[0].leaves]
+        pairs = zip(_columns(groups), shapes, strict=True)
+        return groups[0].filled([torch.cat(c).view(len(self), *shape) for c, shape in pairs])
 
-    def _columns(self) -> list[list[Tensor]] | None:
-        """For each tensor of a value, what each group has of it, whole; ``None`` if calls have to be joined one by one."""
-        if self._order is not None or not self._groups or not self._groups[0].leaves:
-            return None
+    def _alike(self) -> list[Group]:
+        """The groups, if their calls can be joined group by group; otherwise nothing."""
+        groups = [] if self._order is not None else self._groups()
         likes = {
             (
                 group.structure,
                 *((leaf.dtype, leaf.tail, leaf.expanded, leaf.scalar) for leaf in group.leaves),
             )
-            for group in self._groups
+            for group in groups
         }
-        leaves = self._groups[0].leaves
-        if len(likes) > 1 or any(leaf.expanded for leaf in leaves):
-            return None
-        return [[_whole(group, k) for group in self._groups] for k in range(len(leaves))]
+        fit = len(likes) == 1 and groups[0].leaves and not any(_expanded(groups))
+        return groups if fit else []
 
     def keep(self, value: Value, number: int) -> NoReturn:  # noqa: ARG002
         self._read_only("keep")
@@ -336,9 +405,22 @@ class StoredLayer(Layer):
         raise ActrecError(message)
 
 
+def _columns(groups: list[Group]) -> list[list[Tensor]]:
+    """For each tensor of a value, what each group has of it, whole."""
+    return [[_whole(group, k) for group in groups] for k in range(len(groups[0].leaves))]
+
+
 def _whole(group: Group, number: int) -> Tensor:
     leaf = group.leaves[number]
     return leaf.whole(group.shard.storage, leaf.before[-1], *leaf.tail)
+
+
+def _rows(groups: list[Group], number: int) -> Iterator[int]:
+    return (rows for group in groups for rows in group.leaves[number].rows)
+
+
+def _expanded(groups: list[Group]) -> Iterator[bool]:
+    return (bool(leaf.expanded) for leaf in groups[0].leaves)
 
 
 class StoredRecording(Recording):
@@ -358,15 +440,15 @@ class StoredRecording(Recording):
         names = dict.fromkeys(layer.name for one in described for layer in one.layers)
         info = {name: info[name] for name in names}
         self.chosen = frozenset(info)
-        parts = self._parts(ranks)
+        sources = self._sources(ranks)
         whole = only is None
-        layers = _layers("output", info, parts, whole=whole)
-        layers |= _layers("added", {}, parts, whole=whole)
+        layers = _layers("output", info, sources, whole=whole)
+        layers |= _layers("added", {}, sources, whole=whole)
         inputs = any(one.inputs for one in described)
-        self._input_layers = _layers("input", info, parts, whole=whole) if inputs else {}
+        self._input_layers = _layers("input", info, sources, whole=whole) if inputs else {}
         grads = any(one.grads for one in described)
-        grad_layers = _layers("gradient", info, parts, whole=whole) if grads else {}
-        order = [name for role, name in parts if role in {"output", "added"}]
+        grad_layers = _layers("gradient", info, sources, whole=whole) if grads else {}
+        order = [name for role, name in sources if role in {"output", "added"}]
         committed = Count(max((rank.committed for rank in ranks), default=0))
         super().__init__(
             ", ".join(dict.fromkeys(one.model for one in described)),
@@ -379,12 +461,18 @@ class StoredRecording(Recording):
         )
 
     @staticmethod
-    def _parts(ranks: Sequence[Rank]) -> dict[tuple[Role, str], list[Part]]:
-        parts: dict[tuple[Role, str], list[Part]] = {}
-        for shard in chain.from_iterable(rank.committed_shards() for rank in ranks):
-            for part in shard.parts:
-                parts.setdefault((part.slot.role, part.slot.name), []).append(part)
-        return parts
+    def _sources(ranks: Sequence[Rank]) -> dict[tuple[Role, str], list[Source]]:
+        sources: dict[tuple[Role, str], list[Source]] = {}
+        for rank in ranks:
+            for key, held in rank.outline.held.items():
+                sources.setdefault(key, []).append(Source(rank, held))
+        return sources
+
+    @property
+    def nbytes(self) -> int:
+        if self._wholes:
+            return super().nbytes
+        return sum(rank.outline.nbytes for rank in self._ranks)
 
     @property
     def num_passes(self) -> int:
@@ -454,17 +542,20 @@ class StoredRecording(Recording):
 def _layers(
     role: Role,
     info: Mapping[str, str],
-    parts: Mapping[tuple[Role, str], list[Part]],
+    sources: Mapping[tuple[Role, str], list[Source]],
     *,
     whole: bool,
 ) -> dict[str, Layer]:
-    kinds = {name: found[0].slot.type for (kind, name), found in parts.items() if kind == role}
+    kinds = {
+        name: found[0].held.slot.type for (kind, name), found in sources.items() if kind == role
+    }
     layers = {
-        name: StoredLayer(name, kind, parts.get((role, name), ()))
+        name: StoredLayer(name, kind, sources.get((role, name), ()))
         for name, kind in {**info, **kinds}.items()
     }
     return {name: _made_whole(layer) if whole else layer for name, layer in layers.items()}
 
 
 def _made_whole(layer: StoredLayer) -> Layer:
-    return WholeLayer(layer) if any(has_parts(g.structure) for g in layer._groups) else layer
+    looks = (look for source in layer._sources for look in source.held.looks)
+    return WholeLayer(layer) if any(has_parts(structure) for structure, _ in looks) else layer

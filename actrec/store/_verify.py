@@ -11,7 +11,7 @@ from actrec.errors import CorruptRecordingError
 
 from ._disk import Disk
 from ._format import corrupt
-from ._index import Shard
+from ._index import open_shard
 from ._manifest import read_ending, read_manifest, read_own
 from ._reader import check_identity, load, rank_folders, rank_number, shard_name, shard_names
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
+    from ._index import Opened
     from ._manifest import Manifest
 
 __all__ = ["verify"]
@@ -59,13 +60,15 @@ def _problems(disk: Disk) -> Iterator[str]:
             yield from _description_problems(rank, manifest)
         for number, name in _expected(rank):
             try:
-                shard = Shard(rank, name)
+                opened = open_shard(rank, name)
                 if manifest is not None:
-                    check_identity(shard, manifest.recording, rank_number(rank.path.name), number)
+                    check_identity(
+                        opened.shard, manifest.recording, rank_number(rank.path.name), number
+                    )
             except CorruptRecordingError as error:
                 yield str(error)
             else:
-                yield from _shard_problems(rank, name, shard)
+                yield from _shard_problems(rank, name, opened)
 
 
 def _description_problems(rank: Disk, manifest: Manifest) -> Iterator[str]:
@@ -84,20 +87,21 @@ def _expected(disk: Disk) -> Iterator[tuple[int, str]]:
     yield from ((n, shard_name(n)) for n in range(min(last, 2 * len(names)) + 1))
 
 
-def _shard_problems(disk: Disk, name: str, shard: Shard) -> Iterator[str]:
-    for part in shard.parts:
+def _shard_problems(disk: Disk, name: str, opened: Opened) -> Iterator[str]:
+    shard, container, parts = opened
+    for part in parts:
         for group in part.groups:
             try:
                 group.example(0)
             except CorruptRecordingError as error:
                 yield str(error)
     owners: dict[str, str] = {}
-    for part in shard.parts:
-        for tensor in shard.container.tensors:
+    for part in parts:
+        for tensor in container.tensors:
             if tensor.startswith(part.slot.key + "."):
                 owners[tensor] = part.slot.name
     with (disk.path / name).open("rb") as file:
-        for tensor, extent in shard.container.tensors.items():
+        for tensor, extent in container.tensors.items():
             file.seek(extent.begin)
             found = _checksum(file, extent.end - extent.begin)
             if found != extent.checksum:
