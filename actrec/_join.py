@@ -28,21 +28,23 @@ def joined(layer: Layer, how: How, dim: int, *, release: bool = False) -> Value:
     if not len(layer):
         message = f"{call}: nothing was recorded of this layer, so there is nothing to join."
         raise JoinError(message)
-    if len(list(layer._readable())) != len(layer):
+    values = list(layer._readable())  # each call is read once: one on disk is made anew every time
+    if len(values) != len(layer):
         message = f"{call}: the container given as into= does not keep the calls, so there is nothing to join."
         raise JoinError(message)
-    columns = _columns(call, layer)
+    columns = _columns(call, values)
     for column in columns:
         _check_column(call, how, dim, column)
     if release and _can_release(layer, columns):
         results = [_empty_result(how, dim, column) for column in columns]
-        value = _filled(layer[0], results)
+        value = _filled(values[0], results)
+        values.clear()
         columns.clear()
         del column
         _move(layer, results, how, dim)
         return value
     function = torch.cat if how == "cat" else torch.stack
-    value = _filled(layer[0], [function(column, dim) for column in columns])
+    value = _filled(values[0], [function(column, dim) for column in columns])
     if release:
         layer.clear()
     return value
@@ -57,19 +59,19 @@ def _filled(value: Value, results: list[Tensor]) -> Value:
 # --- Checking --------------------------------------------------------------------------------------
 
 
-def _columns(call: str, layer: Sequence[Value]) -> list[list[Tensor]]:
+def _columns(call: str, values: Sequence[Value]) -> list[list[Tensor]]:
     """For every place of a tensor in the value, the tensors of all calls."""
-    first = list(_outline(call, layer[0]))
-    for index, value in enumerate(layer):
+    first = list(_outline(call, values[0]))
+    for index, value in enumerate(values):
         if list(_outline(call, value)) != first:
             message = (
-                f"{call}: call {index} is {_sketch(value)}, while call 0 is {_sketch(layer[0])}. They can be joined "
+                f"{call}: call {index} is {_sketch(value)}, while call 0 is {_sketch(values[0])}. They can be joined "
                 "by hand: acts[name][i]."
             )
             raise JoinError(message)
-    columns = [list(column) for column in zip(*map(tensors, layer), strict=True)]
+    columns = [list(column) for column in zip(*map(tensors, values), strict=True)]
     if not columns:
-        message = f"{call}: the calls hold no tensors; call 0 is {_sketch(layer[0])}."
+        message = f"{call}: the calls hold no tensors; call 0 is {_sketch(values[0])}."
         raise JoinError(message)
     return columns
 

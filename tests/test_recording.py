@@ -32,7 +32,7 @@ from actrec import (
 from actrec._recording import ListLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def net() -> nn.Sequential:
@@ -947,3 +947,18 @@ def test_inputs_have_as_many_passes_as_the_recording() -> None:
         for batch in batches(2, 1):
             model(batch)
     assert acts.inputs.num_passes == acts.num_passes == 2
+
+
+@pytest.mark.parametrize("how", ["cat", "stack"])
+def test_joining_reads_each_call_once(how: str) -> None:
+    class Counting(ListLayer):
+        reads = 0
+
+        def __iter__(self) -> Iterator[Tensor]:
+            for value in super().__iter__():
+                self.reads += 1
+                yield value
+
+    layer = Counting("a", [torch.full((2, 3), i) for i in range(4)])
+    assert getattr(layer, how)().sum() == 6 * (0 + 1 + 2 + 3)
+    assert layer.reads == 4
