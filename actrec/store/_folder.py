@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Final
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
 from actrec.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["Folder"]
 
 MEBI: Final = 1 << 20
+_PASSWORD: Final = re.compile(r"[^/]*://[^/@:]*:[^/@]*@")
 
 
 @dataclass(frozen=True)
@@ -18,9 +23,10 @@ class Folder(os.PathLike[str]):
     """A path to record into, with settings of its own: ``record(model, into=Folder("run", budget=2**28))``.
 
     >>> Folder("runs/minilm", shard_bytes=64 * 2**20)
-    Folder(path='runs/minilm', shard_bytes=67108864, budget=1073741824, seconds=60.0)
+    Folder(path='runs/minilm', shard_bytes=67108864, budget=1073741824, seconds=60.0, spool=None)
 
-    Wherever a path will do, a ``Folder`` will do, and the other way round.
+    Wherever a path will do, a ``Folder`` will do, and the other way round. The path may be the URL of an
+    object store, ``"s3://bucket/run"``.
     """
 
     path: str | os.PathLike[str]
@@ -30,8 +36,20 @@ class Folder(os.PathLike[str]):
     budget: int = 1024 * MEBI
     #: What is complete is committed after so many seconds, however little it is.
     seconds: float = 60.0
+    #: With a URL: where files are until they are uploaded; in the system's temporary folder if not said.
+    spool: str | os.PathLike[str] | None = field(default=None, kw_only=True)
+    #: With a URL: what ``fsspec`` passes to its file system, such as credentials. It is never shown or stored.
+    storage_options: Mapping[str, Any] | None = field(
+        default=None, kw_only=True, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
+        if _PASSWORD.match(os.fspath(self.path)):
+            message = (
+                "there is a password in that URL, which would be shown wherever the URL is. Pass it in "
+                "storage_options, or put it into the configuration of fsspec."
+            )
+            raise OptionError(message)
         for name in ("shard_bytes", "budget", "seconds"):
             value = getattr(self, name)
             if (

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from actrec._nested import Value
 
     from ._container import Container
-    from ._disk import Disk
+    from ._place import Mapped, Place
 
 __all__ = ["Group", "Part", "Run", "Shard", "numbers"]
 
@@ -78,7 +78,7 @@ class Leaf:
         """The shape of the tensor in a call."""
         return () if self.scalar else (self._rows(call), *self.tail)
 
-    def tensor(self, call: int, storage: Callable[[], torch.UntypedStorage]) -> Tensor:
+    def tensor(self, call: int, storage: Callable[[], Mapped]) -> Tensor:
         """The tensor of a call, as a view of the file."""
         shape = self.shape(call)
         stored = [1 if dim in self.expanded else size for dim, size in enumerate(shape)]
@@ -87,7 +87,7 @@ class Leaf:
         begin, nbytes = self.begin + before * self.row, self._stored(run) * self.row
         return self._view(storage, begin, nbytes, stored).expand(shape)
 
-    def whole(self, storage: Callable[[], torch.UntypedStorage], *shape: int) -> Tensor:
+    def whole(self, storage: Callable[[], Mapped], *shape: int) -> Tensor:
         """All calls as one tensor of this shape."""
         return self._view(storage, self.begin, self.nbytes, shape)
 
@@ -102,7 +102,7 @@ class Leaf:
 
     def _view(
         self,
-        storage: Callable[[], torch.UntypedStorage],
+        storage: Callable[[], Mapped],
         begin: int,
         nbytes: int,
         shape: Any,
@@ -175,11 +175,11 @@ class Part:
 class Shard:
     """A shard, opened: its header is read and checked, its data untouched."""
 
-    def __init__(self, disk: Disk, name: str) -> None:
+    def __init__(self, disk: Place, name: str) -> None:
         self._disk = disk
-        self._name = name
-        self.path = disk.path / name
-        self._storage: torch.UntypedStorage | None = None
+        self.name = name
+        self.path = disk.shown(name)
+        self._storage: Mapped | None = None
         try:
             self.container = _container.parse(disk.size(name), lambda n: disk.read(name, n))
             self.heading, self.parts = _contents(self, self.container)
@@ -191,10 +191,13 @@ class Shard:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_storage": None}  # a copy maps the file itself
 
-    def storage(self) -> torch.UntypedStorage:
+    def storage(self) -> Mapped:
         """The file, mapped when it is first used."""
         if self._storage is None:
-            self._storage = self._disk.map(self._name, self.container.size)
+            try:
+                self._storage = self._disk.map(self.name, self.container.size)
+            except Defect as defect:
+                raise corrupt(self.path, defect) from None
         return self._storage
 
 

@@ -16,10 +16,10 @@ from actrec.errors import (
     WriteError,
 )
 
-from ._disk import Disk, Lock
 from ._format import END, MANIFEST, UNFINISHED, Role, Slot, corrupt
 from ._manifest import Manifest, read_manifest
-from ._reader import Rank, StoredLayer, StoredRecording, load, shard_names
+from ._place import place
+from ._reader import Rank, StoredLayer, StoredRecording, opened, shard_names
 from ._shard import Call, storable
 from ._shard import write as write_shard
 from ._tree import Encoded, decode, encode
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from actrec._passes import Passes
 
     from ._folder import Folder
+    from ._place import Lock, Place
 
 __all__ = ["LiveLayer", "Stream", "claim", "encoded"]
 
@@ -54,7 +55,7 @@ class Stream:
         resume: bool = False,
         rank: int = 0,
     ) -> None:
-        self._disk = Disk(folder)
+        self._disk = place(folder)
         self._passes = passes
         self._counts: dict[tuple[Role, str], StoredLayer] = {}
         self._added: dict[str, int] = {}
@@ -63,7 +64,7 @@ class Stream:
         self.error: str | None = "the block was dropped without being left"
         self.closed = False
         own = self._disk / f"rank-{rank:05d}"
-        call = f"record(into={str(self._disk.path)!r})"
+        call = f"record(into={str(self._disk)!r})"
         self._lock = claim(call, self._disk, own, resume=resume)
         try:
             self._writer = self._open(own, folder, manifest, rank)
@@ -72,16 +73,16 @@ class Stream:
             raise
         _opened.add(self)
 
-    def _open(self, own: Disk, folder: Folder, manifest: Manifest, rank: int) -> Writer:
+    def _open(self, own: Place, folder: Folder, manifest: Manifest, rank: int) -> Writer:
         shards = committed = 0
         try:
             there = read_manifest(self._disk)
         except FileNotFoundError:
             if shard_names(own):
-                raise corrupt(self._disk.path / MANIFEST, "it is missing") from None
+                raise corrupt(self._disk.shown(MANIFEST), "it is missing") from None
             self._disk.commit(MANIFEST, lambda file: file.write(manifest.content()))
         else:
-            there.check_same(self._disk.path, manifest)
+            there.check_same(self._disk, manifest)
             manifest = there
             found = Rank(own, manifest)
             _discard_leftovers(own, found)
@@ -127,12 +128,12 @@ class Stream:
         """What is on the disk of a layer, after the end."""
         if not self.closed:
             message = (
-                f"acts[{slot.name!r}]: its values are being written to {self._disk.path}. "
+                f"acts[{slot.name!r}]: its values are being written to {self._disk}. "
                 "Read them after the with block, or from another process with actrec.load()."
             )
             raise ActrecError(message)
         if self._stored is None:
-            self._stored = load(self._disk.path)
+            self._stored = opened(self._disk)
         layers = self._stored._input_layers if slot.role == "input" else self._stored._layers
         layer = layers.get(slot.name)
         return layer if isinstance(layer, StoredLayer) else StoredLayer(slot.name, slot.type)
@@ -159,18 +160,17 @@ class Stream:
         return self._writer.unseen()
 
 
-def claim(call: str, disk: Disk, own: Disk, *, resume: bool = False) -> Lock:
+def claim(call: str, disk: Place, own: Place, *, resume: bool = False) -> Lock:
     """Make the folder of this writer, or with ``resume`` take the one that is there; nobody else gets it."""
-    if disk.path.exists() and not disk.path.is_dir():
+    if disk.is_file():
         raise _taken(call, "that is a file")
     names = disk.names()
-    is_recording = MANIFEST in names or own.path.name in names
+    is_recording = MANIFEST in names or own.name in names
     if names and not is_recording:
         raise _taken(call, f"that folder has other things in it ({names[0][:60]!r})")
     if is_recording and not resume:
         go_on = "Go on with it: record(..., resume=True); or delete it, or choose another path."
         raise _taken(call, "there is a recording already", go_on)
-    disk.path.mkdir(parents=True, exist_ok=True)
     try:
         own.make()
     except FileExistsError:
@@ -186,12 +186,12 @@ def _taken(call: str, why: str, what_to_do: str = "Choose another path.") -> Rec
     return RecordingExistsError(f"{call}: {why}. {what_to_do}")
 
 
-def _discard_leftovers(own: Disk, found: Rank) -> None:
+def _discard_leftovers(own: Place, found: Rank) -> None:
     """Empty the shards of passes that were never completed, and forget how the run before ended."""
     own.remove(END)
     for shard in found.leftovers():
         heading = shard.heading._replace(part=False)
-        own.commit(shard.path.name, lambda file, heading=heading: write_shard(file, heading, []))  # type: ignore[misc]
+        own.commit(shard.name, lambda file, heading=heading: write_shard(file, heading, []))  # type: ignore[misc]
     for name in own.names():
         if name.endswith(UNFINISHED):
             own.remove(name)

@@ -31,7 +31,7 @@ from ._format import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._disk import Disk
+    from ._place import Place
 
 __all__ = ["Ending", "LayerInfo", "Manifest", "described", "read_ending", "read_manifest"]
 
@@ -124,15 +124,15 @@ def _own_version() -> str:
         return "unknown"
 
 
-def read_manifest(disk: Disk) -> Manifest:
+def read_manifest(disk: Place) -> Manifest:
     """Read ``actrec.json``, or raise ``CorruptRecordingError``; ``FileNotFoundError`` if there is none."""
     try:
         return _parsed(_json(disk, MANIFEST))
     except Defect as defect:
-        raise corrupt(disk.path / MANIFEST, defect) from None
+        raise corrupt(disk.shown(MANIFEST), defect) from None
 
 
-def _json(disk: Disk, name: str) -> Any:
+def _json(disk: Place, name: str) -> Any:
     size = disk.size(name)
     need(size <= MAX_JSON, f"it has {size} bytes, and {MAX_JSON} is the limit")
     try:
@@ -201,7 +201,7 @@ class Ending:
         return json.dumps(about, indent=1).encode()
 
 
-def read_ending(disk: Disk, recording: str) -> Ending | None:
+def read_ending(disk: Place, recording: str) -> Ending | None:
     """How the writer of a folder ended; ``None`` if it did not say."""
     if END not in disk.names():
         return None
@@ -215,4 +215,4 @@ def read_ending(disk: Disk, recording: str) -> Ending | None:
             _optional(about["error"], "the error"),
         )
     except Defect as defect:
-        raise corrupt(disk.path / END, defect) from None
+        raise corrupt(disk.shown(END), defect) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from itertools import accumulate, chain, pairwise
-from typing import TYPE_CHECKING, Final, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Final, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -21,10 +21,11 @@ from actrec._passes import Count
 from actrec._recording import Layer, Recording
 from actrec.errors import ActrecError, RecordingNotFoundError
 
-from ._disk import Disk
+from ._cache import CACHE_BYTES, Cache
 from ._format import END, MANIFEST, Role, corrupt
 from ._index import Group, Part, Shard, numbers
 from ._manifest import Ending, Manifest, read_ending, read_manifest
+from ._place import place
 
 if TYPE_CHECKING:
     import os
@@ -32,13 +33,21 @@ if TYPE_CHECKING:
 
     from actrec._nested import Value
 
-__all__ = ["Rank", "StoredLayer", "StoredRecording", "load"]
+    from ._place import Place
+
+__all__ = ["Rank", "StoredLayer", "StoredRecording", "load", "opened"]
 
 RANK: Final = re.compile(r"rank-[0-9]{5}")
 _SHARD: Final = re.compile(r"[0-9]{6,}\.safetensors")
 
 
-def load(path: str | os.PathLike[str]) -> StoredRecording:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    cache_bytes: int = CACHE_BYTES,
+) -> StoredRecording:
     """Open a stored recording.
 
     >>> import tempfile, torch, actrec
@@ -68,20 +77,35 @@ def load(path: str | os.PathLike[str]) -> StoredRecording:
     numbers and strings as themselves, dataclasses and other classes as :class:`actrec.store.Fields`. No
     class that a file names is ever imported.
 
+    A URL such as ``"s3://bucket/run"`` is opened through ``fsspec``. What is asked for is downloaded, in blocks,
+    into a cache: the last ``cache_bytes`` of it, in files without names in the folder ``cache`` (the system's
+    temporary one), which are gone with this process. For a path on disk these options mean nothing.
+
+    Args:
+        path: the folder, or the URL.
+        storage_options: what ``fsspec`` passes to the file system of a URL: credentials, an endpoint.
+        cache: the folder of the cache.
+        cache_bytes: how large the cache may grow, beyond what values in use keep.
+
     Raises:
         RecordingNotFoundError: there is no recording at ``path``.
         CorruptRecordingError: a file is damaged; the message names it and what is wrong with it. Only
             headers are checked: :func:`verify` also checks the data.
+        ReadError: an object store could not be reached, or refused.
     """
-    disk = Disk(path)
+    return opened(place(path, storage_options, Cache(cache, cache_bytes)))
+
+
+def opened(disk: Place) -> StoredRecording:
+    """Open what is at a place."""
     try:
         manifest = read_manifest(disk)
     except (FileNotFoundError, NotADirectoryError):
         ranks = filter(RANK.fullmatch, disk.names())
         if any(shard_names(disk / rank) for rank in ranks):
-            raise corrupt(disk.path / MANIFEST, "it is missing") from None
-        there = "no actrec.json in that folder" if disk.path.is_dir() else "no such folder"
-        message = f"load({str(disk.path)!r}): there is no recording there ({there})."
+            raise corrupt(disk.shown(MANIFEST), "it is missing") from None
+        there = "no actrec.json in that folder" if disk.exists() else "no such folder"
+        message = f"load({str(disk)!r}): there is no recording there ({there})."
         raise RecordingNotFoundError(message) from None
     folders = filter(RANK.fullmatch, disk.names())
     return StoredRecording(disk, manifest, [Rank(disk / name, manifest) for name in folders])
@@ -90,21 +114,21 @@ def load(path: str | os.PathLike[str]) -> StoredRecording:
 class Rank:
     """What one writer has written: the folder ``rank-00000``, say."""
 
-    def __init__(self, disk: Disk, manifest: Manifest) -> None:
-        self.number = rank_number(disk.path.name)
+    def __init__(self, disk: Place, manifest: Manifest) -> None:
+        self.number = rank_number(disk.name)
         self.shards: list[Shard] = []
         self.committed = 0
         self.ending: Ending | None = read_ending(disk, manifest.recording)
         for number, name in enumerate(shard_names(disk)):
             if name != shard_name(number):
-                raise corrupt(disk.path / shard_name(number), "it is missing")
+                raise corrupt(disk.shown(shard_name(number)), "it is missing")
             self._add(Shard(disk, name), manifest, number)
         if self.ending is not None:
             if len(self.shards) < self.ending.shards:
-                raise corrupt(disk.path / shard_name(len(self.shards)), "it is missing")
+                raise corrupt(disk.shown(shard_name(len(self.shards))), "it is missing")
             if (len(self.shards), self.committed) != (self.ending.shards, self.ending.passes):
                 raise corrupt(
-                    disk.path / END, "it speaks of fewer shards or other passes than there are"
+                    disk.shown(END), "it speaks of fewer shards or other passes than there are"
                 )
 
     def _add(self, shard: Shard, manifest: Manifest, number: int) -> None:
@@ -155,7 +179,7 @@ def shard_name(number: int) -> str:
     return f"{number:06d}.safetensors"
 
 
-def shard_names(disk: Disk) -> list[str]:
+def shard_names(disk: Place) -> list[str]:
     """The files of all shards, in order."""
     return sorted(filter(_SHARD.fullmatch, disk.names()), key=lambda name: (len(name), name))
 
@@ -287,8 +311,8 @@ def _whole(group: Group, number: int) -> Tensor:
 class StoredRecording(Recording):
     """A recording on disk, as :func:`actrec.load` opens it."""
 
-    def __init__(self, disk: Disk, manifest: Manifest, ranks: Sequence[Rank]) -> None:
-        self._path = disk.path
+    def __init__(self, disk: Place, manifest: Manifest, ranks: Sequence[Rank]) -> None:
+        self._place = disk
         self._ranks = ranks
         self.chosen = frozenset(layer.name for layer in manifest.layers)
         parts = self._parts(ranks)

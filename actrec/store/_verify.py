@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import zlib
 from contextlib import suppress
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from actrec.errors import CorruptRecordingError
 
-from ._disk import Disk
 from ._format import corrupt
 from ._index import Shard
 from ._manifest import read_manifest
-from ._reader import RANK, check_identity, load, rank_number, shard_name, shard_names
+from ._place import place
+from ._reader import RANK, check_identity, opened, rank_number, shard_name, shard_names
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+
+    from ._place import Place
 
 __all__ = ["verify"]
 
 _CHUNK: Final = 1 << 24
 
 
-def verify(path: str | os.PathLike[str]) -> list[str]:
+def verify(
+    path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+) -> list[str]:
     """Check all of a stored recording, and return every problem found: an empty list if there is none.
 
     >>> import tempfile, torch, actrec
@@ -37,15 +41,18 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
     Everything is read: headers, the description of every value, and all data, whose checksums are
     compared. A recording that was not closed properly is no problem: what was committed is whole.
 
-    Raises ``RecordingNotFoundError`` if there is no recording at ``path``.
+    Of an object store everything is downloaded, a part at a time, and nothing of it kept.
+
+    Raises ``RecordingNotFoundError`` if there is no recording at ``path``, and ``ReadError`` if it is in an
+    object store that cannot be reached, or refuses.
     """
-    return list(dict.fromkeys(_problems(Disk(path))))
+    return list(dict.fromkeys(_problems(place(path, storage_options))))
 
 
-def _problems(disk: Disk) -> Iterator[str]:
+def _problems(disk: Place) -> Iterator[str]:
     recording: str | None = None
     try:
-        load(disk.path)
+        opened(disk)
     except CorruptRecordingError as error:
         yield str(error)
     with suppress(CorruptRecordingError, FileNotFoundError):
@@ -62,7 +69,7 @@ def _problems(disk: Disk) -> Iterator[str]:
                 yield from _shard_problems(disk / rank, name, shard)
 
 
-def _expected(disk: Disk) -> Iterator[tuple[int, str]]:
+def _expected(disk: Place) -> Iterator[tuple[int, str]]:
     """The numbers and names of all shards that there should be, judging by the last that there is."""
     names = shard_names(disk)
     last = int(names[-1].partition(".")[0]) if names else -1
@@ -70,7 +77,7 @@ def _expected(disk: Disk) -> Iterator[tuple[int, str]]:
     yield from ((n, shard_name(n)) for n in range(min(last, 2 * len(names)) + 1))
 
 
-def _shard_problems(disk: Disk, name: str, shard: Shard) -> Iterator[str]:
+def _shard_problems(disk: Place, name: str, shard: Shard) -> Iterator[str]:
     for part in shard.parts:
         for group in part.groups:
             try:
@@ -82,7 +89,7 @@ def _shard_problems(disk: Disk, name: str, shard: Shard) -> Iterator[str]:
         for tensor in shard.container.tensors:
             if tensor.startswith(part.slot.key + "."):
                 owners[tensor] = part.slot.name
-    with (disk.path / name).open("rb") as file:
+    with disk.open(name) as file:
         for tensor, extent in shard.container.tensors.items():
             file.seek(extent.begin)
             found = _checksum(file, extent.end - extent.begin)
