@@ -49,10 +49,11 @@ if TYPE_CHECKING:
 __all__ = ["Bucket"]
 
 CLAIM: Final = "claim.json"
+SHARD: Final = ".safetensors"
 
 #: How many seconds to wait after each failed try; there is one more try than waits. A file system like ``s3fs`` has
 #: tried several times before it fails.
-READ_WAITS: tuple[float, ...] = (0.5, 1)
+READ_WAITS: tuple[float, ...] = (0.5,)
 WRITE_WAITS: tuple[float, ...] = (0.5, 1, 2, 4, 8, 16)
 #: Errors that come again.
 _FINAL: Final = (
@@ -224,7 +225,7 @@ class Bucket:
         """The first ``most`` bytes of an object. Of shards, many are fetched in one go."""
         size = self.size(name)
         most = min(most, size)
-        if not name.endswith(".safetensors"):
+        if not name.endswith(SHARD):
             return self._ranges(name, [(0, most)])[0]
         if name not in self._heads:
             self._fetch_heads(name)
@@ -239,7 +240,7 @@ class Bucket:
     def _fetch_heads(self, name: str) -> None:
         """Fetch the beginning of a shard and, once the length of a header is known, of those behind it."""
         at = bisect_left(self._listed, name)
-        names = [other for other in self._listed[at : at + _AHEAD] if other in self._known]
+        names = [other for other in self._listed[at : at + _AHEAD] if other.endswith(SHARD)]
         if not self._guess or name not in names:
             names = [name]
         guess = max(self._guess, _GUESS)
@@ -312,10 +313,9 @@ class Bucket:
 
     def _claimed(self) -> bytes:
         try:
-            found: bytes = self._get(CLAIM, lambda: self.fs.cat_file(self._at(CLAIM)))
+            return self._ranges(CLAIM, [(0, 4096)])[0]
         except FileNotFoundError:
             return b""
-        return found
 
     def give_up(self) -> None:
         """Remove the claim, if it is our own. If that fails it stays, which does no harm."""

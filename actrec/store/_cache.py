@@ -39,9 +39,9 @@ class Cache:
     """The downloaded parts of objects: the last ``limit`` bytes that were asked for, or a little more."""
 
     def __init__(
-        self, folder: str | os.PathLike[str] | None = None, limit: int = CACHE_BYTES
+        self, folder: str | os.PathLike[str] | None = None, limit: Any = CACHE_BYTES
     ) -> None:
-        if not isinstance(limit, int) or limit <= 0:
+        if not isinstance(limit, (int, float)) or limit <= 0:
             message = f"cache_bytes={limit!r}: expected a number of bytes greater than 0."
             raise OptionError(message)
         self.folder = Path(tempfile.gettempdir() if folder is None else folder)

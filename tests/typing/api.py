@@ -173,7 +173,7 @@ def mistakes() -> None:
     record(model, into=3)  # type: ignore[arg-type]
     record(model, into="a", resume="yes")  # type: ignore[arg-type]
     actrec.load(3)  # type: ignore[arg-type]
-    Folder("a", 1, 2, 3, 4)  # type: ignore[call-arg]
+    Folder("a", 1, 2, 3, 4)  # type: ignore[arg-type,call-arg]
     record(model)["0"]  # type: ignore[index]
     with record(model) as acts:
         acts["0"] = []  # type: ignore[index]
