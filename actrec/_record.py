@@ -384,7 +384,7 @@ def _check(*, transform: object, into: object) -> None:
 
 def _check_path(into: Any, *, detach: bool, grads: bool, resume: bool) -> None:
     is_path = isinstance(into, (str, os.PathLike))
-    call = f"into={os.fspath(into)!r}" if is_path else f"into={into!r}"
+    call = f"into={os.fspath(Folder.of(into))!r}" if is_path else f"into={into!r}"
     if is_path and not detach:
         message = f"record({call}, detach=False): a graph cannot be stored. Record into memory."
         raise OptionError(message)

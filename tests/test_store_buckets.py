@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-import actrec
 from actrec import (
     ActrecError,
     CorruptRecordingError,
@@ -64,6 +64,16 @@ def run(into: Any = list, passes: int = PASSES, *, resume: bool = False) -> Any:
 def small(url: str, **options: Any) -> Folder:
     """A folder in which each pass or two become a shard."""
     return Folder(url, shard_bytes=4 * 1024, **options)
+
+
+def added(*values: Any, into: Any = list) -> Any:
+    """A recording with these values, one for each pass."""
+    net = nn.Identity()
+    with record(net, "", into=into) as acts:
+        for value in values:
+            net(torch.ones(1))
+            acts.add("x", value)
+    return acts
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +170,7 @@ def test_what_is_on_an_s3_server_is_what_was_recorded(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.bool])
 def test_saved_recordings_come_back(url: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    with record(nn.Identity(), "") as acts:
-        for size in (3, 0, 2):
-            acts.add("x", [torch.ones(size, 2).to(dtype), np.arange(size), None])
+    acts = added(*([torch.ones(n, 2).to(dtype), np.arange(n), None] for n in (3, 0, 2)))
     acts.save(url)
     assert_same(load(url), acts)
     load(url).save(tmp_path / "disk")
@@ -204,7 +212,6 @@ def test_a_path_is_a_url_only_if_it_is_text_with_a_scheme(tmp_path: Path) -> Non
         ("stand://", {}, "nothing behind the ://"),
         ("nobody://bucket/run", {}, "Protocol not known: nobody"),
         ("abfs://bucket/run", {}, "needs a package that is not installed"),
-        ("s3://bucket/run", {"sekret": "x" * 9}, r"storage_options \['sekret'\]"),
         ("s3://me:password@bucket/run", {}, "there is a password in that URL"),
     ],
 )
@@ -214,11 +221,11 @@ def test_what_fsspec_cannot_open_is_refused_before_anything_happens(
     for refused in (
         lambda: load(where, storage_options=options),
         lambda: run(Folder(where, storage_options=options)),
+        lambda: record(nn.Identity(), "", into=where, resume=True).__enter__(),
     ):
         with pytest.raises(OptionError, match=message) as caught:
             refused()
         assert "password@" not in str(caught.value)
-        assert "xxxx" not in str(caught.value)
 
 
 def test_a_cache_has_a_size(url: str) -> None:
@@ -231,8 +238,9 @@ def test_fsspec_is_imported_for_a_url_alone() -> None:
     script = """
 import sys, tempfile, torch, actrec
 path = tempfile.mkdtemp() + "/run"
-with actrec.record(torch.nn.Linear(2, 2), "", into=path) as acts:
-    acts.add("x", 1)
+model = torch.nn.Linear(2, 2)
+with actrec.record(model, "", into=path):
+    model(torch.ones(3, 2))
 actrec.load(path)
 assert "fsspec" not in sys.modules
 try:
@@ -240,8 +248,7 @@ try:
 except actrec.RecordingNotFoundError:
     assert "fsspec" in sys.modules
 """
-    options = "-W", "ignore"  # that the layer was not called
-    subprocess.run([sys.executable, *options, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_no_secret_is_shown_or_stored(s3: tuple[str, dict[str, Any]]) -> None:
@@ -251,7 +258,11 @@ def test_no_secret_is_shown_or_stored(s3: tuple[str, dict[str, Any]]) -> None:
     fs = fsspec.filesystem("s3", **options)
     texts = [repr(folder), repr(acts), repr(load(folder)), repr(place(folder))]
     texts += [fs.cat_file(f"{where}/{name}").decode("latin1") for name in objects(where, **options)]
-    wrong = {**options, "endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"max_attempts": 0}}}
+    wrong = {
+        **options,
+        "endpoint_url": "http://127.0.0.1:9",
+        "config_kwargs": {"retries": {"max_attempts": 0}},
+    }
     for refused in (
         lambda: run(folder),
         lambda: run(Folder("s3://there-is-none/run", storage_options=options)),
@@ -270,7 +281,7 @@ def test_opening_asks_once_for_each_shard_and_for_no_data(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = nn.Linear(4, 64 * 1024)
-    with record(net, "", into=Folder(url, shard_bytes=300_000)) as acts:
+    with record(net, "", into=Folder(url, shard_bytes=300_000)):
         for _ in range(20):
             net(torch.randn(1, 4))
     shards = [name for name in objects(url) if name.endswith(".safetensors")]
@@ -281,10 +292,12 @@ def test_opening_asks_once_for_each_shard_and_for_no_data(
     assert len(headers) == len(shards) == len(set(headers))
     assert len(Stand.log) <= len(shards) + 8
     assert max(Stand.fetched) == _bucket._GUESS
-    assert found[""].passes == acts[""].passes
+    assert found[""].passes == list(range(20))
     assert "20 passes" in repr(found)
     assert len(Stand.log) <= len(shards) + 8
-    monkeypatch.setattr(_bucket, "_GUESS", 64)  # headers are longer: the first is completed, the others are known
+    monkeypatch.setattr(
+        _bucket, "_GUESS", 64
+    )  # headers are longer: the first is completed, the others are known
     Stand.begin()
     load(url)
     headers = [path for kind, path in Stand.log if kind == "cat" and path.endswith("s")]
@@ -336,9 +349,7 @@ def test_a_shard_of_many_blocks_is_fetched_in_several_steps(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = torch.randn(50_000)
-    with record(nn.Identity(), "") as acts:
-        acts.add("x", value)
-    acts.save(url)
+    added(value).save(url)
     monkeypatch.setattr(_cache, "BLOCK", 4096)
     Stand.begin()
     assert same(load(url)["x"][0], value)
@@ -381,7 +392,7 @@ def test_an_object_that_changes_under_a_reader_is_found(
     replaced(url, change)
     if pickled:
         found = pickle.loads(pickle.dumps(found))
-    for use in (lambda: found["0"][0], lambda: found["0"].cat()):
+    for use in (lambda: found["0"][0], found["0"].cat):
         with pytest.raises(CorruptRecordingError, match=message):
             use()
 
@@ -415,17 +426,21 @@ def load_again(url: str) -> Any:
 def test_damaged_and_missing_objects_are_named(url: str) -> None:
     run(small(url))
     replaced(url, lambda data: data[:100])
-    with pytest.raises(CorruptRecordingError, match=r"run/rank-00000/000000.safetensors is damaged"):
+    with pytest.raises(
+        CorruptRecordingError, match=r"run/rank-00000/000000.safetensors is damaged"
+    ):
         load(url)
     assert "000000.safetensors is damaged" in verify(url)[0]
     replaced(url, None)
-    with pytest.raises(CorruptRecordingError, match=r"000000.safetensors is damaged: it is missing"):
+    with pytest.raises(
+        CorruptRecordingError, match=r"000000.safetensors is damaged: it is missing"
+    ):
         load(url)
     fs, path = fsspec.core.url_to_fs(url)
     fs.rm_file(path + "/actrec.json")
     with pytest.raises(CorruptRecordingError, match=r"run/actrec.json is damaged: it is missing"):
         load(url)
-    with pytest.raises(RecordingNotFoundError, match="no actrec.json in that folder"):
+    with pytest.raises(RecordingNotFoundError, match=r"no actrec.json in that folder"):
         load(url.removesuffix("/run"))
     with pytest.raises(RecordingNotFoundError, match="no such folder"):
         load(url + "/nothing")
@@ -439,7 +454,9 @@ def test_a_shard_that_goes_between_listing_and_opening_is_missing(url: str) -> N
             raise FileNotFoundError(path)
 
     Stand.begin(gone)
-    with pytest.raises(CorruptRecordingError, match=r"000000.safetensors is damaged: it is missing"):
+    with pytest.raises(
+        CorruptRecordingError, match=r"000000.safetensors is damaged: it is missing"
+    ):
         load(url)
 
 
@@ -510,6 +527,7 @@ class Calls(Dataset[Any]):
         return self.recording[self.name][index].clone()
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_workers_read_from_the_server_themselves(
     s3: tuple[str, dict[str, Any]], whole: Any, method: str
@@ -517,7 +535,9 @@ def test_workers_read_from_the_server_themselves(
     where, options = s3
     run(small(where, storage_options=options))
     found = load(where, storage_options=options)
-    assert same(found["0"][0], whole["0"][0])  # the connection, cache and lock of this process are in use
+    assert same(
+        found["0"][0], whole["0"][0]
+    )  # the connection, cache and lock of this process are in use
     context = multiprocessing.get_context(method)
     loader = DataLoader(
         Calls(found, "0"), batch_size=None, num_workers=1, multiprocessing_context=context
@@ -540,7 +560,9 @@ def test_a_forked_process_begins_with_connections_and_a_cache_of_its_own(
     with cache._lock:
         pass
     assert cache.nbytes > 0
-    monkeypatch.setattr(_bucket, "_filesystem", lambda *_: (fs, fs._strip_protocol(url + "/rank-00000")))
+    monkeypatch.setattr(
+        _bucket, "_filesystem", lambda *_: (fs, fs._strip_protocol(url + "/rank-00000"))
+    )
     assert same(found["0"][0], value)
     assert Stand.log  # it was fetched again
     assert same(value, whole["0"][0])
@@ -565,7 +587,7 @@ OPERATIONS = st.integers(1, 70)
 
 
 @given(OPERATIONS, st.booleans(), st.booleans(), OPERATIONS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_whatever_fails_the_committed_passes_are_there_and_resuming_completes_them(
     stop: int, done: bool, for_good: bool, again: int
 ) -> None:
@@ -627,7 +649,9 @@ def test_an_upload_that_always_fails_is_told_once_and_its_file_kept(
 ) -> None:
     failure = failing(only("000002"), url)
     assert failure is not None
-    assert f"recording into {url}: 000002.safetensors could not be written: ConnectionError" in failure
+    assert (
+        f"recording into {url}: 000002.safetensors could not be written: ConnectionError" in failure
+    )
     assert "tried 3 times at most" in failure
     (kept,) = tmp_path.rglob("*.safetensors")
     assert f"The file is kept as {kept}. The " in failure
@@ -640,7 +664,6 @@ def test_an_upload_that_always_fails_is_told_once_and_its_file_kept(
     passes = found.num_passes
     fs, path = fsspec.core.url_to_fs(url)
     fs.put_file(str(kept), f"{path}/rank-00000/{kept.name}")
-    fs.rm_file(f"{path}/rank-00000/end.json")
     assert load(url).num_passes > passes
     assert_is_the_beginning(load(url), whole)
     assert failing(lambda *_: None, url, resume=True) is None
@@ -675,14 +698,18 @@ def test_what_arrives_cut_off_is_sent_again(url: str, whole: Any, monkeypatch: A
 
     monkeypatch.setattr(Stand, "put_file", truncate)
     failure = failing(lambda *_: None, url)
-    assert failure is not None  # an object that is there is never replaced, not even by its own writer
+    assert (
+        failure is not None
+    )  # an object that is there is never replaced, not even by its own writer
     assert "000000.safetensors could not be written" in failure
     assert "another run has written it" in failure or "have arrived" in failure
 
 
 def test_two_runs_do_not_begin_in_one_place(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = Bucket.names
-    with record(nn.Linear(4, 3), "", into=url) as acts:
+    net = nn.Linear(4, 3)
+    with record(net, "", into=url) as acts:
+        net(torch.ones(2, 4))
         acts.add("x", 1)
         with pytest.raises(RecordingExistsError, match="there is a recording already"):
             run(url)
@@ -692,14 +719,7 @@ def test_two_runs_do_not_begin_in_one_place(url: str, monkeypatch: pytest.Monkey
         with pytest.raises(RecordingExistsError, match="another run has just begun there"):
             run(url)
         monkeypatch.setattr(Bucket, "names", names)
-        acts._unused = lambda: None
     assert list(load(url)["x"]) == [1]
-
-
-@pytest.fixture
-def _no_warning() -> Iterator[None]:
-    with pytest.warns(actrec.UnusedLayerWarning):
-        yield
 
 
 def test_only_a_folder_that_is_empty_or_a_recording_is_recorded_into(url: str) -> None:
@@ -726,6 +746,9 @@ def test_a_run_that_was_taken_over_from_another_machine_is_stopped(
         for _ in range(0 if late else 3):
             net(torch.ones(2, 4))
             acts.add("step", {"number": 0, "label": torch.tensor([0])})
+        writer = acts["0"]._stream._writer
+        while writer._queue or writer._writing or writer._shards != writer._finished:
+            time.sleep(0.001)
         run(small(url, spool=tmp_path / "b"), resume=True)
         net(torch.ones(2, 4))
         acts.add("step", {"number": 0, "label": torch.tensor([0])})
@@ -736,6 +759,18 @@ def test_a_run_that_was_taken_over_from_another_machine_is_stopped(
     assert verify(url) == []
     if late:
         assert_same(found, whole)
+
+
+def test_a_claim_that_somebody_removed_is_lost(url: str) -> None:
+    mine = place(url) / "rank-00000"
+    mine.make()
+    lock = mine.lock()
+    mine.check_claim()
+    mine.remove("claim.json")
+    with pytest.raises(WriteError, match=f"another run has taken over {url}/rank-00000"):
+        mine.commit("end.json", lambda file: file.write(b"{}"))
+    lock.release()
+    assert objects(url) == []
 
 
 def test_the_claim_of_another_run_stays(url: str) -> None:
@@ -876,6 +911,20 @@ def test_of_those_who_create_an_object_exclusively_one_wins(
     assert where.names() == ["x", "y", "z"]
 
 
+def test_whoever_comes_second_by_a_moment_fails_too(url: str) -> None:
+    there = place(url)
+    there.commit("x", lambda file: file.write(b"first"), exclusive=True)
+
+    def not_yet(number: int, kind: str, path: str, done: bool) -> None:
+        if number == 1:
+            raise FileNotFoundError(path)
+
+    Stand.begin(not_yet)
+    with pytest.raises(FileExistsError, match="another run has written it"):
+        there.commit("x", lambda file: file.write(b"second"), exclusive=True)
+    assert there.read("x", 100) == b"first"
+
+
 def locked(lock: Any, function: Any, *args: Any, **options: Any) -> Any:
     with lock:
         return function(*args, **options)
@@ -908,6 +957,7 @@ def test_large_objects_arrive_in_parts(s3: tuple[str, dict[str, Any]], tmp_path:
     with bucket.open("x") as file:
         assert file.seekable()
         assert file.read() == data
+        assert file.read() == b""
     fs, path = fsspec.core.url_to_fs(where, **options)
     assert fs.info(path + "/x")["ETag"].endswith('-3"')
 

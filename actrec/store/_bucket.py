@@ -422,8 +422,7 @@ class Bucket:
             if isinstance(source, bytes)
             else Disk(source.parent).read(source.name, _GUESS)
         )
-        found: bytes = self._get(name, lambda: self.fs.cat_file(self._at(name), 0, len(own)))
-        return found == own
+        return self._ranges(name, [(0, len(own))])[0] == own
 
 
 def _tried(request: Callable[[], T], waits: tuple[float, ...]) -> T:
@@ -544,6 +543,9 @@ class _Streamed(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self.read(_CHUNK) or b"", b""))
 
     def readinto(self, buffer: Any, /) -> int:
         end = min(self._position + len(buffer), self._size)
