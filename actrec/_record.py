@@ -114,7 +114,8 @@ def record(
         into: makes the container for the calls of a layer; anything with ``append`` will do, such as
             ``functools.partial(collections.deque, maxlen=10)``. Or a path, or a
             :class:`actrec.store.Folder`, which is a path with settings: the recording is written there while
-            the block runs, and never takes more memory than a budget (1 GiB); see below.
+            the block runs, and never takes more memory than a budget (1 GiB); see below. The path may be the
+            URL of an object store, such as ``"s3://bucket/run"``.
         resume: with a path: go on after the last committed pass of the recording that is there, if there is
             one. ``acts.num_passes`` says how many passes that are.
 

@@ -36,9 +36,9 @@ class Folder(os.PathLike[str]):
     budget: int = 1024 * MEBI
     #: What is complete is committed after so many seconds, however little it is.
     seconds: float = 60.0
-    #: With a URL: where files are until they are uploaded; in the system's temporary folder if not said.
+    #: Where the files for a URL are until they are uploaded; in the system's temporary folder if not said.
     spool: str | os.PathLike[str] | None = field(default=None, kw_only=True)
-    #: With a URL: what ``fsspec`` passes to its file system, such as credentials. It is never shown or stored.
+    #: What ``fsspec`` passes to the file system of a URL, such as credentials. It is never shown or stored.
     storage_options: Mapping[str, Any] | None = field(
         default=None, kw_only=True, repr=False, compare=False
     )
