@@ -539,8 +539,9 @@ def test_workers_read_from_the_server_themselves(
         found["0"][0], whole["0"][0]
     )  # the connection, cache and lock of this process are in use
     context = multiprocessing.get_context(method)
+    calls = Calls(found, "0")
     loader = DataLoader(
-        Calls(found, "0"), batch_size=None, num_workers=1, multiprocessing_context=context
+        calls, batch_size=None, num_workers=1, multiprocessing_context=context, timeout=60
     )
     with found._place._cache._lock:  # as another thread may have it
         values = list(loader) if method == "fork" else []
@@ -776,6 +777,20 @@ def test_a_claim_that_somebody_removed_is_lost(url: str) -> None:
     assert objects(url) == []
 
 
+def test_an_upload_that_ends_after_another_run_has_taken_over_is_told(
+    url: str, tmp_path: Path
+) -> None:
+    mine = place(url) / "rank-00000"
+    mine.make()
+    lock = mine.lock()
+    unfinished = mine.begin("000000.safetensors", lambda file: file.write(b"x"))
+    Stand.store[fsspec.core.url_to_fs(url)[1] + "/rank-00000/claim.json"].write(b'{"claim": 0}')
+    with pytest.raises(WriteError, match=r"has taken over .*: its claim says .*claim.*: 0"):
+        unfinished.finish()
+    lock.release()
+    assert spooled(tmp_path) == []
+
+
 def test_the_claim_of_another_run_stays(url: str) -> None:
     mine = place(url) / "rank-00000"
     mine.make()
@@ -995,6 +1010,8 @@ def test_after_a_kill_of_the_process_that_uploads_resuming_completes_the_run(
         assert process.stdout.readline() == "uploading\n"
         process.kill()
     assert "000003.safetensors" in spooled(tmp_path)
+    (spool,) = tmp_path.iterdir()
+    (spool / "000099.safetensors").touch()  # of a run that had come further, say
     found = load(where, storage_options=options)
     assert not found.complete
     assert 0 < found.num_passes < PASSES
