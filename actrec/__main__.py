@@ -1,4 +1,7 @@
-"""``python -m actrec show PATH`` prints the table of a stored recording, ``verify PATH`` checks it."""
+"""``python -m actrec show PATH`` prints the table of a stored recording, ``verify PATH`` checks it.
+
+The path may be the URL of an object store, which fsspec has to be able to open without being told more.
+"""
 
 from __future__ import annotations
 

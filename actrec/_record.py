@@ -113,7 +113,8 @@ def record(
         into: makes the container for the calls of a layer; anything with ``append`` will do, such as
             ``functools.partial(collections.deque, maxlen=10)``. Or a path, or a
             :class:`actrec.store.Folder`, which is a path with settings: the recording is written there while
-            the block runs, and never takes more memory than a budget (1 GiB); see below.
+            the block runs, and never takes more memory than a budget (1 GiB); see below. The path may be the
+            URL of an object store, such as ``"s3://bucket/run"``.
         resume: with a path: go on after the last committed pass of the recording that is there, if there is
             one. ``acts.num_passes`` says how many passes that are.
 
@@ -393,7 +394,7 @@ def _check(*, transform: object, into: object) -> None:
 
 def _check_path(into: Any, *, detach: bool, grads: bool, resume: bool) -> None:
     is_path = isinstance(into, (str, os.PathLike))
-    call = f"into={os.fspath(into)!r}" if is_path else f"into={into!r}"
+    call = f"into={_checked_path(into)!r}" if is_path else f"into={into!r}"
     if is_path and not detach:
         message = f"record({call}, detach=False): a graph cannot be stored. Record into memory."
         raise OptionError(message)
@@ -406,6 +407,12 @@ def _check_path(into: Any, *, detach: bool, grads: bool, resume: bool) -> None:
     if resume and not is_path:
         message = f"record({call}, resume=True): only a recording into a path can be resumed."
         raise OptionError(message)
+
+
+def _checked_path(into: str | os.PathLike[str]) -> str:
+    from .store._folder import Folder  # noqa: PLC0415  # as above
+
+    return os.fspath(Folder.of(into))
 
 
 def _check_container(into: object, container: object, *, grads: bool) -> None:

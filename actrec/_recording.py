@@ -447,7 +447,7 @@ class Recording(Mapping[str, Layer]):
         return _stats.stats(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the recording to ``path``, a new folder, to be opened with :func:`actrec.load`.
+        """Write the recording to ``path``, a new folder or the URL of one, to be opened with :func:`actrec.load`.
 
         >>> import tempfile, torch, actrec
         >>> model = torch.nn.Linear(4, 3)

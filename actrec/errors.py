@@ -14,6 +14,7 @@
     ├── RecordingNotFoundError      also FileNotFoundError: a path without a recording
     ├── ResumeError                 also ValueError: a recording that cannot go on like this
     ├── WriteError                  also OSError: what was recorded could not be written
+    ├── ReadError                   also OSError: an object store that could not be read
     └── CorruptRecordingError       also ValueError: a stored recording that is damaged
 
     UnusedLayerWarning              a chosen layer of which nothing was recorded
@@ -37,6 +38,7 @@ __all__ = [
     "JoinError",
     "MissingGradientWarning",
     "OptionError",
+    "ReadError",
     "RecordingExistsError",
     "RecordingNotFoundError",
     "ResumeError",
@@ -102,6 +104,10 @@ class WriteError(ActrecError, OSError):
 
     What was committed before is on disk, and stays.
     """
+
+
+class ReadError(ActrecError, OSError):
+    """An object store could not be reached, or refused; the original error is the ``__cause__``."""
 
 
 class CorruptRecordingError(ActrecError, ValueError):

@@ -319,6 +319,17 @@ def test_inputs_that_were_not_recorded_are_not_there(tmp_path: Path) -> None:
         _ = load(tmp_path / "r").inputs
 
 
+@pytest.mark.parametrize(
+    "change", [lambda shard: shard.write_bytes(b"x"), lambda shard: shard.unlink()]
+)
+def test_a_shard_that_is_gone_or_cut_off_after_opening_is_named(path: Path, change: Any) -> None:
+    found = load(path)
+    change(shards(path)[0])
+    for use in (lambda layer: layer[0], lambda layer: layer.cat()):
+        with pytest.raises(CorruptRecordingError, match=r"000000.safetensors is damaged: it"):
+            use(found["conv"])
+
+
 def test_a_path_without_a_recording_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecordingNotFoundError, match=r"no recording there \(no such folder\)"):
         load(tmp_path / "r")
@@ -838,7 +849,7 @@ def test_a_file_that_shrinks_while_it_is_verified_is_found(path: Path) -> None:
     opened = _index.open_shard(disk, "000000.safetensors")
     content = shards(path)[0].read_bytes()
     shards(path)[0].write_bytes(content[:-10])
-    problems = list(_verify._shard_problems(disk, "000000.safetensors", opened))
+    problems = list(_verify._shard_problems(disk, opened))
     assert "the checksum of the data of layer" in problems[0]
 
 

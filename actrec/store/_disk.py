@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import uuid
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 
@@ -27,13 +28,38 @@ __all__ = ["Disk", "Lock", "Unfinished"]
 
 
 class Disk:
-    """A folder. Everything the store does to files, it does here."""
+    """A folder: a :class:`~actrec.store._place.Place` on disk."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
     def __truediv__(self, name: str) -> Disk:
         return Disk(self.path / name)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.name
+
+    @property
+    def parent(self) -> str:
+        """The path of the folder that it is in."""
+        return str(self.path.parent)
+
+    def shown(self, name: str) -> str:
+        """The path of a file in it."""
+        return str(self.path / name)
+
+    def exists(self) -> bool:
+        """Whether there is such a folder."""
+        return self.path.is_dir()
+
+    def is_file(self) -> bool:
+        """Whether there is something else at the path."""
+        return self.path.exists() and not self.path.is_dir()
 
     def names(self) -> list[str]:
         """What is in the folder, sorted; nothing if there is no folder."""
@@ -51,6 +77,10 @@ class Disk:
         with (self.path / name).open("rb") as file:
             return file.read(most)
 
+    def open(self, name: str) -> BinaryIO:
+        """Open a file, to read it from one end to the other."""
+        return (self.path / name).open("rb")
+
     def map(self, name: str, size: int) -> torch.UntypedStorage:
         """Map a file of ``size`` bytes. Writing to the memory copies the page, and never reaches the file."""
         path = self.path / name
@@ -67,9 +97,16 @@ class Disk:
         self.sync()
         Disk(self.path.parent).sync()
 
-    def commit(self, name: str, write: Callable[[Writable], object]) -> None:
-        """Put a file into the folder, in one step: it is there whole, and on the disk, or not at all."""
-        self.begin(name, write).finish()
+    def commit(
+        self, name: str, write: Callable[[Writable], object], *, exclusive: bool = False
+    ) -> None:
+        """Put a file into the folder, in one step: it is there whole, and on the disk, or not at all.
+
+        If it is there already it is replaced, or, if this is ``exclusive``, stays: ``FileExistsError``.
+        """
+        unfinished = Unfinished(self, name, exclusive=exclusive)
+        unfinished.write(write)
+        unfinished.finish()
 
     def begin(self, name: str, write: Callable[[Writable], object]) -> Unfinished:
         """Write a file, so that all that is left to do is to ``finish()`` it."""
@@ -132,10 +169,13 @@ class Lock(AbstractContextManager[None]):
 class Unfinished:
     """A file that is written, but has neither reached the disk for certain nor got its name."""
 
-    def __init__(self, disk: Disk, name: str) -> None:
+    def __init__(self, disk: Disk, name: str, *, exclusive: bool = False) -> None:
         self._disk = disk
         self._name = name
-        self._path = disk.path / (name + UNFINISHED)
+        self._exclusive = exclusive
+        # Where several may write the same name, each has a file of its own until one has won.
+        own = f".{uuid.uuid4().hex}" if exclusive else ""
+        self._path = disk.path / (name + own + UNFINISHED)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         self._fd = os.open(self._path, flags, 0o666)
 
@@ -154,26 +194,18 @@ class Unfinished:
                 os.fsync(self._fd)
             finally:
                 os.close(self._fd)
-            self._path.replace(self._disk.path / self._name)
+            self._name_it(self._disk.path / self._name)
         except BaseException:
             self._unlink()
             raise
         self._disk.sync()
 
-    def finish_first(self, disk: Disk) -> bool:
-        """Put it onto the disk, and then into another folder, unless there is a file of that name; whether it is there."""
-        try:
-            try:
-                os.fsync(self._fd)
-            finally:
-                os.close(self._fd)
-            _link(self._path, disk.path / self._name)
-        except FileExistsError:
-            return False
-        finally:
-            self._unlink()
-        disk.sync()
-        return True
+    def _name_it(self, path: Path) -> None:
+        if self._exclusive:
+            _link(self._path, path)
+            self._path.unlink()
+        else:
+            self._path.replace(path)
 
     def discard(self) -> None:
         """Take it away."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from actrec.errors import OptionError
 
 from ._format import MAX_RANKS
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 __all__ = ["Folder"]
 
 MEBI: Final = 1 << 20
+_PASSWORD: Final = re.compile(r"[^/]*://[^/@:]*:[^/@]*@")
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,10 @@ class Folder(os.PathLike[str]):
     """A path to record into, with settings of its own: ``record(model, into=Folder("run", budget=2**28))``.
 
     >>> Folder("runs/minilm", shard_bytes=64 * 2**20)
-    Folder(path='runs/minilm', shard_bytes=67108864, budget=1073741824, seconds=60.0, rank=None, world_size=None)
+    Folder(path='runs/minilm', shard_bytes=67108864, budget=1073741824, seconds=60.0, rank=None, world_size=None, spool=None)
 
-    Wherever a path will do, a ``Folder`` will do, and the other way round.
+    Wherever a path will do, a ``Folder`` will do, and the other way round. The path may be the URL of an
+    object store, ``"s3://bucket/run"``.
     """
 
     path: str | os.PathLike[str]
@@ -36,8 +42,20 @@ class Folder(os.PathLike[str]):
     rank: int | None = field(default=None, kw_only=True)
     #: And of how many. Both or neither.
     world_size: int | None = field(default=None, kw_only=True)
+    #: Where the files for a URL are until they are uploaded; in the system's temporary folder if not said.
+    spool: str | os.PathLike[str] | None = field(default=None, kw_only=True)
+    #: What ``fsspec`` passes to the file system of a URL, such as credentials. It is never shown or stored.
+    storage_options: Mapping[str, Any] | None = field(
+        default=None, kw_only=True, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
+        if _PASSWORD.match(os.fspath(self.path)):
+            message = (
+                "there is a password in that URL, which would be shown wherever the URL is. Pass it in "
+                "storage_options, or put it into the configuration of fsspec."
+            )
+            raise OptionError(message)
         for name in ("shard_bytes", "budget", "seconds"):
             value = getattr(self, name)
             if (

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from actrec._nested import Value
 
     from ._container import Container
-    from ._disk import Disk
     from ._parts import Spread
+    from ._place import Mapped, Place
 
 __all__ = ["Group", "Opened", "Part", "Run", "Shard", "numbers", "open_shard"]
 
@@ -79,7 +79,7 @@ class Leaf:
         """The shape of the tensor in a call."""
         return () if self.scalar else (self._rows(call), *self.tail)
 
-    def tensor(self, call: int, storage: Callable[[], torch.UntypedStorage]) -> Tensor:
+    def tensor(self, call: int, storage: Callable[[], Mapped]) -> Tensor:
         """The tensor of a call, as a view of the file."""
         shape = self.shape(call)
         stored = [1 if dim in self.expanded else size for dim, size in enumerate(shape)]
@@ -91,7 +91,7 @@ class Leaf:
         before = self.before[run] + self._stored(run) * (call - self.calls[run])
         return self.begin + before * self.row, self._stored(run) * self.row
 
-    def whole(self, storage: Callable[[], torch.UntypedStorage], *shape: int) -> Tensor:
+    def whole(self, storage: Callable[[], Mapped], *shape: int) -> Tensor:
         """All calls as one tensor of this shape."""
         return self._view(storage, self.begin, self.nbytes, shape)
 
@@ -106,7 +106,7 @@ class Leaf:
 
     def _view(
         self,
-        storage: Callable[[], torch.UntypedStorage],
+        storage: Callable[[], Mapped],
         begin: int,
         nbytes: int,
         shape: Any,
@@ -194,21 +194,24 @@ class Part:
 class Shard:
     """A shard whose header was read and checked; its data is untouched."""
 
-    def __init__(self, disk: Disk, name: str) -> None:
+    def __init__(self, disk: Place, name: str) -> None:
         self._disk = disk
-        self._name = name
-        self.path = disk.path / name
+        self.name = name
+        self.path = disk.shown(name)
         self.size = 0
         self.heading = Heading("", 0, 0, 0)
-        self._storage: torch.UntypedStorage | None = None
+        self._storage: Mapped | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_storage": None}  # a copy maps the file itself
 
-    def storage(self) -> torch.UntypedStorage:
+    def storage(self) -> Mapped:
         """The file, mapped when it is first used."""
         if self._storage is None:
-            self._storage = self._disk.map(self._name, self.size)
+            try:
+                self._storage = self._disk.map(self.name, self.size)
+            except Defect as defect:
+                raise corrupt(self.path, defect) from None
         return self._storage
 
 
@@ -225,7 +228,7 @@ class Opened(NamedTuple):
         return next(same, None)
 
 
-def open_shard(disk: Disk, name: str) -> Opened:
+def open_shard(disk: Place, name: str) -> Opened:
     """Read and check the header of a shard, or raise ``CorruptRecordingError``."""
     shard = Shard(disk, name)
     try:

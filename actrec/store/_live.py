@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn, overload
 
@@ -18,15 +19,15 @@ from actrec.errors import (
     WriteError,
 )
 
-from ._disk import Disk, Lock
 from ._format import END, MANIFEST, OWN, UNFINISHED, Role, Slot, corrupt
 from ._manifest import Manifest, read_manifest
+from ._place import place
 from ._rank import here
 from ._reader import (
     Rank,
     StoredLayer,
     StoredRecording,
-    load,
+    opened,
     rank_folder,
     rank_folders,
     shard_names,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from actrec._passes import Passes
 
     from ._folder import Folder
+    from ._place import Lock, Place
 
 __all__ = ["LiveLayer", "Stream", "claim", "encoded"]
 
@@ -68,7 +70,7 @@ class Stream:
         resume: bool = False,
     ) -> None:
         rank, ranks, run = here(folder.rank, folder.world_size)
-        self._disk = Disk(folder)
+        self._disk = place(folder)
         self._rank = rank
         self._passes = passes
         self._counts: dict[tuple[Role, str], StoredLayer] = {}
@@ -78,7 +80,7 @@ class Stream:
         self.error: str | None = "the block was dropped without being left"
         self.closed = False
         own = self._disk / rank_folder(rank)
-        call = f"record(into={str(self._disk.path)!r})"
+        call = f"record(into={str(self._disk)!r})"
         names = {name: key for name, key in manifest.names.items() if name != key}
         manifest = replace(manifest, names=names, ranks=ranks, run=run)
         self._lock = claim(call, self._disk, own, manifest, resume=resume)
@@ -90,13 +92,13 @@ class Stream:
         _opened.add(self)
 
     def _open(
-        self, call: str, own: Disk, folder: Folder, manifest: Manifest, *, resume: bool
+        self, call: str, own: Place, folder: Folder, manifest: Manifest, *, resume: bool
     ) -> Writer:
         there = publish(call, self._disk, own, manifest, resume=resume)
         found = Rank(own, there)
         described = found.manifest
         if found.has_begun:
-            described.check_same(self._disk.path, manifest)
+            described.check_same(self._disk, manifest)
             self._remember(StoredRecording(self._disk, there, [found], only=found.number))
             described = replace(described, ranks=manifest.ranks)
         else:
@@ -150,12 +152,12 @@ class Stream:
         """What is on the disk of a layer, after the end."""
         if not self.closed:
             message = (
-                f"acts[{slot.name!r}]: its values are being written to {self._disk.path}. "
+                f"acts[{slot.name!r}]: its values are being written to {self._disk}. "
                 "Read them after the with block, or from another process with actrec.load()."
             )
             raise ActrecError(message)
         if self._stored is None:
-            self._stored = load(self._disk.path, rank=self._rank)
+            self._stored = opened(self._disk, rank=self._rank)
         layers = self._stored._input_layers if slot.role == "input" else self._stored._layers
         layer = layers.get(slot.name)
         return layer if isinstance(layer, StoredLayer) else StoredLayer(slot.name, slot.type)
@@ -185,20 +187,19 @@ class Stream:
 # --- Beginning ---------------------------------------------------------------------------------------
 
 
-def claim(call: str, disk: Disk, own: Disk, new: Manifest, *, resume: bool = False) -> Lock:
+def claim(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool = False) -> Lock:
     """Make the folder of this rank, or with ``resume`` take the one that is there; nobody else gets it."""
-    if disk.path.exists() and not disk.path.is_dir():
+    if disk.is_file():
         raise _taken(call, "that is a file")
     names = disk.names()
     is_recording = MANIFEST in names or any(rank_folders(disk))
     if names and not is_recording:
         raise _taken(call, f"that folder has other things in it ({names[0][:60]!r})")
     if is_recording and not resume:
-        if new.ranks == 1 or own.path.name in names:
+        if new.ranks == 1 or own.name in names:
             raise _taken(call, "there is a recording already", _GO_ON)
         if MANIFEST in names:
             _check_run(call, _described_there(disk), new)
-    disk.path.mkdir(parents=True, exist_ok=True)
     try:
         own.make()
     except FileExistsError:
@@ -210,15 +211,14 @@ def claim(call: str, disk: Disk, own: Disk, new: Manifest, *, resume: bool = Fal
         raise _taken(call, "another run is recording there now") from None
 
 
-def publish(call: str, disk: Disk, own: Disk, new: Manifest, *, resume: bool = False) -> Manifest:
+def publish(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool = False) -> Manifest:
     """Describe the recording, if no other rank has done so; return what describes it."""
-    # Written in the rank's own folder, it is in nobody's way until it is there.
     if MANIFEST not in disk.names():
         for rank in rank_folders(disk) if resume else [own]:
             if shard_names(rank):
-                raise corrupt(disk.path / MANIFEST, "it is missing")
-        unfinished = own.begin(MANIFEST, lambda file: file.write(new.content()))
-        if unfinished.finish_first(disk):
+                raise corrupt(disk.shown(MANIFEST), "it is missing")
+        with suppress(FileExistsError):
+            disk.commit(MANIFEST, lambda file: file.write(new.content()), exclusive=True)
             return new
     there = _described_there(disk)
     try:
@@ -230,7 +230,7 @@ def publish(call: str, disk: Disk, own: Disk, new: Manifest, *, resume: bool = F
     return there
 
 
-def _described_there(disk: Disk) -> Manifest:
+def _described_there(disk: Place) -> Manifest:
     until = time.monotonic() + _PATIENCE
     # On a file system without links, a rank may be about to write it.
     while not disk.size(MANIFEST) and time.monotonic() < until:
@@ -257,12 +257,12 @@ def _taken(call: str, why: str, what_to_do: str = "Choose another path.") -> Rec
     return RecordingExistsError(f"{call}: {why}. {what_to_do}")
 
 
-def _discard_leftovers(own: Disk, found: Rank) -> None:
+def _discard_leftovers(own: Place, found: Rank) -> None:
     """Empty the shards of passes that were never completed, and forget how the run before ended."""
     own.remove(END)
     for shard in found.leftovers():
         heading = shard.heading._replace(part=False)
-        own.commit(shard.path.name, lambda file, heading=heading: write_shard(file, heading, []))  # type: ignore[misc]
+        own.commit(shard.name, lambda file, heading=heading: write_shard(file, heading, []))  # type: ignore[misc]
     for name in own.names():
         if name.endswith(UNFINISHED):
             own.remove(name)

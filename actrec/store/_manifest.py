@@ -33,7 +33,7 @@ from ._format import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._disk import Disk
+    from ._place import Place
 
 __all__ = [
     "Ending",
@@ -148,15 +148,15 @@ def _own_version() -> str:
         return "unknown"
 
 
-def read_manifest(disk: Disk) -> Manifest:
+def read_manifest(disk: Place) -> Manifest:
     """Read ``actrec.json``, or raise ``CorruptRecordingError``; ``FileNotFoundError`` if there is none."""
     try:
         return _parsed(_json(disk, MANIFEST))
     except Defect as defect:
-        raise corrupt(disk.path / MANIFEST, defect) from None
+        raise corrupt(disk.shown(MANIFEST), defect) from None
 
 
-def _json(disk: Disk, name: str) -> Any:
+def _json(disk: Place, name: str) -> Any:
     size = disk.size(name)
     need(size <= MAX_JSON, f"it has {size} bytes, and {MAX_JSON} is the limit")
     try:
@@ -166,7 +166,7 @@ def _json(disk: Disk, name: str) -> Any:
         raise Defect(message) from error
 
 
-def read_own(disk: Disk, manifest: Manifest) -> Manifest | None:
+def read_own(disk: Place, manifest: Manifest) -> Manifest | None:
     """Read ``rank.json`` of a rank; ``None`` if ``actrec.json`` says it all."""
     if OWN not in disk.names():
         return None
@@ -175,7 +175,7 @@ def read_own(disk: Disk, manifest: Manifest) -> Manifest | None:
         need(about["recording"] == manifest.recording, _FOREIGN)
         return replace(_description(about), recording=manifest.recording, run=manifest.run)
     except Defect as defect:
-        raise corrupt(disk.path / OWN, defect) from None
+        raise corrupt(disk.shown(OWN), defect) from None
 
 
 _FOREIGN = "it belongs to another recording"
@@ -252,7 +252,7 @@ class Ending:
         return json.dumps(about, indent=1).encode()
 
 
-def read_ending(disk: Disk, recording: str) -> Ending | None:
+def read_ending(disk: Place, recording: str) -> Ending | None:
     """How the writer of a folder ended; ``None`` if it did not say."""
     if END not in disk.names():
         return None
@@ -266,4 +266,4 @@ def read_ending(disk: Disk, recording: str) -> Ending | None:
             _optional(about["error"], "the error"),
         )
     except Defect as defect:
-        raise corrupt(disk.path / END, defect) from None
+        raise corrupt(disk.shown(END), defect) from None

@@ -24,11 +24,12 @@ from actrec._passes import Count
 from actrec._recording import Layer, Recording
 from actrec.errors import ActrecError, OptionError, RecordingNotFoundError
 
-from ._disk import Disk
+from ._cache import CACHE_BYTES, Cache
 from ._format import END, MANIFEST, Defect, Role, corrupt
 from ._index import Group, Opened, Part, Shard, open_shard
 from ._manifest import Ending, Manifest, read_ending, read_manifest, read_own
 from ._outline import Held, Look, Outline
+from ._place import place
 from ._ranks import RankInfo, listed_ranks, summary
 from ._tree import decode
 from ._whole import WholeLayer, has_parts
@@ -39,13 +40,22 @@ if TYPE_CHECKING:
 
     from actrec._nested import Value
 
-__all__ = ["Rank", "StoredLayer", "StoredRecording", "load"]
+    from ._place import Place
+
+__all__ = ["Rank", "StoredLayer", "StoredRecording", "load", "opened"]
 
 _RANK: Final = re.compile(r"rank-[0-9]{5}")
 _SHARD: Final = re.compile(r"[0-9]{6,}\.safetensors")
 
 
-def load(path: str | os.PathLike[str], *, rank: int | None = None) -> StoredRecording:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    cache_bytes: int = CACHE_BYTES,
+) -> StoredRecording:
     """Open a stored recording.
 
     >>> import tempfile, torch, actrec
@@ -82,27 +92,43 @@ def load(path: str | os.PathLike[str], *, rank: int | None = None) -> StoredReco
     numbers and strings as themselves, dataclasses and other classes as :class:`actrec.store.Fields`. No
     class that a file names is ever imported.
 
+    A URL such as ``"s3://bucket/run"`` is opened through ``fsspec``. What is asked for is downloaded, in blocks,
+    into a cache: the last ``cache_bytes`` of it, in files without names in the folder ``cache`` (the system's
+    temporary one), which are gone with this process. For a path on disk these options mean nothing.
+
+    Args:
+        path: the folder, or the URL.
+        rank: the rank whose folder alone is opened.
+        storage_options: what ``fsspec`` passes to the file system of a URL: credentials, an endpoint.
+        cache: the folder of the cache.
+        cache_bytes: how large the cache may grow, beyond what values in use keep.
+
     Raises:
         RecordingNotFoundError: there is no recording at ``path``.
         OptionError: there is no such rank.
         CorruptRecordingError: a file is damaged; the message names it and what is wrong with it. Only
             headers are checked: :func:`verify` also checks the data.
+        ReadError: an object store could not be reached, or refused.
     """
-    disk = Disk(path)
+    return opened(place(path, storage_options, Cache(cache, cache_bytes)), rank=rank)
+
+
+def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
+    """Open what is at a place."""
     try:
         manifest = read_manifest(disk)
     except (FileNotFoundError, NotADirectoryError):
         if any(map(shard_names, rank_folders(disk))):
-            raise corrupt(disk.path / MANIFEST, "it is missing") from None
-        there = "no actrec.json in that folder" if disk.path.is_dir() else "no such folder"
-        message = f"load({str(disk.path)!r}): there is no recording there ({there})."
+            raise corrupt(disk.shown(MANIFEST), "it is missing") from None
+        there = "no actrec.json in that folder" if disk.exists() else "no such folder"
+        message = f"load({str(disk)!r}): there is no recording there ({there})."
         raise RecordingNotFoundError(message) from None
     if rank is None:
         ranks = [Rank(folder, manifest) for folder in rank_folders(disk)]
         return StoredRecording(disk, manifest, ranks)
-    folders = {rank_number(folder.path.name): folder for folder in rank_folders(disk)}
+    folders = {rank_number(folder.name): folder for folder in rank_folders(disk)}
     numbered = range(max([manifest.ranks - 1, *folders]) + 1)
-    rank = _one_of(f"load({str(disk.path)!r}, rank={rank!r})", rank, numbered)
+    rank = _one_of(f"load({str(disk)!r}, rank={rank!r})", rank, numbered)
     ranks = [Rank(folders[rank], manifest)] if rank in folders else []
     return StoredRecording(disk, manifest, ranks, only=rank)
 
@@ -122,9 +148,9 @@ _MOST_OPEN: Final = 1024
 class Rank:
     """What one writer has written: the folder ``rank-00000``, say."""
 
-    def __init__(self, disk: Disk, manifest: Manifest) -> None:
-        self.path = disk.path
-        self.number = rank_number(disk.path.name)
+    def __init__(self, disk: Place, manifest: Manifest) -> None:
+        self.path = str(disk)
+        self.number = rank_number(disk.name)
         self.manifest = read_own(disk, manifest) or manifest
         self.outline = Outline()
         self.ending: Ending | None = read_ending(disk, manifest.recording)
@@ -133,14 +159,14 @@ class Rank:
         self._opening = threading.Lock()
         for number, name in enumerate(shard_names(disk)):
             if name != shard_name(number):
-                raise corrupt(disk.path / shard_name(number), "it is missing")
+                raise corrupt(disk.shown(shard_name(number)), "it is missing")
             self._add(self.opened(number))
         if self.ending is not None:
             if self.count < self.ending.shards:
-                raise corrupt(disk.path / shard_name(self.count), "it is missing")
+                raise corrupt(disk.shown(shard_name(self.count)), "it is missing")
             if (self.count, self.committed) != (self.ending.shards, self.ending.passes):
                 raise corrupt(
-                    disk.path / END, "it speaks of fewer shards or other passes than there are"
+                    disk.shown(END), "it speaks of fewer shards or other passes than there are"
                 )
 
     def _add(self, opened: Opened) -> None:
@@ -170,11 +196,11 @@ class Rank:
                 del self._opened[next(iter(self._opened))]
         return opened
 
-    def part(self, number: int, held: Held) -> Part:
-        """What shard ``number`` holds of a layer."""
-        opened = self.opened(number)
+    def part(self, held: Held, at: int) -> Part:
+        """What the how-manieth shard that holds any of a layer holds of it."""
+        opened = self.opened(held.shards[at])
         part = opened.part(held.slot.role, held.slot.name)
-        if part is None:
+        if part is None or part.starts[-1] != held.starts[at + 1] - held.starts[at]:
             raise corrupt(opened.shard.path, "it is another file than when it was opened")
         return part
 
@@ -208,7 +234,7 @@ def rank_folder(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
-def rank_folders(disk: Disk) -> list[Disk]:
+def rank_folders(disk: Place) -> list[Place]:
     """The folders of all ranks, in order."""
     return [disk / name for name in disk.names() if _RANK.fullmatch(name)]
 
@@ -236,7 +262,7 @@ def shard_name(number: int) -> str:
     return f"{number:06d}.safetensors"
 
 
-def shard_names(disk: Disk) -> list[str]:
+def shard_names(disk: Place) -> list[str]:
     """The files of all shards, in order."""
     return sorted(filter(_SHARD.fullmatch, disk.names()), key=lambda name: (len(name), name))
 
@@ -249,12 +275,12 @@ class Source(NamedTuple):
 
     def parts(self) -> Iterator[Part]:
         """What its shards hold of the layer."""
-        return (self.rank.part(number, self.held) for number in self.held.shards)
+        return (self.rank.part(self.held, at) for at in range(len(self.held.shards)))
 
     def place(self, call: int) -> tuple[Group, int]:
         """Where a call is: in which group, and the how-manieth there."""
         at = bisect_right(self.held.starts, call) - 1
-        part = self.rank.part(self.held.shards[at], self.held)
+        part = self.rank.part(self.held, at)
         return part.place(call - self.held.starts[at])
 
 
@@ -428,10 +454,9 @@ class StoredRecording(Recording):
 
     #: ``only`` says that the recording is that of one rank alone, in whose own words its tensors are.
     def __init__(
-        self, disk: Disk, manifest: Manifest, ranks: Sequence[Rank], *, only: int | None = None
+        self, disk: Place, manifest: Manifest, ranks: Sequence[Rank], *, only: int | None = None
     ) -> None:
-        self._path = disk.path
-        self._disk = disk
+        self._place = disk
         self._manifest = manifest
         self._ranks = ranks
         self._only = only
@@ -513,7 +538,7 @@ class StoredRecording(Recording):
         """
         _one_of(f"acts.rank({number!r})", number, [info.number for info in self.ranks])
         found = [rank for rank in self._ranks if rank.number == number]
-        return StoredRecording(self._disk, self._manifest, found, only=number)
+        return StoredRecording(self._place, self._manifest, found, only=number)
 
     @property
     def complete(self) -> bool:

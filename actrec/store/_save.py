@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from actrec.errors import CaptureError
 
-from ._disk import Disk
 from ._folder import Folder
 from ._format import Slot
 from ._live import claim, encoded, publish
 from ._manifest import LayerInfo, Manifest
+from ._place import place
 from ._reader import rank_folder
 from ._shard import Call
 from ._writer import Writer
@@ -28,9 +28,9 @@ def save(recording: Recording, path: str | os.PathLike[str]) -> None:
     """Write a recording to ``path``. The same as ``recording.save(path)``; see :meth:`actrec.Recording.save`."""
     layers = list(_layers(recording))
     _check(layers)
-    disk, folder = Disk(path), Folder.of(path)
+    disk, folder = place(path), Folder.of(path)
     own = disk / rank_folder(0)
-    name = f"save({str(disk.path)!r})"
+    name = f"save({str(disk)!r})"
     manifest = Manifest(
         recording._model,
         tuple(LayerInfo(slot.name, slot.type) for slot, _ in layers if slot.role == "output"),
@@ -80,13 +80,13 @@ def _check(layers: list[tuple[Slot, Layer]]) -> None:
 
 def _calls(layers: list[tuple[Slot, Layer]], names: list[str]) -> Iterator[Call]:
     """All calls, pass after pass, and in a pass in the order of the layers' ``names``."""
-    rank = {name: at for at, name in enumerate(names)}
+    rank = {name: number for number, name in enumerate(names)}
     order = sorted(
-        (max(number, 0), rank.get(slot.name, len(rank)), place, call)  # -1: the user appended it
-        for place, (slot, layer) in enumerate(layers)
+        (max(number, 0), rank.get(slot.name, len(rank)), at, call)  # -1: the user appended it
+        for at, (slot, layer) in enumerate(layers)
         for call, number in enumerate(layer.passes)
     )
-    for number, _, place, call in order:
-        slot, layer = layers[place]
+    for number, _, at, call in order:
+        slot, layer = layers[at]
         value = encoded(layer[call])
         yield Call(slot, number, value.structure, value.tensors, 0)

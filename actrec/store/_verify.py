@@ -5,29 +5,32 @@ from __future__ import annotations
 import zlib
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from actrec.errors import CorruptRecordingError
 
-from ._disk import Disk
 from ._format import corrupt
 from ._index import open_shard
 from ._manifest import read_ending, read_manifest, read_own
-from ._reader import check_identity, load, rank_folders, rank_number, shard_name, shard_names
+from ._place import place
+from ._reader import check_identity, opened, rank_folders, rank_number, shard_name, shard_names
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from ._index import Opened
     from ._manifest import Manifest
+    from ._place import Place
 
 __all__ = ["verify"]
 
 _CHUNK: Final = 1 << 24
 
 
-def verify(path: str | os.PathLike[str]) -> list[str]:
+def verify(
+    path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+) -> list[str]:
     """Check all of a stored recording, and return every problem found: an empty list if there is none.
 
     >>> import tempfile, torch, actrec
@@ -41,15 +44,18 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
     Everything is read: headers, the description of every value, and all data, whose checksums are
     compared. A recording that was not closed properly is no problem: what was committed is whole.
 
-    Raises ``RecordingNotFoundError`` if there is no recording at ``path``.
+    Of an object store everything is downloaded, a part at a time, and nothing of it kept.
+
+    Raises ``RecordingNotFoundError`` if there is no recording at ``path``, and ``ReadError`` if it is in an
+    object store that cannot be reached, or refuses.
     """
-    return list(dict.fromkeys(_problems(Disk(path))))
+    return list(dict.fromkeys(_problems(place(path, storage_options))))
 
 
-def _problems(disk: Disk) -> Iterator[str]:
+def _problems(disk: Place) -> Iterator[str]:
     manifest: Manifest | None = None
     try:
-        for layer in load(disk.path)._wholes:
+        for layer in opened(disk)._wholes:
             yield from layer.problems()
     except CorruptRecordingError as error:
         yield str(error)
@@ -60,18 +66,16 @@ def _problems(disk: Disk) -> Iterator[str]:
             yield from _description_problems(rank, manifest)
         for number, name in _expected(rank):
             try:
-                opened = open_shard(rank, name)
+                shard = open_shard(rank, name)
                 if manifest is not None:
-                    check_identity(
-                        opened.shard, manifest.recording, rank_number(rank.path.name), number
-                    )
+                    check_identity(shard.shard, manifest.recording, rank_number(rank.name), number)
             except CorruptRecordingError as error:
                 yield str(error)
             else:
-                yield from _shard_problems(rank, name, opened)
+                yield from _shard_problems(rank, shard)
 
 
-def _description_problems(rank: Disk, manifest: Manifest) -> Iterator[str]:
+def _description_problems(rank: Place, manifest: Manifest) -> Iterator[str]:
     for read in (partial(read_own, rank, manifest), partial(read_ending, rank, manifest.recording)):
         try:
             read()
@@ -79,7 +83,7 @@ def _description_problems(rank: Disk, manifest: Manifest) -> Iterator[str]:
             yield str(error)
 
 
-def _expected(disk: Disk) -> Iterator[tuple[int, str]]:
+def _expected(disk: Place) -> Iterator[tuple[int, str]]:
     """The numbers and names of all shards that there should be, judging by the last that there is."""
     names = shard_names(disk)
     last = int(names[-1].partition(".")[0]) if names else -1
@@ -87,7 +91,7 @@ def _expected(disk: Disk) -> Iterator[tuple[int, str]]:
     yield from ((n, shard_name(n)) for n in range(min(last, 2 * len(names)) + 1))
 
 
-def _shard_problems(disk: Disk, name: str, opened: Opened) -> Iterator[str]:
+def _shard_problems(disk: Place, opened: Opened) -> Iterator[str]:
     shard, container, parts = opened
     for part in parts:
         for group in part.groups:
@@ -100,7 +104,7 @@ def _shard_problems(disk: Disk, name: str, opened: Opened) -> Iterator[str]:
         for tensor in container.tensors:
             if tensor.startswith(part.slot.key + "."):
                 owners[tensor] = part.slot.name
-    with (disk.path / name).open("rb") as file:
+    with disk.open(shard.name) as file:
         for tensor, extent in container.tensors.items():
             file.seek(extent.begin)
             found = _checksum(file, extent.end - extent.begin)

@@ -31,8 +31,8 @@ from ._shard import Call, Heading
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._disk import Disk, Unfinished
     from ._folder import Folder
+    from ._place import Place, Unfinished
 
 __all__ = ["Writer", "counted"]
 
@@ -71,7 +71,7 @@ class Writer:
 
     def __init__(
         self,
-        disk: Disk,
+        disk: Place,
         recording: str,
         folder: Folder,
         *,
@@ -244,7 +244,7 @@ class Writer:
             if self._failed:
                 return
             failure = WriteError(
-                f"recording into {self._disk.path.parent}: {shard_name(self._finished)} could not be written: {error}. "
+                f"recording into {self._disk.parent}: {shard_name(self._finished)} could not be written: {error}. "
                 f"The {self.committed} passes that were committed are safe; record(..., resume=True) goes on after them."
             )
             failure.__cause__ = error

@@ -1,0 +1,143 @@
+"""Where a recording is: a folder on disk, or a prefix in an object store. Everything the store does to files, it does there."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from actrec.errors import OptionError
+
+from ._disk import Disk
+from ._folder import Folder
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    import torch
+
+    from ._cache import Cache
+    from ._container import Writable
+
+__all__ = ["Lock", "Mapped", "Place", "Unfinished", "place"]
+
+_URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+)://(.*)", re.DOTALL)
+
+
+class Place(Protocol):
+    """A folder, or what stands for one."""
+
+    @property
+    def name(self) -> str:
+        """The last part of where it is."""
+
+    @property
+    def parent(self) -> str:
+        """Where it is, without that part."""
+
+    def __truediv__(self, name: str) -> Place:
+        """A folder in it."""
+
+    def shown(self, name: str) -> str:
+        """Where a file in it is, for a message."""
+
+    def exists(self) -> bool:
+        """Whether there is such a folder."""
+
+    def is_file(self) -> bool:
+        """Whether there is a file instead."""
+
+    def names(self) -> list[str]:
+        """What is in the folder, sorted; nothing if there is no folder."""
+
+    def size(self, name: str) -> int:
+        """The size of a file; ``FileNotFoundError`` if it is not there."""
+
+    def read(self, name: str, most: int) -> bytes:
+        """The first ``most`` bytes of a file."""
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file, to read it from one end to the other."""
+
+    def map(self, name: str, size: int) -> Mapped:
+        """The memory of a file that had ``size`` bytes when it was opened, for this process alone."""
+
+    def make(self) -> None:
+        """Make the folder, for one caller alone: ``FileExistsError`` for the others."""
+
+    def unmake(self) -> None:
+        """Remove the folder, if it is there and empty."""
+
+    def lock(self) -> Lock:
+        """Lock the folder that is there; ``BlockingIOError`` if somebody else has."""
+
+    def commit(
+        self, name: str, write: Callable[[Writable], object], *, exclusive: bool = False
+    ) -> None:
+        """Put a small file into the folder, whole or not at all.
+
+        If it is there already it is replaced, or, if this is ``exclusive``, stays: ``FileExistsError``.
+        """
+
+    def begin(self, name: str, write: Callable[[Writable], object]) -> Unfinished:
+        """Write a new file, so that all that is left to do is to ``finish()`` it."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+
+
+class Mapped(Protocol):
+    """The memory of a file, of which parts are asked for."""
+
+    def __getitem__(self, part: slice, /) -> torch.UntypedStorage: ...
+
+
+class Unfinished(Protocol):
+    """A file that is written, and not in its folder yet."""
+
+    def finish(self) -> None:
+        """Put it there, for certain."""
+
+    def discard(self) -> None:
+        """Take it away."""
+
+
+class Lock(Protocol):
+    """A folder is locked until this is released."""
+
+    def release(self) -> None:
+        """Let others have the folder. May be called again."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> bool | None: ...
+
+
+def place(
+    path: str | os.PathLike[str],
+    storage_options: Mapping[str, Any] | None = None,
+    cache: Cache | None = None,
+) -> Place:
+    """Where ``path`` leads: a URL, which a ``pathlib.Path`` never is, to an object store; a path to the disk."""
+    folder = Folder.of(path)
+    url = _URL.match(text := folder.__fspath__())
+    if url is None:
+        return Disk(text)
+    if url[1].lower() in {"file", "local"}:
+        return Disk(url2pathname(urlsplit(text).path))
+    if not url[2].strip("/"):
+        message = f"{text!r}: there is nothing behind the ://. Name a bucket and a folder, as in 's3://bucket/run'."
+        raise OptionError(message)
+    from ._bucket import Bucket  # noqa: PLC0415  # fsspec is imported for a URL alone
+
+    options = {**(folder.storage_options or {}), **(storage_options or {})}
+    return Bucket(text, options, folder.spool, cache)

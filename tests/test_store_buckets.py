@@ -1,0 +1,1028 @@
+"""Object stores: the same recordings as on disk, nothing half there, nothing lost, and a server that fails is told."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from actrec import (
+    ActrecError,
+    CorruptRecordingError,
+    OptionError,
+    ReadError,
+    RecordingExistsError,
+    RecordingNotFoundError,
+    WriteError,
+    load,
+    record,
+    verify,
+)
+from actrec.__main__ import main
+from actrec.store import Folder, _bucket, _cache, _disk
+from actrec.store._bucket import Bucket
+from actrec.store._disk import Disk
+from actrec.store._place import place
+from tests.object_store import Stand, s3_server
+from tests.stored import Net, assert_same, batches, same
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PASSES = 8
+SECRET = "a-secret-of-nobody"  # noqa: S105  # of nobody
+
+
+def run(into: Any = list, passes: int = PASSES, *, resume: bool = False) -> Any:
+    """The run of all tests here: what it records depends on nothing but the number of the pass."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    with record(net, inputs=True, into=into, resume=resume) as acts:
+        for step in range(acts.num_passes, passes):
+            net(torch.full((2, 4), float(step)) - 3)
+            acts.add("step", {"number": step, "label": torch.tensor([step])})
+    return acts
+
+
+def small(url: str, **options: Any) -> Folder:
+    """A folder in which each pass or two become a shard."""
+    return Folder(url, shard_bytes=4 * 1024, **options)
+
+
+def added(*values: Any, into: Any = list) -> Any:
+    """A recording with these values, one for each pass."""
+    net = nn.Identity()
+    with record(net, "", into=into) as acts:
+        for value in values:
+            net(torch.ones(1))
+            acts.add("x", value)
+    return acts
+
+
+@pytest.fixture(scope="module")
+def whole() -> Any:
+    return run()
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing waits before it tries again, and spools and caches are in folders of the test."""
+    monkeypatch.setattr(_bucket, "READ_WAITS", (0.0,))
+    monkeypatch.setattr(_bucket, "WRITE_WAITS", (0.0, 0.0))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    Stand.begin()
+
+
+@pytest.fixture
+def url() -> str:
+    return f"stand://{uuid.uuid4().hex}/run"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[dict[str, Any]]:
+    with s3_server() as options:
+        yield options
+
+
+@pytest.fixture
+def s3(server: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The URL of a folder in a new bucket on the server, and what is needed to reach it."""
+    bucket = uuid.uuid4().hex
+    fsspec.filesystem("s3", **server).mkdir(bucket)
+    return f"s3://{bucket}/run", server
+
+
+def objects(url: str, **options: Any) -> list[str]:
+    """What there is below a URL."""
+    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+    return sorted(name.partition("/run/")[2] for name in fs.find(path))
+
+
+def spooled(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*.safetensors"))
+
+
+def assert_is_the_beginning(found: Any, whole: Any) -> None:
+    """``found`` has exactly the first passes of ``whole``."""
+    for mine, theirs in ((found, whole), (found.inputs, whole.inputs)):
+        for name in theirs:
+            expected = list(theirs[name])[: found.num_passes]
+            layer = list(mine.get(name, []))
+            assert len(layer) == len(expected)
+            assert all(map(same, layer, expected))
+
+
+# --- The same as on disk -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["memory", "stand"])
+def test_a_recording_in_an_object_store_is_the_one_in_memory(scheme: str) -> None:
+    where = f"{scheme}://{uuid.uuid4().hex}/run"
+    torch.manual_seed(0)
+    net, expected = Net(), []
+    for into in (list, Folder(where, shard_bytes=100_000)):
+        torch.manual_seed(0)
+        with record(net, inputs=True, into=into) as acts:
+            for step, batch in enumerate(batches(6)):
+                net(batch)
+                acts.add("step", (step, {"half": torch.tensor([step]).half(), "name": "a"}))
+        expected.append(acts)
+    assert_same(expected[1], expected[0])
+    found = load(where)
+    assert_same(found, expected[0])
+    assert found.complete
+    assert verify(where) == []
+    assert repr(found) == repr(expected[1]).replace("recorded", "stored")
+
+
+def test_what_is_on_an_s3_server_is_what_was_recorded(
+    s3: tuple[str, dict[str, Any]], whole: Any
+) -> None:
+    where, options = s3
+    acts = run(small(where, storage_options=options))
+    assert_same(acts, whole)
+    assert_same(load(where, storage_options=options), whole)
+    assert_same(load(small(where, storage_options=options)), whole)
+    assert verify(where, storage_options=options) == []
+    names = objects(where, **options)
+    assert names[0] == "actrec.json"
+    assert names[-1] == "rank-00000/end.json"
+    assert len(names) > 4
+    assert "rank-00000/claim.json" not in names
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.bool])
+def test_saved_recordings_come_back(url: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    acts = added(*([torch.ones(n, 2).to(dtype), np.arange(n), None] for n in (3, 0, 2)))
+    acts.save(url)
+    assert_same(load(url), acts)
+    load(url).save(tmp_path / "disk")
+    assert_same(load(tmp_path / "disk"), acts)
+    with pytest.raises(RecordingExistsError, match="there is a recording already"):
+        acts.save(url)
+
+
+def test_the_command_line_shows_and_verifies_what_is_in_an_object_store(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(url)
+    assert main(["show", url]) == 0
+    assert "stored Sequential: 3 layers, 8 passes" in capsys.readouterr().out
+    assert main(["verify", url]) == 0
+    (shard,) = (path for path in Stand.store if url[8:] in path and path.endswith("s"))
+    data = bytearray(Stand.store[shard].getvalue())
+    data[-1] ^= 1
+    fsspec.filesystem("stand").pipe_file(shard, bytes(data))
+    assert main(["verify", url]) == 1
+    assert f"{url}/rank-00000/000000.safetensors is damaged: the checksum of the data of layer" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_path_is_a_url_only_if_it_is_text_with_a_scheme(tmp_path: Path) -> None:
+    assert isinstance(place(Path("s3://bucket/run")), Disk)
+    assert isinstance(place("runs/a"), Disk)
+    assert isinstance(place("memory://a"), Bucket)
+    assert str(place((tmp_path / "a b").as_uri())) == str(tmp_path / "a b")
+    assert str(place("local:///x")) == "/x"
+    run((tmp_path / "a b").as_uri())
+    assert (tmp_path / "a b" / "actrec.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "options", "message"),
+    [
+        ("stand://", {}, "nothing behind the ://"),
+        ("nobody://bucket/run", {}, "Protocol not known: nobody"),
+        ("abfs://bucket/run", {}, "needs a package that is not installed"),
+        ("s3://me:password@bucket/run", {}, "there is a password in that URL"),
+    ],
+)
+def test_what_fsspec_cannot_open_is_refused_before_anything_happens(
+    where: str, options: dict[str, Any], message: str
+) -> None:
+    for refused in (
+        lambda: load(where, storage_options=options),
+        lambda: run(Folder(where, storage_options=options)),
+        lambda: record(nn.Identity(), "", into=where, resume=True).__enter__(),
+    ):
+        with pytest.raises(OptionError, match=message) as caught:
+            refused()
+        assert "password@" not in str(caught.value)
+
+
+def test_a_cache_has_a_size(url: str) -> None:
+    for size in (0, -1, "1 GB"):
+        with pytest.raises(OptionError, match="cache_bytes"):
+            load(url, cache_bytes=size)  # type: ignore[arg-type]
+
+
+def test_fsspec_is_imported_for_a_url_alone() -> None:
+    script = """
+import sys, tempfile, torch, actrec
+path = tempfile.mkdtemp() + "/run"
+model = torch.nn.Linear(2, 2)
+with actrec.record(model, "", into=path):
+    model(torch.ones(3, 2))
+actrec.load(path)
+assert "fsspec" not in sys.modules
+try:
+    actrec.load("memory://nothing/here")
+except actrec.RecordingNotFoundError:
+    assert "fsspec" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_no_secret_is_shown_or_stored(s3: tuple[str, dict[str, Any]]) -> None:
+    where, options = s3
+    folder = small(where, storage_options=options)
+    acts = run(folder)
+    fs = fsspec.filesystem("s3", **options)
+    texts = [repr(folder), repr(acts), repr(load(folder)), repr(place(folder))]
+    texts += [fs.cat_file(f"{where}/{name}").decode("latin1") for name in objects(where, **options)]
+    wrong = {
+        **options,
+        "endpoint_url": "http://127.0.0.1:9",
+        "config_kwargs": {"retries": {"max_attempts": 0}},
+    }
+    for refused in (
+        lambda: run(folder),
+        lambda: run(Folder("s3://there-is-none/run", storage_options=options)),
+        lambda: load(where, storage_options=wrong),
+    ):
+        with pytest.raises(ActrecError) as caught:
+            refused()
+        texts.append(str(caught.value))
+    assert not [text for text in texts if SECRET in text]
+
+
+# --- Reading -----------------------------------------------------------------------------------------
+
+
+def test_opening_asks_once_for_each_shard_and_for_no_data(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Linear(4, 64 * 1024)
+    with record(net, "", into=Folder(url, shard_bytes=300_000)):
+        for _ in range(20):
+            net(torch.randn(1, 4))
+    shards = [name for name in objects(url) if name.endswith(".safetensors")]
+    assert len(shards) >= 10
+    Stand.begin()
+    found = load(url)
+    headers = [path for kind, path in Stand.log if kind == "cat" and path.endswith("s")]
+    assert len(headers) == len(shards) == len(set(headers))
+    assert len(Stand.log) <= len(shards) + 8
+    assert max(Stand.fetched) == _bucket._GUESS
+    assert found[""].passes == list(range(20))
+    assert "20 passes" in repr(found)
+    assert len(Stand.log) <= len(shards) + 8
+    monkeypatch.setattr(
+        _bucket, "_GUESS", 64
+    )  # headers are longer: the first is completed, the others are known
+    Stand.begin()
+    load(url)
+    headers = [path for kind, path in Stand.log if kind == "cat" and path.endswith("s")]
+    assert len(headers) <= len(shards) + 3
+
+
+def test_a_call_is_fetched_in_blocks_and_only_once(
+    url: str, monkeypatch: pytest.MonkeyPatch, whole: Any
+) -> None:
+    run(url)
+    monkeypatch.setattr(_cache, "BLOCK", 4096)
+    found = load(url)
+    Stand.begin()
+    assert same(found["0"][5], whole["0"][5])
+    assert [kind for kind, _ in Stand.log] == ["cat", "info"]
+    assert max(Stand.fetched) <= 4096
+    values = list(found["0"])
+    joined = found["0"].cat()
+    assert len(Stand.log) <= 6
+    assert same(joined, whole["0"].cat())
+    values[0].fill_(7)  # reaches no object
+    assert_same(load(url), whole)
+
+
+def test_the_cache_keeps_its_limit_and_values_outlive_it(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    net = nn.Linear(4, 1000)
+    with record(net, "", into=Folder(url, shard_bytes=6000)) as acts, torch.no_grad():
+        for _ in range(20):
+            net(torch.randn(1, 4))
+    monkeypatch.setattr(_cache, "BLOCK", 4096)
+    found = load(url, cache=tmp_path / "cache", cache_bytes=20_000)
+    cache = found._place._cache
+    values = []
+    for value in found[""]:
+        values.append(value)
+        assert 0 < cache.nbytes <= 20_000 + 8192
+        assert list((tmp_path / "cache").iterdir()) == []
+    assert all(map(same, values, acts[""]))
+    before = len(Stand.log)
+    assert same(found[""][0], values[0])  # which is fetched again
+    assert len(Stand.log) > before
+    found = load(url, cache_bytes=1)  # what is larger than the limit is there while it is used
+    assert all(map(same, found[""], values))
+
+
+def test_a_shard_of_many_blocks_is_fetched_in_several_steps(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = torch.randn(50_000)
+    added(value).save(url)
+    monkeypatch.setattr(_cache, "BLOCK", 4096)
+    Stand.begin()
+    assert same(load(url)["x"][0], value)
+    assert sum(kind == "info" for kind, _ in Stand.log) >= 3
+    assert sum(Stand.fetched) < 3 * 200_000
+
+
+def test_where_the_cache_has_no_room_that_is_said(url: str, tmp_path: Path) -> None:
+    run(url)
+    (tmp_path / "file").touch()
+    found = load(url, cache=tmp_path / "file")
+    with pytest.raises(ReadError, match=r"the cache in .*file: .*load\(..., cache=...\)"):
+        _ = found["0"][0]
+
+
+def replaced(url: str, change: Any) -> None:
+    """Change the first shard behind everybody's back."""
+    path = fsspec.core.url_to_fs(url)[1] + "/rank-00000/000000.safetensors"
+    fs = fsspec.filesystem("stand")
+    data = fs.cat_file(path)
+    fs.rm_file(path)
+    if change is not None:
+        fs.pipe_file(path, change(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-10], "it was changed since it was opened: it had .* bytes"),
+        (lambda data: data, "it was changed since it was opened"),
+        (None, "it was there when it was opened, and is gone"),
+    ],
+)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_an_object_that_changes_under_a_reader_is_found(
+    url: str, change: Any, message: str, pickled: bool
+) -> None:
+    run(url)
+    found = load(url)
+    replaced(url, change)
+    if pickled:  # then the header is read again, too
+        found = pickle.loads(pickle.dumps(found))
+        message += "|it is missing"
+    for use in (lambda: found["0"][0], found["0"].cat):
+        with pytest.raises(CorruptRecordingError, match=message):
+            use()
+
+
+def test_a_shard_that_was_cut_off_says_so_rather_than_how_the_store_puts_it(url: str) -> None:
+    run(url)
+    found = load(url)
+    replaced(url, lambda data: data[:-10])
+
+    def no_such_range(number: int, kind: str, path: str, done: bool) -> None:
+        if kind == "cat":
+            raise OSError(22, "the requested range is not satisfiable")
+
+    Stand.begin(no_such_range)
+    with pytest.raises(CorruptRecordingError, match="it was changed"):
+        _ = found["0"][0]
+    replaced_not = load_again(url)
+    with pytest.raises(ReadError, match="not satisfiable"):
+        _ = replaced_not()
+
+
+def load_again(url: str) -> Any:
+    other = url.replace("/run", "/other/run")
+    plan, Stand.plan = Stand.plan, staticmethod(lambda *_: None)
+    run(other)
+    found = load(other)
+    Stand.plan = staticmethod(plan)
+    return lambda: found["0"][0]
+
+
+def test_damaged_and_missing_objects_are_named(url: str) -> None:
+    run(small(url))
+    replaced(url, lambda data: data[:100])
+    with pytest.raises(
+        CorruptRecordingError, match=r"run/rank-00000/000000.safetensors is damaged"
+    ):
+        load(url)
+    assert "000000.safetensors is damaged" in verify(url)[0]
+    replaced(url, None)
+    with pytest.raises(
+        CorruptRecordingError, match=r"000000.safetensors is damaged: it is missing"
+    ):
+        load(url)
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.rm_file(path + "/actrec.json")
+    with pytest.raises(CorruptRecordingError, match=r"run/actrec.json is damaged: it is missing"):
+        load(url)
+    with pytest.raises(RecordingNotFoundError, match=r"no actrec.json in that folder"):
+        load(url.removesuffix("/run"))
+    with pytest.raises(RecordingNotFoundError, match="no such folder"):
+        load(url + "/nothing")
+
+
+def test_a_shard_that_goes_between_listing_and_opening_is_missing(url: str) -> None:
+    run(url)
+
+    def gone(number: int, kind: str, path: str, done: bool) -> None:
+        if kind == "cat" and path.endswith("s"):
+            raise FileNotFoundError(path)
+
+    Stand.begin(gone)
+    with pytest.raises(
+        CorruptRecordingError, match=r"000000.safetensors is damaged: it is missing"
+    ):
+        load(url)
+
+
+def test_a_store_that_refuses_or_is_not_there_is_named(
+    url: str, s3: tuple[str, dict[str, Any]]
+) -> None:
+    run(url)
+
+    def refuse(number: int, kind: str, path: str, done: bool) -> None:
+        raise PermissionError(13, "Forbidden")
+
+    Stand.begin(refuse)
+    for refused in (lambda: load(url), lambda: verify(url), lambda: run(url)):
+        Stand.log.clear()
+        with pytest.raises(ReadError, match=r"could not be read: PermissionError.*Forbidden"):
+            refused()
+        assert len(Stand.log) == 1  # which is not tried again
+
+    def refuse_to_write(number: int, kind: str, path: str, done: bool) -> None:
+        if kind in {"put", "rm"}:
+            raise PermissionError(13, "Forbidden")
+
+    Stand.begin(refuse_to_write)
+    with pytest.raises(WriteError, match=r"claim.json could not be written: .*Forbidden"):
+        run(url + "2")
+    with pytest.raises(WriteError, match=r"could not be"):
+        run(url, resume=True)
+    with pytest.raises(WriteError, match=r"x could not be removed: .*Forbidden"):
+        place(url).remove("x")
+    _, options = s3
+    nowhere = "s3://there-is-no-such-bucket/run"
+    with pytest.raises(RecordingNotFoundError, match="no such folder"):
+        load(nowhere, storage_options=options)
+    with pytest.raises(WriteError, match="The specified bucket does not exist"):
+        run(Folder(nowhere, storage_options=options))
+
+
+def test_reading_tries_again(url: str, whole: Any) -> None:
+    run(small(url))
+    failed = set()
+
+    def once(number: int, kind: str, path: str, done: bool) -> None:
+        if (kind, path) not in failed:
+            failed.add((kind, path))
+            raise ConnectionError("reset")
+
+    Stand.begin(once)
+    assert_same(load(url), whole)
+    failed.clear()
+    assert verify(url) == []
+    assert len(failed) > 8
+
+
+# --- Other processes ---------------------------------------------------------------------------------
+
+
+class Calls(Dataset[Any]):
+    """The calls of a layer, one by one."""
+
+    def __init__(self, recording: Any, name: str) -> None:
+        self.recording = recording
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.recording[self.name])
+
+    def __getitem__(self, index: int) -> Any:
+        return self.recording[self.name][index].clone()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_workers_read_from_the_server_themselves(
+    s3: tuple[str, dict[str, Any]], whole: Any, method: str
+) -> None:
+    where, options = s3
+    run(small(where, storage_options=options))
+    found = load(where, storage_options=options)
+    assert same(
+        found["0"][0], whole["0"][0]
+    )  # the connection, cache and lock of this process are in use
+    context = multiprocessing.get_context(method)
+    calls = Calls(found, "0")
+    loader = DataLoader(
+        calls, batch_size=None, num_workers=1, multiprocessing_context=context, timeout=60
+    )
+    with found._place._cache._lock:  # as another thread may have it
+        values = list(loader) if method == "fork" else []
+    values = values or list(loader)
+    assert all(map(same, values, whole["0"]))
+
+
+def test_a_forked_process_begins_with_connections_and_a_cache_of_its_own(
+    url: str, monkeypatch: pytest.MonkeyPatch, whole: Any
+) -> None:
+    run(url)
+    found = load(url)
+    value = found["0"][0]
+    cache, fs = found._place._cache, found._ranks[0].opened(0).shard._disk.fs
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    Stand.begin()
+    with cache._lock:
+        pass
+    assert cache.nbytes > 0
+    monkeypatch.setattr(
+        _bucket, "_filesystem", lambda *_: (fs, fs._strip_protocol(url + "/rank-00000"))
+    )
+    assert same(found["0"][0], value)
+    assert Stand.log  # it was fetched again
+    assert same(value, whole["0"][0])
+
+
+# --- Writing -----------------------------------------------------------------------------------------
+
+
+def failing(plan: Any, url: str, *, resume: bool = False) -> str | None:
+    """Run with a plan for the store; how it was left, if not by its end."""
+    Stand.begin(plan)
+    try:
+        run(small(url), resume=resume)
+    except ActrecError as error:
+        return str(error)
+    finally:
+        Stand.begin()
+    return None
+
+
+OPERATIONS = st.integers(1, 70)
+
+
+@given(OPERATIONS, st.booleans(), st.booleans(), OPERATIONS)
+@settings(max_examples=30, deadline=None)
+def test_whatever_fails_the_committed_passes_are_there_and_resuming_completes_them(
+    stop: int, done: bool, for_good: bool, again: int
+) -> None:
+    whole = run()
+    where = f"stand://{uuid.uuid4().hex}/run"
+
+    def outage(start: int) -> Any:
+        def plan(number: int, kind: str, path: str, after: bool) -> None:
+            if after == done and (number >= start if for_good else number == start):
+                raise ConnectionError("the network is down")
+
+        return plan
+
+    for number, start in enumerate((stop, again)):
+        failure = failing(outage(start), where, resume=number > 0)
+        if not for_good:
+            assert failure is None
+        try:
+            found = load(where)
+        except RecordingNotFoundError:
+            assert failure is not None
+            continue
+        assert verify(where) == []
+        assert_is_the_beginning(found, whole)
+        assert found.complete or failure is not None
+        for name in objects(where):
+            assert name.endswith((".safetensors", "claim.json", "end.json", "actrec.json"))
+    run(small(where), resume=True)
+    assert_same(load(where), whole)
+    assert load(where).complete
+    assert "rank-00000/claim.json" not in objects(where)
+
+
+def only(part: str, times: float = float("inf"), done: bool = False) -> Any:
+    """A plan: putting an object with this in its name fails so many times."""
+    left = [times]
+
+    def plan(number: int, kind: str, path: str, after: bool) -> None:
+        if kind == "put" and part in path and after == done and left[0] > 0:
+            left[0] -= 1
+            raise ConnectionError("reset by peer")
+
+    return plan
+
+
+@pytest.mark.parametrize("name", ["000002.safetensors", "actrec.json", "end.json", "claim.json"])
+@pytest.mark.parametrize("done", [False, True])
+def test_an_upload_that_fails_twice_is_done_at_the_third_time(
+    url: str, whole: Any, name: str, done: bool, tmp_path: Path
+) -> None:
+    assert failing(only(name, 2, done), url) is None
+    assert_same(load(url), whole)
+    assert load(url).complete
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upload_that_always_fails_is_told_once_and_its_file_kept(
+    url: str, whole: Any, tmp_path: Path
+) -> None:
+    failure = failing(only("000002"), url)
+    assert failure is not None
+    assert (
+        f"recording into {url}: 000002.safetensors could not be written: ConnectionError" in failure
+    )
+    assert "tried 3 times at most" in failure
+    (kept,) = tmp_path.rglob("*.safetensors")
+    assert f"The file is kept as {kept}. The " in failure
+    assert "resume=True) goes on after them" in failure
+    found = load(url)
+    assert not found.complete
+    assert_is_the_beginning(found, whole)
+    assert kept.stat().st_mode & 0o777 == 0o600
+    # Uploaded by hand, it counts.
+    passes = found.num_passes
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.put_file(str(kept), f"{path}/rank-00000/{kept.name}")
+    assert load(url).num_passes > passes
+    assert_is_the_beginning(load(url), whole)
+    assert failing(lambda *_: None, url, resume=True) is None
+    assert_same(load(url), whole)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_error_of_an_upload_is_raised_once(url: str) -> None:
+    Stand.begin(only("000001"))
+    net = nn.Linear(4, 3)
+    told = []
+    with pytest.raises(RuntimeError, match="the block"), record(net, "", into=small(url)):
+        after = 0
+        until = time.monotonic() + 60
+        while after < 50 and time.monotonic() < until:  # until it has failed, and on
+            try:
+                net(torch.randn(2, 4))
+            except WriteError as error:
+                told.append(str(error))
+            after += len(told)
+        message = "the block"
+        raise RuntimeError(message)
+    assert len(told) == 1
+
+
+def test_what_arrives_cut_off_is_sent_again(url: str, whole: Any, monkeypatch: Any) -> None:
+    put, cut = Stand.put_file, [1]
+
+    def truncate(fs: Stand, lpath: str, rpath: str, **options: Any) -> None:
+        put(fs, lpath, rpath, **options)
+        if cut:
+            cut.pop()
+            fs.store[fs._strip_protocol(rpath)].truncate(300)
+            options.clear()
+
+    monkeypatch.setattr(Stand, "put_file", truncate)
+    failure = failing(lambda *_: None, url)
+    assert (
+        failure is not None
+    )  # an object that is there is never replaced, not even by its own writer
+    assert "000000.safetensors could not be written" in failure
+    assert "another run has written it" in failure or "have arrived" in failure
+
+
+def test_two_runs_do_not_begin_in_one_place(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = Bucket.names
+    net = nn.Linear(4, 3)
+    with record(net, "", into=url) as acts:
+        net(torch.ones(2, 4))
+        acts.add("x", 1)
+        with pytest.raises(RecordingExistsError, match="there is a recording already"):
+            run(url)
+        with pytest.raises(RecordingExistsError, match="another run is recording there now"):
+            run(url, resume=True)
+        monkeypatch.setattr(Bucket, "names", lambda _: [])  # as it was a moment ago
+        with pytest.raises(RecordingExistsError, match="another run has just begun there"):
+            run(url)
+        monkeypatch.setattr(Bucket, "names", names)
+    assert list(load(url)["x"]) == [1]
+
+
+def test_only_a_folder_that_is_empty_or_a_recording_is_recorded_into(url: str) -> None:
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.pipe_file(path, b"x")
+    with pytest.raises(RecordingExistsError, match="that is a file"):
+        run(url)
+    fs.pipe_file(path + "2/other", b"x")
+    with pytest.raises(RecordingExistsError, match="that folder has other things in it"):
+        run(url + "2")
+    assert fs.cat_file(path + "2/other") == b"x"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_that_was_taken_over_from_another_machine_is_stopped(
+    url: str, whole: Any, tmp_path: Path, late: bool
+) -> None:
+    """Its spool is another one, so that nothing tells the two that both live."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    with (
+        pytest.raises(WriteError, match=r"another run has taken over|has written it") as caught,
+        record(net, inputs=True, into=small(url, spool=tmp_path / "a")) as acts,
+    ):
+        for _ in range(0 if late else 3):
+            net(torch.ones(2, 4))
+            acts.add("step", {"number": 0, "label": torch.tensor([0])})
+        writer = acts["0"]._stream._writer
+        idle = 0
+        while idle < 50:  # there are moments between two steps of the writer
+            busy = writer._queue or writer._writing or writer._shards != writer._finished
+            idle = 0 if busy else idle + 1
+            time.sleep(0.001)
+        run(small(url, spool=tmp_path / "b"), resume=True)
+        net(torch.ones(2, 4))
+        acts.add("step", {"number": 0, "label": torch.tensor([0])})
+    assert "resume=True" in str(caught.value)
+    found = load(url)
+    assert found.complete
+    assert found.num_passes == PASSES
+    assert verify(url) == []
+    if late:
+        assert_same(found, whole)
+
+
+def test_a_claim_that_somebody_removed_is_lost(url: str) -> None:
+    mine = place(url) / "rank-00000"
+    mine.make()
+    lock = mine.lock()
+    mine.check_claim()
+    mine.remove("claim.json")
+    with pytest.raises(WriteError, match=f"another run has taken over {url}/rank-00000"):
+        mine.commit("end.json", lambda file: file.write(b"{}"))
+    lock.release()
+    assert objects(url) == []
+
+
+def test_an_upload_that_ends_after_another_run_has_taken_over_is_told(
+    url: str, tmp_path: Path
+) -> None:
+    mine = place(url) / "rank-00000"
+    mine.make()
+    lock = mine.lock()
+    unfinished = mine.begin("000000.safetensors", lambda file: file.write(b"x"))
+    Stand.store[fsspec.core.url_to_fs(url)[1] + "/rank-00000/claim.json"].write(b'{"claim": 0}')
+    with pytest.raises(WriteError, match=r"has taken over .*: its claim says .*claim.*: 0"):
+        unfinished.finish()
+    lock.release()
+    assert spooled(tmp_path) == []
+
+
+def test_the_claim_of_another_run_stays(url: str) -> None:
+    mine = place(url) / "rank-00000"
+    mine.make()
+    lock = mine.lock()
+    Stand.store[fsspec.core.url_to_fs(url)[1] + "/rank-00000/claim.json"].write(b'{"claim": 0}')
+    lock.release()
+    lock.release()
+    assert objects(url) == ["rank-00000/claim.json"]
+
+
+def test_a_claim_that_cannot_be_removed_does_no_harm(url: str, whole: Any) -> None:
+    def no_more(number: int, kind: str, path: str, done: bool) -> None:
+        if kind == "rm":
+            raise ConnectionError("down")
+
+    assert failing(no_more, url) is None
+    assert load(url).complete
+    assert "rank-00000/claim.json" in objects(url)
+    run(url, resume=True)
+    assert_same(load(url), whole)
+
+
+def test_a_process_that_was_forked_off_keeps_its_hands_off_the_claim(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = place(url) / "rank-00000"
+    mine.make()
+    lock = mine.lock()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: -1)
+        lock.release()
+    assert objects(url) == ["rank-00000/claim.json"]
+
+
+def test_the_spool_is_of_its_user_alone_and_says_where_it_is(url: str, tmp_path: Path) -> None:
+    mine = place(Folder(url, spool=tmp_path / "spool")) / "rank-00000"
+    folder = mine._spooling().path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(WriteError, match=r"belongs to somebody else.*spool="):
+        run(Folder(url, spool=tmp_path / "spool"))
+    assert objects(url) == []  # the claim was given up
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"the spool in .*file.*Folder\(..., spool=...\)"):
+        run(Folder(url, spool=tmp_path / "file"))
+    assert objects(url) == []
+
+
+def test_a_spool_without_room_is_told_and_nothing_stays_in_it(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Any, data: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_disk._File, "write", full)
+        failure = failing(lambda *_: None, url)
+    assert failure is not None
+    assert "No space left on device. Folder(..., spool=...) puts it elsewhere" in failure
+    assert spooled(tmp_path) == []
+
+
+def test_at_most_two_shards_are_in_the_spool(url: str, tmp_path: Path) -> None:
+    most = 0
+
+    def look(number: int, kind: str, path: str, done: bool) -> None:
+        nonlocal most
+        most = max(most, len(spooled(tmp_path)))
+
+    assert failing(look, url) is None
+    assert 1 <= most <= 2
+
+
+def test_errors_that_come_again_are_not_tried_again(url: str) -> None:
+    Stand.begin(lambda *_: None)
+    tries = []
+
+    def refuse(number: int, kind: str, path: str, done: bool) -> None:
+        if kind == "put" and "000001" in path:
+            tries.append(path)
+            raise PermissionError(13, "the token has expired")
+
+    failure = failing(refuse, url)
+    assert failure is not None
+    assert "the token has expired" in failure
+    assert len(tries) == 1
+
+
+# --- One wins ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["disk", "disk without links", "bucket"])
+def test_of_those_who_create_an_object_exclusively_one_wins(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    if kind == "disk without links":
+
+        def no_links(*_: Any) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", no_links)
+    where = place(url if kind == "bucket" else tmp_path / "a" / "b")
+    if kind != "bucket":
+        where.make()
+    where.commit("x", lambda file: file.write(b"first"), exclusive=True)
+    with pytest.raises(FileExistsError):
+        where.commit("x", lambda file: file.write(b"first"), exclusive=True)
+    assert where.read("x", 100) == b"first"
+    where.commit("x", lambda file: file.write(b"second"))
+    assert where.read("x", 100) == b"second"
+    where.commit("y", lambda file: (file.write(b"...."), file.write_at_start(b"ab")))
+    assert where.read("y", 100) == b"ab.."
+    assert where.names() == ["x", "y"]
+    if kind == "disk without links":
+        return
+    won = []
+
+    def create(number: int) -> None:
+        try:
+            where.commit("z", lambda file: file.write(str(number).encode()), exclusive=True)
+        except FileExistsError:
+            return
+        won.append(number)
+
+    lock = threading.Lock()
+    pipe = Stand.pipe_file
+    monkeypatch.setattr(Stand, "pipe_file", lambda *a, **k: locked(lock, pipe, *a, **k))
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert where.read("z", 100) == str(won[0]).encode()
+    assert where.names() == ["x", "y", "z"]
+
+
+def test_whoever_comes_second_by_a_moment_fails_too(url: str) -> None:
+    there = place(url)
+    there.commit("x", lambda file: file.write(b"first"), exclusive=True)
+
+    def not_yet(number: int, kind: str, path: str, done: bool) -> None:
+        if number == 1:
+            raise FileNotFoundError(path)
+
+    Stand.begin(not_yet)
+    with pytest.raises(FileExistsError, match="another run has written it"):
+        there.commit("x", lambda file: file.write(b"second"), exclusive=True)
+    assert there.read("x", 100) == b"first"
+
+
+def locked(lock: Any, function: Any, *args: Any, **options: Any) -> Any:
+    with lock:
+        return function(*args, **options)
+
+
+def test_on_a_server_that_has_conditions_whoever_comes_second_fails(
+    s3: tuple[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    where, options = s3
+    bucket = place(where, options)
+    bucket._put("x", b"first", exclusive=True)
+    bucket._put("x", b"first", exclusive=True)  # as after an answer that was lost
+    with pytest.raises(FileExistsError, match="another run has written it"):
+        bucket._put("x", b"second", exclusive=True)
+    assert bucket.read("x", 100) == b"first"
+    (tmp_path / "y").write_bytes(b"first")
+    bucket._put("y", tmp_path / "y", exclusive=True)
+    (tmp_path / "y").write_bytes(b"other")
+    with pytest.raises(FileExistsError, match="another run has written it"):
+        bucket._put("y", tmp_path / "y", exclusive=True)
+
+
+def test_large_objects_arrive_in_parts(s3: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    where, options = s3
+    data = os.urandom(1 << 16) * (36 * 16)
+    (tmp_path / "x").write_bytes(data)
+    bucket = place(where, options)
+    bucket._put("x", tmp_path / "x", exclusive=True)
+    assert bucket.size("x") == len(data)
+    with bucket.open("x") as file:
+        assert file.seekable()
+        assert file.read() == data
+        assert file.read() == b""
+    fs, path = fsspec.core.url_to_fs(where, **options)
+    assert fs.info(path + "/x")["ETag"].endswith('-3"')
+
+
+# --- Kill --------------------------------------------------------------------------------------------
+
+CHILD = """
+import json, sys, time
+from actrec.store import _bucket
+from tests.test_store_buckets import run, small
+
+put = _bucket.Bucket._put_once
+
+def hang(bucket, name, source, **options):
+    if name.startswith("000003"):
+        print("uploading", flush=True)
+        time.sleep(1000)
+    put(bucket, name, source, **options)
+
+_bucket.Bucket._put_once = hang
+run(small(sys.argv[1], spool=sys.argv[2], storage_options=json.loads(sys.argv[3])))
+"""
+
+
+def test_after_a_kill_of_the_process_that_uploads_resuming_completes_the_run(
+    s3: tuple[str, dict[str, Any]], tmp_path: Path, whole: Any
+) -> None:
+    where, options = s3
+    command = [sys.executable, "-c", CHILD, where, str(tmp_path), json.dumps(options)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "uploading\n"
+        process.kill()
+    assert "000003.safetensors" in spooled(tmp_path)
+    (spool,) = tmp_path.iterdir()
+    (spool / "000099.safetensors").touch()  # of a run that had come further, say
+    found = load(where, storage_options=options)
+    assert not found.complete
+    assert 0 < found.num_passes < PASSES
+    assert_is_the_beginning(found, whole)
+    assert verify(where, storage_options=options) == []
+    run(small(where, spool=tmp_path, storage_options=options), resume=True)
+    found = load(where, storage_options=options)
+    assert found.complete
+    assert_same(found, whole)
+    assert list(tmp_path.iterdir()) == []
