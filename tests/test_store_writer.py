@@ -512,10 +512,10 @@ def test_an_error_at_the_very_end_is_raised_too(
 ) -> None:
     commit = _disk.Disk.commit
 
-    def fail(disk: Any, name: str, write: Any) -> None:
+    def fail(disk: Any, name: str, write: Any, **options: Any) -> None:
         if name == "end.json":
             raise OSError("broken")
-        commit(disk, name, write)
+        commit(disk, name, write, **options)
 
     monkeypatch.setattr(_disk.Disk, "commit", fail)
     net = nn.Linear(4, 3)

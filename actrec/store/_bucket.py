@@ -328,7 +328,12 @@ class Bucket:
                 self.remove(CLAIM)
 
     def commit(
-        self, name: str, write: Callable[[Writable], object], *, exclusive: bool = False
+        self,
+        name: str,
+        write: Callable[[Writable], object],
+        *,
+        exclusive: bool = False,
+        by: object = None,  # noqa: ARG002  # there is nothing until it is there
     ) -> None:
         """Put a small object, by way of memory. If it is ``exclusive``, one that is there stays: ``FileExistsError``."""
         made = _Memory()

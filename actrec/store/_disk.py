@@ -98,13 +98,19 @@ class Disk:
         Disk(self.path.parent).sync()
 
     def commit(
-        self, name: str, write: Callable[[Writable], object], *, exclusive: bool = False
+        self,
+        name: str,
+        write: Callable[[Writable], object],
+        *,
+        exclusive: bool = False,
+        by: object = None,
     ) -> None:
         """Put a file into the folder, in one step: it is there whole, and on the disk, or not at all.
 
-        If it is there already it is replaced, or, if this is ``exclusive``, stays: ``FileExistsError``.
+        If it is there already it is replaced, or, if this is ``exclusive``, stays: ``FileExistsError``. Until
+        it has its name it is in the folder of whom it is ``by``.
         """
-        unfinished = Unfinished(self, name, exclusive=exclusive)
+        unfinished = Unfinished(self, name, exclusive=exclusive, by=by)
         unfinished.write(write)
         unfinished.finish()
 
@@ -169,13 +175,15 @@ class Lock(AbstractContextManager[None]):
 class Unfinished:
     """A file that is written, but has neither reached the disk for certain nor got its name."""
 
-    def __init__(self, disk: Disk, name: str, *, exclusive: bool = False) -> None:
+    def __init__(
+        self, disk: Disk, name: str, *, exclusive: bool = False, by: object = None
+    ) -> None:
         self._disk = disk
         self._name = name
         self._exclusive = exclusive
         # Where several may write the same name, each has a file of its own until one has won.
         own = f".{uuid.uuid4().hex}" if exclusive else ""
-        self._path = disk.path / (name + own + UNFINISHED)
+        self._path = Path(str(by or disk)) / (name + own + UNFINISHED)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         self._fd = os.open(self._path, flags, 0o666)
 

@@ -218,7 +218,7 @@ def publish(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool =
             if shard_names(rank):
                 raise corrupt(disk.shown(MANIFEST), "it is missing")
         with suppress(FileExistsError):
-            disk.commit(MANIFEST, lambda file: file.write(new.content()), exclusive=True)
+            disk.commit(MANIFEST, lambda file: file.write(new.content()), exclusive=True, by=own)
             return new
     there = _described_there(disk)
     try:

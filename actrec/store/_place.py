@@ -75,11 +75,17 @@ class Place(Protocol):
         """Lock the folder that is there; ``BlockingIOError`` if somebody else has."""
 
     def commit(
-        self, name: str, write: Callable[[Writable], object], *, exclusive: bool = False
+        self,
+        name: str,
+        write: Callable[[Writable], object],
+        *,
+        exclusive: bool = False,
+        by: object = None,
     ) -> None:
         """Put a small file into the folder, whole or not at all.
 
-        If it is there already it is replaced, or, if this is ``exclusive``, stays: ``FileExistsError``.
+        If it is there already it is replaced, or, if this is ``exclusive``, stays: ``FileExistsError``. Until
+        it has its name it is in the folder of whom it is ``by``, in nobody else's way.
         """
 
     def begin(self, name: str, write: Callable[[Writable], object]) -> Unfinished:
