@@ -74,9 +74,11 @@ def _measured(many: int, kib: int, *, quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         here = {name: Path(folder, name) for name in ways}
         work = {name: partial(_write, way, here[name], batches) for name, way in ways.items()}
-        yield from _rows(
-            f"writing {size}", take_turns(work, rounds), TARGET if kib > SMALL else None
-        )
+        times = take_turns(work, rounds)
+        yield from _rows(f"writing {size}", times, TARGET if kib > SMALL else None)
+        megabytes = many * LAYERS * kib * 2**10 / 1e6
+        rates = [megabytes / seconds for seconds in times["actrec"]]
+        yield Row.of(f"writing {size}: actrec, each second", rates, unit="MB")
         for what, calls in _orders(many).items():
             work = {
                 name: partial(_read, way, here[name], shape, calls) for name, way in ways.items()
