@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ._device import refuse_graph_capture
 from ._nested import Value, rebuild
-from ._snapshot import check, normal_mode, snapshot, twin
+from ._snapshot import check, cloned, is_distributed, normal_mode, on_part, snapshot, twin
 from .errors import CaptureError, TransformError
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ class Capture:
             return snapshot(tensor, detach=self.detach)
         check(tensor)
         with normal_mode():
+            if self.detach and not move and is_distributed(tensor):
+                return on_part(tensor, lambda part: part.to(self.dtype, copy=True))
             return (tensor.detach() if self.detach else tensor).to(
                 device=self.device if move else tensor.device,
                 dtype=self.dtype if cast else tensor.dtype,
@@ -151,7 +153,7 @@ class _Loan:
         check(tensor)
         alias = tensor.detach()
         with normal_mode():
-            copy = alias.clone() if alias.numel() <= SMALL else twin(alias)
+            copy = cloned(alias) if alias.numel() <= SMALL else twin(alias)
         if copy is not None:
             return copy
         if not alias.is_inference():  # torch itself refuses to write to those in place

@@ -22,7 +22,7 @@ from ._inputs import Parameters
 from ._missing import warn_ungraded, warn_unused
 from ._offload import Deferred, Offload
 from ._recording import Layer, ListLayer, Recorder, SinkLayer
-from ._select import Choice, Query, Selection, select
+from ._select import Choice, Query, Selection, select, type_name
 from ._track import Calls, Session, Track
 from .errors import ActrecError, OptionError
 
@@ -292,7 +292,7 @@ class _Block(AbstractContextManager[Recorder]):
             self._session.stop.layers = frozenset(self._tracks)
         added = {} if self._stream is None else {"added": self._stream.added}
         recorder = Recorder(
-            type(self._model).__name__,
+            type_name(self._model),
             layers,
             self._names(),
             self._session,
@@ -322,9 +322,9 @@ class _Block(AbstractContextManager[Recorder]):
         from .store._manifest import LayerInfo, Manifest, described  # noqa: PLC0415
 
         manifest = Manifest(
-            type(self._model).__name__,
+            type_name(self._model),
             tuple(
-                LayerInfo(choice.key, type(choice.module).__name__, described(choice.transform))
+                LayerInfo(choice.key, type_name(choice.module), described(choice.transform))
                 for choice in self._selection.choices
             ),
             self._names(),
@@ -342,7 +342,7 @@ class _Block(AbstractContextManager[Recorder]):
         )
 
     def _layer(self, choice: Choice, role: Literal["output", "input", "grad"] = "output") -> Layer:
-        kind = type(choice.module).__name__
+        kind = type_name(choice.module)
         if self._stream is not None:
             number = self._selection.choices.index(choice)
             assert role != "grad"  # noqa: S101  # for the type checker: a path has none

@@ -8,6 +8,7 @@ answered with *choices*: a module, the key under which it is recorded, and all o
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,7 +21,7 @@ from .errors import OptionError, SelectionError, UnsupportedModelError, listed, 
 if TYPE_CHECKING:
     from ._capture import Transform
 
-__all__ = ["Choice", "Query", "Selection", "select"]
+__all__ = ["Choice", "Query", "Selection", "select", "type_name"]
 
 #: One layer query; ``record()`` also takes an iterable of them, or a mapping from them to transforms.
 Query: TypeAlias = (
@@ -29,6 +30,15 @@ Query: TypeAlias = (
 
 #: Segments that wrappers add to the names of what they wrap, their only child.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def type_name(module: nn.Module) -> str:
+    """The type of a module as its author named it: ``fully_shard`` makes a ``FSDPLinear`` of a ``Linear``."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards a model has imported it
+    kind: type = getattr(fsdp, "FSDPModule", type(None))
+    if not isinstance(module, kind):
+        return type(module).__name__
+    return next(one.__name__ for one in type(module).__mro__ if not issubclass(one, kind))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +115,7 @@ class _Model:
     """A model as queries see it."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.type = type(model).__name__
+        self.type = type_name(model)
         self.names = list(_walk(_Name("", "", model)))
         self.by_full = {name.full: name for name in self.names}
         self.of: dict[int, list[_Name]] = {}
@@ -115,7 +125,7 @@ class _Model:
 
     def why_not(self, name: _Name) -> str | None:
         """Why hooks on this module would never run, and what to write instead; ``None`` if they do."""
-        kind = type(name.module).__name__
+        kind = type_name(name.module)
         spelled = name.short or name.full
         if name.full in self.inlined:
             return (
@@ -207,7 +217,7 @@ def _by_test(
 
 
 def _by_type(model: _Model, kind: type) -> list[tuple[str, nn.Module]]:
-    kinds = sorted({type(name.module).__name__ for name in model.hookable()})
+    kinds = sorted({type_name(name.module) for name in model.hookable()})
     complaint = f"no layer of this {model.type} is a {kind.__name__}; there are {listed(kinds, 20)}"
     never_run = (model.why_not(n) for n in model.names if isinstance(n.module, kind))
     complaint = next(filter(None, never_run), complaint)
@@ -217,7 +227,7 @@ def _by_type(model: _Model, kind: type) -> list[tuple[str, nn.Module]]:
 def _by_module(model: _Model, module: nn.Module) -> list[tuple[str, nn.Module]]:
     names = model.of.get(id(module))
     if names is None:
-        kind = type(module).__name__
+        kind = type_name(module)
         message = (
             f"record(): the {kind} given as a layer is not part of this {model.type}. Layers are looked up "
             "by identity: a copy, or the model before it was wrapped or moved into another, does not count."

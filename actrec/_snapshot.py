@@ -20,8 +20,9 @@ nowhere else. A tensor is shared only if all of this holds, and is cloned otherw
 from __future__ import annotations
 
 import ctypes
+import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -29,9 +30,19 @@ from torch import Tensor
 from .errors import CaptureError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["check", "held", "memory", "normal_mode", "snapshot", "twin"]
+__all__ = [
+    "check",
+    "cloned",
+    "held",
+    "is_distributed",
+    "memory",
+    "normal_mode",
+    "on_part",
+    "snapshot",
+    "twin",
+]
 
 
 # --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
@@ -107,9 +118,40 @@ def check(tensor: Tensor) -> None:
         raise CaptureError(message)
 
 
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a ``DTensor``, of which each rank has a part."""
+    if type(tensor) is Tensor:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def on_part(tensor: Any, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a ``DTensor`` like this one, whose part here is ``change(part)``. Nobody communicates.
+
+    ``DTensor.clone()`` does: it adds up what is yet to be added up, and forgets about kinds of that.
+    """
+    with torch.no_grad():
+        part = change(tensor.to_local())
+    spread = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+    made = type(tensor).from_local(part, tensor.device_mesh, tensor.placements, **spread)
+    return cast("Tensor", made)
+
+
+def cloned(tensor: Tensor) -> Tensor:
+    """A clone, made without a word to other ranks."""
+    if not is_distributed(tensor):
+        return tensor.clone()
+    if tensor.requires_grad and torch.is_grad_enabled():  # where the graph is kept
+        return tensor.to(tensor.dtype, copy=True)
+    return on_part(tensor, torch.clone)
+
+
 def _clone(tensor: Tensor) -> Tensor:
     """A clone that is as small as its content: dimensions that were expanded stay expanded."""
     check(tensor)
+    if is_distributed(tensor):
+        return cloned(tensor)
     if tensor.layout is torch.strided and not tensor.is_nested and 0 in tensor.stride():
         stored = tensor
         for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):

@@ -787,15 +787,18 @@ def use(path: Path) -> bool:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("small") / "r"
     net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
-    with record(net, inputs=True, into=Folder(path, seconds=0)) as acts:
+    into = Folder(path, seconds=0, rank=0, world_size=2)
+    with record(net, inputs=True, into=into) as acts:
         for step in range(3):
             net(torch.ones(2, 3))
             acts.add("x", {"a": [step, (torch.ones(1).expand(3), None)]})
+    with record(net, "1", into=Folder(path, rank=1, world_size=2)):  # with a description of its own
+        net(torch.ones(2, 3))
     return path
 
 
 @many_mutations
-@given(st.integers(0, 10), MUTATIONS)
+@given(st.integers(0, 20), MUTATIONS)
 def test_mutated_files_are_found_by_verify_and_never_crash(
     small: Path, tmp_path: Path, which: int, mutations: list[tuple[str, int, int]]
 ) -> None:

@@ -17,8 +17,9 @@ a folder, described on a page of its own in the documentation.
 """
 
 from ._folder import Folder
+from ._ranks import RankInfo
 from ._reader import StoredRecording, load
 from ._tree import Fields
 from ._verify import verify
 
-__all__ = ["Fields", "Folder", "StoredRecording", "load", "verify"]
+__all__ = ["Fields", "Folder", "RankInfo", "StoredRecording", "load", "verify"]

@@ -77,6 +77,11 @@ class Disk:
         unfinished.write(write)
         return unfinished
 
+    def unmake(self) -> None:
+        """Remove the folder, if it is there and empty."""
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         (self.path / name).unlink(missing_ok=True)
@@ -155,6 +160,21 @@ class Unfinished:
             raise
         self._disk.sync()
 
+    def finish_first(self, disk: Disk) -> bool:
+        """Put it onto the disk, and then into another folder, unless there is a file of that name; whether it is there."""
+        try:
+            try:
+                os.fsync(self._fd)
+            finally:
+                os.close(self._fd)
+            _link(self._path, disk.path / self._name)
+        except FileExistsError:
+            return False
+        finally:
+            self._unlink()
+        disk.sync()
+        return True
+
     def discard(self) -> None:
         """Take it away."""
         os.close(self._fd)
@@ -163,6 +183,19 @@ class Unfinished:
     def _unlink(self) -> None:
         with contextlib.suppress(OSError):
             self._path.unlink()
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give a file another name, which nobody else has given: ``FileExistsError`` otherwise."""
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        with name.open("xb") as file:
+            file.write(path.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class _File:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from actrec.errors import OptionError
+
+from ._format import MAX_RANKS
 
 __all__ = ["Folder"]
 
@@ -18,7 +20,7 @@ class Folder(os.PathLike[str]):
     """A path to record into, with settings of its own: ``record(model, into=Folder("run", budget=2**28))``.
 
     >>> Folder("runs/minilm", shard_bytes=64 * 2**20)
-    Folder(path='runs/minilm', shard_bytes=67108864, budget=1073741824, seconds=60.0)
+    Folder(path='runs/minilm', shard_bytes=67108864, budget=1073741824, seconds=60.0, rank=None, world_size=None)
 
     Wherever a path will do, a ``Folder`` will do, and the other way round.
     """
@@ -30,6 +32,10 @@ class Folder(os.PathLike[str]):
     budget: int = 1024 * MEBI
     #: What is complete is committed after so many seconds, however little it is.
     seconds: float = 60.0
+    #: Which rank this process is, and of how many: for launchers other than ``torchrun``, when ``torch.distributed``
+    #: is not initialised either. Both or neither.
+    rank: int | None = field(default=None, kw_only=True)
+    world_size: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("shard_bytes", "budget", "seconds"):
@@ -41,6 +47,19 @@ class Folder(os.PathLike[str]):
             ):
                 message = f"Folder({name}={value!r}): expected a number greater than 0."
                 raise OptionError(message)
+        self._check_rank()
+
+    def _check_rank(self) -> None:
+        rank, ranks = self.rank, self.world_size
+        if rank is None and ranks is None:
+            return
+        call = f"Folder(rank={rank!r}, world_size={ranks!r})"
+        if type(rank) is not int or type(ranks) is not int:
+            message = f"{call}: expected two integers, such as rank=3, world_size=8, or neither."
+            raise OptionError(message)
+        if not 0 <= rank < ranks <= MAX_RANKS:
+            message = f"{call}: ranks are numbered from 0, and there are at most {MAX_RANKS:,}."
+            raise OptionError(message)
 
     def __fspath__(self) -> str:
         return os.fspath(self.path)

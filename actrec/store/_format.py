@@ -28,6 +28,7 @@ __all__ = [
 FORMAT: Final = "actrec"
 VERSION: Final = 1
 MANIFEST: Final = "actrec.json"
+OWN: Final = "rank.json"
 END: Final = "end.json"
 UNFINISHED: Final = ".tmp"
 
@@ -38,6 +39,7 @@ MAX_DEPTH: Final = 64  # of nesting in a value
 MAX_STRUCTURE: Final = 1 << 22  # characters that describe one value
 MAX_ITEMS: Final = 1 << 17  # calls, and tensors in them, in one shard
 MAX_SIZE: Final = 1 << 62  # any size or number
+MAX_RANKS: Final = 100_000
 
 #: What a layer's values are: what it returned, what it received, or what the user added.
 Role: TypeAlias = Literal["output", "input", "gradient", "added"]

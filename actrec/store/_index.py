@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from ._container import Container
     from ._disk import Disk
+    from ._parts import Spread
 
 __all__ = ["Group", "Part", "Run", "Shard", "numbers"]
 
@@ -82,10 +83,13 @@ class Leaf:
         """The tensor of a call, as a view of the file."""
         shape = self.shape(call)
         stored = [1 if dim in self.expanded else size for dim, size in enumerate(shape)]
+        return self._view(storage, *self.place(call), stored).expand(shape)
+
+    def place(self, call: int) -> tuple[int, int]:
+        """Where the bytes of a call begin in the file, and how many they are."""
         run = bisect_right(self.calls, call) - 1
         before = self.before[run] + self._stored(run) * (call - self.calls[run])
-        begin, nbytes = self.begin + before * self.row, self._stored(run) * self.row
-        return self._view(storage, begin, nbytes, stored).expand(shape)
+        return self.begin + before * self.row, self._stored(run) * self.row
 
     def whole(self, storage: Callable[[], torch.UntypedStorage], *shape: int) -> Tensor:
         """All calls as one tensor of this shape."""
@@ -135,21 +139,26 @@ class Group:
 
     def value(self, call: int) -> Value:
         """What call number ``call`` of the group returned."""
-        return self._decoded(lambda k: self.leaves[k].tensor(call, self.shard.storage))
+        return self.decoded(lambda k: self.leaves[k].tensor(call, self.shard.storage))
 
     def example(self, call: int) -> Value:
         """A value like it, that takes no memory and touches no data."""
-        return self._decoded(
+        return self.decoded(
             lambda k: torch.zeros((), dtype=self.leaves[k].dtype).expand(self.leaves[k].shape(call))
         )
 
     def filled(self, tensors: list[Tensor]) -> Value:
         """A value of the same structure with these tensors."""
-        return self._decoded(tensors.__getitem__)
+        return self.decoded(tensors.__getitem__)
 
-    def _decoded(self, tensor: Callable[[int], Tensor]) -> Value:
+    def decoded(
+        self,
+        tensor: Callable[[int], Tensor],
+        whole: Callable[[int, Spread], Tensor] | None = None,
+    ) -> Value:
+        """A value of the group, of these tensors; ``whole`` makes those of which there are parts."""
         try:
-            return decode(self.structure, tensor)
+            return decode(self.structure, tensor, whole)
         except Defect as defect:
             raise corrupt(self.shard.path, defect) from None
 

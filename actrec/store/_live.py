@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn, overload
 
 import torch
@@ -17,9 +19,18 @@ from actrec.errors import (
 )
 
 from ._disk import Disk, Lock
-from ._format import END, MANIFEST, UNFINISHED, Role, Slot, corrupt
+from ._format import END, MANIFEST, OWN, UNFINISHED, Role, Slot, corrupt
 from ._manifest import Manifest, read_manifest
-from ._reader import Rank, StoredLayer, StoredRecording, load, shard_names
+from ._rank import here
+from ._reader import (
+    Rank,
+    StoredLayer,
+    StoredRecording,
+    load,
+    rank_folder,
+    rank_folders,
+    shard_names,
+)
 from ._shard import Call, storable
 from ._shard import write as write_shard
 from ._tree import Encoded, decode, encode
@@ -36,9 +47,12 @@ if TYPE_CHECKING:
 __all__ = ["LiveLayer", "Stream", "claim", "encoded"]
 
 
-def encoded(value: Value) -> Encoded:
-    """Take a value apart into what is written; ``CaptureError`` if it cannot be stored."""
-    structure, tensors = encode(value)
+def encoded(value: Value, *, parts: bool = False) -> Encoded:
+    """Take a value apart into what is written; ``CaptureError`` if it cannot be stored.
+
+    With ``parts``, a rank stores its part of a ``DTensor``, and relies on the others to do so too.
+    """
+    structure, tensors = encode(value, parts=parts)
     return Encoded(structure, [storable(tensor) for tensor in tensors])
 
 
@@ -52,9 +66,10 @@ class Stream:
         passes: Passes,
         *,
         resume: bool = False,
-        rank: int = 0,
     ) -> None:
+        rank, ranks, run = here(folder.rank, folder.world_size)
         self._disk = Disk(folder)
+        self._rank = rank
         self._passes = passes
         self._counts: dict[tuple[Role, str], StoredLayer] = {}
         self._added: dict[str, int] = {}
@@ -62,34 +77,42 @@ class Stream:
         self._stored: StoredRecording | None = None
         self.error: str | None = "the block was dropped without being left"
         self.closed = False
-        own = self._disk / f"rank-{rank:05d}"
+        own = self._disk / rank_folder(rank)
         call = f"record(into={str(self._disk.path)!r})"
-        self._lock = claim(call, self._disk, own, resume=resume)
+        names = {name: key for name, key in manifest.names.items() if name != key}
+        manifest = replace(manifest, names=names, ranks=ranks, run=run)
+        self._lock = claim(call, self._disk, own, manifest, resume=resume)
         try:
-            self._writer = self._open(own, folder, manifest, rank)
+            self._writer = self._open(call, own, folder, manifest, resume=resume)
         except BaseException:
             self._lock.release()
             raise
         _opened.add(self)
 
-    def _open(self, own: Disk, folder: Folder, manifest: Manifest, rank: int) -> Writer:
-        shards = committed = 0
-        try:
-            there = read_manifest(self._disk)
-        except FileNotFoundError:
-            if shard_names(own):
-                raise corrupt(self._disk.path / MANIFEST, "it is missing") from None
-            self._disk.commit(MANIFEST, lambda file: file.write(manifest.content()))
+    def _open(
+        self, call: str, own: Disk, folder: Folder, manifest: Manifest, *, resume: bool
+    ) -> Writer:
+        there = publish(call, self._disk, own, manifest, resume=resume)
+        found = Rank(own, there)
+        described = found.manifest
+        if found.has_begun:
+            described.check_same(self._disk.path, manifest)
+            self._remember(StoredRecording(self._disk, there, [found], only=found.number))
+            described = replace(described, ranks=manifest.ranks)
         else:
-            there.check_same(self._disk.path, manifest)
-            manifest = there
-            found = Rank(own, manifest)
+            described = replace(manifest, recording=there.recording, run=there.run)
+        if resume:
             _discard_leftovers(own, found)
-            shards, committed = len(found.shards), found.committed
-            self._remember(StoredRecording(self._disk, manifest, [found]))
-        self._passes.count = committed
+        if described != found.manifest:
+            own.commit(OWN, lambda file: file.write(described.own_content()))
+        self._passes.count = found.committed
         return Writer(
-            own, manifest.recording, folder, rank=rank, shards=shards, committed=committed
+            own,
+            there.recording,
+            folder,
+            rank=found.number,
+            shards=len(found.shards),
+            committed=found.committed,
         )
 
     def _remember(self, before: StoredRecording) -> None:
@@ -132,7 +155,7 @@ class Stream:
             )
             raise ActrecError(message)
         if self._stored is None:
-            self._stored = load(self._disk.path)
+            self._stored = load(self._disk.path, rank=self._rank)
         layers = self._stored._input_layers if slot.role == "input" else self._stored._layers
         layer = layers.get(slot.name)
         return layer if isinstance(layer, StoredLayer) else StoredLayer(slot.name, slot.type)
@@ -159,17 +182,22 @@ class Stream:
         return self._writer.unseen()
 
 
-def claim(call: str, disk: Disk, own: Disk, *, resume: bool = False) -> Lock:
-    """Make the folder of this writer, or with ``resume`` take the one that is there; nobody else gets it."""
+# --- Beginning ---------------------------------------------------------------------------------------
+
+
+def claim(call: str, disk: Disk, own: Disk, new: Manifest, *, resume: bool = False) -> Lock:
+    """Make the folder of this rank, or with ``resume`` take the one that is there; nobody else gets it."""
     if disk.path.exists() and not disk.path.is_dir():
         raise _taken(call, "that is a file")
     names = disk.names()
-    is_recording = MANIFEST in names or own.path.name in names
+    is_recording = MANIFEST in names or any(rank_folders(disk))
     if names and not is_recording:
         raise _taken(call, f"that folder has other things in it ({names[0][:60]!r})")
     if is_recording and not resume:
-        go_on = "Go on with it: record(..., resume=True); or delete it, or choose another path."
-        raise _taken(call, "there is a recording already", go_on)
+        if new.ranks == 1 or own.path.name in names:
+            raise _taken(call, "there is a recording already", _GO_ON)
+        if MANIFEST in names:
+            _check_run(call, _described_there(disk), new)
     disk.path.mkdir(parents=True, exist_ok=True)
     try:
         own.make()
@@ -180,6 +208,49 @@ def claim(call: str, disk: Disk, own: Disk, *, resume: bool = False) -> Lock:
         return own.lock()
     except BlockingIOError:
         raise _taken(call, "another run is recording there now") from None
+
+
+def publish(call: str, disk: Disk, own: Disk, new: Manifest, *, resume: bool = False) -> Manifest:
+    """Describe the recording, if no other rank has done so; return what describes it."""
+    # Written in the rank's own folder, it is in nobody's way until it is there.
+    if MANIFEST not in disk.names():
+        for rank in rank_folders(disk) if resume else [own]:
+            if shard_names(rank):
+                raise corrupt(disk.path / MANIFEST, "it is missing")
+        unfinished = own.begin(MANIFEST, lambda file: file.write(new.content()))
+        if unfinished.finish_first(disk):
+            return new
+    there = _described_there(disk)
+    try:
+        if not resume:
+            _check_run(call, there, new)
+    except RecordingExistsError:
+        own.unmake()
+        raise
+    return there
+
+
+def _described_there(disk: Disk) -> Manifest:
+    until = time.monotonic() + _PATIENCE
+    # On a file system without links, a rank may be about to write it.
+    while not disk.size(MANIFEST) and time.monotonic() < until:
+        time.sleep(_PATIENCE / 100)
+    return read_manifest(disk)
+
+
+_PATIENCE = 1.0  # seconds
+
+
+def _check_run(call: str, there: Manifest, new: Manifest) -> None:
+    """The ranks of one run share a path, and nobody else."""
+    if there.run != new.run:
+        ranks = f"a run of {there.ranks} ranks" if there.ranks > 1 else "a single process"
+        raise _taken(
+            call, f"{ranks} records there, or has recorded, and this is another run", _GO_ON
+        )
+
+
+_GO_ON = "Go on with it: record(..., resume=True); or delete it, or choose another path."
 
 
 def _taken(call: str, why: str, what_to_do: str = "Choose another path.") -> RecordingExistsError:
@@ -212,7 +283,7 @@ class LiveLayer(Layer):
         self._new: list[Form] = []  # one for each call
 
     def keep(self, value: Value, number: int) -> None:
-        found = encoded(value)
+        found = encoded(value, parts=True)
         look = found.structure, *((t.dtype, tuple(t.shape)) for t in found.tensors)
         size = sum(tensor.nbytes for tensor in found.tensors)
         self._stream.keep(self._slot, found, number)

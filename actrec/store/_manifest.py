@@ -1,10 +1,10 @@
-"""``actrec.json``: what a recording is of. Written once, before anything is recorded."""
+"""What a recording is of: ``actrec.json``, which the first rank writes, and ``rank.json`` of a rank that differs."""
 
 from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from ._format import (
     MANIFEST,
     MAX_ITEMS,
     MAX_JSON,
+    MAX_RANKS,
+    OWN,
     VERSION,
     Defect,
     corrupt,
@@ -33,7 +35,15 @@ if TYPE_CHECKING:
 
     from ._disk import Disk
 
-__all__ = ["Ending", "LayerInfo", "Manifest", "described", "read_ending", "read_manifest"]
+__all__ = [
+    "Ending",
+    "LayerInfo",
+    "Manifest",
+    "described",
+    "read_ending",
+    "read_manifest",
+    "read_own",
+]
 
 
 def described(transform: Callable[..., Any] | None) -> str | None:
@@ -54,7 +64,7 @@ class LayerInfo:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What ``actrec.json`` says."""
+    """What ``actrec.json`` says; or ``rank.json``, which says of one rank what is different there."""
 
     model: str
     layers: tuple[LayerInfo, ...]
@@ -63,24 +73,38 @@ class Manifest:
     dtype: str | None = None
     grads: bool = False
     recording: str = field(default_factory=lambda: uuid.uuid4().hex)
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+    ranks: int = 1
 
     def content(self) -> bytes:
-        """The file, readable for people too."""
-        layers = [
-            {"name": layer.name, "type": layer.type, "transform": layer.transform}
-            for layer in self.layers
-        ]
+        """``actrec.json``, readable for people too."""
         about = {
             "format": FORMAT,
             "version": VERSION,
             "recording": self.recording,
+            "run": self.run,
             "made_by": {"actrec": _own_version(), "torch": torch.__version__},
+            **self._description(),
+        }
+        return json.dumps(about, indent=1).encode()
+
+    def own_content(self) -> bytes:
+        """``rank.json``."""
+        about = {"recording": self.recording, **self._description()}
+        return json.dumps(about, indent=1).encode()
+
+    def _description(self) -> dict[str, Any]:
+        layers = [
+            {"name": layer.name, "type": layer.type, "transform": layer.transform}
+            for layer in self.layers
+        ]
+        return {
+            "ranks": self.ranks,
             "model": self.model,
             "options": {"inputs": self.inputs, "grads": self.grads, "dtype": self.dtype},
             "layers": layers,
             "names": {name: key for name, key in self.names.items() if name != key},
         }
-        return json.dumps(about, indent=1).encode()
 
     def check_same(self, path: object, new: Manifest) -> None:
         """Raise ``ResumeError`` if ``new`` describes another recording than this one."""
@@ -142,6 +166,21 @@ def _json(disk: Disk, name: str) -> Any:
         raise Defect(message) from error
 
 
+def read_own(disk: Disk, manifest: Manifest) -> Manifest | None:
+    """Read ``rank.json`` of a rank; ``None`` if ``actrec.json`` says it all."""
+    if OWN not in disk.names():
+        return None
+    try:
+        about = mapping(_json(disk, OWN), "the file", "recording")
+        need(about["recording"] == manifest.recording, _FOREIGN)
+        return replace(_description(about), recording=manifest.recording, run=manifest.run)
+    except Defect as defect:
+        raise corrupt(disk.path / OWN, defect) from None
+
+
+_FOREIGN = "it belongs to another recording"
+
+
 def _parsed(content: Any) -> Manifest:
     about = mapping(content, "the file", "format", "version")
     need(about["format"] == FORMAT, "it does not describe a recording of actrec")
@@ -149,10 +188,22 @@ def _parsed(content: Any) -> Manifest:
         about["version"] == VERSION,
         f"it is of version {str(about['version'])[:20]} of the format, and this actrec reads version {VERSION}",
     )
-    about = mapping(about, "the file", "recording", "model", "options", "layers", "names")
+    about = mapping(about, "the file", "recording", "run")
+    return replace(
+        _description(about),
+        recording=text(about["recording"], "the identity of the recording"),
+        run=text(about["run"], "the identity of the run"),
+    )
+
+
+def _description(about: dict[str, Any]) -> Manifest:
+    """What both files have."""
+    about = mapping(about, "the file", "ranks", "model", "options", "layers", "names")
     options = mapping(about["options"], "the options", "inputs", "grads", "dtype")
     layers = items(about["layers"], "the layers")
     need(len(layers) <= MAX_ITEMS, f"it lists {len(layers)} layers")
+    ranks = integer(about["ranks"], "the number of ranks", MAX_RANKS)
+    need(ranks > 0, "the number of ranks is 0")
     names = mapping(about["names"], "the names")
     return Manifest(
         text(about["model"], "the model"),
@@ -161,7 +212,7 @@ def _parsed(content: Any) -> Manifest:
         options["inputs"] is True,
         _optional(options["dtype"], "the dtype"),
         options["grads"] is True,
-        text(about["recording"], "the identity of the recording"),
+        ranks=ranks,
     )
 
 
@@ -207,7 +258,7 @@ def read_ending(disk: Disk, recording: str) -> Ending | None:
         return None
     try:
         about = mapping(_json(disk, END), "the file", "recording", "passes", "shards", "error")
-        need(about["recording"] == recording, "it belongs to another recording")
+        need(about["recording"] == recording, _FOREIGN)
         return Ending(
             recording,
             integer(about["passes"], "the number of passes"),

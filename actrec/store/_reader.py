@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Final, NoReturn, overload
 
 import torch
 from torch import Tensor
 
-from actrec._display import shown
+from actrec._display import count, shown
 from actrec._forms import Form, form
 from actrec._join import joined
 from actrec._passes import Count
 from actrec._recording import Layer, Recording
-from actrec.errors import ActrecError, RecordingNotFoundError
+from actrec.errors import ActrecError, OptionError, RecordingNotFoundError
 
 from ._disk import Disk
 from ._format import END, MANIFEST, Role, corrupt
 from ._index import Group, Part, Shard, numbers
-from ._manifest import Ending, Manifest, read_ending, read_manifest
+from ._manifest import Ending, Manifest, read_ending, read_manifest, read_own
+from ._ranks import RankInfo, listed_ranks, summary
+from ._whole import WholeLayer, has_parts
 
 if TYPE_CHECKING:
     import os
@@ -34,11 +37,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Rank", "StoredLayer", "StoredRecording", "load"]
 
-RANK: Final = re.compile(r"rank-[0-9]{5}")
+_RANK: Final = re.compile(r"rank-[0-9]{5}")
 _SHARD: Final = re.compile(r"[0-9]{6,}\.safetensors")
 
 
-def load(path: str | os.PathLike[str]) -> StoredRecording:
+def load(path: str | os.PathLike[str], *, rank: int | None = None) -> StoredRecording:
     """Open a stored recording.
 
     >>> import tempfile, torch, actrec
@@ -64,12 +67,20 @@ def load(path: str | os.PathLike[str]) -> StoredRecording:
     A recording that was not closed properly (the process was killed, the block left by an exception, the
     disk full) has all the passes that were committed, and says so: ``acts.complete`` is false.
 
+    What several ranks of ``torch.distributed`` have recorded is read as one recording: calls are ordered by
+    pass, and within a pass by rank; ``acts[name].ranks`` says whose they are. The parts of a ``DTensor`` become one
+    call, a plain tensor that is whole, assembled when it is asked for; where a part is missing, the call is left
+    out. ``acts.ranks`` says how far each rank has come, and ``acts.rank(2)`` is what rank 2 has recorded, with its
+    parts as they are. With ``rank=2``, nothing but the folder of that rank is opened: it can be read though
+    another one is damaged.
+
     Containers come back in their structure: tuples, lists, dicts, named tuples, NumPy arrays and Python's
     numbers and strings as themselves, dataclasses and other classes as :class:`actrec.store.Fields`. No
     class that a file names is ever imported.
 
     Raises:
         RecordingNotFoundError: there is no recording at ``path``.
+        OptionError: there is no such rank.
         CorruptRecordingError: a file is damaged; the message names it and what is wrong with it. Only
             headers are checked: :func:`verify` also checks the data.
     """
@@ -77,14 +88,27 @@ def load(path: str | os.PathLike[str]) -> StoredRecording:
     try:
         manifest = read_manifest(disk)
     except (FileNotFoundError, NotADirectoryError):
-        ranks = filter(RANK.fullmatch, disk.names())
-        if any(shard_names(disk / rank) for rank in ranks):
+        if any(map(shard_names, rank_folders(disk))):
             raise corrupt(disk.path / MANIFEST, "it is missing") from None
         there = "no actrec.json in that folder" if disk.path.is_dir() else "no such folder"
         message = f"load({str(disk.path)!r}): there is no recording there ({there})."
         raise RecordingNotFoundError(message) from None
-    folders = filter(RANK.fullmatch, disk.names())
-    return StoredRecording(disk, manifest, [Rank(disk / name, manifest) for name in folders])
+    if rank is None:
+        ranks = [Rank(folder, manifest) for folder in rank_folders(disk)]
+        return StoredRecording(disk, manifest, ranks)
+    folders = {rank_number(folder.path.name): folder for folder in rank_folders(disk)}
+    numbered = range(max([manifest.ranks - 1, *folders]) + 1)
+    rank = _one_of(f"load({str(disk.path)!r}, rank={rank!r})", rank, numbered)
+    ranks = [Rank(folders[rank], manifest)] if rank in folders else []
+    return StoredRecording(disk, manifest, ranks, only=rank)
+
+
+def _one_of(call: str, rank: int, there: Sequence[int]) -> int:
+    if type(rank) is not int or rank not in there:
+        ranks = f"rank {there[0]} alone" if len(there) == 1 else f"ranks {there[0]} to {there[-1]}"
+        message = f"{call}: there is no such rank; the recording has {ranks}."
+        raise OptionError(message)
+    return rank
 
 
 class Rank:
@@ -92,6 +116,7 @@ class Rank:
 
     def __init__(self, disk: Disk, manifest: Manifest) -> None:
         self.number = rank_number(disk.path.name)
+        self.manifest = read_own(disk, manifest) or manifest
         self.shards: list[Shard] = []
         self.committed = 0
         self.ending: Ending | None = read_ending(disk, manifest.recording)
@@ -127,9 +152,28 @@ class Rank:
         return [shard for shard in self.shards if shard not in left]
 
     @property
-    def complete(self) -> bool:
-        """Whether the writer was closed properly."""
-        return self.ending is not None and self.ending.error is None
+    def has_begun(self) -> bool:
+        """Whether anything was written, if only that there was nothing."""
+        return bool(self.shards) or self.ending is not None
+
+    @property
+    def info(self) -> RankInfo:
+        """How far the writer has come."""
+        if self.ending is None:
+            error: str | None = "killed or still recording"
+        else:
+            error = self.ending.error and f"left by {self.ending.error}"
+        return RankInfo(self.number, self.committed, error is None, error)
+
+
+def rank_folder(rank: int) -> str:
+    """The folder of a rank."""
+    return f"rank-{rank:05d}"
+
+
+def rank_folders(disk: Disk) -> list[Disk]:
+    """The folders of all ranks, in order."""
+    return [disk / name for name in disk.names() if _RANK.fullmatch(name)]
 
 
 def rank_number(folder: str) -> int:
@@ -182,6 +226,19 @@ class StoredLayer(Layer):
     @property
     def passes(self) -> list[int]:
         return sorted(numbers(self._runs))
+
+    @property
+    def ranks(self) -> list[int]:
+        """For each call, the rank that has recorded it; of a tensor in parts, the first of those ranks.
+
+        All zeros, unless a run of several processes was recorded.
+        """
+        owners = [
+            stretch.group.shard.heading.rank
+            for stretch in self._stretches
+            for _ in range(stretch.many)
+        ]
+        return owners if self._order is None else [owners[index] for index in self._order]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -287,25 +344,38 @@ def _whole(group: Group, number: int) -> Tensor:
 class StoredRecording(Recording):
     """A recording on disk, as :func:`actrec.load` opens it."""
 
-    def __init__(self, disk: Disk, manifest: Manifest, ranks: Sequence[Rank]) -> None:
+    #: ``only`` says that the recording is that of one rank alone, in whose own words its tensors are.
+    def __init__(
+        self, disk: Disk, manifest: Manifest, ranks: Sequence[Rank], *, only: int | None = None
+    ) -> None:
         self._path = disk.path
+        self._disk = disk
+        self._manifest = manifest
         self._ranks = ranks
-        self.chosen = frozenset(layer.name for layer in manifest.layers)
+        self._only = only
+        described = [rank.manifest for rank in ranks] or [manifest]
+        info = {layer.name: layer.type for one in reversed(described) for layer in one.layers}
+        names = dict.fromkeys(layer.name for one in described for layer in one.layers)
+        info = {name: info[name] for name in names}
+        self.chosen = frozenset(info)
         parts = self._parts(ranks)
-        info = {layer.name: layer.type for layer in manifest.layers}
-        layers = _layers("output", info, parts) | _layers("added", {}, parts)
-        self._input_layers = _layers("input", info, parts) if manifest.inputs else {}
-        grads = _layers("gradient", info, parts) if manifest.grads else {}
+        whole = only is None
+        layers = _layers("output", info, parts, whole=whole)
+        layers |= _layers("added", {}, parts, whole=whole)
+        inputs = any(one.inputs for one in described)
+        self._input_layers = _layers("input", info, parts, whole=whole) if inputs else {}
+        grads = any(one.grads for one in described)
+        grad_layers = _layers("gradient", info, parts, whole=whole) if grads else {}
         order = [name for role, name in parts if role in {"output", "added"}]
         committed = Count(max((rank.committed for rank in ranks), default=0))
         super().__init__(
-            manifest.model,
+            ", ".join(dict.fromkeys(one.model for one in described)),
             layers,
-            manifest.names,
+            {name: key for one in reversed(described) for name, key in one.names.items()},
             order,
             committed,
             inputs=self._input_layers,
-            grads=grads,
+            grads=grad_layers,
         )
 
     @staticmethod
@@ -317,19 +387,84 @@ class StoredRecording(Recording):
         return parts
 
     @property
+    def num_passes(self) -> int:
+        """The number of committed passes: where several ranks have recorded, of the rank that has most.
+
+        Each rank counts its own passes. ``acts.ranks`` says how many each one has.
+        """
+        return super().num_passes
+
+    @cached_property
+    def ranks(self) -> tuple[RankInfo, ...]:
+        """How far each rank of the run has come: one :class:`RankInfo` for each, also for those that wrote nothing.
+
+        A single process is rank 0.
+        """
+        there = [rank.info for rank in self._ranks]
+        if self._only is not None:
+            return tuple(listed_ranks(there, [self._only]))
+        run = max([self._manifest.ranks, *(rank.manifest.ranks for rank in self._ranks)])
+        return tuple(listed_ranks(there, range(max([run, *(i.number + 1 for i in there)]))))
+
+    def rank(self, number: int) -> StoredRecording:
+        """Return what one rank has recorded, as a recording of its own; nothing is read or copied.
+
+        >>> import tempfile, torch, actrec
+        >>> path = tempfile.mkdtemp() + "/run"
+        >>> model = torch.nn.Linear(4, 3)
+        >>> for rank in range(2):  # torchrun would start two processes, and say which is which
+        ...     folder = actrec.store.Folder(path, rank=rank, world_size=2)
+        ...     with actrec.record(model, "", into=folder):
+        ...         output = model(torch.randn(5 + rank, 4))
+        >>> acts = actrec.load(path)
+        >>> len(acts[""]), acts[""].ranks, acts.rank(1)[""][0].shape
+        (2, [0, 1], torch.Size([6, 3]))
+
+        Of a ``DTensor`` it has that rank's local part, as a plain tensor. Raises ``OptionError`` if the run had no
+        such rank; of one that wrote nothing, there are no calls.
+        """
+        _one_of(f"acts.rank({number!r})", number, [info.number for info in self.ranks])
+        found = [rank for rank in self._ranks if rank.number == number]
+        return StoredRecording(self._disk, self._manifest, found, only=number)
+
+    @property
     def complete(self) -> bool:
-        """Whether the recording was closed properly, so that nothing is missing at its end."""
-        return bool(self._ranks) and all(rank.complete for rank in self._ranks)
+        """Whether every rank was closed properly, so that nothing is missing at the end."""
+        return all(rank.complete for rank in self.ranks) and not self._left_out
+
+    @property
+    def _wholes(self) -> list[WholeLayer]:
+        """The layers whose calls are made of parts."""
+        layers = [*self._layers.values(), *self._input_layers.values()]
+        return [layer for layer in layers if isinstance(layer, WholeLayer)]
+
+    @property
+    def _left_out(self) -> int:
+        """How many calls are left out, because parts of their tensors are missing."""
+        return sum(layer.left_out for layer in self._wholes)
 
     def _title(self) -> str:
-        return f"stored {shown(self._model)}" + ("" if self.complete else " (incomplete)")
+        reasons = list(summary(self.ranks)) if len(self.ranks) > 1 else []
+        if self._left_out:
+            reasons.append(f"{count(self._left_out, 'call')} left out for want of parts")
+        why = f" (incomplete{': ' * bool(reasons)}{'; '.join(reasons)})"
+        return f"stored {shown(self._model)}" + ("" if self.complete else why)
 
 
 def _layers(
-    role: Role, info: Mapping[str, str], parts: Mapping[tuple[Role, str], list[Part]]
+    role: Role,
+    info: Mapping[str, str],
+    parts: Mapping[tuple[Role, str], list[Part]],
+    *,
+    whole: bool,
 ) -> dict[str, Layer]:
     kinds = {name: found[0].slot.type for (kind, name), found in parts.items() if kind == role}
-    return {
+    layers = {
         name: StoredLayer(name, kind, parts.get((role, name), ()))
         for name, kind in {**info, **kinds}.items()
     }
+    return {name: _made_whole(layer) if whole else layer for name, layer in layers.items()}
+
+
+def _made_whole(layer: StoredLayer) -> Layer:
+    return WholeLayer(layer) if any(has_parts(g.structure) for g in layer._groups) else layer

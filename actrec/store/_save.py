@@ -8,9 +8,10 @@ from actrec.errors import CaptureError
 
 from ._disk import Disk
 from ._folder import Folder
-from ._format import MANIFEST, Slot
-from ._live import claim, encoded
+from ._format import Slot
+from ._live import claim, encoded, publish
 from ._manifest import LayerInfo, Manifest
+from ._reader import rank_folder
 from ._shard import Call
 from ._writer import Writer
 
@@ -28,16 +29,17 @@ def save(recording: Recording, path: str | os.PathLike[str]) -> None:
     layers = list(_layers(recording))
     _check(layers)
     disk, folder = Disk(path), Folder.of(path)
-    own = disk / "rank-00000"
-    with claim(f"save({str(disk.path)!r})", disk, own):
-        manifest = Manifest(
-            recording._model,
-            tuple(LayerInfo(slot.name, slot.type) for slot, _ in layers if slot.role == "output"),
-            dict(recording._aliases),
-            inputs=recording._inputs is not None,
-            grads=recording._grads is not None,
-        )
-        disk.commit(MANIFEST, lambda file: file.write(manifest.content()))
+    own = disk / rank_folder(0)
+    name = f"save({str(disk.path)!r})"
+    manifest = Manifest(
+        recording._model,
+        tuple(LayerInfo(slot.name, slot.type) for slot, _ in layers if slot.role == "output"),
+        dict(recording._aliases),
+        inputs=recording._inputs is not None,
+        grads=recording._grads is not None,
+    )
+    with claim(name, disk, own, manifest):
+        publish(name, disk, own, manifest)
         writer = Writer(own, manifest.recording, folder)
         error: str | None = "save() did not finish"
         try:

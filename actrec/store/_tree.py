@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from actrec._nested import Opaque, Value, is_array
+from actrec._snapshot import is_distributed
 from actrec.errors import CaptureError
 
 from ._format import (
@@ -36,6 +37,7 @@ from ._format import (
     need,
     text,
 )
+from ._parts import Spread, local, spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -87,11 +89,14 @@ class Encoded(NamedTuple):
     tensors: list[Tensor]
 
 
-def encode(value: Value) -> Encoded:
-    """Take a value apart; ``CaptureError`` if there is something in it that cannot be stored."""
+def encode(value: Value, *, parts: bool = False) -> Encoded:
+    """Take a value apart; ``CaptureError`` if there is something in it that cannot be stored.
+
+    With ``parts``, of a ``DTensor`` there is the part of this rank, and how it is spread.
+    """
     if type(value) is Tensor:
         return Encoded(TENSOR, [value])
-    encoder = _Encoder()
+    encoder = _Encoder(parts=parts)
     try:
         structure = json.dumps(
             encoder.node(value, 0), separators=(",", ":"), allow_nan=False, ensure_ascii=True
@@ -113,7 +118,9 @@ def _qualified(kind: type) -> str:
 
 
 class _Encoder:
-    def __init__(self) -> None:
+    def __init__(self, *, parts: bool) -> None:
+        self.parts = parts
+        self.ranks: set[tuple[int, ...]] = set()  # of the meshes
         self.tensors: list[Tensor] = []
         self.numbers: dict[int, int] = {}  # by id of the tensor
         self.nodes = 0
@@ -125,6 +132,8 @@ class _Encoder:
         if self.nodes > _MAX_NODES:
             raise CaptureError(_TOO_LARGE)
         if isinstance(value, Tensor):
+            if self.parts and is_distributed(value):
+                return self.part(value)
             return {"tensor": self.number(value)}
         if is_array(value):
             return self.array(value)
@@ -138,6 +147,19 @@ class _Encoder:
             self.numbers[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)
         return self.numbers[id(tensor)]
+
+    def part(self, tensor: Tensor) -> Any:
+        found = spread(tensor)
+        self.ranks.add(found.ranks)
+        if len(self.ranks) > 1:
+            message = (
+                "its tensors are spread over different ranks. Let a transform take one of them"
+            )
+            raise CaptureError(message)
+        if id(tensor) not in self.numbers:
+            self.numbers[id(tensor)] = len(self.tensors)
+            self.tensors.append(local(tensor))
+        return {"dtensor": self.numbers[id(tensor)]} | found.node()
 
     def array(self, value: Any) -> Any:
         numpy = sys.modules["numpy"]
@@ -247,12 +269,20 @@ def _constant(value: Any) -> tuple[bool, Any]:  # noqa: C901, PLR0911, PLR0912  
 # --- Reading -----------------------------------------------------------------------------------------
 
 
-def decode(structure: str, tensor: Callable[[int], Tensor]) -> Value:
-    """Put a value together again; ``Defect`` if the text describes none. ``tensor(k)`` is its tensor ``k``."""
+def decode(
+    structure: str,
+    tensor: Callable[[int], Tensor],
+    whole: Callable[[int, Spread], Tensor] | None = None,
+) -> Value:
+    """Put a value together again; ``Defect`` if the text describes none.
+
+    ``tensor(k)`` is its tensor ``k``, and ``whole(k, spread)`` the same of a tensor that is in parts, one of
+    which tensor ``k`` is. Without it, the part stands for the whole.
+    """
     if structure == TENSOR:
         return tensor(0)
     try:
-        return _Decoder(tensor).value(json.loads(structure), 0)
+        return _Decoder(tensor, whole).value(json.loads(structure), 0)
     except RecursionError:
         raise Defect(_DEEP) from None
     except (ValueError, TypeError, LookupError, OverflowError) as error:
@@ -264,8 +294,13 @@ _DEEP = f"a value is nested more than {MAX_DEPTH} deep"
 
 
 class _Decoder:
-    def __init__(self, tensor: Callable[[int], Tensor]) -> None:
+    def __init__(
+        self,
+        tensor: Callable[[int], Tensor],
+        whole: Callable[[int, Spread], Tensor] | None,
+    ) -> None:
         self.tensor = tensor
+        self.whole = whole
         self.made: dict[int, Tensor] = {}
 
     def value(self, node: Any, depth: int) -> Value:
@@ -293,6 +328,13 @@ class _Decoder:
         if number not in self.made:
             self.made[number] = self.tensor(number)
         return self.made[number]
+
+    def _dtensor(self, number: Any, node: Any, _: int) -> Tensor:
+        found = Spread.parsed(node)
+        number = integer(number, "the number of a tensor")
+        if number not in self.made and self.whole is not None:
+            self.made[number] = self.whole(number, found)
+        return self._tensor(number)
 
     def _array(self, number: Any, *_: Any) -> Any:
         return self._tensor(number).numpy()

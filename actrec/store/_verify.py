@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from actrec.errors import CorruptRecordingError
@@ -11,12 +12,14 @@ from actrec.errors import CorruptRecordingError
 from ._disk import Disk
 from ._format import corrupt
 from ._index import Shard
-from ._manifest import read_manifest
-from ._reader import RANK, check_identity, load, rank_number, shard_name, shard_names
+from ._manifest import read_ending, read_manifest, read_own
+from ._reader import check_identity, load, rank_folders, rank_number, shard_name, shard_names
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
+
+    from ._manifest import Manifest
 
 __all__ = ["verify"]
 
@@ -43,23 +46,34 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _problems(disk: Disk) -> Iterator[str]:
-    recording: str | None = None
+    manifest: Manifest | None = None
     try:
-        load(disk.path)
+        for layer in load(disk.path)._wholes:
+            yield from layer.problems()
     except CorruptRecordingError as error:
         yield str(error)
     with suppress(CorruptRecordingError, FileNotFoundError):
-        recording = read_manifest(disk).recording
-    for rank in filter(RANK.fullmatch, disk.names()):
-        for number, name in _expected(disk / rank):
+        manifest = read_manifest(disk)
+    for rank in rank_folders(disk):
+        if manifest is not None:
+            yield from _description_problems(rank, manifest)
+        for number, name in _expected(rank):
             try:
-                shard = Shard(disk / rank, name)
-                if recording is not None:
-                    check_identity(shard, recording, rank_number(rank), number)
+                shard = Shard(rank, name)
+                if manifest is not None:
+                    check_identity(shard, manifest.recording, rank_number(rank.path.name), number)
             except CorruptRecordingError as error:
                 yield str(error)
             else:
-                yield from _shard_problems(disk / rank, name, shard)
+                yield from _shard_problems(rank, name, shard)
+
+
+def _description_problems(rank: Disk, manifest: Manifest) -> Iterator[str]:
+    for read in (partial(read_own, rank, manifest), partial(read_ending, rank, manifest.recording)):
+        try:
+            read()
+        except CorruptRecordingError as error:
+            yield str(error)
 
 
 def _expected(disk: Disk) -> Iterator[tuple[int, str]]:

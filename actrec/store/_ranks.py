@@ -1,0 +1,57 @@
+"""How far the ranks of a recording have come, for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+__all__ = ["RankInfo", "listed_ranks", "summary"]
+
+_MOST: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """How far one rank of a stored recording has come."""
+
+    number: int
+    #: How many passes it has committed.
+    num_passes: int
+    #: Whether it was closed properly.
+    complete: bool
+    #: If not, what happened: "killed or still recording", "left by ValueError", "wrote nothing".
+    error: str | None
+
+
+def listed_ranks(there: Iterable[RankInfo], numbers: Iterable[int]) -> Iterator[RankInfo]:
+    """Each of these ranks, also those that are not there."""
+    by_number = {info.number: info for info in there}
+    for number in numbers:
+        yield by_number.get(number) or RankInfo(number, 0, complete=False, error="wrote nothing")
+
+
+def summary(ranks: Iterable[RankInfo]) -> Iterator[str]:
+    """What is wrong with which ranks.
+
+    >>> ranks = [RankInfo(0, 5, True, None), RankInfo(1, 3, False, "left by ValueError")]
+    >>> list(summary(listed_ranks(ranks, range(4))))
+    ['rank 1 left by ValueError', 'ranks 2 and 3 wrote nothing']
+    """
+    reasons: dict[str, list[int]] = {}
+    for info in ranks:
+        if info.error is not None:
+            reasons.setdefault(info.error, []).append(info.number)
+    for reason, numbers in reasons.items():
+        yield f"{_named(numbers)} {reason}"
+
+
+def _named(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    if len(numbers) > _MOST:
+        shown = ", ".join(map(str, numbers[:_MOST]))
+        return f"ranks {shown} and {len(numbers) - _MOST} more"
+    return f"ranks {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"

@@ -1,0 +1,562 @@
+"""Several ranks record into one path: undisturbed by each other, told apart, and read as one recording."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import FrozenInstanceError
+from threading import Barrier
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+
+import actrec
+from actrec import (
+    CorruptRecordingError,
+    OptionError,
+    RecordingExistsError,
+    ResumeError,
+    load,
+    record,
+)
+from actrec.store import Folder, RankInfo, _live
+from actrec.store._rank import here
+from tests.ranked import Same, as_rank, write
+from tests.stored import assert_same, same
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")  # fmt: skip
+KILLED = "killed or still recording"
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+
+
+def row(*numbers: float) -> torch.Tensor:
+    return torch.tensor([numbers], dtype=torch.float32)
+
+
+# --- Which rank --------------------------------------------------------------------------------------
+
+
+def test_a_process_that_nobody_launched_is_alone_and_never_the_same_run_again() -> None:
+    assert here()[:2] == (0, 1)
+    assert here().run != here().run
+
+
+def test_torchrun_says_which_rank_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert here()[:2] == (3, 8)
+    assert here().run == here().run
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks"), [("3", None), ("x", "8"), ("3", ""), ("8", "8"), ("-1", "8"), ("1", "10000000")]
+)  # fmt: skip
+def test_an_environment_that_makes_no_sense_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, rank: str, ranks: str | None
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    if ranks is not None:
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert here()[:2] == (0, 1)
+
+
+def test_an_initialised_process_group_knows_better_and_the_user_best(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with as_rank(1, 2):
+        assert here()[:2] == (1, 2)
+        assert here(5, 6)[:2] == (5, 6)
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    assert here()[:2] == (3, 8)
+
+
+def test_a_run_is_known_by_what_the_launcher_says_but_not_by_restarts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs = {here(0, 4).run, here(0, 5).run}
+    for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+        runs.add(here(1, 4).run)
+    assert len(runs) == 5
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert here(2, 4).run in runs
+
+
+@pytest.mark.parametrize(
+    ("rank", "ranks"), [(0, None), (None, 2), (2, 2), (-1, 2), (0, 0), (True, 2), (1.0, 2), (0, 10**6)]
+)  # fmt: skip
+def test_a_folder_for_an_impossible_rank_is_refused(rank: Any, ranks: Any) -> None:
+    with pytest.raises(OptionError, match=rf"Folder\(rank={rank!r}, world_size={ranks!r}\)"):
+        Folder("r", rank=rank, world_size=ranks)
+
+
+def test_nobody_has_to_say_which_rank_it_is_under_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Identity()
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with record(model, "", into=tmp_path / "r"):
+            model(row(rank))
+    assert load(tmp_path / "r")[""].cat().tolist() == [[0], [1]]
+    assert load(tmp_path / "r").complete
+
+
+# --- Reading -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """Three ranks: rank 0 has two passes, rank 2 three, one of which calls the layer twice."""
+    path = tmp_path / "r"
+    write(path, 2, 3, [row(20), (row(21), row(21.5)), row(22)])
+    write(path, 0, 3, [row(0), row(1)])
+    write(path, 1, 3, [row(10), row(11)])
+    return path
+
+
+def test_calls_are_ordered_by_pass_and_then_by_rank(uneven: Path) -> None:
+    layer = load(uneven)["layer"]
+    assert layer.cat().flatten().tolist() == [0, 10, 20, 1, 11, 21, 21.5, 22]
+    assert layer.passes == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert layer.ranks == [0, 1, 2, 0, 1, 2, 2, 2]
+    assert layer.stack().shape == (8, 1, 1)
+
+
+def test_the_ranks_of_a_single_process_are_zero(tmp_path: Path) -> None:
+    model = nn.Identity()
+    with record(model, "", into=tmp_path / "r"):
+        for _ in range(3):
+            model(row(0))
+    acts = load(tmp_path / "r")
+    assert acts[""].ranks == [0, 0, 0]
+    assert acts.ranks == (RankInfo(0, 3, complete=True, error=None),)
+    assert_same(acts.rank(0), acts)
+
+
+def test_each_rank_counts_its_own_passes_and_the_recording_those_of_the_rank_with_most(
+    uneven: Path,
+) -> None:
+    acts = load(uneven)
+    assert acts.num_passes == 3
+    assert acts.complete
+    assert acts.ranks == tuple(RankInfo(n, p, complete=True, error=None) for n, p in ((0, 2), (1, 2), (2, 3)))  # fmt: skip
+    assert repr(acts).splitlines()[0] == "stored Same: 1 layer, 3 passes, 32 B"
+    with pytest.raises(FrozenInstanceError):
+        acts.ranks[0].number = 3  # type: ignore[misc]
+
+
+def test_one_rank_can_be_read_alone(uneven: Path) -> None:
+    acts = load(uneven)
+    for one in (acts.rank(2), load(uneven, rank=2), copy.copy(acts).rank(2), pickle.loads(pickle.dumps(acts)).rank(2)):  # fmt: skip
+        assert one["layer"].cat().flatten().tolist() == [20, 21, 21.5, 22]
+        assert one["layer"].ranks == [2, 2, 2, 2]
+        assert one.ranks == (RankInfo(2, 3, complete=True, error=None),)
+        assert one.num_passes == 3
+        assert one.complete
+        with pytest.raises(OptionError, match="the recording has rank 2 alone"):
+            one.rank(0)
+    for wrong in (3, -1, "0", True):
+        with pytest.raises(OptionError, match=r"there is no such rank; .* ranks 0 to 2"):
+            acts.rank(wrong)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match=r"load\(.*, rank=.*ranks 0 to 2"):
+            load(uneven, rank=wrong)  # type: ignore[arg-type]
+
+
+def test_what_a_rank_sees_after_its_block_is_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "r", 0, 2, [row(0), row(1), row(2)])
+    acts = write(tmp_path / "r", 1, 2, [row(10)])
+    assert acts["layer"].cat().tolist() == [[10]]
+    assert acts.num_passes == len(acts["layer"]) == 1
+
+
+class Stage(nn.Module):
+    """A stage of a pipeline."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Identity())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+class Last(Stage):
+    pass
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_ranks_may_record_different_layers_whoever_is_first(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    path = tmp_path / "r"
+    stages = [Stage("c", "a"), Stage("d", "a"), Last("b")]
+    for rank in order:
+        write(path, rank, 3, [row(rank)] * (rank + 1), model=stages[rank], layers=None, inputs=rank == 1)  # fmt: skip
+    acts = load(path)
+    assert list(acts) == ["c", "a", "d", "b"]
+    assert repr(acts).startswith("stored Stage, Last: 4 layers, 3 passes")
+    assert {name: layer.ranks for name, layer in acts.items()} == {"c": [0], "a": [0, 1, 1], "d": [1, 1], "b": [2, 2, 2]}  # fmt: skip
+    assert list(acts.rank(2)) == ["b"]
+    assert acts.inputs["d"].ranks == [1, 1]
+    assert not hasattr(acts.rank(0), "inputs")
+    assert actrec.verify(path) == []
+    assert (path / "rank-00001/rank.json").exists()
+    assert not (path / f"rank-0000{order[0]}/rank.json").exists()
+
+
+def test_every_rank_finds_its_layers_by_the_names_it_used(tmp_path: Path) -> None:
+    shared = nn.Identity()
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    model.forward = lambda x: model["b"](model["a"](x))  # type: ignore[method-assign]
+    for rank, layer in enumerate("ab"):
+        write(tmp_path / "r", rank, 2, [row(1)], model=model, layers=layer)
+    acts = load(tmp_path / "r")
+    assert list(acts) == ["a", "b"]
+    assert acts.rank(1)["a"].ranks == acts["b"].ranks == [1, 1]
+
+
+def test_a_recording_that_is_not_whole_says_which_ranks_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    for rank in (0, 1, 2, 4):
+        with suppress(ZeroDivisionError):
+            write(path, rank, 6, (row(1 / (rank != 1 or turn)) for turn in (1, 0)))
+    for rank in (2, 4):
+        (path / f"rank-0000{rank}/end.json").unlink()
+    acts = load(path)
+    assert not acts.complete
+    assert [info.error for info in acts.ranks] == [None, "left by ZeroDivisionError", KILLED, "wrote nothing", KILLED, "wrote nothing"]  # fmt: skip
+    assert repr(acts).splitlines()[0] == (
+        "stored Same (incomplete: rank 1 left by ZeroDivisionError; ranks 2 and 4 killed or still recording; "
+        "ranks 3 and 5 wrote nothing): 1 layer, 2 passes, 24 B"
+    )
+    assert acts.rank(0).complete
+    assert not acts.rank(2).complete
+    assert repr(acts.rank(2)).startswith("stored Same (incomplete): ")
+    assert list(acts.rank(3)) == list(load(path, rank=3)) == ["layer"]
+    assert acts.rank(3).num_passes == 0
+    assert [info.num_passes for info in acts.ranks] == [2, 0, 2, 0, 2, 0]
+
+
+def test_of_many_ranks_that_are_missing_some_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "r", 0, 20, [row(0)])
+    assert "(incomplete: ranks 1, 2, 3, 4, 5, 6, 7, 8 and 11 more wrote nothing)" in repr(load(tmp_path / "r"))  # fmt: skip
+
+
+def test_a_rank_that_has_not_written_anything_yet_is_no_obstacle(uneven: Path) -> None:
+    shutil.rmtree(uneven / "rank-00001")
+    (uneven / "rank-00001").mkdir()
+    (uneven / "rank-00001/000000.safetensors.tmp").touch()
+    acts = load(uneven)
+    assert acts.ranks[1] == RankInfo(1, 0, complete=False, error=KILLED)
+    assert acts["layer"].ranks == [0, 2, 0, 2, 2, 2]
+    shutil.rmtree(uneven / "rank-00000")
+    shutil.rmtree(uneven / "rank-00001")
+    shutil.rmtree(uneven / "rank-00002")
+    assert len(load(uneven)["layer"]) == 0
+
+
+def test_a_damaged_rank_is_named_and_the_others_can_be_read(uneven: Path) -> None:
+    shard = uneven / "rank-00001/000000.safetensors"
+    shard.write_bytes(b"")
+    with pytest.raises(CorruptRecordingError, match=r"rank-00001/000000.safetensors is damaged"):
+        load(uneven)
+    assert len(load(uneven, rank=0)["layer"]) == 2
+    assert any("rank-00001" in problem for problem in actrec.verify(uneven))
+
+
+# --- Two runs by mistake -----------------------------------------------------------------------------
+
+
+def files(path: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ((0, 2), (0, 2), "there is a recording already"),
+        ((0, 2), (1, 3), "a run of 2 ranks records there, or has recorded, and this is another run"),
+        ((0, 1), (1, 2), "a single process records there, or has recorded, and this is another run"),
+        ((0, 1), (0, 2), "there is a recording already"),
+        ((1, 2), (0, 1), "there is a recording already"),
+    ],
+)  # fmt: skip
+def test_two_runs_into_one_path_are_refused_and_nothing_is_touched(
+    tmp_path: Path, first: tuple[int, int], second: tuple[int, int], told: str
+) -> None:
+    path = tmp_path / "r"
+    write(path, *first, [row(0)])
+    before = files(path)
+    with pytest.raises(RecordingExistsError, match=told):
+        write(path, *second, [row(1)])
+    assert files(path) == before
+
+
+def test_the_same_command_once_more_is_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    write(tmp_path / "r", 0, 2, [row(0)])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
+    with pytest.raises(RecordingExistsError, match="this is another run"):
+        write(tmp_path / "r", 1, 2, [row(0)])
+    assert not (tmp_path / "r/rank-00001").exists()
+
+
+@pytest.mark.parametrize("other", [(1, 3), (1, 2)])
+def test_a_run_that_was_first_between_two_looks_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: tuple[int, int]
+) -> None:
+    path = tmp_path / "r"
+    publish = _live.publish
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(_live, "publish", publish)
+        write(path, 0, 2, [row(0)])
+        return publish(*args, **kwargs)
+
+    monkeypatch.setattr(_live, "publish", late)
+    if other == (1, 2):
+        write(path, *other, [row(1)])
+        assert load(path)["layer"].ranks == [0, 1]
+    else:
+        with pytest.raises(RecordingExistsError, match="this is another run"):
+            write(path, *other, [row(1)])
+        assert not (path / "rank-00001").exists()
+    assert actrec.verify(path) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("resume", [True, False])
+def test_ranks_that_begin_at_the_same_moment_make_one_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, links: bool, resume: bool
+) -> None:
+    ranks = 6
+    if not links:
+        monkeypatch.setattr(os, "link", _no_links)
+    with ThreadPoolExecutor(ranks) as threads:
+        for turn in range(10):
+            together = Barrier(ranks)
+
+            def begin(rank: int, path: Path, together: Barrier) -> None:
+                together.wait()
+                write(path, rank, ranks, [row(rank)], model=Stage("a" * (rank % 2 + 1)), layers=None, resume=resume)  # fmt: skip
+
+            path = tmp_path / str(turn)
+            jobs = [threads.submit(begin, rank, path, together) for rank in range(ranks)]
+            assert [job.exception() for job in jobs] == [None] * ranks
+            acts = load(path)
+            assert acts.complete
+            assert acts["a"].ranks == [0, 2, 4]
+            assert acts["aa"].ranks == [1, 3, 5]
+            assert actrec.verify(path) == []
+            assert not list(path.rglob("*.tmp"))
+
+
+def test_of_two_runs_that_begin_at_the_same_moment_at_most_one_records(tmp_path: Path) -> None:
+    outcomes = []
+    for turn in range(20):
+        path = tmp_path / str(turn)
+        together = Barrier(4)
+
+        def begin(rank: int, ranks: int, path: Path, together: Barrier) -> str:
+            together.wait()
+            try:
+                write(path, rank, ranks, [row(rank)])
+            except RecordingExistsError as error:
+                return str(error)
+            return f"run of {ranks}"
+
+        with ThreadPoolExecutor(4) as threads:
+            who = [(0, 2), (1, 2), (0, 3), (1, 1 + turn % 2 * 2)]
+            who[3] = (0, 1) if turn % 2 == 0 else who[3]
+            done = list(threads.map(lambda w, p=path, t=together: begin(*w, p, t), who))
+        recorded = {text for text in done if text.startswith("run of")}
+        assert len(recorded) <= 1
+        assert all("Go on with it" in text or "Choose another" in text for text in done if text not in recorded)  # fmt: skip
+        assert actrec.verify(path) == []
+        outcomes += recorded
+    assert outcomes, "as a rule, one of them gets there"
+
+
+def _no_links(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_a_description_that_is_being_written_is_waited_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "r", 0, 2, [row(0)])
+    manifest = tmp_path / "r/actrec.json"
+    content = manifest.read_bytes()
+    manifest.write_bytes(b"")
+    monkeypatch.setattr(_live.time, "sleep", lambda _: manifest.write_bytes(content))
+    write(tmp_path / "r", 1, 2, [row(1)])
+    assert load(tmp_path / "r")["layer"].ranks == [0, 1]
+    manifest.write_bytes(b"")
+    monkeypatch.undo()
+    monkeypatch.setattr(_live, "_PATIENCE", 0.01)
+    with pytest.raises(CorruptRecordingError, match=r"actrec.json is damaged: it is no JSON"):
+        write(tmp_path / "r", 1, 2, [row(1)], resume=True)
+
+
+# --- Going on ----------------------------------------------------------------------------------------
+
+
+def test_every_rank_goes_on_where_it_was(uneven: Path) -> None:
+    assert write(uneven, 2, 3, [row(23)], resume=True).num_passes == 4
+    assert write(uneven, 0, 3, [row(2)], resume=True)["layer"].passes == [0, 1, 2]
+    acts = load(uneven)
+    assert acts["layer"].cat().flatten().tolist() == [0, 10, 20, 1, 11, 21, 21.5, 2, 22, 23]
+    assert acts.complete
+    assert not list(uneven.rglob("rank.json"))
+
+
+def test_a_new_launch_goes_on_with_more_ranks_and_with_fewer(
+    uneven: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    write(uneven, 4, 5, [row(40)], resume=True)
+    acts = load(uneven)
+    assert [info.error for info in acts.ranks] == [None, None, None, "wrote nothing", None]
+    write(uneven, 1, 5, [row(12)], resume=True)
+    (uneven / "rank-00004/end.json").unlink()
+    shutil.rmtree(uneven / "rank-00004")
+    assert len(load(uneven).ranks) == 5, "rank 1 remembers that there were five"
+    write(uneven, 0, 1, [row(2)], resume=True)
+    acts = load(uneven)
+    assert [info.num_passes for info in acts.ranks] == [3, 3, 3, 0, 0]
+    assert not acts.complete
+    assert actrec.verify(uneven) == []
+
+
+def test_a_rank_is_compared_with_what_it_recorded_itself(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    for rank, names in enumerate(("a", "b")):
+        write(path, rank, 2, [row(rank)], model=Stage(names), layers=None)
+    before = files(path)
+    for rank, name, told in ((0, "b", r"\['a'\] then, \['b'\] now"), (1, "a", r"\['b'\] then, \['a'\] now")):  # fmt: skip
+        with pytest.raises(ResumeError, match=told):
+            write(path, rank, 2, [row(0)], model=Stage(name), layers=None, resume=True)
+    assert files(path) == before
+    write(path, 1, 2, [row(2)], model=Stage("b"), layers=None, resume=True)
+    assert load(path)["b"].cat().tolist() == [[1], [2]]
+
+
+def test_a_rank_that_was_killed_before_it_wrote_anything_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    write(path, 0, 2, [row(0)])
+    (path / "rank-00001").mkdir()
+    (path / "rank-00001/actrec.json.tmp").write_text("{")
+    write(path, 1, 2, [row(1)], model=Stage("x"), layers=None, resume=True)
+    acts = load(path)
+    assert (list(acts), acts.complete) == (["layer", "x"], True)
+    assert not list(path.rglob("*.tmp"))
+
+
+def test_a_recording_without_its_description_is_not_begun_anew_by_another_rank(
+    uneven: Path,
+) -> None:
+    (uneven / "actrec.json").unlink()
+    shutil.rmtree(uneven / "rank-00000")
+    with pytest.raises(CorruptRecordingError, match=r"actrec.json is damaged: it is missing"):
+        write(uneven, 0, 3, [row(0)], resume=True)
+    with pytest.raises(CorruptRecordingError, match=r"actrec.json is damaged: it is missing"):
+        load(uneven)
+
+
+def test_a_rank_is_recorded_by_one_process_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    model = Same()
+    with record(model, "layer", into=Folder(path, rank=0, world_size=2)):
+        model(row(0))
+        with pytest.raises(RecordingExistsError, match="another run is recording there now"):
+            write(path, 0, 2, [], resume=True)
+        write(path, 1, 2, [row(1)])
+    assert load(path).complete
+
+
+# --- Damaged -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("[", "it is no JSON"),
+        ("[]", "the file is [], which is no object"),
+        ({"recording": "x"}, "it belongs to another recording"),
+        ({"recording": None}, "the file has no 'recording'"),
+        ({"ranks": None}, "the file has no 'ranks'"),
+        ({"ranks": 0}, "the number of ranks is 0"),
+        ({"ranks": 10**9}, "the number of ranks is 1000000000, which is no number from 0 to 100000"),
+        ({"ranks": True}, "the number of ranks is True"),
+        ({"model": 3}, "the model is 3, which is no text"),
+        ({"options": None}, "the file has no 'options'"),
+        ({"options": {"inputs": True}}, "the options has no 'grads'"),
+        ({"layers": {}}, "the layers is {}, which is no list"),
+        ({"layers": [{"name": "a"}]}, "a layer has no 'type'"),
+        ({"layers": [0] * 200_000}, "it lists 200000 layers"),
+        ({"names": None}, "the file has no 'names'"),
+        ({"names": {"a": 1}}, "a name is 1, which is no text"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["rank.json", "actrec.json"])
+def test_a_damaged_description_of_a_rank_is_named(
+    tmp_path: Path, change: Any, told: str, name: str
+) -> None:
+    path = tmp_path / "r"
+    for rank in range(2):
+        write(path, rank, 2, [row(rank)], model=Stage("ab"[rank]), layers=None)
+    (file,) = path.rglob(name)
+    if isinstance(change, dict):
+        content = json.loads(file.read_text()) | change
+        change = json.dumps({key: value for key, value in content.items() if value is not None})
+    file.write_text(change)
+    with pytest.raises(CorruptRecordingError, match=" is damaged: ") as caught:
+        load(path)
+    assert told in str(caught.value)
+    assert str(caught.value).startswith(f"{file} is damaged: ") or change.count('"x"')
+    assert str(caught.value) in actrec.verify(path)
+
+
+def test_every_damaged_rank_is_listed(tmp_path: Path) -> None:
+    path = tmp_path / "r"
+    for rank in range(3):
+        write(path, rank, 3, [row(rank)], model=Stage("abc"[rank]), layers=None)
+        (path / f"rank-0000{rank}/end.json").write_text("{}")
+    for file in path.rglob("rank.json"):
+        file.write_text("")
+    problems = "\n".join(actrec.verify(path))
+    for file in ("rank-00001/rank.json", "rank-00002/rank.json", "rank-00000/end.json", "rank-00001/end.json"):  # fmt: skip
+        assert f"{file} is damaged" in problems
+
+
+def test_what_was_saved_from_memory_is_one_rank(tmp_path: Path) -> None:
+    model = Same()
+    with record(model, "layer") as acts, as_rank(1, 2):
+        model(row(1))
+        acts.save(tmp_path / "r")
+    assert load(tmp_path / "r").complete
+    assert same(load(tmp_path / "r").rank(0)["layer"][0], row(1))
