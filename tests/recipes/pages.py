@@ -9,15 +9,16 @@ from typing import Any
 from unittest import mock
 
 HOW_TO = Path(__file__).parents[2] / "docs/how-to"
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = "^```{}\\n(.*?)^```$"
 
 
-def blocks(page: str, heading: str) -> list[str]:
-    """The blocks of Python in a section of a page, on the lines where they stand."""
+def blocks(page: str, heading: str, language: str = "python") -> list[str]:
+    """The blocks of code in a section of a page, on the lines where they stand."""
     text = (HOW_TO / page).read_text()
     start = text.index(f"\n## {heading}\n") + 1
     end = text.find("\n## ", start)
-    found = BLOCK.finditer(text, start, end if end > 0 else len(text))
+    block = re.compile(BLOCK.format(language), re.DOTALL | re.MULTILINE)
+    found = block.finditer(text, start, end if end > 0 else len(text))
     return ["\n" * text.count("\n", 0, block.start(1)) + block[1] for block in found]
 
 

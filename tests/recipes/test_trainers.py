@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,8 +17,6 @@ from tests.recipes.pages import blocks, run
 from tests.recipes.plain import differing, nothing, plain
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
 PAGE = "trainers.md"
@@ -25,6 +24,7 @@ PAGE = "trainers.md"
 # What the libraries warn of, here and unasked.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
 ]
 
 
@@ -34,10 +34,16 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def launch(command: list[str], folder: Path) -> str:
     """Run a command that starts several processes, and return what it printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    program, *arguments = command
     done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )  # fmt: skip
+        [Path(sys.executable).with_name(program), *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert not done.returncode, done.stderr[-3000:]
     return done.stdout
 
@@ -66,3 +72,93 @@ def test_every_other_step_of_trainer_is_recorded_and_no_evaluation(hugging_face)
     assert acts["step"].passes == [1, 3, 5]  # two passes to a step
     assert acts["model.layers.1"].passes == [0, 1, 2, 3, 4, 5]
     assert acts["model.layers.1"][0].shape == (4, 16)
+
+
+# --- accelerate --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerated(tmp_path: Path) -> Any:
+    code = blocks(PAGE, "accelerate")
+    return lambda **of_actrec: run(PAGE, code, tmp_path, **of_actrec)
+
+
+def test_accelerate_records_what_plain_hooks_see_and_trains_as_without(accelerated, tmp_path):
+    recorded = accelerated(record=actrec.record)
+    expected = accelerated(record=plain, load=str)
+    unrecorded = accelerated(record=nothing, load=str)
+    assert not differing(actrec.load(tmp_path / "run"), expected["acts"])
+    assert not differing(weights(recorded["model"]), weights(unrecorded["model"]))
+    assert_unhooked(recorded["model"])
+
+
+def test_accelerate_in_two_processes_leaves_one_recording_of_all_rows(tmp_path):
+    (code,) = blocks(PAGE, "accelerate")
+    (command,) = blocks(PAGE, "accelerate", "sh")
+    (tmp_path / "train.py").write_text(code)
+    printed = launch(command.split(), tmp_path)
+    acts = actrec.load(tmp_path / "run")
+    assert acts.complete
+    assert str(acts) in printed
+    assert sorted(path.name for path in tmp_path.glob("run/rank-*")) == ["rank-00000", "rank-00001"]
+    rows = acts["rows"].cat()
+    assert len(rows) == 32  # of 30: two of them twice
+    assert set(rows.tolist()) == set(range(30))
+    assert len(acts["0"]) == len(acts["2"]) == len(acts["rows"]) == 8
+
+
+# --- Lightning ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lightning(tmp_path: Path) -> Any:
+    code = blocks(PAGE, "Lightning")[:3]
+    return lambda record: run(PAGE, code, tmp_path, record=record)
+
+
+def test_lightning_records_what_plain_hooks_see_and_trains_as_without(lightning):
+    recorded, expected, unrecorded = map(lightning, (actrec.record, plain, nothing))
+    acts, plainly = recorded["recording"].acts, expected["recording"].acts
+    assert not differing(acts, plainly)
+    assert not differing(acts.grads, plainly.grads)
+    assert not differing(weights(recorded["module"]), weights(unrecorded["module"]))
+    assert recorded["trainer"].callback_metrics["loss"] > 0  # it did validate
+    assert_unhooked(recorded["module"])
+
+
+def test_every_other_batch_of_lightning_is_recorded_and_no_validation(lightning):
+    acts = lightning(actrec.record)["recording"].acts
+    assert list(acts) == ["net.0", "net.1", "net.2"]
+    assert acts["net.2"].passes == list(range(8))  # of twice eight batches
+    assert all(grad is not None for grad in acts.grads["net.0"])
+
+
+def test_lightning_leaves_no_hook_when_a_step_fails(lightning):
+    names = lightning(actrec.record)
+
+    class Failing(names["Classifier"]):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            if index == 3:
+                raise KeyError
+            return loss
+
+    module, recording = Failing(), names["Recording"]("net.*")
+    trainer = names["L"].Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[recording], **names["quiet"]
+    )
+    with pytest.raises(KeyError):
+        trainer.fit(module, names["loader"], names["loader"])
+    assert_unhooked(module)
+    assert recording.acts["net.0"].passes == [0, 1, 2, 3]
+    assert "interrupted" in str(recording.acts)
+
+
+def test_lightning_on_two_devices_leaves_one_recording(tmp_path):
+    callback, module, _, on_two_devices = blocks(PAGE, "Lightning")
+    (tmp_path / "train.py").write_text("".join([callback, module, on_two_devices]))
+    launch(["python", "train.py"], tmp_path)
+    acts = actrec.load(tmp_path / "run")
+    assert acts.complete
+    assert sorted(path.name for path in tmp_path.glob("run/rank-*")) == ["rank-00000", "rank-00001"]
+    assert [len(acts[name]) for name in acts] == [8, 8, 8]
