@@ -30,7 +30,7 @@ class Disk:
     """A folder. Everything the store does to files, it does here."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the working directory may change
 
     def __truediv__(self, name: str) -> Disk:
         return Disk(self.path / name)
