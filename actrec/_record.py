@@ -141,6 +141,11 @@ def record(
     call, or at the end of the block. ``detach=False``, ``grads=True`` and ``acts.clear()`` do not go with
     a path.
 
+    **Several processes.** Under ``torchrun``, every rank may record into the same path, and needs no option for it: each
+    writes a folder of its own, without a word to the others, so that ranks may record different layers and different numbers
+    of passes, or die. Of a ``DTensor``, each rank writes its part. :func:`actrec.load` reads what all of
+    them have written as one recording. Two runs into one path are refused.
+
     **What counts as a call.** Every call of the module is one item, also of a module that is called
     several times in a forward. What activation checkpointing recomputes is not recorded again.
     ``Layer.passes`` says which forward a call belongs to.

@@ -32,9 +32,9 @@ class Folder(os.PathLike[str]):
     budget: int = 1024 * MEBI
     #: What is complete is committed after so many seconds, however little it is.
     seconds: float = 60.0
-    #: Which rank this process is, and of how many: for launchers other than ``torchrun``, when ``torch.distributed``
-    #: is not initialised either. Both or neither.
+    #: Which rank this process is, for launchers other than ``torchrun`` when ``torch.distributed`` is not initialised.
     rank: int | None = field(default=None, kw_only=True)
+    #: And of how many. Both or neither.
     world_size: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:

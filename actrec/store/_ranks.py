@@ -22,7 +22,7 @@ class RankInfo:
     num_passes: int
     #: Whether it was closed properly.
     complete: bool
-    #: If not, what happened: "killed or still recording", "left by ValueError", "wrote nothing".
+    #: What happened if not, such as "killed or still recording", "left by ValueError" or "wrote nothing".
     error: str | None
 
 

@@ -388,7 +388,7 @@ class StoredRecording(Recording):
 
     @property
     def num_passes(self) -> int:
-        """The number of committed passes: where several ranks have recorded, of the rank that has most.
+        """The number of committed passes; where several ranks have recorded, that of the rank that has most.
 
         Each rank counts its own passes. ``acts.ranks`` says how many each one has.
         """
@@ -396,7 +396,7 @@ class StoredRecording(Recording):
 
     @cached_property
     def ranks(self) -> tuple[RankInfo, ...]:
-        """How far each rank of the run has come: one :class:`RankInfo` for each, also for those that wrote nothing.
+        """How far each rank of the run has come, as a :class:`RankInfo`, also of those that wrote nothing.
 
         A single process is rank 0.
         """

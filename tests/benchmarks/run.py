@@ -24,6 +24,7 @@ from tests.benchmarks import (
     importing,
     memory_pages,
     networks,
+    ranks,
     reading_statistics,
     report,
     stopping,
@@ -41,6 +42,7 @@ BENCHMARKS = {
     "import": importing.measure,
     "reading": reading_statistics.measure,
     "storing": storing.measure,
+    "ranks": ranks.measure,
 }
 
 

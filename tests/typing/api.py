@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import actrec
 from actrec import Layer, Opaque, Recorder, Recording, UnusedLayerWarning, record
-from actrec.store import Folder, StoredRecording
+from actrec.store import Folder, RankInfo, StoredRecording
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,6 +126,10 @@ def recording_to_the_disk() -> None:
     stored = actrec.load("runs/a")
     assert_type(stored, StoredRecording)
     assert_type(stored.complete, bool)
+    assert_type(stored.ranks, tuple[RankInfo, ...])
+    assert_type(stored.rank(0), StoredRecording)
+    assert_type(actrec.load("runs/a", rank=1), StoredRecording)
+    record(model, into=Folder("runs/a", rank=0, world_size=4))
     assert_type(actrec.load(Folder("runs/a"))["0"], Layer)
     assert_type(actrec.verify(Path("runs/a")), list[str])
     recording: Recording = stored
