@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PAGE = "trainers.md"
+HEADINGS = ["Hugging Face Trainer", "accelerate", "Lightning"]
 
 # What the libraries warn of, here and unasked.
 pytestmark = [
@@ -156,7 +157,7 @@ def test_lightning_leaves_no_hook_when_a_step_fails(lightning):
 
 def test_lightning_on_two_devices_leaves_one_recording(tmp_path):
     callback, module, _, on_two_devices = blocks(PAGE, "Lightning")
-    (tmp_path / "train.py").write_text("".join([callback, module, on_two_devices]))
+    (tmp_path / "train.py").write_text(callback + module + on_two_devices)
     launch(["python", "train.py"], tmp_path)
     acts = actrec.load(tmp_path / "run")
     assert acts.complete
