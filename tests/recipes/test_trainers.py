@@ -6,18 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
 
 import actrec
 from actrec.testing import assert_unhooked
 from tests.recipes.pages import blocks, run
 from tests.recipes.plain import differing, nothing, plain
-
-if TYPE_CHECKING:
-    from torch import nn
 
 PAGE = "trainers.md"
 HEADINGS = ["Hugging Face Trainer", "accelerate", "Lightning"]
@@ -42,7 +42,7 @@ def launch(command: list[str], folder: Path) -> str:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert not done.returncode, done.stderr[-3000:]
@@ -75,13 +75,41 @@ def test_every_other_step_of_trainer_is_recorded_and_no_evaluation(hugging_face)
     assert acts["model.layers.1"][0].shape == (4, 16)
 
 
+def test_trainer_in_two_processes_leaves_one_recording(tmp_path):
+    code = "".join(blocks(PAGE, "Hugging Face Trainer"))
+    option = "transform=lambda t: t.mean(1)"
+    assert option in code
+    (tmp_path / "train.py").write_text(code.replace(option, f'{option}, into="run"'))
+    launch(["torchrun", "--nproc-per-node", "2", "train.py"], tmp_path)
+    acts = actrec.load(tmp_path / "run")
+    assert acts.complete
+    assert [rank.num_passes for rank in acts.ranks] == [6, 6]
+    assert torch.stack([*acts["step"]]).tolist() == [1, 1, 3, 3, 5, 5]
+
+
 # --- accelerate --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def accelerated(tmp_path: Path) -> Any:
     code = blocks(PAGE, "accelerate")
+    AcceleratorState._reset_state(reset_partial_state=True)
     return lambda **of_actrec: run(PAGE, code, tmp_path, **of_actrec)
+
+
+def test_accelerate_may_compile_and_cast_and_names_stay():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", dynamo_backend="eager")
+    made = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 4))
+    model, inputs = accelerator.prepare(made), torch.randn(2, 8)
+    assert model is not made
+    model(inputs)  # it is compiled by now
+    with actrec.record(model, ["0", "2"]) as acts:
+        output = model(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not differing(acts, {"0": [made[0](inputs)], "2": [made(inputs)]})
+    assert torch.equal(acts["2"][0].float(), output)
+    assert_unhooked(model)
 
 
 def test_accelerate_records_what_plain_hooks_see_and_trains_as_without(accelerated, tmp_path):
@@ -132,6 +160,30 @@ def test_every_other_batch_of_lightning_is_recorded_and_no_validation(lightning)
     assert list(acts) == ["net.0", "net.1", "net.2"]
     assert acts["net.2"].passes == list(range(8))  # of twice eight batches
     assert all(grad is not None for grad in acts.grads["net.0"])
+
+
+def test_parts_that_lightning_calls_one_by_one_are_passes_of_their_own(lightning):
+    names = lightning(actrec.record)
+
+    class Parts(names["Classifier"]):
+        def forward(self, inputs):
+            raise AssertionError
+
+        def training_step(self, batch, index):
+            inputs, targets = batch
+            for part in self.net:
+                inputs = part(inputs)
+            return nn.functional.cross_entropy(inputs, targets)
+
+        def validation_step(self, batch, index):
+            pass
+
+    recording = names["Recording"]("net.*")
+    trainer = names["L"].Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[recording], **names["quiet"]
+    )
+    trainer.fit(Parts(), names["loader"], names["loader"])
+    assert recording.acts["net.2"].passes == [*range(2, 24, 3)]
 
 
 def test_lightning_leaves_no_hook_when_a_step_fails(lightning):
