@@ -206,15 +206,15 @@ def killed(folder: Path) -> None:
         for step in range(acts.num_passes, BATCHES):
             model(batch(step, rank, ranks))
             if first and step == 2 + rank:  # the others may be a little ahead or behind
-                wait_for(folder / "run", rank)
                 if rank == 2:
+                    wait_for(folder / "run", ranks)
                     os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(60)
 
 
-def wait_for(run: Path, rank: int) -> None:
-    """Let the writer commit what it can, so that there is something to lose."""
-    while not list(run.glob(f"rank-0000{rank}/*.safetensors")):
+def wait_for(run: Path, ranks: int) -> None:
+    """Let every writer commit what it can, so that there is something to lose."""
+    while not all(list(run.glob(f"rank-0000{rank}/*.safetensors")) for rank in range(ranks)):
         time.sleep(0.01)
 
 
