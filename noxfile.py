@@ -99,6 +99,13 @@ def browser(session: nox.Session) -> None:
 
 
 @nox.session
+def recipes(session: nox.Session) -> None:
+    """Run the how-to pages that need other frameworks: trainers, Ray Data."""
+    install(session, "recipes", "-e", ".")
+    session.run("pytest", "tests/recipes", *session.posargs, env=OFFLINE)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure what recording costs, as ratios, and print the table."""
     install(session, "bench", "-e", ".")

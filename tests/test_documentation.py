@@ -40,6 +40,11 @@ def is_notebook(page: Path) -> bool:
     return page.read_text().startswith("---\njupytext:")
 
 
+def is_recipe(page: Path) -> bool:
+    """Whether a page needs other frameworks, and says so: tests/recipes runs it."""
+    return "run by `nox -s recipes`" in page.read_text()
+
+
 def blocks(page: Path, language: str) -> list[Block]:
     """The fenced blocks of a page that are in one language."""
     text = page.read_text()
@@ -80,7 +85,7 @@ MODULES = [actrec] + [
 BLOCKS = [
     pytest.param(page, index, id=f"{page.relative_to(ROOT)}:{block.line}")
     for page in PAGES
-    if not is_notebook(page)
+    if not is_notebook(page) and not is_recipe(page)
     for index, block in enumerate(blocks(page, "python"))
 ]
 DOCSTRINGS = [pytest.param(test, id=test.name) for module in MODULES for test in docstrings(module)]
@@ -138,6 +143,11 @@ def test_the_examples_are_found():
     assert any(block.output for block in blocks(README, "python"))
     assert len(DOCSTRINGS) >= 12
     assert sum(map(is_notebook, PAGES)) >= 6
+    assert {page.name for page in filter(is_recipe, PAGES)} == {
+        "ray-data.md",
+        "trainers.md",
+        "vllm.md",
+    }
 
 
 @pytest.mark.parametrize("name", actrec.__all__)

@@ -238,6 +238,24 @@ def test_a_call_outlives_the_recording_and_its_files(path: Path) -> None:
     assert same(call, expected)
 
 
+def test_a_relative_path_means_the_same_after_the_working_directory_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(2, 2)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with record(model, "", into=Folder("run", shard_bytes=1)) as acts:
+        model(torch.ones(1, 2))
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        expected = [model(torch.ones(1, 2)), model(torch.ones(1, 2))]
+    assert not list(Path().iterdir())
+    monkeypatch.chdir(tmp_path)
+    found = load("run")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for recording in (acts, found):
+        assert torch.equal(recording[""].cat()[1:], torch.cat(expected))
+
+
 @pytest.mark.parametrize("how", ["cat", "stack"])
 def test_calls_are_joined_as_in_memory(tmp_path: Path, how: str) -> None:
     values: dict[str, list[Any]] = {

@@ -31,7 +31,7 @@ class Disk:
     """A folder: a :class:`~actrec.store._place.Place` on disk."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # the working directory may change
 
     def __truediv__(self, name: str) -> Disk:
         return Disk(self.path / name)
