@@ -16,6 +16,7 @@ from ._recording import Layer, Recorder, Recording
 from ._stats import Stats
 from .errors import (
     ActrecError,
+    AlignmentError,
     CaptureError,
     CorruptRecordingError,
     JoinError,
@@ -35,6 +36,7 @@ from .store import load, verify
 
 __all__ = [
     "ActrecError",
+    "AlignmentError",
     "CaptureError",
     "Comparison",
     "CorruptRecordingError",
