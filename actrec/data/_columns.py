@@ -75,29 +75,26 @@ class Column:
             return
         for _, rows, run, skip in self._pieces(first, many):
             source, start, repeat = self._at(run)
-            source.announce(start + skip // repeat, (skip + rows - 1) // repeat + 1 - skip // repeat)
+            source.announce(
+                start + skip // repeat, (skip + rows - 1) // repeat + 1 - skip // repeat
+            )
 
     def take(self, indices: Tensor) -> Tensor:
         """Copy rows of any numbers; nothing else is read."""
-        if not self.width:
+        if not self.width or not len(indices):
             return self.empty(len(indices))
         runs = torch.searchsorted(self._ends, indices, right=True)
         rows = indices - self._begins(runs)
         rows = self._start[runs] + rows // self._repeat[runs]
         sources = self._source[runs]
-        used, counts = sources.unique(return_counts=True)
+        used, counts = torch.unique(sources, return_counts=True)
         if len(used) == 1:
             return self._sources[int(used)].rows().index_select(0, rows)
         order = sources.argsort()
-        parts = rows[order].split(counts.tolist())
-        out = self.empty(len(indices))
-        out[order] = torch.cat(
-            [
-                self._sources[number].rows().index_select(0, part)
-                for number, part in zip(used.tolist(), parts, strict=True)
-            ]
-        )
-        return out
+        parts = torch.split(rows[order], counts.tolist())
+        pairs = zip(used.tolist(), parts, strict=True)
+        found = [self._sources[number].rows().index_select(0, part) for number, part in pairs]
+        return torch.cat(found).index_select(0, order.argsort())
 
     def _at(self, run: int) -> tuple[Source, int, int]:
         source = self._sources[int(self._source[run])]
@@ -140,7 +137,9 @@ def coalesced(columns: list[Tensor]) -> list[Tensor]:
     heads = torch.cat([torch.ones(1, dtype=torch.bool), ~goes_on]).nonzero()[:, 0]
     into = torch.zeros(len(order), dtype=torch.int64)
     into[heads[1:]] = 1
-    rows = torch.zeros(len(heads), dtype=torch.int64).index_add_(0, into.cumsum(0), columns[0][:, 0])
+    rows = torch.zeros(len(heads), dtype=torch.int64).index_add_(
+        0, into.cumsum(0), columns[0][:, 0]
+    )
     return [torch.cat([rows[:, None], runs[heads, 1:]], 1) for runs in columns]
 
 
@@ -173,7 +172,7 @@ class Kept:
         """The numbers of kept rows, counted among all rows."""
         blocks = torch.searchsorted(self._ends, indices, right=True)
         out = torch.empty_like(indices)
-        for number in blocks.unique().tolist():
+        for number in torch.unique(blocks).tolist():
             here = (blocks == number).nonzero()[:, 0]
             before = int(self._ends[number] - self.counts[number])
             out[here] = self.block(number)[indices[here] - before] + number * self._block

@@ -121,9 +121,9 @@ class Epoch:
         lines = torch.stack([blocks, first, many], 1)[order]
         places = (lines[:, 2].cumsum(0) - lines[:, 2]).tolist()
         return [
-            Piece(*line, place)
-            for line, place in zip(lines.tolist(), places, strict=True)
-            if line[2]
+            Piece(block, first, many, place)
+            for (block, first, many), place in zip(lines.tolist(), places, strict=True)
+            if many
         ]
 
     def permutation(self, number: int, window: tuple[int, int]) -> Tensor:

@@ -88,7 +88,7 @@ class Rows(Dataset[Any]):
 
     def __init__(self, source: Table) -> None:
         self._columns = source.columns
-        self._kept = source.mask and Kept(source.mask, _BLOCK)
+        self._kept = None if source.mask is None else Kept(source.mask, _BLOCK)
         self._len = len(source if self._kept is None else self._kept)
 
     def __len__(self) -> int:

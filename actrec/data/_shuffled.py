@@ -99,12 +99,12 @@ def shuffled(
     found = table("shuffled", recording, layers, flatten=flatten, mask=mask, as_stored=True)
     width = sum(column.width for column in found.columns)
     block = max(1, min(_MEBI, buffer // _BLOCKS) // max(1, width))
-    kept = found.mask and Kept(found.mask, block)
+    kept = None if found.mask is None else Kept(found.mask, block)
     order = Order(
         counts=_even(len(found), block) if kept is None else kept.counts,
         window=max(1, buffer // (width + _NUMBERS)),
         batch_size=batch_size,
-        seed=seed,
+        seed=int(seed),
         rank=rank,
         world_size=world_size,
         drop_last=drop_last,
@@ -117,7 +117,7 @@ def _even(rows: int, block: int) -> Tensor:
     return (rows - blocks).clamp(max=block)
 
 
-def _check(**sizes: int) -> None:
+def _check(**sizes: Any) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             message = f"shuffled({name}={size!r}): expected a whole number greater than 0."
@@ -125,7 +125,7 @@ def _check(**sizes: int) -> None:
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """This rank, and how many there are."""
+    """Return the number of this rank, and how many there are."""
     if (rank is None) != (world_size is None):
         message = f"shuffled(rank={rank}, world_size={world_size}): give both, or neither."
         raise OptionError(message)
@@ -278,11 +278,12 @@ class Shuffled(IterableDataset[Any]):
             rows = epoch.permutation(number, bounds)
             memory.fill(epoch.pieces(bounds), torch.cat([rows[cut.low : cut.high] for cut in cuts]))
             del rows
-            coming = [piece for after in windows[number + 1 : number + 2] for piece in epoch.pieces(after)]
+            coming = [
+                piece for after in windows[number + 1 : number + 2] for piece in epoch.pieces(after)
+            ]
             place = 0
-            for cut, pieces in zip(cuts, _spread(coming[now.worker :: now.workers], len(cuts)), strict=True):
-                for piece in pieces:
-                    memory.announce(piece)
+            for cut, pieces in zip(cuts, _spread(coming, len(cuts)), strict=True):
+                memory.expect(pieces)
                 begun.append(memory.take(place, place + cut.high - cut.low))
                 place += cut.high - cut.low
                 if cut.ends:
@@ -292,7 +293,10 @@ class Shuffled(IterableDataset[Any]):
                     yield batch
 
     def _joined(self, parts: list[list[Tensor]]) -> Any:
-        columns = [column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True)]
+        columns = [
+            column[0] if len(column) == 1 else torch.cat(column)
+            for column in zip(*parts, strict=True)
+        ]
         dressed = [own.dressed(rows) for own, rows in zip(self._columns, columns, strict=True)]
         return dressed[0] if len(dressed) == 1 else tuple(dressed)
 
@@ -305,5 +309,7 @@ def _spread(pieces: list[Piece], many: int) -> Iterator[list[Piece]]:
 
 def _identity(source: Table) -> str:
     """What tells a recording from others, and the same rows of it from other rows, as text."""
-    parts = [(c.name, str(c.dtype), c.shape) for c in (*source.columns, *filter(None, [source.mask]))]
+    parts = [
+        (c.name, str(c.dtype), c.shape) for c in (*source.columns, *filter(None, [source.mask]))
+    ]
     return hashlib.blake2b(repr((source.origins, parts)).encode(), digest_size=8).hexdigest()

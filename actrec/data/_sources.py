@@ -45,7 +45,9 @@ def as_bytes(tensor: Tensor, shape: Shape) -> Tensor:
     width = math.prod(shape)
     nbytes = width * tensor.dtype.itemsize
     if not nbytes or not tensor.numel():
-        return torch.empty(tensor.numel() // width if width else len(tensor), nbytes, dtype=torch.uint8)
+        return torch.empty(
+            tensor.numel() // width if width else len(tensor), nbytes, dtype=torch.uint8
+        )
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
     return plain.reshape(-1, width).contiguous().view(torch.uint8)
 
@@ -167,7 +169,9 @@ class File:
             while view:
                 many = _preadv(fd, [view], offset)
                 if not many:
-                    raise corrupt(self.path, f"it ends at byte {offset}, and had {self._size} bytes")
+                    raise corrupt(
+                        self.path, f"it ends at byte {offset}, and had {self._size} bytes"
+                    )
                 view, offset = view[many:], offset + many
         finally:
             os.close(fd)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -27,8 +26,10 @@ from ._columns import Column, coalesced
 from ._sources import Expanded, File, Held, Shape, Source, Stored
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from actrec._recording import Recording
-    from actrec.store._index import Group, Leaf, Shard
+    from actrec.store._index import Group, Leaf
 
 __all__ = ["Selector", "Table", "table"]
 
@@ -73,9 +74,7 @@ def table(
         runs = coalesced(runs)
     columns = cut.columns(runs)
     origins = sorted({o for pick in picked for o in _origins(pick.layer)})
-    return Table(
-        columns[: len(selectors)], None if mask is None else columns[-1], tuple(origins)
-    )
+    return Table(columns[: len(selectors)], None if mask is None else columns[-1], tuple(origins))
 
 
 # --- Which layers ------------------------------------------------------------------------------------
@@ -129,7 +128,9 @@ def _misaligned(
     call: str, first: tuple[str, list[Any]], other: tuple[str, list[Any]]
 ) -> AlignmentError:
     (title, expected), (name, found) = first, other
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(expected, found, strict=False)))
+    same = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(expected, found, strict=False))
+    )
     message = (
         f"{call}: layers {title} and {name} do not have the same calls. {title} has {len(expected)}, {name} has "
         f"{len(found)}, and call {same} is {_moment(expected, same)} of {title} and {_moment(found, same)} of {name}. "
@@ -142,7 +143,11 @@ def _moment(moments: list[Any], index: int) -> str:
     if index >= len(moments):
         return "missing"
     moment = moments[index]
-    return f"in pass {moment[0]}, rank {moment[1]}," if isinstance(moment, tuple) else f"in pass {moment}"
+    return (
+        f"in pass {moment[0]}, rank {moment[1]},"
+        if isinstance(moment, tuple)
+        else f"in pass {moment}"
+    )
 
 
 # --- Stretches ---------------------------------------------------------------------------------------
@@ -201,7 +206,9 @@ def _in_file(leaf: Leaf, file: File, first: int, many: int) -> Iterator[Stretch]
         else:
             step = leaf.row * (leaf.rows[run] if not leaf.scalar else 1)
             offset = leaf.before[run] * leaf.row + step * (first - leaf.calls[run])
-            yield Stretch(calls, shape, leaf.dtype, id(leaf), partial(_in_leaf, file, leaf), offset, step)
+            yield Stretch(
+                calls, shape, leaf.dtype, id(leaf), partial(_in_leaf, file, leaf), offset, step
+            )
             first += calls
 
 
@@ -225,7 +232,10 @@ def _tensor(call: str, pick: _Pick, number: int | None, value: Any) -> Tensor:
             raise AlignmentError(message) from None
     if not _is_plain(value):
         which = "a call" if number is None else f"call {number}"
-        kind = form(value).kind or f"a tensor of layout {value.layout}, quantized, nested or without data"
+        kind = (
+            form(value).kind
+            or f"a tensor of layout {value.layout}, quantized, nested or without data"
+        )
         message = (
             f"{call}: {which} of {pick.title} is {kind}, and rows are cut out of plain tensors. Name what is in it, "
             f"as in ({pick.layer.name!r}, 0), or record with a transform that returns a tensor."
@@ -305,7 +315,9 @@ class _Cut:
             sources.append(stretch.source(shape))
         return numbers[stretch.key]
 
-    def _rows(self, stretches: tuple[Stretch, ...], done: int) -> tuple[int, list[int], list[Shape]]:
+    def _rows(
+        self, stretches: tuple[Stretch, ...], done: int
+    ) -> tuple[int, list[int], list[Shape]]:
         """How many rows each call has, how often each layer repeats one, and the shape of a row."""
         for pick, stretch in zip(self._picks, stretches, strict=True):
             if not stretch.shape:
@@ -325,7 +337,8 @@ class _Cut:
         if self._masked and shapes[-1]:
             message = (
                 f"{self._at(self._picks[-1], done)} is {stretches[-1].shape}, more than one number for each row, so it is "
-                f"no mask. The rows are numbered by {lead}" + ("." if self._flatten else "; flatten=True makes one of each position.")
+                f"no mask. The rows are numbered by {lead}"
+                + ("." if self._flatten else "; flatten=True makes one of each position.")
             )
             raise AlignmentError(message)
         return rows, repeats, shapes
@@ -372,14 +385,16 @@ class _Cut:
                 message = (
                     f"{self._at(pick, done)} has rows of shape {shape}, and the calls before it rows of shape {before}. "
                     "Rows of different shapes make no batch: "
-                    + ("record with a transform." if self._flatten else "take a row of each position, flatten=True, or record with a transform that pools.")
+                    + (
+                        "record with a transform."
+                        if self._flatten
+                        else "take a row of each position, flatten=True, or record with a transform that pools."
+                    )
                 )
                 raise AlignmentError(message)
         for pick, dtype, known in zip(self._picks, dtypes, self._dtypes, strict=True):
             if dtype != known:
-                message = (
-                    f"{self._at(pick, done)} is of {dtype}, and the calls before it of {known}. Record with dtype=."
-                )
+                message = f"{self._at(pick, done)} is of {dtype}, and the calls before it of {known}. Record with dtype=."
                 raise AlignmentError(message)
 
     def _at(self, pick: _Pick, done: int) -> str:

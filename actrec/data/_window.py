@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._giving import to_give
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -29,9 +31,13 @@ class Window:
         self._memory = [column.empty(0) for column in columns]
         self._scratch = [column.empty(0) for column in columns]
         self._slots = torch.empty(0, dtype=torch.int64)
+        self._announced = 0
 
     def fill(self, pieces: Sequence[Piece], wanted: Tensor) -> None:
-        """Read rows, in the order in which they lie; ``wanted`` has their numbers in any order, each once."""
+        """Read rows, in the order in which they lie; ``wanted`` has their numbers in any order, each once.
+
+        What was not announced before is announced a few blocks ahead.
+        """
         rows = sum(piece.many for piece in pieces)
         if len(wanted) == rows:
             ordered, self._slots = None, wanted
@@ -44,17 +50,29 @@ class Window:
             bounds = [*torch.searchsorted(ordered, places).tolist(), len(ordered)]
         self._make_room(len(wanted))
         for number, piece in enumerate(pieces):
-            for other in pieces[number : number + _AHEAD] if number % _AHEAD == 0 else ():
-                self.announce(other)
+            if number >= self._announced:
+                for coming in pieces[number : number + _AHEAD]:
+                    self.announce(coming)
+                self._announced = number + _AHEAD
             low, high = bounds[number : number + 2]
             if high > low:
                 some = None if ordered is None else ordered[low:high] - piece.place
                 self._read(piece, some, low, high)
+        self._announced = 0
 
     def take(self, low: int, high: int) -> list[Tensor]:
         """The rows that were wanted from number ``low`` to ``high``, as new tensors."""
         slots = self._slots[low:high]
-        return [memory.index_select(0, slots) for memory in self._memory]
+        out = [to_give(len(slots), memory.shape[1]) for memory in self._memory]
+        for memory, rows in zip(self._memory, out, strict=True):
+            torch.index_select(memory, 0, slots, out=rows)
+        return out
+
+    def expect(self, pieces: Sequence[Piece]) -> None:
+        """Announce the first pieces of the window that is filled next, after those that were announced so far."""
+        for piece in pieces:
+            self.announce(piece)
+        self._announced += len(pieces)
 
     def announce(self, piece: Piece) -> None:
         """Say that a piece will be read soon."""
