@@ -97,6 +97,9 @@ class Rows(Dataset[Any]):
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Any:
         if isinstance(index, slice):
             return self._as_item(self._range(range(self._len)[index]))
+        if isinstance(index, int):
+            number = int(self._checked(torch.tensor([index])))
+            return self._as_item([part[0] for part in self._range(range(number, number + 1))])
         if isinstance(index, Tensor) and index.dtype == torch.bool:
             index = index.nonzero()[:, 0]
         numbers = torch.as_tensor(index, dtype=torch.int64)

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -268,6 +268,11 @@ def _zipped(columns: list[list[Stretch]]) -> Iterator[tuple[Stretch, ...]]:
 # --- Rows --------------------------------------------------------------------------------------------
 
 
+def _fits(shape: Shape, taken: int, lead: Shape) -> bool:
+    """Whether that many dimensions are positions, all of them or the first ones."""
+    return 0 < taken <= min(len(shape), len(lead)) and shape[:taken] == lead[:taken]
+
+
 class _Cut:
     """Cuts stretches into rows."""
 
@@ -282,18 +287,22 @@ class _Cut:
 
     def runs(self, aligned: list[tuple[Stretch, ...]]) -> list[Tensor]:
         """For each layer its runs, as lines of a tensor."""
+        starts = list(accumulate((stretches[0].calls for stretches in aligned), initial=0))
+        for stretches, start in zip(aligned, starts, strict=False):
+            self._check_dimensions(stretches, start)
+        leads = [self._lead(stretches) for stretches in aligned]
+        takes = [self._taken(column, leads) for column in zip(*aligned, strict=True)]
         numbers: list[dict[int, int]] = [{} for _ in self._picks]
         lines: list[list[tuple[int, int, int, int]]] = [[] for _ in self._picks]
-        done = 0
-        for stretches in aligned:
-            rows, repeats, shapes = self._rows(stretches, done)
-            self._check_alike(stretches, shapes, done)
+        for stretches, lead, start in zip(aligned, leads, starts, strict=False):
+            shapes = self._shapes_of_rows(stretches, lead, takes, start)
+            rows = math.prod(lead) * stretches[0].calls
             for column, (stretch, shape) in enumerate(zip(stretches, shapes, strict=True)):
                 number = self._number(column, numbers[column], stretch, shape)
                 width = math.prod(shape) * stretch.dtype.itemsize
-                start = stretch.offset // width if width else 0
-                lines[column].append((rows * stretch.calls, number, start, repeats[column]))
-            done += stretches[0].calls
+                first = stretch.offset // width if width else 0
+                repeat = max(1, math.prod(lead[takes[column] :]))
+                lines[column].append((rows, number, first, repeat))
         return [torch.tensor(column, dtype=torch.int64).view(-1, 4) for column in lines]
 
     def columns(self, runs: list[Tensor]) -> list[Column]:
@@ -315,33 +324,32 @@ class _Cut:
             sources.append(stretch.source(shape))
         return numbers[stretch.key]
 
-    def _rows(
-        self, stretches: tuple[Stretch, ...], done: int
-    ) -> tuple[int, list[int], list[Shape]]:
-        """How many rows each call has, how often each layer repeats one, and the shape of a row."""
+    def _check_dimensions(self, stretches: tuple[Stretch, ...], start: int) -> None:
         for pick, stretch in zip(self._picks, stretches, strict=True):
             if not stretch.shape:
                 message = (
-                    f"{self._at(pick, done)} is a single number, without a dimension to cut rows from. Add values of "
+                    f"{self._at(pick, start)} is a single number, without a dimension to cut rows from. Add values of "
                     "one number for each sample."
                 )
                 raise AlignmentError(message)
-        lead = self._lead(stretches)
-        rows, repeats, shapes = math.prod(lead), [], []
-        for column, stretch in enumerate(stretches):
-            taken = self._taken(stretch.shape, lead)
-            if taken is None:
-                raise self._unequal(stretches, column, lead, done)
-            repeats.append(max(1, math.prod(lead[taken:])))
-            shapes.append(stretch.shape[taken:])
+
+    def _shapes_of_rows(
+        self, stretches: tuple[Stretch, ...], lead: Shape, takes: list[int], start: int
+    ) -> list[Shape]:
+        """The shape of a row of each layer, after a look at whether the layers have the same rows."""
+        for column, (stretch, taken) in enumerate(zip(stretches, takes, strict=True)):
+            if not _fits(stretch.shape, taken, lead):
+                raise self._unequal(stretches, column, lead, start)
+        shapes = [stretch.shape[taken:] for stretch, taken in zip(stretches, takes, strict=True)]
         if self._masked and shapes[-1]:
+            fix = "." if self._flatten else "; flatten=True makes a row of each position."
             message = (
-                f"{self._at(self._picks[-1], done)} is {stretches[-1].shape}, more than one number for each row, so it is "
-                f"no mask. The rows are numbered by {lead}"
-                + ("." if self._flatten else "; flatten=True makes one of each position.")
+                f"{self._at(self._picks[-1], start)} has shape {stretches[-1].shape}, more than one number for each row, "
+                f"so it is no mask. The rows are those of {lead}{fix}"
             )
             raise AlignmentError(message)
-        return rows, repeats, shapes
+        self._check_alike(stretches, shapes, start)
+        return shapes
 
     def _lead(self, stretches: tuple[Stretch, ...]) -> Shape:
         """The dimensions whose positions are the rows."""
@@ -351,14 +359,19 @@ class _Cut:
         longest = max(layers, key=lambda stretch: len(stretch.shape)).shape
         return longest[:-1] if len(longest) > 1 else longest
 
-    def _taken(self, shape: Shape, lead: Shape) -> int | None:
-        """How many dimensions of a layer are positions; the others make a row."""
-        if not self._flatten:
-            return 1 if shape[:1] == lead else None
-        for taken in (len(shape), len(shape) - 1):
-            if 0 < taken <= len(lead) and shape[:taken] == lead[:taken]:
-                return taken
-        return None
+    def _taken(self, column: tuple[Stretch, ...], leads: list[Shape]) -> int:
+        """How many dimensions of a layer are positions, in all of its calls; the others make a row."""
+        most = len(column[0].shape)
+        choices = [taken for taken in (most, most - 1) if taken] if self._flatten else [1]
+
+        def good(taken: int) -> int:
+            """The number of calls before the first that this does not go with."""
+            pairs = zip(column, leads, strict=True)
+            return sum(
+                1 for _ in takewhile(lambda pair: _fits(pair[0].shape, taken, pair[1]), pairs)
+            )
+
+        return max(choices, key=good)
 
     def _unequal(
         self, stretches: tuple[Stretch, ...], column: int, lead: Shape, done: int

@@ -21,6 +21,7 @@ from tests.benchmarks import (
     entry,
     gradients,
     importing,
+    loading,
     memory_pages,
     networks,
     reading_statistics,
@@ -39,6 +40,7 @@ BENCHMARKS = {
     "import": importing.measure,
     "reading": reading_statistics.measure,
     "storing": storing.measure,
+    "loading": loading.measure,
 }
 
 
