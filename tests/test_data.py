@@ -92,7 +92,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     for name, sizes in (("even", EVEN), ("uneven", UNEVEN), ("ragged", RAGGED)):
         memory = made(sizes)
         found[f"{name}, in memory"] = Case(memory, memory)
-        for shards, size in (("one shard", MIB), ("shards", 400)):
+        for shards, size in (("one shard", MIB), ("shards", 30_000)):
             path = folder / f"{name} {shards}"
             made(sizes, Folder(path, shard_bytes=size))
             found[f"{name}, {shards}"] = Case(memory, load(path))
@@ -103,7 +103,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 def of_ranks(folder: Path) -> Case:
     """The same as if two ranks had recorded it."""
     path = folder / "ranks"
-    made(UNEVEN, Folder(path, shard_bytes=400))
+    made(UNEVEN, Folder(path, shard_bytes=30_000))
     shutil.copytree(path / "rank-00000", path / "rank-00001")
     for shard in (path / "rank-00001").glob("*.safetensors"):
         rewrite(shard, lambda about: about.update(rank=1))
@@ -289,6 +289,18 @@ def test_values_of_any_dtype_and_order_in_memory_come_as_they_are() -> None:
         assert [len(batch) for batch in batches] == [5, 5, 2]
 
 
+def test_rows_without_width_are_rows(tmp_path: Path) -> None:
+    model = nn.Identity()
+    with record(model, "", into=tmp_path / "r") as acts:
+        model(torch.randn(6, 0))
+        acts.add("label", torch.arange(6))
+    dataset = rows(acts, "", "label")
+    assert [part.shape for part in dataset[:]] == [(6, 0), (6,)]
+    assert [part.shape for part in dataset[[3, 1]]] == [(2, 0), (2,)]
+    batches = list(shuffled(acts, "", "label", batch_size=4))
+    assert [batch[0].shape for batch in batches] == [(4, 0), (2, 0)]
+
+
 def test_a_recording_without_calls_has_no_rows() -> None:
     with pytest.warns(actrec.UnusedLayerWarning), record(Ready(), "hidden") as acts:
         pass
@@ -448,6 +460,9 @@ def test_what_goes_on_from_a_state_is_the_rest(
     for _ in range(had):
         next(iterator)
     state = json.loads(json.dumps(dataset.state_dict()))
+    counted = dataset.state_dict(batches=had)  # as who has workers says it
+    assert counted["first"] == state["first"] + state["done"] == had
+    state = data.draw(st.sampled_from([state, counted]))
     again = dataset_of(acts, chosen)
     again.load_state_dict(state)
     again.set_epoch(2)  # as training loops do
@@ -619,7 +634,7 @@ def test_a_batch_has_rows_of_many_places(orders: Tensor) -> None:
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
-    made(UNEVEN, Folder(tmp_path / "r", shard_bytes=2000))
+    made(UNEVEN, tmp_path / "r")
     return tmp_path / "r"
 
 
