@@ -548,8 +548,8 @@ def test_a_state_of_something_else_is_refused(cases: Any) -> None:
         ({"batch_size": 1, "buffer": -1}, "buffer=-1"),
         ({"batch_size": 1, "rank": 1}, "give both, or neither"),
         ({"batch_size": 1, "world_size": 2}, "give both, or neither"),
-        ({"batch_size": 1, "rank": 2, "world_size": 2}, "ranks are counted from 0"),
-        ({"batch_size": 1, "rank": -1, "world_size": 2}, "rank"),
+        ({"batch_size": 1, "rank": 2, "world_size": 2}, "from 0 to world_size - 1"),
+        ({"batch_size": 1, "rank": -1, "world_size": 2}, "rank=-1, world_size=2"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(

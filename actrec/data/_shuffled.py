@@ -6,6 +6,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import index
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -72,8 +73,8 @@ def shuffled(
 
     The recording is cut into blocks of about a mebibyte. Each epoch permutes the blocks; as many as fit into
     the buffer are read, in the order in which they lie on the disk, and their rows are permuted. Every row comes
-    exactly once. The order depends on the seed, the epoch, the recording, the options and the number of ranks, not on
-    the number of workers, which share one buffer between them.
+    exactly once. The order depends on the seed, the epoch, the recording, the options and the number of ranks (and
+    on PyTorch's generator of permutations), not on the number of workers, which share one buffer between them.
 
     Args:
         recording: In memory or stored.
@@ -92,9 +93,11 @@ def shuffled(
     Raises ``AlignmentError`` as :func:`rows` does, and ``OptionError`` for a size that cannot be.
     """
     rank, world_size = _place(rank, world_size)
-    _check(batch_size=batch_size, buffer=buffer, world_size=world_size, rank=rank + 1)
-    if rank >= world_size:
-        message = f"shuffled(rank={rank}, world_size={world_size}): ranks are counted from 0."
+    _check(batch_size=batch_size, buffer=buffer)
+    if not 0 <= rank < world_size:
+        message = (
+            f"shuffled(rank={rank}, world_size={world_size}): ranks are whole numbers from 0 to world_size - 1."
+        )
         raise OptionError(message)
     found = table("shuffled", recording, layers, flatten=flatten, mask=mask, as_stored=True)
     width = sum(column.width for column in found.columns)
@@ -104,7 +107,7 @@ def shuffled(
         counts=_even(len(found), block) if kept is None else kept.counts,
         window=max(1, buffer // (width + _NUMBERS)),
         batch_size=batch_size,
-        seed=int(seed),
+        seed=index(seed),
         rank=rank,
         world_size=world_size,
         drop_last=drop_last,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Window"]
 
-#: So many blocks are announced to the system before they are read.
+#: So many blocks are announced to the system before one is read.
 _AHEAD = 16
 
 
@@ -50,10 +50,8 @@ class Window:
             bounds = [*torch.searchsorted(ordered, places).tolist(), len(ordered)]
         self._make_room(len(wanted))
         for number, piece in enumerate(pieces):
-            if number >= self._announced:
-                for coming in pieces[number : number + _AHEAD]:
-                    self.announce(coming)
-                self._announced = number + _AHEAD
+            if number + _AHEAD > self._announced:
+                self.expect(pieces[self._announced : number + 2 * _AHEAD])
             low, high = bounds[number : number + 2]
             if high > low:
                 some = None if ordered is None else ordered[low:high] - piece.place
@@ -69,7 +67,7 @@ class Window:
         return out
 
     def expect(self, pieces: Sequence[Piece]) -> None:
-        """Announce the first pieces of the window that is filled next, after those that were announced so far."""
+        """Announce pieces of the window that is filled next, those that follow what was announced so far."""
         for piece in pieces:
             self.announce(piece)
         self._announced += len(pieces)
