@@ -212,11 +212,11 @@ def test_a_loader_fetches_batches_of_rows(cases: Any) -> None:
 def test_a_stored_dataset_is_small_when_it_is_sent(tmp_path: Path) -> None:
     made([(10, 10)] * 200, tmp_path / "r")
     acts = load(tmp_path / "r")
-    for dataset in (
-        rows(acts, "hidden", "id", flatten=True),
-        shuffled(acts, "hidden", batch_size=4),
-    ):
-        next(iter(dataset))  # the file is mapped now
+    by_number = rows(acts, "hidden", "id", flatten=True)
+    by_number[[0, 1]]  # the file is mapped now
+    batches = shuffled(acts, "hidden", batch_size=4)
+    next(iter(batches))
+    for dataset in (by_number, batches):
         assert len(pickle.dumps(dataset)) < 8000
     again = pickle.loads(pickle.dumps(rows(acts, "hidden", flatten=True)))
     assert same(again[:], flat(acts, "hidden"))
@@ -287,6 +287,15 @@ def test_values_of_any_dtype_and_order_in_memory_come_as_they_are() -> None:
         batches = list(shuffled(acts, "", batch_size=5))
         assert [batch.dtype for batch in batches] == [value.dtype] * 3
         assert [len(batch) for batch in batches] == [5, 5, 2]
+
+
+def test_a_tensor_that_stands_for_two_calls_has_its_rows_twice() -> None:
+    acts = made(EVEN)
+    acts["label"][3] = acts["label"][2]
+    expected = acts["label"].cat()
+    assert same(rows(acts, "label")[:], expected)
+    (batch,) = list(shuffled(acts, "label", batch_size=35))
+    assert same(batch.sort()[0], expected.sort()[0])
 
 
 def test_rows_without_width_are_rows(tmp_path: Path) -> None:
