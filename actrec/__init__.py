@@ -21,6 +21,7 @@ from ._recording import Layer, Recorder, Recording
 from ._stats import Stats
 from .errors import (
     ActrecError,
+    AlignmentError,
     CaptureError,
     CorruptRecordingError,
     JoinError,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActrecError",
+    "AlignmentError",
     "CaptureError",
     "Comparison",
     "CorruptRecordingError",

@@ -10,9 +10,10 @@
     ├── TransformError              also RuntimeError: the user's transform raised
     ├── CaptureError                also RuntimeError: a value that cannot be kept
     ├── JoinError                   also ValueError: calls that do not fit together
+    ├── AlignmentError              also ValueError: layers whose rows do not line up
     ├── RecordingExistsError        also FileExistsError: a path that is taken, and stays as it is
     ├── RecordingNotFoundError      also FileNotFoundError: a path without a recording
-    ├── ResumeError                 also ValueError: a recording that cannot go on like this
+    ├── ResumeError                 also ValueError: a recording or loader that cannot go on like this
     ├── WriteError                  also OSError: what was recorded could not be written
     ├── ReadError                   also OSError: an object store that could not be read
     └── CorruptRecordingError       also ValueError: a stored recording that is damaged
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActrecError",
+    "AlignmentError",
     "CaptureError",
     "CorruptRecordingError",
     "JoinError",
@@ -87,6 +89,10 @@ class JoinError(ActrecError, ValueError):
     """Calls of a layer that cannot be joined into one tensor."""
 
 
+class AlignmentError(ActrecError, ValueError):
+    """Layers that cannot be cut into rows that belong together; the message names the call."""
+
+
 class RecordingExistsError(ActrecError, FileExistsError):
     """There is something at the path already. It was not touched."""
 
@@ -96,7 +102,7 @@ class RecordingNotFoundError(ActrecError, FileNotFoundError):
 
 
 class ResumeError(ActrecError, ValueError):
-    """The stored recording is one of other layers or options; the message says which."""
+    """What is there, a stored recording or a state, is of other layers or options; the message says which."""
 
 
 class WriteError(ActrecError, OSError):

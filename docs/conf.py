@@ -50,5 +50,8 @@ nitpick_ignore_regex = [
     # Signatures stand as they are written: names that only the type checker imports, and short ones
     # for types that the text explains.
     ("py:class", r"nn\.Module|AbstractContextManager|Callable\[.*|.*\b(Query|Transform|Value)\b.*"),
-    ("py:class", r"(Axes|Layers|numpy\.ndarray|actrec\._(rows|stats|compare)\.\w+)(\[.*)?"),
+    (
+        "py:class",
+        r"(Axes|Layers|Recording|Selector|numpy\.ndarray|actrec\._(rows|stats|compare)\.\w+)(\[.*)?",
+    ),
 ]

@@ -17,6 +17,7 @@ NEVER_IMPORTED = {"matplotlib", "safetensors", "sklearn", "torch._dynamo", "tran
 def test_the_public_names_are_these():
     assert actrec.__all__ == [
         "ActrecError",
+        "AlignmentError",
         "CaptureError",
         "Comparison",
         "CorruptRecordingError",
@@ -48,6 +49,7 @@ def test_the_public_names_are_these():
 def test_everything_else_is_private():
     modules = {info.name for info in pkgutil.walk_packages(actrec.__path__)}
     assert {name for name in modules if not name.startswith("_")} == {
+        "data",
         "errors",
         "plot",
         "store",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 from itertools import product
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import actrec
-from actrec import CaptureError, CorruptRecordingError, compare, load, record
+from actrec import CaptureError, CorruptRecordingError, ResumeError, compare, load, record
 from actrec._nested import tensors
 from actrec._select import type_name
+from actrec.data import rows, shuffled
 from actrec.store import _parts, _tree
 from actrec.store._format import Defect
 from actrec.store._parts import Spread
@@ -222,6 +225,25 @@ def test_everything_that_can_be_done_with_a_layer_can_be_done_with_a_whole_one(
     assert same(list(load(tmp_path / "whole")["layer"]), values)
     acts.rank(1).save(tmp_path / "part")
     assert same(load(tmp_path / "part")["layer"][0], values[0][2:4])
+
+
+def test_rows_of_tensors_in_parts_are_rows_of_the_whole_and_made_when_they_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    values = list(torch.randn(3, 8, 6))
+    spread_out(tmp_path / "r", values, wrap=lambda t: [t, 7])
+    acts = load(tmp_path / "r")
+    with mock.patch.object(Spread, "whole", side_effect=AssertionError("it was read")):
+        dataset = rows(acts, ("layer", 0))
+    assert len(dataset) == 24
+    assert same(dataset[[0, 9, 23]], torch.cat(values)[[0, 9, 23]])
+    again = pickle.loads(pickle.dumps(dataset))
+    assert same(again[:], torch.cat(values))
+    batches = shuffled(acts, ("layer", 0), batch_size=5, buffer=200)
+    found = torch.cat(list(batches))
+    assert sorted(found.tolist()) == sorted(torch.cat(values).tolist())
+    with pytest.raises(ResumeError):
+        shuffled(acts.rank(1), ("layer", 0), batch_size=5).load_state_dict(batches.state_dict())
 
 
 def test_several_calls_in_a_pass_are_matched_in_their_order(tmp_path: Path) -> None:

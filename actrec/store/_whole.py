@@ -52,7 +52,7 @@ class WholeLayer(Layer):
     def __init__(self, recorded: StoredLayer) -> None:
         self.name = recorded.name
         self.type = recorded.type
-        self._recorded = recorded
+        self.recorded = recorded
 
     @cached_property
     def _found(self) -> tuple[list[_Call], int]:
@@ -60,7 +60,7 @@ class WholeLayer(Layer):
         calls: dict[object, _Call] = {}
         known: dict[int, Spreads] = {}
         counts: Counter[tuple[int, int]] = Counter()
-        recorded = self._recorded
+        recorded = self.recorded
         for index, owner in enumerate(zip(recorded.passes, recorded.ranks, strict=True)):
             number, rank = owner
             group, _ = recorded._place(index)
@@ -108,7 +108,7 @@ class WholeLayer(Layer):
         return map(self._value, self._found[0])
 
     def _value(self, call: _Call) -> Value:
-        group, at = self._recorded._place(call.parts[call.rank])
+        group, at = self.recorded._place(call.parts[call.rank])
         return group.decoded(
             lambda k: group.leaves[k].tensor(at, group.shard.storage),
             lambda k, spread: spread.whole(
@@ -116,8 +116,13 @@ class WholeLayer(Layer):
             ),
         )
 
+    def example(self, index: int) -> Value:
+        """A value like a call, that takes no memory and touches no data."""
+        call = self._found[0][index]
+        return _example(*self.recorded._place(call.parts[call.rank]))
+
     def _part(self, index: int, number: int) -> Tensor:
-        group, at = self._recorded._place(index)
+        group, at = self.recorded._place(index)
         leaf = group.leaves[number]
         if leaf.expanded:  # to join them would take memory that the file does not have
             message = "a part of a tensor repeats its elements"
@@ -127,7 +132,7 @@ class WholeLayer(Layer):
     def _forms(self) -> Iterable[Form]:
         forms: dict[object, Form] = {}
         for call in self._found[0]:
-            group, at = self._recorded._place(call.parts[call.rank])
+            group, at = self.recorded._place(call.parts[call.rank])
             look = id(group), call.spreads, *(leaf.shape(at) for leaf in group.leaves)
             if look not in forms:
                 forms[look] = form(_example(group, at))
@@ -135,7 +140,7 @@ class WholeLayer(Layer):
 
     def _places(self) -> Iterator[tuple[object, int]]:
         for call in self._found[0]:
-            group, at = self._recorded._place(call.parts[call.rank])
+            group, at = self.recorded._place(call.parts[call.rank])
             spreads = dict(call.spreads)
             for number, leaf in enumerate(group.leaves):
                 begin, nbytes = leaf.place(at)
@@ -160,10 +165,10 @@ class WholeLayer(Layer):
         return joined(self, "stack", dim)
 
     def keep(self, value: Value, number: int) -> NoReturn:
-        self._recorded.keep(value, number)
+        self.recorded.keep(value, number)
 
     def clear(self) -> NoReturn:
-        self._recorded.clear()
+        self.recorded.clear()
 
 
 def _is_whole(call: _Call) -> bool:

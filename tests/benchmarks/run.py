@@ -22,8 +22,10 @@ from tests.benchmarks import (
     entry,
     gradients,
     importing,
+    loading,
     memory_pages,
     networks,
+    opening,
     ranks,
     reading_statistics,
     report,
@@ -42,7 +44,9 @@ BENCHMARKS = {
     "import": importing.measure,
     "reading": reading_statistics.measure,
     "storing": storing.measure,
+    "opening": opening.measure,
     "ranks": ranks.measure,
+    "loading": loading.measure,
 }
 
 
