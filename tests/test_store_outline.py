@@ -205,6 +205,30 @@ def test_the_outline_says_what_the_headers_say(
         assert set(held.looks) == set(expected)
 
 
+def test_parts_of_passes_wait_until_their_own_pass_is_committed(tmp_path: Path) -> None:
+    outline = _outline.Outline()
+    for number, (committed, part, calls) in enumerate(
+        [(0, True, [0]), (0, True, [1, 1]), (1, False, []), (2, False, [1])]
+    ):
+        name = f"{number:06d}.safetensors"
+        slot, one = Slot("output", 0, "a", "Identity"), encoded(torch.ones(2))
+        made = [Call(slot, at, one.structure, one.tensors, 0) for at in calls]
+        with (tmp_path / name).open("wb") as file:
+            write_shard(_Plain(file), Heading("", 0, number, committed, part), made)
+        outline.add(open_shard(Disk(tmp_path), name))
+        held = outline.held.get(("output", "a"))
+        expected = {0: ([], [0]), 1: ([], [0, 1]), 2: ([0], [1]), 3: ([0, 1, 1, 1], [])}[number]
+        assert ([] if held is None else list(held.passes), outline.leftovers) == expected
+
+
+def test_while_it_is_recorded_a_recorder_knows_its_bytes(tmp_path: Path) -> None:
+    net = torch.nn.Identity()
+    with record(net, "", into=tmp_path / "r") as acts:
+        net(torch.ones(2, 3))
+        assert acts.nbytes == acts[""].nbytes == 24
+    assert acts.nbytes == acts[""].nbytes == load(tmp_path / "r").nbytes == 24
+
+
 def _bytes_of(parts: Any) -> int:
     """The bytes of the file that any of the parts' tensors lie in, counted one by one."""
     leaves = [leaf for part in parts for group in part.groups for leaf in group.leaves]

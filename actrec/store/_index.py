@@ -202,9 +202,6 @@ class Shard:
         self.heading = Heading("", 0, 0, 0)
         self._storage: Mapped | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_storage": None}  # a copy maps the file itself
-
     def storage(self) -> Mapped:
         """The file, mapped when it is first used."""
         if self._storage is None:
