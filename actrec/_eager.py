@@ -75,7 +75,7 @@ class _Stance(MetaPathFinder):
             self._held = torch.compiler.set_stance("force_eager")
 
     def _stop_watching(self) -> None:
-        if self in sys.meta_path:
+        if self in (sys.meta_path or ()):  # there is none when Python ends with a block still open
             sys.meta_path.remove(self)
 
     def find_spec(

@@ -10,6 +10,8 @@ import io
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -554,3 +556,16 @@ def test_a_block_that_could_not_be_entered_can_be_entered_later(monkeypatch: Any
     with block as acts:
         model(X)
     assert len(acts["a"]) == 1
+
+
+def test_python_may_end_while_a_block_is_open_and_nothing_is_said() -> None:
+    code = """
+import torch, actrec
+model = torch.nn.Linear(4, 3)
+block = actrec.record(model, "")
+acts = block.__enter__()
+model(torch.ones(2, 4))
+"""
+    child = [sys.executable, "-W", "error", "-c", code]
+    ended = subprocess.run(child, check=True, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("", "")
