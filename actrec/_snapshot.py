@@ -188,13 +188,14 @@ def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
     elif tensor.layout in {torch.sparse_csc, torch.sparse_bsc}:
         parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     else:
-        yield _place(tensor), 0 if tensor.is_meta else _size(tensor)
+        yield address(tensor), 0 if tensor.is_meta else _size(tensor)
         return
     for part in parts:
         yield from held(part)
 
 
-def _place(tensor: Tensor) -> object:
+def address(tensor: Tensor) -> object:
+    """What is equal for tensors in the same memory."""
     # data_ptr() would end the sharing that it is asked about.
     plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
     return (

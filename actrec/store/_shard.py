@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from actrec._snapshot import held, memory
+from actrec._snapshot import address, memory
 from actrec.errors import CaptureError
 
 from . import _container
@@ -98,7 +98,7 @@ def _refused(what: str) -> str:
 
 def place(tensor: Tensor) -> tuple[object, int]:
     """The memory of a plain tensor, and its bytes."""
-    return next(held(tensor))
+    return address(tensor), tensor.untyped_storage().nbytes()
 
 
 class _Form(NamedTuple):
@@ -156,7 +156,7 @@ class _Entry:
         for dim in self.form.expanded:
             if dim:
                 tail[dim - 1] = 1
-        rows = len(self.pieces) if self.form.scalar else sum(map(len, self.pieces))
+        rows = sum(1 if self.form.scalar else piece.shape[0] for piece in self.pieces)
         shape = (rows, *tail, *([2] if stored.pair else []))
         return _container.Tensor(
             self.name, stored.code, shape, self.nbytes, lambda: _views(self.pieces)
@@ -193,7 +193,8 @@ class _Leaf:
         return follows and self.twin is None and not self.own
 
     def add(self, tensor: Tensor, base: Tensor) -> None:
-        self.rows.append(1 if self.form.scalar else len(tensor))
+        # PyTorch takes microseconds to answer len().
+        self.rows.append(1 if self.form.scalar else tensor.shape[0])
         self.nbytes += base.nbytes
         if self.own:
             self.entry.pieces.append(base)
