@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
     from .timing import Row
 
+NUMBERS = ("median", "quartiles", "target")
 HEADER = ("what", "median", "quartiles", "target", "met", "exact")
 
 
 def text(rows: Iterable[Row], command: str) -> str:
     """Return the rows as aligned plain text."""
-    cells = [HEADER, *map(_cells, rows)]
+    cells = _without_empty_columns([HEADER, *map(_cells, rows)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [_aligned(row, widths).rstrip() for row in cells]
     return "\n".join([command, machine(), "", *lines])
@@ -27,7 +28,9 @@ def text(rows: Iterable[Row], command: str) -> str:
 
 def markdown(rows: Iterable[Row], command: str) -> str:
     """Return the rows as a Markdown table."""
-    cells = [HEADER, ("---", "---:", "---:", "---:", "---", "---"), *map(_cells, rows)]
+    header, *others = _without_empty_columns([HEADER, *map(_cells, rows)])
+    rules = ["---:" if name in NUMBERS else "---" for name in header]
+    cells = [header, rules, *others]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([f"`{command}`", "", machine(), "", *lines])
 
@@ -41,6 +44,12 @@ def machine() -> str:
         f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, 1 thread, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
+
+
+def _without_empty_columns(cells: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Leave out what no row has: targets, or who is exact."""
+    columns = [column for column in zip(*cells, strict=True) if any(column[1:])]
+    return list(zip(*columns, strict=True))
 
 
 def _cells(row: Row) -> tuple[str, ...]:
