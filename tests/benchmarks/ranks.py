@@ -22,7 +22,7 @@ import torch
 from actrec import record
 from actrec.store import Folder
 
-from .storing import LAYERS, Ready
+from .storing import LAYERS, Ready, ready
 from .timing import Row, ratios, take_turns
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ def _written(pool: Pool, path: Path, ranks: int, passes: int) -> float:
     shutil.rmtree(path, ignore_errors=True)
     jobs = [(path, rank, ranks, passes // ranks) for rank in range(ranks)]
     spans = pool.starmap(_record, jobs, chunksize=1)
+    written = sum(file.stat().st_size for file in path.rglob("*"))
+    assert written >= passes * LAYERS * math.prod(SHAPE) * 4
     shutil.rmtree(path)
     return max(end for _, end in spans) - min(start for start, _ in spans)
 
@@ -75,8 +77,7 @@ def _begin(together: Barrier) -> None:
 
 
 def _record(path: Path, rank: int, ranks: int, passes: int) -> tuple[float, float]:
-    numbers = torch.arange(float(passes * LAYERS)).split(LAYERS)
-    batches = [[number.expand(math.prod(SHAPE)).reshape(SHAPE) for number in row] for row in numbers]  # fmt: skip
+    batches = ready(passes, SHAPE)
     model = Ready()
     if ranks > 1:
         _shared["together"].wait()

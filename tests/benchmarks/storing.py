@@ -60,11 +60,7 @@ def measure(*, quick: bool) -> Iterator[Row]:
 
 def _measured(many: int, kib: int, *, quick: bool) -> Iterator[Row]:
     shape = (kib, 256)
-    values = torch.arange(1.0, many * LAYERS + 1).split(LAYERS)  # zarr does not write zeros
-    # Each of them has memory of its own: of one that repeats an element, actrec would write the element.
-    batches = [
-        [value.expand(math.prod(shape)).reshape(shape).clone() for value in row] for row in values
-    ]
+    batches = ready(many, shape)
     ways = _ways()
     rounds = 1 if quick else 3
     assert batches[0][0].nbytes == kib * 2**10
@@ -84,6 +80,16 @@ def _measured(many: int, kib: int, *, quick: bool) -> Iterator[Row]:
                 name: partial(_read, way, here[name], shape, calls) for name, way in ways.items()
             }
             yield from _rows(f"reading {what} of {size}", take_turns(work, rounds))
+
+
+def ready(many: int, shape: tuple[int, ...]) -> list[Batch]:
+    """So many batches, each with a value for each layer.
+
+    Each value has memory of its own: of one that repeats an element, or that was there before, actrec would write
+    the element, or nothing. None is zero, for zarr does not write zeros.
+    """
+    numbers = torch.arange(1.0, many * LAYERS + 1).split(LAYERS)
+    return [[number.repeat(math.prod(shape)).reshape(shape) for number in row] for row in numbers]
 
 
 def _rows(what: str, times: dict[str, list[float]], target: float | None = None) -> Iterator[Row]:
