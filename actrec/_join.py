@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ._heap import WORTH_IT, give_back
 from ._nested import Value, is_array, rebuild, steps, tensors
 from .errors import JoinError
 
@@ -172,6 +173,9 @@ def _shapes(column: Iterable[Tensor], most: int = 6) -> str:
 
 # --- Releasing -------------------------------------------------------------------------------------
 
+#: The memory of a layer's calls is given back to the system in so many portions.
+_PORTIONS = 16
+
 
 def _empty_result(how: How, dim: int, column: list[Tensor]) -> Tensor:
     """Where the tensors of a column will be joined."""
@@ -196,6 +200,8 @@ def _can_release(layer: Any, columns: list[list[Tensor]]) -> bool:
 def _move(layer: Any, results: list[Tensor], how: How, dim: int) -> None:
     """Copy call after call into the results, the last one first, and drop each as soon as it is copied."""
     ends = [result.shape[dim] for result in results]
+    portion = max(WORTH_IT, sum(result.nbytes for result in results) // _PORTIONS)
+    freed = 0
     while len(layer):
         index = len(layer) - 1
         for place, tensor in enumerate(tensors(layer.pop())):
@@ -204,5 +210,9 @@ def _move(layer: Any, results: list[Tensor], how: How, dim: int) -> None:
             else:
                 ends[place] -= tensor.shape[dim]
                 results[place].narrow(dim, ends[place], tensor.shape[dim]).copy_(tensor)
+            freed += tensor.nbytes
             del tensor
+        if freed >= portion:  # or else the results are there, and the room of the calls is too
+            give_back(freed)
+            freed = 0
     layer.clear()

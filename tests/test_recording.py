@@ -27,6 +27,7 @@ from actrec import (
     Recorder,
     Recording,
     UnknownLayerError,
+    _join,
     record,
 )
 from actrec._recording import ListLayer
@@ -962,3 +963,16 @@ def test_joining_reads_each_call_once(how: str) -> None:
     layer = Counting("a", [torch.full((2, 3), i) for i in range(4)])
     assert getattr(layer, how)().sum() == 6 * (0 + 1 + 2 + 3)
     assert layer.reads == 4
+
+
+def test_with_release_the_memory_is_given_back_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(_join, "give_back", given.append)
+    monkeypatch.setattr(_join, "WORTH_IT", 100)
+    calls = [torch.zeros(10, 8) for _ in range(40)]  # 320 bytes each, 12,800 in all
+    ListLayer("a", calls).cat(release=True)
+    assert given == [960] * 13, "a sixteenth of the layer each time, and the last is not worth it"
+    given.clear()
+    monkeypatch.setattr(_join, "WORTH_IT", 10_000)
+    ListLayer("a", calls).stack(release=True)
+    assert given == [10_240]

@@ -6,7 +6,7 @@ import ctypes
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from actrec.store import _heap
+from actrec import _heap
 from tests import memory
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def test_recording_gigabytes_takes_the_budget_and_little_more(tmp_path: Path) ->
 def test_only_large_shards_are_worth_giving_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(_heap, "_trim", asked.append)
-    _heap.give_back(_heap._WORTH_IT - 1)
+    _heap.give_back(_heap.WORTH_IT - 1)
     assert asked == []
-    _heap.give_back(_heap._WORTH_IT)
+    _heap.give_back(_heap.WORTH_IT)
     assert asked == [0]
 
 

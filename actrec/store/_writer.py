@@ -19,11 +19,11 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from actrec._heap import give_back
 from actrec.errors import WriteError
 
 from . import _shard
 from ._format import END, MAX_ITEMS
-from ._heap import give_back
 from ._manifest import Ending
 from ._reader import shard_name
 from ._shard import Call, Heading

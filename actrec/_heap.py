@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["give_back"]
+__all__ = ["WORTH_IT", "give_back"]
 
-_WORTH_IT: Final = 1 << 25  # bytes: it takes the time of writing a few megabytes
+WORTH_IT: Final = 1 << 25  # bytes: it takes the time of writing a few megabytes
 
 
 def _found() -> Callable[[int], int]:
@@ -32,5 +32,5 @@ _trim = _found()
 
 def give_back(kept: int) -> None:
     """Give back the holes between values of so many bytes."""
-    if kept >= _WORTH_IT:
+    if kept >= WORTH_IT:
         _trim(0)
