@@ -6,7 +6,7 @@ import json
 import math
 import pickle
 import shutil
-from itertools import product
+from itertools import cycle, product
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -22,7 +22,7 @@ from actrec import CaptureError, CorruptRecordingError, ResumeError, compare, lo
 from actrec._nested import tensors
 from actrec._select import type_name
 from actrec.data import rows, shuffled
-from actrec.store import _parts, _tree
+from actrec.store import _parts, _reader, _tree
 from actrec.store._format import Defect
 from actrec.store._parts import Spread
 from tests.ranked import (
@@ -244,6 +244,29 @@ def test_rows_of_tensors_in_parts_are_rows_of_the_whole_and_made_when_they_are_a
     assert sorted(found.tolist()) == sorted(torch.cat(values).tolist())
     with pytest.raises(ResumeError):
         shuffled(acts.rank(1), ("layer", 0), batch_size=5).load_state_dict(batches.state_dict())
+
+
+def test_parts_are_told_apart_though_their_shards_are_closed_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_reader, "_MOST_OPEN", 1)
+    values = [torch.arange(24.0).reshape(6, 4) + number for number in range(12)]
+    wraps = cycle([lambda t: t, lambda t: [t, 1], lambda t: [torch.ones(2), t]])
+
+    def wrap(tensor: Tensor) -> Any:
+        return next(wraps)(tensor)
+
+    spread_out(tmp_path / "r", values, wrap=wrap, folder={"shard_bytes": 1})
+    acts = load(tmp_path / "r")
+    assert acts._ranks[0].count > 2
+    assert acts.complete
+    layer = acts["layer"]
+    assert layer.passes == list(range(12))
+    for number, whole in enumerate(values):
+        expected = [whole, [whole, 1], [torch.ones(2), whole]][number % 3]
+        assert same(layer[number], expected)
+    kinds = [form.kind for form in layer._forms()]
+    assert kinds == ["", "list of 2", "list of 2"] * 4
 
 
 def test_several_calls_in_a_pass_are_matched_in_their_order(tmp_path: Path) -> None:

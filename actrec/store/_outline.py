@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ._format import Role, Slot
     from ._index import Group, Leaf, Opened, Part, Run
 
-__all__ = ["Held", "Look", "LookLeaf", "Outline"]
+__all__ = ["Held", "Look", "LookLeaf", "Outline", "look"]
 
 
 class LookLeaf(NamedTuple):
@@ -65,8 +65,7 @@ class Held:
             self.last = first + step * (many - 1)
         self.nbytes += covered(spans(part))
         for group in part.groups:
-            for look in looks(group):
-                self.looks.setdefault(look, None)
+            self.looks.update(dict.fromkeys(looks(group)))
 
     @property
     def runs(self) -> Iterator[Run]:
@@ -155,9 +154,12 @@ def covered(spans: Iterable[tuple[int, int]]) -> int:
 
 def looks(group: Group) -> Iterator[Look]:
     """How the values of a group look, without repeating one that follows its like."""
-    for call in _changes(group.leaves):
-        leaves = tuple(LookLeaf(leaf.dtype, leaf.shape(call)) for leaf in group.leaves)
-        yield group.structure, leaves
+    return (look(group, call) for call in _changes(group.leaves))
+
+
+def look(group: Group, call: int) -> Look:
+    """How a value of a group looks."""
+    return group.structure, tuple(LookLeaf(leaf.dtype, leaf.shape(call)) for leaf in group.leaves)
 
 
 def _changes(leaves: list[Leaf]) -> list[int]:

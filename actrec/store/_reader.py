@@ -28,7 +28,7 @@ from ._cache import CACHE_BYTES, Cache
 from ._format import END, MANIFEST, Defect, Role, corrupt
 from ._index import Group, Opened, Part, Shard, open_shard
 from ._manifest import Ending, Manifest, read_ending, read_manifest, read_own
-from ._outline import Held, Look, Outline
+from ._outline import Held, Look, Outline, look
 from ._place import place
 from ._ranks import RankInfo, listed_ranks, summary
 from ._tree import decode
@@ -359,20 +359,20 @@ class StoredLayer(Layer):
         return [group for part in self.parts() for group in part.groups]
 
     def _forms(self) -> Iterable[Form]:
-        forms: dict[object, Form] = {}
+        forms: dict[Look, Form] = {}
         for index in range(len(self)):
             group, call = self._place(index)
-            look = group.structure, *((leaf.dtype, leaf.shape(call)) for leaf in group.leaves)
-            if look not in forms:
-                forms[look] = form(group.example(call))
-            yield forms[look]
+            like = look(group, call)
+            if like not in forms:
+                forms[like] = form(group.example(call))
+            yield forms[like]
 
     def _different_forms(self) -> Iterable[Form]:
-        looks = dict.fromkeys(look for source in self._sources for look in source.held.looks)
+        looks = dict.fromkeys(like for source in self._sources for like in source.held.looks)
         return dict.fromkeys(map(self._form, looks))
 
-    def _form(self, look: Look) -> Form:
-        structure, leaves = look
+    def _form(self, like: Look) -> Form:
+        structure, leaves = like
         empty = [torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) for leaf in leaves]
         try:
             return form(decode(structure, empty.__getitem__))
@@ -582,5 +582,5 @@ def _layers(
 
 
 def _made_whole(layer: StoredLayer) -> Layer:
-    looks = (look for source in layer._sources for look in source.held.looks)
+    looks = (like for source in layer._sources for like in source.held.looks)
     return WholeLayer(layer) if any(has_parts(structure) for structure, _ in looks) else layer

@@ -21,6 +21,7 @@ from actrec._recording import Layer
 from actrec.errors import CorruptRecordingError
 
 from ._format import Defect, corrupt, integer
+from ._outline import look
 from ._parts import Spread
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from actrec._nested import Value
 
     from ._index import Group
+    from ._outline import Look
     from ._reader import StoredLayer
 
 __all__ = ["WholeLayer", "has_parts"]
@@ -58,15 +60,15 @@ class WholeLayer(Layer):
     def _found(self) -> tuple[list[_Call], int]:
         """The calls that are whole, and how many are not."""
         calls: dict[object, _Call] = {}
-        known: dict[int, Spreads] = {}
+        known: dict[str, Spreads] = {}  # by structure: a group may be gone when its shard is closed
         counts: Counter[tuple[int, int]] = Counter()
         recorded = self.recorded
         for index, owner in enumerate(zip(recorded.passes, recorded.ranks, strict=True)):
             number, rank = owner
             group, _ = recorded._place(index)
-            if id(group) not in known:
-                known[id(group)] = _spreads(group)
-            spreads = known[id(group)]
+            if group.structure not in known:
+                known[group.structure] = _spreads(group)
+            spreads = known[group.structure]
             key = (number, counts[owner], spreads) if spreads else index
             calls.setdefault(key, _Call(number, rank, spreads, {})).parts[rank] = index
             counts[owner] += 1
@@ -130,13 +132,13 @@ class WholeLayer(Layer):
         return leaf.tensor(at, group.shard.storage)
 
     def _forms(self) -> Iterable[Form]:
-        forms: dict[object, Form] = {}
+        forms: dict[Look, Form] = {}
         for call in self._found[0]:
             group, at = self.recorded._place(call.parts[call.rank])
-            look = id(group), call.spreads, *(leaf.shape(at) for leaf in group.leaves)
-            if look not in forms:
-                forms[look] = form(_example(group, at))
-            yield forms[look]
+            like = look(group, at)
+            if like not in forms:
+                forms[like] = form(_example(group, at))
+            yield forms[like]
 
     def _places(self) -> Iterator[tuple[object, int]]:
         for call in self._found[0]:
