@@ -10,10 +10,11 @@ from operator import index
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from actrec.errors import OptionError, ResumeError
+from actrec.store._rank import initialized
 
 from ._columns import Kept
 from ._order import Order
@@ -132,9 +133,8 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
         raise OptionError(message)
     if rank is not None and world_size is not None:
         return rank, world_size
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    launched = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    return initialized() or (int(launched[0]), int(launched[1]))
 
 
 @dataclass

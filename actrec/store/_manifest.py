@@ -31,7 +31,7 @@ from ._format import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ._place import Place
 
@@ -166,9 +166,9 @@ def _json(disk: Place, name: str) -> Any:
         raise Defect(message) from error
 
 
-def read_own(disk: Place, manifest: Manifest) -> Manifest | None:
-    """Read ``rank.json`` of a rank; ``None`` if ``actrec.json`` says it all."""
-    if OWN not in disk.names():
+def read_own(disk: Place, names: Sequence[str], manifest: Manifest) -> Manifest | None:
+    """Read ``rank.json`` of a rank, where ``names`` are; ``None`` if ``actrec.json`` says it all."""
+    if OWN not in names:
         return None
     try:
         about = mapping(_json(disk, OWN), "the file", "recording")
@@ -252,9 +252,9 @@ class Ending:
         return json.dumps(about, indent=1).encode()
 
 
-def read_ending(disk: Place, recording: str) -> Ending | None:
-    """How the writer of a folder ended; ``None`` if it did not say."""
-    if END not in disk.names():
+def read_ending(disk: Place, names: Sequence[str], recording: str) -> Ending | None:
+    """How the writer of a folder, where ``names`` are, has ended; ``None`` if it did not say."""
+    if END not in names:
         return None
     try:
         about = mapping(_json(disk, END), "the file", "recording", "passes", "shards", "error")

@@ -14,28 +14,29 @@ from torch import distributed
 
 from ._format import MAX_RANKS
 
-__all__ = ["Place", "here"]
+__all__ = ["Position", "here", "initialized"]
 
 #: What the launcher sets alike for all processes of a run. How often it restarted them is not among it.
 _RUN: Final = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
 
 
-class Place(NamedTuple):
-    """The place of a process in its run."""
+class Position(NamedTuple):
+    """The position of a process in its run."""
 
     rank: int
     ranks: int  # how many there are
     run: str  # the same in all processes of a run; of a process that is alone, never the same again
 
 
-def here(rank: int | None = None, ranks: int | None = None) -> Place:
-    """Return the place of this process; ``rank`` and ``ranks`` are what the user says, who knows best."""
+def here(rank: int | None = None, ranks: int | None = None) -> Position:
+    """Return the position of this process; ``rank`` and ``ranks`` are what the user says, who knows best."""
     if rank is None or ranks is None:
-        rank, ranks = _initialized() or _launched() or (0, 1)
-    return Place(rank, ranks, _run(ranks))
+        rank, ranks = initialized() or _launched() or (0, 1)
+    return Position(rank, ranks, _run(ranks))
 
 
-def _initialized() -> tuple[int, int] | None:
+def initialized() -> tuple[int, int] | None:
+    """What ``torch.distributed`` says."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return None

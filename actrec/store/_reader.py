@@ -12,17 +12,16 @@ from array import array
 from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from actrec._display import count, shown
 from actrec._forms import Form, form
-from actrec._join import joined
 from actrec._passes import Count
 from actrec._recording import Layer, Recording
-from actrec.errors import ActrecError, OptionError, RecordingNotFoundError
+from actrec.errors import OptionError, RecordingNotFoundError
 
 from ._cache import CACHE_BYTES, Cache
 from ._format import END, MANIFEST, Defect, Role, corrupt
@@ -31,6 +30,7 @@ from ._manifest import Ending, Manifest, read_ending, read_manifest, read_own
 from ._outline import Held, Look, Outline, look
 from ._place import place
 from ._ranks import RankInfo, listed_ranks, summary
+from ._read_only import ReadOnlyLayer
 from ._tree import decode
 from ._whole import WholeLayer, has_parts
 
@@ -151,9 +151,10 @@ class Rank:
     def __init__(self, disk: Place, manifest: Manifest) -> None:
         self.path = str(disk)
         self.number = rank_number(disk.name)
-        self.manifest = read_own(disk, manifest) or manifest
+        names = disk.names()  # and the shards after it: where there is an end, they are all there
+        self.manifest = read_own(disk, names, manifest) or manifest
         self.outline = Outline()
-        self.ending: Ending | None = read_ending(disk, manifest.recording)
+        self.ending: Ending | None = read_ending(disk, names, manifest.recording)
         self._disk = disk
         self._opened: dict[int, Opened] = {}  # the one used last is the last
         self._opening = threading.Lock()
@@ -284,7 +285,7 @@ class Source(NamedTuple):
         return part.place(call - self.held.starts[at])
 
 
-class StoredLayer(Layer):
+class StoredLayer(ReadOnlyLayer):
     """A layer on disk: indexed and iterated over like a list, each call read when it is asked for."""
 
     def __init__(self, name: str, kind: str, sources: Iterable[Source] = ()) -> None:
@@ -323,22 +324,6 @@ class StoredLayer(Layer):
 
     def __len__(self) -> int:
         return self._starts[-1]
-
-    @overload
-    def __getitem__(self, index: int) -> Value: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Value]: ...
-    def __getitem__(self, index: int | slice) -> Value:
-        if isinstance(index, slice):
-            return [self._call(at) for at in range(len(self))[index]]
-        try:
-            return self._call(range(len(self))[index])
-        except IndexError:
-            message = f"acts[{self.name!r}][{index}]: there are {len(self)} calls"
-            raise IndexError(message) from None
-
-    def __iter__(self) -> Iterator[Value]:
-        return map(self._call, range(len(self)))
 
     def _call(self, index: int) -> Value:
         group, call = self._place(index)
@@ -393,14 +378,14 @@ class StoredLayer(Layer):
         """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""
         groups = self._alike() if dim == 0 else []
         if not groups or any(leaf.scalar for leaf in groups[0].leaves):
-            return joined(self, "cat", dim)
+            return super().cat(dim)
         return groups[0].filled([torch.cat(column) for column in _columns(groups)])
 
     def stack(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
         groups = self._alike() if dim == 0 else []
         if not groups or any(len(set(_rows(groups, k))) > 1 for k in range(len(groups[0].leaves))):
-            return joined(self, "stack", dim)  # which says what does not fit
+            return super().stack(dim)  # which says what does not fit
         shapes = [leaf.shape(0) for leaf in groups[0].leaves]
         pairs = zip(_columns(groups), shapes, strict=True)
         return groups[0].filled([torch.cat(c).view(len(self), *shape) for c, shape in pairs])
@@ -417,18 +402,6 @@ class StoredLayer(Layer):
         }
         fit = len(likes) == 1 and groups[0].leaves and not any(_expanded(groups))
         return groups if fit else []
-
-    def keep(self, value: Value, number: int) -> NoReturn:  # noqa: ARG002
-        self._read_only("keep")
-
-    def clear(self) -> NoReturn:
-        self._read_only("clear")
-
-    def _read_only(self, method: str) -> NoReturn:
-        message = (
-            f"acts[{self.name!r}].{method}(): this is a stored recording, which can only be read."
-        )
-        raise ActrecError(message)
 
 
 def _columns(groups: list[Group]) -> list[list[Tensor]]:

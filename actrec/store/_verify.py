@@ -76,7 +76,11 @@ def _problems(disk: Place) -> Iterator[str]:
 
 
 def _description_problems(rank: Place, manifest: Manifest) -> Iterator[str]:
-    for read in (partial(read_own, rank, manifest), partial(read_ending, rank, manifest.recording)):
+    names = rank.names()
+    for read in (
+        partial(read_own, rank, names, manifest),
+        partial(read_ending, rank, names, manifest.recording),
+    ):
         try:
             read()
         except CorruptRecordingError as error:

@@ -10,22 +10,21 @@ import json
 import math
 from collections import Counter
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from actrec._forms import Form, form
-from actrec._join import joined
-from actrec._recording import Layer
 from actrec.errors import CorruptRecordingError
 
 from ._format import Defect, corrupt, integer
 from ._outline import look
 from ._parts import Spread
+from ._read_only import ReadOnlyLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from actrec._nested import Value
 
@@ -48,7 +47,7 @@ class _Call(NamedTuple):
     parts: dict[int, int]  # by rank, the recorded call
 
 
-class WholeLayer(Layer):
+class WholeLayer(ReadOnlyLayer):
     """A layer on disk whose calls are made of what several ranks have recorded."""
 
     def __init__(self, recorded: StoredLayer) -> None:
@@ -92,22 +91,8 @@ class WholeLayer(Layer):
     def __len__(self) -> int:
         return len(self._found[0])
 
-    @overload
-    def __getitem__(self, index: int) -> Value: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Value]: ...
-    def __getitem__(self, index: int | slice) -> Value:
-        if isinstance(index, slice):
-            return [self._value(call) for call in self._found[0][index]]
-        try:
-            call = self._found[0][index]
-        except IndexError:
-            message = f"acts[{self.name!r}][{index}]: there are {len(self)} calls"
-            raise IndexError(message) from None
-        return self._value(call)
-
-    def __iter__(self) -> Iterator[Value]:
-        return map(self._value, self._found[0])
+    def _call(self, index: int) -> Value:
+        return self._value(self._found[0][index])
 
     def _value(self, call: _Call) -> Value:
         group, at = self.recorded._place(call.parts[call.rank])
@@ -157,20 +142,6 @@ class WholeLayer(Layer):
                 self._value(call)
             except CorruptRecordingError as error:
                 yield str(error)
-
-    def cat(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
-        """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""
-        return joined(self, "cat", dim)
-
-    def stack(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
-        """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
-        return joined(self, "stack", dim)
-
-    def keep(self, value: Value, number: int) -> NoReturn:
-        self.recorded.keep(value, number)
-
-    def clear(self) -> NoReturn:
-        self.recorded.clear()
 
 
 def _is_whole(call: _Call) -> bool:
