@@ -7,12 +7,7 @@ the result, below which nobody can come who has the result in memory.
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-import threading
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +15,7 @@ from torch import Tensor
 
 from actrec import record
 
+from .memory import most_during, printed_by
 from .models import GPT
 from .networks import pool
 from .timing import Row, ratios, seconds, take_turns
@@ -122,10 +118,8 @@ def _time(way: Callable[[Work], Result], work: Work) -> float:
 
 
 def _memory_in_a_process_of_its_own(what: str, name: str, *, quick: bool) -> float:
-    code = f"from {__name__} import print_memory; print_memory({what!r}, {name!r}, quick={quick})"
-    child = [sys.executable, "-c", code]
-    root = Path(__file__).parents[2]
-    return float(subprocess.run(child, check=True, capture_output=True, text=True, cwd=root).stdout)
+    (memory,) = printed_by(__name__, f"print_memory({what!r}, {name!r}, quick={quick})")
+    return memory
 
 
 def print_memory(what: str, name: str, *, quick: bool) -> None:
@@ -134,24 +128,5 @@ def print_memory(what: str, name: str, *, quick: bool) -> None:
     work = Work(quick=quick)
     with torch.no_grad():
         work.model(work.batches[0])  # what the libraries under PyTorch need once
-    before = most = _anonymous()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.001):
-            most = max(most, _anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = WAYS[what][name](work)
-    done.set()
-    watcher.join()
-    size = sum(tensor.nbytes for tensor in result.values())
-    print((max(most, _anonymous()) - before) / size)
-
-
-def _anonymous() -> int:
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+    result, most = most_during(lambda: WAYS[what][name](work))
+    print(most / sum(tensor.nbytes for tensor in result.values()))

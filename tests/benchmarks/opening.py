@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
-import sys
 import zlib
-from pathlib import Path
 from time import process_time
 from typing import TYPE_CHECKING
 
@@ -25,6 +22,7 @@ from actrec.store._manifest import LayerInfo, Manifest
 from actrec.store._reader import Rank, StoredRecording, shard_name
 from actrec.store._shard import Call, Heading, write
 
+from .memory import anonymous, printed_by
 from .timing import Row
 
 if TYPE_CHECKING:
@@ -118,11 +116,7 @@ def measure(*, quick: bool) -> Iterator[Row]:
 
 
 def _in_a_process_of_its_own(count: int) -> tuple[float, float, float, float]:
-    code = f"from {__name__} import print_measured; print_measured({count})"
-    child = [sys.executable, "-c", code]
-    root = Path(__file__).parents[2]
-    printed = subprocess.run(child, check=True, capture_output=True, text=True, cwd=root).stdout
-    opening, memory, table, call = map(float, printed.split())
+    opening, memory, table, call = printed_by(__name__, f"print_measured({count})")
     return opening, memory, table, call
 
 
@@ -131,18 +125,12 @@ def print_measured(count: int) -> None:
     warm = Simulated(4)
     repr(StoredRecording(warm, warm.manifest, [Rank(warm, warm.manifest)]))
     disk = Simulated(count)
-    memory, start = _anonymous(), process_time()
+    memory, start = anonymous(), process_time()
     acts = StoredRecording(disk, disk.manifest, [Rank(disk, disk.manifest)])
     opened = process_time()
-    kept = _anonymous() - memory
+    kept = anonymous() - memory
     repr(acts)
     shown = process_time()
     for at in range(10):
         acts["layers.0"]._place(count * PASSES * at // 10)
     print((opened - start) / count, kept / count, shown - opened, (process_time() - shown) / 10)
-
-
-def _anonymous() -> int:
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024

@@ -32,6 +32,7 @@ from tests.benchmarks.usual import classic_hook, clone_hook, exact, leaves
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
@@ -41,25 +42,17 @@ if TYPE_CHECKING:
 NOT_SLOWER = 1.0  # what actrec may take of the time of anyone who is exact
 
 
-def actrec(model: nn.Module, batches: Batches, _names: list[str]) -> Recorded:
-    with record(model) as acts:
+def recorded_in(
+    hooked: Callable[..., AbstractContextManager[Recorded]],
+    model: nn.Module,
+    batches: Batches,
+    _names: list[str],
+) -> Recorded:
+    """What a block of hooks has recorded."""
+    with hooked(model) as recorded:
         for batch in batches:
             model(batch)
-    return acts
-
-
-def hand_written(model: nn.Module, batches: Batches, _names: list[str]) -> Recorded:
-    with clone_hook(model) as store:
-        for batch in batches:
-            model(batch)
-    return store
-
-
-def classic(model: nn.Module, batches: Batches, _names: list[str]) -> Recorded:
-    with classic_hook(model) as store:
-        for batch in batches:
-            model(batch)
-    return store
+    return recorded
 
 
 def captum(model: nn.Module, batches: Batches, names: list[str]) -> Recorded:
@@ -129,8 +122,8 @@ def _columns(names: list[str], rows: Iterable[Sequence[Tensor]]) -> Recorded:
 
 
 WAYS: dict[str, tuple[str, Callable[..., Recorded]]] = {  # and the package they come from
-    "a hook that clones": ("torch", hand_written),
-    "classic hook": ("torch", classic),
+    "a hook that clones": ("torch", partial(recorded_in, clone_hook)),
+    "classic hook": ("torch", partial(recorded_in, classic_hook)),
     "captum": ("captum", captum),
     "nnsight": ("nnsight", nnsight),
     "surgeon-pytorch": ("surgeon-pytorch", surgeon_pytorch),
@@ -145,7 +138,7 @@ def measure(*, quick: bool) -> Iterator[Row]:
         model.eval()
         names = _executed(model, x)
         batches = [x.roll(shift, 0) for shift in range(2 if quick else 5)]
-        calls = {"actrec": partial(actrec, model, batches, names)}
+        calls = {"actrec": partial(recorded_in, record, model, batches, names)}
         for name, (_, way) in _installed().items():
             calls[name] = partial(way, model, batches, names)
         right = {name: exact(model, batches, call()) for name, call in calls.items()}

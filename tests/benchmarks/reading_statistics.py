@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-import re
-import subprocess
-import sys
 import tempfile
-import threading
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +19,7 @@ from torch import Tensor, nn
 
 from actrec import compare, load, record
 
+from .memory import most_during, printed_by
 from .timing import Row, ratios, take_turns
 
 if TYPE_CHECKING:
@@ -117,34 +114,11 @@ def _cold(run: Path, work: Callable[[Path], None]) -> float:
 
 def _memory_in_a_process_of_its_own(run: Path, name: str) -> float:
     """The memory that some work takes where nothing is left over from work before, in MB."""
-    code = f"from {__name__} import print_memory; print_memory({str(run)!r}, {name!r})"
-    child = [sys.executable, "-c", code]
-    root = Path(__file__).parents[2]
-    return float(subprocess.run(child, check=True, capture_output=True, text=True, cwd=root).stdout)
+    (memory,) = printed_by(__name__, f"print_memory({str(run)!r}, {name!r})")
+    return memory
 
 
 def print_memory(run: str, name: str) -> None:
-    """Print the most memory, in MB, that the process has during some work beyond what it had before.
-
-    Mapped files do not count: the system takes their pages back whenever it likes.
-    """
-    before = most = _anonymous()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.002):
-            most = max(most, _anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    WORK[name](Path(run))
-    done.set()
-    watcher.join()
-    print((max(most, _anonymous()) - before) / 1e6)
-
-
-def _anonymous() -> int:
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
+    """Print the most memory, in MB, that the process has during some work beyond what it had before."""
+    _, most = most_during(lambda: WORK[name](Path(run)))
+    print(most / 1e6)
