@@ -314,6 +314,7 @@ class Offload:
                 copy.sent.append(_Sent(at, piece, stream.record_event()))
                 at += len(piece.memory)
             elif not self._make_room():  # the system has no pinned memory for us
+                copy.ready.synchronize()  # another stream than this thread's may have made it
                 copy.put(at, copy.bytes[at:].to("cpu", copy=True))
                 return
 

@@ -678,6 +678,17 @@ def test_where_the_system_pins_no_memory_values_are_moved_the_plain_way(
     assert device.pinned_bytes <= most
 
 
+def test_the_plain_way_waits_for_the_stream_that_made_the_snapshot(device: StandIn) -> None:
+    device.most_pinned = 0
+    waited = []
+    device.on_wait = lambda: waited.append(True)
+    net = nn.Tanh()
+    with standing_in(device), record(net, "") as acts:
+        expected = net(X)
+    assert waited
+    assert torch.equal(acts[""][0], expected)
+
+
 def test_a_value_larger_than_the_staging_memory_goes_through_it_piece_by_piece(
     device: StandIn,
 ) -> None:
