@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ._device import refuse_graph_capture
 from ._nested import Value, rebuild
-from ._snapshot import check, cloned, is_distributed, normal_mode, on_part, snapshot, twin
+from ._snapshot import check, cloned, detached, is_distributed, normal_mode, on_part, snapshot, twin
 from .errors import CaptureError, TransformError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Capture:
         with normal_mode():
             if self.detach and not move and is_distributed(tensor):
                 return on_part(tensor, lambda part: part.to(self.dtype, copy=True))
-            return (tensor.detach() if self.detach else tensor).to(
+            return (detached(tensor) if self.detach else tensor).to(
                 device=self.device if move else tensor.device,
                 dtype=self.dtype if cast else tensor.dtype,
                 copy=True,
@@ -151,7 +151,7 @@ class _Loan:
         if not self.detach:
             return snapshot(tensor, detach=False)
         check(tensor)
-        alias = tensor.detach()
+        alias = detached(tensor)
         with normal_mode():
             copy = cloned(alias) if alias.numel() <= SMALL else twin(alias)
         if copy is not None:

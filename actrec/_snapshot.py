@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check",
     "cloned",
+    "detached",
     "held",
     "is_distributed",
     "memory",
@@ -129,13 +130,33 @@ def is_distributed(tensor: Tensor) -> bool:
 def on_part(tensor: Any, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Return a ``DTensor`` like this one, whose part here is ``change(part)``. Nobody communicates.
 
-    ``DTensor.clone()`` does: it adds up what is yet to be added up, and forgets about kinds of that.
+    Its own operators may: by the version of PyTorch, ``clone()`` or ``detach()`` adds up what is yet to be
+    added up, or forgets about kinds of that.
     """
+    if not _in_order_of_mesh(tensor):
+        message = (
+            f"a DTensor that is sharded in another order than that of its mesh ({tensor.placements}) cannot be kept. "
+            "Redistribute it in the model"
+        )
+        raise CaptureError(message)
     with torch.no_grad():
         part = change(tensor.to_local())
     spread = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
     made = type(tensor).from_local(part, tensor.device_mesh, tensor.placements, **spread)
     return cast("Tensor", made)
+
+
+def _in_order_of_mesh(tensor: Any) -> bool:
+    """Whether a dimension that is sharded several times is so in the order of the mesh's dimensions."""
+    # Private, and only in some versions of PyTorch: in the others, another order has a placement of its own.
+    order = getattr(getattr(tensor, "_spec", None), "shard_order", None) or ()
+    dims = [list(getattr(entry, "mesh_dims", ())) for entry in order]
+    return all(one == sorted(one) for one in dims)
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """``tensor.detach()``, without a word to other ranks."""
+    return on_part(tensor, Tensor.detach) if is_distributed(tensor) else tensor.detach()
 
 
 def cloned(tensor: Tensor) -> Tensor:
@@ -172,7 +193,7 @@ def snapshot(tensor: Tensor, *, detach: bool = True) -> Tensor:
     guard = _InferenceMode(_OFF) if torch.is_inference_mode_enabled() else None
     try:
         if detach and (tensor.requires_grad or type(tensor) is not Tensor):
-            tensor = tensor.detach()
+            tensor = tensor.detach() if type(tensor) is Tensor else detached(tensor)
         copy = twin(tensor)
         return _clone(tensor) if copy is None else copy
     finally:

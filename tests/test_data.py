@@ -827,7 +827,7 @@ except Exception:
 def test_a_killed_worker_is_an_error_and_nothing_is_lost(tmp_path: Path) -> None:
     made(UNEVEN, tmp_path / "r")
     command = [sys.executable, "-c", KILLED, str(tmp_path / "r")]
-    child = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    child = subprocess.run(command, check=False, capture_output=True, text=True, timeout=180)
     assert child.returncode == 1
     assert "DataLoader worker" in child.stderr
     had = [json.loads(line) for line in child.stdout.splitlines()]

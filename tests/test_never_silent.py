@@ -168,7 +168,9 @@ def test_calls_that_only_ran_inside_backward_are_explained() -> None:
 # --- Other forms of a graph --------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # as long as torch has it
+# As long as torch has it. The kind of the warning differs from version to version.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 class TestTorchScript:
     """TorchScript runs no Python hooks."""
 

@@ -365,8 +365,8 @@ def test_nothing_is_communicated_when_a_part_is_recorded(tmp_path: Path) -> None
             assert communication.heard == [], options
             assert len(acts["layer"]) == 4
         with Communication() as communication:
-            values[1].clone()
-        assert communication.heard, "as PyTorch's own way would"
+            values[1].full_tensor()
+        assert communication.heard, "as it would be if there were any"
 
 
 def test_what_is_on_its_way_is_waited_for(tmp_path: Path) -> None:
@@ -413,20 +413,49 @@ def test_what_the_format_has_no_words_for_is_refused_when_it_is_recorded(tmp_pat
                 model(value)
 
 
-def test_a_tensor_that_is_sharded_out_of_order_is_refused() -> None:
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float16}, {"transform": lambda t: t}])
+def test_a_tensor_that_is_sharded_out_of_order_is_refused(options: dict[str, Any]) -> None:
     class Entry:
         mesh_dims = (1, 0)
 
     class Spec:
         shard_order = (Entry(),)
-        placements = (Shard(0), Shard(0))
 
+        def __init__(self, spec: Any) -> None:
+            self.spec = spec
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.spec, name)
+
+    model = Same()
     with as_rank(0, 4):
         value = DTensor.from_local(torch.ones(2), mesh_of((2, 2)), [Shard(0), Shard(0)], run_check=False)  # fmt: skip
-        assert _parts.spread(value).shape == (8,)
-        value._spec = Spec()
-        with pytest.raises(CaptureError, match="sharded in another order than that of its mesh"):
-            _parts.spread(value)
+        with record(model, "layer", **options):
+            model(value)
+        value._spec = Spec(value._spec)
+        with (
+            pytest.raises(CaptureError, match="sharded in another order than that of its mesh"),
+            record(model, "layer", **options),
+        ):
+            model(value)
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.float16}, {"transform": lambda t: t}])
+def test_an_operator_of_a_dtensor_that_would_communicate_is_never_called(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # PyTorch 2.14 adds up an embedding's _MaskPartial in detach(), 2.13 every Partial in clone().
+    def communicates(*_: object, **__: object) -> None:
+        pytest.fail("this may communicate")
+
+    model = Same()
+    with as_rank(1, 2):
+        value = DTensor.from_local(torch.ones(2), mesh_of((2,)), [Partial()], run_check=False)
+        for name in ("clone", "detach", "to"):
+            monkeypatch.setattr(DTensor, name, communicates)
+        with record(model, "layer", **options) as acts:
+            model(value)
+    assert acts["layer"][0].placements == (Partial(),)
 
 
 def test_tensors_of_one_value_on_different_ranks_are_refused(tmp_path: Path) -> None:

@@ -150,9 +150,6 @@ def local(tensor: Any) -> Tensor:
 
 def spread(tensor: Any) -> Spread:
     """How a ``DTensor`` is spread; ``CaptureError`` if that is nothing that the format has words for."""
-    if not _left_to_right(tensor):
-        message = f"a DTensor that is sharded in another order than that of its mesh ({tensor.placements}) {_REFUSED}"
-        raise CaptureError(message)
     mesh = tensor.device_mesh
     names = mesh.mesh_dim_names
     return Spread(
@@ -179,11 +176,3 @@ def _placed(placement: Any) -> Placement:
         return ("partial", placement.reduce_op)
     message = f"a DTensor with the placement {placement} {_REFUSED}"
     raise CaptureError(message)
-
-
-def _left_to_right(tensor: Any) -> bool:
-    """Whether a dimension that is sharded several times is so in the order of the mesh's dimensions."""
-    # Private, and only in some versions of PyTorch: in the others, another order has a placement of its own.
-    order = getattr(getattr(tensor, "_spec", None), "shard_order", None) or ()
-    dims = [list(getattr(entry, "mesh_dims", ())) for entry in order]
-    return all(one == sorted(one) for one in dims)
