@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.utils import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -43,10 +42,12 @@ def checkpoint_frames() -> Iterator[tuple[str, FrameType]]:
     ``"forward"`` and ``"backward"`` run a region of reentrant checkpointing for the first time, and again;
     ``"unpack_hook"`` runs a non-reentrant one again.
     """
+    checkpoint = sys.modules.get("torch.utils.checkpoint")  # whoever does it has imported it
+    file = getattr(checkpoint, "__file__", None)
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_filename == checkpoint.__file__ and code.co_name in _CHECKPOINT_FRAMES:
+        if code.co_filename == file and code.co_name in _CHECKPOINT_FRAMES:
             yield code.co_name, frame
         frame = frame.f_back
 
