@@ -129,6 +129,17 @@ def crash(session: nox.Session) -> None:
     session.run("pytest", *files, "-k", names, *session.posargs, env=OFFLINE | many)
 
 
+@nox.session
+def versions(session: nox.Session) -> None:
+    """Run the tests on another PyTorch, as ``nox -s versions -- 2.14.1``. Most are downloads of gigabytes."""
+    if not session.posargs:
+        session.error("which version? nox -s versions -- 2.14.1")
+    version, *options = session.posargs
+    install(session, "tests", "-e", ".")
+    session.install(f"torch=={version}")
+    session.run("pytest", *options, env=OFFLINE)
+
+
 @nox.session(reuse_venv=False)
 def package(session: nox.Session) -> None:
     """Build sdist and wheel, install the wheel, and use it from elsewhere."""
