@@ -15,11 +15,13 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import actrec
 from actrec import (
@@ -268,6 +270,11 @@ def test_calls_are_joined_as_in_memory(tmp_path: Path, how: str) -> None:
         "expanded": [torch.randn(1, 3).expand(5, 3), torch.randn(1, 3).expand(2, 3)],
         "kinds": [torch.randn(2, 3), (torch.randn(2, 3),)],
         "none": [None, None],
+        "packed": [pack_sequence([torch.randn(3, 2), torch.randn(2, 2)]) for _ in range(2)],
+        "arrays": [(torch.randn(2, 3), np.ones(2)) for _ in range(2)],
+        "changing arrays": [(torch.randn(2, 3), np.full(2, n)) for n in range(2)],
+        "numbers": [(torch.randn(2, 3), np.float32(n)) for n in range(2)],
+        "names of kinds": [{"array": torch.randn(2, 3)}, {"array": torch.randn(1, 3)}],
         "empty": [],
     }
     memory = Recording("Net", {k: ListLayer(k, v) for k, v in values.items()}, {})

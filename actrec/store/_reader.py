@@ -401,7 +401,11 @@ class StoredLayer(ReadOnlyLayer):
             for group in groups
         }
         fit = len(likes) == 1 and groups[0].leaves and not any(_expanded(groups))
-        return groups if fit else []
+        return groups if fit and not any(k in groups[0].structure for k in _NOT_JOINED) else []
+
+
+#: What has tensors that are not joined: NumPy arrays are constants, and packed sequences are not joined at all.
+_NOT_JOINED: Final = ('"array":', '"scalar":', '"packed_sequence":')  # in text, quotes are escaped
 
 
 def _columns(groups: list[Group]) -> list[list[Tensor]]:
