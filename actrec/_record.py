@@ -310,6 +310,7 @@ class _Block(AbstractContextManager[Recorder]):
         )
         if self._stream is not None:
             recorder._layers.update(self._stream.added_before())
+            self._session.order.update(dict.fromkeys(self._stream.order))
         return recorder
 
     def _deferred(self, layer: Layer) -> Calls:

@@ -76,6 +76,7 @@ class Stream:
         self._counts: dict[tuple[Role, str], StoredLayer] = {}
         self._added: dict[str, int] = {}
         self._chosen = len(manifest.layers)
+        self.order: list[str] = []  # the layers that have calls, by the first of them
         self._stored: StoredRecording | None = None
         self.error: str | None = "the block was dropped without being left"
         self.closed = False
@@ -119,6 +120,7 @@ class Stream:
 
     def _remember(self, before: StoredRecording) -> None:
         """Know what was recorded before this run."""
+        self.order = before.execution_order
         chosen = before.chosen
         for name, layer in before.items():
             if name not in chosen:
