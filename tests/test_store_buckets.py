@@ -202,6 +202,8 @@ def test_a_path_is_a_url_only_if_it_is_text_with_a_scheme(tmp_path: Path) -> Non
     assert isinstance(place("memory://a"), Bucket)
     assert str(place((tmp_path / "a b").as_uri())) == str(tmp_path / "a b")
     assert str(place("local:///x")) == "/x"
+    assert str(place("file://localhost/x")) == "/x"
+    assert str(place("file:///runs/a#1?b")) == "/runs/a#1?b"
     run((tmp_path / "a b").as_uri())
     assert (tmp_path / "a b" / "actrec.json").exists()
 
@@ -226,6 +228,12 @@ def test_what_fsspec_cannot_open_is_refused_before_anything_happens(
         with pytest.raises(OptionError, match=message) as caught:
             refused()
         assert "password@" not in str(caught.value)
+
+
+def test_a_file_url_of_a_relative_path_is_refused_and_not_taken_for_one_of_the_root() -> None:
+    for where in ("file://runs/a", "local://runs/a", "file://"):
+        with pytest.raises(OptionError, match="three slashes"):
+            place(where)
 
 
 def test_a_cache_has_a_size(url: str) -> None:
