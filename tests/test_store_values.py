@@ -172,6 +172,7 @@ UNSTORABLE = {
     "set": (lambda: {1, 2}, "a value of type set cannot be stored"),
     "object": (lambda: [object()], "a value of type object cannot be stored"),
     "array": (lambda: np.array(["text"]), "a NumPy array of dtype <U4 cannot be stored"),
+    "masked array": (lambda: np.ma.masked_array([1.0, 2.0], [True, False]), "a masked NumPy array"),
     "slice": (lambda: slice(object(), 1), "a value of type slice cannot be stored"),
     "many": (lambda: [0] * 70_000, "it has too many parts"),
     "long": (lambda: "long" * 2_000_000, "it has too many parts"),

@@ -163,6 +163,9 @@ class _Encoder:
 
     def array(self, value: Any) -> Any:
         numpy = sys.modules["numpy"]
+        if isinstance(value, numpy.ma.MaskedArray):  # or else it would come back without its mask
+            message = "a masked NumPy array cannot be stored"
+            raise CaptureError(message)
         try:
             tensor = torch.from_numpy(numpy.array(value))
         except (TypeError, ValueError) as error:
