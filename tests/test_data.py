@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -193,7 +194,15 @@ def test_a_number_too_many_is_an_index_error_so_that_iterating_ends(cases: Any) 
             dataset[index]
     wanted = torch.zeros(35, dtype=torch.bool)
     wanted[[3, 9]] = True
-    assert dataset[wanted].tolist() == [3, 9]
+    for mask in (wanted, wanted.numpy(), wanted.tolist()):
+        assert dataset[mask].tolist() == [3, 9]
+        with pytest.raises(IndexError, match="34 answers for 35 rows"):
+            dataset[mask[:34]]
+    for index in (2.7, [0.0, 1.5], torch.tensor([1.5]), "label", None, [None]):
+        with pytest.raises(TypeError, match="rows are numbered by integers"):
+            dataset[index]
+    assert dataset[np.int64(3)] == dataset[torch.tensor(3)] == 3
+    assert dataset[[]].shape == (0,)
     assert repr(dataset) == "35 rows of 'label' () int64"
 
 
