@@ -261,6 +261,9 @@ def test_memory_order_does_not_matter() -> None:
     assert only(images, images.to(memory_format=torch.channels_last)).equal
     assert not only(images, images.to(memory_format=torch.channels_last) + 1).close
     assert only(torch.ones(1, 50).expand(2000, 50), torch.ones(2000, 50)).equal
+    assert only(torch.ones(1).expand(4), torch.ones(8)[::2]).equal
+    assert only(torch.ones(2, dtype=torch.float64)[::2], torch.ones(1).double().expand(1)).equal
+    assert only(torch.ones(2, dtype=torch.complex128)[::2], torch.ones(1, dtype=torch.complex128)).equal
 
 
 # --- What does not match is told, not raised ---------------------------------------------------------
