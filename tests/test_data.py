@@ -283,6 +283,7 @@ def test_values_of_any_dtype_and_order_in_memory_come_as_they_are() -> None:
         torch.randn(6, 0),
         torch.arange(6).to(torch.uint16),
         torch.randn(6, requires_grad=True),
+        torch.randn(6).as_strided((6, 1), (1, 0)),
     ]
     model = nn.Identity()
     for value in values:
@@ -316,6 +317,26 @@ def test_rows_without_width_are_rows(tmp_path: Path) -> None:
     assert [part.shape for part in dataset[[3, 1]]] == [(2, 0), (2,)]
     batches = list(shuffled(acts, "", "label", batch_size=4))
     assert [batch[0].shape for batch in batches] == [(4, 0), (2, 0)]
+
+
+def test_flattened_rows_without_width_are_as_many_as_positions(tmp_path: Path) -> None:
+    for into in (list, tmp_path / "r"):
+        model = nn.Identity()
+        with record(model, "", into=into) as acts:
+            model(torch.randn(3, 5, 0))
+        dataset = rows(acts, "", flatten=True)
+        assert dataset[:].shape == dataset[list(range(15))].shape == (15, 0)
+
+
+def test_beside_a_tensor_there_may_be_whatever_else_can_be_stored(tmp_path: Path) -> None:
+    values = [(np.float32(n), torch.randn(2, 3), np.ones(2)) for n in range(2)]
+    model = nn.Identity()
+    with record(model, "", into=tmp_path / "r") as acts:
+        for value in values:
+            model(value)
+    assert same(rows(acts, ("", 1))[:], torch.cat([value[1] for value in values]))
+    with pytest.raises(AlignmentError, match="rows are cut out of plain tensors"):
+        rows(acts, ("", 0))
 
 
 def test_a_recording_without_calls_has_no_rows() -> None:

@@ -45,12 +45,12 @@ def as_bytes(tensor: Tensor, shape: Shape) -> Tensor:
     """A tensor as rows of this shape: a view of a contiguous one on the CPU, else a copy."""
     width = math.prod(shape)
     nbytes = width * tensor.dtype.itemsize
-    if not nbytes or not tensor.numel():
-        return torch.empty(
-            tensor.numel() // width if width else len(tensor), nbytes, dtype=torch.uint8
-        )
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
-    return plain.reshape(-1, width).contiguous().view(torch.uint8)
+    rows = math.prod(tensor.shape[: tensor.dim() - len(shape)])
+    if not rows * nbytes:
+        return torch.empty(rows, nbytes, dtype=torch.uint8)
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    # What is contiguous may still have other strides, where there is a single element.
+    return plain.as_strided((rows, width), (width, 1)).view(torch.uint8)
 
 
 class Held:

@@ -236,7 +236,7 @@ def _in_leaf(file: File, leaf: Leaf, shape: Shape) -> Source:
 
 def _leaf(call: str, pick: _Pick, group: Group) -> Leaf:
     """The tensor in the values of a group that the steps lead to."""
-    marks = [torch.empty(0) for _ in group.leaves]
+    marks = [torch.empty(() if leaf.scalar else 0) for leaf in group.leaves]
     found = _tensor(call, pick, None, group.filled(marks))
     return next(leaf for leaf, mark in zip(group.leaves, marks, strict=True) if mark is found)
 
