@@ -133,7 +133,12 @@ def test_a_header_that_lists_a_layer_twice_is_refused(path: Path) -> None:
     data = first.read_bytes()[-size:]
     tensors = [
         _container.Tensor(
-            name, extent.code, extent.shape, extent.end - extent.begin, partial(_one, data, extent)
+            name,
+            extent.code,
+            extent.shape,
+            extent.end - extent.begin,
+            partial(_one, data, extent),
+            8,
         )
         for name, extent in opened.container.tensors.items()
     ]

@@ -24,6 +24,7 @@ from actrec import CaptureError, Opaque, Recording, load, record
 from actrec._recording import ListLayer
 from actrec.store import Fields, _container, _format, _shard, _tree
 from tests.stored import Net, assert_same, batches, same
+from tests.test_store_reader import rewrite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,6 +80,35 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
         joined = torch.cat([value.view(torch.uint8), value.flip(0).view(torch.uint8)])
         tensor = found[f"output.{number:05d}.00000.0"]
         assert same(tensor.reshape(6, -1).view(torch.uint8), joined), name
+
+
+def test_every_tensor_is_aligned_to_its_elements_or_else_reading_complex128_ends_the_process(
+    tmp_path: Path,
+) -> None:
+    values = {str(dtype): random(dtype, 3) for dtype in [*DTYPES, *reversed(DTYPES)]}
+    recording(**{name: [value, value[:1]] for name, value in values.items()}).save(tmp_path / "r")
+    found = load(tmp_path / "r")
+    for name, value in values.items():
+        for call, expected in enumerate((value, value[:1])):
+            assert not found[name][call].data_ptr() % expected.element_size(), name
+            assert same(found[name][call], expected)
+
+
+def test_a_tensor_that_a_file_has_at_an_odd_place_is_copied_to_where_it_can_be_read(
+    tmp_path: Path,
+) -> None:
+    value = random(torch.complex128, 3)
+    recording(x=[value]).save(tmp_path / "r")
+    (shard,) = tmp_path.glob("r/*/*.safetensors")
+
+    def at_an_odd_place(about: Any) -> None:
+        about["layers"][0]["groups"][0]["tensors"][0].update(offset=8, rows=[[1, 2]])
+
+    rewrite(shard, at_an_odd_place)
+    found = load(tmp_path / "r")["x"]
+    assert found[0].data_ptr() % 16 == 0
+    assert same(torch.view_as_real(found[0]).flatten(), torch.view_as_real(value).flatten()[1:5])
+    assert same(found.cat(), found[0])
 
 
 def test_the_most_absurd_memory_layouts_come_back() -> None:

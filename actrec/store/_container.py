@@ -63,11 +63,12 @@ class Tensor:
     shape: tuple[int, ...]
     nbytes: int
     pieces: Callable[[], Iterator[Piece]]
+    alignment: int  # in bytes: of a complex number, which is two elements here, the size of both
 
 
 def write(file: Writable, metadata: dict[str, str], tensors: Iterable[Tensor]) -> None:
     """Write a whole container. Tensors with large elements come first, so that all are aligned."""
-    ordered = sorted(tensors, key=lambda tensor: -_SIZES[tensor.code])
+    ordered = sorted(tensors, key=lambda tensor: -tensor.alignment)
     file.write(_header(metadata, ordered, [0] * len(ordered)))
     with ThreadPoolExecutor(1, "actrec-write") as thread:
         out = _Stream(file, thread)
