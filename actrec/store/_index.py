@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _container
 from ._format import (
     DTYPES,
+    MAX_DIMS,
     MAX_ITEMS,
     MAX_SIZE,
     ROLES,
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from ._place import Mapped, Place
 
 __all__ = ["Group", "Opened", "Part", "Run", "Shard", "numbers", "open_shard"]
-
-_MAX_DIMS = 64
 
 #: ``first, step, how many``.
 Run: TypeAlias = tuple[int, int, int]
@@ -366,7 +365,7 @@ class _Checker:
 
     def sizes(self, sizes: Any, what: str) -> tuple[int, ...]:
         sizes = items(sizes, what)
-        need(len(sizes) <= _MAX_DIMS, f"{what} has {len(sizes)} entries")
+        need(len(sizes) <= MAX_DIMS, f"{what} has {len(sizes)} entries")
         return tuple(integer(size, what) for size in sizes)
 
     def rows(self, runs: Any, calls: int) -> tuple[list[int], list[int]]:
