@@ -418,7 +418,7 @@ def test_a_description_that_is_being_written_is_waited_for_a_moment(
     manifest.write_bytes(b"")
     monkeypatch.undo()
     monkeypatch.setattr(_live, "_PATIENCE", 0.01)
-    with pytest.raises(CorruptRecordingError, match=r"actrec.json is damaged: it is no JSON"):
+    with pytest.raises(CorruptRecordingError, match=r"actrec.json is damaged: it is empty"):
         write(tmp_path / "r", 1, 2, [row(1)], resume=True)
 
 

@@ -589,6 +589,8 @@ STRUCTURES = {
     "device": ('{"device":"nowhere"}', "an unknown device"),
     "float": ('{"float":"1e400"}', "an unknown floating-point number"),
     "attribute": ('{"object":"x","items":[],"more":[["__class__",1]]}', "an impossible name"),
+    "type": ('{"object":"x","items":[],"more":[["_type",1]]}', "an impossible name"),
+    "nameless": ('{"opaque":"a."}', "the type of an object has no name"),
     "method": ('{"object":"x","items":[],"more":[["items",1]]}', "an impossible name"),
     "scalar": ('{"list":[{"scalar":0}]}', "a NumPy scalar has dimensions"),
     "bytes": ('{"bytes":"%"}', "cannot be made of its description"),
@@ -723,6 +725,40 @@ def test_damaged_descriptions_are_named(path: Path, name: str, change: Any, told
     assert str(caught.value).startswith(f"{file} is damaged: ")
     assert told in str(caught.value)
     assert str(caught.value) in actrec.verify(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in this file system")
+@pytest.mark.parametrize("name", ["actrec.json", "rank-00000/end.json", "rank-00000/rank.json"])
+def test_a_description_that_is_a_pipe_is_not_waited_for(path: Path, name: str) -> None:
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+    with pytest.raises(CorruptRecordingError, match=f"{name} is damaged: it is empty"):
+        load(path)
+    assert any(f"{name} is damaged: it is empty" in problem for problem in actrec.verify(path))
+
+
+@pytest.mark.parametrize("method", ["size", "read"])
+def test_a_recording_that_is_gone_on_with_while_it_is_opened_is_one_that_still_records(
+    path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The writer removes what says how the run before has ended before it is read, or has done so after."""
+    asked = getattr(_disk.Disk, method)
+
+    def go_on(disk: Any, name: str, *most: int) -> Any:
+        if name != _format.END:
+            return asked(disk, name, *most)
+        monkeypatch.undo()
+        found = asked(disk, name, *most) if method == "read" else None
+        net = Net()
+        with record(net, inputs=True, into=path, resume=True):
+            net(batches(1)[0])
+        (disk.path / name).unlink()  # and records still
+        return asked(disk, name) if found is None else found
+
+    monkeypatch.setattr(_disk.Disk, method, go_on)
+    acts = load(path)
+    assert acts.num_passes == len(acts["conv"]) == 7
+    assert acts.ranks[0].error == "killed or still recording"
 
 
 def test_an_absurdly_large_description_is_not_even_read(

@@ -162,13 +162,21 @@ class Rank:
             if name != shard_name(number):
                 raise corrupt(disk.shown(shard_name(number)), "it is missing")
             self._add(self.opened(number))
-        if self.ending is not None:
-            if self.count < self.ending.shards:
-                raise corrupt(disk.shown(shard_name(self.count)), "it is missing")
-            if (self.count, self.committed) != (self.ending.shards, self.ending.passes):
-                raise corrupt(
-                    disk.shown(END), "it speaks of fewer shards or other passes than there are"
-                )
+        self._check_ending()
+
+    def _check_ending(self) -> None:
+        ending = self.ending
+        if ending is None or (self.count, self.committed) == (ending.shards, ending.passes):
+            return
+        recording = self.manifest.recording
+        if read_ending(self._disk, self._disk.names(), recording) != ending:
+            self.ending = None  # a run was resumed while the shards were read
+            return
+        if self.count < ending.shards:
+            raise corrupt(self._disk.shown(shard_name(self.count)), "it is missing")
+        raise corrupt(
+            self._disk.shown(END), "it speaks of fewer shards or other passes than there are"
+        )
 
     def _add(self, opened: Opened) -> None:
         if opened.shard.heading.committed < self.committed:

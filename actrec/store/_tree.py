@@ -387,7 +387,10 @@ class _Decoder:
         more = []
         for pair in items(node["more"], "the attributes of a value"):
             key, value = items(pair, "an attribute of a value")
-            need(_may_be_set(key), "an attribute of a value has an impossible name")
+            need(
+                _may_be_set(key) and key != "_type",
+                "an attribute of a value has an impossible name",
+            )
             more.append((key, self.value(value, depth)))
         return Fields(text(name, "the type of a value"), self.pairs(node["items"], depth), more)
 
@@ -435,7 +438,9 @@ class _Decoder:
             raise Defect(message) from None
 
     def _opaque(self, name: Any, *_: Any) -> Opaque:
-        return Opaque(text(name, "the type of an object"))
+        name = text(name, "the type of an object")
+        need(name.rpartition(".")[2], "the type of an object has no name")
+        return Opaque(name)
 
 
 _KINDS = frozenset(
