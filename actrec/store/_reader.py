@@ -6,6 +6,7 @@ is written to a value reaches the memory of this process alone, never the file.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from array import array
@@ -35,7 +36,6 @@ from ._tree import decode
 from ._whole import WholeLayer, has_parts
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from actrec._nested import Value
@@ -157,12 +157,16 @@ class Rank:
         self.ending: Ending | None = read_ending(disk, names, manifest.recording)
         self._disk = disk
         self._opened: dict[int, Opened] = {}  # the one used last is the last
-        self._opening = threading.Lock()
+        self._begin()
         for number, name in enumerate(shard_names(disk)):
             if name != shard_name(number):
                 raise corrupt(disk.shown(shard_name(number)), "it is missing")
             self._add(self.opened(number))
         self._check_ending()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._opening = threading.Lock()
 
     def _check_ending(self) -> None:
         ending = self.ending
@@ -195,6 +199,8 @@ class Rank:
 
     def opened(self, number: int) -> Opened:
         """Shard ``number``, which is opened if it is not."""
+        if self._pid != os.getpid():
+            self._begin()  # in a forked process the lock may be held by a thread that does not exist
         with self._opening:
             opened = self._opened.pop(number, None)
             if opened is None:
@@ -217,7 +223,8 @@ class Rank:
         return {**self.__dict__, "_opened": {}, "_opening": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _opening=threading.Lock())
+        self.__dict__.update(state)
+        self._begin()
 
     def leftovers(self) -> Iterator[Shard]:
         """The shards with calls of a pass that was never completed."""
