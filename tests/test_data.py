@@ -721,6 +721,27 @@ def test_a_file_that_is_gone_or_cut_short_meanwhile_is_named(
         list(dataset)
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_recording_that_was_made_anew_meanwhile_does_not_pass_for_the_one_that_was_opened(
+    stored: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool
+) -> None:
+    acts = load(stored)
+    dataset = shuffled(acts, "label", batch_size=4)
+    if mapped:
+        monkeypatch.setattr(_sources, "_preadv", None)
+    shutil.rmtree(stored)
+    made(UNEVEN, stored)
+    for read in (
+        lambda: list(dataset),
+        lambda: acts["label"][0],
+        lambda: rows(acts, "label")[[1, 9]],
+    ):
+        with pytest.raises(
+            CorruptRecordingError, match="it is another file than when it was opened"
+        ):
+            read()
+
+
 def test_the_mask_is_read_in_portions(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, acts = cases["uneven, shards"]
     monkeypatch.setattr(_columns, "_MANY", 8)

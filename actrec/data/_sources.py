@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from actrec.store._disk import Disk
+from actrec.store._disk import ANOTHER, Disk
 from actrec.store._format import Defect, corrupt
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ class File:
         self._disk = shard._disk
         self._name = shard.name
         self._size = shard.size
+        self._head = shard.head
         self._storage: Mapped | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class File:
         """The file, mapped when it is first used."""
         if self._storage is None:
             try:
-                self._storage = self._disk.map(self._name, self._size)
+                self._storage = self._disk.map(self._name, self._size, self._head)
             except Defect as defect:
                 raise corrupt(self.path, defect) from None
         return self._storage
@@ -163,6 +164,8 @@ class File:
         except FileNotFoundError:
             raise corrupt(self.path, "it was there when it was opened, and is gone") from None
         try:
+            if os.read(fd, len(self._head)) != self._head:
+                raise corrupt(self.path, ANOTHER)
             while view:
                 many = _preadv(fd, [view], offset)
                 if not many:

@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -201,13 +201,14 @@ class Shard:
         self.path = disk.shown(name)
         self.size = 0
         self.heading = Heading("", 0, 0, 0)
+        self.head = b""  # the beginning of the file, with the checksum of its header
         self._storage: Mapped | None = None
 
     def storage(self) -> Mapped:
         """The file, mapped when it is first used."""
         if self._storage is None:
             try:
-                self._storage = self._disk.map(self.name, self.size)
+                self._storage = self._disk.map(self.name, self.size, self.head)
             except Defect as defect:
                 raise corrupt(self.path, defect) from None
         return self._storage
@@ -226,11 +227,21 @@ class Opened(NamedTuple):
         return next(same, None)
 
 
+#: Bytes at the beginning of a shard that tell it from every other: the checksum is of what tells the data's.
+_HEAD: Final = 64
+
+
 def open_shard(disk: Place, name: str) -> Opened:
     """Read and check the header of a shard, or raise ``CorruptRecordingError``."""
     shard = Shard(disk, name)
+
+    def read(most: int) -> bytes:
+        found = disk.read(name, most)
+        shard.head = found[:_HEAD]
+        return found
+
     try:
-        container = _container.parse(disk.size(name), lambda n: disk.read(name, n))
+        container = _container.parse(disk.size(name), read)
         shard.size = container.size
         shard.heading, parts = _contents(shard, container)
     except Defect as defect:

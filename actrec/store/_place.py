@@ -61,8 +61,8 @@ class Place(Protocol):
     def open(self, name: str) -> BinaryIO:
         """Open a file, to read it from one end to the other."""
 
-    def map(self, name: str, size: int) -> Mapped:
-        """The memory of a file that had ``size`` bytes when it was opened, for this process alone."""
+    def map(self, name: str, size: int, head: bytes) -> Mapped:
+        """The memory of a file that had ``size`` bytes, the first of them ``head``, when it was opened, for this process alone."""
 
     def make(self) -> None:
         """Make the folder, for one caller alone: ``FileExistsError`` for the others."""

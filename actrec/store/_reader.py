@@ -25,6 +25,7 @@ from actrec._recording import Layer, Recording
 from actrec.errors import OptionError, RecordingNotFoundError
 
 from ._cache import CACHE_BYTES, Cache
+from ._disk import ANOTHER
 from ._format import END, MANIFEST, Defect, Role, corrupt
 from ._index import Group, Opened, Part, Shard, open_shard
 from ._manifest import Ending, Manifest, read_ending, read_manifest, read_own
@@ -216,7 +217,7 @@ class Rank:
         opened = self.opened(held.shards[at])
         part = opened.part(held.slot.role, held.slot.name)
         if part is None or part.starts[-1] != held.starts[at + 1] - held.starts[at]:
-            raise corrupt(opened.shard.path, "it is another file than when it was opened")
+            raise corrupt(opened.shard.path, ANOTHER)
         return part
 
     def __getstate__(self) -> dict[str, Any]:
