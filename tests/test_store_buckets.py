@@ -237,7 +237,7 @@ def test_a_file_url_of_a_relative_path_is_refused_and_not_taken_for_one_of_the_r
 
 
 def test_a_cache_has_a_size(url: str) -> None:
-    for size in (0, -1, "1 GB"):
+    for size in (0, -1, float("nan"), "1 GB"):
         with pytest.raises(OptionError, match="cache_bytes"):
             load(url, cache_bytes=size)  # type: ignore[arg-type]
 

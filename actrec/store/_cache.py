@@ -41,7 +41,7 @@ class Cache:
     def __init__(
         self, folder: str | os.PathLike[str] | None = None, limit: Any = CACHE_BYTES
     ) -> None:
-        if not isinstance(limit, (int, float)) or limit <= 0:
+        if not isinstance(limit, (int, float)) or not limit > 0:  # which NaN is not
             message = f"cache_bytes={limit!r}: expected a number of bytes greater than 0."
             raise OptionError(message)
         self.folder = Path(tempfile.gettempdir() if folder is None else folder)
