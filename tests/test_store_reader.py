@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -390,6 +391,35 @@ def test_the_command_line_shows_and_verifies(
     assert "000001.safetensors is damaged: the checksum of the data of layer" in done.stderr
     assert main(["show", str(path / "nothing")]) == 1
     assert "no recording there" in capsys.readouterr().err
+
+
+def test_the_command_line_names_what_the_system_refuses(path: Path, capsys: Any) -> None:
+    (path / "actrec.json").unlink()
+    (path / "actrec.json").mkdir()
+    for command in ("show", "verify"):
+        assert main([command, str(path)]) == 1
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert "Is a directory" in told.err
+        assert str(path / "actrec.json") in told.err
+
+
+def test_the_command_line_ends_quietly_when_nobody_reads_on(path: Path, monkeypatch: Any) -> None:
+    """As in ``python -m actrec show runs/minilm | head -1``."""
+    run = [sys.executable, "-m", "actrec", "show", str(path)]
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.communicate()[1] == b""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))  # noqa: PTH123, SIM115  # it cannot be closed
+    out = sys.stdout
+    assert main(["show", str(path)]) == 0
+    assert sys.stdout is not out
+    sys.stdout.close()
+    with contextlib.suppress(BrokenPipeError):
+        out.close()
 
 
 # --- Damage ------------------------------------------------------------------------------------------
