@@ -364,6 +364,7 @@ A = [z(4, 3), z(4, 3)]
 REFUSED: dict[str, tuple[Any, list[Any], dict[str, Any], type[Exception], str]] = {
     "none": ({"a": A}, [], {}, OptionError, r"no layer was named. rows\(recording, ''\), say"),
     "number": ({"a": A}, [3], {}, OptionError, "3 is no layer. Give the name of one"),
+    "nothing": ({"a": A}, [()], {}, OptionError, r"\(\) is no layer. Give the name of one"),
     "calls": ({"a": A, "b": A[:1]}, ["a", "b"], {}, AlignmentError, "'a' has 2, 'b' has 1, and call 1 is in pass 1 of 'a' and missing of 'b'"),
     "rows": ({"a": A, "b": [z(4), z(5)]}, ["a", "b"], {}, AlignmentError, r"call 1 \(pass 1\) of 'b' has shape \(5,\).* those of \(4,\).*transform"),
     "lead": ({"a": A, "b": [z(5), z(5)]}, ["a", "b"], {"flatten": True}, AlignmentError, r"call 0 .* first dimensions have to be the same"),
@@ -384,6 +385,12 @@ def test_what_has_no_rows_that_line_up_is_refused_with_what_to_do(name: str) -> 
     acts = added(**values)
     with pytest.raises(error, match=message):
         rows(acts, *layers, **options)
+
+
+def test_a_path_is_no_recording() -> None:
+    for other in ("runs/a", None):
+        with pytest.raises(OptionError, match=r"expected a recording, such as actrec.load\(path\)"):
+            rows(other, "a")  # type: ignore[arg-type]
 
 
 def test_ranks_are_compared_where_a_layer_knows_them(
@@ -588,6 +595,8 @@ def test_a_state_of_something_else_is_refused(cases: Any) -> None:
         ({"batch_size": 1, "world_size": 2}, "give both, or neither"),
         ({"batch_size": 1, "rank": 2, "world_size": 2}, "from 0 to world_size - 1"),
         ({"batch_size": 1, "rank": -1, "world_size": 2}, "rank=-1, world_size=2"),
+        ({"batch_size": 1, "rank": "0", "world_size": 2}, "rank='0', world_size=2"),
+        ({"batch_size": 1, "rank": 0.0, "world_size": 2}, "rank=0.0, world_size=2"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(

@@ -95,8 +95,9 @@ def shuffled(
     """
     rank, world_size = _place(rank, world_size)
     _check(batch_size=batch_size, buffer=buffer)
-    if not 0 <= rank < world_size:
-        message = f"shuffled(rank={rank}, world_size={world_size}): ranks are whole numbers from 0 to world_size - 1."
+    given: tuple[object, object] = (rank, world_size)
+    if not (all(isinstance(number, int) for number in given) and 0 <= rank < world_size):
+        message = f"shuffled(rank={rank!r}, world_size={world_size!r}): ranks are whole numbers from 0 to world_size - 1."
         raise OptionError(message)
     found = table("shuffled", recording, layers, flatten=flatten, mask=mask, as_stored=True)
     width = sum(column.width for column in found.columns)
