@@ -300,12 +300,12 @@ class _Tally:
     def _add(self, x: Tensor, y: Tensor, limits: tuple[float, float], *, known: bool) -> bool:
         """Compare two blocks, and return whether they are further apart, if that is not known yet."""
         if x.dtype == y.dtype and _same_bits(x, y):
-            y = _wide(y)
+            y = _wide(y, y)
             self._sum(y, y, finite=math.isfinite(_magnitude(y)))
             return False
         self.equal = False
         exact = not (x.dtype.is_floating_point or x.dtype.is_complex) and x.dtype == y.dtype
-        x, y = _wide(x), _wide(y)
+        x, y = _wide(x, y), _wide(y, x)
         error = (x - y).abs()
         largest = error.max().item()
         finite = math.isfinite(largest)
@@ -370,8 +370,10 @@ def _first(notes: Iterable[str], most: int = 2) -> str:
     return "; ".join([*notes[:most], *more])
 
 
-def _wide(block: Tensor) -> Tensor:
-    return block.to(torch.complex128) if block.is_complex() else block.double()
+def _wide(block: Tensor, other: Tensor) -> Tensor:
+    """A block in float64, or as complex numbers if it or the other block is of such."""
+    is_complex = block.is_complex() or other.is_complex()
+    return block.to(torch.complex128) if is_complex else block.double()
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:
