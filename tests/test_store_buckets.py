@@ -365,6 +365,43 @@ def test_a_shard_of_many_blocks_is_fetched_in_several_steps(
     assert sum(Stand.fetched) < 3 * 200_000
 
 
+def open_files() -> int:
+    return len([*Path("/dev/fd").iterdir()])
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="open files cannot be counted")
+def test_reading_many_shards_keeps_few_files_open(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Linear(4, 1000)
+    with record(net, "", into=Folder(url, shard_bytes=1)) as acts, torch.no_grad():
+        for _ in range(40):
+            net(torch.randn(4, 4))
+    found = load(url)
+    before = open_files()
+    assert all(map(same, found[""], acts[""]))
+    assert open_files() <= before + 1  # what is there as a whole needs none
+    monkeypatch.setattr(_cache, "BLOCK", 4096)
+    monkeypatch.setattr(_cache, "_MOST_FILLING", 5)
+    found = load(url)
+    values = [found[""]._place(call) for call in range(40)]
+    begins = [group.leaves[0].place(at)[0] for group, at in values]
+    parts = [group.shard.storage()[n : n + 8] for (group, _), n in zip(values, begins, strict=True)]
+    assert open_files() <= before + 6  # and of parts, few are remembered
+    for part, value in zip(parts, acts[""], strict=True):
+        assert torch.equal(
+            torch.tensor(list(part), dtype=torch.uint8), value.view(torch.uint8)[0, :8]
+        )
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", _refuse)
+    with pytest.raises(ReadError, match=r"the cache in .*: too many open files"):
+        _ = load(url)[""][0]
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    message = "too many open files"  # as PyTorch puts it
+    raise RuntimeError(message)
+
+
 def test_where_the_cache_has_no_room_that_is_said(url: str, tmp_path: Path) -> None:
     run(url)
     (tmp_path / "file").touch()
