@@ -554,6 +554,20 @@ def test_another_epoch_seed_or_rank_has_another_order(cases: Any) -> None:
     assert tuple(range(35)) not in orders
 
 
+def test_the_numbers_of_numpy_are_numbers(cases: Any) -> None:
+    """Or else an epoch would go on in another order than it had begun in: a state has Python's numbers."""
+    acts, orders = cases["even, shards"].acts, []
+    for number in (int, np.int64):
+        dataset = shuffled(
+            acts, "label", batch_size=5, seed=number(3), rank=number(1), world_size=number(2)
+        )
+        dataset.set_epoch(number(1))
+        orders.append(torch.cat(list(dataset)))
+    assert torch.equal(*orders)
+    with pytest.raises(TypeError):
+        dataset.set_epoch("1")  # type: ignore[arg-type]
+
+
 def test_an_epoch_that_was_left_is_not_gone_on_with(cases: Any) -> None:
     dataset = shuffled(cases["even, shards"].acts, "label", batch_size=5)
     epochs = [torch.cat(list(dataset)).tolist() for _ in range(2)]
