@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import json
 import math
+import pickle
 import tempfile
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -337,6 +339,16 @@ def test_the_tuples_of_pytorch_come_back_as_themselves() -> None:
     assert type(found_top) is torch.return_types.max
     assert same(found_top.values, top.values)
     assert same(found_top.indices, top.indices)
+
+
+def test_named_tuples_can_be_sent_to_other_processes_and_copied() -> None:
+    pair = namedtuple("pair", ["left", "right"])  # noqa: PYI024
+    (found,) = there_and_back(pair(torch.ones(2), 3))
+    for again in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found), copy.copy(found)):
+        assert type(again).__name__ == "pair"
+        assert same(again.left, found.left)
+        assert again.right == 3
+        assert type(again) is type(found)
 
 
 def test_objects_with_fields_come_back_as_fields_with_the_name_of_their_type() -> None:

@@ -356,7 +356,7 @@ class _Decoder:
             text(field, "the field of a named tuple") for field in items(node["fields"], "fields")
         )
         need(len(fields) == len(values) <= 1000, "a named tuple has not as many values as fields")  # noqa: PLR2004
-        return tuple.__new__(_named_tuple(text(name, "the name of a named tuple"), fields), values)
+        return _named(text(name, "the name of a named tuple"), fields, values)
 
     def _packed_sequence(self, _: Any, node: Any, depth: int) -> Any:
         values = self.values(node["items"], depth)
@@ -459,4 +459,15 @@ def _of_torch(name: Any, kind: type) -> Any:
 def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
     """A named tuple class; names that Python cannot have become others."""
     name = name if _WORD.fullmatch(name) else "namedtuple"
-    return namedtuple(name, fields, rename=True)  # noqa: PYI024
+    kind = namedtuple(name, fields, rename=True)  # type: ignore[misc]  # noqa: PYI024
+    kind.__reduce__ = _reduced  # type: ignore[assignment,method-assign]
+    return kind
+
+
+def _named(name: str, fields: tuple[str, ...], values: Iterable[Value]) -> Any:
+    return tuple.__new__(_named_tuple(name, fields), values)
+
+
+def _reduced(value: Any) -> tuple[Any, ...]:
+    """How such a named tuple is copied and pickled: its class is made anew, for nobody can import it."""
+    return _named, (type(value).__name__, value._fields, tuple(value))
