@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -238,7 +239,8 @@ Tolerances: TypeAlias = tuple[float | None, float | None]
 def _rows(a: Layer, b: Layer, tolerances: Tolerances) -> Iterator[Row]:
     found: dict[str, _Tally] = {}
     for call, (x, y, number) in enumerate(zip(a, b, a.passes, strict=False)):
-        xs, ys = dict(leaves(x)), dict(leaves(y))
+        xs = dict(leaves(x))
+        ys = _named_alike(xs, dict(leaves(y)))
         for path in dict.fromkeys([*xs, *ys]):
             tally = found.setdefault(path, _Tally())
             if path in xs and path in ys:
@@ -254,6 +256,19 @@ def _rows(a: Layer, b: Layer, tolerances: Tolerances) -> Iterator[Row]:
             )
     for path, tally in found.items():
         yield tally.row(a.name, path, b.name)
+
+
+def _named_alike(xs: Mapping[str, Tensor], ys: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``ys`` under the names that ``xs`` has: a field of a dataclass is an item as well where it was loaded."""
+    if xs.keys() == ys.keys():
+        return ys
+    known = {_ITEM.sub(r".\1", path): path for path in xs}
+    return {
+        path if path in xs else known.get(_ITEM.sub(r".\1", path), path): ys[path] for path in ys
+    }
+
+
+_ITEM = re.compile(r"\['([^\W\d]\w*)'\]")
 
 
 class _Tally:

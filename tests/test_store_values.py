@@ -351,6 +351,16 @@ def test_named_tuples_can_be_sent_to_other_processes_and_copied() -> None:
         assert type(again) is type(found)
 
 
+def test_what_was_stored_is_compared_with_itself_in_memory_field_by_field(tmp_path: Path) -> None:
+    value = Output(torch.ones(2), {"left": Output(torch.ones(3)), "right": torch.ones(1)})
+    memory = recording(x=[value, value])
+    memory.save(tmp_path / "r")
+    stored = load(tmp_path / "r")
+    for one, other in ((memory, stored), (stored, memory)):
+        result = actrec.compare(one, other)
+        assert [(row.calls, row.equal, row.note) for row in result] == [(2, True, "")] * 3
+
+
 def test_objects_with_fields_come_back_as_fields_with_the_name_of_their_type() -> None:
     output = BaseModelOutput(last_hidden_state=torch.ones(2))  # type: ignore[arg-type]
     attributes = Attributes(a=1)
