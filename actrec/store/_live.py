@@ -217,7 +217,8 @@ def publish(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool =
     """Describe the recording, if no other rank has done so; return what describes it."""
     if MANIFEST not in disk.names():
         for rank in rank_folders(disk) if resume else [own]:
-            if shard_names(rank):
+            # Another rank may have written both since.
+            if shard_names(rank) and MANIFEST not in disk.names():
                 raise corrupt(disk.shown(MANIFEST), "it is missing")
         with suppress(FileExistsError):
             disk.commit(MANIFEST, lambda file: file.write(new.content()), exclusive=True, by=own)
