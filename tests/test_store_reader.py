@@ -37,7 +37,7 @@ from actrec import (
 )
 from actrec.__main__ import main
 from actrec._recording import ListLayer
-from actrec.store import Folder, _container, _disk, _format, _index, _shard, _tree, _verify
+from actrec.store import Folder, _container, _disk, _format, _index, _reader, _shard, _tree, _verify
 from tests.stored import Net, assert_same, batches, opened_shards, same
 
 if TYPE_CHECKING:
@@ -765,6 +765,20 @@ def test_a_description_that_is_a_pipe_is_not_waited_for(path: Path, name: str) -
     with pytest.raises(CorruptRecordingError, match=f"{name} is damaged: it is empty"):
         load(path)
     assert any(f"{name} is damaged: it is empty" in problem for problem in actrec.verify(path))
+
+
+def test_a_recording_that_begins_while_it_is_opened_is_opened(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The description is written before the first shard, but here it is looked for before, and the shards after."""
+    read = _reader.read_manifest
+
+    def too_early(_: object) -> Any:
+        monkeypatch.setattr(_reader, "read_manifest", read)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(_reader, "read_manifest", too_early)
+    assert load(path).num_passes == 6
 
 
 @pytest.mark.parametrize("method", ["size", "read"])

@@ -117,10 +117,8 @@ def load(
 def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
     """Open what is at a place."""
     try:
-        manifest = read_manifest(disk)
+        manifest = _described(disk)
     except (FileNotFoundError, NotADirectoryError):
-        if any(map(shard_names, rank_folders(disk))):
-            raise corrupt(disk.shown(MANIFEST), "it is missing") from None
         there = "no actrec.json in that folder" if disk.exists() else "no such folder"
         message = f"load({str(disk)!r}): there is no recording there ({there})."
         raise RecordingNotFoundError(message) from None
@@ -132,6 +130,18 @@ def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
     rank = _one_of(f"load({str(disk)!r}, rank={rank!r})", rank, numbered)
     ranks = [Rank(folders[rank], manifest)] if rank in folders else []
     return StoredRecording(disk, manifest, ranks, only=rank)
+
+
+def _described(disk: Place) -> Manifest:
+    try:
+        return read_manifest(disk)
+    except (FileNotFoundError, NotADirectoryError):
+        if not any(map(shard_names, rank_folders(disk))):
+            raise
+    try:  # it is written before the first shard, maybe just now
+        return read_manifest(disk)
+    except FileNotFoundError:
+        raise corrupt(disk.shown(MANIFEST), "it is missing") from None
 
 
 def _one_of(call: str, rank: int, there: Sequence[int]) -> int:
