@@ -6,7 +6,9 @@ The path may be the URL of an object store, which fsspec has to be able to open 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from pathlib import Path
 
 from . import ActrecError, load, verify
 
@@ -23,7 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         problems = _show(options.path) if options.command == "show" else _verify(options.path)
-    except ActrecError as error:
+    except BrokenPipeError:  # whoever reads has seen enough, as "| head" has
+        # Or else what is left would be written at exit, and fail once more.
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        return 0
+    except (ActrecError, OSError) as error:
         problems = [str(error)]
     for problem in problems:
         print(problem, file=sys.stderr)  # noqa: T201
@@ -31,14 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _show(path: str) -> list[str]:
-    print(load(path))  # noqa: T201
+    print(load(path), flush=True)  # noqa: T201
     return []
 
 
 def _verify(path: str) -> list[str]:
     problems = verify(path)
     if not problems:
-        print(f"{path}: no problems found")  # noqa: T201
+        print(f"{path}: no problems found", flush=True)  # noqa: T201
     return problems
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -238,7 +239,8 @@ Tolerances: TypeAlias = tuple[float | None, float | None]
 def _rows(a: Layer, b: Layer, tolerances: Tolerances) -> Iterator[Row]:
     found: dict[str, _Tally] = {}
     for call, (x, y, number) in enumerate(zip(a, b, a.passes, strict=False)):
-        xs, ys = dict(leaves(x)), dict(leaves(y))
+        xs = dict(leaves(x))
+        ys = _named_alike(xs, dict(leaves(y)))
         for path in dict.fromkeys([*xs, *ys]):
             tally = found.setdefault(path, _Tally())
             if path in xs and path in ys:
@@ -254,6 +256,19 @@ def _rows(a: Layer, b: Layer, tolerances: Tolerances) -> Iterator[Row]:
             )
     for path, tally in found.items():
         yield tally.row(a.name, path, b.name)
+
+
+def _named_alike(xs: Mapping[str, Tensor], ys: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``ys`` under the names that ``xs`` has: a field of a dataclass is an item as well where it was loaded."""
+    if xs.keys() == ys.keys():
+        return ys
+    known = {_ITEM.sub(r".\1", path): path for path in xs}
+    return {
+        path if path in xs else known.get(_ITEM.sub(r".\1", path), path): ys[path] for path in ys
+    }
+
+
+_ITEM = re.compile(r"\['([^\W\d]\w*)'\]")
 
 
 class _Tally:
@@ -300,12 +315,12 @@ class _Tally:
     def _add(self, x: Tensor, y: Tensor, limits: tuple[float, float], *, known: bool) -> bool:
         """Compare two blocks, and return whether they are further apart, if that is not known yet."""
         if x.dtype == y.dtype and _same_bits(x, y):
-            y = _wide(y)
+            y = _wide(y, y)
             self._sum(y, y, finite=math.isfinite(_magnitude(y)))
             return False
         self.equal = False
         exact = not (x.dtype.is_floating_point or x.dtype.is_complex) and x.dtype == y.dtype
-        x, y = _wide(x), _wide(y)
+        x, y = _wide(x, y), _wide(y, x)
         error = (x - y).abs()
         largest = error.max().item()
         finite = math.isfinite(largest)
@@ -370,8 +385,10 @@ def _first(notes: Iterable[str], most: int = 2) -> str:
     return "; ".join([*notes[:most], *more])
 
 
-def _wide(block: Tensor) -> Tensor:
-    return block.to(torch.complex128) if block.is_complex() else block.double()
+def _wide(block: Tensor, other: Tensor) -> Tensor:
+    """A block in float64, or as complex numbers if it or the other block is of such."""
+    is_complex = block.is_complex() or other.is_complex()
+    return block.to(torch.complex128) if is_complex else block.double()
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:
@@ -379,6 +396,8 @@ def _same_bits(x: Tensor, y: Tensor) -> bool:
     size = x.element_size()
     offsets = (size * x.numel(), size * x.storage_offset(), size * y.storage_offset())
     step = torch.int64 if math.gcd(8, *offsets) == 8 else _INTEGERS[size]  # noqa: PLR2004  # bytes
+    # A single element may have any stride, and still count as contiguous.
+    x, y = (block.contiguous().as_strided(block.shape, (1,)) for block in (x, y))
     return torch.equal(x.view(step), y.view(step))
 
 

@@ -310,6 +310,7 @@ class _Block(AbstractContextManager[Recorder]):
         )
         if self._stream is not None:
             recorder._layers.update(self._stream.added_before())
+            self._session.order.update(dict.fromkeys(self._stream.order))
         return recorder
 
     def _deferred(self, layer: Layer) -> Calls:
@@ -401,7 +402,7 @@ def _check_path(into: Any, *, detach: bool, grads: bool, resume: bool) -> None:
     if is_path and grads:
         message = (
             f"record({call}, grads=True): a gradient comes after its value may have been written. Record into memory, "
-            "and write it with acts.save() and acts.grads.save()."
+            "and write both with acts.save()."
         )
         raise OptionError(message)
     if resume and not is_path:

@@ -459,9 +459,8 @@ class Recording(Mapping[str, Layer]):
         True
 
         Tensors are stored as they are, without the graph, inputs and gradients included; what shares memory
-        is stored once. Gradients are
-        not stored; ``acts.grads.save(path)`` writes them as a recording of their own. To record more than
-        fits into memory, record into a path: ``record(model, layers, into=path)``.
+        is stored once. To record more than fits into memory, record into a path:
+        ``record(model, layers, into=path)``.
 
         Raises ``RecordingExistsError`` if there is something at the path, ``CaptureError`` for a value
         that cannot be stored, before anything is written, and ``WriteError`` if writing fails.

@@ -35,7 +35,7 @@ def same(a: Any, b: Any) -> bool:  # noqa: PLR0911  # a table, in effect
         both = type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape
         return both and bits(a) == bits(b)
     if type(a).__module__ == "numpy" or type(b).__module__ == "numpy":
-        return type(a) is type(b) and a.dtype == b.dtype and same(*map(torch.from_numpy, (a, b)))
+        return type(a) is type(b) and a.dtype == b.dtype and same(*map(torch.as_tensor, (a, b)))
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):

@@ -229,6 +229,14 @@ def test_complex_numbers_differ_by_the_modulus() -> None:
     assert only(torch.tensor([1j]), torch.tensor([1j]).conj().conj()).equal
 
 
+def test_a_real_number_is_a_complex_one_without_an_imaginary_part() -> None:
+    real, other = torch.tensor([3.0, 0.0]), torch.tensor([3.0 + 4.0j, 0.0])
+    for row in (only(real, other), only(other, real)):
+        assert (row.max_abs, row.close, row.cosine) == (4.0, False, pytest.approx(3 / 5))
+    row = only(real.double(), real.to(torch.complex64))
+    assert (row.equal, row.close, row.note) == (False, True, "float64 and complex64")
+
+
 def test_nested_values_have_a_row_for_each_tensor() -> None:
     model = nn.LSTM(4, 2)
     a, b = (recorded(m, torch.ones(3, 4), layers="") for m in (model, copy.deepcopy(model)))
@@ -261,6 +269,11 @@ def test_memory_order_does_not_matter() -> None:
     assert only(images, images.to(memory_format=torch.channels_last)).equal
     assert not only(images, images.to(memory_format=torch.channels_last) + 1).close
     assert only(torch.ones(1, 50).expand(2000, 50), torch.ones(2000, 50)).equal
+    assert only(torch.ones(1).expand(4), torch.ones(8)[::2]).equal
+    assert only(torch.ones(2, dtype=torch.float64)[::2], torch.ones(1).double().expand(1)).equal
+    assert only(
+        torch.ones(2, dtype=torch.complex128)[::2], torch.ones(1, dtype=torch.complex128)
+    ).equal
 
 
 # --- What does not match is told, not raised ---------------------------------------------------------

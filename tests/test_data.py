@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -193,7 +194,15 @@ def test_a_number_too_many_is_an_index_error_so_that_iterating_ends(cases: Any) 
             dataset[index]
     wanted = torch.zeros(35, dtype=torch.bool)
     wanted[[3, 9]] = True
-    assert dataset[wanted].tolist() == [3, 9]
+    for mask in (wanted, wanted.numpy(), wanted.tolist()):
+        assert dataset[mask].tolist() == [3, 9]
+        with pytest.raises(IndexError, match="34 answers for 35 rows"):
+            dataset[mask[:34]]
+    for index in (2.7, [0.0, 1.5], torch.tensor([1.5]), "label", None, [None]):
+        with pytest.raises(TypeError, match="rows are numbered by integers"):
+            dataset[index]
+    assert dataset[np.int64(3)] == dataset[torch.tensor(3)] == 3
+    assert dataset[[]].shape == (0,)
     assert repr(dataset) == "35 rows of 'label' () int64"
 
 
@@ -274,6 +283,7 @@ def test_values_of_any_dtype_and_order_in_memory_come_as_they_are() -> None:
         torch.randn(6, 0),
         torch.arange(6).to(torch.uint16),
         torch.randn(6, requires_grad=True),
+        torch.randn(6).as_strided((6, 1), (1, 0)),
     ]
     model = nn.Identity()
     for value in values:
@@ -309,6 +319,26 @@ def test_rows_without_width_are_rows(tmp_path: Path) -> None:
     assert [batch[0].shape for batch in batches] == [(4, 0), (2, 0)]
 
 
+def test_flattened_rows_without_width_are_as_many_as_positions(tmp_path: Path) -> None:
+    for into in (list, tmp_path / "r"):
+        model = nn.Identity()
+        with record(model, "", into=into) as acts:
+            model(torch.randn(3, 5, 0))
+        dataset = rows(acts, "", flatten=True)
+        assert dataset[:].shape == dataset[list(range(15))].shape == (15, 0)
+
+
+def test_beside_a_tensor_there_may_be_whatever_else_can_be_stored(tmp_path: Path) -> None:
+    values = [(np.float32(n), torch.randn(2, 3), np.ones(2)) for n in range(2)]
+    model = nn.Identity()
+    with record(model, "", into=tmp_path / "r") as acts:
+        for value in values:
+            model(value)
+    assert same(rows(acts, ("", 1))[:], torch.cat([value[1] for value in values]))
+    with pytest.raises(AlignmentError, match="rows are cut out of plain tensors"):
+        rows(acts, ("", 0))
+
+
 def test_a_recording_without_calls_has_no_rows() -> None:
     with pytest.warns(actrec.UnusedLayerWarning), record(Ready(), "hidden") as acts:
         pass
@@ -334,6 +364,7 @@ A = [z(4, 3), z(4, 3)]
 REFUSED: dict[str, tuple[Any, list[Any], dict[str, Any], type[Exception], str]] = {
     "none": ({"a": A}, [], {}, OptionError, r"no layer was named. rows\(recording, ''\), say"),
     "number": ({"a": A}, [3], {}, OptionError, "3 is no layer. Give the name of one"),
+    "nothing": ({"a": A}, [()], {}, OptionError, r"\(\) is no layer. Give the name of one"),
     "calls": ({"a": A, "b": A[:1]}, ["a", "b"], {}, AlignmentError, "'a' has 2, 'b' has 1, and call 1 is in pass 1 of 'a' and missing of 'b'"),
     "rows": ({"a": A, "b": [z(4), z(5)]}, ["a", "b"], {}, AlignmentError, r"call 1 \(pass 1\) of 'b' has shape \(5,\).* those of \(4,\).*transform"),
     "lead": ({"a": A, "b": [z(5), z(5)]}, ["a", "b"], {"flatten": True}, AlignmentError, r"call 0 .* first dimensions have to be the same"),
@@ -354,6 +385,12 @@ def test_what_has_no_rows_that_line_up_is_refused_with_what_to_do(name: str) -> 
     acts = added(**values)
     with pytest.raises(error, match=message):
         rows(acts, *layers, **options)
+
+
+def test_a_path_is_no_recording() -> None:
+    for other in ("runs/a", None):
+        with pytest.raises(OptionError, match=r"expected a recording, such as actrec.load\(path\)"):
+            rows(other, "a")  # type: ignore[arg-type]
 
 
 def test_ranks_are_compared_where_a_layer_knows_them(
@@ -517,6 +554,20 @@ def test_another_epoch_seed_or_rank_has_another_order(cases: Any) -> None:
     assert tuple(range(35)) not in orders
 
 
+def test_the_numbers_of_numpy_are_numbers(cases: Any) -> None:
+    """Or else an epoch would go on in another order than it had begun in: a state has Python's numbers."""
+    acts, orders = cases["even, shards"].acts, []
+    for number in (int, np.int64):
+        dataset = shuffled(
+            acts, "label", batch_size=5, seed=number(3), rank=number(1), world_size=number(2)
+        )
+        dataset.set_epoch(number(1))
+        orders.append(torch.cat(list(dataset)))
+    assert torch.equal(*orders)
+    with pytest.raises(TypeError):
+        dataset.set_epoch("1")  # type: ignore[arg-type]
+
+
 def test_an_epoch_that_was_left_is_not_gone_on_with(cases: Any) -> None:
     dataset = shuffled(cases["even, shards"].acts, "label", batch_size=5)
     epochs = [torch.cat(list(dataset)).tolist() for _ in range(2)]
@@ -558,6 +609,8 @@ def test_a_state_of_something_else_is_refused(cases: Any) -> None:
         ({"batch_size": 1, "world_size": 2}, "give both, or neither"),
         ({"batch_size": 1, "rank": 2, "world_size": 2}, "from 0 to world_size - 1"),
         ({"batch_size": 1, "rank": -1, "world_size": 2}, "rank=-1, world_size=2"),
+        ({"batch_size": 1, "rank": "0", "world_size": 2}, "rank='0', world_size=2"),
+        ({"batch_size": 1, "rank": 0.0, "world_size": 2}, "rank=0.0, world_size=2"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(
@@ -689,6 +742,27 @@ def test_a_file_that_is_gone_or_cut_short_meanwhile_is_named(
     first.unlink()
     with pytest.raises(CorruptRecordingError, match=f"{first.name} is damaged: it was there when"):
         list(dataset)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_recording_that_was_made_anew_meanwhile_does_not_pass_for_the_one_that_was_opened(
+    stored: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool
+) -> None:
+    acts = load(stored)
+    dataset = shuffled(acts, "label", batch_size=4)
+    if mapped:
+        monkeypatch.setattr(_sources, "_preadv", None)
+    shutil.rmtree(stored)
+    made(UNEVEN, stored)
+    for read in (
+        lambda: list(dataset),
+        lambda: acts["label"][0],
+        lambda: rows(acts, "label")[[1, 9]],
+    ):
+        with pytest.raises(
+            CorruptRecordingError, match="it is another file than when it was opened"
+        ):
+            read()
 
 
 def test_the_mask_is_read_in_portions(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:

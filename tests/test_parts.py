@@ -494,6 +494,10 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"names": []}, "a mesh has not as many names as dimensions"),
     ({"names": [3]}, "the name of a dimension is 3"),
     ({"mesh": [3]}, "a mesh has other than as many ranks as its shape says"),
+    (
+        {"mesh": [2, *[1] * 5000], "placements": [["replicate"]] * 5001, "names": ["x"] * 5001},
+        "a mesh has 5001 dimensions",
+    ),
     ({"ranks": [1, 1]}, "a mesh has other than as many ranks as its shape says"),
     ({"ranks": [0, 10**6]}, "the ranks of a mesh is 1000000"),
     ({"shape": [5, 3]}, "the parts of a tensor of shape [5, 3] make another one"),
@@ -513,7 +517,9 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("change", "told"), HOSTILE, ids=[str(change) for change, _ in HOSTILE])
+@pytest.mark.parametrize(
+    ("change", "told"), HOSTILE, ids=[str(change)[:60] for change, _ in HOSTILE]
+)
 def test_what_a_hostile_file_says_of_parts_is_checked(
     halves: Path, tmp_path: Path, change: dict[str, Any], told: str
 ) -> None:

@@ -10,7 +10,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import FrozenInstanceError
-from threading import Barrier
+from threading import Barrier, Event
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -348,6 +348,33 @@ def test_a_run_that_was_first_between_two_looks_is_found_out(
     assert actrec.verify(path) == []
 
 
+def test_a_rank_that_looks_while_another_describes_the_recording_and_writes_joins_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, begun, go_on = tmp_path / "r", Event(), Event()
+    publish, shard_names = _live.publish, _live.shard_names
+
+    def wait(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        assert go_on.wait(20)
+        return publish(*args, **kwargs)
+
+    def look(disk: Any) -> list[str]:
+        monkeypatch.setattr(_live, "shard_names", shard_names)
+        go_on.set()
+        first.result(20)
+        return shard_names(disk)
+
+    monkeypatch.setattr(_live, "publish", wait)
+    with ThreadPoolExecutor(1) as thread:
+        first = thread.submit(write, path, 0, 2, [row(0)])
+        assert begun.wait(20)
+        monkeypatch.setattr(_live, "publish", publish)
+        monkeypatch.setattr(_live, "shard_names", look)
+        write(path, 1, 2, [row(1)], resume=True)
+    assert load(path)["layer"].ranks == [0, 1]
+
+
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("resume", [True, False])
 def test_ranks_that_begin_at_the_same_moment_make_one_recording(
@@ -418,7 +445,7 @@ def test_a_description_that_is_being_written_is_waited_for_a_moment(
     manifest.write_bytes(b"")
     monkeypatch.undo()
     monkeypatch.setattr(_live, "_PATIENCE", 0.01)
-    with pytest.raises(CorruptRecordingError, match=r"actrec.json is damaged: it is no JSON"):
+    with pytest.raises(CorruptRecordingError, match=r"actrec.json is damaged: it is empty"):
         write(tmp_path / "r", 1, 2, [row(1)], resume=True)
 
 

@@ -202,6 +202,8 @@ def test_a_path_is_a_url_only_if_it_is_text_with_a_scheme(tmp_path: Path) -> Non
     assert isinstance(place("memory://a"), Bucket)
     assert str(place((tmp_path / "a b").as_uri())) == str(tmp_path / "a b")
     assert str(place("local:///x")) == "/x"
+    assert str(place("file://localhost/x")) == "/x"
+    assert str(place("file:///runs/a#1?b")) == "/runs/a#1?b"
     run((tmp_path / "a b").as_uri())
     assert (tmp_path / "a b" / "actrec.json").exists()
 
@@ -228,8 +230,14 @@ def test_what_fsspec_cannot_open_is_refused_before_anything_happens(
         assert "password@" not in str(caught.value)
 
 
+def test_a_file_url_of_a_relative_path_is_refused_and_not_taken_for_one_of_the_root() -> None:
+    for where in ("file://runs/a", "local://runs/a", "file://"):
+        with pytest.raises(OptionError, match="three slashes"):
+            place(where)
+
+
 def test_a_cache_has_a_size(url: str) -> None:
-    for size in (0, -1, "1 GB"):
+    for size in (0, -1, float("nan"), "1 GB"):
         with pytest.raises(OptionError, match="cache_bytes"):
             load(url, cache_bytes=size)  # type: ignore[arg-type]
 
@@ -355,6 +363,43 @@ def test_a_shard_of_many_blocks_is_fetched_in_several_steps(
     assert same(load(url)["x"][0], value)
     assert sum(kind == "info" for kind, _ in Stand.log) >= 3
     assert sum(Stand.fetched) < 3 * 200_000
+
+
+def open_files() -> int:
+    return len([*Path("/dev/fd").iterdir()])
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="open files cannot be counted")
+def test_reading_many_shards_keeps_few_files_open(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = nn.Linear(4, 1000)
+    with record(net, "", into=Folder(url, shard_bytes=1)) as acts, torch.no_grad():
+        for _ in range(40):
+            net(torch.randn(4, 4))
+    found = load(url)
+    before = open_files()
+    assert all(map(same, found[""], acts[""]))
+    assert open_files() <= before + 1  # what is there as a whole needs none
+    monkeypatch.setattr(_cache, "BLOCK", 4096)
+    monkeypatch.setattr(_cache, "_MOST_FILLING", 5)
+    found = load(url)
+    values = [found[""]._place(call) for call in range(40)]
+    begins = [group.leaves[0].place(at)[0] for group, at in values]
+    parts = [group.shard.storage()[n : n + 8] for (group, _), n in zip(values, begins, strict=True)]
+    assert open_files() <= before + 6  # and of parts, few are remembered
+    for part, value in zip(parts, acts[""], strict=True):
+        assert torch.equal(
+            torch.tensor(list(part), dtype=torch.uint8), value.view(torch.uint8)[0, :8]
+        )
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", _refuse)
+    with pytest.raises(ReadError, match=r"the cache in .*: too many open files"):
+        _ = load(url)[""][0]
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    message = "too many open files"  # as PyTorch puts it
+    raise RuntimeError(message)
 
 
 def test_where_the_cache_has_no_room_that_is_said(url: str, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import pickle
+import threading
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -101,6 +103,20 @@ def test_a_recording_that_is_open_can_be_pickled_and_copied(path: Path) -> None:
     assert_same(again, acts)
 
 
+def test_a_forked_process_does_not_wait_for_a_thread_of_its_parent_that_was_reading(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acts = load(path)
+    expected = acts["conv"].cat()
+    with acts._ranks[0]._opening:
+        monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a process that was forked off now
+        found: list[Any] = []
+        reading = threading.Thread(target=lambda: found.append(acts["conv"].cat()), daemon=True)
+        reading.start()
+        reading.join(20)
+    assert torch.equal(found[0], expected)
+
+
 def test_a_shard_that_is_another_one_than_when_it_was_opened_is_found(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +149,12 @@ def test_a_header_that_lists_a_layer_twice_is_refused(path: Path) -> None:
     data = first.read_bytes()[-size:]
     tensors = [
         _container.Tensor(
-            name, extent.code, extent.shape, extent.end - extent.begin, partial(_one, data, extent)
+            name,
+            extent.code,
+            extent.shape,
+            extent.end - extent.begin,
+            partial(_one, data, extent),
+            8,
         )
         for name, extent in opened.container.tensors.items()
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -15,11 +16,13 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import actrec
 from actrec import (
@@ -34,7 +37,7 @@ from actrec import (
 )
 from actrec.__main__ import main
 from actrec._recording import ListLayer
-from actrec.store import Folder, _container, _disk, _format, _index, _shard, _tree, _verify
+from actrec.store import Folder, _container, _disk, _format, _index, _reader, _shard, _tree, _verify
 from tests.stored import Net, assert_same, batches, opened_shards, same
 
 if TYPE_CHECKING:
@@ -268,6 +271,11 @@ def test_calls_are_joined_as_in_memory(tmp_path: Path, how: str) -> None:
         "expanded": [torch.randn(1, 3).expand(5, 3), torch.randn(1, 3).expand(2, 3)],
         "kinds": [torch.randn(2, 3), (torch.randn(2, 3),)],
         "none": [None, None],
+        "packed": [pack_sequence([torch.randn(3, 2), torch.randn(2, 2)]) for _ in range(2)],
+        "arrays": [(torch.randn(2, 3), np.ones(2)) for _ in range(2)],
+        "changing arrays": [(torch.randn(2, 3), np.full(2, n)) for n in range(2)],
+        "numbers": [(torch.randn(2, 3), np.float32(n)) for n in range(2)],
+        "names of kinds": [{"array": torch.randn(2, 3)}, {"array": torch.randn(1, 3)}],
         "empty": [],
     }
     memory = Recording("Net", {k: ListLayer(k, v) for k, v in values.items()}, {})
@@ -383,6 +391,35 @@ def test_the_command_line_shows_and_verifies(
     assert "000001.safetensors is damaged: the checksum of the data of layer" in done.stderr
     assert main(["show", str(path / "nothing")]) == 1
     assert "no recording there" in capsys.readouterr().err
+
+
+def test_the_command_line_names_what_the_system_refuses(path: Path, capsys: Any) -> None:
+    (path / "actrec.json").unlink()
+    (path / "actrec.json").mkdir()
+    for command in ("show", "verify"):
+        assert main([command, str(path)]) == 1
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert "Is a directory" in told.err
+        assert str(path / "actrec.json") in told.err
+
+
+def test_the_command_line_ends_quietly_when_nobody_reads_on(path: Path, monkeypatch: Any) -> None:
+    """As in ``python -m actrec show runs/minilm | head -1``."""
+    run = [sys.executable, "-m", "actrec", "show", str(path)]
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.communicate()[1] == b""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))  # noqa: PTH123, SIM115  # it cannot be closed
+    out = sys.stdout
+    assert main(["show", str(path)]) == 0
+    assert sys.stdout is not out
+    sys.stdout.close()
+    with contextlib.suppress(BrokenPipeError):
+        out.close()
 
 
 # --- Damage ------------------------------------------------------------------------------------------
@@ -582,6 +619,8 @@ STRUCTURES = {
     "device": ('{"device":"nowhere"}', "an unknown device"),
     "float": ('{"float":"1e400"}', "an unknown floating-point number"),
     "attribute": ('{"object":"x","items":[],"more":[["__class__",1]]}', "an impossible name"),
+    "type": ('{"object":"x","items":[],"more":[["_type",1]]}', "an impossible name"),
+    "nameless": ('{"opaque":"a."}', "the type of an object has no name"),
     "method": ('{"object":"x","items":[],"more":[["items",1]]}', "an impossible name"),
     "scalar": ('{"list":[{"scalar":0}]}', "a NumPy scalar has dimensions"),
     "bytes": ('{"bytes":"%"}', "cannot be made of its description"),
@@ -716,6 +755,54 @@ def test_damaged_descriptions_are_named(path: Path, name: str, change: Any, told
     assert str(caught.value).startswith(f"{file} is damaged: ")
     assert told in str(caught.value)
     assert str(caught.value) in actrec.verify(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in this file system")
+@pytest.mark.parametrize("name", ["actrec.json", "rank-00000/end.json", "rank-00000/rank.json"])
+def test_a_description_that_is_a_pipe_is_not_waited_for(path: Path, name: str) -> None:
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+    with pytest.raises(CorruptRecordingError, match=f"{name} is damaged: it is empty"):
+        load(path)
+    assert any(f"{name} is damaged: it is empty" in problem for problem in actrec.verify(path))
+
+
+def test_a_recording_that_begins_while_it_is_opened_is_opened(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The description is written before the first shard, but here it is looked for before, and the shards after."""
+    read = _reader.read_manifest
+
+    def too_early(_: object) -> Any:
+        monkeypatch.setattr(_reader, "read_manifest", read)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(_reader, "read_manifest", too_early)
+    assert load(path).num_passes == 6
+
+
+@pytest.mark.parametrize("method", ["size", "read"])
+def test_a_recording_that_is_gone_on_with_while_it_is_opened_is_one_that_still_records(
+    path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The writer removes what says how the run before has ended before it is read, or has done so after."""
+    asked = getattr(_disk.Disk, method)
+
+    def go_on(disk: Any, name: str, *most: int) -> Any:
+        if name != _format.END:
+            return asked(disk, name, *most)
+        monkeypatch.undo()
+        found = asked(disk, name, *most) if method == "read" else None
+        net = Net()
+        with record(net, inputs=True, into=path, resume=True):
+            net(batches(1)[0])
+        (disk.path / name).unlink()  # and records still
+        return asked(disk, name) if found is None else found
+
+    monkeypatch.setattr(_disk.Disk, method, go_on)
+    acts = load(path)
+    assert acts.num_passes == len(acts["conv"]) == 7
+    assert acts.ranks[0].error == "killed or still recording"
 
 
 def test_an_absurdly_large_description_is_not_even_read(

@@ -248,6 +248,22 @@ def test_a_run_that_is_resumed_knows_what_was_recorded_before(tmp_path: Path) ->
     assert list(acts["label"]) == [0, 1]
 
 
+def test_a_run_that_is_resumed_knows_the_execution_order_of_what_was_recorded_before(
+    tmp_path: Path,
+) -> None:
+    net = nn.Sequential(nn.Identity(), nn.ReLU())
+    for resume in (False, True):
+        with record(net, ["1", "0", ""], into=tmp_path / "r", resume=resume) as acts:
+            net(torch.full((1,), torch.inf))
+            acts.add("label", 0)
+        assert (
+            acts.execution_order == load(tmp_path / "r").execution_order == ["0", "1", "", "label"]
+        )
+    bad = acts.stats().first_nonfinite
+    assert bad is not None
+    assert bad.layer == "0"
+
+
 class Two(nn.Module):
     def __init__(self, kind: type[nn.Module] = nn.Identity) -> None:
         super().__init__()

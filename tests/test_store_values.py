@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import json
 import math
+import pickle
 import tempfile
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +26,7 @@ from actrec import CaptureError, Opaque, Recording, load, record
 from actrec._recording import ListLayer
 from actrec.store import Fields, _container, _format, _shard, _tree
 from tests.stored import Net, assert_same, batches, same
+from tests.test_store_reader import rewrite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,6 +82,35 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
         joined = torch.cat([value.view(torch.uint8), value.flip(0).view(torch.uint8)])
         tensor = found[f"output.{number:05d}.00000.0"]
         assert same(tensor.reshape(6, -1).view(torch.uint8), joined), name
+
+
+def test_every_tensor_is_aligned_to_its_elements_or_else_reading_complex128_ends_the_process(
+    tmp_path: Path,
+) -> None:
+    values = {str(dtype): random(dtype, 3) for dtype in [*DTYPES, *reversed(DTYPES)]}
+    recording(**{name: [value, value[:1]] for name, value in values.items()}).save(tmp_path / "r")
+    found = load(tmp_path / "r")
+    for name, value in values.items():
+        for call, expected in enumerate((value, value[:1])):
+            assert not found[name][call].data_ptr() % expected.element_size(), name
+            assert same(found[name][call], expected)
+
+
+def test_a_tensor_that_a_file_has_at_an_odd_place_is_copied_to_where_it_can_be_read(
+    tmp_path: Path,
+) -> None:
+    value = random(torch.complex128, 3)
+    recording(x=[value]).save(tmp_path / "r")
+    (shard,) = tmp_path.glob("r/*/*.safetensors")
+
+    def at_an_odd_place(about: Any) -> None:
+        about["layers"][0]["groups"][0]["tensors"][0].update(offset=8, rows=[[1, 2]])
+
+    rewrite(shard, at_an_odd_place)
+    found = load(tmp_path / "r")["x"]
+    assert found[0].data_ptr() % 16 == 0
+    assert same(torch.view_as_real(found[0]).flatten(), torch.view_as_real(value).flatten()[1:5])
+    assert same(found.cat(), found[0])
 
 
 def test_the_most_absurd_memory_layouts_come_back() -> None:
@@ -172,6 +204,7 @@ UNSTORABLE = {
     "set": (lambda: {1, 2}, "a value of type set cannot be stored"),
     "object": (lambda: [object()], "a value of type object cannot be stored"),
     "array": (lambda: np.array(["text"]), "a NumPy array of dtype <U4 cannot be stored"),
+    "masked array": (lambda: np.ma.masked_array([1.0, 2.0], [True, False]), "a masked NumPy array"),
     "slice": (lambda: slice(object(), 1), "a value of type slice cannot be stored"),
     "many": (lambda: [0] * 70_000, "it has too many parts"),
     "long": (lambda: "long" * 2_000_000, "it has too many parts"),
@@ -306,6 +339,26 @@ def test_the_tuples_of_pytorch_come_back_as_themselves() -> None:
     assert type(found_top) is torch.return_types.max
     assert same(found_top.values, top.values)
     assert same(found_top.indices, top.indices)
+
+
+def test_named_tuples_can_be_sent_to_other_processes_and_copied() -> None:
+    pair = namedtuple("pair", ["left", "right"])  # noqa: PYI024
+    (found,) = there_and_back(pair(torch.ones(2), 3))
+    for again in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found), copy.copy(found)):
+        assert type(again).__name__ == "pair"
+        assert same(again.left, found.left)
+        assert again.right == 3
+        assert type(again) is type(found)
+
+
+def test_what_was_stored_is_compared_with_itself_in_memory_field_by_field(tmp_path: Path) -> None:
+    value = Output(torch.ones(2), {"left": Output(torch.ones(3)), "right": torch.ones(1)})
+    memory = recording(x=[value, value])
+    memory.save(tmp_path / "r")
+    stored = load(tmp_path / "r")
+    for one, other in ((memory, stored), (stored, memory)):
+        result = actrec.compare(one, other)
+        assert [(row.calls, row.equal, row.note) for row in result] == [(2, True, "")] * 3
 
 
 def test_objects_with_fields_come_back_as_fields_with_the_name_of_their_type() -> None:

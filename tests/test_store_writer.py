@@ -6,6 +6,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -831,9 +832,18 @@ def test_options_that_make_no_sense_with_a_path_are_refused(tmp_path: Path) -> N
         record(net, "", resume=True)
     with pytest.raises(OptionError, match=r"Folder\(budget=0\): expected a number greater than 0"):
         Folder(tmp_path, budget=0)
+    with pytest.raises(OptionError, match=r"Folder\(seconds=nan\): expected a number"):
+        Folder(tmp_path, seconds=float("nan"))
     with pytest.raises(OptionError, match="or a path to record into"):
         record(net, "", into=3)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", [None, 3, b"runs/a", ["runs/a"]])
+def test_what_is_no_path_is_refused_by_name(path: Any) -> None:
+    for use in (actrec.load, actrec.verify, actrec.Recording("Net", {}, {}).save, Folder):
+        with pytest.raises(OptionError, match=re.escape(f"{path!r} is no path")):
+            use(path)
 
 
 def test_a_layer_without_a_call_warns_and_is_empty(tmp_path: Path) -> None:

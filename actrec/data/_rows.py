@@ -100,9 +100,7 @@ class Rows(Dataset[Any]):
         if isinstance(index, int):
             number = int(self._checked(torch.tensor([index])))
             return self._as_item([part[0] for part in self._range(range(number, number + 1))])
-        if isinstance(index, Tensor) and index.dtype == torch.bool:
-            index = index.nonzero()[:, 0]
-        numbers = torch.as_tensor(index, dtype=torch.int64)
+        numbers = self._numbers(index)
         found = self._take(self._checked(numbers.view(-1)))
         return self._as_item(found if numbers.dim() else [column[0] for column in found])
 
@@ -116,6 +114,22 @@ class Rows(Dataset[Any]):
             f"{c.name} {c.shape} {str(c.dtype).removeprefix('torch.')}" for c in self._columns
         )
         return f"{self._len} rows of {each}"
+
+    def _numbers(self, index: Any) -> Tensor:
+        """The numbers that are asked for: as such, or by one answer for each row."""
+        try:
+            numbers = torch.as_tensor(index)
+        except (TypeError, ValueError, RuntimeError):
+            numbers = None
+        if numbers is None or (numbers.numel() and not _is_integral(numbers)):
+            message = f"dataset[{index!r}]: rows are numbered by integers."
+            raise TypeError(message)
+        if numbers.dtype != torch.bool:
+            return numbers.to(torch.int64)
+        if numbers.shape != (self._len,):
+            message = f"dataset[mask]: it has {numbers.numel()} answers for {self._len} rows."
+            raise IndexError(message)
+        return numbers.nonzero()[:, 0]
 
     def _checked(self, numbers: Tensor) -> Tensor:
         outside = (numbers < -self._len) | (numbers >= self._len)
@@ -141,3 +155,7 @@ class Rows(Dataset[Any]):
 
     def _as_item(self, parts: list[Tensor]) -> Any:
         return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _is_integral(numbers: Tensor) -> bool:
+    return not (numbers.is_floating_point() or numbers.is_complex())

@@ -95,9 +95,6 @@ def shuffled(
     """
     rank, world_size = _place(rank, world_size)
     _check(batch_size=batch_size, buffer=buffer)
-    if not 0 <= rank < world_size:
-        message = f"shuffled(rank={rank}, world_size={world_size}): ranks are whole numbers from 0 to world_size - 1."
-        raise OptionError(message)
     found = table("shuffled", recording, layers, flatten=flatten, mask=mask, as_stored=True)
     width = sum(column.width for column in found.columns)
     block = max(1, min(_MEBI, buffer // _BLOCKS) // max(1, width))
@@ -132,9 +129,20 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
         message = f"shuffled(rank={rank}, world_size={world_size}): give both, or neither."
         raise OptionError(message)
     if rank is not None and world_size is not None:
-        return rank, world_size
+        return _checked_place(rank, world_size)
     launched = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    return initialized() or (int(launched[0]), int(launched[1]))
+    return _checked_place(*(initialized() or (int(launched[0]), int(launched[1]))))
+
+
+def _checked_place(rank: int, world_size: int) -> tuple[int, int]:
+    try:
+        place = index(rank), index(world_size)  # NumPy's numbers would give another order
+    except TypeError:
+        place = (0, 0)
+    if not 0 <= place[0] < place[1]:
+        message = f"shuffled(rank={rank!r}, world_size={world_size!r}): ranks are whole numbers from 0 to world_size - 1."
+        raise OptionError(message)
+    return place
 
 
 @dataclass
@@ -204,6 +212,7 @@ class Shuffled(IterableDataset[Any]):
 
         If that is the epoch which a loaded state is in, it goes on where the state was taken.
         """
+        epoch = index(epoch)  # of NumPy's numbers, the order would be another one
         if self._next.epoch != epoch:
             self._next = _Progress(epoch)
         self._now = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from actrec.store._disk import Disk
+from actrec.store._disk import ANOTHER, Disk
 from actrec.store._format import Defect, corrupt
 
 if TYPE_CHECKING:
@@ -45,12 +45,12 @@ def as_bytes(tensor: Tensor, shape: Shape) -> Tensor:
     """A tensor as rows of this shape: a view of a contiguous one on the CPU, else a copy."""
     width = math.prod(shape)
     nbytes = width * tensor.dtype.itemsize
-    if not nbytes or not tensor.numel():
-        return torch.empty(
-            tensor.numel() // width if width else len(tensor), nbytes, dtype=torch.uint8
-        )
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu()
-    return plain.reshape(-1, width).contiguous().view(torch.uint8)
+    rows = math.prod(tensor.shape[: tensor.dim() - len(shape)])
+    if not rows * nbytes:
+        return torch.empty(rows, nbytes, dtype=torch.uint8)
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    # What is contiguous may still have other strides, where there is a single element.
+    return plain.as_strided((rows, width), (width, 1)).view(torch.uint8)
 
 
 class Held:
@@ -130,6 +130,7 @@ class File:
         self._disk = shard._disk
         self._name = shard.name
         self._size = shard.size
+        self._head = shard.head
         self._storage: Mapped | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class File:
         """The file, mapped when it is first used."""
         if self._storage is None:
             try:
-                self._storage = self._disk.map(self._name, self._size)
+                self._storage = self._disk.map(self._name, self._size, self._head)
             except Defect as defect:
                 raise corrupt(self.path, defect) from None
         return self._storage
@@ -163,6 +164,8 @@ class File:
         except FileNotFoundError:
             raise corrupt(self.path, "it was there when it was opened, and is gone") from None
         try:
+            if os.read(fd, len(self._head)) != self._head:
+                raise corrupt(self.path, ANOTHER)
             while view:
                 many = _preadv(fd, [view], offset)
                 if not many:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, takewhile
@@ -61,6 +62,10 @@ def table(
     as_stored: bool = False,
 ) -> Table:
     """Align the layers, in the order of the calls, or as they lie in the files."""
+    given: object = recording
+    if not isinstance(given, Mapping):
+        message = f"{call}: expected a recording, such as actrec.load(path), got {recording!r}."
+        raise OptionError(message)
     if not selectors:
         message = f"{call}: no layer was named. {call}(recording, {next(iter(recording), 'name')!r}), say."
         raise OptionError(message)
@@ -90,7 +95,7 @@ class _Pick(NamedTuple):
 
 
 def _picked(call: str, recording: Recording, selector: Selector) -> _Pick:
-    layer, *steps = selector if isinstance(selector, tuple) else (selector,)
+    layer, *steps = selector if selector and isinstance(selector, tuple) else (selector,)
     if isinstance(layer, str):
         layer = recording[layer]
     if not isinstance(layer, Layer):
@@ -236,7 +241,7 @@ def _in_leaf(file: File, leaf: Leaf, shape: Shape) -> Source:
 
 def _leaf(call: str, pick: _Pick, group: Group) -> Leaf:
     """The tensor in the values of a group that the steps lead to."""
-    marks = [torch.empty(0) for _ in group.leaves]
+    marks = [torch.empty(() if leaf.scalar else 0) for leaf in group.leaves]
     found = _tensor(call, pick, None, group.filled(marks))
     return next(leaf for leaf, mark in zip(group.leaves, marks, strict=True) if mark is found)
 

@@ -269,7 +269,12 @@ class Bucket:
         """Stream an object, in chunks."""
         return io.BufferedReader(_Streamed(self, name), _CHUNK)
 
-    def map(self, name: str, size: int) -> _Remote:
+    def map(
+        self,
+        name: str,
+        size: int,
+        head: bytes,  # noqa: ARG002  # the store tells versions apart
+    ) -> _Remote:
         """The memory of an object, of which is downloaded what is asked for."""
         return _Remote(self, name, size, self._what(name))
 

@@ -2,7 +2,8 @@
 
 A file is as long as the object that it stands for, and has those blocks of it that were asked for: the rest is a hole.
 It is mapped, and its name removed, so that nothing is left of it when the process ends, however it ends. A
-file that is dropped because the limit is reached lives on as long as a value is a view of it.
+file that is dropped because the limit is reached lives on as long as a value is a view of it. Until all of it is there
+it is open, and a process may have a thousand files open or so: so few such files are kept.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ __all__ = ["BLOCK", "CACHE_BYTES", "Cache"]
 
 CACHE_BYTES: Final = 4 << 30
 BLOCK: Final = 4 << 20  # what is fetched at a time: a multiple of any system's pages
+_MOST_FILLING: Final = 128  # objects of which there are parts
 _AT_ONCE: Final = 16  # blocks that are fetched together, and are in memory meanwhile
 
 
@@ -41,7 +43,7 @@ class Cache:
     def __init__(
         self, folder: str | os.PathLike[str] | None = None, limit: Any = CACHE_BYTES
     ) -> None:
-        if not isinstance(limit, (int, float)) or limit <= 0:
+        if not isinstance(limit, (int, float)) or not limit > 0:  # which NaN is not
             message = f"cache_bytes={limit!r}: expected a number of bytes greater than 0."
             raise OptionError(message)
         self.folder = Path(tempfile.gettempdir() if folder is None else folder)
@@ -79,7 +81,7 @@ class Cache:
                 self._files.move_to_end(name)
                 before = file.nbytes
                 file.fill(begin, end, fetch)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # PyTorch says so when it cannot map a file
                 if isinstance(error, ReadError):
                     raise
                 message = (
@@ -96,6 +98,9 @@ class Cache:
         while held > self.limit and len(self._files) > 1:
             _, file = self._files.popitem(last=False)
             held -= file.nbytes
+        filling = [name for name, file in self._files.items() if file.is_filling]
+        for name in filling[:-_MOST_FILLING]:
+            del self._files[name]
 
 
 class _Sparse:
@@ -104,7 +109,7 @@ class _Sparse:
     def __init__(self, folder: Path, size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._fd, path = tempfile.mkstemp(prefix="actrec-", dir=folder)
-        weakref.finalize(self, os.close, self._fd)
+        self._close = weakref.finalize(self, os.close, self._fd)
         try:
             os.truncate(self._fd, size)
             self.storage = torch.UntypedStorage.from_file(path, shared=False, nbytes=size)
@@ -114,6 +119,11 @@ class _Sparse:
         self._size = size
         self._blocks: set[int] = set()
         self.nbytes = 0
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether there are holes in it, so that the file is open."""
+        return self._close.alive
 
     def fill(self, begin: int, end: int, fetch: Fetch) -> None:
         """See to it that these bytes are here."""
@@ -128,3 +138,5 @@ class _Sparse:
                 _File(self._fd).write(data)
                 self.nbytes += len(data)
             self._blocks.update(blocks)
+        if len(self._blocks) * BLOCK >= self._size:
+            self._close()

@@ -18,7 +18,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-from ._format import MAX_HEADER, MAX_SIZE, Defect, integer, items, mapping, need, text
+from ._format import MAX_DIMS, MAX_HEADER, MAX_SIZE, Defect, integer, items, mapping, need, text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +29,6 @@ __all__ = ["Container", "Extent", "Piece", "Tensor", "Writable", "parse", "write
 
 _ALIGNMENT: Final = 64  # where the data begins: a cache line
 _LENGTH: Final = 8  # bytes that hold the length of the header
-_MAX_DIMS: Final = 64
 _ZEROS: Final = "00000000"
 _SMALL: Final = 1 << 16
 _CHUNK: Final = 1 << 22  # bytes that are written at a time
@@ -63,11 +62,12 @@ class Tensor:
     shape: tuple[int, ...]
     nbytes: int
     pieces: Callable[[], Iterator[Piece]]
+    alignment: int  # in bytes: of a complex number, which is two elements here, the size of both
 
 
 def write(file: Writable, metadata: dict[str, str], tensors: Iterable[Tensor]) -> None:
     """Write a whole container. Tensors with large elements come first, so that all are aligned."""
-    ordered = sorted(tensors, key=lambda tensor: -_SIZES[tensor.code])
+    ordered = sorted(tensors, key=lambda tensor: -tensor.alignment)
     file.write(_header(metadata, ordered, [0] * len(ordered)))
     with ThreadPoolExecutor(1, "actrec-write") as thread:
         out = _Stream(file, thread)
@@ -255,7 +255,7 @@ def _extent(name: str, entry: Any, checksum: str, start: int) -> Extent:
         integer(size, f"a dimension of {what}")
         for size in items(entry["shape"], f"the shape of {what}")
     )
-    need(len(shape) <= _MAX_DIMS, f"{what} has {len(shape)} dimensions")
+    need(len(shape) <= MAX_DIMS, f"{what} has {len(shape)} dimensions")
     offsets = items(entry["data_offsets"], f"the offsets of {what}")
     need(len(offsets) == 2, f"{what} has {len(offsets)} offsets")  # noqa: PLR2004
     begin, end = (integer(offset, f"an offset of {what}") for offset in offsets)

@@ -7,7 +7,7 @@ import os
 import uuid
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 import torch
 
@@ -25,6 +25,8 @@ except ImportError:  # pragma: no cover  # Windows
     fcntl = None
 
 __all__ = ["Disk", "Lock", "Unfinished"]
+
+ANOTHER: Final = "it is another file than when it was opened"
 
 
 class Disk:
@@ -81,12 +83,13 @@ class Disk:
         """Open a file, to read it from one end to the other."""
         return (self.path / name).open("rb")
 
-    def map(self, name: str, size: int) -> torch.UntypedStorage:
-        """Map a file of ``size`` bytes. Writing to the memory copies the page, and never reaches the file."""
+    def map(self, name: str, size: int, head: bytes) -> torch.UntypedStorage:
+        """Map a file of ``size`` bytes that begins with ``head``. Writing to the memory copies the page, and never reaches the file."""
         path = self.path / name
         need(path.exists(), "it was there when it was opened, and is gone")
         found = path.stat().st_size
         need(found == size, f"it had {size} bytes when it was opened, and has {found} now")
+        need(self.read(name, len(head)) == head, ANOTHER)
         storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
         return cast("torch.UntypedStorage", storage)
 

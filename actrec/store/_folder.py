@@ -50,7 +50,12 @@ class Folder(os.PathLike[str]):
     )
 
     def __post_init__(self) -> None:
-        if _PASSWORD.match(os.fspath(self.path)):
+        path: object = self.path
+        text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+        if not isinstance(text, str):
+            message = f"{path!r} is no path. Give text, such as 'runs/a' or 's3://bucket/run', or a pathlib.Path."
+            raise OptionError(message)
+        if _PASSWORD.match(text):
             message = (
                 "there is a password in that URL, which would be shown wherever the URL is. Pass it in "
                 "storage_options, or put it into the configuration of fsspec."
@@ -60,7 +65,7 @@ class Folder(os.PathLike[str]):
             value = getattr(self, name)
             if (
                 not isinstance(value, (int, float))
-                or value < 0
+                or not value >= 0  # which NaN is not
                 or (value == 0 and name != "seconds")
             ):
                 message = f"Folder({name}={value!r}): expected a number greater than 0."
@@ -85,4 +90,4 @@ class Folder(os.PathLike[str]):
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> Folder:
         """Return ``path`` as a ``Folder``."""
-        return path if isinstance(path, Folder) else cls(os.fspath(path))
+        return path if isinstance(path, Folder) else cls(path)

@@ -40,6 +40,7 @@ MAX_STRUCTURE: Final = 1 << 22  # characters that describe one value
 MAX_ITEMS: Final = 1 << 17  # calls, and tensors in them, in one shard
 MAX_SIZE: Final = 1 << 62  # any size or number
 MAX_RANKS: Final = 100_000
+MAX_DIMS: Final = 64  # of a tensor, and of a mesh
 
 #: What a layer's values are: what it returned, what it received, or what the user added.
 Role: TypeAlias = Literal["output", "input", "gradient", "added"]

@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _container
 from ._format import (
     DTYPES,
+    MAX_DIMS,
     MAX_ITEMS,
     MAX_SIZE,
     ROLES,
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from ._place import Mapped, Place
 
 __all__ = ["Group", "Opened", "Part", "Run", "Shard", "numbers", "open_shard"]
-
-_MAX_DIMS = 64
 
 #: ``first, step, how many``.
 Run: TypeAlias = tuple[int, int, int]
@@ -115,6 +114,8 @@ class Leaf:
             return torch.empty(shape, dtype=self.dtype)
         # A storage of its own: saved with torch.save, a call must not take the whole shard along.
         own = storage()[begin : begin + nbytes]
+        if begin % self.dtype.itemsize:  # to read a complex128 there would end the process
+            own = own.clone()  # type: ignore[no-untyped-call]
         return torch.empty(0, dtype=self.dtype).set_(own, 0, torch.Size(shape))  # type: ignore[call-overload,no-any-return]
 
     def _rows(self, call: int) -> int:
@@ -200,13 +201,14 @@ class Shard:
         self.path = disk.shown(name)
         self.size = 0
         self.heading = Heading("", 0, 0, 0)
+        self.head = b""  # the beginning of the file, with the checksum of its header
         self._storage: Mapped | None = None
 
     def storage(self) -> Mapped:
         """The file, mapped when it is first used."""
         if self._storage is None:
             try:
-                self._storage = self._disk.map(self.name, self.size)
+                self._storage = self._disk.map(self.name, self.size, self.head)
             except Defect as defect:
                 raise corrupt(self.path, defect) from None
         return self._storage
@@ -225,11 +227,21 @@ class Opened(NamedTuple):
         return next(same, None)
 
 
+#: Bytes at the beginning of a shard that tell it from every other: the checksum is of what tells the data's.
+_HEAD: Final = 64
+
+
 def open_shard(disk: Place, name: str) -> Opened:
     """Read and check the header of a shard, or raise ``CorruptRecordingError``."""
     shard = Shard(disk, name)
+
+    def read(most: int) -> bytes:
+        found = disk.read(name, most)
+        shard.head = found[:_HEAD]
+        return found
+
     try:
-        container = _container.parse(disk.size(name), lambda n: disk.read(name, n))
+        container = _container.parse(disk.size(name), read)
         shard.size = container.size
         shard.heading, parts = _contents(shard, container)
     except Defect as defect:
@@ -364,7 +376,7 @@ class _Checker:
 
     def sizes(self, sizes: Any, what: str) -> tuple[int, ...]:
         sizes = items(sizes, what)
-        need(len(sizes) <= _MAX_DIMS, f"{what} has {len(sizes)} entries")
+        need(len(sizes) <= MAX_DIMS, f"{what} has {len(sizes)} entries")
         return tuple(integer(size, what) for size in sizes)
 
     def rows(self, runs: Any, calls: int) -> tuple[list[int], list[int]]:

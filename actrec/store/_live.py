@@ -76,6 +76,7 @@ class Stream:
         self._counts: dict[tuple[Role, str], StoredLayer] = {}
         self._added: dict[str, int] = {}
         self._chosen = len(manifest.layers)
+        self.order: list[str] = []  # the layers that have calls, by the first of them
         self._stored: StoredRecording | None = None
         self.error: str | None = "the block was dropped without being left"
         self.closed = False
@@ -119,6 +120,7 @@ class Stream:
 
     def _remember(self, before: StoredRecording) -> None:
         """Know what was recorded before this run."""
+        self.order = before.execution_order
         chosen = before.chosen
         for name, layer in before.items():
             if name not in chosen:
@@ -215,7 +217,8 @@ def publish(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool =
     """Describe the recording, if no other rank has done so; return what describes it."""
     if MANIFEST not in disk.names():
         for rank in rank_folders(disk) if resume else [own]:
-            if shard_names(rank):
+            # Another rank may have written both since.
+            if shard_names(rank) and MANIFEST not in disk.names():
                 raise corrupt(disk.shown(MANIFEST), "it is missing")
         with suppress(FileExistsError):
             disk.commit(MANIFEST, lambda file: file.write(new.content()), exclusive=True, by=own)

@@ -158,6 +158,7 @@ def read_manifest(disk: Place) -> Manifest:
 
 def _json(disk: Place, name: str) -> Any:
     size = disk.size(name)
+    need(size, "it is empty, or no file")  # a pipe would be waited for
     need(size <= MAX_JSON, f"it has {size} bytes, and {MAX_JSON} is the limit")
     try:
         return json.loads(disk.read(name, MAX_JSON))
@@ -265,5 +266,7 @@ def read_ending(disk: Place, names: Sequence[str], recording: str) -> Ending | N
             integer(about["shards"], "the number of shards"),
             _optional(about["error"], "the error"),
         )
+    except FileNotFoundError:  # a run that is resumed has just removed it
+        return None
     except Defect as defect:
         raise corrupt(disk.shown(END), defect) from None

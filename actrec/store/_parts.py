@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actrec.errors import CaptureError
 
-from ._format import MAX_RANKS, MAX_SIZE, Defect, integer, items, mapping, need, text
+from ._format import MAX_DIMS, MAX_RANKS, MAX_SIZE, Defect, integer, items, mapping, need, text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -68,6 +68,7 @@ class Spread:
         if names is not None:
             names = tuple(text(name, "the name of a dimension") for name in items(names, "names"))
             need(len(names) == len(mesh), "a mesh has not as many names as dimensions")
+        need(len(mesh) <= MAX_DIMS, f"a mesh has {len(mesh)} dimensions")
         need(len(placements) == len(mesh), "a mesh has not as many placements as dimensions")
         need(
             math.prod(mesh) == len(set(ranks)) == len(ranks),

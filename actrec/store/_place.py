@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol
-from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from actrec.errors import OptionError
@@ -62,8 +61,8 @@ class Place(Protocol):
     def open(self, name: str) -> BinaryIO:
         """Open a file, to read it from one end to the other."""
 
-    def map(self, name: str, size: int) -> Mapped:
-        """The memory of a file that had ``size`` bytes when it was opened, for this process alone."""
+    def map(self, name: str, size: int, head: bytes) -> Mapped:
+        """The memory of a file that had ``size`` bytes, the first of them ``head``, when it was opened, for this process alone."""
 
     def make(self) -> None:
         """Make the folder, for one caller alone: ``FileExistsError`` for the others."""
@@ -139,7 +138,7 @@ def place(
     if url is None:
         return Disk(text)
     if url[1].lower() in {"file", "local"}:
-        return Disk(url2pathname(urlsplit(text).path))
+        return Disk(_path_of(text, url[2]))
     if not url[2].strip("/"):
         message = f"{text!r}: there is nothing behind the ://. Name a bucket and a folder, as in 's3://bucket/run'."
         raise OptionError(message)
@@ -147,3 +146,15 @@ def place(
 
     options = {**(folder.storage_options or {}), **(storage_options or {})}
     return Bucket(text, options, folder.spool, cache)
+
+
+def _path_of(url: str, rest: str) -> str:
+    """The path that a ``file://`` URL means: what stands behind the slashes is a host, and only this one will do."""
+    path = rest.removeprefix("localhost")
+    if not path.startswith("/"):
+        message = (
+            f"{url!r}: a file URL has three slashes and then the whole path, as in 'file:///runs/a'. A relative path is "
+            "written without file://."
+        )
+        raise OptionError(message)
+    return url2pathname(path)

@@ -6,6 +6,7 @@ is written to a value reaches the memory of this process alone, never the file.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from array import array
@@ -24,6 +25,7 @@ from actrec._recording import Layer, Recording
 from actrec.errors import OptionError, RecordingNotFoundError
 
 from ._cache import CACHE_BYTES, Cache
+from ._disk import ANOTHER
 from ._format import END, MANIFEST, Defect, Role, corrupt
 from ._index import Group, Opened, Part, Shard, open_shard
 from ._manifest import Ending, Manifest, read_ending, read_manifest, read_own
@@ -35,7 +37,6 @@ from ._tree import decode
 from ._whole import WholeLayer, has_parts
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from actrec._nested import Value
@@ -116,10 +117,8 @@ def load(
 def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
     """Open what is at a place."""
     try:
-        manifest = read_manifest(disk)
+        manifest = _described(disk)
     except (FileNotFoundError, NotADirectoryError):
-        if any(map(shard_names, rank_folders(disk))):
-            raise corrupt(disk.shown(MANIFEST), "it is missing") from None
         there = "no actrec.json in that folder" if disk.exists() else "no such folder"
         message = f"load({str(disk)!r}): there is no recording there ({there})."
         raise RecordingNotFoundError(message) from None
@@ -131,6 +130,18 @@ def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
     rank = _one_of(f"load({str(disk)!r}, rank={rank!r})", rank, numbered)
     ranks = [Rank(folders[rank], manifest)] if rank in folders else []
     return StoredRecording(disk, manifest, ranks, only=rank)
+
+
+def _described(disk: Place) -> Manifest:
+    try:
+        return read_manifest(disk)
+    except (FileNotFoundError, NotADirectoryError):
+        if not any(map(shard_names, rank_folders(disk))):
+            raise
+    try:  # it is written before the first shard, maybe just now
+        return read_manifest(disk)
+    except FileNotFoundError:
+        raise corrupt(disk.shown(MANIFEST), "it is missing") from None
 
 
 def _one_of(call: str, rank: int, there: Sequence[int]) -> int:
@@ -157,18 +168,30 @@ class Rank:
         self.ending: Ending | None = read_ending(disk, names, manifest.recording)
         self._disk = disk
         self._opened: dict[int, Opened] = {}  # the one used last is the last
-        self._opening = threading.Lock()
+        self._begin()
         for number, name in enumerate(shard_names(disk)):
             if name != shard_name(number):
                 raise corrupt(disk.shown(shard_name(number)), "it is missing")
             self._add(self.opened(number))
-        if self.ending is not None:
-            if self.count < self.ending.shards:
-                raise corrupt(disk.shown(shard_name(self.count)), "it is missing")
-            if (self.count, self.committed) != (self.ending.shards, self.ending.passes):
-                raise corrupt(
-                    disk.shown(END), "it speaks of fewer shards or other passes than there are"
-                )
+        self._check_ending()
+
+    def _begin(self) -> None:
+        self._pid = os.getpid()
+        self._opening = threading.Lock()
+
+    def _check_ending(self) -> None:
+        ending = self.ending
+        if ending is None or (self.count, self.committed) == (ending.shards, ending.passes):
+            return
+        recording = self.manifest.recording
+        if read_ending(self._disk, self._disk.names(), recording) != ending:
+            self.ending = None  # a run was resumed while the shards were read
+            return
+        if self.count < ending.shards:
+            raise corrupt(self._disk.shown(shard_name(self.count)), "it is missing")
+        raise corrupt(
+            self._disk.shown(END), "it speaks of fewer shards or other passes than there are"
+        )
 
     def _add(self, opened: Opened) -> None:
         if opened.shard.heading.committed < self.committed:
@@ -187,6 +210,8 @@ class Rank:
 
     def opened(self, number: int) -> Opened:
         """Shard ``number``, which is opened if it is not."""
+        if self._pid != os.getpid():
+            self._begin()  # in a forked process the lock may be held by a thread that does not exist
         with self._opening:
             opened = self._opened.pop(number, None)
             if opened is None:
@@ -202,14 +227,15 @@ class Rank:
         opened = self.opened(held.shards[at])
         part = opened.part(held.slot.role, held.slot.name)
         if part is None or part.starts[-1] != held.starts[at + 1] - held.starts[at]:
-            raise corrupt(opened.shard.path, "it is another file than when it was opened")
+            raise corrupt(opened.shard.path, ANOTHER)
         return part
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}, "_opening": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _opening=threading.Lock())
+        self.__dict__.update(state)
+        self._begin()
 
     def leftovers(self) -> Iterator[Shard]:
         """The shards with calls of a pass that was never completed."""
@@ -401,7 +427,11 @@ class StoredLayer(ReadOnlyLayer):
             for group in groups
         }
         fit = len(likes) == 1 and groups[0].leaves and not any(_expanded(groups))
-        return groups if fit else []
+        return groups if fit and not any(k in groups[0].structure for k in _NOT_JOINED) else []
+
+
+#: What has tensors that are not joined: NumPy arrays are constants, and packed sequences are not joined at all.
+_NOT_JOINED: Final = ('"array":', '"scalar":', '"packed_sequence":')  # in text, quotes are escaped
 
 
 def _columns(groups: list[Group]) -> list[list[Tensor]]:

@@ -158,8 +158,9 @@ class _Entry:
                 tail[dim - 1] = 1
         rows = sum(1 if self.form.scalar else piece.shape[0] for piece in self.pieces)
         shape = (rows, *tail, *([2] if stored.pair else []))
+        size = self.form.dtype.itemsize
         return _container.Tensor(
-            self.name, stored.code, shape, self.nbytes, lambda: _views(self.pieces)
+            self.name, stored.code, shape, self.nbytes, lambda: _views(self.pieces), size
         )
 
 

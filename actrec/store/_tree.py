@@ -163,6 +163,9 @@ class _Encoder:
 
     def array(self, value: Any) -> Any:
         numpy = sys.modules["numpy"]
+        if isinstance(value, numpy.ma.MaskedArray):  # or else it would come back without its mask
+            message = "a masked NumPy array cannot be stored"
+            raise CaptureError(message)
         try:
             tensor = torch.from_numpy(numpy.array(value))
         except (TypeError, ValueError) as error:
@@ -353,7 +356,7 @@ class _Decoder:
             text(field, "the field of a named tuple") for field in items(node["fields"], "fields")
         )
         need(len(fields) == len(values) <= 1000, "a named tuple has not as many values as fields")  # noqa: PLR2004
-        return tuple.__new__(_named_tuple(text(name, "the name of a named tuple"), fields), values)
+        return _named(text(name, "the name of a named tuple"), fields, values)
 
     def _packed_sequence(self, _: Any, node: Any, depth: int) -> Any:
         values = self.values(node["items"], depth)
@@ -384,7 +387,10 @@ class _Decoder:
         more = []
         for pair in items(node["more"], "the attributes of a value"):
             key, value = items(pair, "an attribute of a value")
-            need(_may_be_set(key), "an attribute of a value has an impossible name")
+            need(
+                _may_be_set(key) and key != "_type",
+                "an attribute of a value has an impossible name",
+            )
             more.append((key, self.value(value, depth)))
         return Fields(text(name, "the type of a value"), self.pairs(node["items"], depth), more)
 
@@ -432,7 +438,9 @@ class _Decoder:
             raise Defect(message) from None
 
     def _opaque(self, name: Any, *_: Any) -> Opaque:
-        return Opaque(text(name, "the type of an object"))
+        name = text(name, "the type of an object")
+        need(name.rpartition(".")[2], "the type of an object has no name")
+        return Opaque(name)
 
 
 _KINDS = frozenset(
@@ -451,4 +459,15 @@ def _of_torch(name: Any, kind: type) -> Any:
 def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
     """A named tuple class; names that Python cannot have become others."""
     name = name if _WORD.fullmatch(name) else "namedtuple"
-    return namedtuple(name, fields, rename=True)  # noqa: PYI024
+    kind = namedtuple(name, fields, rename=True)  # type: ignore[misc]  # noqa: PYI024
+    kind.__reduce__ = _reduced  # type: ignore[assignment,method-assign]
+    return kind
+
+
+def _named(name: str, fields: tuple[str, ...], values: Iterable[Value]) -> Any:
+    return tuple.__new__(_named_tuple(name, fields), values)
+
+
+def _reduced(value: Any) -> tuple[Any, ...]:
+    """How such a named tuple is copied and pickled: its class is made anew, for nobody can import it."""
+    return _named, (type(value).__name__, value._fields, tuple(value))
