@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
 
 from .errors import CaptureError
 
@@ -42,6 +43,7 @@ __all__ = [
     "on_part",
     "snapshot",
     "twin",
+    "unseen",
 ]
 
 
@@ -53,6 +55,12 @@ _is_wrapped = getattr(
 )
 _InferenceMode = getattr(torch._C, "_InferenceMode", torch.inference_mode)
 _OFF, _ON = False, True
+# The stack of dispatch modes, and the one that selective activation checkpointing runs a region's forward in.
+_count_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_mode_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
+_pop_mode: Any = getattr(torch._C, "_pop_torch_dispatch_stack", None)
+_push_mode: Any = getattr(torch._C, "_push_on_torch_dispatch_stack", None)
+_Caching = getattr(checkpoint, "_CachingTorchDispatchMode", ())
 
 
 def _sharing_works() -> bool:
@@ -78,6 +86,37 @@ def normal_mode() -> AbstractContextManager[object]:
     Enter it at once: PyTorch's guard takes effect when it is made.
     """
     return _InferenceMode(_OFF) if torch.is_inference_mode_enabled() else _AS_IT_IS
+
+
+def unseen() -> AbstractContextManager[object]:
+    """Operations in here are none of the model's, to selective activation checkpointing either.
+
+    It counts the operations of a forward, and gives those that ``backward()`` runs again the results that it
+    kept by number. One more, and it would hand out results of other operations.
+    """
+    number = _count_modes()
+    if number and any(isinstance(_mode_at(at), _Caching) for at in range(number)):
+        return _without_caching()
+    return _AS_IT_IS
+
+
+@contextmanager
+def _without_caching() -> Iterator[None]:
+    modes = _popped()
+    try:
+        for mode in modes:
+            if not isinstance(mode, _Caching):
+                _push_mode(mode)
+        yield
+    finally:
+        _popped()
+        for mode in modes:
+            _push_mode(mode)
+
+
+def _popped() -> list[Any]:
+    """Take all modes off the stack; the lowest is the first."""
+    return [_pop_mode(None) for _ in range(_count_modes())][::-1]
 
 
 # --- Sharing and cloning ---------------------------------------------------------------------------
@@ -150,15 +189,16 @@ def cloned(tensor: Tensor) -> Tensor:
 def _clone(tensor: Tensor) -> Tensor:
     """A clone that is as small as its content: dimensions that were expanded stay expanded."""
     check(tensor)
-    if is_distributed(tensor):
-        return cloned(tensor)
-    if tensor.layout is torch.strided and not tensor.is_nested and 0 in tensor.stride():
-        stored = tensor
-        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-            if stride == 0 and size > 1:
-                stored = stored.narrow(dim, 0, 1)
-        return stored.clone().expand(tensor.shape)
-    return tensor.clone()
+    with unseen():
+        if is_distributed(tensor):
+            return cloned(tensor)
+        if tensor.layout is torch.strided and not tensor.is_nested and 0 in tensor.stride():
+            stored = tensor
+            for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+                if stride == 0 and size > 1:
+                    stored = stored.narrow(dim, 0, 1)
+            return stored.clone().expand(tensor.shape)
+        return tensor.clone()
 
 
 def snapshot(tensor: Tensor, *, detach: bool = True) -> Tensor:
