@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import weakref
 from abc import abstractmethod
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch.compiler import (
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["BeginPass", "EndPass", "Hook", "Hooks", "InputHook", "OutputHook"]
+
+__all__ = ["BeginPass", "EndPass", "Hook", "Hooks", "InputHook", "OutputHook", "StopHook"]
 
 T = TypeVar("T")
 
@@ -142,6 +144,18 @@ class EndPass(Hook[Session]):
                 session.surfaced = not session.passes.running
 
 
+class StopHook(Hook["EarlyStop"]):
+    """Ends a forward behind the last chosen layer, once all other hooks have heard of its call."""
+
+    def register(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_hook(self)
+
+    def __call__(self, *_: object) -> None:
+        stop = self._target()
+        if stop is not None and not is_dynamo_compiling():
+            stop.when_done()
+
+
 class Hooks:
     """The hooks of one block: on the model all together or not at all."""
 
@@ -155,6 +169,7 @@ class Hooks:
         try:
             for module, hook in plan:
                 self._placed.append((module, hook, hook.register(module)))
+                _put_stops_last(module)
         except BaseException:
             self.remove()
             raise
@@ -180,8 +195,18 @@ def _tables(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
 def _delete(module: nn.Module, hook: Hook[Any]) -> None:
     """Delete ``hook`` where its handle cannot reach it: somebody replaced the module's table of hooks."""
     for table in _tables(module):
-        for key in [key for key, found in table.items() if found is hook]:
+        # Of a copy, made in one step: other threads place and remove hooks too.
+        for key in [key for key, found in [*table.items()] if found is hook]:
             del table[key]
+
+
+def _put_stops_last(module: nn.Module) -> None:
+    """Where a block around this one stops early, what was hooked now still hears of the last call."""
+    table: Any = module._forward_hooks
+    for key, hook in [*table.items()]:
+        if isinstance(hook, StopHook):
+            with suppress(KeyError):  # another thread has taken it off
+                table.move_to_end(key)
 
 
 def _reserve_ids(modules: Iterable[nn.Module]) -> None:
@@ -190,5 +215,8 @@ def _reserve_ids(modules: Iterable[nn.Module]) -> None:
     A model that was pickled with hooks brings their ids into a process that counts from 0, and a handle
     that gets the same id would replace another library's hook.
     """
-    used = [key for module in modules for table in _tables(module) for key in table]
-    RemovableHandle.next_id = max([RemovableHandle.next_id, *(key + 1 for key in used)])
+    used = [key for module in modules for table in _tables(module) for key in [*table]]
+    lowest = max(used, default=-1) + 1
+    # No call in between, as in max(): it would set back what another thread has counted on meanwhile.
+    if lowest > RemovableHandle.next_id:  # noqa: PLR1730
+        RemovableHandle.next_id = lowest

@@ -17,7 +17,7 @@ from ._device import with_streams
 from ._eager import COMPILING, eager
 from ._early import EarlyStop, StoppableForward, refuse_sharded
 from ._grads import Gradients
-from ._hooks import BeginPass, CallHook, EndPass, Hook, Hooks, InputHook, OutputHook
+from ._hooks import BeginPass, CallHook, EndPass, Hook, Hooks, InputHook, OutputHook, StopHook
 from ._inputs import Parameters
 from ._missing import warn_ungraded, warn_unused
 from ._offload import Deferred, Offload
@@ -375,6 +375,9 @@ class _Block(AbstractContextManager[Recorder]):
             yield choice.module, CallHook(track) if self._inputs else OutputHook(track)
         for module in parents:
             yield module, EndPass(self._session)
+        if self._session.stop is not None:
+            for choice in self._selection.choices:
+                yield choice.module, StopHook(self._session.stop)
 
 
 # --- Checks, all of them before anything has happened ------------------------------------------------
