@@ -29,6 +29,7 @@ from torch.autograd.graph import get_gradient_edge
 from ._capture import SKIPPED
 from ._nested import Value, rebuild, tensors
 from ._passes import backward_number, checkpoint_frames
+from .errors import CaptureError
 
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
@@ -225,7 +226,11 @@ class Gradients:
             # Counted from the end: the recording may have been cleared, or be bounded.
             place = len(self.layer) - (self._next - ticket)
             if place >= 0:
-                self.layer[place] = self._merged(ticket, index, grad, self.layer[place])
+                try:
+                    self.layer[place] = self._merged(ticket, index, grad, self.layer[place])
+                except CaptureError as error:
+                    message = f"record() cannot keep {self.capture.what} {ticket} of layer {self.capture.layer!r}: {error}."
+                    raise CaptureError(message) from error
 
     def _merged(self, ticket: int, index: int, grad: Tensor, known: Value) -> Value:
         nested = self._nested.get(ticket)

@@ -18,6 +18,7 @@ from torch.compiler import (
 )  # torch.export reads hooks, even though nothing runs compiled
 from torch.utils.hooks import RemovableHandle
 
+from ._early import EarlyStop
 from ._passes import is_own_call
 from ._track import Session, Track
 
@@ -144,7 +145,7 @@ class EndPass(Hook[Session]):
                 session.surfaced = not session.passes.running
 
 
-class StopHook(Hook["EarlyStop"]):
+class StopHook(Hook[EarlyStop]):
     """Ends a forward behind the last chosen layer, once all other hooks have heard of its call."""
 
     def register(self, module: nn.Module) -> RemovableHandle:

@@ -50,9 +50,9 @@ __all__ = [
 # --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
 
 _data_address = getattr(torch._C, "_data_address", None)
-_is_wrapped = getattr(
-    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
-)
+_functorch = getattr(torch._C, "_functorch", None)
+_is_wrapped = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: False)
+_is_batch = getattr(_functorch, "is_legacy_batchedtensor", lambda _: False)
 _InferenceMode = getattr(torch._C, "_InferenceMode", torch.inference_mode)
 _OFF, _ON = False, True
 # The stack of dispatch modes, and the one that selective activation checkpointing runs a region's forward in.
@@ -153,6 +153,12 @@ def check(tensor: Tensor) -> None:
         message = (
             "inside torch.func (vmap, grad, jvp) a tensor stands for many, or for a step of a derivative, and cannot "
             "be kept. Record a call of the model outside of it"
+        )
+        raise CaptureError(message)
+    if _is_batch(tensor):
+        message = (
+            "it is a batch of gradients at once (is_grads_batched=True, jacobian(vectorize=True)), and cannot be kept. "
+            "Take them one by one, or outside of the block"
         )
         raise CaptureError(message)
 

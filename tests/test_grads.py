@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from actrec import (
+    CaptureError,
     MissingGradientWarning,
     OptionError,
     TransformError,
@@ -542,6 +543,22 @@ def test_gradients_that_were_not_asked_for_are_explained() -> None:
 
 
 # --- Options -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("many", ["batch", "vmap"])
+def test_gradients_that_stand_for_many_are_refused_by_layer(many: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.ones(1, 3, requires_grad=True)
+    one_by_one = torch.eye(2)[:, None]
+    message = r"cannot keep the gradient of call 0 of layer '0': .*outside of"
+    with record(net, "0", grads=True) as acts:
+        output = net(x)
+        with pytest.raises(CaptureError, match=message):
+            if many == "batch":
+                torch.autograd.grad(output, x, one_by_one, is_grads_batched=True)
+            else:
+                torch.func.vmap(lambda v: torch.autograd.grad(output, x, v))(one_by_one)
+    assert acts.grads["0"] == [None]
 
 
 def test_a_transform_takes_from_the_gradient_what_it_takes_from_the_value() -> None:
