@@ -199,6 +199,40 @@ class ListLayer(list[Value], Layer):
         super().__delitem__(index)
         del self._passes[index]
 
+    # What follows is for users who work on the list as on any other: passes stay with their calls.
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(index, slice):
+            self._align()
+            value = list(value)
+            super().__setitem__(index, value)
+            self._passes[index] = [-1] * len(value)
+        else:
+            super().__setitem__(index, value)
+
+    def insert(self, index: SupportsIndex, value: Value) -> None:
+        self._align()
+        super().insert(index, value)
+        self._passes.insert(index, -1)
+
+    def remove(self, value: Value) -> None:
+        del self[self.index(value)]
+
+    def reverse(self) -> None:
+        self._align()
+        super().reverse()
+        self._passes.reverse()
+
+    def sort(self, *, key: Callable[[Any], Any] | None = None, reverse: bool = False) -> None:
+        keys = [*self] if key is None else [*map(key, self)]
+        order = sorted(range(len(keys)), key=keys.__getitem__, reverse=reverse)
+        calls, passes = [*self], self.passes
+        super().__setitem__(slice(None), [calls[index] for index in order])
+        self._passes = [passes[index] for index in order]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_passes": self.passes}  # a copy has passes of its own
+
     def clear(self) -> None:
         super().clear()
         self._passes.clear()

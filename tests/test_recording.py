@@ -906,6 +906,32 @@ def test_a_recording_can_be_copied_and_pickled(copied: Any) -> None:
     assert repr(twin) == repr(acts)
 
 
+REARRANGED: dict[str, tuple[Callable[[Any], Any], list[int], list[int]]] = {
+    "insert": (lambda calls: calls.insert(1, 9), [2, 9, 3, 1], [0, -1, 1, 2]),
+    "remove": (lambda calls: calls.remove(3), [2, 1], [0, 2]),
+    "reverse": (lambda calls: calls.reverse(), [1, 3, 2], [2, 1, 0]),
+    "sort": (lambda calls: calls.sort(), [1, 2, 3], [2, 0, 1]),
+    "sort by key": (lambda calls: calls.sort(key=abs, reverse=True), [3, 2, 1], [1, 0, 2]),
+    "replace": (lambda calls: calls.__setitem__(1, 9), [2, 9, 1], [0, 1, 2]),
+    "replace some": (lambda calls: calls.__setitem__(slice(0, 2), [7]), [7, 1], [-1, 2]),
+    "copy": (lambda calls: copy.copy(calls).pop(), [2, 3, 1], [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize(("change", "calls", "passes"), REARRANGED.values(), ids=REARRANGED)
+def test_passes_stay_with_their_calls_when_the_list_is_rearranged(
+    change: Callable[[Any], Any], calls: list[int], passes: list[int]
+) -> None:
+    net = nn.Identity()
+    with record(net, "") as acts:
+        for value in (2, 3, 1):
+            net(torch.zeros(1))
+            acts.add("loss", value)
+    change(acts["loss"])
+    assert list(acts["loss"]) == calls
+    assert acts["loss"].passes == passes
+
+
 def test_passes_follow_what_the_user_takes_out_and_puts_in() -> None:
     model = net()
     with record(model, "lin") as acts:
