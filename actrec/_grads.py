@@ -45,11 +45,13 @@ class _Place:
 
     def __init__(self, index: int, tensor: Tensor) -> None:
         self.index = index
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        # A nested tensor has no shape that zeros could have.
+        self.shape = None if tensor.is_nested else tensor.shape
+        self.dtype, self.device = tensor.dtype, tensor.device
 
     def gradient(self, found: dict[int, Tensor], *, zeros: bool) -> Tensor | None:
         """The gradient that has arrived, or else zeros or ``None``."""
-        if self.index in found or not zeros:
+        if self.index in found or not zeros or self.shape is None:
             return found.get(self.index)
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 

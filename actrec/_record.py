@@ -451,7 +451,8 @@ def _checked_device(device: torch.device | str | int | None) -> torch.device | N
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        message = f"record(device={device!r}): {str(error).splitlines()[0]} None keeps values where they are."
+        reason = str(error).splitlines()[0].rstrip(".")
+        message = f"record(device={device!r}): {reason}. None keeps values where they are."
         raise OptionError(message) from error
 
 

@@ -18,7 +18,7 @@ from ._join import joined
 from ._nested import Value, tensors
 from ._passes import Count
 from ._snapshot import held
-from .errors import ActrecError, CaptureError, UnknownLayerError, nearest
+from .errors import ActrecError, CaptureError, OptionError, UnknownLayerError, nearest
 
 if TYPE_CHECKING:
     import os
@@ -612,6 +612,10 @@ class Recorder(Recording):
                 f"acts.add({name!r}): the recording has ended. Add values inside the with block."
             )
             raise ActrecError(message)
+        given: object = name
+        if not isinstance(given, str):
+            message = f"acts.add({given!r}, ...): the name is to be a string, such as 'label'."
+            raise OptionError(message)
         if name in self._chosen:
             message = (
                 f"acts.add({name!r}): that is the name of a recorded layer. Choose another one."

@@ -545,6 +545,20 @@ def test_gradients_that_were_not_asked_for_are_explained() -> None:
 # --- Options -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("transform", [None, lambda value: value[0] * 2])
+def test_beside_a_nested_tensor_gradients_are_recorded(transform: Any) -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x * 3, torch.nested.nested_tensor([torch.ones(1, 2), torch.ones(2, 2)])
+
+    net = Both()
+    with record(net, "", grads=True, transform=transform) as acts:
+        net(torch.ones(2, 2, requires_grad=True))[0].sum().backward()
+    grad = acts.grads[""][0]
+    assert torch.equal(grad[0] if transform is None else grad / 2, torch.ones(2, 2))
+
+
 @pytest.mark.parametrize("many", ["batch", "vmap"])
 def test_gradients_that_stand_for_many_are_refused_by_layer(many: str) -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))

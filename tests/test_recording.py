@@ -24,6 +24,7 @@ from actrec import (
     JoinError,
     Layer,
     Opaque,
+    OptionError,
     Recorder,
     Recording,
     UnknownLayerError,
@@ -904,6 +905,19 @@ def test_a_recording_can_be_copied_and_pickled(copied: Any) -> None:
     assert (twin.num_passes, twin["lin"].passes, list(twin["label"])) == (2, [0, 1], [3])
     assert twin.execution_order == acts.execution_order
     assert repr(twin) == repr(acts)
+
+
+def test_a_name_or_a_dimension_of_another_kind_is_refused() -> None:
+    model = nn.Identity()
+    with record(model, "") as acts:
+        model(torch.zeros(2))
+        with pytest.raises(
+            OptionError, match=r"acts\.add\(5, \.\.\.\): the name is to be a string"
+        ):
+            acts.add(5, 1)  # type: ignore[arg-type]
+    for dim in ("batch", None, 1.0):
+        with pytest.raises(OptionError, match=rf"cat\(dim={dim!r}\): expected the number"):
+            acts[""].cat(dim)  # type: ignore[arg-type]
 
 
 REARRANGED: dict[str, tuple[Callable[[Any], Any], list[int], list[int]]] = {

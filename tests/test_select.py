@@ -613,12 +613,18 @@ def test_what_is_no_module_is_refused_with_advice(model: Any, pieces: list[str])
 
 @pytest.mark.parametrize(
     "query",
-    [torch.ones(2), nn.Parameter(torch.tensor(1.0)), b"0"],
-    ids=["tensor", "number", "bytes"],
+    [torch.ones(2), nn.Parameter(torch.tensor(1.0)), b"0", re.compile(b"0")],
+    ids=["tensor", "number", "bytes", "pattern of bytes"],
 )
 def test_what_is_no_query_is_refused_as_it_is(query: Any) -> None:
     with pytest.raises(SelectionError, match=re.escape(repr(query)[:10])):
         record(nn.Linear(4, 4), query)
+
+
+def test_the_error_of_a_query_that_is_a_function_says_what_it_was_asked() -> None:
+    with pytest.raises(TypeError, match="1 positional argument") as caught:
+        record(nn.Linear(4, 4), lambda module: True)  # type: ignore[arg-type, misc]
+    assert "It is called with name and module" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("query", [re.compile("blocks"), "block*", nn.ModuleList], ids=str)
