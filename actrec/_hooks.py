@@ -182,7 +182,7 @@ class Hooks:
             module, hook, handle = self._placed.pop()
             try:
                 handle.remove()
-            except Exception as error:  # noqa: BLE001  # raised below, once all are off
+            except BaseException as error:  # noqa: BLE001  # raised below, once all are off
                 failures.append(error)
             _delete(module, hook)
         if failures:

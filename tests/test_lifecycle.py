@@ -108,8 +108,9 @@ def test_all_hooks_are_placed_or_none(
     assert tables(model) == before
 
 
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 def test_a_failing_remove_does_not_keep_the_others_and_is_told(
-    model: Net, monkeypatch: Any
+    model: Net, monkeypatch: Any, error: type[BaseException]
 ) -> None:
     before = tables(model)
     remove = RemovableHandle.remove
@@ -118,10 +119,10 @@ def test_a_failing_remove_does_not_keep_the_others_and_is_told(
     def fail_once(handle: RemovableHandle) -> None:
         if not failed:
             failed.append(handle)
-            raise Boom
+            raise error
         remove(handle)
 
-    with pytest.raises(Boom), record(model):
+    with pytest.raises(error), record(model):
         model(X)
         monkeypatch.setattr(RemovableHandle, "remove", fail_once)
     assert [entry[:2] for entry in tables(model)] == [entry[:2] for entry in before]
