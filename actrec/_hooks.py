@@ -11,6 +11,7 @@ import sys
 import weakref
 from abc import abstractmethod
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch.compiler import (
@@ -173,18 +174,28 @@ class Hooks:
                 _put_stops_last(module)
         except BaseException:
             self.remove()
+            for module, hook in plan:  # one that was interrupted is there, and no handle for it
+                _delete(module, hook)
             raise
 
     def remove(self) -> None:
         """Take every hook off, whatever happened to the model meanwhile. May be called again."""
-        failures = []
+        try:
+            self._take_off()
+        except BaseException:
+            self._take_off()  # the rest, after an interrupt
+            raise
+
+    def _take_off(self) -> None:
+        failures: list[BaseException] = []
         while self._placed:
-            module, hook, handle = self._placed.pop()
-            try:
-                handle.remove()
-            except BaseException as error:  # noqa: BLE001  # raised below, once all are off
-                failures.append(error)
-            _delete(module, hook)
+            module, hook, handle = self._placed[-1]
+            for off in (handle.remove, partial(_delete, module, hook)):
+                try:
+                    off()
+                except BaseException as error:  # noqa: BLE001  # raised below, once all are off
+                    failures.append(error)
+            self._placed.pop()
         if failures:
             raise failures[0]
 

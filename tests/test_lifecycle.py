@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from actrec import ActrecError, Recorder, SelectionError, TransformError, record
+from actrec import ActrecError, Recorder, SelectionError, TransformError, _hooks, record
 from tests.conftest import own_hooks
 
 if TYPE_CHECKING:
@@ -105,6 +105,38 @@ def test_all_hooks_are_placed_or_none(
     monkeypatch.setattr(model.b, "register_forward_hook", fail)
     with pytest.raises(error), record(model):
         pass
+    assert tables(model) == before
+
+
+def test_an_interrupt_between_a_hook_and_its_handle_leaves_no_hook(
+    model: Net, monkeypatch: Any
+) -> None:
+    before = tables(model)
+    register = model.b.register_forward_hook
+
+    def interrupted(*args: Any, **options: Any) -> RemovableHandle:
+        register(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.b, "register_forward_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt), record(model):
+        pass
+    assert tables(model) == before
+
+
+def test_an_interrupt_while_hooks_come_off_leaves_none(model: Net, monkeypatch: Any) -> None:
+    before = tables(model)
+    delete, calls = _hooks._delete, []
+
+    def interrupted(module: nn.Module, hook: Any) -> None:
+        calls.append(module)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        delete(module, hook)
+
+    monkeypatch.setattr(_hooks, "_delete", interrupted)
+    with pytest.raises(KeyboardInterrupt), record(model):
+        model(X)
     assert tables(model) == before
 
 
