@@ -32,6 +32,8 @@ from ._passes import backward_number, checkpoint_frames
 from .errors import CaptureError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableMapping
+
     from torch.autograd.graph import Node
     from torch.utils.hooks import RemovableHandle
 
@@ -49,7 +51,7 @@ class _Place:
         self.shape = None if tensor.is_nested else tensor.shape
         self.dtype, self.device = tensor.dtype, tensor.device
 
-    def gradient(self, found: dict[int, Tensor], *, zeros: bool) -> Tensor | None:
+    def gradient(self, found: Mapping[int, Tensor], *, zeros: bool) -> Tensor | None:
         """The gradient that has arrived, or else zeros or ``None``."""
         if self.index in found or not zeros or self.shape is None:
             return found.get(self.index)
@@ -61,14 +63,15 @@ class _Nested:
     """The structure of a nested output, and which gradients have arrived."""
 
     structure: Value
-    found: dict[int, Tensor] = field(default_factory=dict)
+    # It is the recording that keeps them, as long as its user does.
+    found: MutableMapping[int, Tensor] = field(default_factory=weakref.WeakValueDictionary)
 
     @classmethod
     def of(cls, output: Value) -> _Nested:
         number = count()
         return cls(rebuild(output, lambda tensor: _Place(next(number), tensor)))
 
-    def filled(self, found: dict[int, Tensor], *, zeros: bool) -> Value:
+    def filled(self, found: Mapping[int, Tensor], *, zeros: bool) -> Value:
         """The structure with the gradients in it, and zeros or ``None`` where there are none."""
 
         def gradient(place: object) -> object:
@@ -241,7 +244,7 @@ class Gradients:
         new = self.capture.keep(grad)
         if nested is None:
             return new if known is None else known + new
-        nested.found[index] = nested.found[index] + new if index in nested.found else new
+        nested.found[index] = new = nested.found[index] + new if index in nested.found else new
         return nested.filled(nested.found, zeros=False)
 
     def _transformed(self, ticket: int, index: int, grad: Tensor, known: Value) -> Value:

@@ -746,6 +746,18 @@ def test_a_recording_keeps_no_graph_and_a_graph_no_recording() -> None:
         gc.enable()
 
 
+def test_gradients_of_nested_values_that_the_user_lets_go_of_are_freed() -> None:
+    lstm = nn.LSTM(3, 4)
+    with record(lstm, "", grads=True) as acts:
+        for _ in range(2):
+            output, (hidden, _) = lstm(torch.ones(5, 2, 3))
+            (output.sum() + hidden.sum()).backward()
+        gradients = [weakref.ref(call[0]) for call in acts.grads[""]]
+        joined = acts.grads[""].cat(release=True)
+        assert [gradient() for gradient in gradients] == [None, None]
+    assert joined[0].shape == (10, 2, 4)
+
+
 def test_memory_of_the_graph_is_freed_although_its_gradients_were_recorded() -> None:
     class Keeps(torch.autograd.Function):
         alive = 0
