@@ -69,6 +69,7 @@ class EarlyStop:
         """Run a forward up to that point. A model that calls itself runs inside one such call."""
         thread = self._thread
         forward = stoppable.forward_of(thread.module)
+        thread.module = None  # or the recording would keep the model
         if thread.inside:
             return forward(*args, **kwargs)
         thread.inside, thread.missing = True, set(self.layers)

@@ -303,7 +303,7 @@ def _flatten(
                     f"record(): the transform of {query!r} must be callable or None, not {own!r}."
                 )
                 raise OptionError(message)
-            yield from _flatten(query, own or transform)
+            yield from _flatten(query, transform if own is None else own)
     elif isinstance(queries, Iterable) and not isinstance(
         queries, (str, bytes, Tensor, nn.Module, type)
     ):

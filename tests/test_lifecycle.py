@@ -201,11 +201,16 @@ def test_a_block_that_is_dropped_without_being_left_takes_its_hooks_off(model: N
     assert values() is None
 
 
-def test_recorder_values_and_model_die_without_the_garbage_collector() -> None:
+@pytest.mark.parametrize(
+    "options", [{"inputs": True}, {"grads": True}, {"stop_early": True}], ids=" ".join
+)
+def test_recorder_values_and_model_die_without_the_garbage_collector(
+    options: dict[str, Any],
+) -> None:
     model = Net()
     gc.disable()
     try:
-        with record(model, inputs=True) as acts:
+        with record(model, **options) as acts:
             model(X)
         dying = [weakref.ref(thing) for thing in (acts, acts["a"], acts["a"][0], model)]
         del model
@@ -550,8 +555,12 @@ def test_tasks_of_asyncio_have_passes_of_their_own() -> None:
 # --- A block that ends during a call -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [{"inputs": True}, {"stop_early": True}], ids=" ".join)
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_recorder_that_is_dropped_during_a_call_does_no_harm_to_it(when: str) -> None:
+def test_a_recorder_that_is_dropped_during_a_call_does_no_harm_to_it(
+    when: str, whole: bool, options: dict[str, Any]
+) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     kept: list[object] = []
     register = (
@@ -559,10 +568,10 @@ def test_a_recorder_that_is_dropped_during_a_call_does_no_harm_to_it(when: str) 
     )
     register(lambda *_: kept.clear())
     expected = model(X)
-    block = record(model, ["", "0"], inputs=True)
+    block = record(model, ["", "0"], **options)
     kept += [block, block.__enter__()]
     del block
-    assert torch.equal(model(X), expected)
+    assert torch.equal((model if whole else model[0])(X), expected)
 
 
 def test_a_block_that_is_left_during_a_call_does_no_harm_to_it() -> None:

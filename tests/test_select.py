@@ -190,6 +190,11 @@ def test_mappings_stand_among_other_queries_and_the_default_is_for_those_without
     }
 
 
+def test_a_transform_without_items_is_one_all_the_same(net: Net) -> None:
+    identity = nn.Sequential()  # which is false
+    assert transforms(net, {"stem": identity}, halve) == {"stem": identity}
+
+
 def test_a_layer_that_is_spelled_out_goes_before_a_pattern_wherever_it_stands(net: Net) -> None:
     after = transforms(net, {"**.act": halve, "blocks.1.act": negate})
     before = transforms(net, {"blocks.1.act": negate, "**.act": halve})
