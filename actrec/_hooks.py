@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch.compiler import (
+    is_compiling,
     is_dynamo_compiling,
 )  # torch.export reads hooks, even though nothing runs compiled
 from torch.utils.hooks import RemovableHandle
@@ -117,7 +118,7 @@ class BeginPass(Hook[Session]):
         session = self._target()
         if (
             session is not None
-            and not is_dynamo_compiling()
+            and not is_compiling()  # nor exporting: no call of the model's own
             and session.recording
             and is_own_call()
         ):
