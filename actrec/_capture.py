@@ -18,7 +18,17 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ._device import refuse_graph_capture
 from ._nested import Value, rebuild
-from ._snapshot import check, cloned, detached, is_distributed, normal_mode, on_part, snapshot, twin
+from ._snapshot import (
+    check,
+    cloned,
+    detached,
+    is_distributed,
+    normal_mode,
+    on_part,
+    snapshot,
+    twin,
+    unseen,
+)
 from .errors import CaptureError, TransformError
 
 if TYPE_CHECKING:
@@ -49,7 +59,8 @@ class Capture:
         """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
         if self.transform is None:
             return rebuild(value, self.keep)
-        value = self._transformed(self.transform, value, call)
+        with unseen():
+            value = self._transformed(self.transform, value, call)
         # What the user's own function made is kept, also where it is no tensor.
         return SKIPPED if value is None else rebuild(value, self.keep, unknown=_itself)
 
@@ -76,11 +87,12 @@ class Capture:
         move = self.device is not None and tensor.device != self.device and not tensor.is_meta
         cast = self.dtype is not None and tensor.dtype != self.dtype and tensor.is_floating_point()
         if self.offload is not None and self.offload.takes(tensor):
-            return self.offload.start(tensor, self.dtype if cast else None)
+            with unseen():
+                return self.offload.start(tensor, self.dtype if cast else None)
         if not (move or cast):
             return snapshot(tensor, detach=self.detach)
         check(tensor)
-        with normal_mode():
+        with normal_mode(), unseen():
             if self.detach and not move and is_distributed(tensor):
                 return on_part(tensor, lambda part: part.to(self.dtype, copy=True))
             return (detached(tensor) if self.detach else tensor).to(

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -188,14 +189,10 @@ def compare(
         ``pandas.DataFrame(compare(a, b))`` makes a data frame of it.
 
     Raises:
-        OptionError: ``a`` or ``b`` is no recording.
+        OptionError: ``a`` or ``b`` is no recording, or another argument cannot be meant.
         UnknownLayerError: a name in the mapping ``names`` is in neither recording.
     """
-    given: tuple[object, object] = (a, b)
-    for recording in given:
-        if not isinstance(recording, Recording):
-            message = f"compare(a, b): expected two recordings, got {type(recording).__name__!r}."
-            raise OptionError(message)
+    _check(a, b, names, rtol=rtol, atol=atol)
     pairs = _pairs(a, b, names)
     tolerances = rtol, atol
     compared = [(name, other) for name, other in pairs if other in b]
@@ -206,6 +203,23 @@ def compare(
     result.only_a = tuple(name for name, other in pairs if other not in b)
     result.only_b = tuple(name for name in b if name not in met)
     return result
+
+
+def _check(a: object, b: object, names: object, **tolerances: object) -> None:
+    for recording in (a, b):
+        if not isinstance(recording, Recording):
+            message = f"compare(a, b): expected two recordings, got {type(recording).__name__!r}."
+            raise OptionError(message)
+    if not (names is None or isinstance(names, Mapping) or callable(names)):
+        message = (
+            f"compare(names={names!r}): expected a mapping from layers of a to layers of b, a function of the name, "
+            "or None."
+        )
+        raise OptionError(message)
+    for name, value in tolerances.items():
+        if not (value is None or (isinstance(value, Real) and float(value) >= 0)):
+            message = f"compare({name}={value!r}): expected a number that is not negative, or None."
+            raise OptionError(message)
 
 
 def _pairs(a: Recording, b: Recording, names: Names | None) -> list[tuple[str, str]]:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["EarlyStop", "StoppableForward", "refuse_sharded"]
 
 
+#: A model has one ``forward``, and blocks of several threads may be about to change it.
+_placing = threading.RLock()
+
+
 class Stop(BaseException):
     """Ends a forward; its argument is the :class:`EarlyStop` that wants it to end."""
 
@@ -50,12 +54,14 @@ class EarlyStop:
         self._thread.module = module
 
     def ran(self, layer: str) -> None:
-        """A chosen layer has run. Does not return if it was the last one."""
-        thread = self._thread
-        if thread.inside:
-            thread.missing.discard(layer)
-            if not thread.missing:
-                raise Stop(self)
+        """A chosen layer has run."""
+        if self._thread.inside:
+            self._thread.missing.discard(layer)
+
+    def when_done(self) -> None:
+        """End the forward if no chosen layer is missing."""
+        if self._thread.inside and not self._thread.missing:
+            raise Stop(self)
 
     def run(
         self, stoppable: StoppableForward, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -63,6 +69,7 @@ class EarlyStop:
         """Run a forward up to that point. A model that calls itself runs inside one such call."""
         thread = self._thread
         forward = stoppable.forward_of(thread.module)
+        thread.module = None  # or the recording would keep the model
         if thread.inside:
             return forward(*args, **kwargs)
         thread.inside, thread.missing = True, set(self.layers)
@@ -82,12 +89,12 @@ class StoppableForward:
     It refers weakly to what stops it: wherever it is left, it is the forward that it stands for.
     """
 
+    forward: Callable[..., Any]
+    own: Any  # what was set on the model itself, normally nothing
+
     def __init__(self, model: nn.Module, stop: EarlyStop) -> None:
         self.model = model
-        self.forward = model.forward
-        self.own = vars(model).get("forward")  # what was set on the model itself, normally nothing
         self._stop: Callable[[], EarlyStop | None] = weakref.ref(stop)
-        update_wrapper(self, self.forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stop = self._stop()
@@ -106,16 +113,27 @@ class StoppableForward:
 
     def place(self) -> None:
         """Put it on the model."""
-        vars(self.model)["forward"] = self
+        with _placing:
+            self.forward = self.model.forward
+            self.own = vars(self.model).get("forward")
+            update_wrapper(self, self.forward, updated=())
+            vars(self.model)["forward"] = self
 
     def remove(self) -> None:
         """Take it off again, unless somebody has put another forward in its place meanwhile."""
         self._stop = _nothing
         attributes = vars(self.model)
-        if attributes.get("forward") is self:
-            del attributes["forward"]
-            if self.own is not None:
-                attributes["forward"] = self.own
+        with _placing:
+            above = attributes.get("forward")
+            if above is self:
+                del attributes["forward"]
+                if self.own is not None:
+                    attributes["forward"] = self.own
+            # A block that was entered later ends later: from now on it stands for what we stood for.
+            while isinstance(above, StoppableForward):
+                if above.own is self:
+                    above.forward, above.own = self.forward, self.own
+                above = above.own
 
 
 def _nothing() -> None:

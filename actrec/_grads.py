@@ -29,8 +29,11 @@ from torch.autograd.graph import get_gradient_edge
 from ._capture import SKIPPED
 from ._nested import Value, rebuild, tensors
 from ._passes import backward_number, checkpoint_frames
+from .errors import CaptureError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableMapping
+
     from torch.autograd.graph import Node
     from torch.utils.hooks import RemovableHandle
 
@@ -44,11 +47,13 @@ class _Place:
 
     def __init__(self, index: int, tensor: Tensor) -> None:
         self.index = index
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        # A nested tensor has no shape that zeros could have.
+        self.shape = None if tensor.is_nested else tensor.shape
+        self.dtype, self.device = tensor.dtype, tensor.device
 
-    def gradient(self, found: dict[int, Tensor], *, zeros: bool) -> Tensor | None:
+    def gradient(self, found: Mapping[int, Tensor], *, zeros: bool) -> Tensor | None:
         """The gradient that has arrived, or else zeros or ``None``."""
-        if self.index in found or not zeros:
+        if self.index in found or not zeros or self.shape is None:
             return found.get(self.index)
         return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
@@ -58,14 +63,15 @@ class _Nested:
     """The structure of a nested output, and which gradients have arrived."""
 
     structure: Value
-    found: dict[int, Tensor] = field(default_factory=dict)
+    # It is the recording that keeps them, as long as its user does.
+    found: MutableMapping[int, Tensor] = field(default_factory=weakref.WeakValueDictionary)
 
     @classmethod
     def of(cls, output: Value) -> _Nested:
         number = count()
         return cls(rebuild(output, lambda tensor: _Place(next(number), tensor)))
 
-    def filled(self, found: dict[int, Tensor], *, zeros: bool) -> Value:
+    def filled(self, found: Mapping[int, Tensor], *, zeros: bool) -> Value:
         """The structure with the gradients in it, and zeros or ``None`` where there are none."""
 
         def gradient(place: object) -> object:
@@ -225,7 +231,11 @@ class Gradients:
             # Counted from the end: the recording may have been cleared, or be bounded.
             place = len(self.layer) - (self._next - ticket)
             if place >= 0:
-                self.layer[place] = self._merged(ticket, index, grad, self.layer[place])
+                try:
+                    self.layer[place] = self._merged(ticket, index, grad, self.layer[place])
+                except CaptureError as error:
+                    message = f"record() cannot keep {self.capture.what} {ticket} of layer {self.capture.layer!r}: {error}."
+                    raise CaptureError(message) from error
 
     def _merged(self, ticket: int, index: int, grad: Tensor, known: Value) -> Value:
         nested = self._nested.get(ticket)
@@ -234,7 +244,7 @@ class Gradients:
         new = self.capture.keep(grad)
         if nested is None:
             return new if known is None else known + new
-        nested.found[index] = nested.found[index] + new if index in nested.found else new
+        nested.found[index] = new = nested.found[index] + new if index in nested.found else new
         return nested.filled(nested.found, zeros=False)
 
     def _transformed(self, ticket: int, index: int, grad: Tensor, known: Value) -> Value:

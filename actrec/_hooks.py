@@ -10,13 +10,17 @@ from __future__ import annotations
 import sys
 import weakref
 from abc import abstractmethod
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch.compiler import (
+    is_compiling,
     is_dynamo_compiling,
 )  # torch.export reads hooks, even though nothing runs compiled
 from torch.utils.hooks import RemovableHandle
 
+from ._early import EarlyStop
 from ._passes import is_own_call
 from ._track import Session, Track
 
@@ -25,7 +29,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["BeginPass", "EndPass", "Hook", "Hooks", "InputHook", "OutputHook"]
+
+__all__ = ["BeginPass", "EndPass", "Hook", "Hooks", "InputHook", "OutputHook", "StopHook"]
 
 T = TypeVar("T")
 
@@ -113,7 +118,7 @@ class BeginPass(Hook[Session]):
         session = self._target()
         if (
             session is not None
-            and not is_dynamo_compiling()
+            and not is_compiling()  # nor exporting: no call of the model's own
             and session.recording
             and is_own_call()
         ):
@@ -142,6 +147,18 @@ class EndPass(Hook[Session]):
                 session.surfaced = not session.passes.running
 
 
+class StopHook(Hook[EarlyStop]):
+    """Ends a forward behind the last chosen layer, once all other hooks have heard of its call."""
+
+    def register(self, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_hook(self)
+
+    def __call__(self, *_: object) -> None:
+        stop = self._target()
+        if stop is not None and not is_dynamo_compiling():
+            stop.when_done()
+
+
 class Hooks:
     """The hooks of one block: on the model all together or not at all."""
 
@@ -155,20 +172,31 @@ class Hooks:
         try:
             for module, hook in plan:
                 self._placed.append((module, hook, hook.register(module)))
+                _put_stops_last(module)
         except BaseException:
             self.remove()
+            for module, hook in plan:  # one that was interrupted is there, and no handle for it
+                _delete(module, hook)
             raise
 
     def remove(self) -> None:
         """Take every hook off, whatever happened to the model meanwhile. May be called again."""
-        failures = []
+        try:
+            self._take_off()
+        except BaseException:
+            self._take_off()  # the rest, after an interrupt
+            raise
+
+    def _take_off(self) -> None:
+        failures: list[BaseException] = []
         while self._placed:
-            module, hook, handle = self._placed.pop()
-            try:
-                handle.remove()
-            except Exception as error:  # noqa: BLE001  # raised below, once all are off
-                failures.append(error)
-            _delete(module, hook)
+            module, hook, handle = self._placed[-1]
+            for off in (handle.remove, partial(_delete, module, hook)):
+                try:
+                    off()
+                except BaseException as error:  # noqa: BLE001  # raised below, once all are off
+                    failures.append(error)
+            self._placed.pop()
         if failures:
             raise failures[0]
 
@@ -180,8 +208,18 @@ def _tables(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
 def _delete(module: nn.Module, hook: Hook[Any]) -> None:
     """Delete ``hook`` where its handle cannot reach it: somebody replaced the module's table of hooks."""
     for table in _tables(module):
-        for key in [key for key, found in table.items() if found is hook]:
+        # Of a copy, made in one step: other threads place and remove hooks too.
+        for key in [key for key, found in [*table.items()] if found is hook]:
             del table[key]
+
+
+def _put_stops_last(module: nn.Module) -> None:
+    """Where a block around this one stops early, what was hooked now still hears of the last call."""
+    table: Any = module._forward_hooks
+    for key, hook in [*table.items()]:
+        if isinstance(hook, StopHook):
+            with suppress(KeyError):  # another thread has taken it off
+                table.move_to_end(key)
 
 
 def _reserve_ids(modules: Iterable[nn.Module]) -> None:
@@ -190,5 +228,8 @@ def _reserve_ids(modules: Iterable[nn.Module]) -> None:
     A model that was pickled with hooks brings their ids into a process that counts from 0, and a handle
     that gets the same id would replace another library's hook.
     """
-    used = [key for module in modules for table in _tables(module) for key in table]
-    RemovableHandle.next_id = max([RemovableHandle.next_id, *(key + 1 for key in used)])
+    used = [key for module in modules for table in _tables(module) for key in [*table]]
+    lowest = max(used, default=-1) + 1
+    # No call in between, as in max(): it would set back what another thread has counted on meanwhile.
+    if lowest > RemovableHandle.next_id:  # noqa: PLR1730
+        RemovableHandle.next_id = lowest

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._heap import WORTH_IT, give_back
 from ._nested import Value, is_array, rebuild, steps, tensors
-from .errors import JoinError
+from .errors import JoinError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +25,10 @@ How = Literal["cat", "stack"]
 
 def joined(layer: Layer, how: How, dim: int, *, release: bool = False) -> Value:
     """Return all calls of ``layer`` as one value. See :meth:`actrec.Layer.cat`."""
-    call = f"acts[{layer.name!r}].{how}(dim={dim})"
+    call = f"acts[{layer.name!r}].{how}(dim={dim!r})"
+    if not hasattr(dim, "__index__"):
+        message = f"{call}: expected the number of a dimension, such as 0."
+        raise OptionError(message)
     if not len(layer):
         message = f"{call}: nothing was recorded of this layer, so there is nothing to join."
         raise JoinError(message)

@@ -22,7 +22,17 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Opaque", "Value", "is_array", "leaves", "opaque", "rebuild", "steps", "tensors"]
+__all__ = [
+    "Opaque",
+    "Value",
+    "attributes",
+    "is_array",
+    "leaves",
+    "opaque",
+    "rebuild",
+    "steps",
+    "tensors",
+]
 
 #: What a layer returned: a tensor, or any nesting of tuples, lists, dicts and dataclasses of them.
 Value: TypeAlias = Any
@@ -147,13 +157,21 @@ class _Rebuilder:
         """Give ``new`` what ``value`` has besides its items: a ``ModelOutput`` has both."""
         if type(value) in _PLAIN:
             return new
-        named = getattr(value, "__dict__", {})
-        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-        for name in dict.fromkeys([*(field.name for field in fields), *named]):
+        if getattr(value, "__dict__", None) is value:
+            new.__dict__ = new
+        for name in attributes(value):
             if hasattr(value, name):
                 # Past a frozen dataclass, and past a __setattr__ that also writes an item.
                 object.__setattr__(new, name, self.tree(getattr(value, name)))
         return new
+
+
+def attributes(value: Value) -> dict[str, None]:
+    """The names of what a container has besides its items; not all of them need be set."""
+    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    named = getattr(value, "__dict__", {})
+    # There are dicts that are their own __dict__: what looks like an attribute is an item.
+    return dict.fromkeys([*(field.name for field in fields), *(() if named is value else named)])
 
 
 def tensors(value: Value) -> Iterator[Tensor]:
@@ -205,8 +223,7 @@ def steps(value: Value) -> Iterator[tuple[str, Value]]:
     elif not dataclasses.is_dataclass(value):
         return
     yield from items
-    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
     met = {id(item) for _, item in items}  # a ModelOutput has each of its values twice
-    for name in dict.fromkeys([*(field.name for field in fields), *getattr(value, "__dict__", {})]):
+    for name in attributes(value):
         if hasattr(value, name) and id(item := getattr(value, name)) not in met:
             yield f".{name}", item

@@ -17,7 +17,7 @@ from ._device import with_streams
 from ._eager import COMPILING, eager
 from ._early import EarlyStop, StoppableForward, refuse_sharded
 from ._grads import Gradients
-from ._hooks import BeginPass, CallHook, EndPass, Hook, Hooks, InputHook, OutputHook
+from ._hooks import BeginPass, CallHook, EndPass, Hook, Hooks, InputHook, OutputHook, StopHook
 from ._inputs import Parameters
 from ._missing import warn_ungraded, warn_unused
 from ._offload import Deferred, Offload
@@ -376,6 +376,9 @@ class _Block(AbstractContextManager[Recorder]):
             yield choice.module, CallHook(track) if self._inputs else OutputHook(track)
         for module in parents:
             yield module, EndPass(self._session)
+        if self._session.stop is not None:
+            for choice in self._selection.choices:
+                yield choice.module, StopHook(self._session.stop)
 
 
 # --- Checks, all of them before anything has happened ------------------------------------------------
@@ -449,7 +452,8 @@ def _checked_device(device: torch.device | str | int | None) -> torch.device | N
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
-        message = f"record(device={device!r}): {str(error).splitlines()[0]} None keeps values where they are."
+        reason = str(error).splitlines()[0].rstrip(".")
+        message = f"record(device={device!r}): {reason}. None keeps values where they are."
         raise OptionError(message) from error
 
 

@@ -18,7 +18,7 @@ from ._join import joined
 from ._nested import Value, tensors
 from ._passes import Count
 from ._snapshot import held
-from .errors import ActrecError, CaptureError, UnknownLayerError, nearest
+from .errors import ActrecError, CaptureError, OptionError, UnknownLayerError, nearest
 
 if TYPE_CHECKING:
     import os
@@ -198,6 +198,40 @@ class ListLayer(list[Value], Layer):
         self._align()
         super().__delitem__(index)
         del self._passes[index]
+
+    # What follows is for users who work on the list as on any other: passes stay with their calls.
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(index, slice):
+            self._align()
+            value = list(value)
+            super().__setitem__(index, value)
+            self._passes[index] = [-1] * len(value)
+        else:
+            super().__setitem__(index, value)
+
+    def insert(self, index: SupportsIndex, value: Value) -> None:
+        self._align()
+        super().insert(index, value)
+        self._passes.insert(index, -1)
+
+    def remove(self, value: Value) -> None:
+        del self[self.index(value)]
+
+    def reverse(self) -> None:
+        self._align()
+        super().reverse()
+        self._passes.reverse()
+
+    def sort(self, *, key: Callable[[Any], Any] | None = None, reverse: bool = False) -> None:
+        keys = [*self] if key is None else [*map(key, self)]
+        order = sorted(range(len(keys)), key=keys.__getitem__, reverse=reverse)
+        calls, passes = [*self], self.passes
+        super().__setitem__(slice(None), [calls[index] for index in order])
+        self._passes = [passes[index] for index in order]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_passes": self.passes}  # a copy has passes of its own
 
     def clear(self) -> None:
         super().clear()
@@ -577,6 +611,10 @@ class Recorder(Recording):
                 f"acts.add({name!r}): the recording has ended. Add values inside the with block."
             )
             raise ActrecError(message)
+        given: object = name
+        if not isinstance(given, str):
+            message = f"acts.add({given!r}, ...): the name is to be a string, such as 'label'."
+            raise OptionError(message)
         if name in self._chosen:
             message = (
                 f"acts.add({name!r}): that is the name of a recorded layer. Choose another one."

@@ -264,7 +264,7 @@ def _answer(model: _Model, query: Any) -> list[tuple[str, nn.Module]]:
             return _leaves(model)
         case str():
             return _by_name(model, query)
-        case re.Pattern():
+        case re.Pattern(pattern=str()):
             return _by_pattern(model, query.pattern, query)
         case nn.Module():
             return _by_module(model, query)
@@ -272,12 +272,24 @@ def _answer(model: _Model, query: Any) -> list[tuple[str, nn.Module]]:
             return _by_type(model, query)
         case Callable():
             complaint = f"{query!r} returned true for none of the {len(model.of)} modules of this {model.type}"
-            return _by_test(model, lambda name: query(name.full, name.module), complaint)
+            return _by_test(model, lambda name: _asked(query, name), complaint)
     message = (
         f"record(): {query!r} is not a layer query. Use a name, a glob such as 'layer*.conv1', re.compile(...), "
         "a module type, a module of the model, a function of name and module, or several of these."
     )
     raise SelectionError(message)
+
+
+def _asked(query: Callable[[str, nn.Module], object], name: _Name) -> bool:
+    """What a query that is a function says about a module."""
+    try:
+        return bool(query(name.full, name.module))
+    except Exception as error:
+        error.add_note(
+            f"raised while record() asked the layer query {query!r} about {name.full!r}, a {type_name(name.module)}. "
+            "It is called with name and module, and returns whether to record it"
+        )
+        raise
 
 
 def _flatten(
@@ -291,7 +303,7 @@ def _flatten(
                     f"record(): the transform of {query!r} must be callable or None, not {own!r}."
                 )
                 raise OptionError(message)
-            yield from _flatten(query, own or transform)
+            yield from _flatten(query, transform if own is None else own)
     elif isinstance(queries, Iterable) and not isinstance(
         queries, (str, bytes, Tensor, nn.Module, type)
     ):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -43,17 +43,23 @@ __all__ = [
     "on_part",
     "snapshot",
     "twin",
+    "unseen",
 ]
 
 
 # --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
 
 _data_address = getattr(torch._C, "_data_address", None)
-_is_wrapped = getattr(
-    getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda _: False
-)
+_functorch = getattr(torch._C, "_functorch", None)
+_is_wrapped = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: False)
+_is_batch = getattr(_functorch, "is_legacy_batchedtensor", lambda _: False)
 _InferenceMode = getattr(torch._C, "_InferenceMode", torch.inference_mode)
 _OFF, _ON = False, True
+# The stack of dispatch modes.
+_count_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_mode_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
+_pop_mode: Any = getattr(torch._C, "_pop_torch_dispatch_stack", None)
+_push_mode: Any = getattr(torch._C, "_push_on_torch_dispatch_stack", None)
 
 
 def _sharing_works() -> bool:
@@ -79,6 +85,43 @@ def normal_mode() -> AbstractContextManager[object]:
     Enter it at once: PyTorch's guard takes effect when it is made.
     """
     return _InferenceMode(_OFF) if torch.is_inference_mode_enabled() else _AS_IT_IS
+
+
+def unseen() -> AbstractContextManager[object]:
+    """Operations in here are none of the model's, to selective activation checkpointing either.
+
+    It counts the operations of a forward, and gives those that ``backward()`` runs again the results that it
+    kept by number. One more, and it would hand out results of other operations.
+    """
+    number = _count_modes()
+    if number and any(_is_caching(_mode_at(at)) for at in range(number)):
+        return _without_caching()
+    return _AS_IT_IS
+
+
+def _is_caching(mode: object) -> bool:
+    """Whether it is the mode that selective activation checkpointing runs a region's forward in."""
+    checkpoint = sys.modules.get("torch.utils.checkpoint")  # whoever does it has imported it
+    return isinstance(mode, getattr(checkpoint, "_CachingTorchDispatchMode", ()))
+
+
+@contextmanager
+def _without_caching() -> Iterator[None]:
+    modes = _popped()
+    try:
+        for mode in modes:
+            if not _is_caching(mode):
+                _push_mode(mode)
+        yield
+    finally:
+        _popped()
+        for mode in modes:
+            _push_mode(mode)
+
+
+def _popped() -> list[Any]:
+    """Take all modes off the stack; the lowest is the first."""
+    return [_pop_mode(None) for _ in range(_count_modes())][::-1]
 
 
 # --- Sharing and cloning ---------------------------------------------------------------------------
@@ -115,6 +158,12 @@ def check(tensor: Tensor) -> None:
         message = (
             "inside torch.func (vmap, grad, jvp) a tensor stands for many, or for a step of a derivative, and cannot "
             "be kept. Record a call of the model outside of it"
+        )
+        raise CaptureError(message)
+    if _is_batch(tensor):
+        message = (
+            "it is a batch of gradients at once (is_grads_batched=True, jacobian(vectorize=True)), and cannot be kept. "
+            "Take them one by one, or outside of the block"
         )
         raise CaptureError(message)
 
@@ -171,15 +220,16 @@ def cloned(tensor: Tensor) -> Tensor:
 def _clone(tensor: Tensor) -> Tensor:
     """A clone that is as small as its content: dimensions that were expanded stay expanded."""
     check(tensor)
-    if is_distributed(tensor):
-        return cloned(tensor)
-    if tensor.layout is torch.strided and not tensor.is_nested and 0 in tensor.stride():
-        stored = tensor
-        for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-            if stride == 0 and size > 1:
-                stored = stored.narrow(dim, 0, 1)
-        return stored.clone().expand(tensor.shape)
-    return tensor.clone()
+    with unseen():
+        if is_distributed(tensor):
+            return cloned(tensor)
+        if tensor.layout is torch.strided and not tensor.is_nested and 0 in tensor.stride():
+            stored = tensor
+            for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+                if stride == 0 and size > 1:
+                    stored = stored.narrow(dim, 0, 1)
+            return stored.clone().expand(tensor.shape)
+        return tensor.clone()
 
 
 def snapshot(tensor: Tensor, *, detach: bool = True) -> Tensor:

@@ -125,7 +125,7 @@ def feature_maps(
         f"{part}{count(len(maps), 'channel')} of {maps.shape[1]} x {maps.shape[2]}", fontsize=10
     )
     if not each:
-        below, above = np.nanmin(mosaic) < low, np.nanmax(mosaic) > high
+        below, above = (mosaic < low).any(), (mosaic > high).any()  # which is neither for NaN
         beyond = "both" if below and above else "min" if below else "max" if above else "neither"
         ax.figure.colorbar(image, ax=ax, fraction=0.04, pad=0.02, extend=beyond)
     return ax
@@ -139,7 +139,14 @@ def _maps(value: Value, item: int) -> Array:
             raise OptionError(message)
         value = value[0]
     tensor = next((tensor for _, tensor in leaves(value)), None)
-    bad = tensor is None or tensor.is_meta or tensor.dim() not in {2, 3, 4} or not tensor.numel()
+    bad = (
+        tensor is None
+        or tensor.is_meta
+        or tensor.is_nested
+        or tensor.layout is not torch.strided
+        or tensor.dim() not in {2, 3, 4}
+        or not tensor.numel()
+    )
     if tensor is None or bad:
         what = "no tensor" if tensor is None else f"a tensor of shape {shape_of(tensor)}"
         what += " without data" if tensor is not None and tensor.is_meta else ""
@@ -250,7 +257,7 @@ def distributions(acts: Layers, *, ax: Axes | None = None) -> Axes:
         OptionError: no layer has a finite element.
     """
     names, found = [], []
-    for name in _ordered(acts):
+    for name in _ordered("distributions", acts):
         sample = _sample(acts[name])
         if sample.size:
             names.append(name)
@@ -325,7 +332,7 @@ def drift(acts: Layers) -> Array:
     Raises:
         OptionError: no layer was called.
     """
-    names = _ordered(acts)
+    names = _ordered("drift", acts)
     if not names:
         message = "drift(): there is nothing to draw, no layer was called."
         raise OptionError(message)
@@ -408,7 +415,11 @@ def similarity(acts: Layers, *, most: int = 256, ax: Axes | None = None) -> Axes
     Raises:
         OptionError: no two samples are left.
     """
-    tables = {name: table for name in _ordered(acts) if (table := _table(acts[name])) is not None}
+    tables = {
+        name: table
+        for name in _ordered("similarity", acts)
+        if (table := _table(acts[name])) is not None
+    }
     samples = Counter(table.samples for table in tables.values()).most_common(1)
     if not samples or samples[0][0] < 2 or most < 2:  # noqa: PLR2004  # one alone
         message = (
@@ -504,10 +515,17 @@ MOST_IN_LEGEND = 10
 MOST_LABELS = 50
 
 
-def _ordered(acts: Layers) -> list[str]:
+def _ordered(call: str, acts: Layers) -> list[str]:
     """The names of the layers that were called, in execution order if it is known."""
     if isinstance(acts, Recording):
         return acts.execution_order
+    given: object = acts
+    if not isinstance(given, Mapping):
+        message = (
+            f"{call}(): expected a recording, or some layers of one in a dict such as {{name: acts[name]}}, got "
+            f"{type(given).__name__}."
+        )
+        raise OptionError(message)
     return [name for name, layer in acts.items() if len(layer)]
 
 

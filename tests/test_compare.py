@@ -382,6 +382,14 @@ def test_anything_but_a_recording_is_an_error() -> None:
         compare("runs/a", recording())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"), [("names", 5), ("names", "conv"), ("rtol", "1e-3"), ("atol", -1)]
+)
+def test_what_cannot_be_meant_is_refused_by_name(argument: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=rf"compare\({argument}={value!r}\): expected"):
+        compare(recording(), recording(), **{argument: value})
+
+
 # --- Shown -------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import sys
 import threading
 import types
 from typing import TYPE_CHECKING, Any
@@ -295,6 +296,64 @@ def test_recorders_inside_each_other_each_stop_their_own() -> None:
         assert net(X) is None
     assert len(outer["b"]) == 1
     assert "forward" not in vars(net)
+
+
+@pytest.mark.parametrize("options", [{}, {"stop_early": True}, {"inputs": True}], ids=" ".join)
+def test_a_recorder_inside_records_the_layer_that_the_outer_one_stops_at(
+    options: dict[str, Any],
+) -> None:
+    net = Net()
+    with record(net, ["a", "b"], stop_early=True) as outer:
+        with record(net, "b", **options) as inner:
+            assert net(X) is None
+        assert net(X) is None
+    assert torch.equal(inner["b"][0], outer["b"][0])
+    assert (len(outer["b"]), len(inner["b"])) == (2, 1)
+
+
+def test_of_recorders_that_end_in_the_wrong_order_no_forward_stays() -> None:
+    net = Net()
+    net.forward = own = net.forward  # type: ignore[method-assign]
+    blocks = [record(net, "b", stop_early=True) for _ in range(4)]
+    recorders = [block.__enter__() for block in blocks]
+    for number in (1, 0, 3, 2):
+        assert net(X) is None
+        blocks[number].__exit__(None, None, None)
+    assert [len(recorder["b"]) for recorder in recorders] == [2, 1, 4, 3]
+    assert vars(net)["forward"] is own
+    assert net(X) is not None
+
+
+def test_blocks_of_several_threads_leave_nothing_and_miss_nothing() -> None:
+    net = nn.Sequential(*[nn.Linear(2, 2) for _ in range(10)])
+    failures: list[object] = []
+
+    def work(*, stop_early: bool) -> None:
+        for _ in range(40):
+            try:
+                with record(net, ["3", "9"], stop_early=stop_early) as acts:
+                    net(torch.zeros(1, 2))
+            except Exception as error:  # told below
+                failures.append(error)
+            if not all(len(layer) for layer in acts.values()):
+                failures.append(acts)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [
+            threading.Thread(target=work, kwargs={"stop_early": number % 2 == 0})
+            for number in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not failures
+    assert "forward" not in vars(net)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
 def test_hooks_of_others_work_on_and_the_one_on_the_model_sees_none() -> None:

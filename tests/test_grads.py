@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from actrec import (
+    CaptureError,
     MissingGradientWarning,
     OptionError,
     TransformError,
@@ -544,6 +545,36 @@ def test_gradients_that_were_not_asked_for_are_explained() -> None:
 # --- Options -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("transform", [None, lambda value: value[0] * 2])
+def test_beside_a_nested_tensor_gradients_are_recorded(transform: Any) -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x * 3, torch.nested.nested_tensor([torch.ones(1, 2), torch.ones(2, 2)])
+
+    net = Both()
+    with record(net, "", grads=True, transform=transform) as acts:
+        net(torch.ones(2, 2, requires_grad=True))[0].sum().backward()
+    grad = acts.grads[""][0]
+    assert torch.equal(grad[0] if transform is None else grad / 2, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("many", ["batch", "vmap"])
+def test_gradients_that_stand_for_many_are_refused_by_layer(many: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.ones(1, 3, requires_grad=True)
+    one_by_one = torch.eye(2)[:, None]
+    message = r"cannot keep the gradient of call 0 of layer '0': .*outside of"
+    with record(net, "0", grads=True) as acts:
+        output = net(x)
+        with pytest.raises(CaptureError, match=message):
+            if many == "batch":
+                torch.autograd.grad(output, x, one_by_one, is_grads_batched=True)
+            else:
+                torch.func.vmap(lambda v: torch.autograd.grad(output, x, v))(one_by_one)
+    assert acts.grads["0"] == [None]
+
+
 def test_a_transform_takes_from_the_gradient_what_it_takes_from_the_value() -> None:
     net = Net()
     wanted = expected()
@@ -713,6 +744,18 @@ def test_a_recording_keeps_no_graph_and_a_graph_no_recording() -> None:
         assert freed() is None, "nor does anything keep the graph"
     finally:
         gc.enable()
+
+
+def test_gradients_of_nested_values_that_the_user_lets_go_of_are_freed() -> None:
+    lstm = nn.LSTM(3, 4)
+    with record(lstm, "", grads=True) as acts:
+        for _ in range(2):
+            output, (hidden, _) = lstm(torch.ones(5, 2, 3))
+            (output.sum() + hidden.sum()).backward()
+        gradients = [weakref.ref(call[0]) for call in acts.grads[""]]
+        joined = acts.grads[""].cat(release=True)
+        assert [gradient() for gradient in gradients] == [None, None]
+    assert joined[0].shape == (10, 2, 4)
 
 
 def test_memory_of_the_graph_is_freed_although_its_gradients_were_recorded() -> None:

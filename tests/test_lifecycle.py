@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from actrec import ActrecError, Recorder, SelectionError, TransformError, record
+from actrec import ActrecError, Recorder, SelectionError, TransformError, _hooks, record
 from tests.conftest import own_hooks
 
 if TYPE_CHECKING:
@@ -108,8 +108,41 @@ def test_all_hooks_are_placed_or_none(
     assert tables(model) == before
 
 
-def test_a_failing_remove_does_not_keep_the_others_and_is_told(
+def test_an_interrupt_between_a_hook_and_its_handle_leaves_no_hook(
     model: Net, monkeypatch: Any
+) -> None:
+    before = tables(model)
+    register = model.b.register_forward_hook
+
+    def interrupted(*args: Any, **options: Any) -> RemovableHandle:
+        register(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.b, "register_forward_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt), record(model):
+        pass
+    assert tables(model) == before
+
+
+def test_an_interrupt_while_hooks_come_off_leaves_none(model: Net, monkeypatch: Any) -> None:
+    before = tables(model)
+    delete, calls = _hooks._delete, []
+
+    def interrupted(module: nn.Module, hook: Any) -> None:
+        calls.append(module)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        delete(module, hook)
+
+    monkeypatch.setattr(_hooks, "_delete", interrupted)
+    with pytest.raises(KeyboardInterrupt), record(model):
+        model(X)
+    assert tables(model) == before
+
+
+@pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
+def test_a_failing_remove_does_not_keep_the_others_and_is_told(
+    model: Net, monkeypatch: Any, error: type[BaseException]
 ) -> None:
     before = tables(model)
     remove = RemovableHandle.remove
@@ -118,10 +151,10 @@ def test_a_failing_remove_does_not_keep_the_others_and_is_told(
     def fail_once(handle: RemovableHandle) -> None:
         if not failed:
             failed.append(handle)
-            raise Boom
+            raise error
         remove(handle)
 
-    with pytest.raises(Boom), record(model):
+    with pytest.raises(error), record(model):
         model(X)
         monkeypatch.setattr(RemovableHandle, "remove", fail_once)
     assert [entry[:2] for entry in tables(model)] == [entry[:2] for entry in before]
@@ -168,11 +201,16 @@ def test_a_block_that_is_dropped_without_being_left_takes_its_hooks_off(model: N
     assert values() is None
 
 
-def test_recorder_values_and_model_die_without_the_garbage_collector() -> None:
+@pytest.mark.parametrize(
+    "options", [{"inputs": True}, {"grads": True}, {"stop_early": True}], ids=" ".join
+)
+def test_recorder_values_and_model_die_without_the_garbage_collector(
+    options: dict[str, Any],
+) -> None:
     model = Net()
     gc.disable()
     try:
-        with record(model, inputs=True) as acts:
+        with record(model, **options) as acts:
             model(X)
         dying = [weakref.ref(thing) for thing in (acts, acts["a"], acts["a"][0], model)]
         del model
@@ -517,8 +555,12 @@ def test_tasks_of_asyncio_have_passes_of_their_own() -> None:
 # --- A block that ends during a call -------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("options", [{"inputs": True}, {"stop_early": True}], ids=" ".join)
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_recorder_that_is_dropped_during_a_call_does_no_harm_to_it(when: str) -> None:
+def test_a_recorder_that_is_dropped_during_a_call_does_no_harm_to_it(
+    when: str, whole: bool, options: dict[str, Any]
+) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     kept: list[object] = []
     register = (
@@ -526,10 +568,10 @@ def test_a_recorder_that_is_dropped_during_a_call_does_no_harm_to_it(when: str) 
     )
     register(lambda *_: kept.clear())
     expected = model(X)
-    block = record(model, ["", "0"], inputs=True)
+    block = record(model, ["", "0"], **options)
     kept += [block, block.__enter__()]
     del block
-    assert torch.equal(model(X), expected)
+    assert torch.equal((model if whole else model[0])(X), expected)
 
 
 def test_a_block_that_is_left_during_a_call_does_no_harm_to_it() -> None:

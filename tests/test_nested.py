@@ -18,11 +18,12 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequenc
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from actrec import Opaque, record
+from actrec import Opaque, load, record
 from actrec._nested import rebuild
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 X = torch.arange(6.0).reshape(2, 3)
 
@@ -243,6 +244,30 @@ def test_the_models_own_methods_are_not_called_to_take_a_value_apart() -> None:
     assert Loud.reads == 0
     value, _ = recorded(Strict)
     assert value.made == 1, "__post_init__ ran in the model, and not again"
+
+
+class Namespace(dict[Any, Any]):
+    """A dict whose items are its attributes."""
+
+    def __init__(self, items: dict[Any, Any]) -> None:
+        super().__init__(items)
+        self.__dict__ = self
+
+
+def test_a_dict_whose_items_are_its_attributes_stays_one(tmp_path: Path) -> None:
+    model = Returns(lambda x: Namespace({"hidden": x, 0: x * 2}))
+    with record(model, "") as acts:
+        model(X)
+    value = acts[""][0]
+    assert type(value) is Namespace
+    assert list(value) == ["hidden", 0]
+    value.late = 1
+    assert value["late"] == 1
+    del value["late"]
+    assert value.hidden is value["hidden"]
+    assert [row.leaf for row in acts.stats()] == ["['hidden']", "[0]"]
+    acts.save(tmp_path / "run")
+    assert torch.equal(load(tmp_path / "run")[""][0][0], X * 2)
 
 
 def test_a_field_that_was_never_set_stays_unset() -> None:

@@ -249,6 +249,7 @@ def test_exporting_inside_the_block_records_nothing_of_it(strict: bool) -> None:
         torch.export.export(model, (X,), strict=strict)
         model(X)
     assert [len(layer) for layer in acts.values()] == [1, 1]
+    assert acts.num_passes == 1
 
 
 # --- Mistakes in using it ----------------------------------------------------------------------------

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from actrec import _passes, record
 
@@ -98,6 +104,74 @@ def test_the_public_fallback_finds_recomputation_too(
     with record(model, "**") as acts:
         model(X.clone().requires_grad_()).sum().backward()
     assert {len(layer) for layer in acts.values()} == {1}
+
+
+class Watching(TorchDispatchMode):
+    """Writes down the operations that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Selective(nn.Module):
+    """A region that selective checkpointing keeps every result of, in which one layer returns a slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4, bias=False)
+        self.second = nn.Linear(4, 4, bias=False)
+        self.part = nn.Unflatten(-1, (2, 2))
+        self.watching = Watching()
+
+    def region(self, x: Tensor) -> Tensor:
+        with self.watching:
+            x = self.second(self.first(x).relu()).clone().sin()
+            return (self.part(x[:, :]).clone() * self.part(x[1:]).clone()[:1]).exp().clone().sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep_all = partial(
+            create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.MUST_SAVE
+        )
+        return checkpoint(self.region, x, use_reentrant=False, context_fn=keep_all)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"inputs": True},
+        {"detach": False},
+        {"dtype": torch.float16},
+        {"transform": lambda t: t[..., 0]},
+        {"transform": lambda t: t @ torch.ones(t.shape[-1], 4)},
+        {"transform": lambda t: (t * 2).clone(), "detach": False},
+    ],
+    ids=" ".join,
+)
+def test_selective_checkpointing_counts_no_operation_of_ours(options: dict[str, Any]) -> None:
+    model = Selective()
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(X).square().sum().backward()
+        return [
+            parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
+        ]
+
+    expected = gradients()
+    alone = model.watching.seen.copy()
+    with record(model, **options) as acts:
+        assert all(map(torch.equal, gradients(), expected))
+    assert len(acts["first"]) == 1
+    # Modes of others stay where they are, and see what we do.
+    assert len(model.watching.seen) > 2 * len(alone)
 
 
 def test_a_forward_that_calls_autograd_itself_is_recorded() -> None:

@@ -240,6 +240,7 @@ def test_feature_maps_of_any_dtype(dtype: torch.dtype) -> None:
         (torch.ones(1, 1, 1, 1, 1), r"a tensor of shape \(1, 1, 1, 1, 1\)"),
         (torch.ones(0, 2, 2), r"a tensor of shape \(0, 2, 2\)"),
         (torch.ones(2, 2, device="meta"), r"a tensor of shape \(2, 2\) without data"),
+        (torch.eye(3).to_sparse(), r"a tensor of shape \(3, 3\)"),
         ("text", "no tensor"),
     ],
 )
@@ -253,6 +254,18 @@ def test_an_image_that_is_not_there_is_an_error() -> None:
         feature_maps(torch.ones(2, 1, 3, 3), item=2)
     with pytest.raises(OptionError, match="nothing was recorded of layer 'a'"):
         feature_maps(recording(a=[])["a"])
+
+
+@pytest.mark.parametrize("draw", [distributions, drift, similarity])
+@pytest.mark.parametrize("given", [recording(a=[torch.ones(2, 2)])["a"], None], ids=type)
+def test_what_is_no_recording_is_an_error(draw: Any, given: Any) -> None:
+    with pytest.raises(OptionError, match=rf"{draw.__name__}\(\): expected a recording, .*got "):
+        draw(given)
+
+
+def test_maps_of_nothing_but_nan_are_drawn_without_a_warning() -> None:
+    ax = feature_maps(torch.full((1, 2, 3, 3), torch.nan))
+    assert ax.get_title() == "2 channels of 3 x 3"
 
 
 @pytest.mark.parametrize("most", [0, -1])

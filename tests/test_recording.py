@@ -24,6 +24,7 @@ from actrec import (
     JoinError,
     Layer,
     Opaque,
+    OptionError,
     Recorder,
     Recording,
     UnknownLayerError,
@@ -904,6 +905,45 @@ def test_a_recording_can_be_copied_and_pickled(copied: Any) -> None:
     assert (twin.num_passes, twin["lin"].passes, list(twin["label"])) == (2, [0, 1], [3])
     assert twin.execution_order == acts.execution_order
     assert repr(twin) == repr(acts)
+
+
+def test_a_name_or_a_dimension_of_another_kind_is_refused() -> None:
+    model = nn.Identity()
+    with record(model, "") as acts:
+        model(torch.zeros(2))
+        with pytest.raises(
+            OptionError, match=r"acts\.add\(5, \.\.\.\): the name is to be a string"
+        ):
+            acts.add(5, 1)  # type: ignore[arg-type]
+    for dim in ("batch", None, 1.0):
+        with pytest.raises(OptionError, match=rf"cat\(dim={dim!r}\): expected the number"):
+            acts[""].cat(dim)  # type: ignore[arg-type]
+
+
+REARRANGED: dict[str, tuple[Callable[[Any], Any], list[int], list[int]]] = {
+    "insert": (lambda calls: calls.insert(1, 9), [2, 9, 3, 1], [0, -1, 1, 2]),
+    "remove": (lambda calls: calls.remove(3), [2, 1], [0, 2]),
+    "reverse": (lambda calls: calls.reverse(), [1, 3, 2], [2, 1, 0]),
+    "sort": (lambda calls: calls.sort(), [1, 2, 3], [2, 0, 1]),
+    "sort by key": (lambda calls: calls.sort(key=abs, reverse=True), [3, 2, 1], [1, 0, 2]),
+    "replace": (lambda calls: calls.__setitem__(1, 9), [2, 9, 1], [0, 1, 2]),
+    "replace some": (lambda calls: calls.__setitem__(slice(0, 2), [7]), [7, 1], [-1, 2]),
+    "copy": (lambda calls: copy.copy(calls).pop(), [2, 3, 1], [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize(("change", "calls", "passes"), REARRANGED.values(), ids=REARRANGED)
+def test_passes_stay_with_their_calls_when_the_list_is_rearranged(
+    change: Callable[[Any], Any], calls: list[int], passes: list[int]
+) -> None:
+    net = nn.Identity()
+    with record(net, "") as acts:
+        for value in (2, 3, 1):
+            net(torch.zeros(1))
+            acts.add("loss", value)
+    change(acts["loss"])
+    assert list(acts["loss"]) == calls
+    assert acts["loss"].passes == passes
 
 
 def test_passes_follow_what_the_user_takes_out_and_puts_in() -> None:

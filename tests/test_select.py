@@ -190,6 +190,11 @@ def test_mappings_stand_among_other_queries_and_the_default_is_for_those_without
     }
 
 
+def test_a_transform_without_items_is_one_all_the_same(net: Net) -> None:
+    identity = nn.Sequential()  # which is false
+    assert transforms(net, {"stem": identity}, halve) == {"stem": identity}
+
+
 def test_a_layer_that_is_spelled_out_goes_before_a_pattern_wherever_it_stands(net: Net) -> None:
     after = transforms(net, {"**.act": halve, "blocks.1.act": negate})
     before = transforms(net, {"blocks.1.act": negate, "**.act": halve})
@@ -613,12 +618,18 @@ def test_what_is_no_module_is_refused_with_advice(model: Any, pieces: list[str])
 
 @pytest.mark.parametrize(
     "query",
-    [torch.ones(2), nn.Parameter(torch.tensor(1.0)), b"0"],
-    ids=["tensor", "number", "bytes"],
+    [torch.ones(2), nn.Parameter(torch.tensor(1.0)), b"0", re.compile(b"0")],
+    ids=["tensor", "number", "bytes", "pattern of bytes"],
 )
 def test_what_is_no_query_is_refused_as_it_is(query: Any) -> None:
     with pytest.raises(SelectionError, match=re.escape(repr(query)[:10])):
         record(nn.Linear(4, 4), query)
+
+
+def test_the_error_of_a_query_that_is_a_function_says_what_it_was_asked() -> None:
+    with pytest.raises(TypeError, match="1 positional argument") as caught:
+        record(nn.Linear(4, 4), lambda module: True)  # type: ignore[arg-type, misc]
+    assert "It is called with name and module" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("query", [re.compile("blocks"), "block*", nn.ModuleList], ids=str)

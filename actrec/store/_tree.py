@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from actrec._nested import Opaque, Value, is_array
+from actrec._nested import Opaque, Value, attributes, is_array
 from actrec._snapshot import is_distributed
 from actrec.errors import CaptureError
 
@@ -213,9 +213,7 @@ class _Encoder:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
-    names = dict.fromkeys([*(field.name for field in fields), *getattr(value, "__dict__", {})])
-    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+    return {name: getattr(value, name) for name in attributes(value) if hasattr(value, name)}
 
 
 def _may_be_set(name: object) -> bool:
