@@ -74,6 +74,18 @@ def test_the_shard_that_was_not_used_for_longest_is_closed(
     assert list(rank._opened) == [0, 2]
 
 
+def test_all_ranks_together_keep_few_shards_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_reader, "_MOST_OPEN", 5)
+    for rank in range(3):
+        recorded(Folder(tmp_path / "r", shard_bytes=1, rank=rank, world_size=3))
+    acts = load(tmp_path / "r")
+    assert all(rank.count > 1 for rank in acts._ranks)
+    assert len(acts["conv"].cat()) == 3 * len(recorded(list)["conv"].cat())
+    assert [len(rank._opened) for rank in acts._ranks] == [1, 1, 1]
+
+
 def test_a_call_is_read_though_its_shard_is_closed_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

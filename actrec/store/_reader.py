@@ -123,7 +123,8 @@ def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
         message = f"load({str(disk)!r}): there is no recording there ({there})."
         raise RecordingNotFoundError(message) from None
     if rank is None:
-        ranks = [Rank(folder, manifest) for folder in rank_folders(disk)]
+        writers = rank_folders(disk)
+        ranks = [Rank(folder, manifest, of=len(writers)) for folder in writers]
         return StoredRecording(disk, manifest, ranks)
     folders = {rank_number(folder.name): folder for folder in rank_folders(disk)}
     numbered = range(max([manifest.ranks - 1, *folders]) + 1)
@@ -152,14 +153,15 @@ def _one_of(call: str, rank: int, there: Sequence[int]) -> int:
     return rank
 
 
-#: So many shards of a rank are kept open: their headers in memory, and the files mapped that have been read.
+#: So many shards of a recording, and one of each rank, are kept open: their headers in memory, and the files
+#: mapped that have been read, of which Linux allows a process 65,530.
 _MOST_OPEN: Final = 1024
 
 
 class Rank:
-    """What one writer has written: the folder ``rank-00000``, say."""
+    """What one writer, ``of`` so many that are opened together, has written: the folder ``rank-00000``, say."""
 
-    def __init__(self, disk: Place, manifest: Manifest) -> None:
+    def __init__(self, disk: Place, manifest: Manifest, *, of: int = 1) -> None:
         self.path = str(disk)
         self.number = rank_number(disk.name)
         names = disk.names()  # and the shards after it: where there is an end, they are all there
@@ -168,6 +170,7 @@ class Rank:
         self.ending: Ending | None = read_ending(disk, names, manifest.recording)
         self._disk = disk
         self._opened: dict[int, Opened] = {}  # the one used last is the last
+        self._most_open = max(1, _MOST_OPEN // of)
         self._begin()
         for number, name in enumerate(shard_names(disk)):
             if name != shard_name(number):
@@ -218,7 +221,7 @@ class Rank:
                 opened = open_shard(self._disk, shard_name(number))
                 check_identity(opened.shard, self.manifest.recording, self.number, number)
             self._opened[number] = opened
-            if len(self._opened) > _MOST_OPEN:
+            if len(self._opened) > self._most_open:
                 del self._opened[next(iter(self._opened))]
         return opened
 
