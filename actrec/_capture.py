@@ -7,8 +7,8 @@ are its own, and with the random stream put back behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -106,9 +106,12 @@ class Capture:
         streams = [_random_stream(torch.default_generator)]
         try:
             lent = rebuild(value, loan, unknown=_itself)
-            streams += map(_random_stream, loan.generators())
-            result = _in_a_clean_room(transform, lent, loan.device_types, grad=not self.detach)
-            loan.check_untouched()
+            if loan.devices:
+                streams += map(_random_stream, loan.generators())
+            with normal_mode():  # which lets gradients in
+                result = _in_a_clean_room(transform, lent, loan.devices, grad=not self.detach)
+            if loan.aliases:
+                loan.check_untouched()
         except CaptureError:
             raise
         except Exception as error:
@@ -126,15 +129,35 @@ def _random_stream(generator: torch.Generator) -> tuple[torch.Generator, Tensor]
 
 
 def _in_a_clean_room(
-    transform: Transform, value: Value, device_types: set[str], *, grad: bool
+    transform: Transform, value: Value, devices: Collection[torch.device], *, grad: bool
 ) -> Value:
-    modes = [*_modes_to_leave(device_types, grad=grad)]
-    if not modes:
-        return transform(value)
+    autocasting = [t for t in {"cpu", *(device.type for device in devices)} if _autocasts(t)]
+    if not (autocasting or grad):
+        return _without_graph(transform, value)
     with ExitStack() as clean_room:
-        for mode in modes:
-            clean_room.enter_context(mode)
+        for device_type in autocasting:
+            clean_room.enter_context(torch.autocast(device_type, enabled=False))
+        if not grad:
+            return _without_graph(transform, value)
+        # What it saves for its backward is none of the checkpoint's that the layer may run in.
+        clean_room.enter_context(saved_tensors_hooks(_itself, _itself))
         return transform(value)
+
+
+def _without_graph(transform: Transform, value: Value) -> Value:
+    if not torch.is_grad_enabled():
+        return transform(value)
+    torch.set_grad_enabled(False)  # called, not entered, which is quicker
+    try:
+        return transform(value)
+    finally:
+        torch.set_grad_enabled(True)
+
+
+def _autocasts(device_type: str) -> bool:
+    # Every PyTorch has it for the CPU, and others raise an error if they are asked.
+    available = device_type == "cpu" or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def _itself(value: Any) -> Any:
@@ -150,24 +173,26 @@ class _Loan:
 
     def __init__(self, *, detach: bool) -> None:
         self.detach = detach
-        self.device_types = {"cpu"}
         self.devices: set[torch.device] = set()  # besides the CPU
         self.aliases: list[tuple[Tensor, int]] = []
 
     def __call__(self, tensor: Tensor) -> Tensor:
         if not tensor.is_cpu:
-            self.device_types.add(tensor.device.type)
             self.devices.add(tensor.device)
             if tensor.is_cuda:
                 refuse_graph_capture()
         if not self.detach:
             return snapshot(tensor, detach=False)
-        check(tensor)
-        alias = detached(tensor)
+        plain = type(tensor) is Tensor and not tensor.requires_grad
         with normal_mode():
-            copy = cloned(alias) if alias.numel() <= SMALL else twin(alias)
+            copy = twin(tensor if plain else detached(tensor))
         if copy is not None:
             return copy
+        check(tensor)
+        alias = detached(tensor)
+        if alias.numel() <= SMALL:
+            with normal_mode():
+                return cloned(alias)
         if not alias.is_inference():  # torch itself refuses to write to those in place
             self.aliases.append((alias, alias._version))
         return alias
@@ -184,18 +209,3 @@ class _Loan:
                 "it wrote in place to a tensor that the model still uses; let it write to a clone()"
             )
             raise ValueError(message)
-
-
-def _modes_to_leave(device_types: set[str], *, grad: bool) -> Iterator[AbstractContextManager[Any]]:
-    """Whatever the caller of the model is in that would change what a transform computes."""
-    inference = torch.is_inference_mode_enabled()
-    if inference:
-        yield torch.inference_mode(mode=False)  # which lets gradients in
-    if grad:
-        # What it saves for its backward is none of the checkpoint's that the layer may run in.
-        yield saved_tensors_hooks(_itself, _itself)
-    elif inference or torch.is_grad_enabled():
-        yield torch.no_grad()
-    for device_type in device_types:
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            yield torch.autocast(device_type, enabled=False)
