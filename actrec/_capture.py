@@ -103,11 +103,11 @@ class Capture:
 
     def _transformed(self, transform: Transform, value: Value, call: int) -> Value:
         loan = _Loan(detach=self.detach)
-        streams = [_random_stream(torch.default_generator)]
+        streams = [(torch.default_generator, torch.default_generator.get_state())]
         try:
             lent = rebuild(value, loan, unknown=_itself)
             if loan.devices:
-                streams += map(_random_stream, loan.generators())
+                streams += [(one, one.get_state()) for one in loan.generators()]
             with normal_mode():  # which lets gradients in
                 result = _in_a_clean_room(transform, lent, loan.devices, grad=not self.detach)
             if loan.aliases:
@@ -124,16 +124,12 @@ class Capture:
         return result
 
 
-def _random_stream(generator: torch.Generator) -> tuple[torch.Generator, Tensor]:
-    return generator, generator.get_state()
-
-
 def _in_a_clean_room(
     transform: Transform, value: Value, devices: Collection[torch.device], *, grad: bool
 ) -> Value:
-    autocasting = [t for t in {"cpu", *(device.type for device in devices)} if _autocasts(t)]
-    if not (autocasting or grad):
+    if not (devices or grad or torch.is_autocast_enabled("cpu")):  # the shortest way
         return _without_graph(transform, value)
+    autocasting = [t for t in {"cpu", *(device.type for device in devices)} if _autocasts(t)]
     with ExitStack() as clean_room:
         for device_type in autocasting:
             clean_room.enter_context(torch.autocast(device_type, enabled=False))

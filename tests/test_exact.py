@@ -406,6 +406,17 @@ def test_a_transform_that_writes_to_the_models_own_tensor_is_an_error(
         model(torch.randn(5000, 4))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_transform_reads_a_value_that_is_too_large_to_be_copied_for_it(
+    mode: Callable[[], Any],
+) -> None:
+    model = Takes(lambda t: t[:, :2])
+    x = torch.randn(5000, 4)
+    with mode(), record(model, "", transform=torch.sum) as acts:
+        model(x)
+    assert torch.equal(acts[""][0], x[:, :2].sum())
+
+
 def test_a_transform_that_draws_random_numbers_leaves_the_models_stream_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     x = torch.randn(5, 4)
