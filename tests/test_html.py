@@ -526,3 +526,10 @@ def test_a_layer_whose_first_calls_are_skipped_comes_when_it_is_first_kept() -> 
         model(X)
         model(X)
     assert acts.execution_order == ["1", "0"]
+
+
+def test_a_layer_with_too_few_layers_in_it_stands_before_them() -> None:
+    root = tree(["part", "part.conv", "part.relu", "head"], 5)
+    assert list(root.children) == ["part", "part.conv", "part.relu", "head"]
+    assert root.children["part"].is_layer
+    assert not root.children["part"].children
