@@ -180,12 +180,14 @@ class _Loan:
         if not self.detach:
             return snapshot(tensor, detach=False)
         plain = type(tensor) is Tensor and not tensor.requires_grad
+        alias = tensor if plain else detached(tensor)
         with normal_mode():
-            copy = twin(tensor if plain else detached(tensor))
+            copy = twin(alias)
         if copy is not None:
             return copy
         check(tensor)
-        alias = detached(tensor)
+        if plain:
+            alias = detached(tensor)
         if alias.numel() <= SMALL:
             with normal_mode():
                 return cloned(alias)
