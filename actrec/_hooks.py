@@ -72,9 +72,8 @@ class OutputHook(Hook[Track]):
             track.end(module, args, None, output)
 
 
-#: What a hook receives after the args: kwargs and output. If the block is left during a call, torch calls
-#: the hooks that it took off once more, and without the kwargs.
-_WITH_KWARGS = 2
+#: If the block is left during a call, torch calls the hooks that it took off once more, without the kwargs.
+_GONE: Any = object()
 
 
 class CallHook(Hook[Track]):
@@ -83,10 +82,11 @@ class CallHook(Hook[Track]):
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = _GONE
+    ) -> None:
         track = self._target()
-        if track is not None and len(rest) == _WITH_KWARGS and not is_dynamo_compiling():
-            kwargs, output = rest
+        if track is not None and output is not _GONE and not is_dynamo_compiling():
             track.end(module, args, kwargs, output)
 
 
@@ -96,10 +96,10 @@ class InputHook(Hook[Track]):
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_pre_hook(self, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = _GONE) -> None:
         track = self._target()
-        if track is not None and rest and not is_dynamo_compiling():
-            track.begin(module, args, *rest)
+        if track is not None and kwargs is not _GONE and not is_dynamo_compiling():
+            track.begin(module, args, kwargs)
 
 
 class BeginPass(Hook[Session]):

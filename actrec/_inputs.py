@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,12 +44,9 @@ class Parameters:
         return given
 
 
-class Arrival(NamedTuple):
-    """A call that began and has not ended yet."""
-
-    number: int  # of its pass
-    kwargs: object  # made anew by Python for every call, so it identifies this one
-    inputs: Value
+#: A call that began and has not ended yet: the number of its pass, its kwargs and its inputs. Python makes the
+#: kwargs anew for every call, so they identify this one. (A named tuple would take as long as all of this.)
+Arrival: TypeAlias = "tuple[int, object, Value]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +57,9 @@ class Arrivals:
 
     def push(self, arrival: Arrival) -> None:
         """A call begins. Those of earlier passes that never ended have raised: they are forgotten."""
-        stack = self._stacks.setdefault(threading.get_ident(), [])
+        stack = self._stacks.setdefault(get_ident(), [])
         if stack:
-            stack[:] = [earlier for earlier in stack if earlier.number == arrival.number]
+            stack[:] = [earlier for earlier in stack if earlier[0] == arrival[0]]
         stack.append(arrival)
 
     def pop(self, kwargs: object) -> Arrival | None:
@@ -70,10 +67,10 @@ class Arrivals:
 
         A pre-hook that ran after ours may have replaced ``kwargs``: then it is the last call to begin.
         """
-        stack = self._stacks.get(threading.get_ident(), [])
-        if stack and stack[-1].kwargs is kwargs:
+        stack = self._stacks.get(get_ident(), [])
+        if stack and stack[-1][1] is kwargs:
             return stack.pop()
-        same = [at for at, arrival in enumerate(stack) if arrival.kwargs is kwargs]
+        same = [at for at, (_, its_kwargs, _) in enumerate(stack) if its_kwargs is kwargs]
         at = same[-1] if same else len(stack) - 1
         arrival = stack[at] if stack else None
         del stack[max(at, 0) :]

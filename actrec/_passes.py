@@ -29,7 +29,7 @@ __all__ = [
     "backward_number",
     "checkpoint_frames",
     "is_own_call",
-    "tracing_state",
+    "is_tracing",
 ]
 
 
@@ -61,7 +61,7 @@ def _is_recomputing() -> int:
 
 
 backward_number = getattr(torch._C, "_current_graph_task_id", _is_recomputing)
-tracing_state = getattr(torch._C, "_gettracing_state", torch.jit.is_tracing)  # type: ignore[attr-defined]
+is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 _CALL_CODE = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
 
 
@@ -71,7 +71,7 @@ def is_own_call() -> bool:
     Activation checkpointing calls modules again while ``backward()`` runs, to recompute what it did not
     keep, and ``torch.jit.trace`` calls them to write down what they do.
     """
-    return backward_number() == -1 and not tracing_state()
+    return backward_number() == -1 and not is_tracing()
 
 
 def _is_running(modules: Collection[int]) -> bool:

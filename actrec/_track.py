@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ._capture import SKIPPED
-from ._inputs import Arrival, Arrivals, Parameters
-from ._passes import Passes, backward_number, tracing_state
+from ._inputs import Arrivals, Parameters
+from ._passes import Passes, backward_number, is_tracing
 from ._snapshot import snapshot
 from .errors import ActrecError, CaptureError, TransformError, WriteError
 
@@ -110,7 +110,7 @@ class Track:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take what a call receives, before the call can change it."""
         session = self.session
-        if not session.recording or backward_number() != -1 or tracing_state():  # is_own_call()
+        if not session.recording or backward_number() != -1 or is_tracing():  # is_own_call()
             return
         is_tensor = len(args) == 1 and type(args[0]) is Tensor
         if not is_tensor and _is_symbolic(args):
@@ -127,7 +127,7 @@ class Track:
         number = session.passes.thread.current
         if number is None:
             number = session.passes.number(module)
-        self._arrivals.push(Arrival(number, kwargs, inputs))
+        self._arrivals.push((number, kwargs, inputs))
 
     def end(  # noqa: C901, PLR0912  # one function, see below
         self, module: nn.Module, args: tuple[Any, ...], kwargs: object, output: Value
@@ -140,14 +140,14 @@ class Track:
         session = self.session
         if not session.recording:
             return
-        if backward_number() != -1 or tracing_state():  # is_own_call()
+        if backward_number() != -1 or is_tracing():  # is_own_call()
             self._end_again(output)
             return
         is_tensor = type(output) is Tensor
         if not is_tensor and _is_symbolic((*args, output)):
             return
         arrival = None if self.inputs is None else self._arrivals.pop(kwargs)
-        number = session.passes.thread.current if arrival is None else arrival.number
+        number = session.passes.thread.current if arrival is None else arrival[0]
         if number is None:
             number = session.passes.number(module)
         call = self.called
@@ -168,7 +168,7 @@ class Track:
                 with self._lock:
                     self.outputs.keep(value, number)
                     if self.inputs is not None:
-                        self.inputs.keep(arrival and arrival.inputs, number)
+                        self.inputs.keep(arrival and arrival[2], number)
             except ActrecError as error:  # from a recording that goes to the disk
                 self._failed(error, call)
                 raise

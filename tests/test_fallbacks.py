@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import operator
+import re
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +19,6 @@ from actrec._hooks import Hook
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 X = torch.ones(2, 4)
 
@@ -55,6 +57,26 @@ def test_without_an_address_every_tensor_counts_for_itself(monkeypatch: pytest.M
     with record(model) as acts:
         model(X)
     assert acts.nbytes == 2 * 2 * 4096 * 4, "shared, but that cannot be seen"
+
+
+# --- Private names -----------------------------------------------------------------------------------
+
+ASKED_FOR = re.compile(r"""getattr\((torch(?:\.\w+)*|_functorch), "(_?\w+)",""")
+
+
+def test_every_private_name_that_is_asked_for_is_one_that_pytorch_has() -> None:
+    """A name that is mistyped, or gone, would quietly be the fallback for ever."""
+    found = [
+        names
+        for file in Path(_snapshot.__file__).parent.rglob("*.py")
+        for names in ASKED_FOR.findall(file.read_text())
+    ]
+    assert len(found) >= 11
+    for owner, name in found:
+        holder = operator.attrgetter(
+            owner.replace("_functorch", "_C._functorch").removeprefix("torch.")
+        )
+        assert hasattr(holder(torch), name), (owner, name)
 
 
 # --- The compiler ------------------------------------------------------------------------------------
