@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from ._recording import ListLayer, SinkLayer
+from ._recording import Layer, ListLayer, SinkLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["ArrivingList", "ArrivingSink"]
 
 
-class ArrivingList(ListLayer):
-    """A list that is complete whenever one of its methods is called."""
+class _Arriving(Layer):
+    """What both kinds of layers have in common."""
 
-    def __init__(self, offload: Offload, name: str, kind: str) -> None:
-        self._offload = offload
-        super().__init__(name, (), kind)
+    _offload: Offload
 
     def _complete(self) -> None:
         self._offload.finish()
@@ -33,7 +31,15 @@ class ArrivingList(ListLayer):
     @property
     def passes(self) -> list[int]:
         self._complete()
-        return super().passes
+        return super().passes  # type: ignore[safe-super]  # the other parent has them
+
+
+class ArrivingList(_Arriving, ListLayer):
+    """A list that is complete whenever one of its methods is called."""
+
+    def __init__(self, offload: Offload, name: str, kind: str) -> None:
+        self._offload = offload
+        super().__init__(name, (), kind)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # What is copied or pickled is a list, with all that is in it now.
@@ -46,20 +52,12 @@ def _plain_list(name: str, kind: str, passes: list[int], values: list[Any]) -> L
     return layer
 
 
-class ArrivingSink(SinkLayer):
+class ArrivingSink(_Arriving, SinkLayer):
     """A container of the user's that is complete whenever it is looked at through its layer."""
 
     def __init__(self, offload: Offload, layer: SinkLayer) -> None:
         vars(self).update(vars(layer))
         self._offload = offload
-
-    def _complete(self) -> None:
-        self._offload.finish()
-
-    @property
-    def passes(self) -> list[int]:
-        self._complete()
-        return super().passes
 
     def __getattr__(self, name: str) -> Any:
         self._complete()
