@@ -886,7 +886,9 @@ from actrec.data import shuffled
 # With file descriptors, the default, PyTorch sometimes waits for ever for that of a process that is gone.
 torch.multiprocessing.set_sharing_strategy("file_system")
 dataset = shuffled(actrec.load(sys.argv[1]), "label", batch_size=2)
-batches = iter(DataLoader(dataset, batch_size=None, num_workers=2, prefetch_factor=1, timeout=20))
+# Children of this process die with it; those of a fork server, the default of Python 3.14, would not.
+options = {"multiprocessing_context": "fork", "timeout": 20}
+batches = iter(DataLoader(dataset, batch_size=None, num_workers=2, prefetch_factor=1, **options))
 try:
     for number, batch in enumerate(batches):
         print(json.dumps(batch.tolist()), flush=True)

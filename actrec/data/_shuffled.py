@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from actrec.errors import OptionError, ResumeError
-from actrec.store._rank import initialized
+from actrec.store._rank import placed
 
 from ._columns import Kept
 from ._order import Order
@@ -128,13 +127,8 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if (rank is None) != (world_size is None):
         message = f"shuffled(rank={rank}, world_size={world_size}): give both, or neither."
         raise OptionError(message)
-    if rank is not None and world_size is not None:
-        return _checked_place(rank, world_size)
-    launched = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    return _checked_place(*(initialized() or (int(launched[0]), int(launched[1]))))
-
-
-def _checked_place(rank: int, world_size: int) -> tuple[int, int]:
+    if rank is None or world_size is None:
+        return placed()
     try:
         place = index(rank), index(world_size)  # NumPy's numbers would give another order
     except TypeError:

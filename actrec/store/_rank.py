@@ -14,7 +14,7 @@ from torch import distributed
 
 from ._format import MAX_RANKS
 
-__all__ = ["Position", "here", "initialized"]
+__all__ = ["Position", "here", "placed"]
 
 #: What the launcher sets alike for all processes of a run. How often it restarted them is not among it.
 _RUN: Final = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
@@ -31,11 +31,16 @@ class Position(NamedTuple):
 def here(rank: int | None = None, ranks: int | None = None) -> Position:
     """Return the position of this process; ``rank`` and ``ranks`` are what the user says, who knows best."""
     if rank is None or ranks is None:
-        rank, ranks = initialized() or _launched() or (0, 1)
+        rank, ranks = placed()
     return Position(rank, ranks, _run(ranks))
 
 
-def initialized() -> tuple[int, int] | None:
+def placed() -> tuple[int, int]:
+    """The rank of this process, and how many ranks there are."""
+    return _initialized() or _launched() or (0, 1)
+
+
+def _initialized() -> tuple[int, int] | None:
     """What ``torch.distributed`` says."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
