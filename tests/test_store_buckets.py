@@ -204,6 +204,7 @@ def test_a_path_is_a_url_only_if_it_is_text_with_a_scheme(tmp_path: Path) -> Non
     assert str(place("local:///x")) == "/x"
     assert str(place("file://localhost/x")) == "/x"
     assert str(place("file:///runs/a#1?b")) == "/runs/a#1?b"
+    assert str(place("file:////x%23")) == "/x#"
     run((tmp_path / "a b").as_uri())
     assert (tmp_path / "a b" / "actrec.json").exists()
 

@@ -157,4 +157,6 @@ def _path_of(url: str, rest: str) -> str:
             "written without file://."
         )
         raise OptionError(message)
+    # From Python 3.14 on, url2pathname() takes what follows # or ? for no part of the path, and // for a host.
+    path = "/" + path.lstrip("/").replace("#", "%23").replace("?", "%3F")
     return url2pathname(path)
