@@ -113,7 +113,7 @@ class Track:
         if not session.recording or backward_number() != -1 or is_tracing():  # is_own_call()
             return
         is_tensor = len(args) == 1 and type(args[0]) is Tensor
-        if not is_tensor and _is_symbolic(args):
+        if not is_tensor and _is_symbolic((*args, *kwargs.values())):
             return
         try:
             names = self.parameters.positional
