@@ -261,8 +261,8 @@ class SinkLayer(Layer):
         return self._passes[-len(self) :] if len(self) else []
 
     def keep(self, value: Value, number: int) -> None:
+        self.sink.append(value)  # which may raise
         self._passes.append(number)
-        self.sink.append(value)
         if len(self._passes) > 2 * len(self) + _SLACK:
             self._passes = self.passes
 
