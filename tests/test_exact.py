@@ -431,6 +431,13 @@ def test_a_transform_that_writes_to_the_models_own_tensor_on_a_device_is_an_erro
         model(torch.randn(5000, 4, device="meta"))
 
 
+def test_a_transform_reads_a_large_value_on_a_device_as_it_is() -> None:
+    model = Takes(lambda t: t[:, :2])
+    with record(model, "", transform=torch.t) as acts:
+        model(torch.randn(5000, 4, device="meta"))
+    assert acts[""][0].shape == (2, 5000)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_transform_reads_a_large_slice(
     mode: Callable[[], Any],
