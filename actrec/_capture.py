@@ -160,12 +160,12 @@ def _itself(value: Any) -> Any:
     return value
 
 
-#: So few elements are cloned for a transform, also where they cannot be shared.
+#: So few elements are cloned for a transform on any device; on the CPU, all that cannot be shared.
 SMALL = 4096
 
 
 class _Loan:
-    """Lends tensors to a transform: a cheap copy where there is one, else an alias."""
+    """Lends tensors to a transform: a copy, or, of what is large and on another device, an alias."""
 
     def __init__(self, *, detach: bool) -> None:
         self.detach = detach
@@ -191,6 +191,8 @@ class _Loan:
         if alias.numel() <= SMALL:
             with normal_mode():
                 return cloned(alias)
+        if alias.is_cpu:  # NumPy could write to an alias, and nobody would notice
+            return snapshot(alias)
         if not alias.is_inference():  # torch itself refuses to write to those in place
             self.aliases.append((alias, alias._version))
         return alias

@@ -261,8 +261,8 @@ class SinkLayer(Layer):
         return self._passes[-len(self) :] if len(self) else []
 
     def keep(self, value: Value, number: int) -> None:
+        self.sink.append(value)  # which may raise
         self._passes.append(number)
-        self.sink.append(value)
         if len(self._passes) > 2 * len(self) + _SLACK:
             self._passes = self.passes
 
@@ -625,11 +625,12 @@ class Recorder(Recording):
         if self.num_passes == 0:
             message = f"acts.add({name!r}): there was no pass yet. Call the model first, then add what belongs to it."
             raise ActrecError(message)
-        if name not in self._layers:
-            self._layers[name] = self._added(name)
-            self._session.order.setdefault(name)
         try:
-            self._layers[name].keep(self._capture.added(value), self.num_passes - 1)
+            kept = self._capture.added(value)
+            if name not in self._layers:
+                self._layers[name] = self._added(name)
+                self._session.order.setdefault(name)
+            self._layers[name].keep(kept, self.num_passes - 1)
         except CaptureError as error:
             message = f"acts.add({name!r}): {error}."
             raise CaptureError(message) from error

@@ -13,7 +13,7 @@ from ._capture import SKIPPED
 from ._inputs import Arrivals, Parameters
 from ._passes import Passes, backward_number, is_tracing
 from ._snapshot import snapshot
-from .errors import ActrecError, CaptureError, TransformError, WriteError
+from .errors import CaptureError, TransformError, WriteError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -113,7 +113,7 @@ class Track:
         if not session.recording or backward_number() != -1 or is_tracing():  # is_own_call()
             return
         is_tensor = len(args) == 1 and type(args[0]) is Tensor
-        if not is_tensor and _is_symbolic(args):
+        if not is_tensor and _is_symbolic((*args, *kwargs.values())):
             return
         try:
             names = self.parameters.positional
@@ -160,20 +160,22 @@ class Track:
         except Exception as error:
             self._failed(error, call)
             raise
-        if value is not SKIPPED:
-            if not self.kept:
-                session.order.setdefault(self.capture.layer)
-            self.kept += 1
-            try:
+        try:
+            if value is not SKIPPED:
+                if not self.kept:
+                    session.order.setdefault(self.capture.layer)
+                self.kept += 1
                 with self._lock:
                     self.outputs.keep(value, number)
                     if self.inputs is not None:
                         self.inputs.keep(arrival and arrival[2], number)
-            except ActrecError as error:  # from a recording that goes to the disk
-                self._failed(error, call)
-                raise
-        if self.grads is not None:
-            self.grads.expect(output, value, number)
+            if self.grads is not None:
+                self.grads.expect(output, value, number)
+        except (
+            Exception
+        ) as error:  # of a recording that goes to the disk, or of the user's container
+            self._failed(error, call)
+            raise
         if session.stop is not None:
             session.stop.ran(self.capture.layer)
 

@@ -393,8 +393,33 @@ def test_a_transform_may_write_to_a_value_that_was_copied_for_it(
     assert torch.equal(acts[""][0], expected.relu())
 
 
+def _less_five(t: Tensor) -> Tensor:
+    array = t.numpy()
+    array -= 5
+    return t
+
+
+@pytest.mark.parametrize(
+    "write", [_less_five, lambda t: t.data.sub_(5), lambda t: t.sub_(5)], ids=["numpy", "data", "_"]
+)
+@pytest.mark.parametrize(
+    "view", [Tensor.flatten, lambda t: t[:, :90], lambda t: t], ids=["vector", "slice", "whole"]
+)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_transform_cannot_write_to_what_the_model_goes_on_with(
+    mode: Callable[[], Any], view: Callable[[Tensor], Tensor], write: Callable[[Tensor], Tensor]
+) -> None:
+    model = Takes(view)
+    x = torch.randn(100, 100)
+    with mode():
+        expected = model(x).clone()
+        with record(model, "", transform=write) as acts:
+            assert torch.equal(model(x), expected)
+    assert torch.equal(acts[""][0], expected - 5)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_transform_that_writes_to_the_models_own_tensor_is_an_error(
+def test_a_transform_that_writes_to_the_models_own_tensor_on_a_device_is_an_error(
     mode: Callable[[], Any],
 ) -> None:
     model = Takes(lambda t: t[:, :2])
@@ -403,18 +428,25 @@ def test_a_transform_that_writes_to_the_models_own_tensor_is_an_error(
         pytest.raises(TransformError, match="layer ''"),
         record(model, "", transform=torch.relu_),
     ):
-        model(torch.randn(5000, 4))
+        model(torch.randn(5000, 4, device="meta"))
+
+
+def test_a_transform_reads_a_large_value_on_a_device_as_it_is() -> None:
+    model = Takes(lambda t: t[:, :2])
+    with record(model, "", transform=torch.t) as acts:
+        model(torch.randn(5000, 4, device="meta"))
+    assert acts[""][0].shape == (2, 5000)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_transform_reads_a_value_that_is_too_large_to_be_copied_for_it(
+def test_a_transform_reads_a_large_slice(
     mode: Callable[[], Any],
 ) -> None:
     model = Takes(lambda t: t[:, :2])
     x = torch.randn(5000, 4)
     with mode(), record(model, "", transform=torch.sum) as acts:
         model(x)
-    assert torch.equal(acts[""][0], x[:, :2].sum())
+    assert torch.equal(acts[""][0], x[:, :2].clone().sum())
 
 
 def test_a_transform_that_draws_random_numbers_leaves_the_models_stream_alone() -> None:

@@ -416,6 +416,38 @@ def test_a_transforms_error_that_the_model_swallows_is_raised_at_the_end() -> No
         model(X)
 
 
+class Full(list[Any]):
+    """Takes no second item."""
+
+    def append(self, item: Any) -> None:
+        if len(self) == 1 and not hasattr(self, "refused"):
+            self.refused = True
+            raise OSError("the container is full")
+        super().append(item)
+
+
+@pytest.mark.parametrize("options", [{}, {"inputs": True}, {"grads": True}], ids=str)
+def test_an_error_of_the_users_container_that_the_model_swallows_is_raised_at_the_end(
+    options: dict[str, bool],
+) -> None:
+    class Swallows(nn.Linear):
+        def __call__(self, x: Tensor) -> Any:
+            with contextlib.suppress(OSError):
+                return super().__call__(x)
+            return x
+
+    model = nn.Sequential(Swallows(4, 4), nn.ReLU())
+    with (
+        pytest.raises(OSError, match="the container is full") as caught,
+        record(model, "0", into=Full, **options) as acts,
+    ):
+        for _ in range(3):
+            model(torch.randn(2, 4))
+    assert caught.value.__notes__ == ["raised while actrec recorded call 1 of layer '0'"]
+    assert len(acts["0"]) == 2
+    assert acts["0"].passes == [0, 2]
+
+
 def test_a_transforms_error_that_the_caller_handled_is_not_raised_again() -> None:
     model = Fails()
     with record(

@@ -226,6 +226,24 @@ def test_tracing_a_graph_inside_the_block_records_no_proxies() -> None:
     assert not isinstance(acts["inner"][0], Opaque)
 
 
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Branching()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x=x)
+
+
+def test_tracing_a_layer_that_is_called_by_keyword_is_no_pass() -> None:
+    model = ByKeyword()
+    with record(model, "inner", inputs=True) as acts:
+        torch.fx.symbolic_trace(model)
+        model(X)
+    assert acts.num_passes == 1
+    assert acts["inner"].passes == acts.inputs["inner"].passes == [0]
+
+
 # torch.export.unflatten uses what torch itself has deprecated.
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 def test_an_exported_program_is_refused_with_advice_and_an_unflattened_one_recorded() -> None:

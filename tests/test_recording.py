@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from actrec import (
     ActrecError,
+    CaptureError,
     JoinError,
     Layer,
     Opaque,
@@ -542,6 +543,15 @@ def test_values_cannot_be_added_before_a_pass_nor_to_a_layer_nor_afterwards() ->
         acts.add("label", 3)
     assert acts["label"] == [1, 2]
     assert acts["label"].passes == [0, 0]
+
+
+def test_a_value_that_could_not_be_added_leaves_no_layer() -> None:
+    model = nn.Linear(4, 3)
+    with record(model, "") as acts:
+        model(torch.randn(2, 4))
+        with pytest.raises(CaptureError, match=r"acts.add\('label'\)"):
+            torch.vmap(lambda row: acts.add("label", row))(torch.randn(2, 4))
+    assert list(acts) == [""]
 
 
 def test_values_cannot_be_added_under_another_name_of_a_layer() -> None:
