@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._early import EarlyStop
 from ._passes import is_own_call
+from ._snapshot import explain
 from ._track import Session, Track
 
 if TYPE_CHECKING:
@@ -143,8 +144,11 @@ class EndPass(Hook[Session]):
                     session.complete()  # before the pass counts as complete
             finally:
                 session.passes.end(module)
-            if session.error is not None and sys.exc_info()[1] is session.error:
-                session.surfaced = not session.passes.running
+            error = sys.exc_info()[1]
+            if error is not None:
+                explain(error)
+                if error is session.error:
+                    session.surfaced = not session.passes.running
 
 
 class StopHook(Hook[EarlyStop]):

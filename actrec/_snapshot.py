@@ -36,6 +36,7 @@ __all__ = [
     "check",
     "cloned",
     "detached",
+    "explain",
     "held",
     "is_distributed",
     "memory",
@@ -150,6 +151,15 @@ def twin(tensor: Tensor) -> Tensor | None:
         ):  # there is no storage, or it is not the allocator's own: shared, foreign
             pass
     return None
+
+
+def explain(error: BaseException) -> None:
+    """Say on an error of PyTorch's what it is about: it cannot write to shared memory that was made larger."""
+    if "ctx != nullptr INTERNAL ASSERT" in str(error):
+        error.add_note(
+            "A tensor that a recorded layer returned was made larger in place, by resize_() or out=, and PyTorch cannot write "
+            "to it any more, for actrec shares its memory copy-on-write. Let the layer return a clone() of it"
+        )
 
 
 def check(tensor: Tensor) -> None:

@@ -171,9 +171,7 @@ class Track:
                         self.inputs.keep(arrival and arrival[2], number)
             if self.grads is not None:
                 self.grads.expect(output, value, number)
-        except (
-            Exception
-        ) as error:  # of a recording that goes to the disk, or of the user's container
+        except Exception as error:  # from the disk, or the user's container
             self._failed(error, call)
             raise
         if session.stop is not None:

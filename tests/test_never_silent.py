@@ -298,3 +298,22 @@ def test_an_unused_layer_whose_name_has_a_dot_was_not_replaced() -> None:
     model.forward = model[0].forward  # type: ignore[method-assign]
     with pytest.warns(UnusedLayerWarning, match="'0', 'a.b': it was never called"), record(model):
         model(X)
+
+
+def test_pytorchs_error_about_shared_memory_that_grew_says_what_it_is_about() -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = torch.zeros(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.resize_(len(self.seen) + len(x), 4)[-len(x) :] = x
+            return self.seen
+
+    model = nn.Sequential(Growing())
+    with torch.no_grad(), record(model) as acts:
+        model(torch.ones(2, 4))
+        with pytest.raises(RuntimeError) as caught:
+            model(torch.ones(2, 4))
+    assert ["clone()" in note for note in caught.value.__notes__] == [True]
+    assert len(acts["0"]) == 1
