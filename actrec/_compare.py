@@ -333,7 +333,10 @@ class _Tally:
             self._sum(y, y, finite=math.isfinite(_magnitude(y)))
             return False
         self.equal = False
-        exact = not (x.dtype.is_floating_point or x.dtype.is_complex) and x.dtype == y.dtype
+        # Integers beyond 2**53 differ by more than float64 shows.
+        exact = x.dtype == y.dtype and not (
+            x.dtype.is_floating_point or x.dtype.is_complex or any(limits)
+        )
         x, y = _wide(x, y), _wide(y, x)
         error = (x - y).abs()
         largest = error.max().item()
@@ -343,7 +346,7 @@ class _Tally:
             largest = error.nan_to_num_(nan=math.inf, posinf=math.inf).max().item()
         self.max_abs = max(self.max_abs, largest)
         self._sum(x, y, finite=finite)
-        if math.isinf(largest) or exact:  # integers beyond 2**53 differ by more than float64 shows
+        if math.isinf(largest) or exact:
             return True
         rtol, atol = limits
         return not known and largest > atol and bool((error > y.abs() * rtol + atol).any())
