@@ -273,16 +273,23 @@ def _rows(a: Layer, b: Layer, tolerances: Tolerances) -> Iterator[Row]:
 
 
 def _named_alike(xs: Mapping[str, Tensor], ys: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """``ys`` under the names that ``xs`` has: a field of a dataclass is an item as well where it was loaded."""
+    """``ys`` under the names that ``xs`` has, where what was loaded has another name for the same.
+
+    A field of a dataclass is an item there as well, and for a key that is an enum member or a class there is an ``Opaque``.
+    """
     if xs.keys() == ys.keys():
         return ys
-    known = {_ITEM.sub(r".\1", path): path for path in xs}
-    return {
-        path if path in xs else known.get(_ITEM.sub(r".\1", path), path): ys[path] for path in ys
-    }
+    known = {_plain(path): path for path in xs}
+    return {path if path in xs else known.get(_plain(path), path): ys[path] for path in ys}
+
+
+def _plain(path: str) -> str:
+    path = _KEY.sub(lambda key: f"[{'.'.join(key[1].split('.')[-2:])}]", path)
+    return _ITEM.sub(r".\1", path)
 
 
 _ITEM = re.compile(r"\['([^\W\d]\w*)'\]")
+_KEY = re.compile(r"\[(?:<class '|Opaque\('|<)([\w.]+)(?:'>|'\)|: [^>]*>)\]")
 
 
 class _Tally:

@@ -388,6 +388,21 @@ def test_what_was_stored_is_compared_with_itself_in_memory_field_by_field(tmp_pa
         assert [(row.calls, row.equal, row.note) for row in result] == [(2, True, "")] * 3
 
 
+def test_what_enum_members_and_classes_lead_to_is_compared_with_what_was_stored(
+    tmp_path: Path,
+) -> None:
+    layer = nn.Identity()
+    value = {Colour.RED: torch.ones(2), int: torch.zeros(3), Pair: [{Colour.RED: torch.ones(1)}]}
+    with record(layer, "") as acts:
+        layer(value)
+    acts.save(tmp_path / "r")
+    for result in (
+        actrec.compare(acts, load(tmp_path / "r")),
+        actrec.compare(load(tmp_path / "r"), acts),
+    ):
+        assert [row.equal for row in result] == [True] * 3
+
+
 def test_objects_with_fields_come_back_as_fields_with_the_name_of_their_type() -> None:
     output = BaseModelOutput(last_hidden_state=torch.ones(2))  # type: ignore[arg-type]
     attributes = Attributes(a=1)
