@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 from . import ActrecError, load, verify
@@ -49,4 +50,6 @@ def _verify(path: str) -> list[str]:
 
 
 if __name__ == "__main__":  # pragma: no cover  # in a process of its own
+    if isinstance(sys.stdout, TextIOWrapper):  # as stderr is: names can have any letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

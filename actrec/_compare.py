@@ -273,16 +273,23 @@ def _rows(a: Layer, b: Layer, tolerances: Tolerances) -> Iterator[Row]:
 
 
 def _named_alike(xs: Mapping[str, Tensor], ys: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """``ys`` under the names that ``xs`` has: a field of a dataclass is an item as well where it was loaded."""
+    """``ys`` under the names that ``xs`` has, where what was loaded has another name for the same.
+
+    A field of a dataclass is an item there as well, and for a key that is an enum member or a class there is an ``Opaque``.
+    """
     if xs.keys() == ys.keys():
         return ys
-    known = {_ITEM.sub(r".\1", path): path for path in xs}
-    return {
-        path if path in xs else known.get(_ITEM.sub(r".\1", path), path): ys[path] for path in ys
-    }
+    known = {_plain(path): path for path in xs}
+    return {path if path in xs else known.get(_plain(path), path): ys[path] for path in ys}
+
+
+def _plain(path: str) -> str:
+    path = _KEY.sub(lambda key: f"[{'.'.join(key[1].split('.')[-2:])}]", path)
+    return _ITEM.sub(r".\1", path)
 
 
 _ITEM = re.compile(r"\['([^\W\d]\w*)'\]")
+_KEY = re.compile(r"\[(?:<class '|Opaque\('|<)([\w.]+)(?:'>|'\)|: [^>]*>)\]")
 
 
 class _Tally:
@@ -333,7 +340,10 @@ class _Tally:
             self._sum(y, y, finite=math.isfinite(_magnitude(y)))
             return False
         self.equal = False
-        exact = not (x.dtype.is_floating_point or x.dtype.is_complex) and x.dtype == y.dtype
+        # Integers beyond 2**53 differ by more than float64 shows.
+        exact = x.dtype == y.dtype and not (
+            x.dtype.is_floating_point or x.dtype.is_complex or any(limits)
+        )
         x, y = _wide(x, y), _wide(y, x)
         error = (x - y).abs()
         largest = error.max().item()
@@ -343,7 +353,7 @@ class _Tally:
             largest = error.nan_to_num_(nan=math.inf, posinf=math.inf).max().item()
         self.max_abs = max(self.max_abs, largest)
         self._sum(x, y, finite=finite)
-        if math.isinf(largest) or exact:  # integers beyond 2**53 differ by more than float64 shows
+        if math.isinf(largest) or exact:
             return True
         rtol, atol = limits
         return not known and largest > atol and bool((error > y.abs() * rtol + atol).any())

@@ -222,6 +222,17 @@ def test_integers_and_bools_are_close_only_if_they_are_equal() -> None:
     assert only(torch.tensor([3]), torch.tensor([3], dtype=torch.int32)).close
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.uint32])
+def test_integers_are_as_close_as_tolerances_that_are_given_say(dtype: torch.dtype) -> None:
+    one, other = torch.tensor([0, 100]).to(dtype), torch.tensor([1, 98]).to(dtype)
+    assert only(one, other, atol=2).close
+    assert not only(one, other, atol=1).close
+    assert only(one[1:], other[1:], rtol=0.1).close
+    large = torch.tensor([2**60])
+    assert not only(large, large + 1, rtol=0, atol=0).close
+    assert only(large, large + 1, atol=1).close
+
+
 def test_complex_numbers_differ_by_the_modulus() -> None:
     row = only(torch.tensor([3 + 4j]), torch.tensor([0j]))
     assert (row.max_abs, row.cosine) == (5, 0)

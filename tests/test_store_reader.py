@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from actrec import (
 )
 from actrec.__main__ import main
 from actrec._recording import ListLayer
+from actrec.data import rows
 from actrec.store import Folder, _container, _disk, _format, _index, _reader, _shard, _tree, _verify
 from tests.stored import Net, assert_same, batches, opened_shards, same
 
@@ -420,6 +422,37 @@ def test_the_command_line_ends_quietly_when_nobody_reads_on(path: Path, monkeypa
     sys.stdout.close()
     with contextlib.suppress(BrokenPipeError):
         out.close()
+
+
+def test_the_command_line_prints_what_the_terminal_has_no_letters_for(tmp_path: Path) -> None:
+    """As where the output of a Windows shell goes into a file, or PYTHONIOENCODING says so."""
+    model = nn.Sequential(OrderedDict({"größe": nn.Identity()}))
+    path = tmp_path / "läufe"
+    with record(model, into=path):
+        model(torch.ones(2))
+    told = {"show": "gr\\xf6\\xdfe", "verify": "l\\xe4ufe: no problems found"}
+    for command, expected in told.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "actrec", command, str(path)],
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        assert expected in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names of files are text")
+def test_a_path_that_is_no_text_is_read_as_any_other(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"l\xe4ufe")
+    model = nn.Linear(3, 2)
+    with record(model, "", into=path) as acts:
+        output = model(torch.randn(4, 3))
+    assert torch.equal(acts[""][0], output)
+    assert torch.equal(load(path)[""].cat(), output)
+    assert torch.equal(rows(load(path), "")[[1, 3]], output[[1, 3]])
+    written = load(path)
+    written[""][0].zero_()
+    assert torch.equal(load(path)[""][0], output)
 
 
 # --- Damage ------------------------------------------------------------------------------------------

@@ -208,7 +208,17 @@ UNSTORABLE = {
     "slice": (lambda: slice(object(), 1), "a value of type slice cannot be stored"),
     "many": (lambda: [0] * 70_000, "it has too many parts"),
     "long": (lambda: "long" * 2_000_000, "it has too many parts"),
+    "fields": (lambda: _WIDE(*range(1001)), "a named tuple has not as many values as fields"),
+    "no size": (lambda: torch.Size([-1, 3]), "a size is -1"),
+    "equal keys": (lambda: {_class(): 1, _class(): 2}, "two keys are equal once they are read"),
+    "dimensions": (lambda: torch.zeros([1] * 65), "a tensor of 65 dimensions cannot be stored"),
+    "complex": (lambda: torch.zeros([1] * 64).to(torch.complex128), "a tensor of 64 dimensions"),
 }
+_WIDE = namedtuple("_WIDE", [f"f{number}" for number in range(1001)])  # type: ignore[misc]  # noqa: PYI024
+
+
+def _class() -> type:
+    return type("Modality", (), {})
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:.*quantiz")
@@ -221,6 +231,23 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(
         recording(x=[torch.ones(1), make()]).save(tmp_path / "r")
     assert "save(): call 1 of 'x' cannot be stored" in str(caught.value)
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:.*quantiz")
+@pytest.mark.parametrize("name", ["fields", "no size", "equal keys", "dimensions", "complex"])
+def test_what_no_reader_would_take_is_not_written_and_nothing_before_it_is_lost(
+    name: str, tmp_path: Path
+) -> None:
+    make, told = UNSTORABLE[name]
+    layer = nn.Identity()
+    with (
+        pytest.raises(CaptureError, match=f"cannot keep call 1 of layer '': .*{told}"),
+        record(layer, "", into=tmp_path / "r"),
+    ):
+        layer(torch.ones(2))
+        layer(make())
+    assert actrec.verify(tmp_path / "r") == []
+    assert len(load(tmp_path / "r")[""]) == 1
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -359,6 +386,21 @@ def test_what_was_stored_is_compared_with_itself_in_memory_field_by_field(tmp_pa
     for one, other in ((memory, stored), (stored, memory)):
         result = actrec.compare(one, other)
         assert [(row.calls, row.equal, row.note) for row in result] == [(2, True, "")] * 3
+
+
+def test_what_enum_members_and_classes_lead_to_is_compared_with_what_was_stored(
+    tmp_path: Path,
+) -> None:
+    layer = nn.Identity()
+    value = {Colour.RED: torch.ones(2), int: torch.zeros(3), Pair: [{Colour.RED: torch.ones(1)}]}
+    with record(layer, "") as acts:
+        layer(value)
+    acts.save(tmp_path / "r")
+    for result in (
+        actrec.compare(acts, load(tmp_path / "r")),
+        actrec.compare(load(tmp_path / "r"), acts),
+    ):
+        assert [row.equal for row in result] == [True] * 3
 
 
 def test_objects_with_fields_come_back_as_fields_with_the_name_of_their_type() -> None:

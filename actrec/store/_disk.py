@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import uuid
 from contextlib import AbstractContextManager
@@ -90,7 +91,12 @@ class Disk:
         found = path.stat().st_size
         need(found == size, f"it had {size} bytes when it was opened, and has {found} now")
         need(self.read(name, len(head)) == head, ANOTHER)
-        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+        try:
+            storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+        except UnicodeEncodeError:  # PyTorch wants text, and the names of files need be none
+            with path.open("rb") as file:
+                data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+            storage = torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
         return cast("torch.UntypedStorage", storage)
 
     def make(self) -> None:

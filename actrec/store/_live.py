@@ -15,11 +15,12 @@ from actrec._forms import Form, form
 from actrec._recording import Layer
 from actrec.errors import (
     ActrecError,
+    CaptureError,
     RecordingExistsError,
     WriteError,
 )
 
-from ._format import END, MANIFEST, OWN, UNFINISHED, Role, Slot, corrupt
+from ._format import END, MANIFEST, OWN, UNFINISHED, Defect, Role, Slot, corrupt
 from ._manifest import Manifest, read_manifest
 from ._place import place
 from ._rank import here
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from ._folder import Folder
     from ._place import Lock, Place
 
-__all__ = ["LiveLayer", "Stream", "claim", "encoded"]
+__all__ = ["LiveLayer", "Stream", "appearance", "claim", "encoded"]
 
 
 def encoded(value: Value, *, parts: bool = False) -> Encoded:
@@ -56,6 +57,16 @@ def encoded(value: Value, *, parts: bool = False) -> Encoded:
     """
     structure, tensors = encode(value, parts=parts)
     return Encoded(structure, [storable(tensor) for tensor in tensors])
+
+
+def appearance(found: Encoded) -> Form:
+    """How a value looks to who reads it; ``CaptureError`` if no reader would take what is written of it."""
+    empty = [_empty_like(tensor) for tensor in found.tensors]
+    try:
+        return form(decode(found.structure, empty.__getitem__))
+    except Defect as defect:
+        message = f"it could not be read again: {defect}"
+        raise CaptureError(message) from None
 
 
 class Stream:
@@ -289,10 +300,9 @@ class LiveLayer(Layer):
         found = encoded(value, parts=True)
         look = found.structure, *((t.dtype, tuple(t.shape)) for t in found.tensors)
         size = sum(tensor.nbytes for tensor in found.tensors)
-        self._stream.keep(self._slot, found, number)
         if look not in self._looks:
-            empty = [_empty_like(tensor) for tensor in found.tensors]
-            self._looks[look] = form(decode(found.structure, empty.__getitem__))
+            self._looks[look] = appearance(found)
+        self._stream.keep(self._slot, found, number)
         self._new.append(self._looks[look])
         self._passes.append(number)
         self._bytes += size

@@ -8,7 +8,7 @@ from actrec.errors import CaptureError
 
 from ._folder import Folder
 from ._format import Slot
-from ._live import claim, encoded, publish
+from ._live import appearance, claim, encoded, publish
 from ._manifest import LayerInfo, Manifest
 from ._place import place
 from ._reader import rank_folder
@@ -69,10 +69,14 @@ def _layers(recording: Recording) -> Iterator[tuple[Slot, Layer]]:
 
 def _check(layers: list[tuple[Slot, Layer]]) -> None:
     """Find what cannot be stored before anything is written."""
+    seen: set[str] = set()  # structures: many calls have the same
     for slot, layer in layers:
         for call, value in enumerate(layer):
             try:
-                encoded(value)
+                found = encoded(value)
+                if found.structure not in seen:
+                    appearance(found)
+                    seen.add(found.structure)
             except CaptureError as error:
                 message = f"save(): call {call} of {slot.name!r} cannot be stored: {error}."
                 raise CaptureError(message) from error

@@ -25,7 +25,7 @@ from actrec._snapshot import address, memory
 from actrec.errors import CaptureError
 
 from . import _container
-from ._format import DTYPES, VERSION, Slot, Stored
+from ._format import DTYPES, MAX_DIMS, VERSION, Slot, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -82,6 +82,8 @@ def storable(tensor: Tensor) -> Tensor:
         raise CaptureError(_refused(f"a {kind} tensor"))
     if tensor.dtype not in _STORED:
         raise CaptureError(_refused(f"a tensor of dtype {tensor.dtype}"))
+    if tensor.dim() + _STORED[tensor.dtype].pair > MAX_DIMS:
+        raise CaptureError(_refused(f"a tensor of {tensor.dim()} dimensions"))
     if not tensor.is_cpu:  # pragma: no cover  # needs another device
         tensor = tensor.cpu()
     # Each would make another tensor, also of one that is plain already, as nearly all are.

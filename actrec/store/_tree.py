@@ -322,6 +322,8 @@ class _Decoder:
         for pair in items(nodes, "the items of a value"):
             key, value = items(pair, "an item of a value")
             pairs.append((self.value(key, depth), self.value(value, depth)))
+        # Two classes of one name, say, of which one entry would be lost.
+        need(len(dict(pairs)) == len(pairs), "two keys are equal once they are read")
         return pairs
 
     def _tensor(self, number: Any, *_: Any) -> Tensor:
