@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
 import os
 import pickle
@@ -664,6 +665,14 @@ STRUCTURES = {
     "size": ('{"size":[-1]}', "a size is -1"),
     "range": ('{"range":[1,2,0]}', "cannot be made of its description"),
 }
+
+
+def test_a_name_in_a_file_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__getattr__", importlib.import_module)
+    for name in ("this", "antigravity"):
+        with pytest.raises(_format.Defect, match="an unknown constant of PyTorch"):
+            _tree.decode(f'{{"dtype":"{name}"}}', [].__getitem__)
+        assert name not in sys.modules
 
 
 @pytest.mark.parametrize("name", STRUCTURES)

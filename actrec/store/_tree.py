@@ -450,7 +450,7 @@ _KINDS = frozenset(
 
 def _of_torch(name: Any, kind: type) -> Any:
     need(_WORD.fullmatch(text(name, "a constant")), "an unknown constant of PyTorch")
-    constant = getattr(torch, name, None)
+    constant = vars(torch).get(name)  # getattr() would import what torch imports late
     need(isinstance(constant, kind), "an unknown constant of PyTorch")
     return constant
 
