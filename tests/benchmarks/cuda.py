@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 if not __package__:  # started as a file, whose folder has a name that PyTorch imports: cuda
     sys.path[0] = str(Path(__file__).parents[2])
@@ -232,6 +233,7 @@ def measure(gpu: Gpu, *, rounds: int, layers: int, width: int, length: int, batc
     hooks = {
         "unrecorded": nullcontext,
         "actrec": partial(record, model, names),
+        "waiting": partial(_waiting, model, names),
         ".cpu()": partial(_cpu_hooks, model),
     }
 
@@ -248,11 +250,20 @@ def measure(gpu: Gpu, *, rounds: int, layers: int, width: int, length: int, batc
     yield Row.of(f"time: actrec / unrecorded, {what}", alone, FORWARD if keeps_up else None)
     yield Row.of(f"time: actrec / pinned copies, {what}", link, None if keeps_up else LINK)
     yield Row.of(f"time: actrec / .cpu() hooks, {what}", ratios(times, "actrec", ".cpu()"), HOOKS)
+    waiting = ratios(times, "waiting", ".cpu()")
+    yield Row.of(f"time: actrec, copies not asynchronous / .cpu() hooks, {what}", waiting)
     yield Row.of(f"time: .cpu() hooks / unrecorded, {what}", ratios(times, ".cpu()", "unrecorded"))
     speeds = [layers * x.nbytes / seconds / 1e9 for seconds in times["link"]]
     yield Row.of("pinned copies alone", speeds, unit="GB/s")
     speeds = [layers * x.nbytes / seconds / 1e9 for seconds in times["actrec"]]
     yield Row.of("actrec", speeds, unit="GB/s")
+
+
+@contextmanager
+def _waiting(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """actrec as it is by default."""
+    with patch.dict(os.environ, {SWITCH: "0"}), record(model, names):
+        yield
 
 
 @contextmanager
