@@ -77,6 +77,9 @@ def _models() -> Iterator[Work]:
     images = torch.randn(8, 3, 128, 128)
     yield Work("ResNet-50 shape, 8x3x128x128", resnet(), images)
     yield Work("ResNet-50 shape, nothing in place", resnet(in_place=False), images)
+    # One thread copies what a 1x1 convolution of up to 16 images reads, if it is shared. More images are left alone.
+    images = torch.randn(32, 3, 64, 64)
+    yield Work("ResNet-50 shape, nothing in place, 32x3x64x64", resnet(in_place=False), images)
     yield Work("GPT shape, 12 layers of 512, 4x256", GPT(), torch.randint(1000, (4, 256)))
     yield Work("50 linear layers with ReLUs, 8x16", mlp(), torch.randn(8, 16), repeat=20)
 
