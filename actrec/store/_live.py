@@ -9,9 +9,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn, overload
 
-import torch
-
-from actrec._forms import Form, form
 from actrec._recording import Layer
 from actrec.errors import (
     ActrecError,
@@ -22,6 +19,7 @@ from actrec.errors import (
 
 from ._format import END, MANIFEST, OWN, UNFINISHED, Defect, Role, Slot, corrupt
 from ._manifest import Manifest, read_manifest
+from ._outline import form_of
 from ._place import place
 from ._rank import here
 from ._reader import (
@@ -35,12 +33,13 @@ from ._reader import (
 )
 from ._shard import Call, storable
 from ._shard import write as write_shard
-from ._tree import Encoded, decode, encode
+from ._tree import Encoded, encode
 from ._writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from actrec._forms import Form
     from actrec._nested import Value
     from actrec._passes import Passes
 
@@ -61,9 +60,8 @@ def encoded(value: Value, *, parts: bool = False) -> Encoded:
 
 def appearance(found: Encoded) -> Form:
     """How a value looks to who reads it; ``CaptureError`` if no reader would take what is written of it."""
-    empty = [_empty_like(tensor) for tensor in found.tensors]
     try:
-        return form(decode(found.structure, empty.__getitem__))
+        return form_of(found.structure, found.tensors)
     except Defect as defect:
         message = f"it could not be read again: {defect}"
         raise CaptureError(message) from None
@@ -373,10 +371,6 @@ class LiveLayer(Layer):
 
 def _itself(layer: StoredLayer) -> StoredLayer:
     return layer
-
-
-def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 # --- Forked processes --------------------------------------------------------------------------------

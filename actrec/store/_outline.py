@@ -12,17 +12,20 @@ from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+import torch
+
+from actrec._forms import Form, form
+
 from ._index import numbers
+from ._tree import decode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    import torch
-
     from ._format import Role, Slot
     from ._index import Group, Leaf, Opened, Part, Run
 
-__all__ = ["Held", "Look", "LookLeaf", "Outline", "look"]
+__all__ = ["Held", "Look", "LookLeaf", "Outline", "form_of", "look"]
 
 
 class LookLeaf(NamedTuple):
@@ -165,3 +168,9 @@ def look(group: Group, call: int) -> Look:
 def _changes(leaves: list[Leaf]) -> list[int]:
     """The calls with which the number of rows of any tensor changes, and the first."""
     return sorted({0, *(first for leaf in leaves for first, _ in pairwise(leaf.calls))})
+
+
+def form_of(structure: str, leaves: Iterable[LookLeaf | torch.Tensor]) -> Form:
+    """The form of a value that looks like this; ``Defect`` if no value does."""
+    empty = [torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) for leaf in leaves]
+    return form(decode(structure, empty.__getitem__))

@@ -29,11 +29,10 @@ from ._disk import ANOTHER
 from ._format import END, MANIFEST, Defect, Role, corrupt
 from ._index import Group, Opened, Part, Shard, open_shard
 from ._manifest import Ending, Manifest, read_ending, read_manifest, read_own
-from ._outline import Held, Look, Outline, look
+from ._outline import Held, Look, Outline, form_of, look
 from ._place import place
 from ._ranks import RankInfo, listed_ranks, summary
 from ._read_only import ReadOnlyLayer
-from ._tree import decode
 from ._whole import WholeLayer, has_parts
 
 if TYPE_CHECKING:
@@ -387,9 +386,8 @@ class StoredLayer(ReadOnlyLayer):
 
     def _form(self, like: Look) -> Form:
         structure, leaves = like
-        empty = [torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) for leaf in leaves]
         try:
-            return form(decode(structure, empty.__getitem__))
+            return form_of(structure, leaves)
         except Defect as defect:
             raise corrupt(self._sources[0].rank.path, defect) from None
 
