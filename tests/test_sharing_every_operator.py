@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 KNOWN = {
-    (
-        "nn.functional.ctc_loss",
-        "backward",
-    ),  # the only one, and the reason why vectors are not shared
+    # The only one that fails, and the reason why vectors are not shared.
+    ("nn.functional.ctc_loss", "backward"),
     ("nn.functional.channel_shuffle", "a copy"),
 }
 
@@ -41,9 +39,8 @@ def shareable(values: Any) -> list[Tensor]:
     ]
 
 
-def shared(values: Any) -> list[Tensor]:
-    """The twins of these."""
-    return [tensor.detach()._lazy_clone() for tensor in shareable(values)]  # type: ignore[attr-defined]
+def twins_of(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach()._lazy_clone() for tensor in tensors]  # type: ignore[attr-defined]
 
 
 def places(tensors: list[Tensor]) -> list[tuple[Tensor, object, int]]:
@@ -79,8 +76,8 @@ def failures() -> Iterator[tuple[str, str]]:
             lambda: list(op.sample_inputs("cpu", torch.float32, requires_grad=op.supports_autograd))
         )[1]
         for sample in (samples or [])[:8]:
-            inputs = sample.input, sample.args, sample.kwargs
-            twins, before = shared(inputs), places(shareable(inputs))
+            tensors = shareable((sample.input, sample.args, sample.kwargs))
+            twins, before = twins_of(tensors), places(tensors)
             broken, out = breaks(lambda: op(sample.input, *sample.args, **sample.kwargs))
             if broken:
                 yield op.name, "forward"
@@ -93,7 +90,7 @@ def failures() -> Iterator[tuple[str, str]]:
 
 def _backward(outs: list[Tensor], twins: list[Tensor]) -> None:
     grads = [torch.ones_like(t) for t in outs]
-    twins += shared((outs, grads))
+    twins += twins_of(shareable((outs, grads)))
     torch.autograd.backward(outs, grads)
 
 

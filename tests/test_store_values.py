@@ -233,7 +233,6 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:.*quantiz")
 @pytest.mark.parametrize("name", ["fields", "no size", "equal keys", "dimensions", "complex"])
 def test_what_no_reader_would_take_is_not_written_and_nothing_before_it_is_lost(
     name: str, tmp_path: Path
