@@ -87,7 +87,8 @@ def record(
     ===========================================  ====================================================
 
     Names may leave out what wrappers add (``module.``, ``_orig_mod.``, ``_fsdp_wrapped_module.``,
-    ``_checkpoint_wrapped_module.``). A module that is used under several names is recorded once, and
+    ``_checkpoint_wrapped_module.``, ``_forward_module.``, ``_module.``, ``base_model.model.``). The keys of the
+    recording are without it, and either name finds the layer. A module that is used under several names is recorded once, and
     found under each of them. Where queries overlap, a layer that is spelled out goes before a pattern;
     otherwise the first query counts.
 

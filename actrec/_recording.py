@@ -324,8 +324,8 @@ class Recording(Mapping[str, Layer]):
     0      Linear      1  (5, 3)  float32    60 B
     1      ReLU        1  (5, 3)  float32    60 B
 
-    The keys are the names of the chosen layers in the order of the queries, then the names given to
-    :meth:`Recorder.add`. A layer that has several names (a module used in two places, a name with or
+    The keys are the names of the chosen layers in the order of the queries, without what wrappers add to them,
+    then the names given to :meth:`Recorder.add`. A layer that has several names (a module used in two places, a name with or
     without ``module.``) is found under each of them, and listed once.
     """
 

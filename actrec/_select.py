@@ -28,8 +28,21 @@ Query: TypeAlias = (
     str | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
 )
 
-#: Segments that wrappers add to the names of what they wrap, their only child.
-WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+#: Segments that wrappers add to the names of what they wrap. They have no other children.
+WRAPPERS = frozenset(
+    {
+        "module",  # DataParallel and its like
+        "_orig_mod",  # torch.compile
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+        "_forward_module",  # Lightning Fabric, which names the module twice
+        "_original_module",
+        "_module",  # Opacus
+    }
+)
+
+#: What PEFT adds: two wrappers, one in the other, whose segments alone are names as others have them.
+_PEFT = ("base_model", "model")
 
 
 def type_name(module: nn.Module) -> str:
@@ -45,7 +58,7 @@ def type_name(module: nn.Module) -> str:
 class Choice:
     """One chosen layer."""
 
-    key: str  # its name in the recording
+    key: str  # its name in the recording: without wrapper segments, unless another chosen layer has that name
     module: nn.Module
     names: tuple[str, ...]  # everything else it may be called, with and without wrapper segments
     transform: Transform | None
@@ -84,10 +97,25 @@ def _walk(name: _Name, above: tuple[int, ...] = ()) -> Iterator[_Name]:
     children = name.module._modules
     for segment, child in children.items():
         if child is not None and id(child) not in above:
-            is_wrapped = segment in WRAPPERS and len(children) == 1
+            is_wrapped = _is_wrapped(name, segment, child)
             full = f"{name.full}.{segment}" if name.full else segment
             short = f"{name.short}.{segment}" if name.short else segment
             yield from _walk(_Name(full, name.short if is_wrapped else short, child), above)
+
+
+def _is_wrapped(name: _Name, segment: str, child: nn.Module) -> bool:
+    """Whether a wrapper at ``name`` has added ``segment`` to the names of what it wraps."""
+    children = name.module._modules
+    outer, inner = _PEFT
+    if segment == outer:
+        return len(children) == 1 and [*child._modules] == [inner]
+    if segment == inner and len(children) == 1:
+        return _last(name.full) == outer != _last(name.short)
+    return segment in WRAPPERS and children.keys() <= WRAPPERS
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _is_called(module: nn.Module) -> bool:
@@ -149,13 +177,20 @@ class _Model:
         """The module of that name, where wrapper segments may be left out."""
         if query in self.by_full:
             return self.by_full[query]
-        short = ".".join(segment for segment in query.split(".") if segment not in WRAPPERS)
+        short = _stripped(query)
         for name in self.names:
             if query == name.short or (
                 short == name.short and _leaves_out_wrappers(query, name.full)
             ):
                 return name
         return None
+
+
+def _stripped(query: str) -> str:
+    """A name without the segments that wrappers may have added."""
+    peft = ".".join((*_PEFT, ""))
+    segments = query.replace(peft, "", 1).split(".")
+    return ".".join(segment for segment in segments if segment not in WRAPPERS)
 
 
 def _leaves_out_wrappers(query: str, full: str) -> bool:
@@ -178,22 +213,30 @@ def _segment(text: str) -> str:
     return ".*".join(r"[^.]*".join(map(re.escape, part.split("*"))) for part in text.split("**"))
 
 
-def _by_pattern(model: _Model, query: str, pattern: re.Pattern[str]) -> list[tuple[str, nn.Module]]:
-    """Names that match without their wrapper segments; or if there are none, as they stand."""
+def _by_pattern(model: _Model, query: str, pattern: re.Pattern[str]) -> list[_Name]:
+    """Names that match without their wrapper segments; or if there are none, as they stand.
+
+    Of a wrapper and what it wraps, which have one name, the wrapper.
+    """
     inside_weights = "parametrizations" in pattern.pattern
     names = [n for n in model.names if inside_weights or not n.is_machinery]
-    short = [(n.short, n) for n in names if n.short and pattern.fullmatch(n.short)]
-    matches = short or [(n.full, n) for n in names if n.full and pattern.fullmatch(n.full)]
+    short = [n for n in names if n.short and pattern.fullmatch(n.short)]
+    matches = short or [n for n in names if n.full and pattern.fullmatch(n.full)]
     if not matches:
         raise SelectionError(_nothing(model, query, is_glob=pattern.pattern != query))
-    found = [(key, name.module) for key, name in matches if model.why_not(name) is None]
-    if not found:
-        message = f"record(): {query!r} matches only modules that hooks never run on: {model.why_not(matches[0][1])}."
+    hookable = [name for name in matches if model.why_not(name) is None]
+    if not hookable:
+        message = f"record(): {query!r} matches only modules that hooks never run on: {model.why_not(matches[0])}."
         raise SelectionError(message)
-    return found
+    if not short:
+        return hookable
+    outermost: dict[str, _Name] = {}
+    for name in hookable:
+        outermost.setdefault(name.short, name)
+    return [*outermost.values()]
 
 
-def _by_name(model: _Model, query: str) -> list[tuple[str, nn.Module]]:
+def _by_name(model: _Model, query: str) -> list[_Name]:
     name = model.spelled(query)
     if name is None and "*" in query:
         return _by_pattern(model, query, _glob(query))
@@ -202,21 +245,19 @@ def _by_name(model: _Model, query: str) -> list[tuple[str, nn.Module]]:
     if why_not := model.why_not(name):
         message = f"record() cannot record {query!r}: {why_not}."
         raise SelectionError(message)
-    return [(query, name.module)]
+    return [name]
 
 
-def _by_test(
-    model: _Model, passes: Callable[[_Name], object], complaint: str
-) -> list[tuple[str, nn.Module]]:
+def _by_test(model: _Model, passes: Callable[[_Name], object], complaint: str) -> list[_Name]:
     """The modules that pass a test, each under its first name."""
-    found = [(name.full, name.module) for name in model.hookable() if passes(name)]
+    found = [name for name in model.hookable() if passes(name)]
     if not found:
         message = f"record(): {complaint}."
         raise SelectionError(message)
     return found
 
 
-def _by_type(model: _Model, kind: type) -> list[tuple[str, nn.Module]]:
+def _by_type(model: _Model, kind: type) -> list[_Name]:
     kinds = sorted({type_name(name.module) for name in model.hookable()})
     complaint = f"no layer of this {model.type} is a {kind.__name__}; there are {listed(kinds, 20)}"
     never_run = (model.why_not(n) for n in model.names if isinstance(n.module, kind))
@@ -224,7 +265,7 @@ def _by_type(model: _Model, kind: type) -> list[tuple[str, nn.Module]]:
     return _by_test(model, lambda name: isinstance(name.module, kind), complaint)
 
 
-def _by_module(model: _Model, module: nn.Module) -> list[tuple[str, nn.Module]]:
+def _by_module(model: _Model, module: nn.Module) -> list[_Name]:
     names = model.of.get(id(module))
     if names is None:
         kind = type_name(module)
@@ -236,10 +277,10 @@ def _by_module(model: _Model, module: nn.Module) -> list[tuple[str, nn.Module]]:
     if why_not := model.why_not(names[0]):
         message = f"record() cannot record this layer: {why_not}."
         raise SelectionError(message)
-    return [(names[0].full, module)]
+    return [names[0]]
 
 
-def _leaves(model: _Model) -> list[tuple[str, nn.Module]]:
+def _leaves(model: _Model) -> list[_Name]:
     """Every leaf module with a forward; if a traced graph calls only some, the exit says which it did not."""
     leaves = [name for name in model.names if _is_leaf(name) and not name.is_machinery]
     scripted = [name for name in leaves if isinstance(name.module, torch.jit.ScriptModule)]
@@ -247,7 +288,7 @@ def _leaves(model: _Model) -> list[tuple[str, nn.Module]]:
         reasons = [reason for name in scripted or leaves if (reason := model.why_not(name))]
         message = f"record() cannot record every leaf module of this {model.type}: {next(iter(reasons), 'it has none')}, or choose layers."
         raise SelectionError(message)
-    return [(name.full, name.module) for name in leaves if _is_called(name.module)]
+    return [name for name in leaves if _is_called(name.module)]
 
 
 def _is_leaf(name: _Name) -> bool:
@@ -257,8 +298,8 @@ def _is_leaf(name: _Name) -> bool:
     )
 
 
-def _answer(model: _Model, query: Any) -> list[tuple[str, nn.Module]]:
-    """Answer one query: keys and modules."""
+def _answer(model: _Model, query: Any) -> list[_Name]:
+    """Answer one query."""
     match query:
         case None:
             return _leaves(model)
@@ -313,31 +354,60 @@ def _flatten(
         yield queries, transform
 
 
+@dataclass(slots=True)
+class _Claim:
+    """A module that a query has selected, and how."""
+
+    name: _Name
+    text: str  # how messages call it
+    spelled_out: bool
+    transform: Transform | None
+
+
 def select(model: nn.Module, queries: Any, transform: Transform | None = None) -> Selection:
     """Answer ``queries``: every chosen layer once, or an error before anything has happened."""
     _check_model(model)
     names = _Model(model)
-    claims: dict[int, tuple[bool, Choice]] = {}
+    claims: dict[int, _Claim] = {}
+    spelled: dict[str, int] = {}
     for query, own in _flatten(queries, transform):
-        spelled_out = isinstance(query, (str, nn.Module)) and not (
-            isinstance(query, str) and "*" in query
-        )
-        for key, module in _answer(names, query):
-            known = claims.get(id(module))
-            if known and known[0] and spelled_out and known[1].transform is not own:
-                message = f"record(): {known[1].key!r} and {key!r} are one module and cannot have two transforms."
+        is_name = isinstance(query, str) and "*" not in query
+        spelled_out = is_name or isinstance(query, nn.Module)
+        for name in _answer(names, query):
+            module = id(name.module)
+            text = query if isinstance(query, str) and is_name else name.short
+            spelled[text] = module
+            known = claims.get(module)
+            if known and known.spelled_out and spelled_out and known.transform is not own:
+                message = f"record(): {known.text!r} and {text!r} are one module and cannot have two transforms."
                 raise SelectionError(message)
             # A layer that is spelled out goes before a pattern; otherwise the first query counts.
-            if known is None or (spelled_out and not known[0]):
-                other = dict.fromkeys(s for n in names.of[id(module)] for s in (n.full, n.short))
-                claims[id(module)] = spelled_out, Choice(key, module, tuple(other), own)
+            if known is None or (spelled_out and not known.spelled_out):
+                claims[module] = _Claim(name, text, spelled_out, own)
     if not claims:
         message = (
             f"record(): no layers were given, {queries!r} is empty. None means every leaf module."
         )
         raise SelectionError(message)
-    choices = tuple(choice for _, choice in claims.values())
+    keys = _keys([claim.name for claim in claims.values()])
+    others: dict[int, list[str]] = {
+        module: [s for n in names.of[module] for s in (n.full, n.short)] for module in claims
+    }
+    for text, module in spelled.items():
+        others[module].append(text)
+    choices = tuple(
+        Choice(key, claim.name.module, tuple(dict.fromkeys(others[module])), claim.transform)
+        for key, (module, claim) in zip(keys, claims.items(), strict=True)
+    )
     return Selection(choices, tuple(_parents(names, choices)))
+
+
+def _keys(names: list[_Name]) -> list[str]:
+    """The short name of each; where a wrapper and what it wraps are both there, the wrapper's alone."""
+    full = {name.full: name for name in names}
+    outermost = sorted(names, key=lambda name: name.full.count("."), reverse=True)
+    owners = {name.short: name for name in outermost} | full
+    return [name.short if owners[name.short] is name else name.full for name in names]
 
 
 def _parents(model: _Model, choices: Iterable[Choice]) -> Iterator[nn.Module]:

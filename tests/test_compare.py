@@ -62,6 +62,16 @@ def test_a_recording_equals_itself() -> None:
     assert (result.only_a, result.only_b) == ((), ())
 
 
+def test_a_model_in_a_wrapper_is_compared_layer_by_layer_with_the_bare_one() -> None:
+    model = TinyTransformer()
+    wrapped = nn.DataParallel(model)
+    for query in (None, nn.Linear, "**", lambda _, module: isinstance(module, nn.Linear)):
+        runs = [recorded(one, model.example(), layers=query) for one in (model, wrapped)]
+        result = compare(*runs)
+        assert (result.only_a, result.only_b) == ((), ())
+        assert len(result) == len(runs[0])
+
+
 def test_the_layer_with_another_eps_is_found() -> None:
     model = TinyTransformer()
     ported = copy.deepcopy(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -278,6 +279,22 @@ def every_block_checkpointed(net: Net) -> nn.Module:
     return net
 
 
+class Named(nn.Module):
+    """Names what it wraps, perhaps several times, as the wrappers of other libraries do."""
+
+    def __init__(self, module: nn.Module, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Any:
+        return next(self.children())(x)
+
+
+def peft(net: nn.Module) -> nn.Module:
+    return Named(Named(net, "model"), "base_model")
+
+
 WRAPPERS: dict[str, tuple[Callable[[Net], nn.Module], str]] = {
     "DistributedDataParallel": (
         lambda net: DistributedDataParallel(net, find_unused_parameters=True),
@@ -295,6 +312,16 @@ WRAPPERS: dict[str, tuple[Callable[[Net], nn.Module], str]] = {
         every_block_checkpointed,
         "blocks.0._checkpoint_wrapped_module.lin",
     ),
+    "Opacus": (lambda net: Named(net, "_module"), "_module.blocks.0.lin"),
+    "Fabric": (
+        lambda net: Named(net, "_forward_module", "_original_module"),
+        "_forward_module.blocks.0.lin",
+    ),
+    "PEFT": (peft, "base_model.model.blocks.0.lin"),
+    "PEFT in DataParallel": (
+        lambda net: nn.DataParallel(peft(net)),
+        "module.base_model.model.blocks.0.lin",
+    ),
     "several": (
         lambda net: nn.DataParallel(FullyShardedLike(every_block_checkpointed(net))),
         "module._fsdp_wrapped_module.blocks.0._checkpoint_wrapped_module.lin",
@@ -309,19 +336,19 @@ WRAPPERS: dict[str, tuple[Callable[[Net], nn.Module], str]] = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize(("wrap", "full"), WRAPPERS.values(), ids=WRAPPERS)
 class TestWrapped:
-    """What a wrapper adds to a name may be left out, and the key is the name as it was spelled."""
+    """What a wrapper adds to a name may be left out, and is in no key, whatever the query."""
 
     def test_by_either_name(self, net: Net, wrap: Callable[[Net], nn.Module], full: str) -> None:
         model = wrap(net)
         assert full in dict(model.named_modules())
         short = "blocks.0.lin"
-        for spelled, other in ((short, full), (full, short)):
+        for spelled in (short, full):
             with record(model, spelled) as acts:
                 model(X)
-            assert list(acts) == [spelled]
-            assert acts[other] is acts[spelled]
-            assert len(acts[spelled]) == 1
-            assert other in acts
+            assert list(acts) == [short]
+            assert acts[full] is acts[short]
+            assert len(acts[short]) == 1
+            assert full in acts
 
     def test_by_both_names_at_once(
         self, net: Net, wrap: Callable[[Net], nn.Module], full: str
@@ -336,21 +363,51 @@ class TestWrapped:
         assert keys(model, "**.main") == ["heads.main"]
         assert keys(model, re.compile("stem")) == ["stem"]
 
-    def test_by_type_under_the_full_name(
+    def test_the_keys_are_those_of_the_bare_model_whatever_the_query(
+        self, net: Net, wrap: Callable[[Net], nn.Module], full: str
+    ) -> None:
+        def kinds(net: nn.Module) -> dict[str, Any]:
+            modules = dict(net.named_modules(remove_duplicate=False))
+            lin = next(m for name, m in modules.items() if "blocks.0" in name and "lin" in name)
+            return {
+                "leaves": None,
+                "name": "blocks.0.lin",
+                "glob": "**",
+                "regex": re.compile(r".*\.lin"),
+                "type": nn.Linear,
+                "type of what is wrapped": Block,
+                "module": lin,
+                "function": lambda _, module: isinstance(module, nn.Linear),
+                "several": ["stem", nn.Linear],
+            }
+
+        bare = copy.deepcopy(net)
+        expected = {kind: keys(bare, query) for kind, query in kinds(bare).items()}
+        model = wrap(net)
+        for kind, query in kinds(model).items():
+            assert keys(model, query) == expected[kind], kind
+
+    def test_every_key_and_every_full_name_resolves(
         self, net: Net, wrap: Callable[[Net], nn.Module], full: str
     ) -> None:
         model = wrap(net)
-        with record(model, nn.Linear) as acts:
-            model(X)
-        assert full in list(acts)
-        assert acts["blocks.0.lin"] is acts[full]
+        containers = (nn.ModuleList, nn.ModuleDict)
+        selection = select(model, lambda _, module: not isinstance(module, containers))
+        found = {choice.key: choice for choice in selection.choices}
+        assert len(found) == len(selection.choices), "no two layers have one key"
+        names = {name: c.module for c in selection.choices for name in c.names} | {
+            key: c.module for key, c in found.items()
+        }
+        for name, module in model.named_modules():
+            if not isinstance(module, containers):
+                assert names[name] is module
 
     def test_a_glob_over_the_wrappers_own_segments(
         self, net: Net, wrap: Callable[[Net], nn.Module], full: str
     ) -> None:
         model = wrap(net)
-        assert full in keys(model, re.compile(re.escape(full).replace("lin", "l.*")))
-        assert full in keys(model, full.replace("lin", "l*"))
+        assert "blocks.0.lin" in keys(model, re.compile(re.escape(full).replace("lin", "l.*")))
+        assert "blocks.0.lin" in keys(model, full.replace("lin", "l*"))
 
     def test_mistakes_are_answered_with_the_short_name(
         self, net: Net, wrap: Callable[[Net], nn.Module], full: str
@@ -364,7 +421,24 @@ def test_some_of_the_wrappers_segments_may_be_left_out(net: Net) -> None:
     module = net.blocks[0]._checkpoint_wrapped_module.lin
     for name in ("module.blocks.0.lin", "blocks.0._checkpoint_wrapped_module.lin"):
         (choice,) = select(model, name).choices
-        assert (choice.key, choice.module) == (name, module)
+        assert (choice.key, choice.module) == ("blocks.0.lin", module)
+        assert name in choice.names
+
+
+def test_the_wrappers_of_peft_may_keep_or_lose_the_others(net: Net) -> None:
+    model = nn.DataParallel(peft(every_block_checkpointed(net)))
+    for name in ("base_model.model.blocks.0.lin", "module.blocks.0.lin"):
+        (choice,) = select(model, name).choices
+        assert choice.key == "blocks.0.lin"
+        assert name in choice.names
+
+
+def test_children_that_are_called_as_in_peft_are_no_wrappers_elsewhere(net: Net) -> None:
+    assert keys(Named(net, "model"), "model.stem") == ["model.stem"]
+    assert keys(Named(net, "base_model"), "base_model.stem") == ["base_model.stem"]
+    assert keys(Named(Named(net, "model", "twin"), "base_model"), "**.stem")[0] == (
+        "base_model.model.stem"
+    )
 
 
 def test_segments_of_wrappers_that_are_not_there_are_not_made_up(net: Net) -> None:
@@ -399,9 +473,11 @@ class HasModule(nn.Module):
 def test_a_real_child_called_module_is_found_by_its_name(alone: bool) -> None:
     model = HasModule(alone=alone)
     for query in ("module", "module.0", model.module[0]):
-        expected = query if isinstance(query, str) else "module.0"
-        assert keys(model, query) == [expected]
-    assert keys(model, "module.*") == ["module.0", "module.1"]
+        (choice,) = select(model, query).choices
+        assert choice.key == ("module.0" if query != "module" else "module")[7 * alone :]
+        assert query not in ("module", "module.0") or query in choice.names
+    short = ["module.0", "module.1"]
+    assert keys(model, "module.*") == [key[7 * alone :] for key in short]
 
 
 def test_a_child_called_module_that_has_siblings_cannot_be_left_out() -> None:
