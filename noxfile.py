@@ -121,11 +121,13 @@ def peers(session: nox.Session) -> None:
 
 @nox.session
 def crash(session: nox.Session) -> None:
-    """Kill a recording two hundred times, and damage stored ones in thousands of ways."""
+    """Kill a recording two hundred times, cut its power and fail its disk at every call, and damage stored ones in thousands of ways."""
     install(session, "tests", "-e", ".")
     many = {"ACTREC_KILLS": "200", "ACTREC_MUTATIONS": "5000"}
-    names = "after_a_kill or mutated"
-    files = ["tests/test_store_resume.py", "tests/test_store_reader.py"]
+    many |= {"ACTREC_CUTS": "100000", "ACTREC_FAULTS": "100000"}  # all that there are
+    names = "after_a_kill or mutated or power_loss"
+    files = ["test_store_resume.py", "test_store_reader.py", "test_power_loss.py"]
+    files = [f"tests/{file}" for file in files]
     session.run("pytest", *files, "-k", names, *session.posargs, env=OFFLINE | many)
 
 

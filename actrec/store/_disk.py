@@ -101,10 +101,12 @@ class Disk:
 
     def make(self) -> None:
         """Make the folder, for one caller alone: ``FileExistsError`` for the others."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.mkdir()
-        self.sync()
-        Disk(self.path.parent).sync()
+        try:
+            self.path.mkdir(parents=True)
+        finally:
+            # Also the names of folders that are there already: whoever made them may have been killed before this.
+            for folder in [one for one in self.path.parents if os.access(one, os.R_OK | os.W_OK)]:
+                Disk(folder).sync()
 
     def commit(
         self,
