@@ -105,7 +105,7 @@ class Capture:
         loan = _Loan(detach=self.detach)
         streams = [(torch.default_generator, torch.default_generator.get_state())]
         try:
-            lent = rebuild(value, loan, unknown=_itself)
+            lent = rebuild(value, loan, unknown=_itself, stand_ins=False)
             if loan.devices:
                 streams += [(one, one.get_state()) for one in loan.generators()]
             with normal_mode():  # which lets gradients in

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ._heap import WORTH_IT, give_back
-from ._nested import Value, is_array, rebuild, steps, tensors
+from ._nested import Value, is_array, nodes, rebuild, tensors
 from .errors import JoinError, OptionError
 
 if TYPE_CHECKING:
@@ -83,8 +83,7 @@ def _columns(call: str, values: Sequence[Value]) -> list[list[Tensor]]:
 def _outline(call: str, value: Value) -> Iterator[object]:
     """What a value is besides the content of its tensors: the same for calls that fit together."""
     met: dict[int, int] = {}  # a tensor that stands in two places does so in every call
-
-    def walk(path: str, part: Value) -> Iterator[object]:
+    for path, part, is_container in nodes(value):
         if isinstance(part, PackedSequence):
             message = (
                 f"{call}: the calls are packed sequences, which hold several batches in one tensor. Unpack them first, "
@@ -95,14 +94,10 @@ def _outline(call: str, value: Value) -> Iterator[object]:
             yield path, met.setdefault(id(part), len(met))
         elif is_array(part):
             yield path, part.shape, part.dtype, part.tobytes()
-        elif parts := list(steps(part)):
+        elif is_container:
             yield path, type(part)
-            for step, item in parts:
-                yield from walk(path + step, item)
         else:
             yield path, type(part), repr(part)
-
-    return walk("", value)
 
 
 class _ATensor:

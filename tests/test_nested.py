@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import weakref
-from collections import ChainMap, Counter, OrderedDict, UserDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from enum import Enum
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -341,10 +340,6 @@ OPAQUE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "frozen set": (lambda x: frozenset([x]), "frozenset"),
     "function": (lambda x: lambda: x, "function"),
     "module": (lambda x: nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
-    "mapping": (lambda x: UserDict(a=x), "collections.UserDict"),
-    "chain of mappings": (lambda x: ChainMap({"a": x}), "collections.ChainMap"),
-    "proxy of a dict": (lambda x: types.MappingProxyType({"a": x}), "mappingproxy"),
-    "namespace": (lambda x: types.SimpleNamespace(a=x), "types.SimpleNamespace"),
     "iterator": (lambda x: iter([x]), "list_iterator"),
     "bytearray": (lambda x: bytearray(b"ab"), "bytearray"),
     "fraction": (lambda x: Fraction(1, 2), "fractions.Fraction"),

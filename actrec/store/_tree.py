@@ -8,12 +8,12 @@ had without running somebody's code comes back as a stand-in: a :class:`Fields` 
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 import math
 import re
 import sys
-from collections import OrderedDict, deque, namedtuple
+from collections import OrderedDict, UserList, deque, namedtuple
+from collections.abc import Mapping
 from enum import Enum
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from actrec._nested import Opaque, Value, attributes, is_array
+from actrec._nested import Fields, Opaque, Value, is_array, parts, qualified
 from actrec._snapshot import is_distributed
 from actrec.errors import CaptureError
 
@@ -51,35 +51,6 @@ _SAFE_INT: Final = 1 << 53  # what every reader of JSON reads exactly
 _WORD = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)
 _MAX_NODES: Final = MAX_ITEMS // 2
 _PACKED: Final = 4  # items of a PackedSequence
-
-
-class Fields(dict[Any, Value]):
-    """Stands, in a recording that was loaded, for a dataclass, a ``ModelOutput`` or another kind of dict.
-
-    >>> out = Fields("transformers.modeling_outputs.BaseModelOutput", {"hidden": 1})
-    >>> out["hidden"], out.hidden
-    (1, 1)
-    >>> out
-    BaseModelOutput({'hidden': 1})
-
-    The class itself would have to be imported, and a file does not get to say what is imported.
-    """
-
-    def __init__(self, kind: str, fields: Any = (), more: Iterable[tuple[str, Value]] = ()) -> None:
-        super().__init__(fields)
-        self.__dict__["_type"] = kind
-        self.__dict__.update(more)
-
-    def __getattr__(self, name: str) -> Value:
-        try:
-            return self[name]
-        except KeyError:
-            kind = self.__dict__.get("_type", "Fields")
-            message = f"this {kind} has no {name!r}; it has {', '.join(map(repr, self))}"
-            raise AttributeError(message) from None
-
-    def __repr__(self) -> str:
-        return f"{self._type.rpartition('.')[2]}({dict.__repr__(self)})"
 
 
 class Encoded(NamedTuple):
@@ -112,11 +83,6 @@ _TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
 _TOO_LARGE = "it has too many parts. Many numbers are better stored as one tensor"
 
 
-def _qualified(kind: type) -> str:
-    builtin = kind.__module__ == "builtins"
-    return kind.__qualname__ if builtin else f"{kind.__module__}.{kind.__qualname__}"
-
-
 class _Encoder:
     def __init__(self, *, parts: bool) -> None:
         self.parts = parts
@@ -138,7 +104,7 @@ class _Encoder:
         if is_array(value):
             return self.array(value)
         if isinstance(value, Enum):
-            return {"opaque": f"{_qualified(type(value))}.{value.name}"}
+            return {"opaque": f"{qualified(type(value))}.{value.name}"}
         known, node = _constant(value)
         return node if known else self.container(value, depth)
 
@@ -182,38 +148,31 @@ class _Encoder:
 
         if isinstance(value, tuple):
             return _tuple_head(value) | {"items": nodes(tuple.__iter__(value))}
-        if isinstance(value, list):
-            return {"list": nodes(list.__iter__(value))}
         if isinstance(value, deque):
             return {"deque": nodes(deque.__iter__(value)), "maxlen": value.maxlen}
-        if isinstance(value, dict):
-            return self.dict(value, nodes)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = _attributes(value)
-            names, values = list(fields), list(fields.values())
-            pairs = [list(pair) for pair in zip(names, nodes(values), strict=True)]
-            return {"object": _qualified(type(value)), "items": pairs, "more": []}
-        message = f"a value of type {_qualified(type(value))} cannot be stored; take out of it what you need"
-        raise CaptureError(message)
-
-    def dict(self, value: dict[Any, Any], nodes: Callable[[Iterable[Any]], list[Any]]) -> Any:
-        base = OrderedDict if isinstance(value, OrderedDict) else dict
-        keys = list(base.keys(value))
-        contents = [base.__getitem__(value, key) for key in keys]
-        pairs = [list(pair) for pair in zip(nodes(keys), nodes(contents), strict=True)]
+        taken = parts(value)
+        if taken is None:
+            message = f"a value of type {qualified(type(value))} cannot be stored; take out of it what you need"
+            raise CaptureError(message)
+        if isinstance(value, (list, UserList)):
+            return {"list": nodes(taken.children[: taken.items])}
+        # What has attributes and no items comes back as Fields, of which they are the items.
+        number = taken.items if isinstance(value, Mapping) else len(taken.children)
+        pairs = _paired(nodes(taken.keys[:number]), nodes(taken.children[:number]))
         if type(value) is dict or type(value).__name__ == "defaultdict":
             return {"dict": pairs}
         if type(value) is OrderedDict:
             return {"ordered_dict": pairs}
-        more = {k: v for k, v in _attributes(value).items() if k not in value and _may_be_set(k)}
-        kind = value._type if isinstance(value, Fields) else _qualified(type(value))
-        more.pop("_type", None)
-        extra = [list(pair) for pair in zip(more, nodes(more.values()), strict=True)]
-        return {"object": kind, "items": pairs, "more": extra}
+        attributes = dict(zip(taken.keys[number:], taken.children[number:], strict=True))
+        kind = attributes.pop("_type") if isinstance(value, Fields) else qualified(type(value))
+        more = {
+            k: v for k, v in attributes.items() if k not in taken.keys[:number] and _may_be_set(k)
+        }
+        return {"object": kind, "items": pairs, "more": _paired(more, nodes(more.values()))}
 
 
-def _attributes(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in attributes(value) if hasattr(value, name)}
+def _paired(keys: Iterable[Any], nodes: Iterable[Any]) -> list[list[Any]]:
+    return [list(pair) for pair in zip(keys, nodes, strict=True)]
 
 
 def _may_be_set(name: object) -> bool:
@@ -260,7 +219,7 @@ def _constant(value: Any) -> tuple[bool, Any]:  # noqa: C901, PLR0911, PLR0912  
         case Opaque():
             return True, {"opaque": value.type}
         case type():
-            return True, {"opaque": _qualified(value)}
+            return True, {"opaque": qualified(value)}
         case slice():
             parts = [_constant(x) for x in (value.start, value.stop, value.step)]
             return all(known for known, _ in parts), {"slice": [node for _, node in parts]}
