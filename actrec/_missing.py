@@ -14,7 +14,7 @@ from ._nested import tensors
 from .errors import MissingGradientWarning, UnusedLayerWarning, listed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from typing import TypeAlias
 
     from ._select import Choice
@@ -43,9 +43,11 @@ _REENTRANT = (
 
 def warn_unused(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
     """Warn once about all layers of which nothing was recorded."""
-    causes = {key: _cause(model, *item) for key, item in tracks.items() if not item[1].kept}
-    if not causes:
+    unused = {key: item for key, item in tracks.items() if not item[1].kept}
+    if not unused:
         return
+    there = {id(module) for module in model.modules()}
+    causes = {key: _cause(there, *item) for key, item in unused.items()}
     kind = type(model).__name__
     if any(track.session.passes.count for _, track in tracks.values()):
         what = f"nothing was recorded of {_share(causes, tracks)} of this {kind}"
@@ -93,7 +95,8 @@ def _no_graph(track: Track) -> str | None:
     return None
 
 
-def _cause(model: nn.Module, choice: Choice, track: Track) -> str:
+def _cause(there: Collection[int], choice: Choice, track: Track) -> str:
+    """Why nothing was recorded of a layer; ``there`` are the ids of the modules that the model has now."""
     module = choice.module
     if track.called:
         return (
@@ -104,7 +107,7 @@ def _cause(model: nn.Module, choice: Choice, track: Track) -> str:
             f"all of its {track.recomputed} calls ran inside backward(), where activation checkpointing recomputes "
             "what was recorded before"
         )
-    if not any(other is module for other in model.modules()):
+    if id(module) not in there:
         return "another module was put in its place inside the with block; the one that was hooked was not called"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weights without calling it. Record the attention module instead"

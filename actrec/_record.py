@@ -130,8 +130,9 @@ def record(
     become an :class:`Opaque`.
 
     **From a GPU.** With ``device="cpu"``, the default, a value is copied on the GPU, and moved into memory while the
-    model goes on. Nobody sees it before it has arrived: the lists are complete when the model returns, and
-    whenever you look at them from Python. On the way values pass through at most 512 MiB of pinned memory.
+    model waits. With ``ACTREC_ASYNC_COPIES=1`` in the environment it is moved while the model goes on. Nobody sees it
+    before it has arrived: the lists are complete when the model returns, and whenever you look at them from Python. On
+    the way values then pass through at most 512 MiB of pinned memory.
 
     **Recording to disk.** With ``into=path`` the values are written by a thread while the model goes on, a
     quarter of a gigabyte at a time, and read after the block, or with :func:`actrec.load`. What waits to be
@@ -281,9 +282,9 @@ class _Block(AbstractContextManager[Recorder]):
     def _recorder(self) -> Recorder:
         """Make what keeps the calls: a layer for each choice, and the track that leads to it."""
         choices = self._selection.choices
-        layers = {choice.key: self._layer(choice) for choice in choices}
-        inputs = {choice.key: self._layer(choice, "input") for choice in choices if self._inputs}
-        grads = {choice.key: self._layer(choice, "grad") for choice in choices if self._grads}
+        layers = self._layers("output")
+        inputs = self._layers("input") if self._inputs else {}
+        grads = self._layers("grad") if self._grads else {}
         for choice in choices:
             layer = self._deferred(layers[choice.key])
             track = Track(self._session, self._captures(choice), layer)
@@ -349,10 +350,15 @@ class _Block(AbstractContextManager[Recorder]):
             offload=self._session.offload,
         )
 
-    def _layer(self, choice: Choice, role: Literal["output", "input", "grad"] = "output") -> Layer:
+    def _layers(self, role: Literal["output", "input", "grad"]) -> dict[str, Layer]:
+        numbered = enumerate(self._selection.choices)
+        return {choice.key: self._layer(choice, number, role) for number, choice in numbered}
+
+    def _layer(
+        self, choice: Choice, number: int, role: Literal["output", "input", "grad"]
+    ) -> Layer:
         kind = type_name(choice.module)
         if self._stream is not None:
-            number = self._selection.choices.index(choice)
             assert role != "grad"  # noqa: S101  # for the type checker: a path has none
             return self._stream.layer(role, number, choice.key, kind)
         assert callable(self._into)  # noqa: S101  # likewise: a path has a stream

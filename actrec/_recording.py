@@ -350,8 +350,21 @@ class Recording(Mapping[str, Layer]):
         self._inputs = Recording(model, inputs, aliases, order, passes) if inputs else None
         self._grads = Recording(model, grads, aliases, order, passes) if grads else None
 
+    def _key(self, name: object) -> str | None:
+        """The name under which a layer is listed; ``None`` if there is none."""
+        key = name if name in self._layers else self._aliases.get(name)  # type: ignore[call-overload]
+        return key if key in self._layers else None
+
+    def __contains__(self, name: object) -> bool:
+        return self._key(name) is not None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a layer, or ``default`` if there is none of that name."""
+        key = self._key(name)
+        return default if key is None else self[key]
+
     def __getitem__(self, name: str) -> Layer:
-        key = name if name in self._layers else self._aliases.get(name)
+        key = self._key(name)
         if key is None:
             message = f"acts[{name!r}]: no layer of that name was recorded. {nearest(str(name), self._layers)}"
             raise UnknownLayerError(message)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,7 @@ WRAPPERS = frozenset(
 
 #: What PEFT adds: two wrappers, one in the other, whose segments alone are names as others have them.
 _PEFT = ("base_model", "model")
+_SEGMENTS = WRAPPERS.union(_PEFT)
 
 
 def type_name(module: nn.Module) -> str:
@@ -75,8 +78,7 @@ class Selection:
 # --- The names of a model --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Name:
+class _Name(NamedTuple):
     """One path to a module: as ``named_modules()`` spells it, and without the segments of wrappers."""
 
     full: str
@@ -90,17 +92,37 @@ class _Name:
         return guards or "parametrizations" in self.full.split(".")
 
 
-def _walk(name: _Name, above: tuple[int, ...] = ()) -> Iterator[_Name]:
-    """Every path to every module, in the order of ``named_modules()``, without going in circles."""
-    yield name
-    above = (*above, id(name.module))
-    children = name.module._modules
-    for segment, child in children.items():
-        if child is not None and id(child) not in above:
-            is_wrapped = _is_wrapped(name, segment, child)
-            full = f"{name.full}.{segment}" if name.full else segment
-            short = f"{name.short}.{segment}" if name.short else segment
-            yield from _walk(_Name(full, name.short if is_wrapped else short, child), above)
+#: So many names of a module lead to the modules inside it; those are found under further names only by spelling one out.
+_MOST_NAMES = 256
+
+
+def _walk(root: nn.Module) -> list[_Name]:
+    """The paths to every module, in the order of ``named_modules()``, without going in circles.
+
+    Where modules are registered in several others, and those in several others, a model has exponentially many paths.
+    """
+    names: list[_Name] = []
+    _visit(_Name("", "", root), names, Counter(), set())
+    return names
+
+
+def _visit(name: _Name, names: list[_Name], met: Counter[int], above: set[int]) -> None:
+    names.append(name)
+    children, identity = name.module._modules, id(name.module)
+    if children and met[identity] < _MOST_NAMES:
+        met[identity] += 1
+        above.add(identity)
+        for segment, child in children.items():
+            if child is not None and id(child) not in above:
+                _visit(_child(name, segment, child), names, met, above)
+        above.discard(identity)
+
+
+def _child(name: _Name, segment: str, child: nn.Module) -> _Name:
+    full, short, _ = name
+    is_wrapped = segment in _SEGMENTS and _is_wrapped(name, segment, child)
+    spelled = f"{short}.{segment}" if short else segment
+    return _Name(f"{full}.{segment}" if full else segment, short if is_wrapped else spelled, child)
 
 
 def _is_wrapped(name: _Name, segment: str, child: nn.Module) -> bool:
@@ -129,14 +151,21 @@ def _inlined(names: list[_Name]) -> Iterator[str]:
         if isinstance(graph.module, torch.fx.GraphModule):
             prefix = f"{graph.full}." if graph.full else ""
             calls = (node.target for node in graph.module.graph.nodes if node.op == "call_module")
-            called = tuple(f"{prefix}{target}." for target in calls)
+            called = {f"{prefix}{target}" for target in calls}
             for name in names:
                 if (
                     name is not graph
                     and name.full.startswith(prefix)
-                    and not f"{name.full}.".startswith(called)
+                    and called.isdisjoint(_upwards(name.full))
                 ):
                     yield name.full
+
+
+def _upwards(full: str) -> Iterator[str]:
+    """A name, and those of the modules around it."""
+    while full:
+        yield full
+        full = full.rpartition(".")[0]
 
 
 class _Model:
@@ -144,12 +173,20 @@ class _Model:
 
     def __init__(self, model: nn.Module) -> None:
         self.type = type_name(model)
-        self.names = list(_walk(_Name("", "", model)))
+        self.names = _walk(model)
         self.by_full = {name.full: name for name in self.names}
         self.of: dict[int, list[_Name]] = {}
         for name in self.names:
             self.of.setdefault(id(name.module), []).append(name)
         self.inlined = frozenset(_inlined(self.names))
+
+    @cached_property
+    def by_short(self) -> dict[str, list[_Name]]:
+        """The names without the segments of wrappers."""
+        found: dict[str, list[_Name]] = {}
+        for name in self.names:
+            found.setdefault(name.short, []).append(name)
+        return found
 
     def why_not(self, name: _Name) -> str | None:
         """Why hooks on this module would never run, and what to write instead; ``None`` if they do."""
@@ -177,13 +214,21 @@ class _Model:
         """The module of that name, where wrapper segments may be left out."""
         if query in self.by_full:
             return self.by_full[query]
-        short = _stripped(query)
-        for name in self.names:
-            if query == name.short or (
-                short == name.short and _leaves_out_wrappers(query, name.full)
-            ):
+        candidates: list[_Name] = self.by_short.get(query, [])
+        for name in candidates + self.by_short.get(_stripped(query), []):
+            if query == name.short or _leaves_out_wrappers(query, name.full):
                 return name
-        return None
+        return self._at(query)
+
+    def _at(self, full: str) -> _Name | None:
+        """The module at a path that was not walked."""
+        name = self.names[0]
+        for segment in full.split("."):
+            child = name.module._modules.get(segment)
+            if child is None:
+                return None
+            name = _child(name, segment, child)
+        return name
 
 
 def _stripped(query: str) -> str:
@@ -412,15 +457,15 @@ def _keys(names: list[_Name]) -> list[str]:
 
 def _parents(model: _Model, choices: Iterable[Choice]) -> Iterator[nn.Module]:
     """The root, and every module above a chosen one that is itself called."""
-    above = {""}
+    root = model.names[0].module
+    found = {id(root): root}
     for choice in choices:
         for name in model.of[id(choice.module)]:
-            segments = name.full.split(".")
-            above.update(".".join(segments[:depth]) for depth in range(1, len(segments)))
-    found = {
-        id(n.module): n.module for n in model.names if n.full in above and model.why_not(n) is None
-    }
-    return iter({id(model.names[0].module): model.names[0].module, **found}.values())
+            for full in _upwards(name.full.rpartition(".")[0]):
+                above = model.by_full.get(full)  # none, where a segment has a dot in it
+                if above and id(above.module) not in found and model.why_not(above) is None:
+                    found[id(above.module)] = above.module
+    return iter(found.values())
 
 
 # --- The errors that help --------------------------------------------------------------------------

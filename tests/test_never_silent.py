@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,26 @@ def test_layers_that_are_used_without_being_called_are_named_in_one_warning() ->
     assert len(caught) == 1
     assert caught[0].filename == __file__, "the warning points at the with block"
     assert (len(acts["a"]), len(acts["b"])) == (1, 0)
+
+
+def test_the_modules_of_a_model_are_listed_once_however_many_layers_were_not_called() -> None:
+    class Counting(nn.ModuleList):
+        listed = 0
+
+        def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+            self.listed += 1
+            return super().named_modules(*args, **kwargs)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self[0](x)  # type: ignore[no-any-return]
+
+    listed = []
+    for size in (10, 100):
+        model = Counting(nn.Linear(4, 4) for _ in range(size))
+        with pytest.warns(UnusedLayerWarning, match=f"{size - 1} of {size} layers"), record(model):
+            model(X)
+        listed.append(model.listed)
+    assert listed[0] == listed[1]
 
 
 def test_a_model_that_was_not_called_is_said_once() -> None:

@@ -30,6 +30,7 @@ from actrec import (
     Recording,
     UnknownLayerError,
     _join,
+    _recording,
     record,
 )
 from actrec._recording import ListLayer
@@ -58,6 +59,13 @@ def recorded(*sizes: int, layers: Any = None, **options: Any) -> Recorder:
 
 def layer(*values: Any) -> Layer:
     return ListLayer("x", values)
+
+
+def test_to_ask_whether_a_layer_is_there_makes_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    acts = recorded(1)
+    monkeypatch.setattr(_recording, "nearest", None)
+    assert "conv" not in acts
+    assert acts.get("conv", 3) == 3
 
 
 # --- A layer is a list -------------------------------------------------------------------------------
@@ -332,6 +340,8 @@ def test_a_recording_is_a_read_only_mapping() -> None:
     assert "lin" in acts
     assert "conv" not in acts
     assert 3 not in acts
+    assert acts.get("lin") is acts["lin"]
+    assert acts.get("conv") is None
     assert acts.get("conv") is None
     with pytest.raises(TypeError, match="does not support item assignment"):
         acts["lin"] = []  # type: ignore[index]

@@ -564,6 +564,58 @@ def test_a_model_that_contains_itself_is_recorded() -> None:
     assert keys(model, "") == [""]
 
 
+class Step(nn.Module):
+    """Registers the two steps before it, as skips do."""
+
+    def __init__(self, *before: nn.Module) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        for number, step in enumerate(before[-2:]):
+            setattr(self, f"skip{number}", step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lin(x)
+
+
+def steps(depth: int) -> nn.Sequential:
+    """Of two modules more for each step, and of nearly twice as many paths."""
+    found: list[nn.Module] = []
+    for _ in range(depth):
+        found.append(Step(*found))
+    return nn.Sequential(*found)
+
+
+def test_record_takes_time_by_the_modules_of_a_model_not_by_their_paths() -> None:
+    asked = []
+    for depth in (15, 30, 60):
+        names: list[str] = []
+        record(steps(depth), lambda name, _, names=names: names.append(name) or name == "0")  # type: ignore[misc]
+        asked.append(len(names))
+    assert asked[2] < 2.5 * asked[1]
+
+
+def test_a_name_that_no_pattern_would_find_can_be_spelled_out() -> None:
+    model = steps(60)
+    deep = ".".join(["59", *["skip1"] * 58, "skip0", "lin"])
+    odd = ".".join(["59", *["skip1", "skip0"] * 19, "lin"])
+    for name in (deep, odd):
+        assert type(model.get_submodule(name)) is nn.Linear
+        with record(model, name) as acts:
+            model(X)
+        assert list(acts) == [name]
+        assert len(acts[name]) == 1
+    with pytest.raises(SelectionError, match="matches no layer"):
+        record(model, f"{odd}.nothing")
+
+
+def test_parents_that_are_called_alone_begin_a_pass_also_where_paths_are_many() -> None:
+    model = steps(30)
+    with record(model, "0.lin") as acts:
+        model[0](X)
+        model(X)
+    assert acts["0.lin"].passes == [0, 1]
+
+
 def test_patterns_leave_out_what_computes_a_parametrized_weight() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU())
     for layers in (None, "**", "*", nn.Module, nn.Linear, lambda *_: True, re.compile(".*")):
