@@ -22,16 +22,28 @@ from torch.utils.hooks import RemovableHandle
 
 from ._early import EarlyStop
 from ._passes import is_own_call
+from ._select import WRAPPERS, is_called
 from ._snapshot import explain
 from ._track import Session, Track
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
 
 
-__all__ = ["BeginPass", "EndPass", "Hook", "Hooks", "InputHook", "OutputHook", "StopHook"]
+__all__ = [
+    "BeginPass",
+    "Below",
+    "CallHook",
+    "EndPass",
+    "Hook",
+    "Hooks",
+    "InputHook",
+    "LayerHook",
+    "OutputHook",
+    "StopHook",
+]
 
 T = TypeVar("T")
 
@@ -61,7 +73,33 @@ class Hook(Generic[T]):
         """Register this hook on ``module``."""
 
 
-class OutputHook(Hook[Track]):
+class LayerHook(Hook[Track]):
+    """A hook on a chosen layer. It runs behind those of others, which may replace what it is told."""
+
+    __slots__ = ("_looked",)
+
+    def __init__(self, track: Track) -> None:
+        super().__init__(track)
+        self._looked = -1  # the id that the next hook of anybody was to get when we last came last
+
+    def table(self, module: nn.Module) -> dict[int, Any]:
+        """The hooks of ``module`` that this one is among."""
+        return module._forward_hooks
+
+    def is_settled(self) -> bool:
+        """Whether nobody has registered a hook, on any module or tensor, since this one came last."""
+        return RemovableHandle.next_id == self._looked
+
+    def settle(self, module: nn.Module) -> bool:
+        """Go behind the hooks of others that were registered later; return whether there were any."""
+        self._looked = RemovableHandle.next_id
+        if not _is_overtaken(self, self.table(module)):
+            return False
+        _put_last(module)
+        return True
+
+
+class OutputHook(LayerHook):
     """Tells what a call returned."""
 
     def register(self, module: nn.Module) -> RemovableHandle:
@@ -70,6 +108,8 @@ class OutputHook(Hook[Track]):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         track = self._target()
         if track is not None and not is_dynamo_compiling():
+            if RemovableHandle.next_id != self._looked and self.settle(module):
+                track.overtake()
             track.end(module, args, None, output)
 
 
@@ -77,7 +117,7 @@ class OutputHook(Hook[Track]):
 _GONE: Any = object()
 
 
-class CallHook(Hook[Track]):
+class CallHook(LayerHook):
     """Tells what a call returned to a track that also wants what it received."""
 
     def register(self, module: nn.Module) -> RemovableHandle:
@@ -88,28 +128,35 @@ class CallHook(Hook[Track]):
     ) -> None:
         track = self._target()
         if track is not None and output is not _GONE and not is_dynamo_compiling():
+            if RemovableHandle.next_id != self._looked and self.settle(module):
+                track.overtake()
             track.end(module, args, kwargs, output)
 
 
-class InputHook(Hook[Track]):
+class InputHook(LayerHook):
     """Tells what a call receives."""
 
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_pre_hook(self, with_kwargs=True)
 
+    def table(self, module: nn.Module) -> dict[int, Any]:
+        return module._forward_pre_hooks
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = _GONE) -> None:
         track = self._target()
         if track is not None and kwargs is not _GONE and not is_dynamo_compiling():
-            track.begin(module, args, kwargs)
+            is_late = RemovableHandle.next_id != self._looked and self.settle(module)
+            track.begin(module, args, kwargs, is_late=is_late)
 
 
 class BeginPass(Hook[Session]):
     """Tells that a call of the root, or of a module on the way to a chosen layer, begins."""
 
-    __slots__ = ("_is_root",)
+    __slots__ = ("_below", "_is_root")
 
-    def __init__(self, session: Session, *, is_root: bool) -> None:
+    def __init__(self, session: Session, below: Below, *, is_root: bool) -> None:
         super().__init__(session)
+        self._below = below
         self._is_root = is_root
 
     def register(self, module: nn.Module) -> RemovableHandle:
@@ -126,6 +173,7 @@ class BeginPass(Hook[Session]):
             if self._is_root and session.offload is not None and session.passes.running:
                 session.complete()  # a pass that was interrupted may be about to be closed
             session.passes.begin(module, is_root=self._is_root)
+            self._below.look(session)
             if session.stop is not None and self._is_root:
                 session.stop.enters(module)
 
@@ -163,6 +211,35 @@ class StopHook(Hook[EarlyStop]):
             stop.when_done()
 
 
+class Below:
+    """What a call leads to, without another call on the way that is looked after: it may change while a block runs."""
+
+    def __init__(self, module: nn.Module, hooks: Mapping[nn.Module, Iterable[LayerHook]]) -> None:
+        owners = [*_containers(module)]
+        self._children = [(owner, dict(owner._modules)) for owner in owners]
+        inside = {
+            child for _, known in self._children for child in known.values() if child is not None
+        }
+        self._hooks = [(child, hook) for child in inside for hook in hooks.get(child, ())]
+        # The call itself has begun: PyTorch has already looked up which hooks hear of that.
+        own = [hook for hook in hooks.get(module, ()) if not isinstance(hook, InputHook)]
+        self._hooks += [(module, hook) for hook in own]
+
+    def look(self, session: Session) -> None:
+        """Put the hooks of the layers last, and remember which layers another module has replaced."""
+        for module, hook in self._hooks:
+            if not hook.is_settled():
+                hook.settle(module)
+        for owner, known in self._children:
+            if owner._modules != known:
+                for segment, child in known.items():
+                    other = owner._modules.get(segment)
+                    if child is not None and other is not None and not _holds(other, child):
+                        session.replace(child)
+                known.clear()
+                known.update(owner._modules)
+
+
 class Hooks:
     """The hooks of one block: on the model all together or not at all."""
 
@@ -173,10 +250,12 @@ class Hooks:
         """Register every hook; if one cannot be, take those before it off again."""
         plan = list(plan)
         _reserve_ids(module for module, _ in plan)
+        others = [module for module in {module for module, _ in plan} if any(_tables(module))]
         try:
             for module, hook in plan:
                 self._placed.append((module, hook, hook.register(module)))
-                _put_stops_last(module)
+            for module in others:
+                _put_last(module)
         except BaseException:
             self.remove()
             for module, hook in plan:  # one that was interrupted is there, and no handle for it
@@ -217,13 +296,41 @@ def _delete(module: nn.Module, hook: Hook[Any]) -> None:
             del table[key]
 
 
-def _put_stops_last(module: nn.Module) -> None:
-    """Where a block around this one stops early, what was hooked now still hears of the last call."""
-    table: Any = module._forward_hooks
-    for key, hook in [*table.items()]:
-        if isinstance(hook, StopHook):
+def _put_last(module: nn.Module) -> None:
+    """Put the hooks of all open blocks behind those of others, and what stops a forward behind everything."""
+    for table in _tables(module):
+        ours = [
+            key
+            for kind in (LayerHook, EndPass, StopHook)
+            for key, hook in [*table.items()]  # of a copy: other threads place and remove hooks too
+            if isinstance(hook, kind)
+        ]
+        for key in ours:
             with suppress(KeyError):  # another thread has taken it off
-                table.move_to_end(key)
+                table.move_to_end(key)  # type: ignore[attr-defined]
+
+
+def _is_overtaken(hook: Hook[Any], table: dict[int, Any]) -> bool:
+    """Whether a hook that is none of ours comes behind this one."""
+    hooks = [*table.values()]
+    place = next((place for place, found in enumerate(hooks) if found is hook), len(hooks))
+    return not all(isinstance(other, Hook) for other in hooks[place:])
+
+
+def _containers(module: nn.Module) -> Iterator[nn.Module]:
+    """The module, and the containers inside it that are never called: what its calls look up modules in."""
+    yield module
+    for child in module._modules.values():
+        if child is not None and child is not module and not is_called(child):
+            yield from _containers(child)
+
+
+def _holds(other: nn.Module | None, module: nn.Module) -> bool:
+    """Whether ``other`` is ``module``, or wraps it."""
+    while other is not module and other is not None:
+        wrapped = [child for segment, child in other._modules.items() if segment in WRAPPERS]
+        other = wrapped[0] if len(wrapped) == len(other._modules) and wrapped else None
+    return other is module
 
 
 def _reserve_ids(modules: Iterable[nn.Module]) -> None:

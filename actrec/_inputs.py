@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ._nested import tensors
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
     from ._nested import Value
 
-__all__ = ["Arrival", "Arrivals", "Parameters"]
+__all__ = ["Arrival", "Arrivals", "Parameters", "versions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,17 @@ class Parameters:
         return given
 
 
-#: A call that began and has not ended yet: the number of its pass, its kwargs and its inputs. Python makes the
-#: kwargs anew for every call, so they identify this one. (A named tuple would take as long as all of this.)
-Arrival: TypeAlias = "tuple[int, object, Value]"
+#: A call that began and has not ended yet: the number of its pass, its kwargs, its inputs, and if hooks of others
+#: were still to come, its args and the versions of the tensors in them. Python makes the kwargs anew for every call, so they identify this one. (A named tuple
+#: would take as long as all of this.)
+Arrival: TypeAlias = (
+    "tuple[int, object, Value, tuple[tuple[Any, ...], dict[int, int | None]] | None]"
+)
+
+
+def versions(values: Value) -> dict[int, int | None]:
+    """How often each tensor (by id) has been written to; of those that do not count it, ``None``."""
+    return {id(t): None if t.is_inference() else t._version for t in tensors(values)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ class Arrivals:
         stack = self._stacks.get(get_ident(), [])
         if stack and stack[-1][1] is kwargs:
             return stack.pop()
-        same = [at for at, (_, its_kwargs, _) in enumerate(stack) if its_kwargs is kwargs]
+        same = [at for at, earlier in enumerate(stack) if earlier[1] is kwargs]
         at = same[-1] if same else len(stack) - 1
         arrival = stack[at] if stack else None
         del stack[max(at, 0) :]

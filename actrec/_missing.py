@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ._nested import tensors
-from .errors import MissingGradientWarning, UnusedLayerWarning, listed
+from .errors import IncompleteLayerWarning, MissingGradientWarning, UnusedLayerWarning, listed
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     _Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
 
-__all__ = ["warn_ungraded", "warn_unused"]
+__all__ = ["warn_incomplete", "warn_ungraded", "warn_unused"]
 
 _NEVER_CALLED = (
     "it was never called. Usual causes: its .forward() or its weights are used directly (hooks run only when "
@@ -70,6 +70,41 @@ def warn_ungraded(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None
             MissingGradientWarning,
             stacklevel=stacklevel + 1,
         )
+
+
+def warn_incomplete(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
+    """Warn once about all layers of which calls are missing, or may be other than they were."""
+    causes = {
+        key: cause
+        for key, (choice, track) in tracks.items()
+        if track.kept and (cause := _incomplete(choice, track))
+    }
+    if causes:
+        what = f"not all is right that was recorded of {_share(causes, tracks)} of this {type(model).__name__}"
+        warnings.warn(
+            _explained(f"record(): {what}.", causes),
+            IncompleteLayerWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _incomplete(choice: Choice, track: Track) -> str | None:
+    since = track.session.replaced.get(id(choice.module))
+    if since is not None:
+        return (
+            f"from pass {since} on another module stood in its place, whose calls are not recorded. Change the model before "
+            "the block, or open another block after that"
+        )
+    if track.overtaken:
+        return (
+            f"hooks were added to it in the middle of {_times(track.overtaken, 'forward')}, and ran behind those of actrec: "
+            "what they changed of that call is not recorded. Add them between two forwards, or with prepend=True"
+        )
+    return None
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
 def _share(causes: dict[str, str], tracks: _Tracks) -> str:

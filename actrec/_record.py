@@ -17,9 +17,20 @@ from ._device import with_streams
 from ._eager import COMPILING, eager
 from ._early import EarlyStop, StoppableForward, refuse_sharded
 from ._grads import Gradients
-from ._hooks import BeginPass, CallHook, EndPass, Hook, Hooks, InputHook, OutputHook, StopHook
+from ._hooks import (
+    BeginPass,
+    Below,
+    CallHook,
+    EndPass,
+    Hook,
+    Hooks,
+    InputHook,
+    LayerHook,
+    OutputHook,
+    StopHook,
+)
 from ._inputs import Parameters
-from ._missing import warn_ungraded, warn_unused
+from ._missing import warn_incomplete, warn_ungraded, warn_unused
 from ._offload import Deferred, Offload
 from ._recording import Layer, ListLayer, Recorder, SinkLayer
 from ._select import Choice, Query, Selection, select, type_name
@@ -169,6 +180,8 @@ def record(
         UnusedLayerWarning: at the end of the block, if nothing was recorded of a layer, and why that may be.
         MissingGradientWarning: at the end of the block, if gradients were asked for (or ``detach=False``) and
             none can reach a layer, because nothing that it returned requires grad.
+        IncompleteLayerWarning: at the end of the block, if calls of a layer were not recorded, or perhaps not as it
+            returned them: another module was put in its place, or hooks were added to it in the middle of a forward.
     """
     if torch.compiler.is_compiling():
         raise ActrecError(COMPILING)
@@ -272,6 +285,7 @@ class _Block(AbstractContextManager[Recorder]):
             raise session.error
         warn_unused(self._model, self._tracks, stacklevel=2)
         warn_ungraded(self._model, self._tracks, stacklevel=2)
+        warn_incomplete(self._model, self._tracks, stacklevel=2)
 
     def __getitem__(self, name: str) -> NoReturn:
         raise ActrecError(_FORGOTTEN)
@@ -375,12 +389,19 @@ class _Block(AbstractContextManager[Recorder]):
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""
         parents = self._selection.parents
+        hooks: dict[nn.Module, list[LayerHook]] = {
+            choice.module: [InputHook(track), CallHook(track)]
+            if self._inputs
+            else [OutputHook(track)]
+            for choice, track in self._tracks.values()
+        }
         for module in parents:
-            yield module, BeginPass(self._session, is_root=module is self._model)
-        for choice, track in self._tracks.values():
-            if self._inputs:
-                yield choice.module, InputHook(track)
-            yield choice.module, CallHook(track) if self._inputs else OutputHook(track)
+            yield (
+                module,
+                BeginPass(self._session, Below(module, hooks), is_root=module is self._model),
+            )
+        for module, its_hooks in hooks.items():
+            yield from ((module, hook) for hook in its_hooks)
         for module in parents:
             yield module, EndPass(self._session)
         if self._session.stop is not None:

@@ -23,7 +23,7 @@ from .errors import OptionError, SelectionError, UnsupportedModelError, listed, 
 if TYPE_CHECKING:
     from ._capture import Transform
 
-__all__ = ["Choice", "Query", "Selection", "select", "type_name"]
+__all__ = ["WRAPPERS", "Choice", "Query", "Selection", "is_called", "select", "type_name"]
 
 #: One layer query; ``record()`` also takes an iterable of them, or a mapping from them to transforms.
 Query: TypeAlias = (
@@ -140,7 +140,7 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _is_called(module: nn.Module) -> bool:
+def is_called(module: nn.Module) -> bool:
     """Whether there is a forward: ``ModuleList`` and its like have none, so hooks on them never run."""
     return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
@@ -199,7 +199,7 @@ class _Model:
             )
         if isinstance(name.module, torch.jit.ScriptModule):
             return f"{spelled!r} is a {kind}: TorchScript runs no Python hooks. Record the original module"
-        if _is_called(name.module):
+        if is_called(name.module):
             return None
         reason = f"{spelled!r} is a {kind}, a container that is never called itself"
         instead = f"{spelled}.*" if spelled else "*"
@@ -333,7 +333,7 @@ def _leaves(model: _Model) -> list[_Name]:
         reasons = [reason for name in scripted or leaves if (reason := model.why_not(name))]
         message = f"record() cannot record every leaf module of this {model.type}: {next(iter(reasons), 'it has none')}, or choose layers."
         raise SelectionError(message)
-    return [name for name in leaves if _is_called(name.module)]
+    return [name for name in leaves if is_called(name.module)]
 
 
 def _is_leaf(name: _Name) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._capture import SKIPPED
-from ._inputs import Arrivals, Parameters
+from ._inputs import Arrival, Arrivals, Parameters, versions
 from ._passes import Passes, backward_number, is_tracing
 from ._snapshot import snapshot
 from .errors import CaptureError, TransformError, WriteError
@@ -43,6 +43,9 @@ class Session:
         default_factory=dict
     )  # the layers, by the end of their first call
     error: Exception | None = None  # the first one that capturing a value raised
+    replaced: dict[int, int] = field(
+        default_factory=dict
+    )  # modules (ids) that others have replaced in the model, and the pass that found out
     surfaced: bool = False  # that error left the model (or else the model swallowed it)
     stop: EarlyStop | None = None
     offload: Offload | None = None  # what moves values from a GPU into memory
@@ -73,6 +76,11 @@ class Session:
         if self.offload is not None:
             self.unseen = self.offload.close()
 
+    def replace(self, module: nn.Module) -> None:
+        """Another module stands in the place of this one, and of those in it."""
+        for inside in module.modules():
+            self.replaced.setdefault(id(inside), max(0, self.passes.count - 1))
+
     def failed(self, error: Exception) -> None:
         """Remember the first error, in case the model swallows it."""
         if self.error is None:
@@ -100,6 +108,7 @@ class Track:
     called: int = 0
     kept: int = 0
     recomputed: int = 0
+    overtaken: int = 0  # calls that hooks of others may have changed behind ours
     _is_direct: bool = field(init=False)  # whether a tensor is kept just as it is
     _arrivals: Arrivals = field(default_factory=Arrivals)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -107,8 +116,23 @@ class Track:
     def __post_init__(self) -> None:
         self._is_direct = self.capture.is_direct()
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Take what a call receives, before the call can change it."""
+    def overtake(self) -> None:
+        """Hooks that were registered while a forward ran come behind ours this time."""
+        if self.session.recording:
+            self.overtaken += 1
+
+    def begin(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        is_late: bool = False,
+    ) -> None:
+        """Take what a call receives, before the call can change it.
+
+        Where hooks that come behind ours may still replace it (``is_late``), the call's end looks again.
+        """
         session = self.session
         if not session.recording or backward_number() != -1 or is_tracing():  # is_own_call()
             return
@@ -127,7 +151,8 @@ class Track:
         number = session.passes.thread.current
         if number is None:
             number = session.passes.number(module)
-        self._arrivals.push((number, kwargs, inputs))
+        late = (args, versions((args, kwargs))) if is_late else None
+        self._arrivals.push((number, kwargs, inputs, late))
 
     def end(  # noqa: C901, PLR0912  # one function, see below
         self, module: nn.Module, args: tuple[Any, ...], kwargs: object, output: Value
@@ -153,6 +178,7 @@ class Track:
         call = self.called
         self.called = call + 1
         try:
+            received = arrival and self._received(arrival, args, kwargs)
             if is_tensor and self._is_direct and output.is_cpu:
                 value = snapshot(output)
             else:
@@ -168,7 +194,7 @@ class Track:
                 with self._lock:
                     self.outputs.keep(value, number)
                     if self.inputs is not None:
-                        self.inputs.keep(arrival and arrival[2], number)
+                        self.inputs.keep(received, number)
             if self.grads is not None:
                 self.grads.expect(output, value, number)
         except Exception as error:  # from the disk, or the user's container
@@ -176,6 +202,19 @@ class Track:
             raise
         if session.stop is not None:
             session.stop.ran(self.capture.layer)
+
+    def _received(self, arrival: Arrival, args: tuple[Any, ...], kwargs: Any) -> Value:
+        """What a call received of hooks that may have replaced what ours was told."""
+        _, kwargs_before, inputs, late = arrival
+        if late is None:
+            return inputs
+        args_before, before = late
+        now = versions((args, kwargs))
+        if any(version is None or version != before.get(t, 0) for t, version in now.items()):
+            self.overtake()  # written to: by such a hook, or later, by forward
+        elif args is args_before and kwargs is kwargs_before:
+            return inputs
+        return self.capture.received(self.parameters.named(args, kwargs))
 
     def _end_again(self, output: Value) -> None:
         """A call that was recorded before has run again."""

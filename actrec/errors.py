@@ -19,6 +19,7 @@
     └── CorruptRecordingError       also ValueError: a stored recording that is damaged
 
     UnusedLayerWarning              a chosen layer of which nothing was recorded
+    IncompleteLayerWarning          a chosen layer of which calls are missing, or may be other than it returned
     MissingGradientWarning          a chosen layer that no gradient can reach
 
 Every message names the call, the offending value, what was observed and the nearest fix.
@@ -37,6 +38,7 @@ __all__ = [
     "AlignmentError",
     "CaptureError",
     "CorruptRecordingError",
+    "IncompleteLayerWarning",
     "JoinError",
     "MissingGradientWarning",
     "OptionError",
@@ -118,6 +120,10 @@ class ReadError(ActrecError, OSError):
 
 class CorruptRecordingError(ActrecError, ValueError):
     """A stored recording is damaged; the message names the file and the defect."""
+
+
+class IncompleteLayerWarning(UserWarning):
+    """Not every call of a chosen layer was recorded, or not surely as it returned; the message says why."""
 
 
 class MissingGradientWarning(UserWarning):

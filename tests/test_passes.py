@@ -299,7 +299,7 @@ def test_inputs_that_a_later_pre_hook_replaces_stay_paired_with_their_call() -> 
         )
         model(X)
         handle.remove()
-    assert torch.equal(acts.inputs[""][0]["input"], X)
+    assert torch.equal(acts.inputs[""][0]["input"], X * 2), "what forward received"
 
 
 def test_a_call_that_had_begun_before_it_was_hooked_has_no_inputs() -> None:
