@@ -66,7 +66,7 @@ class ArrivingSink(_Arriving, SinkLayer):
     def __reduce__(self) -> tuple[Any, ...]:
         # Likewise the layer, without what makes it arrive.
         self._complete()
-        state = {name: value for name, value in vars(self).items() if name != "_offload"}
+        state = {name: value for name, value in self.__getstate__().items() if name != "_offload"}
         return _plain_sink, (), state
 
 

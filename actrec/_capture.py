@@ -1,21 +1,20 @@
 """From the value a layer returned to the value that is kept: transform, snapshot, move, cast.
 
 Nothing that runs here may be felt by the model. Tensors are snapshotted, containers rebuilt, and the
-user's transform runs in a clean room: without gradients, autocast and inference mode, on tensors that
-are its own, and with the random stream put back behind it.
+user's transform runs in a clean room: without gradients, autocast and inference mode, on tensors and with
+random numbers of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
+from ._clean_room import in_a_clean_room
 from ._device import refuse_graph_capture
 from ._nested import Value, rebuild
 from ._snapshot import (
@@ -103,13 +102,9 @@ class Capture:
 
     def _transformed(self, transform: Transform, value: Value, call: int) -> Value:
         loan = _Loan(detach=self.detach)
-        streams = [(torch.default_generator, torch.default_generator.get_state())]
         try:
             lent = rebuild(value, loan, unknown=_itself, stand_ins=False)
-            if loan.devices:
-                streams += [(one, one.get_state()) for one in loan.generators()]
-            with normal_mode():  # which lets gradients in
-                result = _in_a_clean_room(transform, lent, loan.devices, grad=not self.detach)
+            result = in_a_clean_room(transform, lent, loan.devices, grad=not self.detach)
             if loan.aliases:
                 loan.check_untouched()
         except CaptureError:
@@ -118,42 +113,7 @@ class Capture:
             kind = type(error).__name__
             message = f"the transform of layer {self.layer!r} raised {kind} on {self.what} {call}: {error}"
             raise TransformError(message) from error
-        finally:
-            for generator, state in streams:
-                generator.set_state(state)
         return result
-
-
-def _in_a_clean_room(
-    transform: Transform, value: Value, devices: Collection[torch.device], *, grad: bool
-) -> Value:
-    if not (devices or grad or torch.is_autocast_enabled("cpu")):  # the shortest way
-        return _without_graph(transform, value)
-    autocasting = [t for t in {"cpu", *(device.type for device in devices)} if _autocasts(t)]
-    with ExitStack() as clean_room:
-        for device_type in autocasting:
-            clean_room.enter_context(torch.autocast(device_type, enabled=False))
-        if not grad:
-            return _without_graph(transform, value)
-        # What it saves for its backward is none of the checkpoint's that the layer may run in.
-        clean_room.enter_context(saved_tensors_hooks(_itself, _itself))
-        return transform(value)
-
-
-def _without_graph(transform: Transform, value: Value) -> Value:
-    if not torch.is_grad_enabled():
-        return transform(value)
-    torch.set_grad_enabled(False)  # called, not entered, which is quicker
-    try:
-        return transform(value)
-    finally:
-        torch.set_grad_enabled(True)
-
-
-def _autocasts(device_type: str) -> bool:
-    # Every PyTorch has it for the CPU, and others raise an error if they are asked.
-    available = device_type == "cpu" or torch.amp.is_autocast_available(device_type)
-    return available and torch.is_autocast_enabled(device_type)
 
 
 def _itself(value: Any) -> Any:
@@ -196,12 +156,6 @@ class _Loan:
         if not alias.is_inference():  # torch itself refuses to write to those in place
             self.aliases.append((alias, alias._version))
         return alias
-
-    def generators(self) -> Iterator[torch.Generator]:
-        """The generators of random numbers on the devices of what was lent, besides the CPU's."""
-        for device in self.devices:
-            on_devices = getattr(getattr(torch, device.type, None), "default_generators", ())
-            yield from on_devices[device.index or 0 :][:1]
 
     def check_untouched(self) -> None:
         if any(alias._version != version for alias, version in self.aliases):

@@ -20,6 +20,7 @@ from torch.compiler import (
 )  # torch.export reads hooks, even though nothing runs compiled
 from torch.utils.hooks import RemovableHandle
 
+from ._clean_room import inside
 from ._early import EarlyStop
 from ._passes import is_own_call
 from ._select import WRAPPERS, is_called
@@ -169,6 +170,7 @@ class BeginPass(Hook[Session]):
             and not is_compiling()  # nor exporting: no call of the model's own
             and session.recording
             and is_own_call()
+            and not (inside and session.is_aside())
         ):
             if self._is_root and session.offload is not None and session.passes.running:
                 session.complete()  # a pass that was interrupted may be about to be closed
@@ -186,7 +188,12 @@ class EndPass(Hook[Session]):
 
     def __call__(self, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         session = self._target()
-        if session is not None and not is_dynamo_compiling() and is_own_call():
+        if (
+            session is not None
+            and not is_dynamo_compiling()
+            and is_own_call()
+            and not (inside and session.is_aside())
+        ):
             try:
                 if session.offload is not None and session.passes.opened_by(module):
                     session.complete()  # before the pass counts as complete

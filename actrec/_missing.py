@@ -130,13 +130,20 @@ def _no_graph(track: Track) -> str | None:
     return None
 
 
-def _cause(there: Collection[int], choice: Choice, track: Track) -> str:
-    """Why nothing was recorded of a layer; ``there`` are the ids of the modules that the model has now."""
-    module = choice.module
-    if track.called:
+def _not_kept(track: Track) -> str:
+    if track.error is None:
         return (
             f"the transform returned None for all of its {track.called} calls, which skips a call"
         )
+    first_line = track.error.partition("\n")[0].rstrip(".")
+    return f"what recording it raised was caught ({first_line})"
+
+
+def _cause(there: Collection[int], choice: Choice, track: Track) -> str:
+    """Why nothing was recorded of a layer; ``there`` are the ids of the modules that the model has now."""
+    module = choice.module
+    if track.called or track.error is not None:
+        return _not_kept(track)
     if track.recomputed:
         return (
             f"all of its {track.recomputed} calls ran inside backward(), where activation checkpointing recomputes "

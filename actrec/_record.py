@@ -108,8 +108,9 @@ def record(
         layers: the layer queries.
         transform: ``value -> value``, applied to what a layer returns before it is copied or moved, such
             as ``lambda t: t.mean((2, 3))``. It runs where the tensor is, without gradients, autocast and
-            inference mode, on a value of its own; the random stream of the model is put back behind it.
-            A call for which it returns ``None`` is skipped.
+            inference mode, on a value of its own. What it calls in the model is not recorded. What it draws from PyTorch's
+            global generators differs from call to call and leaves the model's random numbers as they are; those of NumPy
+            and ``random`` it shares with the model. A call for which it returns ``None`` is skipped.
         inputs: also record what each call received, as ``acts.inputs[name][i]``: a dict from parameter
             name to value, taken before the call runs. ``transform`` is not applied to inputs.
         grads: also record the gradient of the loss with respect to each value, as ``acts.grads[name][i]``:

@@ -7,12 +7,20 @@ only a live one can do.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any, overload
 
+import torch
+
 from . import _display, _html, _stats
+from ._clean_room import in_a_clean_room
 from ._forms import Form, form
 from ._join import joined
 from ._nested import Value, tensors
@@ -253,18 +261,66 @@ class SinkLayer(Layer):
         self.type = kind
         self.sink = make()
         self._make = None if hasattr(self.sink, "clear") else make
-        self._passes: list[int] = []
+        self._passes: deque[int] = (
+            deque()
+        )  # of the latest calls that made it longer, or changed its end
+        self._known: dict[
+            int, tuple[weakref.ref[Any], int]
+        ] = {}  # by id: what is in it, and its pass
 
     @property
     def passes(self) -> list[int]:
-        # A bounded container has dropped the oldest calls.
-        return self._passes[-len(self) :] if len(self) else []
+        # A bounded container has dropped the oldest calls; -1: the user has appended.
+        latest = [*self._passes][-len(self) :] if len(self) else []
+        latest += [-1] * (len(self) - len(latest))
+        if not self._known:
+            return latest
+        # It may have dropped others, or sorted them: what can be recognized is more than what can be counted.
+        found = map(self._pass_of, self._readable())
+        return [
+            number if known is None else known
+            for number, known in zip_longest(latest, islice(found, len(latest)))
+        ]
 
     def keep(self, value: Value, number: int) -> None:
-        self.sink.append(value)  # which may raise
-        self._passes.append(number)
-        if len(self._passes) > 2 * len(self) + _SLACK:
-            self._passes = self.passes
+        before, last = len(self), self._last()
+        devices = {tensor.device for tensor in tensors(value) if not tensor.is_cpu}
+        in_a_clean_room(self.sink.append, value, devices, grad=torch.is_grad_enabled())
+        newest = self._last()
+        grown = len(self) - before if hasattr(self.sink, "__len__") else 1
+        if grown > 0:
+            self._passes.extend([number] * grown)
+        elif newest is None or newest is not last:
+            self._passes.append(number)
+        while len(self._passes) > 2 * len(self) + _SLACK:
+            self._passes.popleft()
+        for item in (value, newest):  # which is the value, or what the container has made of it
+            if item is not last and self._pass_of(item) is None:
+                self._remember(item, number)
+
+    def _last(self) -> Value:
+        return self.sink[-1] if isinstance(self.sink, (list, deque)) and self.sink else None
+
+    def _remember(self, item: Value, number: int) -> None:
+        thing = next(tensors(item), item)
+        with suppress(TypeError):  # a number, say, cannot be recognized
+            gone = partial(_forget, self._known, id(thing))
+            self._known[id(thing)] = weakref.ref(thing, gone), number
+
+    def _pass_of(self, item: Value) -> int | None:
+        """The pass of something in the container, if it can be recognized."""
+        for thing in (item, *tensors(item)):
+            reference, number = self._known.get(id(thing), (None, -1))
+            if reference is not None and reference() is thing:
+                return number
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "_passes": deque(self.passes),
+            "_known": {},
+        }  # no copy is the same thing
 
     def clear(self) -> None:
         if self._make is None:
@@ -272,6 +328,7 @@ class SinkLayer(Layer):
         else:
             self.sink = self._make()
         self._passes.clear()
+        self._known.clear()
 
     @overload
     def __getitem__(self, index: int) -> Value: ...
@@ -305,6 +362,11 @@ class SinkLayer(Layer):
         if name == "sink":  # while it is copied or unpickled there is none yet
             raise AttributeError(name)
         return getattr(self.sink, name)
+
+
+def _forget(known: dict[int, Any], key: int, _: object) -> None:
+    """What was known by ``key`` is no more."""
+    known.pop(key, None)
 
 
 class Recording(Mapping[str, Layer]):
@@ -574,6 +636,7 @@ class Recorder(Recording):
         self._session = session
         self._capture = capture
         self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
+        self._adding = threading.Lock()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -640,10 +703,11 @@ class Recorder(Recording):
             raise ActrecError(message)
         try:
             kept = self._capture.added(value)
-            if name not in self._layers:
-                self._layers[name] = self._added(name)
-                self._session.order.setdefault(name)
-            self._layers[name].keep(kept, self.num_passes - 1)
+            with self._adding:  # several threads may be the first to add by this name
+                if name not in self._layers:
+                    self._layers = {**self._layers, name: self._added(name)}
+                    self._session.order.setdefault(name)
+                self._layers[name].keep(kept, self.num_passes - 1)
         except CaptureError as error:
             message = f"acts.add({name!r}): {error}."
             raise CaptureError(message) from error

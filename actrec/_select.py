@@ -416,6 +416,8 @@ def select(model: nn.Module, queries: Any, transform: Transform | None = None) -
     claims: dict[int, _Claim] = {}
     spelled: dict[str, int] = {}
     for query, own in _flatten(queries, transform):
+        if own is not transform and id(own) in names.of:
+            raise OptionError(_layer_for_transform(query, own))
         is_name = isinstance(query, str) and "*" not in query
         spelled_out = is_name or isinstance(query, nn.Module)
         for name in _answer(names, query):
@@ -484,6 +486,15 @@ def _nothing(model: _Model, query: str, *, is_glob: bool = False) -> str:
         hint = " It is a traced graph: record the original module, or torch.export.unflatten(exported_program)."
     return (
         f"record(): {query!r} matches no layer of this {model.type}. {nearest(query, names)}{hint}"
+    )
+
+
+def _layer_for_transform(query: object, own: object) -> str:
+    shown = repr(query) if isinstance(query, str) else "a query"
+    return (
+        f"record(): the mapping gives {shown} a {type(own).__name__} of the model for its transform; its values are transforms, "
+        "not layers. To record the layers of a dict of modules: record(model, list(modules.values())). To apply a layer "
+        "of the model to what another one returns, write a function: lambda value: model.head(value)."
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._capture import SKIPPED
+from ._clean_room import depth, inside
 from ._inputs import Arrival, Arrivals, Parameters, versions
 from ._passes import Passes, backward_number, is_tracing
 from ._snapshot import snapshot
@@ -50,10 +51,16 @@ class Session:
     stop: EarlyStop | None = None
     offload: Offload | None = None  # what moves values from a GPU into memory
     unseen: Exception | None = None  # what went wrong with the last of them
+    depth: int = 0  # how deep in code of the user's, which the recorder runs, the block was begun
 
     def begin(self) -> None:
         """The block begins."""
+        self.depth = depth()
         self.active = self.recording = True
+
+    def is_aside(self) -> bool:
+        """Whether this thread runs a transform or a container's ``append()``: what it calls is no call of the model's."""
+        return depth() > self.depth
 
     def end(self, *, interrupted: bool) -> None:
         """The block ends; hooks that are still somewhere do nothing from now on."""
@@ -109,6 +116,7 @@ class Track:
     kept: int = 0
     recomputed: int = 0
     overtaken: int = 0  # calls that hooks of others may have changed behind ours
+    error: str | None = None  # the first one that recording a call raised
     _is_direct: bool = field(init=False)  # whether a tensor is kept just as it is
     _arrivals: Arrivals = field(default_factory=Arrivals)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -135,6 +143,8 @@ class Track:
         """
         session = self.session
         if not session.recording or backward_number() != -1 or is_tracing():  # is_own_call()
+            return
+        if inside and session.is_aside():
             return
         is_tensor = len(args) == 1 and type(args[0]) is Tensor
         if not is_tensor and _is_symbolic((*args, *kwargs.values())):
@@ -163,7 +173,7 @@ class Track:
         functions are written out.
         """
         session = self.session
-        if not session.recording:
+        if not session.recording or (inside and session.is_aside()):
             return
         if backward_number() != -1 or is_tracing():  # is_own_call()
             self._end_again(output)
@@ -225,6 +235,7 @@ class Track:
     def _failed(self, error: Exception, call: int) -> None:
         """Say where it happened: on the error, or in one that says more."""
         layer = self.capture.layer
+        self.error = self.error or f"{type(error).__name__}: {error}"
         if isinstance(error, CaptureError):
             located = CaptureError(f"record() cannot keep call {call} of layer {layer!r}: {error}.")
             self.session.failed(located)

@@ -184,8 +184,15 @@ def check_random(gpu: Gpu, *, repetitions: int, size: int) -> bool:
         return torch.stack([model(x) for _ in range(repetitions)])
 
     expected = run()
-    with record(model, transform=lambda value: value + torch.rand_like(value)):
-        return torch.equal(run(), expected)
+
+    def draw(value: Tensor) -> Tensor:
+        number = torch.rand((), device=value.device)
+        return nn.functional.dropout(value + torch.rand_like(value)) + number
+
+    with record(model, transform=draw) as acts:
+        same = torch.equal(run(), expected)
+    calls = [value.sum().item() for layer in acts.values() for value in layer]
+    return same and len(set(calls)) == len(calls)
 
 
 def check_graphs(gpu: Gpu, *, repetitions: int, size: int) -> bool:

@@ -1,0 +1,157 @@
+"""Random numbers for code of the user's that runs inside the recorder: from generators of actrec's own.
+
+PyTorch's global generators belong to the process: a state that is put back behind a transform takes back what
+other threads have drawn meanwhile, and gives every call the same numbers. So the draws themselves are led
+elsewhere. While :class:`OwnDraws` is entered, a function that would draw from a global generator draws from one
+that actrec keeps for the device. It goes on from call to call and from block to block, and its seed is
+derived from ``torch.initial_seed()``, so what is drawn is reproducible and never what the model draws.
+
+This is a ``TorchFunctionMode``, as ``torch.set_default_device`` is one: it belongs to a thread, costs a fraction of a
+microsecond to enter, and next to nothing where a function draws nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["OwnDraws"]
+
+#: What draws, and takes a ``generator`` (where it is not written in Python; ``rand_like`` only in new versions).
+_WITH_GENERATOR: Final = frozenset({
+    "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial",
+    "rrelu", "rrelu_", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_",
+    "random_", "uniform_", "_standard_gamma", "_sample_dirichlet", "rand_like", "randn_like", "randint_like",
+})  # fmt: skip
+
+#: What may draw from the global generators, and cannot be told otherwise.
+_GLOBAL_ONLY: Final = frozenset({
+    "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "alpha_dropout_",
+    "feature_dropout", "feature_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_", "native_dropout",
+    "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "gumbel_softmax",
+    "multi_head_attention_forward", "fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices",
+    "kaiming_uniform_", "kaiming_normal_",
+})  # fmt: skip
+
+_DRAWING: Final = _WITH_GENERATOR | _GLOBAL_ONLY
+_PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
+
+
+class OwnDraws(TorchFunctionMode):
+    """While this is entered, what this thread draws comes from generators of actrec's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seed = torch.default_generator.initial_seed()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        # A generator that was seeded in here, inside fork_rng(), is to be used.
+        if name not in _DRAWING or self.was_seeded() or _has_generator(args, kwargs):
+            return func(*args, **kwargs)
+        takes_generator = name in _WITH_GENERATOR and not isinstance(func, FunctionType)
+        if takes_generator and _PLAIN.issuperset(types):
+            own = _own(_device(args, kwargs))
+            try:
+                return func(*args, **{**kwargs, "generator": own})
+            except TypeError:  # not in this version of PyTorch, or not with these arguments
+                pass
+        with _instead_of_global(args, kwargs):
+            return func(*args, **kwargs)
+
+    def was_seeded(self) -> bool:
+        """Whether PyTorch's global generator was given another seed since this was made."""
+        return torch.default_generator.initial_seed() != self._seed
+
+    def check_unseeded(self) -> None:
+        """Raise ``ValueError`` if the generator that the model draws from was given another seed."""
+        if self.was_seeded():
+            message = (
+                "PyTorch's global generator, from which the model draws, was seeded while it ran; let it draw from a "
+                "torch.Generator() of its own"
+            )
+            raise ValueError(message)
+
+
+def _has_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call says which generator to draw from: one that is not the global one."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)]
+    return any(generator is not _global(generator.device) for generator in given)
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """The device that a function draws on."""
+    device = kwargs.get("device")
+    if device is None:
+        for value in (kwargs.get("out"), *args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                return value.device
+    return torch.empty(0, device=device).device
+
+
+# --- The generators --------------------------------------------------------------------------------
+
+_lock = threading.RLock()
+_generators: dict[torch.device, torch.Generator] = {}
+_seeds: dict[torch.device, int] = {}
+
+#: What the seeds differ in from those of the global generators, which would give the same numbers.
+_OTHER: Final = 0x9E3779B97F4A7C15
+
+
+def _own(device: torch.device) -> torch.Generator | None:
+    """The generator that stands in for the global one of ``device``; ``None`` if nothing can be drawn there."""
+    seed = torch.default_generator.initial_seed()
+    with _lock:
+        if _seeds.get(device) != seed:
+            try:
+                generator = _generators.setdefault(device, torch.Generator(device))
+            except RuntimeError:  # a device without numbers, such as "meta"
+                return None
+            generator.manual_seed(seed ^ _OTHER)
+            _seeds[device] = seed
+        return _generators[device]
+
+
+def _global(device: torch.device) -> torch.Generator | None:
+    """The generator of ``device`` that everybody draws from."""
+    if device.type == "cpu":
+        return torch.default_generator
+    on_devices = getattr(getattr(torch, device.type, None), "default_generators", ())
+    return next(iter(on_devices[device.index or 0 :]), None)
+
+
+@contextmanager
+def _instead_of_global(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Let the global generators give out the numbers of ours, for one call of a function that can use no other.
+
+    If another thread draws at the very moment in which the states are exchanged, it may draw a number again.
+    """
+    given = {value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+    pairs = [(_global(device), _own(device)) for device in {torch.device("cpu"), *given}]
+    with _lock:
+        changed = [(theirs, ours, theirs.get_state()) for theirs, ours in pairs if theirs and ours]
+        for theirs, ours, _ in changed:
+            theirs.set_state(ours.get_state())
+        try:
+            yield
+        finally:
+            for theirs, ours, state in changed:
+                ours.set_state(theirs.get_state())
+                theirs.set_state(state)
