@@ -276,7 +276,7 @@ def test_a_block_inside_a_transform_records() -> None:
     found = []
 
     def probed(value: Tensor) -> Tensor:
-        with record(probe) as inner, record(net, "1") as again:
+        with record(probe, transform=torch.neg) as inner, record(net, "1") as again:
             probe(value)
             net[1](value)
         found.append((len(inner["0"]), len(again["1"])))
