@@ -85,8 +85,8 @@ class Session:
 
     def replace(self, module: nn.Module) -> None:
         """Another module stands in the place of this one, and of those in it."""
-        for inside in module.modules():
-            self.replaced.setdefault(id(inside), max(0, self.passes.count - 1))
+        for gone in module.modules():
+            self.replaced.setdefault(id(gone), max(0, self.passes.count - 1))
 
     def failed(self, error: Exception) -> None:
         """Remember the first error, in case the model swallows it."""
