@@ -49,6 +49,7 @@ __all__ = [
     "SelectionError",
     "TransformError",
     "UnknownLayerError",
+    "UnlockedWarning",
     "UnsupportedModelError",
     "UnusedLayerWarning",
     "WriteError",
@@ -132,6 +133,10 @@ class MissingGradientWarning(UserWarning):
 
 class UnusedLayerWarning(UserWarning):
     """Nothing was recorded of a chosen layer; the message says why that may be."""
+
+
+class UnlockedWarning(UserWarning):
+    """A folder that is recorded into cannot be locked, so another run may record there at the same time."""
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

@@ -432,23 +432,6 @@ def _no_links(*_: object) -> None:
     raise PermissionError(1, "Operation not permitted")
 
 
-def test_a_description_that_is_being_written_is_waited_for_a_moment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path / "r", 0, 2, [row(0)])
-    manifest = tmp_path / "r/actrec.json"
-    content = manifest.read_bytes()
-    manifest.write_bytes(b"")
-    monkeypatch.setattr(_live.time, "sleep", lambda _: manifest.write_bytes(content))
-    write(tmp_path / "r", 1, 2, [row(1)])
-    assert load(tmp_path / "r")["layer"].ranks == [0, 1]
-    manifest.write_bytes(b"")
-    monkeypatch.undo()
-    monkeypatch.setattr(_live, "_PATIENCE", 0.01)
-    with pytest.raises(CorruptRecordingError, match=r"actrec.json is damaged: it is empty"):
-        write(tmp_path / "r", 1, 2, [row(1)], resume=True)
-
-
 # --- Going on ----------------------------------------------------------------------------------------
 
 

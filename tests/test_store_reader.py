@@ -780,8 +780,8 @@ def test_shards_that_contradict_each_other_are_found(path: Path) -> None:
         ("end.json", "{", "it is no JSON"),
         ("end.json", ("recording", "x"), "it belongs to another recording"),
         ("end.json", ("passes", -1), "the number of passes is -1"),
-        ("end.json", ("passes", 99), "it speaks of fewer shards or other passes"),
-        ("end.json", ("shards", 1), "it speaks of fewer shards or other passes"),
+        ("end.json", ("passes", 99), "it speaks of other passes than there are"),
+        ("end.json", ("shards", 1), "it speaks of other passes than there are"),
         ("end.json", ("error", 1), "the error is 1, which is no text"),
     ],
 )  # fmt: skip

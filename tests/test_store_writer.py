@@ -29,6 +29,7 @@ from actrec import (
     OptionError,
     RecordingExistsError,
     TransformError,
+    UnlockedWarning,
     UnusedLayerWarning,
     WriteError,
     load,
@@ -427,7 +428,10 @@ def test_an_error_of_the_writer_is_raised_once_from_the_next_call_with_path_and_
     found = load(tmp_path / "r")
     assert (found.num_passes, acts.num_passes, found.complete) == (1, 1, False)
     assert len(acts["0"]) == 1
-    assert [path.name for path in (tmp_path / "r/rank-00000").iterdir()] == ["000000.safetensors"]
+    assert {path.name for path in (tmp_path / "r/rank-00000").iterdir()} == {
+        "000000.safetensors",
+        "writer.lock",
+    }
 
 
 def test_a_shard_is_written_while_the_disk_has_yet_to_confirm_the_one_before(
@@ -493,7 +497,10 @@ def test_where_the_disk_refuses_a_shard_the_one_behind_it_is_thrown_away(
             net(torch.ones(2, 4))
             time.sleep(0.005)
         assert refused.wait(60)
-    assert [path.name for path in (tmp_path / "r/rank-00000").iterdir()] == ["000000.safetensors"]
+    assert {path.name for path in (tmp_path / "r/rank-00000").iterdir()} == {
+        "000000.safetensors",
+        "writer.lock",
+    }
     assert load(tmp_path / "r").num_passes == 1
 
 
@@ -809,7 +816,7 @@ def test_of_two_runs_that_begin_together_one_is_refused(
         net(torch.ones(2, 4))
 
 
-def test_a_file_system_without_locks_will_do(
+def test_a_file_system_without_locks_will_do_and_it_is_said_that_there_are_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flock(*_: object) -> None:
@@ -817,7 +824,10 @@ def test_a_file_system_without_locks_will_do(
 
     monkeypatch.setattr(_disk.fcntl, "flock", flock)
     net = nn.Linear(4, 3)
-    with record(net, "", into=tmp_path / "r"):
+    told = (
+        r"rank-00000 cannot be locked: .* not supported. Nothing keeps another run from recording"
+    )
+    with pytest.warns(UnlockedWarning, match=told), record(net, "", into=tmp_path / "r"):
         net(torch.ones(2, 4))
     assert load(tmp_path / "r").complete
 

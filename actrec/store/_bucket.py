@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, TypeVar
 from actrec.errors import OptionError, ReadError, WriteError
 
 from ._cache import Cache
-from ._disk import Disk, _File
+from ._disk import LOCK, Disk, _File
 from ._format import corrupt
 
 if TYPE_CHECKING:
@@ -302,7 +302,8 @@ class Bucket:
             lock = spool.lock()
             undo.callback(lock.release)
             for leftover in spool.names():
-                spool.remove(leftover)
+                if leftover != LOCK:
+                    spool.remove(leftover)
             if self._claim is None:
                 claim = self._new_claim()
                 self.commit(CLAIM, lambda file: file.write(claim))
@@ -526,8 +527,7 @@ class _Claim(AbstractContextManager[None]):
         """Give the claim up, and the spool unless something is kept there. May be called again."""
         if not self._released and self._pid == os.getpid():  # what is forked off has no claim
             self._bucket.give_up()
-            with suppress(OSError):
-                self._spool.path.rmdir()
+            self._spool.unmake()
         self._released = True
         self._lock.release()
 

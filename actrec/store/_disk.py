@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
+import time
 import uuid
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 import torch
+
+from actrec.errors import UnlockedWarning
 
 from ._format import UNFINISHED, need
 
@@ -28,6 +33,8 @@ except ImportError:  # pragma: no cover  # Windows
 __all__ = ["Disk", "Lock", "Unfinished"]
 
 ANOTHER: Final = "it is another file than when it was opened"
+LOCK: Final = "writer.lock"
+_PATIENCE = 2.0  # seconds that another process may take to give a file its name
 
 
 class Disk:
@@ -126,14 +133,16 @@ class Disk:
         unfinished.finish()
 
     def begin(self, name: str, write: Callable[[Writable], object]) -> Unfinished:
-        """Write a file, so that all that is left to do is to ``finish()`` it."""
-        unfinished = Unfinished(self, name)
+        """Write a new file, so that all that is left to do is to ``finish()`` it; ``FileExistsError`` if it is there then."""
+        unfinished = Unfinished(self, name, exclusive=True)
         unfinished.write(write)
         return unfinished
 
     def unmake(self) -> None:
-        """Remove the folder, if it is there and empty."""
+        """Remove the folder, if it is there and has nothing in it but its lock."""
         with contextlib.suppress(OSError):
+            if self.names() == [LOCK]:
+                (self.path / LOCK).unlink()
             self.path.rmdir()
 
     def remove(self, name: str) -> None:
@@ -152,19 +161,44 @@ class Disk:
             os.close(fd)
 
     def lock(self) -> Lock:
-        """Lock the folder; ``BlockingIOError`` if somebody else has. The lock ends with the process, too."""
-        if fcntl is None:  # pragma: no cover  # Windows
-            return Lock(None)
-        fd = os.open(self.path, os.O_RDONLY)
+        """Lock the folder; ``BlockingIOError`` if somebody else has. The lock ends with the process, too.
+
+        The lock is one of a file that is open for writing: those network file systems pass on, from one machine to another.
+        """
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
+            return Lock(_locked(self.path / LOCK))
+        except (BlockingIOError, FileNotFoundError):
             raise
-        except OSError:  # a network file system without locks
-            os.close(fd)
+        except OSError as error:
+            message = (
+                f"{self} cannot be locked: {error}. Nothing keeps another run from recording there at the same time. If one "
+                "does, what is committed stays whole, and the run that comes second with a file ends with a WriteError."
+            )
+            warnings.warn(message, UnlockedWarning, stacklevel=2)
             return Lock(None)
-        return Lock(fd)
+
+
+def _locked(path: Path) -> int:
+    """Open a file and lock it; ``BlockingIOError`` if somebody else has, another ``OSError`` if no lock can be had."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(fd)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _lock(fd: int) -> None:
+    if fcntl is not None:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    import msvcrt  # noqa: PLC0415  # pragma: no cover  # Windows
+
+    try:  # pragma: no cover  # Windows
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except PermissionError as error:  # pragma: no cover  # Windows
+        raise BlockingIOError(*error.args) from error
 
 
 class Lock(AbstractContextManager[None]):
@@ -175,6 +209,7 @@ class Lock(AbstractContextManager[None]):
 
     def release(self) -> None:
         """Let others have the folder. May be called again."""
+        # A forked process closes its copy, with which the lock stays; to unlock would end that of its parent.
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
@@ -192,9 +227,8 @@ class Unfinished:
         self._disk = disk
         self._name = name
         self._exclusive = exclusive
-        # Where several may write the same name, each has a file of its own until one has won.
-        own = f".{uuid.uuid4().hex}" if exclusive else ""
-        self._path = Path(str(by or disk)) / (name + own + UNFINISHED)
+        # Several processes may write the same name: each has a file of its own until one has won.
+        self._path = Path(str(by or disk)) / f"{name}.{uuid.uuid4().hex}{UNFINISHED}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         self._fd = os.open(self._path, flags, 0o666)
 
@@ -213,18 +247,16 @@ class Unfinished:
                 os.fsync(self._fd)
             finally:
                 os.close(self._fd)
-            self._name_it(self._disk.path / self._name)
-        except BaseException:
+            path = self._disk.path / self._name
+            if self._exclusive:
+                _name(self._path, path)
+            else:
+                self._path.replace(path)
+        except FileNotFoundError as error:
+            raise FileExistsError(errno.EEXIST, _TAKEN_OVER, str(self._disk)) from error
+        finally:
             self._unlink()
-            raise
         self._disk.sync()
-
-    def _name_it(self, path: Path) -> None:
-        if self._exclusive:
-            _link(self._path, path)
-            self._path.unlink()
-        else:
-            self._path.replace(path)
 
     def discard(self) -> None:
         """Take it away."""
@@ -236,17 +268,53 @@ class Unfinished:
             self._path.unlink()
 
 
-def _link(path: Path, name: Path) -> None:
-    """Give a file another name, which nobody else has given: ``FileExistsError`` otherwise."""
+def _name(path: Path, name: Path) -> None:
+    """Give a file a name that no other file has: ``FileExistsError`` if one has."""
     try:
         os.link(path, name)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links
-        with name.open("xb") as file:
-            file.write(path.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
+    except OSError as error:
+        if name.exists():
+            if name.samefile(path):  # it was done, though the file server's answer was lost
+                return
+            raise FileExistsError(errno.EEXIST, _TAKEN, str(name)) from error
+        _name_without_links(path, name)
+
+
+_TAKEN: Final = "another run has written it"
+_TAKEN_OVER: Final = (
+    "the unfinished file is gone: another run has taken the folder over, or somebody has removed it"
+)
+
+
+def _name_without_links(path: Path, name: Path) -> None:
+    """Rename a file while nobody else gives that name: whoever does makes a file beside it first, which only one can."""
+    turn = name.with_name(name.name + ".turn" + UNFINISHED)
+    _take(turn)
+    try:
+        if name.exists():
+            raise FileExistsError(errno.EEXIST, _TAKEN, str(name))
+        path.replace(name)
+    finally:
+        turn.unlink(missing_ok=True)
+
+
+def _take(turn: Path) -> None:
+    """Make a file that is not there; wait while it is, unless it stays for so long that who made it must be dead."""
+    seen: object = None
+    since = time.monotonic()
+    while True:
+        try:
+            os.close(os.open(turn, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                about = turn.stat()
+                if (about.st_ino, about.st_mtime_ns) != seen:
+                    seen, since = (about.st_ino, about.st_mtime_ns), time.monotonic()
+                elif time.monotonic() > since + _PATIENCE:
+                    turn.unlink()
+            time.sleep(_PATIENCE / 200)
+        else:
+            return
 
 
 class _File:

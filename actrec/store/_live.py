@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 import weakref
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn, overload
 
 from actrec._recording import Layer
@@ -29,9 +29,10 @@ from ._reader import (
     opened,
     rank_folder,
     rank_folders,
+    shard_name,
     shard_names,
 )
-from ._shard import Call, storable
+from ._shard import Call, Heading, storable
 from ._shard import write as write_shard
 from ._tree import Encoded, encode
 from ._writer import Writer
@@ -113,17 +114,16 @@ class Stream:
             described = replace(described, ranks=manifest.ranks)
         else:
             described = replace(manifest, recording=there.recording, run=there.run)
-        if resume:
-            _discard_leftovers(own, found)
         if described != found.manifest:
             own.commit(OWN, lambda file: file.write(described.own_content()))
+        shards = _discard_leftovers(call, own, found) if resume else found.count
         self._passes.count = found.committed
         return Writer(
             own,
             there.recording,
             folder,
             rank=found.number,
-            shards=found.count,
+            shards=shards,
             committed=found.committed,
         )
 
@@ -210,7 +210,7 @@ def claim(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool = F
         if new.ranks == 1 or own.name in names:
             raise _taken(call, "there is a recording already", _GO_ON)
         if MANIFEST in names:
-            _check_run(call, _described_there(disk), new)
+            _check_run(call, read_manifest(disk), new)
     try:
         own.make()
     except FileExistsError:
@@ -219,11 +219,19 @@ def claim(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool = F
     try:
         return own.lock()
     except BlockingIOError:
-        raise _taken(call, "another run is recording there now") from None
+        raise _taken(call, _NOW) from None
 
 
 def publish(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool = False) -> Manifest:
     """Describe the recording, if no other rank has done so; return what describes it."""
+    try:
+        return _published(call, disk, own, new, resume=resume)
+    except BaseException:
+        own.unmake()
+        raise
+
+
+def _published(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool) -> Manifest:
     if MANIFEST not in disk.names():
         for rank in rank_folders(disk) if resume else [own]:
             # Another rank may have written both since.
@@ -232,25 +240,10 @@ def publish(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool =
         with suppress(FileExistsError):
             disk.commit(MANIFEST, lambda file: file.write(new.content()), exclusive=True, by=own)
             return new
-    there = _described_there(disk)
-    try:
-        if not resume:
-            _check_run(call, there, new)
-    except RecordingExistsError:
-        own.unmake()
-        raise
+    there = read_manifest(disk)
+    if not resume:
+        _check_run(call, there, new)
     return there
-
-
-def _described_there(disk: Place) -> Manifest:
-    until = time.monotonic() + _PATIENCE
-    # On a file system without links, a rank may be about to write it.
-    while not disk.size(MANIFEST) and time.monotonic() < until:
-        time.sleep(_PATIENCE / 100)
-    return read_manifest(disk)
-
-
-_PATIENCE = 1.0  # seconds
 
 
 def _check_run(call: str, there: Manifest, new: Manifest) -> None:
@@ -269,15 +262,33 @@ def _taken(call: str, why: str, what_to_do: str = "Choose another path.") -> Rec
     return RecordingExistsError(f"{call}: {why}. {what_to_do}")
 
 
-def _discard_leftovers(own: Place, found: Rank) -> None:
-    """Empty the shards of passes that were never completed, and forget how the run before ended."""
+def _discard_leftovers(call: str, own: Place, found: Rank) -> int:
+    """Take away what was not finished, empty the shards of passes that never were, and forget how the run before ended.
+
+    Return how many shards there are then.
+    """
+    count = found.count
+    leftovers = [shard.heading for shard in found.leftovers()]
+    unfinished = [name for name in own.names() if name.endswith(UNFINISHED)]
+    if leftovers or unfinished:
+        # They may be those of a run that is alive, though no lock says so. It can go no further than this shard, whose name
+        # only one can have.
+        heading = Heading(found.manifest.recording, found.number, count, found.committed)
+        try:
+            own.begin(shard_name(count), partial(write_shard, heading=heading, calls=[])).finish()
+        except FileExistsError:
+            raise _taken(call, _NOW) from None
+        count += 1
     own.remove(END)
-    for shard in found.leftovers():
-        heading = shard.heading._replace(part=False)
-        own.commit(shard.name, lambda file, heading=heading: write_shard(file, heading, []))  # type: ignore[misc]
-    for name in own.names():
-        if name.endswith(UNFINISHED):
-            own.remove(name)
+    for heading in leftovers:
+        write = partial(write_shard, heading=heading._replace(part=False), calls=[])
+        own.commit(shard_name(heading.shard), write)
+    for name in unfinished:
+        own.remove(name)
+    return count
+
+
+_NOW = "another run is recording there now"
 
 
 class LiveLayer(Layer):

@@ -68,10 +68,10 @@ class Place(Protocol):
         """Make the folder, for one caller alone: ``FileExistsError`` for the others."""
 
     def unmake(self) -> None:
-        """Remove the folder, if it is there and empty."""
+        """Remove the folder, if it is there and has nothing in it but its lock."""
 
     def lock(self) -> Lock:
-        """Lock the folder that is there; ``BlockingIOError`` if somebody else has."""
+        """Lock the folder that is there; ``BlockingIOError`` if somebody else has. Where it cannot be locked, a warning says so."""
 
     def commit(
         self,
@@ -88,7 +88,7 @@ class Place(Protocol):
         """
 
     def begin(self, name: str, write: Callable[[Writable], object]) -> Unfinished:
-        """Write a new file, so that all that is left to do is to ``finish()`` it."""
+        """Write a new file, so that all that is left to do is to ``finish()`` it, which never replaces another."""
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -104,7 +104,7 @@ class Unfinished(Protocol):
     """A file that is written, and not in its folder yet."""
 
     def finish(self) -> None:
-        """Put it there, for certain."""
+        """Put it there, for certain. If there is a file of its name: ``FileExistsError``."""
 
     def discard(self) -> None:
         """Take it away."""

@@ -171,19 +171,28 @@ class Rank:
         self._opened: dict[int, Opened] = {}  # the one used last is the last
         self._most_open = max(1, _MOST_OPEN // of)
         self._begin()
+        passes = 0  # committed by as many shards as the end speaks of
         for number, name in enumerate(shard_names(disk)):
             if name != shard_name(number):
                 raise corrupt(disk.shown(shard_name(number)), "it is missing")
             self._add(self.opened(number))
-        self._check_ending()
+            if self.ending is None or number < self.ending.shards:
+                passes = self.committed
+        self._check_ending(passes)
 
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._opening = threading.Lock()
 
-    def _check_ending(self) -> None:
+    def _check_ending(self, passes: int) -> None:
         ending = self.ending
-        if ending is None or (self.count, self.committed) == (ending.shards, ending.passes):
+        if ending is None:
+            return
+        if self.count >= ending.shards and passes == ending.passes:
+            if self.count > ending.shards:
+                self.ending = (
+                    None  # that of a run which ended after another had gone on with what it wrote
+                )
             return
         recording = self.manifest.recording
         if read_ending(self._disk, self._disk.names(), recording) != ending:
@@ -191,9 +200,7 @@ class Rank:
             return
         if self.count < ending.shards:
             raise corrupt(self._disk.shown(shard_name(self.count)), "it is missing")
-        raise corrupt(
-            self._disk.shown(END), "it speaks of fewer shards or other passes than there are"
-        )
+        raise corrupt(self._disk.shown(END), "it speaks of other passes than there are")
 
     def _add(self, opened: Opened) -> None:
         if opened.shard.heading.committed < self.committed:

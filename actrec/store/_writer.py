@@ -243,9 +243,14 @@ class Writer:
         with self._changed:
             if self._failed:
                 return
+            what_now = (
+                "That run goes on there; choose another path for this one."
+                if isinstance(error, FileExistsError)
+                else "record(..., resume=True) goes on after them."
+            )
             failure = WriteError(
                 f"recording into {self._disk.parent}: {shard_name(self._finished)} could not be written: {error}. "
-                f"The {self.committed} passes that were committed are safe; record(..., resume=True) goes on after them."
+                f"The {self.committed} passes that were committed are safe. {what_now}"
             )
             failure.__cause__ = error
             self._error, self._failed = failure, True
