@@ -66,7 +66,7 @@ _push_mode: Any = getattr(torch._C, "_push_on_torch_dispatch_stack", None)
 def _sharing_works() -> bool:
     """Whether this PyTorch shares memory copy-on-write correctly."""
     try:
-        original = torch.zeros(2)
+        original = torch.zeros(2, device="cpu")
         shared = original._lazy_clone()
         original.add_(1)
     except (AttributeError, RuntimeError):

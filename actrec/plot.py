@@ -285,7 +285,7 @@ def distributions(acts: Layers, *, ax: Axes | None = None) -> Axes:
 def _sample(layer: Layer) -> Array:
     """Some finite elements of a layer, spread over its calls."""
     calls = _spread(len(layer), MOST_CALLS)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     samples = [np.empty(0)]
     for index in calls:
         parts = [part for _, tensor in leaves(layer[index]) for part in dense(tensor)]
@@ -300,7 +300,7 @@ def _sample(layer: Layer) -> Array:
 
 def _some(tensor: Tensor, most: int, generator: torch.Generator) -> Array:
     if tensor.numel() > most:
-        index = torch.randint(tensor.numel(), (most,), generator=generator)
+        index = torch.randint(tensor.numel(), (most,), generator=generator, device="cpu")
         tensor = tensor.take(index.to(tensor.device))
     return _numbers(tensor.reshape(-1))
 
@@ -474,14 +474,16 @@ def _table(layer: Layer) -> _Table | None:
 def _some_rows(total: int, most: int) -> list[int]:
     if total <= most:
         return list(range(total))
-    generator = torch.Generator().manual_seed(0)
-    rows: list[int] = torch.randperm(total, generator=generator)[:most].sort().values.tolist()
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows: list[int] = (
+        torch.randperm(total, generator=generator, device="cpu")[:most].sort().values.tolist()
+    )
     return rows
 
 
 def _gram(layer: Layer, table: _Table, chosen: list[int]) -> Tensor:
     """The products of all pairs of samples, the mean of every feature taken off."""
-    gram = torch.zeros(len(chosen), len(chosen), dtype=torch.float64)
+    gram = torch.zeros(len(chosen), len(chosen), dtype=torch.float64, device="cpu")
     step = max(1, GRAM_BLOCK // len(chosen))
     for start in range(0, table.features, step):
         block = torch.cat(list(_columns(layer, chosen, slice(start, start + step))))
@@ -492,7 +494,7 @@ def _gram(layer: Layer, table: _Table, chosen: list[int]) -> Tensor:
 
 def _columns(layer: Layer, chosen: list[int], features: slice) -> Iterator[Tensor]:
     """Some features of the chosen samples, call by call."""
-    begin, wanted = 0, torch.tensor(chosen)
+    begin, wanted = 0, torch.tensor(chosen, device="cpu")
     for value in layer:
         tensor = next(part for _, tensor in leaves(value) for part in dense(tensor))
         end = begin + len(tensor)

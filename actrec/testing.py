@@ -56,12 +56,20 @@ class _Example(nn.Module):
     """What the example models share: weights that are the same every time."""
 
     def _fix_weights(self) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = _seeded(0)
         drawn = [module for module in self.modules() if not isinstance(module, nn.LayerNorm)]
         with torch.no_grad():
             for parameter in (p for module in drawn for p in module.parameters(recurse=False)):
                 scale = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+                weights = torch.randn(parameter.shape, generator=generator, device="cpu")
+                parameter.copy_(weights * scale)
+
+    def _on_device(self, example: Tensor) -> Tensor:
+        return example.to(next(self.parameters()).device)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 class ConvNet(_Example):
@@ -86,7 +94,7 @@ class ConvNet(_Example):
 
     def example(self, batch: int = 4) -> Tensor:
         """Return images to call it with, the same every time."""
-        return torch.randn(batch, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+        return self._on_device(torch.randn(batch, 1, 16, 16, generator=_seeded(1), device="cpu"))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return ten numbers for each image."""
@@ -115,7 +123,9 @@ class TinyTransformer(_Example):
 
     def example(self, batch: int = 4, length: int = 12) -> Tensor:
         """Return token ids to call it with, the same every time."""
-        return torch.randint(32, (batch, length), generator=torch.Generator().manual_seed(1))
+        return self._on_device(
+            torch.randint(32, (batch, length), generator=_seeded(1), device="cpu")
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return a number for each token that may follow, at each place."""
@@ -179,7 +189,7 @@ class Recurrent(_Example):
 
     def example(self, batch: int = 4, steps: int = 6) -> Tensor:
         """Return sequences to call it with, the same every time."""
-        return torch.randn(batch, steps, 3, generator=torch.Generator().manual_seed(1))
+        return self._on_device(torch.randn(batch, steps, 3, generator=_seeded(1), device="cpu"))
 
     def forward(self, sequences: Tensor) -> Tensor:
         """Return two numbers for each sequence."""

@@ -49,12 +49,12 @@ class Column:
     def dressed(self, rows: Tensor) -> Tensor:
         """Rows of bytes as what they are."""
         if not rows.numel():
-            return torch.empty((len(rows), *self.shape), dtype=self.dtype)
+            return torch.empty((len(rows), *self.shape), dtype=self.dtype, device="cpu")
         return rows.view(self.dtype).view(len(rows), *self.shape)
 
     def empty(self, rows: int) -> Tensor:
         """Memory for so many rows."""
-        return torch.empty((rows, self.width), dtype=torch.uint8)
+        return torch.empty((rows, self.width), dtype=torch.uint8, device="cpu")
 
     def read(self, first: int, out: Tensor) -> None:
         """Copy rows from number ``first`` on into ``out``, as many as it has place for."""
@@ -66,7 +66,7 @@ class Column:
                 begin, end = skip // repeat, (skip + many - 1) // repeat + 1
                 few = self.empty(end - begin)
                 source.read(start + begin, few)
-                which = torch.arange(skip, skip + many) // repeat - begin
+                which = torch.arange(skip, skip + many, device="cpu") // repeat - begin
                 out[place : place + many] = few[which]
 
     def announce(self, first: int, many: int) -> None:
@@ -128,16 +128,16 @@ def coalesced(columns: list[Tensor]) -> list[Tensor]:
     columns = [runs[order] for runs in columns]
     if not len(order):
         return columns
-    goes_on = torch.ones(len(order) - 1, dtype=torch.bool)
+    goes_on = torch.ones(len(order) - 1, dtype=torch.bool, device="cpu")
     for runs in columns:
         rows, source, start, repeat = runs.unbind(1)
         whole = rows[:-1] % repeat[:-1] == 0
         next_to = start[:-1] + rows[:-1] // repeat[:-1] == start[1:]
         goes_on &= whole & next_to & (source[:-1] == source[1:]) & (repeat[:-1] == repeat[1:])
-    heads = torch.cat([torch.ones(1, dtype=torch.bool), ~goes_on]).nonzero()[:, 0]
-    into = torch.zeros(len(order), dtype=torch.int64)
+    heads = torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), ~goes_on]).nonzero()[:, 0]
+    into = torch.zeros(len(order), dtype=torch.int64, device="cpu")
     into[heads[1:]] = 1
-    rows = torch.zeros(len(heads), dtype=torch.int64).index_add_(
+    rows = torch.zeros(len(heads), dtype=torch.int64, device="cpu").index_add_(
         0, into.cumsum(0), columns[0][:, 0]
     )
     return [torch.cat([rows[:, None], runs[heads, 1:]], 1) for runs in columns]
@@ -157,7 +157,9 @@ class Kept:
         counts = [
             self._kept(first, min(many, len(mask) - first)) for first in range(0, len(mask), many)
         ]
-        self.counts = torch.cat([_sums(kept, block) for kept in counts] or [torch.zeros(0).long()])
+        self.counts = torch.cat(
+            [_sums(kept, block) for kept in counts] or [torch.zeros(0, device="cpu").long()]
+        )
         self._ends = self.counts.cumsum(0)
 
     def __len__(self) -> int:

@@ -20,6 +20,6 @@ _new_shared: Any = getattr(torch.UntypedStorage, "_new_shared", None)
 def to_give(rows: int, width: int) -> Tensor:
     """Memory for so many rows of so many bytes: shared memory, if this is a worker process."""
     if not rows * width or _new_shared is None or get_worker_info() is None:
-        return torch.empty((rows, width), dtype=torch.uint8)
-    memory = torch.empty(0, dtype=torch.uint8)
+        return torch.empty((rows, width), dtype=torch.uint8, device="cpu")
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
     return memory.set_(_new_shared(rows * width), 0, torch.Size((rows, width)))  # type: ignore[call-overload,no-any-return]

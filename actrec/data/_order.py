@@ -136,5 +136,5 @@ class Epoch:
 def _permutation(many: int, *numbers: int) -> Tensor:
     """A permutation that depends on these numbers and nothing else: the same in every process."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randperm(many, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.randperm(many, generator=generator, device="cpu")

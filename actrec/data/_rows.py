@@ -98,14 +98,14 @@ class Rows(Dataset[Any]):
         if isinstance(index, slice):
             return self._as_item(self._range(range(self._len)[index]))
         if isinstance(index, int):
-            number = int(self._checked(torch.tensor([index])))
+            number = int(self._checked(torch.tensor([index], device="cpu")))
             return self._as_item([part[0] for part in self._range(range(number, number + 1))])
         numbers = self._numbers(index)
         found = self._take(self._checked(numbers.view(-1)))
         return self._as_item(found if numbers.dim() else [column[0] for column in found])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        found = self._take(self._checked(torch.as_tensor(indices, dtype=torch.int64)))
+        found = self._take(self._checked(torch.as_tensor(indices, dtype=torch.int64, device="cpu")))
         parts = [column.unbind() for column in found]
         return list(parts[0] if len(parts) == 1 else zip(*parts, strict=True))
 
@@ -118,7 +118,7 @@ class Rows(Dataset[Any]):
     def _numbers(self, index: Any) -> Tensor:
         """The numbers that are asked for: as such, or by one answer for each row."""
         try:
-            numbers = torch.as_tensor(index)
+            numbers = torch.as_tensor(index, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             numbers = None
         if numbers is None or (numbers.numel() and not _is_integral(numbers)):
@@ -145,7 +145,7 @@ class Rows(Dataset[Any]):
 
     def _range(self, wanted: range) -> list[Tensor]:
         if self._kept is not None or wanted.step != 1:
-            return self._take(torch.tensor(wanted, dtype=torch.int64))
+            return self._take(torch.tensor(wanted, dtype=torch.int64, device="cpu"))
         found = []
         for column in self._columns:
             out = column.empty(len(wanted))

@@ -111,7 +111,7 @@ def shuffled(
 
 
 def _even(rows: int, block: int) -> Tensor:
-    blocks = torch.arange(0, rows, block)
+    blocks = torch.arange(0, rows, block, device="cpu")
     return (rows - blocks).clamp(max=block)
 
 

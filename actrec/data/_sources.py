@@ -47,7 +47,7 @@ def as_bytes(tensor: Tensor, shape: Shape) -> Tensor:
     nbytes = width * tensor.dtype.itemsize
     rows = math.prod(tensor.shape[: tensor.dim() - len(shape)])
     if not rows * nbytes:
-        return torch.empty(rows, nbytes, dtype=torch.uint8)
+        return torch.empty(rows, nbytes, dtype=torch.uint8, device="cpu")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     # What is contiguous may still have other strides, where there is a single element.
     return plain.as_strided((rows, width), (width, 1)).view(torch.uint8)
@@ -82,7 +82,7 @@ class Stored:
         self._width = width
 
     def rows(self) -> Tensor:
-        view = torch.empty(0, dtype=torch.uint8)
+        view = torch.empty(0, dtype=torch.uint8, device="cpu")
         begin, end = self._begin, self._begin + self._nbytes
         shape = torch.Size((self._nbytes // self._width, self._width))
         return view.set_(self._file.storage()[begin:end], 0, shape)  # type: ignore[call-overload,no-any-return]
@@ -153,7 +153,7 @@ class File:
         """
         if _preadv is None or type(self._disk) is not Disk:
             part = self.storage()[offset : offset + out.nbytes]
-            view = torch.empty(0, dtype=torch.uint8)
+            view = torch.empty(0, dtype=torch.uint8, device="cpu")
             out.view(-1).copy_(view.set_(part, 0, torch.Size((out.nbytes,))))  # type: ignore[call-overload]
         elif out.nbytes:
             self._read(offset, _memory_at(out.data_ptr(), out.nbytes, _WRITABLE))

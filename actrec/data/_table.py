@@ -241,7 +241,7 @@ def _in_leaf(file: File, leaf: Leaf, shape: Shape) -> Source:
 
 def _leaf(call: str, pick: _Pick, group: Group) -> Leaf:
     """The tensor in the values of a group that the steps lead to."""
-    marks = [torch.empty(() if leaf.scalar else 0) for leaf in group.leaves]
+    marks = [torch.empty(() if leaf.scalar else 0, device="cpu") for leaf in group.leaves]
     found = _tensor(call, pick, None, group.filled(marks))
     return next(leaf for leaf, mark in zip(group.leaves, marks, strict=True) if mark is found)
 
@@ -326,7 +326,9 @@ class _Cut:
                 first = stretch.offset // width if width else 0
                 repeat = max(1, math.prod(lead[takes[column] :]))
                 lines[column].append((rows, number, first, repeat))
-        return [torch.tensor(column, dtype=torch.int64).view(-1, 4) for column in lines]
+        return [
+            torch.tensor(column, dtype=torch.int64, device="cpu").view(-1, 4) for column in lines
+        ]
 
     def columns(self, runs: list[Tensor]) -> list[Column]:
         """The columns of these runs."""

@@ -30,7 +30,7 @@ class Window:
         self._block = block
         self._memory = [column.empty(0) for column in columns]
         self._scratch = [column.empty(0) for column in columns]
-        self._slots = torch.empty(0, dtype=torch.int64)
+        self._slots = torch.empty(0, dtype=torch.int64, device="cpu")
         self._announced = 0
 
     def fill(self, pieces: Sequence[Piece], wanted: Tensor) -> None:
@@ -45,8 +45,8 @@ class Window:
         else:
             ordered, order = wanted.sort()
             self._slots = torch.empty_like(order)
-            self._slots[order] = torch.arange(len(order))
-            places = torch.tensor([piece.place for piece in pieces])
+            self._slots[order] = torch.arange(len(order), device="cpu")
+            places = torch.tensor([piece.place for piece in pieces], device="cpu")
             bounds = [*torch.searchsorted(ordered, places).tolist(), len(ordered)]
         self._make_room(len(wanted))
         for number, piece in enumerate(pieces):

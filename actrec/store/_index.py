@@ -111,12 +111,12 @@ class Leaf:
         shape: Any,
     ) -> Tensor:
         if not nbytes:
-            return torch.empty(shape, dtype=self.dtype)
+            return torch.empty(shape, dtype=self.dtype, device="cpu")
         # A storage of its own: saved with torch.save, a call must not take the whole shard along.
         own = storage()[begin : begin + nbytes]
         if begin % self.dtype.itemsize:  # to read a complex128 there would end the process
             own = own.clone()  # type: ignore[no-untyped-call]
-        return torch.empty(0, dtype=self.dtype).set_(own, 0, torch.Size(shape))  # type: ignore[call-overload,no-any-return]
+        return torch.empty(0, dtype=self.dtype, device="cpu").set_(own, 0, torch.Size(shape))  # type: ignore[call-overload,no-any-return]
 
     def _rows(self, call: int) -> int:
         return self.rows[bisect_right(self.calls, call) - 1]
@@ -145,7 +145,9 @@ class Group:
     def example(self, call: int) -> Value:
         """A value like it, that takes no memory and touches no data."""
         return self.decoded(
-            lambda k: torch.zeros((), dtype=self.leaves[k].dtype).expand(self.leaves[k].shape(call))
+            lambda k: torch.zeros((), dtype=self.leaves[k].dtype, device="cpu").expand(
+                self.leaves[k].shape(call)
+            )
         )
 
     def filled(self, tensors: list[Tensor]) -> Value:

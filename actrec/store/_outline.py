@@ -172,5 +172,5 @@ def _changes(leaves: list[Leaf]) -> list[int]:
 
 def form_of(structure: str, leaves: Iterable[LookLeaf | torch.Tensor]) -> Form:
     """The form of a value that looks like this; ``Defect`` if no value does."""
-    empty = [torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) for leaf in leaves]
+    empty = [torch.zeros((), dtype=leaf.dtype, device="cpu").expand(leaf.shape) for leaf in leaves]
     return form(decode(structure, empty.__getitem__))

@@ -336,7 +336,7 @@ class StoredLayer(ReadOnlyLayer):
         held = [source.held for source in self._sources]
         if all(one.ordered for one in held) and all(a.last <= b.first for a, b in pairwise(held)):
             return None
-        order = torch.tensor(list(self._stored_passes())).argsort(stable=True)
+        order = torch.tensor(list(self._stored_passes()), device="cpu").argsort(stable=True)
         return array("q", order.tolist())
 
     def _stored_passes(self) -> Iterator[int]:

@@ -150,7 +150,7 @@ def _is_whole(call: _Call) -> bool:
 
 def _example(group: Group, call: int) -> Value:
     def empty(number: int, shape: Iterable[int]) -> Tensor:
-        return torch.zeros((), dtype=group.leaves[number].dtype).expand(tuple(shape))
+        return torch.zeros((), dtype=group.leaves[number].dtype, device="cpu").expand(tuple(shape))
 
     return group.decoded(
         lambda k: empty(k, group.leaves[k].shape(call)), lambda k, spread: empty(k, spread.shape)
