@@ -186,7 +186,7 @@ class EndPass(Hook[Session]):
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self, always_call=True)
 
-    def __call__(self, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    def __call__(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         session = self._target()
         if (
             session is not None
@@ -197,6 +197,7 @@ class EndPass(Hook[Session]):
             try:
                 if session.offload is not None and session.passes.opened_by(module):
                     session.complete()  # before the pass counts as complete
+                session.passes.suspend(output)
             finally:
                 session.passes.end(module)
             error = sys.exc_info()[1]

@@ -5,6 +5,10 @@ ends. They keep a stack for each thread; the first module on it opened the pass.
 call of the root, and where the root is not called (``model.encode(x)``, the encoder that ``generate()``
 runs before the first step) it is the outermost call on the way to a chosen layer.
 
+A forward may share its work among threads: a call below it, in another thread than the main one, belongs to the pass
+that is running, and where several are, to the one whose tensors it works on. And a forward may be a generator or a
+coroutine: then its pass goes on whenever that does.
+
 A forward that raises closes its stack entries too: ``always_call`` hooks run for an ``Exception``. Only
 after a ``KeyboardInterrupt`` entries stay behind; the next call of the root finds out and drops them.
 """
@@ -13,11 +17,13 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -85,6 +91,67 @@ def _is_running(modules: Collection[int]) -> bool:
     return calls > 1 or _CALL_CODE is None
 
 
+# --- Which pass a call belongs to that no call around it in its thread tells ------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A pass that is running, or a part of it in a thread of its own."""
+
+    number: int
+    thread: int
+    module: weakref.ref[nn.Module]  # whose call began it
+    is_root: bool
+
+    def leads_to(self, module: nn.Module) -> bool:
+        """Whether ``module`` is inside the one whose call it is."""
+        opener = self.module()
+        if opener is None or opener is module:
+            return False
+        return self.is_root or any(inside is module for inside in opener.modules())
+
+
+#: What a forward may return that has not run yet, and where it then runs.
+_SUSPENDED = {
+    GeneratorType: "gi_frame",
+    CoroutineType: "cr_frame",
+    AsyncGeneratorType: "ag_frame",
+}
+
+
+def _frame(suspended: Any) -> FrameType | None:
+    """Where it runs, or has stopped; ``None`` when it has ended."""
+    return getattr(suspended, _SUSPENDED[type(suspended)])  # type: ignore[no-any-return]
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and those that called it."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _at_work(frame: FrameType | None) -> set[object]:
+    """The memory of the tensors that the functions of a thread have as variables, less the model's own."""
+    variables: list[Any] = [value for one in _frames(frame) for value in [*one.f_locals.values()]]
+    for _ in range(2):  # lists of arguments, each a tuple
+        inside = [item for value in variables if isinstance(value, (tuple, list)) for item in value]
+        variables += inside
+    return {
+        _storage(value)
+        for value in variables
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+    }
+
+
+def _storage(tensor: Tensor) -> object:
+    """What is equal for a tensor and the views of it. ``data_ptr()`` would end the sharing of its memory."""
+    try:
+        return getattr(tensor.untyped_storage(), "_cdata", id(tensor))
+    except RuntimeError:  # it has none
+        return id(tensor)
+
+
 class _Thread(threading.local):
     """What one thread is in: the ids of the modules it is calling, and the pass they belong to."""
 
@@ -106,7 +173,8 @@ class Passes(Count):
     def __init__(self) -> None:
         super().__init__()
         self.thread = _Thread()
-        self._open: list[int] = []  # in all threads, the latest last
+        self._open: list[_Open] = []  # in all threads, the latest last
+        self._suspended: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
 
     def begin(self, module: nn.Module, *, is_root: bool) -> None:
@@ -117,7 +185,8 @@ class Passes(Count):
         if not thread.calling:
             with self._lock:  # so that no pass is counted and not open, as complete() would see it
                 thread.current = self.number(module)
-                self._open.append(thread.current)
+                here = threading.get_ident()
+                self._open.append(_Open(thread.current, here, weakref.ref(module), is_root))
         thread.calling.append(id(module))
 
     def end(self, module: nn.Module) -> None:
@@ -128,6 +197,12 @@ class Passes(Count):
                 pass
             if not thread.calling:
                 self._close(thread)
+
+    def suspend(self, output: object) -> None:
+        """A call has returned ``output``. If that has not run yet, its calls will belong to this pass."""
+        if type(output) in _SUSPENDED and self.thread.current is not None:
+            with self._lock:
+                self._suspended[output] = self.thread.current
 
     def opened_by(self, module: nn.Module) -> bool:
         """Whether the pass of this thread ends with the call of ``module``."""
@@ -144,7 +219,8 @@ class Passes(Count):
         The latest one never is, for what is added after a forward belongs to it.
         """
         with self._lock:
-            return max(0, min([*self._open, self.count - 1]))
+            going_on = [n for one, n in self._suspended.items() if _frame(one) is not None]
+            return max(0, min([*(one.number for one in self._open), *going_on, self.count - 1]))
 
     def restart(self) -> None:
         """Count from 0 again."""
@@ -152,14 +228,38 @@ class Passes(Count):
 
     def number(self, module: nn.Module) -> int:
         """Return the number of a pass that begins with a call of ``module``."""
-        # The replicas of DataParallel run in threads of their own, inside a pass of the caller's.
-        if self._open and getattr(module, "_is_replica", False):
-            return self._open[-1]
         with self._lock:
+            if self._open or self._suspended:
+                number = self._running(module)
+                if number is not None:
+                    return number
             self.count += 1
             return self.count - 1
 
+    def _running(self, module: nn.Module) -> int | None:
+        """Return the pass that a call of ``module`` belongs to, if it is running elsewhere than around the call."""
+        here = sys._getframe(1)
+        if self._suspended:
+            frames = {id(frame) for frame in _frames(here)}
+            for suspended, number in self._suspended.items():
+                if id(_frame(suspended)) in frames:
+                    return number
+        # The replicas of DataParallel are no modules of the model's, and have threads of their own.
+        if self._open and getattr(module, "_is_replica", False):
+            return self._open[-1].number
+        if threading.current_thread() is threading.main_thread():
+            return None
+        around = [one for one in self._open if one.leads_to(module)]
+        if len({one.number for one in around}) > 1:
+            ours, stacks = _at_work(here), sys._current_frames()
+            shared = [len(ours & _at_work(stacks.get(one.thread))) for one in around]
+            around = [one for one, n in zip(around, shared, strict=True) if n and n == max(shared)]
+        numbers = {one.number for one in around}
+        return numbers.pop() if len(numbers) == 1 else None
+
     def _close(self, thread: _Thread) -> None:
         thread.calling.clear()
-        self._open.remove(thread.current)  # type: ignore[arg-type]  # it was calling something
+        here = threading.get_ident()
+        with self._lock:
+            self._open = [one for one in self._open if one.thread != here]
         thread.current = None

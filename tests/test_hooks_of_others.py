@@ -95,7 +95,7 @@ def told() -> Told:
     return Told(Told(Told()), Told(Told()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     steps=st.lists(
         st.one_of(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from actrec import _passes, record
+from actrec import _passes, load, record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -337,3 +340,206 @@ def test_hooks_run_after_those_that_were_there_and_see_what_they_return() -> Non
         model(X)
     before.remove()
     assert acts["0"][0].tolist() == [5.0]
+
+
+# --- Forwards that share their work among threads, and forwards that go on later ----------------------
+
+
+def in_a_pool(branches: nn.ModuleList, h: Tensor) -> list[Tensor]:
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda branch: branch(h), branches))
+
+
+def with_arguments_of_their_own(branches: nn.ModuleList, h: Tensor) -> list[Tensor]:
+    unused = torch.eye(4).to_sparse()  # a tensor without a storage
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(torch.stack([h] * (len(branches) + 1)).unbind())
+        waiting = [pool.submit(*call) for call in zip(branches, parts[1:], strict=True)]
+        assert unused.is_sparse
+        return [one.result() for one in waiting]
+
+
+def in_threads(branches: nn.ModuleList, h: Tensor) -> list[Tensor]:
+    found: dict[int, Tensor] = {}
+
+    def run(at: int, branch: nn.Module) -> None:
+        found[at] = branch(h)
+
+    threads = [threading.Thread(target=run, args=item) for item in enumerate(branches)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[at] for at in range(len(branches))]
+
+
+POOLS = {f.__name__: f for f in (in_a_pool, with_arguments_of_their_own, in_threads)}
+
+
+class Branches(nn.Module):
+    """Runs branches in threads, each of them perhaps with branches of its own; all of them only pass on."""
+
+    def __init__(self, run: Callable[[nn.ModuleList, Tensor], list[Tensor]], depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Identity()
+        inner = [Branches(run, depth - 1) if depth else nn.Identity() for _ in range(3)]
+        self.branches = nn.ModuleList(inner)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack(self.run(self.branches, self.stem(x) * 1)).mean(0)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("run", POOLS.values(), ids=POOLS)
+@pytest.mark.parametrize("callers", [1, 4])
+def test_what_a_forward_runs_in_threads_belongs_to_its_pass(
+    run: Callable[[nn.ModuleList, Tensor], list[Tensor]], depth: int, callers: int
+) -> None:
+    model = Branches(run, depth)
+    barrier = threading.Barrier(callers)
+
+    def call(number: int) -> None:
+        barrier.wait()
+        for step in range(3):
+            model(torch.full((2,), float(number * 3 + step)))
+
+    with record(model, "**", inputs=True) as acts, ThreadPoolExecutor(callers) as pool:
+        list(pool.map(call, range(callers)))
+    assert acts.num_passes == 3 * callers
+    of_pass = dict(zip(acts["stem"].passes, (float(t[0]) for t in acts["stem"]), strict=True))
+    for name, layer in acts.items():
+        values = [of_pass[number] for number in layer.passes]
+        assert [float(t[0]) for t in layer] == values, name
+        assert acts.inputs[name].passes == layer.passes
+
+
+def test_threads_that_call_parts_of_a_model_on_their_own_have_passes_of_their_own() -> None:
+    model = Codec()
+    barrier = threading.Barrier(3)
+
+    def call(_: int) -> None:
+        for _ in range(5):
+            barrier.wait()
+            model.encode(X)
+
+    with record(model, "encoder.0") as acts, ThreadPoolExecutor(3) as pool:
+        list(pool.map(call, range(3)))
+    assert sorted(acts["encoder.0"].passes) == list(range(15))
+
+
+def test_the_main_thread_is_no_part_of_a_forward_in_another_thread() -> None:
+    entered, left = threading.Event(), threading.Event()
+
+    class Waits(Codec):
+        def forward(self, x: Tensor) -> Tensor:
+            entered.set()
+            left.wait()
+            return super().forward(x)
+
+    model = Waits()
+    with record(model) as acts:
+        thread = threading.Thread(target=model, args=(X,))
+        thread.start()
+        entered.wait()
+        model.encode(X)
+        left.set()
+        thread.join()
+    assert acts["encoder.0"].passes == [1, 0]
+
+
+def test_the_worker_of_two_forwards_that_share_their_input_has_passes_of_its_own() -> None:
+    inside = threading.Barrier(3)
+
+    class Waits(Codec):
+        def forward(self, x: Tensor) -> Tensor:
+            inside.wait()
+            inside.wait()
+            return x
+
+    model = Waits()
+    with record(model, "encoder.0") as acts:
+        threads = [threading.Thread(target=model, args=(X,)) for _ in range(2)]
+        threads.append(
+            threading.Thread(target=lambda: (inside.wait(), model.encode(X), inside.wait()))
+        )
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert acts["encoder.0"].passes == [2]
+
+
+class Streams(nn.Module):
+    """A forward that is a generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, steps: int = 3) -> Any:
+        for _ in range(steps):
+            x = self.block(x)
+            yield self.head(x)
+
+
+class Awaits(Streams):
+    async def forward(self, x: Tensor, steps: int = 3) -> list[Tensor]:  # type: ignore[override]
+        outputs = []
+        for _ in range(steps):
+            await asyncio.sleep(0)
+            x = self.block(x)
+            outputs.append(self.head(x))
+        return outputs
+
+
+class StreamsToAwait(Streams):
+    async def forward(self, x: Tensor, steps: int = 3) -> Any:
+        for _ in range(steps):
+            await asyncio.sleep(0)
+            x = self.block(x)
+            yield self.head(x)
+
+
+def test_the_calls_of_a_forward_that_is_a_generator_belong_to_its_pass() -> None:
+    model = Streams()
+    with record(model, ["block.linear", "head"], inputs=True) as acts:
+        list(model(X))
+        for _ in zip(model(X), model(X), strict=True):  # two that take turns
+            model.block(X)
+        next(model(X))  # one that is not run to its end
+        model.head(X)
+    assert acts["head"].passes == [0] * 3 + [1, 2] * 3 + [6, 7]
+    assert acts["block.linear"].passes == [0] * 3 + [1, 2, 3, 1, 2, 4, 1, 2, 5] + [6]
+    assert acts.num_passes == 8
+
+
+def test_the_calls_of_a_forward_that_is_awaited_belong_to_its_pass() -> None:
+    async def streamed(model: nn.Module) -> None:
+        async for _ in model(X):
+            pass
+
+    async def main(model: nn.Module) -> None:
+        run = streamed if isinstance(model, StreamsToAwait) else model
+        await asyncio.gather(*(run(X if run is model else model) for _ in range(3)))
+
+    for model in (Awaits(), StreamsToAwait()):
+        with record(model, ["block.linear", "head"]) as acts:
+            asyncio.run(main(model))
+        assert acts["head"].passes == [0, 1, 2] * 3
+        assert acts["block.linear"].passes == [0, 1, 2] * 3
+
+
+def test_a_pass_that_goes_on_later_is_stored_whole(tmp_path: Any) -> None:
+    model = Streams()
+    with record(model, ["head"], into=tmp_path / "run") as acts:
+        first = model(X)
+        next(first)
+        for _ in range(3):
+            list(model(X))
+        rest = list(first)
+    stored = load(tmp_path / "run")
+    assert len(rest) == 2
+    assert sorted(stored["head"].passes) == [n for n in range(4) for _ in range(3)]
+    assert acts.num_passes == 4
