@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from actrec import Opaque
+from actrec.store._index import open_shard
+from actrec.store._reader import shard_name
 
 if TYPE_CHECKING:
     from actrec import Recording
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 def opened_shards(acts: StoredRecording, rank: int = 0) -> list[Opened]:
     """The shards that a rank has written."""
     found = acts._ranks[rank]
-    return [found.opened(number) for number in range(found.count)]
+    return [open_shard(found._disk, shard_name(number)) for number in range(found.count)]
 
 
 def bits(tensor: Tensor) -> bytes:

@@ -35,7 +35,7 @@ from actrec.data import (
     shuffled,
 )
 from actrec.store import Folder, _disk
-from tests.stored import opened_shards, same
+from tests.stored import same
 from tests.test_store_reader import rewrite
 
 if TYPE_CHECKING:
@@ -712,8 +712,10 @@ def test_without_ways_to_read_that_a_system_may_lack_all_is_the_same(
     def found() -> list[Any]:
         acts = load(stored)
         if without == "a disk":
-            for opened in opened_shards(acts):
-                opened.shard._disk = Elsewhere(opened.shard._disk.path)
+            (rank,) = acts._ranks
+            for number in range(rank.count):
+                shard = rank.opened(number).shard
+                shard._disk = Elsewhere(stored / "rank-00000")
         part = rows(acts, "hidden", "label", "id", flatten=True, mask="mask")[:]
         chosen = Options(4, 1000, 0, masked=True, drop_last=False)
         return [*part, *(t for batch in dataset_of(acts, chosen) for t in batch)]

@@ -249,7 +249,7 @@ def test_rows_of_tensors_in_parts_are_rows_of_the_whole_and_made_when_they_are_a
 def test_parts_are_told_apart_though_their_shards_are_closed_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_reader, "_MOST_OPEN", 1)
+    monkeypatch.setattr(_reader, "_OPEN_BYTES", 1)
     values = [torch.arange(24.0).reshape(6, 4) + number for number in range(12)]
     wraps = cycle([lambda t: t, lambda t: [t, 1], lambda t: [torch.ones(2), t]])
 

@@ -51,11 +51,17 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "r"
 
 
+def room_for(most: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let so many shards be open."""
+    each = max(opened.memory for opened in opened_shards(load(path)))
+    monkeypatch.setattr(_reader, "_OPEN_BYTES", most * each)
+
+
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_few_shards_are_kept_open_and_all_calls_are_read(
     path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr(_reader, "_MOST_OPEN", most)
+    room_for(most, path, monkeypatch)
     acts = load(path)
     (rank,) = acts._ranks
     assert rank.count > most
@@ -67,7 +73,7 @@ def test_few_shards_are_kept_open_and_all_calls_are_read(
 def test_the_shard_that_was_not_used_for_longest_is_closed(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_reader, "_MOST_OPEN", 2)
+    room_for(2, path, monkeypatch)
     (rank,) = load(path)._ranks
     for number in (0, 1, 0, 2):
         rank.opened(number)
@@ -77,9 +83,9 @@ def test_the_shard_that_was_not_used_for_longest_is_closed(
 def test_all_ranks_together_keep_few_shards_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_reader, "_MOST_OPEN", 5)
     for rank in range(3):
         recorded(Folder(tmp_path / "r", shard_bytes=1, rank=rank, world_size=3))
+    room_for(5, tmp_path / "r", monkeypatch)
     acts = load(tmp_path / "r")
     assert all(rank.count > 1 for rank in acts._ranks)
     assert len(acts["conv"].cat()) == 3 * len(recorded(list)["conv"].cat())
@@ -89,7 +95,7 @@ def test_all_ranks_together_keep_few_shards_open(
 def test_a_call_is_read_though_its_shard_is_closed_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_reader, "_MOST_OPEN", 1)
+    monkeypatch.setattr(_reader, "_OPEN_BYTES", 1)
     acts = load(path)
     values = list(acts["conv"])
     assert all(map(torch.equal, values, recorded(list)["conv"]))
@@ -132,7 +138,7 @@ def test_a_forked_process_does_not_wait_for_a_thread_of_its_parent_that_was_read
 def test_a_shard_that_is_another_one_than_when_it_was_opened_is_found(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_reader, "_MOST_OPEN", 1)
+    monkeypatch.setattr(_reader, "_OPEN_BYTES", 1)
     acts = load(path)
     first, *_ = sorted((path / "rank-00000").glob("*.safetensors"))
     heading = opened_shards(acts)[0].shard.heading

@@ -391,7 +391,7 @@ def test_what_is_complete_is_committed_after_a_while_however_little_it_is(tmp_pa
 def test_very_many_calls_are_cut_into_shards_that_can_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_writer, "MAX_ITEMS", 40)
+    monkeypatch.setattr(_writer, "MAX_HEADER", 10_000 + _writer._ROOM)
     net = nn.Identity()
     with record(net, "", into=tmp_path / "r") as acts:
         for step in range(100):

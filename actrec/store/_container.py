@@ -18,7 +18,18 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-from ._format import MAX_DIMS, MAX_HEADER, MAX_SIZE, Defect, integer, items, mapping, need, text
+from ._format import (
+    MAX_DIMS,
+    MAX_HEADER,
+    MAX_ITEMS,
+    MAX_SIZE,
+    Defect,
+    integer,
+    items,
+    mapping,
+    need,
+    text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -233,6 +244,7 @@ def _check_header(content: bytes, checksum: str) -> None:
 def _extents(table: dict[str, Any], checksums: str, start: int, size: int) -> dict[str, Extent]:
     words = checksums.split(" ") if checksums else []
     need(len(words) == len(table), f"there are {len(words)} checksums for {len(table)} tensors")
+    need(len(table) <= MAX_ITEMS, f"it lists {len(table)} tensors, and {MAX_ITEMS} is the limit")
     extents: dict[str, Extent] = {}
     position = start
     for (name, entry), word in zip(table.items(), words, strict=True):

@@ -18,6 +18,7 @@ __all__ = [
     "Slot",
     "Stored",
     "corrupt",
+    "counting",
     "integer",
     "items",
     "mapping",
@@ -33,11 +34,12 @@ END: Final = "end.json"
 UNFINISHED: Final = ".tmp"
 
 #: Limits that a writer keeps and a reader insists on, so that no file can ask for absurd amounts.
-MAX_HEADER: Final = 100_000_000  # bytes; that of the safetensors library
-MAX_JSON: Final = 100_000_000  # bytes of the manifest
+MAX_HEADER: Final = 1 << 25  # bytes; in Python's memory they can be twenty times as many
+MAX_JSON: Final = 1 << 25  # bytes of the manifest
 MAX_DEPTH: Final = 64  # of nesting in a value
 MAX_STRUCTURE: Final = 1 << 22  # characters that describe one value
-MAX_ITEMS: Final = 1 << 17  # calls, and tensors in them, in one shard
+MAX_VALUE: Final = MAX_HEADER - (1 << 20)  # of them, for one value
+MAX_ITEMS: Final = 1 << 17  # of anything in one shard: calls, and tensors in them
 MAX_SIZE: Final = 1 << 62  # any size or number
 MAX_RANKS: Final = 100_000
 MAX_DIMS: Final = 64  # of a tensor, and of a mesh
@@ -123,6 +125,12 @@ def integer(value: Any, what: str, most: int = MAX_SIZE) -> int:
     raise Defect(message)
 
 
+def counting(value: Any, what: str) -> int:
+    """Return ``value`` if it says how many items there are: at least one."""
+    need(value != 0, f"{what} is 0")
+    return integer(value, what, MAX_ITEMS)
+
+
 def text(value: Any, what: str) -> str:
     """Return ``value`` if it is text."""
     if type(value) is str:
@@ -131,10 +139,13 @@ def text(value: Any, what: str) -> str:
     raise Defect(message)
 
 
-def items(value: Any, what: str) -> list[Any]:
-    """Return ``value`` if it is a list."""
-    if type(value) is list:
+def items(value: Any, what: str, most: int = MAX_ITEMS) -> list[Any]:
+    """Return ``value`` if it is a list of no more than so many items."""
+    if type(value) is list and len(value) <= most:
         return value
+    if type(value) is list:
+        message = f"{what} are {len(value)}, and {most} is the limit"
+        raise Defect(message)
     message = f"{what} is {_shown(value)}, which is no list"
     raise Defect(message)
 

@@ -23,6 +23,7 @@ from ._format import (
     Defect,
     Slot,
     corrupt,
+    counting,
     integer,
     items,
     mapping,
@@ -187,6 +188,14 @@ class Part:
     def __post_init__(self) -> None:
         self.starts = list(accumulate((stretch.many for stretch in self.calls), initial=0))
 
+    @property
+    def memory(self) -> int:
+        """About how many bytes it takes in Python's memory."""
+        leaves = [leaf for group in self.groups for leaf in group.leaves]
+        runs = len(self.passes) + len(self.calls) + sum(len(leaf.rows) for leaf in leaves)
+        text = sum(len(group.structure) for group in self.groups)
+        return 1024 + 160 * runs + 512 * len(leaves) + 128 * len(self.groups) + text
+
     def place(self, call: int) -> tuple[Group, int]:
         """Where a call is: in which group, and the how-manieth there."""
         at = bisect_right(self.starts, call) - 1
@@ -222,6 +231,11 @@ class Opened(NamedTuple):
     shard: Shard
     container: Container
     parts: list[Part]
+
+    @property
+    def memory(self) -> int:
+        """About how many bytes all parts take in Python's memory."""
+        return 1024 + sum(part.memory for part in self.parts)
 
     def part(self, role: str, name: str) -> Part | None:
         """What it holds of a layer."""
@@ -325,7 +339,7 @@ class _Checker:
         pair = items(pair, "a run of calls")
         need(len(pair) == 2, "a run of calls is not how many and of which group")  # noqa: PLR2004
         return (
-            integer(pair[0], "a number of calls", MAX_ITEMS),
+            counting(pair[0], "a number of calls"),
             integer(pair[1], "the number of a group", groups - 1),
         )
 
@@ -335,7 +349,7 @@ class _Checker:
         return (
             integer(run[0], "a pass"),
             integer(run[1], "the step from pass to pass", 1),
-            integer(run[2], "a number of passes", MAX_ITEMS),
+            counting(run[2], "a number of passes"),
         )
 
     def group(self, group: Any, calls: int) -> Group:
@@ -386,8 +400,7 @@ class _Checker:
         for item in items(runs, "the rows of a tensor"):
             run = items(item, "a run of rows")
             need(len(run) == 2, "a run of rows is not how many and rows")  # noqa: PLR2004
-            counts.append(integer(run[0], "a number of calls", MAX_ITEMS))
+            counts.append(counting(run[0], "a number of calls"))
             rows.append(integer(run[1], "a number of rows"))
         need(sum(counts) == calls, "a tensor has not as many rows as calls")
-        need(0 not in counts, "a run of rows is empty")
         return list(accumulate(counts, initial=0)), rows

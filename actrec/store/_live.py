@@ -7,7 +7,7 @@ import weakref
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn, overload
+from typing import TYPE_CHECKING, Final, NoReturn, overload
 
 from actrec._recording import Layer
 from actrec.errors import (
@@ -17,9 +17,9 @@ from actrec.errors import (
     WriteError,
 )
 
-from ._format import END, MANIFEST, OWN, UNFINISHED, Defect, Role, Slot, corrupt
+from ._format import END, MANIFEST, MAX_VALUE, OWN, UNFINISHED, Defect, Role, Slot, corrupt
 from ._manifest import Manifest, read_manifest
-from ._outline import form_of
+from ._outline import PassRuns, form_of
 from ._place import place
 from ._rank import here
 from ._reader import (
@@ -32,9 +32,9 @@ from ._reader import (
     shard_name,
     shard_names,
 )
-from ._shard import Call, Heading, storable
+from ._shard import Call, Heading, described, storable
 from ._shard import write as write_shard
-from ._tree import Encoded, encode
+from ._tree import TOO_LARGE, Encoded, encode
 from ._writer import Writer
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def encoded(value: Value, *, parts: bool = False) -> Encoded:
     With ``parts``, a rank stores its part of a ``DTensor``, and relies on the others to do so too.
     """
     structure, tensors = encode(value, parts=parts)
+    if described(structure, tensors) > MAX_VALUE:
+        raise CaptureError(TOO_LARGE)
     return Encoded(structure, [storable(tensor) for tensor in tensors])
 
 
@@ -291,6 +293,9 @@ def _discard_leftovers(call: str, own: Place, found: Rank) -> int:
 _NOW = "another run is recording there now"
 
 
+_LOOKS: Final = 256  # that are known not to need another look
+
+
 class LiveLayer(Layer):
     """A layer whose values go to the disk. They can be read when the block has ended."""
 
@@ -300,27 +305,29 @@ class LiveLayer(Layer):
         self._stream = stream
         self._slot = slot
         self._before = before
-        self._passes: list[int] = []
+        self._passes = PassRuns()
         self._bytes = 0
         self._looks: dict[object, Form] = {}
-        self._new: list[Form] = []  # one for each call
+        self._new: dict[Form, None] = {}
 
     def keep(self, value: Value, number: int) -> None:
         found = encoded(value, parts=True)
         look = found.structure, *((t.dtype, tuple(t.shape)) for t in found.tensors)
         size = sum(tensor.nbytes for tensor in found.tensors)
         if look not in self._looks:
+            if len(self._looks) >= _LOOKS:  # a number in a value makes another structure
+                self._looks.clear()
             self._looks[look] = appearance(found)
         self._stream.keep(self._slot, found, number)
-        self._new.append(self._looks[look])
-        self._passes.append(number)
+        self._new[self._looks[look]] = None
+        self._passes.add(number)
         self._bytes += size
 
     @property
     def passes(self) -> list[int]:
         if self._stream.closed:
             return self._stored.passes
-        return self._before.passes + self._passes
+        return [*self._before.passes, *self._passes]
 
     def __len__(self) -> int:
         if self._stream.closed:
@@ -346,14 +353,12 @@ class LiveLayer(Layer):
         return self._stored.stack(dim, release=release)
 
     def _forms(self) -> Iterable[Form]:
-        if self._stream.closed:
-            return self._stored._forms()
-        return [*self._before._forms(), *self._new]
+        return self._stored._forms()
 
     def _different_forms(self) -> Iterable[Form]:
         if self._stream.closed:
             return self._stored._different_forms()
-        return dict.fromkeys([*self._before._different_forms(), *self._looks.values()])
+        return dict.fromkeys([*self._before._different_forms(), *self._new])
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,6 @@ from ._format import (
     END,
     FORMAT,
     MANIFEST,
-    MAX_ITEMS,
     MAX_JSON,
     MAX_RANKS,
     OWN,
@@ -202,7 +201,6 @@ def _description(about: dict[str, Any]) -> Manifest:
     about = mapping(about, "the file", "ranks", "model", "options", "layers", "names")
     options = mapping(about["options"], "the options", "inputs", "grads", "dtype")
     layers = items(about["layers"], "the layers")
-    need(len(layers) <= MAX_ITEMS, f"it lists {len(layers)} layers")
     ranks = integer(about["ranks"], "the number of ranks", MAX_RANKS)
     need(ranks > 0, "the number of ranks is 0")
     names = mapping(about["names"], "the names")

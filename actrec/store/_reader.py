@@ -25,6 +25,7 @@ from actrec._recording import Layer, Recording
 from actrec.errors import OptionError, RecordingNotFoundError
 
 from ._cache import CACHE_BYTES, Cache
+from ._container import Container
 from ._disk import ANOTHER
 from ._format import END, MANIFEST, Defect, Role, corrupt
 from ._index import Group, Opened, Part, Shard, open_shard
@@ -152,9 +153,12 @@ def _one_of(call: str, rank: int, there: Sequence[int]) -> int:
     return rank
 
 
-#: So many shards of a recording, and one of each rank, are kept open: their headers in memory, and the files
-#: mapped that have been read, of which Linux allows a process 65,530.
-_MOST_OPEN: Final = 1024
+#: So many bytes the shards of a recording may take that are kept open, which is what their headers say; one of each
+#: rank is.
+_OPEN_BYTES: Final = 1 << 28
+
+
+_CHECKED: Final = Container({}, {}, 0)  # the parts know what is needed of it
 
 
 class Rank:
@@ -169,7 +173,8 @@ class Rank:
         self.ending: Ending | None = read_ending(disk, names, manifest.recording)
         self._disk = disk
         self._opened: dict[int, Opened] = {}  # the one used last is the last
-        self._most_open = max(1, _MOST_OPEN // of)
+        self._most_open = _OPEN_BYTES // of  # bytes
+        self._open_bytes = 0
         self._begin()
         passes = 0  # committed by as many shards as the end speaks of
         for number, name in enumerate(shard_names(disk)):
@@ -226,9 +231,11 @@ class Rank:
             if opened is None:
                 opened = open_shard(self._disk, shard_name(number))
                 check_identity(opened.shard, self.manifest.recording, self.number, number)
+                opened = opened._replace(container=_CHECKED)
+                self._open_bytes += opened.memory
             self._opened[number] = opened
-            if len(self._opened) > self._most_open:
-                del self._opened[next(iter(self._opened))]
+            while self._open_bytes > self._most_open and len(self._opened) > 1:
+                self._open_bytes -= self._opened.pop(next(iter(self._opened))).memory
         return opened
 
     def part(self, held: Held, at: int) -> Part:
@@ -240,7 +247,7 @@ class Rank:
         return part
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}, "_opening": None}
+        return {**self.__dict__, "_opened": {}, "_open_bytes": 0, "_opening": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

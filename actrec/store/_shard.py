@@ -14,6 +14,7 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from ._container import Piece, Writable
 
-__all__ = ["Call", "Heading", "place", "runs", "storable", "write"]
+__all__ = ["Call", "Heading", "described", "named", "place", "runs", "storable", "write"]
 
 _PIECE: Final = 1 << 24  # bytes that are made contiguous at a time
 
@@ -46,6 +47,19 @@ class Call:
     structure: str
     tensors: list[Tensor]
     size: int  # what it counts against the budget
+
+
+def described(structure: str, tensors: Sequence[Tensor]) -> int:
+    """The bytes that a value takes in the header of a shard at most, which is where no other value is like it."""
+    # In text that is in text, each of these is four characters.
+    escaped = len(structure) + 3 * (structure.count('"') + structure.count("\\"))
+    return 128 + escaped + 288 * len(tensors) + 48 * sum(map(Tensor.dim, tensors))
+
+
+@lru_cache(maxsize=1 << 12)
+def named(slot: Slot) -> int:
+    """The bytes that the name of a layer takes in the header of a shard."""
+    return 128 + len(json.dumps(json.dumps(slot)))
 
 
 class Heading(NamedTuple):

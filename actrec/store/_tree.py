@@ -75,12 +75,12 @@ def encode(value: Value, *, parts: bool = False) -> Encoded:
     except RecursionError:  # pragma: no cover  # MAX_DEPTH is far below what Python allows
         raise CaptureError(_TOO_DEEP) from None
     if len(structure) > MAX_STRUCTURE:
-        raise CaptureError(_TOO_LARGE)
+        raise CaptureError(TOO_LARGE)
     return Encoded(structure, encoder.tensors)
 
 
 _TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
-_TOO_LARGE = "it has too many parts. Many numbers are better stored as one tensor"
+TOO_LARGE: Final = "it has too many parts. Many numbers are better stored as one tensor"
 
 
 class _Encoder:
@@ -96,7 +96,7 @@ class _Encoder:
             raise CaptureError(_TOO_DEEP)
         self.nodes += 1
         if self.nodes > _MAX_NODES:
-            raise CaptureError(_TOO_LARGE)
+            raise CaptureError(TOO_LARGE)
         if isinstance(value, Tensor):
             if self.parts and is_distributed(value):
                 return self.part(value)

@@ -23,7 +23,7 @@ from actrec._heap import give_back
 from actrec.errors import WriteError
 
 from . import _shard
-from ._format import END, MAX_ITEMS
+from ._format import END, MAX_HEADER
 from ._manifest import Ending
 from ._reader import shard_name
 from ._shard import Call, Heading
@@ -38,6 +38,7 @@ __all__ = ["Writer", "counted"]
 
 #: What a tensor takes in Python's memory besides its data, roughly. It counts too.
 OVERHEAD: Final = 1024
+_ROOM: Final = 1 << 12  # bytes for what a header says of the shard
 _PATIENCE: Final = 1.0  # seconds between two looks whether the thread is still there
 
 
@@ -52,9 +53,9 @@ def counted(call: Call, places: dict[object, int]) -> int:
     return size
 
 
-def _items(call: Call) -> int:
-    """What a call takes in the header of a shard."""
-    return max(1, len(call.tensors)) + len(call.structure) // 64
+def _described(call: Call) -> int:
+    """What a call takes in the header of a shard at most."""
+    return _shard.named(call.slot) + _shard.described(call.structure, call.tensors)
 
 
 class _Batch(NamedTuple):
@@ -94,7 +95,7 @@ class Writer:
         )  # passes of which there are parts that no shard has committed
         self.used = 0  # bytes pending, queued or being written
         self._pending: list[Call] = []
-        self._pending_size = self._pending_items = 0
+        self._pending_size = self._pending_described = 0
         self._places: dict[object, int] = {}  # the memory of what is pending
         self._queue: deque[_Batch] = deque()
         self._writing = False
@@ -118,15 +119,18 @@ class Writer:
             self._check()
             if self._failed or self._closed:
                 return
+            described = _described(call)
+            while self._pending and self._pending_described + described > MAX_HEADER - _ROOM:
+                self._cut(complete(), everything=True)
             call.size = counted(call, self._places)
             while self.used and self.used + call.size > self._budget:
                 self._make_room(complete)
             self._pending.append(call)
             self.used += call.size
             self._pending_size += call.size
-            self._pending_items += _items(call)
+            self._pending_described += described
             if self._is_due():
-                self._cut(complete(), everything=self._is_full())
+                self._cut(complete(), everything=self._pending_size >= self._limit)
 
     def _check(self) -> None:
         error, self._error = self._error, None
@@ -141,11 +145,9 @@ class Writer:
             self._fail(RuntimeError("the thread that writes has died"))
         self._check()
 
-    def _is_full(self) -> bool:
-        return self._pending_size >= self._limit or self._pending_items >= MAX_ITEMS // 2
-
     def _is_due(self) -> bool:
-        return self._is_full() or time.monotonic() - self._last_cut >= self._seconds
+        is_full = self._pending_size >= self._limit
+        return is_full or time.monotonic() - self._last_cut >= self._seconds
 
     def _cut(self, complete: int, *, everything: bool) -> None:
         """Queue what is complete as a shard and, of ``everything``, each pass that is not as a part."""
@@ -162,7 +164,7 @@ class Writer:
             rest = []
         self._pending = rest
         self._pending_size = sum(call.size for call in rest)
-        self._pending_items = sum(map(_items, rest))
+        self._pending_described = sum(map(_described, rest))
         self._places.clear()
         self._last_cut = time.monotonic()
 

@@ -1,0 +1,211 @@
+"""Limits hold in bytes: for what a file may ask of a reader, for what a reader keeps, and for what a run keeps of its calls."""
+
+from __future__ import annotations
+
+import gc
+import json
+import tracemalloc
+import zlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from actrec import CaptureError, load, record
+from actrec.store import Folder, _container, _format, _live, _outline, _shard
+from actrec.store._disk import Disk
+from actrec.store._format import Slot
+from actrec.store._index import open_shard
+from tests.stored import opened_shards, same
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+# --- Headers -----------------------------------------------------------------------------------------
+
+
+def header(tensors: int) -> bytes:
+    """A container of so many empty tensors, in which everything is right."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    about = {"header_crc32": "0" * 8, "data_crc32": " ".join(["0" * 8] * tensors), "actrec": "{}"}
+    table = {"__metadata__": about, **{str(number): entry for number in range(tensors)}}
+    content = json.dumps(table, separators=(",", ":")).encode()
+    found = f'"header_crc32":"{zlib.crc32(content):08x}"'.encode()
+    content = content.replace(b'"header_crc32":"00000000"', found)
+    return len(content).to_bytes(8, "little") + content
+
+
+def head(content: bytes, most: int) -> bytes:
+    return content[:most]
+
+
+def test_a_header_may_list_as_many_tensors_as_a_shard_may_have_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_container, "MAX_ITEMS", 100)
+    parsed = {}
+    with pytest.raises(_format.Defect, match="it lists 101 tensors, and 100 is the limit"):
+        for many in (100, 101):
+            content = header(many)
+            parsed[many] = _container.parse(len(content), partial(head, content))
+    assert [len(found.tensors) for found in parsed.values()] == [100]
+
+
+def test_a_header_of_more_bytes_than_the_limit_is_refused_before_it_is_read() -> None:
+    asked: list[int] = []
+
+    def read(most: int) -> bytes:
+        asked.append(most)
+        return (_format.MAX_HEADER + 1).to_bytes(8, "little")
+
+    with pytest.raises(_format.Defect, match="it claims a header of"):
+        _container.parse(1 << 40, read)
+    assert asked == [8]
+
+
+def test_a_list_of_more_items_than_the_limit_is_refused() -> None:
+    with pytest.raises(_format.Defect, match="the layers are 3, and 2 is the limit"):
+        _format.items([1, 2, 3], "the layers", 2)
+
+
+@st.composite
+def _values(draw: st.DrawFn) -> Any:
+    """Values that take much of a header and little data."""
+    names = st.text(max_size=20)
+    shape = st.lists(st.sampled_from([0, 1, 10**17]), max_size=12)
+
+    def tensor(sizes: list[int]) -> Tensor:
+        whole = [0, *sizes] if 10**17 in sizes else sizes
+        return torch.zeros((), dtype=torch.float64).expand(whole)
+
+    leaves = st.builds(tensor, shape) | names | st.integers(0, 2**52) | st.none()
+    return draw(st.dictionaries(names, st.lists(leaves, max_size=4), max_size=4))
+
+
+@given(values=st.lists(_values(), min_size=1, max_size=6), name=st.text(max_size=30))
+@settings(max_examples=40, deadline=None)
+def test_a_header_never_takes_more_bytes_than_were_counted_for_its_calls(
+    values: list[Any], name: str
+) -> None:
+    slot = Slot("gradient", 99_999, name, "É" * len(name))
+    calls = []
+    for number, value in enumerate(values):
+        found = _live.encoded(value)
+        calls.append(_shard.Call(slot, 10**6 + 2 * number, found.structure, found.tensors, 0))
+    written = bytearray()
+
+    class File:
+        write = written.extend
+
+        def write_at_start(self, data: bytes) -> None:
+            pass
+
+    heading = _shard.Heading("0" * 32, 99_999, 10**6, 10**7)
+    _shard.write(File(), heading, calls)
+    counted = sum(_shard.described(c.structure, c.tensors) + _shard.named(slot) for c in calls)
+    assert int.from_bytes(written[:8], "little") <= counted + 1024
+
+
+def test_what_would_not_fit_into_a_header_is_refused_when_it_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_live, "MAX_VALUE", 10_000)
+    net = nn.Identity()
+    with record(net, "", into=tmp_path / "r") as acts:
+        net(torch.ones(1))
+        acts.add("few", [torch.zeros(1)] * 20)
+        with pytest.raises(CaptureError, match="it has too many parts"):
+            acts.add("many", [torch.zeros(1) for _ in range(40)])
+    assert list(load(tmp_path / "r")) == ["", "few"]
+
+
+# --- What is kept ------------------------------------------------------------------------------------
+
+
+class Ragged(nn.Module):
+    def forward(self, x: Tensor, rows: int) -> Tensor:
+        return x[:rows] * 1
+
+
+def many_layers(_: Path) -> Iterator[tuple[nn.Module, tuple[Any, ...]]]:
+    net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(100)))
+    yield net, (torch.ones(2, 3),)
+
+
+def many_calls(_: Path) -> Iterator[tuple[nn.Module, tuple[Any, ...]]]:
+    net = Ragged()
+    yield from ((net, (torch.ones(9, 3), number * 7919 % 9 + 1)) for number in range(3000))
+
+
+@pytest.mark.filterwarnings("ignore::actrec.UnusedLayerWarning")
+@pytest.mark.parametrize("kind", [many_layers, many_calls])
+def test_what_an_open_shard_is_counted_as_is_about_what_it_takes(tmp_path: Path, kind: Any) -> None:
+    runs = list(kind(tmp_path))
+    with torch.no_grad(), record(runs[0][0], into=tmp_path / "r"):
+        for net, args in runs:
+            net(*args)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        opened = open_shard(Disk(tmp_path / "r/rank-00000"), "000000.safetensors")
+        opened = opened._replace(container=_container.Container({}, {}, 0))
+        gc.collect()
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / 2 <= opened.memory <= taken * 2
+
+
+def test_a_run_keeps_nothing_of_its_calls_but_what_waits_to_be_written(tmp_path: Path) -> None:
+    """Neither of calls that are alike, nor of values whose numbers make each of them another one."""
+    net = nn.Sequential(nn.Identity(), nn.Identity())
+
+    def held(snapshot: tracemalloc.Snapshot) -> int:
+        files = [tracemalloc.Filter(True, module.__file__) for module in (_live, _outline)]
+        return sum(found.size for found in snapshot.filter_traces(files).statistics("filename"))
+
+    with record(net, into=Folder(tmp_path / "r", shard_bytes=10_000, budget=20_000)) as acts:
+        seen = []
+        tracemalloc.start()
+        try:
+            for number in range(3000):
+                net(torch.ones(1, 1))
+                acts.add("number", {"number": number})
+                if number % 1000 == 999:
+                    gc.collect()
+                    seen.append(held(tracemalloc.take_snapshot()))
+        finally:
+            tracemalloc.stop()
+    assert seen[2] - seen[0] < 4000, "of 6000 calls"
+    assert acts["number"].passes == list(range(3000))
+
+
+@given(calls=st.lists(st.integers(0, 5), max_size=60), ordered=st.booleans())
+def test_the_passes_of_calls_are_those_that_were_added(calls: list[int], *, ordered: bool) -> None:
+    calls = sorted(calls) if ordered else calls
+    runs = _outline.PassRuns()
+    for number in calls:
+        runs.add(number)
+    assert (list(runs), len(runs)) == (calls, len(calls))
+
+
+def test_shards_are_read_again_that_were_cut_for_their_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_live, "MAX_VALUE", 5_000)
+    monkeypatch.setattr("actrec.store._writer.MAX_HEADER", 12_000)
+    values = [[torch.full((1,), i) for i in range(number % 12)] for number in range(60)]
+    net = nn.Identity()
+    with record(net, "", into=tmp_path / "r") as acts:
+        for value in values:
+            net(torch.ones(1))
+            acts.add("value", value)
+    found = load(tmp_path / "r")
+    assert len(opened_shards(found)) > 5
+    assert all(map(same, found["value"], values))
