@@ -5,18 +5,20 @@ put a view around the output, and the next in-place layer fails on it.) So a gra
 as the layer returned it, also where an in-place layer follows. The hooks live and die with the graph and
 refer weakly to what they report to: a graph never keeps a recording, nor a recording a graph.
 
-Two kinds of output need more than that:
+Three kinds of output need more than that:
 
 * Under reentrant activation checkpointing a layer first runs without a graph, and again, with one, inside
   ``backward()``. :class:`_Regions` finds the call that is being run again.
 * A leaf, such as a parameter that a layer returns as it is, outlives every graph, and a hook on it would
   hear of all of them. So it reports to the latest pass only, and when the block ends, the hook moves from the
   leaf into the graph.
+* A view that is written in place has another node in the graph from then on: see :class:`View`.
 """
 
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from itertools import count
@@ -29,7 +31,8 @@ from torch.autograd.graph import get_gradient_edge
 from ._capture import SKIPPED
 from ._nested import Value, rebuild, tensors
 from ._passes import backward_number, checkpoint_frames
-from .errors import CaptureError
+from ._views import View
+from .errors import CaptureError, MissingGradientWarning
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
@@ -83,18 +86,32 @@ class _Nested:
 class _Arrival:
     """The hook on one tensor: tells which gradient arrived for which call."""
 
-    __slots__ = ("gradients", "index", "ticket")
+    __slots__ = ("gradients", "index", "ticket", "view")
 
-    def __init__(self, gradients: Gradients, ticket: int, index: int) -> None:
+    def __init__(
+        self, gradients: Gradients, ticket: int, index: int, view: View | None = None
+    ) -> None:
         self.gradients = weakref.ref(gradients)
         self.ticket = ticket
         self.index = index
+        self.view = view
 
     def __call__(self, grad: Tensor | None) -> None:
         gradients = self.gradients()
         # None: of several outputs of one operation, no gradient has reached this one.
-        if gradients is not None and grad is not None:
+        if gradients is None or grad is None:
+            return
+        if self.view is not None and self.view.is_written():
+            self.view.uses(grad)  # and the rest is heard of at the base
+        else:
             gradients.arrived(self.ticket, self.index, grad)
+
+    def at_base(self, grad: Tensor | None) -> None:
+        """The hook on the base of the tensor, if it is a view."""
+        gradients = self.gradients()
+        if gradients is None or grad is None or not (self.view and self.view.is_written()):
+            return
+        gradients.arrived(self.ticket, self.index, grad, self.view)
 
     def at_node(self, grads: tuple[Tensor | None, ...]) -> None:
         """The same, as a hook on the node that adds up the gradients of a leaf."""
@@ -114,6 +131,16 @@ class _Leaf:
         """Listen in the graph from now on, no longer at the leaf."""
         self.handle.remove()
         self.node.register_prehook(self.arrival.at_node)
+
+
+def _is_in_graph(tensor: Tensor) -> bool:
+    if not tensor.requires_grad:
+        return False
+    try:
+        return tensor.is_leaf or tensor.grad_fn is not None
+    except RuntimeError:
+        # One of several views that one operation made, whose memory was written since: PyTorch lets nobody use it.
+        return False
 
 
 # --- Reentrant checkpointing -------------------------------------------------------------------------
@@ -164,6 +191,7 @@ class Gradients:
     capture: Capture
     layer: Any  # a Layer whose items can be replaced
     watched: bool = False  # whether there was anything that a gradient could reach
+    _warned: bool = False
     regions: _Regions = field(default_factory=_Regions)
     _nested: dict[int, _Nested] = field(default_factory=dict)
     _leaves: list[_Leaf] = field(default_factory=list)
@@ -171,16 +199,24 @@ class Gradients:
     _oldest: int = 0  # the ticket of the oldest call that is in the recording
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def expect(self, output: Value, kept: Value, number: int) -> None:
-        """A call of pass ``number`` returned ``output``, of which ``kept`` was recorded."""
-        ticket = None
-        if kept is not SKIPPED:
-            with self._lock:
-                ticket = self._next
-                self._next += 1
-                self.layer.keep(rebuild(kept, lambda _: None), number)
-                self._forget()
-            self._watch(output, ticket, number)
+    def reserve(self, output: Value, kept: Value, number: int) -> int:
+        """Make a place for a call of pass ``number``, in one step with its value, and return its ticket.
+
+        It returned ``output``, of which ``kept`` was recorded.
+        """
+        with self._lock:
+            ticket = self._next
+            self._next += 1
+            self.layer.keep(rebuild(kept, lambda _: None), number)
+            if not isinstance(output, Tensor):
+                self._nested[ticket] = _Nested.of(output)
+            self._forget()
+        return ticket
+
+    def expect(self, output: Value, kept: Value, ticket: int | None, number: int) -> None:
+        """Listen for the gradients of what a call of pass ``number`` returned, if it has a place."""
+        if ticket is not None:
+            self._watch(output, kept, ticket, number)
         if not torch.is_grad_enabled():
             self.regions.remember(ticket)
 
@@ -189,7 +225,7 @@ class Gradients:
         ticket = self.regions.find()
         if ticket is None:
             return
-        self._watch(output, ticket, -1)
+        self._watch(output, None, ticket, -1)
         if not torch.is_grad_enabled():
             self.regions.remember(ticket)
 
@@ -198,26 +234,28 @@ class Gradients:
         while self._leaves:
             self._leaves.pop().hand_over()
 
-    def _watch(self, output: Value, ticket: int, number: int) -> None:
-        if not isinstance(output, Tensor) and ticket not in self._nested:
-            self._nested[ticket] = _Nested.of(output)
-        for index, tensor in enumerate(tensors(output)):
-            if tensor.requires_grad:
-                self.watched = True
-                arrival = _Arrival(self, ticket, index)
-                handle = tensor.register_hook(arrival)  # type: ignore[no-untyped-call]
-                if tensor.is_leaf:
-                    self._watch_leaf(tensor, number, arrival, handle)
+    def _watch(self, output: Value, kept: Value, ticket: int, number: int) -> None:
+        found = {index: t for index, t in enumerate(tensors(output)) if _is_in_graph(t)}
+        for index, tensor in found.items():
+            self.watched = True
+            view = View.of(tensor, found.values(), kept)
+            arrival = _Arrival(self, ticket, index, view)
+            handle: RemovableHandle = tensor.register_hook(arrival)  # type: ignore[no-untyped-call]
+            if view is not None:
+                tensor._base.register_hook(arrival.at_base)  # type: ignore[union-attr]
+            elif tensor.is_leaf:
+                self._watch_leaf(tensor, number, arrival, handle)
 
     def _watch_leaf(
         self, tensor: Tensor, number: int, arrival: _Arrival, handle: RemovableHandle
     ) -> None:
         node = get_gradient_edge(tensor).node
-        earlier = [leaf for leaf in self._leaves if leaf.node is node and leaf.number != number]
-        for leaf in earlier:
-            leaf.handle.remove()
-            self._leaves.remove(leaf)
-        self._leaves.append(_Leaf(number, arrival, handle, node))
+        with self._lock:
+            earlier = [leaf for leaf in self._leaves if leaf.node is node and leaf.number != number]
+            for leaf in earlier:
+                leaf.handle.remove()
+                self._leaves.remove(leaf)
+            self._leaves.append(_Leaf(number, arrival, handle, node))
 
     def _forget(self) -> None:
         """Forget the structures of calls that are no longer in the recording."""
@@ -225,17 +263,34 @@ class Gradients:
             self._nested.pop(self._oldest, None)
             self._oldest += 1
 
-    def arrived(self, ticket: int, index: int, grad: Tensor) -> None:
-        """The gradient of tensor number ``index`` of a call is there."""
+    def arrived(self, ticket: int, index: int, grad: Tensor, view: View | None = None) -> None:
+        """The gradient of tensor number ``index`` of a call is there, or that of the base of this ``view``."""
         with self._lock:
             # Counted from the end: the recording may have been cleared, or be bounded.
             place = len(self.layer) - (self._next - ticket)
-            if place >= 0:
-                try:
-                    self.layer[place] = self._merged(ticket, index, grad, self.layer[place])
-                except CaptureError as error:
-                    message = f"record() cannot keep {self.capture.what} {ticket} of layer {self.capture.layer!r}: {error}."
-                    raise CaptureError(message) from error
+            if place < 0:
+                return
+            try:
+                known = grad if view is None else view.gradient(grad)
+                if known is not None:
+                    self.layer[place] = self._merged(ticket, index, known, self.layer[place])
+            except CaptureError as error:
+                message = f"record() cannot keep {self.capture.what} {ticket} of layer {self.capture.layer!r}: {error}."
+                raise CaptureError(message) from error
+        if known is None:
+            self._warn()
+
+    def _warn(self) -> None:
+        """A gradient is left out, for nobody knows it: say so, once for the layer."""
+        if not self._warned:
+            self._warned = True
+            message = (
+                f"record(grads=True): a gradient of layer {self.capture.layer!r} is left out. The layer returned a view "
+                "of a tensor that the model may have used elsewhere too, and then one of them was written in place, so "
+                "that what came from where cannot be told. Let the operation that writes make a new tensor "
+                "(y = y + x, ReLU(inplace=False)), or the layer return a clone()."
+            )
+            warnings.warn(message, MissingGradientWarning, stacklevel=2)
 
     def _merged(self, ticket: int, index: int, grad: Tensor, known: Value) -> Value:
         nested = self._nested.get(ticket)

@@ -122,7 +122,8 @@ def record(
         dtype: cast floating-point values to this dtype. Integer, bool and complex values stay.
         stop_early: end each forward as soon as every chosen layer has run in it (once, if it is called
             several times): nothing behind them is computed, and the call of the model returns ``None``. A
-            forward in which one of them does not run goes on to its end and returns its result.
+            forward in which one of them does not run goes on to its end and returns its result. With
+            ``grads=True`` it goes only if ``detach=False``, for a loss of what was recorded.
         into: makes the container for the calls of a layer; anything with ``append`` will do, such as
             ``functools.partial(collections.deque, maxlen=10)``. Or a path, or a
             :class:`actrec.store.Folder`, which is a path with settings: the recording is written there while
@@ -180,7 +181,9 @@ def record(
     Warns:
         UnusedLayerWarning: at the end of the block, if nothing was recorded of a layer, and why that may be.
         MissingGradientWarning: at the end of the block, if gradients were asked for (or ``detach=False``) and
-            none can reach a layer, because nothing that it returned requires grad.
+            none can reach a layer, because nothing that it returned requires grad. From ``backward()``, if a
+            gradient is left out: the layer returned a view of what the model may have used elsewhere, and one of
+            them was written in place.
         IncompleteLayerWarning: at the end of the block, if calls of a layer were not recorded, or perhaps not as it
             returned them: another module was put in its place, or hooks were added to it in the middle of a forward.
     """
@@ -188,6 +191,12 @@ def record(
         raise ActrecError(COMPILING)
     _check(transform=transform, into=into)
     _check_path(into, detach=detach, grads=grads, resume=resume)
+    if grads and stop_early and detach:
+        message = (
+            "record(grads=True, stop_early=True): the model returns None, so there is no loss that could send a gradient "
+            "back. Record without stop_early, or pass detach=False and take the loss of what was recorded."
+        )
+        raise OptionError(message)
     selection = select(model, layers, transform)
     if stop_early:
         refuse_sharded(model)

@@ -486,7 +486,8 @@ class Recording(Mapping[str, Layer]):
 
         It lines up with ``acts[name]`` and is nested in the same way, with ``None`` for what no gradient has
         reached. It belongs to the value as the layer returned it, also where a layer behind it works in
-        place. ``backward()`` may come inside the block or after it. A second one through the same forward adds
+        place. (Where it cannot be told, it stays ``None``, and a warning names the layer: see
+        :class:`actrec.MissingGradientWarning`.) ``backward()`` may come inside the block or after it. A second one through the same forward adds
         to what is there, as it does for the ``.grad`` of a parameter; so does ``torch.autograd.grad``.
 
         Gradients are copied as values are, and moved and cast by ``device`` and ``dtype``. A ``transform`` is

@@ -196,6 +196,7 @@ class Track:
         except Exception as error:
             self._failed(error, call)
             raise
+        ticket = None
         try:
             if value is not SKIPPED:
                 if not self.kept:
@@ -205,8 +206,10 @@ class Track:
                     self.outputs.keep(value, number)
                     if self.inputs is not None:
                         self.inputs.keep(received, number)
+                    if self.grads is not None:
+                        ticket = self.grads.reserve(output, value, number)
             if self.grads is not None:
-                self.grads.expect(output, value, number)
+                self.grads.expect(output, value, ticket, number)
         except Exception as error:  # from the disk, or the user's container
             self._failed(error, call)
             raise

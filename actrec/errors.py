@@ -20,7 +20,7 @@
 
     UnusedLayerWarning              a chosen layer of which nothing was recorded
     IncompleteLayerWarning          a chosen layer of which calls are missing, or may be other than it returned
-    MissingGradientWarning          a chosen layer that no gradient can reach
+    MissingGradientWarning          a chosen layer that no gradient can reach, or none that is known to be right
 
 Every message names the call, the offending value, what was observed and the nearest fix.
 """
@@ -128,7 +128,7 @@ class IncompleteLayerWarning(UserWarning):
 
 
 class MissingGradientWarning(UserWarning):
-    """No gradient can reach a layer, though gradients were asked for; the message says why."""
+    """No gradient can reach a layer, or none that is known to be right, though gradients were asked for; the message says why."""
 
 
 class UnusedLayerWarning(UserWarning):

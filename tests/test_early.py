@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from actrec import ActrecError, UnsupportedModelError, UnusedLayerWarning, record
+from actrec import ActrecError, OptionError, UnsupportedModelError, UnusedLayerWarning, record
 from tests.conftest import own_hooks
 from tests.test_grads import process_group
 
@@ -492,6 +492,14 @@ def test_gradients_of_what_was_computed_flow_without_the_rest() -> None:
     assert acts.grads["a"][0] is not None
     assert net.a.weight.grad is not None
     assert net.c.weight.grad is None
+
+
+def test_gradients_of_a_forward_without_a_loss_are_refused_before_anything_happens() -> None:
+    net = Net()
+    with pytest.raises(OptionError, match=r"grads=True, stop_early=True\).*detach=False"):
+        record(net, "a", stop_early=True, grads=True)
+    assert "forward" not in vars(net)
+    assert not any(own_hooks(module) for module in net.modules())
 
 
 def test_an_error_of_the_model_passes_through() -> None:
