@@ -41,6 +41,9 @@ _REENTRANT = (
 )
 
 
+_BACKWARD = "where calls are not recorded: they may repeat those of the forward. If these do not, keep what they return with acts.add()"
+
+
 def warn_unused(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
     """Warn once about all layers of which nothing was recorded."""
     unused = {key: item for key, item in tracks.items() if not item[1].kept}
@@ -49,12 +52,12 @@ def warn_unused(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
     there = {id(module) for module in model.modules()}
     causes = {key: _cause(there, *item) for key, item in unused.items()}
     kind = type(model).__name__
-    if any(track.session.passes.count for _, track in tracks.values()):
+    if any(track.session.passes.count or track.elsewhere() for _, track in tracks.values()):
         what = f"nothing was recorded of {_share(causes, tracks)} of this {kind}"
         message = _explained(f"record(): {what}.", causes)
     else:
         message = (
-            f"record(): nothing was recorded, this {kind} was not called inside the with block."
+            f"record(): nothing was recorded, this {kind} was not called inside the with block{_outside(tracks)}."
             " Was its .forward() called, a copy of it, or a model made from it (exported, scripted)?"
         )
     warnings.warn(message, UnusedLayerWarning, stacklevel=stacklevel + 1)
@@ -95,12 +98,18 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
             f"from pass {since} on another module stood in its place, whose calls are not recorded. Change the model before "
             "the block, or open another block after that"
         )
+    if track.backward:
+        return f"{_times(track.backward, 'call')} of it ran inside backward(), {_BACKWARD}"
     if track.overtaken:
         return (
             f"hooks were added to it in the middle of {_times(track.overtaken, 'forward')}, and ran behind those of actrec: "
             "what they changed of that call is not recorded. Add them between two forwards, or with prepend=True"
         )
     return None
+
+
+def _outside(tracks: _Tracks) -> str:
+    return ", but for acts.pause()" if any(t.session.was_paused for _, t in tracks.values()) else ""
 
 
 def _times(count: int, what: str) -> str:
@@ -141,16 +150,35 @@ def _not_kept(track: Track) -> str:
 
 def _cause(there: Collection[int], choice: Choice, track: Track) -> str:
     """Why nothing was recorded of a layer; ``there`` are the ids of the modules that the model has now."""
-    module = choice.module
     if track.called or track.error is not None:
         return _not_kept(track)
+    return _elsewhere(track) or _not_called(there, choice.module)
+
+
+def _elsewhere(track: Track) -> str | None:
+    """Where a layer was called, if that is where no call is recorded."""
+    calls = _times(track.elsewhere(), "call")
+    if track.paused:
+        return f"all of its {calls} ran inside acts.pause()"
+    if track.backward:
+        return f"all of its {calls} ran inside backward(), {_BACKWARD}"
     if track.recomputed:
         return (
-            f"all of its {track.recomputed} calls ran inside backward(), where activation checkpointing recomputes "
-            "what was recorded before"
+            f"all of its {calls} ran inside backward(), where activation checkpointing recomputes what was recorded "
+            "before"
         )
+    return None
+
+
+def _not_called(there: Collection[int], module: nn.Module) -> str:
+    """Why a layer was not called."""
     if id(module) not in there:
         return "another module was put in its place inside the with block; the one that was hooked was not called"
+    if type(module).__call__ is not nn.Module.__call__:
+        return (
+            f"its class {type(module).__name__} has a __call__ of its own, and hooks run only in that of torch.nn.Module. "
+            "Record modules inside it or around it"
+        )
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weights without calling it. Record the attention module instead"
     if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -35,6 +35,7 @@ __all__ = [
     "backward_number",
     "checkpoint_frames",
     "is_own_call",
+    "is_recomputing",
     "is_tracing",
 ]
 
@@ -61,9 +62,14 @@ def checkpoint_frames() -> Iterator[tuple[str, FrameType]]:
 _CHECKPOINT_FRAMES = {"forward", "backward", "unpack_hook"}
 
 
+def is_recomputing() -> bool:
+    """Whether activation checkpointing is running calls of this thread again."""
+    return any(name != "forward" for name, _ in checkpoint_frames())
+
+
 def _is_recomputing() -> int:
     """Stands in for the number of the running backward: -1 unless a checkpoint is being recomputed."""
-    return 0 if any(name != "forward" for name, _ in checkpoint_frames()) else -1
+    return 0 if is_recomputing() else -1
 
 
 backward_number = getattr(torch._C, "_current_graph_task_id", _is_recomputing)

@@ -153,13 +153,17 @@ def twin(tensor: Tensor) -> Tensor | None:
     return None
 
 
+_RESIZED = (
+    "A tensor that a recorded layer returned was made larger in place, by resize_() or out=, and PyTorch cannot write "
+    "to it any more, for actrec shares its memory copy-on-write. Let the layer return a clone() of it"
+)
+
+
 def explain(error: BaseException) -> None:
     """Say on an error of PyTorch's what it is about: it cannot write to shared memory that was made larger."""
-    if "ctx != nullptr INTERNAL ASSERT" in str(error):
-        error.add_note(
-            "A tensor that a recorded layer returned was made larger in place, by resize_() or out=, and PyTorch cannot write "
-            "to it any more, for actrec shares its memory copy-on-write. Let the layer return a clone() of it"
-        )
+    is_new = _RESIZED not in getattr(error, "__notes__", ())  # a module inside has not said it yet
+    if "ctx != nullptr INTERNAL ASSERT" in str(error) and is_new:
+        error.add_note(_RESIZED)
 
 
 def check(tensor: Tensor) -> None:

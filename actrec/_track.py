@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._capture import SKIPPED
 from ._clean_room import depth, inside
 from ._inputs import Arrival, Arrivals, Parameters, versions
-from ._passes import Passes, backward_number, is_tracing
+from ._passes import Passes, backward_number, is_recomputing, is_tracing
 from ._snapshot import snapshot
 from .errors import CaptureError, TransformError, WriteError
 
@@ -39,6 +39,7 @@ class Session:
     active: bool = False
     interrupted: bool = False
     pauses: int = 0
+    was_paused: bool = False
     passes: Passes = field(default_factory=Passes)
     order: dict[str, None] = field(
         default_factory=dict
@@ -71,6 +72,7 @@ class Session:
         """Pause once more (1) or once less (-1)."""
         with _pausing:
             self.pauses += by
+            self.was_paused = True
             self.recording = self.active and not self.pauses
 
     def complete(self) -> None:
@@ -115,6 +117,8 @@ class Track:
     called: int = 0
     kept: int = 0
     recomputed: int = 0
+    backward: int = 0  # calls inside backward() that are no such repetitions
+    paused: int = 0
     overtaken: int = 0  # calls that hooks of others may have changed behind ours
     error: str | None = None  # the first one that recording a call raised
     _is_direct: bool = field(init=False)  # whether a tensor is kept just as it is
@@ -123,6 +127,10 @@ class Track:
 
     def __post_init__(self) -> None:
         self._is_direct = self.capture.is_direct()
+
+    def elsewhere(self) -> int:
+        """How many calls there were that are not recorded."""
+        return self.paused + self.backward + self.recomputed
 
     def overtake(self) -> None:
         """Hooks that were registered while a forward ran come behind ours this time."""
@@ -174,6 +182,7 @@ class Track:
         """
         session = self.session
         if not session.recording or (inside and session.is_aside()):
+            self.paused += session.pauses > 0
             return
         if backward_number() != -1 or is_tracing():  # is_own_call()
             self._end_again(output)
@@ -230,7 +239,10 @@ class Track:
         return self.capture.received(self.parameters.named(args, kwargs))
 
     def _end_again(self, output: Value) -> None:
-        """A call that was recorded before has run again."""
+        """A call ran inside ``backward()``: one that was recorded before, run again, or another one."""
+        if backward_number() != -1 and not is_recomputing():
+            self.backward += 1
+            return
         self.recomputed += 1
         if self.grads is not None:
             self.grads.expect_again(output)

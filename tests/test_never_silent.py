@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from actrec import (
     ActrecError,
+    IncompleteLayerWarning,
     Opaque,
     SelectionError,
     UnsupportedModelError,
@@ -178,12 +180,125 @@ def test_calls_that_only_ran_inside_backward_are_explained() -> None:
 
     x = X.clone().requires_grad_()
     with (
-        pytest.warns(UnusedLayerWarning, match=r"'1': all of its 1 calls ran inside backward\(\)"),
+        pytest.warns(
+            UnusedLayerWarning,
+            match=r"'1': all of its 1 call ran inside backward\(\), where calls are not",
+        ),
         record(model, ["0", "1"]),
     ):
         out = model[0](x)
         out.register_hook(hook)
         out.sum().backward()
+    with (
+        pytest.warns(UnusedLayerWarning, match="'1': all of its 1 call ran inside backward"),
+        record(model, "1"),
+    ):
+        y = x * 1
+        y.register_hook(hook)
+        y.sum().backward()
+
+
+class Adjoint(torch.autograd.Function):
+    """Calls a module again where its gradient is asked for, as ODE solvers do."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, x: Tensor) -> Tensor:
+        ctx.module = module
+        return module(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, ctx.module(grad) + ctx.module(grad * 2)
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_calls_inside_backward_that_repeat_no_checkpoint_are_said(checkpointed: bool) -> None:
+    class Solver(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = nn.Linear(4, 4)
+            self.step = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            run = (
+                (lambda x: checkpoint(self.before, x, use_reentrant=False))
+                if checkpointed
+                else self.before
+            )
+            return Adjoint.apply(self.step, run(x))
+
+    model = Solver()
+    with (
+        pytest.warns(
+            IncompleteLayerWarning,
+            match=r"1 of 2 layers of this Solver.\n  'step': 4 calls of it ran inside backward\(\)",
+        ) as caught,
+        record(model) as acts,
+    ):
+        for _ in range(2):
+            model(X).sum().backward()
+    assert len(caught) == 1
+    assert [layer.passes for layer in acts.values()] == [[0, 1], [0, 1]]
+
+
+def test_calls_inside_pause_are_said() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with (
+        pytest.warns(
+            UnusedLayerWarning, match=r"\n  '0', '1': all of its 2 calls ran inside acts.pause\(\)"
+        ),
+        record(model) as acts,
+        acts.pause(),
+    ):
+        model(X)
+        model(X)
+    with (
+        pytest.warns(
+            UnusedLayerWarning,
+            match=r"was not called inside the with block, but for acts.pause\(\)",
+        ),
+        record(nn.ModuleDict({"a": nn.Linear(4, 4)}), "a") as acts,
+        acts.pause(),
+    ):
+        pass
+
+
+class Callable(nn.Module):
+    """Has a way of its own to be called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    forward = __call__
+
+
+def test_a_class_with_a_call_of_its_own_is_named() -> None:
+    model = nn.Sequential(Callable(), nn.ReLU())
+    with (
+        pytest.warns(UnusedLayerWarning, match="'0': its class Callable has a __call__ of its own"),
+        record(model, ["0", "0.inner"]) as acts,
+    ):
+        model(X)
+    assert len(acts["0.inner"]) == 1
+
+
+def test_what_is_said_about_an_error_is_said_once() -> None:
+    class Grows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).resize_(8, 8).add_(1)
+
+    model = nn.Sequential(nn.Sequential(nn.Sequential(Grows())))
+    with torch.no_grad(), pytest.raises(RuntimeError) as caught, record(model, "**.layer"):
+        model(X)
+    assert len(caught.value.__notes__) == 1
 
 
 # --- Other forms of a graph --------------------------------------------------------------------------
