@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ._offload import Offload
+    from ._overflow import Overflows
 
 __all__ = ["ArrivingList", "ArrivingSink"]
 
@@ -43,12 +44,15 @@ class ArrivingList(_Arriving, ListLayer):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # What is copied or pickled is a list, with all that is in it now.
-        return _plain_list, (self.name, self.type, self.passes, [*self])
+        return _plain_list, (self.name, self.type, self.passes, [*self], self.overflows)
 
 
-def _plain_list(name: str, kind: str, passes: list[int], values: list[Any]) -> ListLayer:
+def _plain_list(
+    name: str, kind: str, passes: list[int], values: list[Any], overflows: Overflows | None
+) -> ListLayer:
     layer = ListLayer(name, values, kind)
     layer._passes = passes
+    layer.overflows = overflows
     return layer
 
 

@@ -32,6 +32,7 @@ from .errors import CaptureError, TransformError
 
 if TYPE_CHECKING:
     from ._offload import Offload
+    from ._overflow import Overflows
 
 __all__ = ["SKIPPED", "Capture", "Transform"]
 
@@ -53,6 +54,7 @@ class Capture:
     dtype: torch.dtype | None = None
     what: str = "call"  # for messages: what is captured, before its number
     offload: Offload | None = None  # moves values while the model goes on
+    overflows: Overflows | None = None  # counts what does not fit into the dtype
 
     def __call__(self, value: Value, call: int) -> Value:
         """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
@@ -87,11 +89,15 @@ class Capture:
         cast = self.dtype is not None and tensor.dtype != self.dtype and tensor.is_floating_point()
         if self.offload is not None and self.offload.takes(tensor):
             with unseen():
+                if cast and self.overflows is not None:
+                    self.overflows.look(tensor)
                 return self.offload.start(tensor, self.dtype if cast else None)
         if not (move or cast):
             return snapshot(tensor, detach=self.detach)
         check(tensor)
         with normal_mode(), unseen():
+            if cast and self.overflows is not None:
+                self.overflows.look(tensor)
             if self.detach and not move and is_distributed(tensor):
                 return on_part(tensor, lambda part: part.to(self.dtype, copy=True))
             return (detached(tensor) if self.detach else tensor).to(

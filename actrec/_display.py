@@ -178,6 +178,8 @@ def _note(layer: Layer, state: State, last_pass: int) -> str:
         return "no call yet" if state == "recording" else "never called"
     if state == "interrupted" and last_pass not in layer.passes:
         return "not in the last pass"
+    if layer.overflows is not None and (many := sum(layer.overflows.counts().values())):
+        return f"{count(many, 'value')} too large for {str(layer.overflows.dtype).removeprefix('torch.')}"
     return ""
 
 

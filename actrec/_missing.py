@@ -11,18 +11,25 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ._nested import tensors
-from .errors import IncompleteLayerWarning, MissingGradientWarning, UnusedLayerWarning, listed
+from .errors import (
+    IncompleteLayerWarning,
+    MissingGradientWarning,
+    OverflowWarning,
+    UnusedLayerWarning,
+    listed,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from typing import TypeAlias
 
+    from ._overflow import Overflows
     from ._select import Choice
     from ._track import Track
 
     _Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
 
-__all__ = ["warn_incomplete", "warn_ungraded", "warn_unused"]
+__all__ = ["warn_incomplete", "warn_overflow", "warn_ungraded", "warn_unused"]
 
 _NEVER_CALLED = (
     "it was never called. Usual causes: its .forward() or its weights are used directly (hooks run only when "
@@ -89,6 +96,41 @@ def warn_incomplete(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> No
             IncompleteLayerWarning,
             stacklevel=stacklevel + 1,
         )
+
+
+def warn_overflow(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
+    """Warn once about values that do not fit into the dtype that they were cast to."""
+    found = {
+        what + repr(key): overflows
+        for key, (_, track) in tracks.items()
+        for what, overflows in _overflows(track)
+    }
+    if not found:
+        return
+    one = next(iter(found.values()))
+    what = "the largest it can hold" if one.saturates else "infinite or NaN in the recording"
+    lines = [f"  {name}: {_times(each.total, 'value')}." for name, each in found.items()]
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES:] = [f"  and {len(lines) - _MOST_LINES} more layers."]
+    message = (
+        f"record(dtype={one.dtype}): finite values of this {type(model).__name__} are too large for it, and are {what}. "
+        "torch.bfloat16 has the range of float32; without dtype values stay as they are."
+    )
+    warnings.warn("\n".join([message, *lines]), OverflowWarning, stacklevel=stacklevel + 1)
+
+
+_MOST_LINES = 8
+
+
+def _overflows(track: Track) -> Iterator[tuple[str, Overflows]]:
+    captures = {"": track.capture}
+    if track.inputs is not None:
+        captures["the input of "] = track.receives
+    if track.grads is not None:
+        captures["the gradient of "] = track.grads.capture
+    for what, capture in captures.items():
+        if capture.overflows is not None and capture.overflows.total:
+            yield what, capture.overflows
 
 
 def _incomplete(choice: Choice, track: Track) -> str | None:

@@ -30,8 +30,9 @@ from ._hooks import (
     StopHook,
 )
 from ._inputs import Parameters
-from ._missing import warn_incomplete, warn_ungraded, warn_unused
+from ._missing import warn_incomplete, warn_overflow, warn_ungraded, warn_unused
 from ._offload import Deferred, Offload
+from ._overflow import Overflows
 from ._recording import Layer, ListLayer, Recorder, SinkLayer
 from ._select import Choice, Query, Selection, select, type_name
 from ._track import Calls, Session, Track
@@ -119,7 +120,9 @@ def record(
         detach: ``False`` keeps the autograd graph, for losses on activations, and with it the graph's
             memory. The values are still safe from in-place writes.
         device: where values are kept; ``None`` leaves them where they are.
-        dtype: cast floating-point values to this dtype. Integer, bool and complex values stay.
+        dtype: cast floating-point values to this dtype. Integer, bool and complex values stay. Finite values that are too
+            large for it are counted: a warning at the end and the table say how many, and ``acts.stats()`` does not take
+            them for infinities of the layer.
         stop_early: end each forward as soon as every chosen layer has run in it (once, if it is called
             several times): nothing behind them is computed, and the call of the model returns ``None``. A
             forward in which one of them does not run goes on to its end and returns its result. With
@@ -180,6 +183,7 @@ def record(
 
     Warns:
         UnusedLayerWarning: at the end of the block, if nothing was recorded of a layer, and why that may be.
+        OverflowWarning: at the end of the block, if finite values are too large for ``dtype``.
         MissingGradientWarning: at the end of the block, if gradients were asked for (or ``detach=False``) and
             none can reach a layer, because nothing that it returned requires grad. From ``backward()``, if a
             gradient is left out: the layer returned a view of what the model may have used elsewhere, and one of
@@ -296,6 +300,7 @@ class _Block(AbstractContextManager[Recorder]):
         warn_unused(self._model, self._tracks, stacklevel=2)
         warn_ungraded(self._model, self._tracks, stacklevel=2)
         warn_incomplete(self._model, self._tracks, stacklevel=2)
+        warn_overflow(self._model, self._tracks, stacklevel=2)
 
     def __getitem__(self, name: str) -> NoReturn:
         raise ActrecError(_FORGOTTEN)
@@ -311,13 +316,16 @@ class _Block(AbstractContextManager[Recorder]):
         grads = self._layers("grad") if self._grads else {}
         for choice in choices:
             layer = self._deferred(layers[choice.key])
-            track = Track(self._session, self._captures(choice), layer)
+            capture = self._counting(self._captures(choice), layers[choice.key])
+            track = Track(self._session, capture, layer)
             track.kept = len(layers[choice.key])  # in a run that is resumed
             if self._inputs:
                 track.inputs = self._deferred(inputs[choice.key])
                 track.parameters = Parameters.of(choice.module)
+                track.receives = self._counting(capture, inputs[choice.key])
             if self._grads:
-                what = replace(track.capture, what="the gradient of call", offload=None)
+                what = replace(capture, what="the gradient of call", offload=None)
+                what = self._counting(what, grads[choice.key])
                 track.grads = Gradients(what, grads[choice.key])
             self._tracks[choice.key] = (choice, track)
         if self._session.stop is not None:
@@ -338,6 +346,13 @@ class _Block(AbstractContextManager[Recorder]):
             recorder._layers.update(self._stream.added_before())
             self._session.order.update(dict.fromkeys(self._stream.order))
         return recorder
+
+    def _counting(self, capture: Capture, layer: Layer) -> Capture:
+        """The same capture, which counts what does not fit into the dtype, for ``layer`` to say."""
+        if capture.dtype is None:
+            return capture
+        layer.overflows = Overflows(capture.dtype, self._session.passes)
+        return replace(capture, overflows=layer.overflows)
 
     def _deferred(self, layer: Layer) -> Calls:
         """Where the calls of a layer go: into it, and where values are moved, when they are there."""

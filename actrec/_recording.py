@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing import SupportsIndex
 
     from ._capture import Capture
+    from ._overflow import Overflows
     from ._track import Session
 
 __all__ = ["Layer", "ListLayer", "Recorder", "Recording", "SinkLayer"]
@@ -64,6 +65,8 @@ class Layer(Sequence[Value]):
     name: str
     #: The type of the module, as ``type(module).__name__``.
     type: str
+    #: Counts what did not fit into ``dtype=``. For the recorder; not for you.
+    overflows: Overflows | None = None
 
     @abstractmethod
     def keep(self, value: Value, number: int) -> None:
@@ -734,6 +737,8 @@ class Recorder(Recording):
         for recording in (self, self._inputs, self._grads):
             for layer in (recording or {}).values():
                 layer.clear()
+                if layer.overflows is not None:
+                    layer.overflows.clear()
         self._session.passes.restart()
 
     def __reduce__(self) -> tuple[Callable[..., Recording], tuple[dict[str, Any]]]:

@@ -72,7 +72,7 @@ class Stats(Rows[Row]):
     ``zeros``           the share of elements that are zero, from 0 to 1
     ``nan``, ``inf``    how many elements are NaN, and how many infinite
     ``nbytes``          the bytes of the elements
-    ``nonfinite_pass``  the first pass with a NaN or an infinity, or ``None``
+    ``nonfinite_pass``  the first pass in which the layer returned a NaN or an infinity, or ``None``
     ==================  ===========================================================================
 
     Everything is computed in float64, to which the smaller types convert exactly. Complex numbers count
@@ -118,9 +118,13 @@ def stats(recording: Recording) -> Stats:
 
 def _rows(layer: Layer) -> Iterator[Row]:
     found: dict[str, Moments] = {}
+    by_cast = {} if layer.overflows is None else layer.overflows.nonfinite()
     for value, number in zip(layer, layer.passes, strict=False):
         for path, tensor in leaves(value):
-            found.setdefault(path, Moments()).add(tensor, number)
+            moments = found.setdefault(path, Moments())
+            bad = moments.add(tensor, number, by_cast.get(number, 0))
+            if number in by_cast:
+                by_cast[number] = max(0, by_cast[number] - bad)
     for path, moments in (found or {"": Moments()}).items():
         yield moments.row(layer.name, path)
 
@@ -154,16 +158,21 @@ class Moments:
         """The share of zeros among all elements."""
         return self.zeros / self.count if self.count else math.nan
 
-    def add(self, tensor: Tensor, number: int = 0) -> None:
-        """Add the elements of a tensor that pass ``number`` returned."""
+    def add(self, tensor: Tensor, number: int = 0, by_cast: int = 0) -> int:
+        """Add the elements of a tensor that pass ``number`` returned. Return how many of them are not finite.
+
+        Up to ``by_cast`` of these are the work of a cast, not of the layer.
+        """
         bad = self.nan + self.inf
         for part in dense(tensor):
             self.count += part.numel()
             self.nbytes += part.numel() * part.element_size()
             for (block,) in blocks(part):
                 self._add(block)
-        if self.nonfinite_pass is None and self.nan + self.inf > bad:
+        bad = self.nan + self.inf - bad
+        if self.nonfinite_pass is None and bad > by_cast:
             self.nonfinite_pass = number
+        return bad
 
     def _add(self, block: Tensor) -> None:
         numbers = block.to(torch.complex128).abs() if block.is_complex() else block

@@ -114,6 +114,7 @@ class Track:
     inputs: Calls | None = None
     parameters: Parameters = field(default_factory=Parameters)
     grads: Gradients | None = None
+    receives: Capture = field(init=False)  # of inputs
     called: int = 0
     kept: int = 0
     recomputed: int = 0
@@ -127,6 +128,7 @@ class Track:
 
     def __post_init__(self) -> None:
         self._is_direct = self.capture.is_direct()
+        self.receives = self.capture
 
     def elsewhere(self) -> int:
         """How many calls there were that are not recorded."""
@@ -162,7 +164,7 @@ class Track:
             if is_tensor and names and not kwargs and self._is_direct and args[0].is_cpu:
                 inputs = {names[0]: snapshot(args[0])}
             else:
-                inputs = self.capture.received(self.parameters.named(args, kwargs))
+                inputs = self.receives.received(self.parameters.named(args, kwargs))
         except Exception as error:
             self._failed(error, self.called)
             raise
@@ -236,7 +238,7 @@ class Track:
             self.overtake()  # written to: by such a hook, or later, by forward
         elif args is args_before and kwargs is kwargs_before:
             return inputs
-        return self.capture.received(self.parameters.named(args, kwargs))
+        return self.receives.received(self.parameters.named(args, kwargs))
 
     def _end_again(self, output: Value) -> None:
         """A call ran inside ``backward()``: one that was recorded before, run again, or another one."""

@@ -21,6 +21,7 @@
     UnusedLayerWarning              a chosen layer of which nothing was recorded
     IncompleteLayerWarning          a chosen layer of which calls are missing, or may be other than it returned
     MissingGradientWarning          a chosen layer that no gradient can reach, or none that is known to be right
+    OverflowWarning                 values that the dtype they were cast to cannot hold
 
 Every message names the call, the offending value, what was observed and the nearest fix.
 """
@@ -42,6 +43,7 @@ __all__ = [
     "JoinError",
     "MissingGradientWarning",
     "OptionError",
+    "OverflowWarning",
     "ReadError",
     "RecordingExistsError",
     "RecordingNotFoundError",
@@ -129,6 +131,10 @@ class IncompleteLayerWarning(UserWarning):
 
 class MissingGradientWarning(UserWarning):
     """No gradient can reach a layer, or none that is known to be right, though gradients were asked for; the message says why."""
+
+
+class OverflowWarning(UserWarning):
+    """Finite values are too large for the dtype that they were cast to; the message says of which layers."""
 
 
 class UnusedLayerWarning(UserWarning):

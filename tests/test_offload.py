@@ -24,7 +24,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from actrec import CaptureError, TransformError, WriteError, _device, _offload, load, record
+from actrec import (
+    CaptureError,
+    OverflowWarning,
+    TransformError,
+    WriteError,
+    _device,
+    _offload,
+    load,
+    record,
+)
 from actrec._arriving import ArrivingList, ArrivingSink
 from actrec._offload import Offload
 from actrec._recording import ListLayer, SinkLayer
@@ -1137,6 +1146,17 @@ def test_outside_of_a_capture_a_value_on_the_gpu_stays_where_it_is_on_request(
         with record(net, "0", device=None) as acts:
             net(x)
         assert acts["0"][0].device.type == "cuda"
+
+
+@in_place_of_a_gpu
+def test_what_is_moved_while_the_model_goes_on_is_counted() -> None:
+    net = nn.Sequential(nn.Identity())
+    with (
+        pytest.warns(OverflowWarning, match="1 value"),
+        record(net, "0", dtype=torch.float16) as acts,
+    ):
+        net(torch.tensor([1e5, 1.0]))
+    assert "1 value too large for float16" in repr(copy.deepcopy(acts))
 
 
 def test_the_stand_in_notices_what_it_is_there_to_notice(device: StandIn) -> None:
