@@ -116,16 +116,15 @@ class View:
 
     __slots__ = ("_alone", "_base", "_cut", "_direct", "_others", "_probe", "_version")
 
-    def __init__(self, tensor: Tensor, base: Tensor, others: Collection[Tensor]) -> None:
+    def __init__(
+        self, tensor: Tensor, probe: Tensor, base: Tensor, others: Collection[Tensor]
+    ) -> None:
         self._base = base.shape, base.stride()
         self._cut = _Cut.of(tensor, base)
         self._others = [_Cut.of(other, base) for other in others]
         self._alone = False
         self._direct: Tensor | None = None
-        self._version = tensor._version
-        with unseen():
-            self._probe = tensor.detach()  # shares the count of the writes,
-            self._probe.data = tensor.new_empty(0)  # and none of the memory
+        self._probe, self._version = probe, tensor._version
 
     @classmethod
     def of(cls, tensor: Tensor, output: Collection[Tensor], kept: Value) -> View | None:
@@ -140,8 +139,14 @@ class View:
         # of the user's), nothing can use it after a write.
         if _meta_of is not None and _meta_of(tensor) != _DEFAULT:
             return None
+        try:
+            with unseen():
+                probe = tensor.detach()  # shares the count of the writes,
+                probe.data = tensor.new_empty(0)  # and none of the memory
+        except RuntimeError:  # a kind of tensor that has no empty ones, such as a nested one
+            return None
         views = [other for other in output if other._base is base]
-        view = cls(tensor, base, [other for other in views if other is not tensor])
+        view = cls(tensor, probe, base, [other for other in views if other is not tensor])
         if _owners(base) == (_FROM_PYTHON, _FROM_ANYWHERE + len(view._others)):
             view._alone = _is_read_by_nothing_else(base, views, [*output, *tensors(kept)])
         return view

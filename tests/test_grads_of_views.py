@@ -550,6 +550,19 @@ def test_views_that_pytorch_lets_nobody_use_any_more_do_not_stop_the_model() -> 
     assert acts.grads[""][0][1:] == (None, None)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_views_of_nested_tensors_have_gradients(layout: torch.layout) -> None:
+    x = torch.nested.nested_tensor(
+        [torch.ones(3, 4), torch.ones(2, 4)], layout=layout, requires_grad=True
+    )
+    model = Views(lambda t: t * 2, lambda h: [h.transpose(1, 2)])
+    with record(model, "", grads=True) as acts:
+        (model(x).transpose(1, 2) * 3).backward(torch.ones_like(x))
+    (grad,) = acts.grads[""]
+    assert torch.equal(grad.transpose(1, 2)[1], torch.full((2, 4), 3.0))
+
+
 def test_the_gradient_of_a_view_can_be_differentiated_without_detach() -> None:
     model = Residual(nn.Linear(4, 4))
     with record(model, "layer", grads=True, detach=False) as acts:
