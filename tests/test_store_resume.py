@@ -166,6 +166,20 @@ def test_wherever_it_stops_the_committed_passes_are_there_and_resuming_completes
     assert seen == {-1, 0, 1, 2}
 
 
+def test_what_is_complete_is_committed_in_time_though_no_call_follows(tmp_path: Path) -> None:
+    net = Two()
+    with record(net, "a", into=Folder(tmp_path / "r", seconds=0.2)) as acts:
+        for _ in range(3):
+            net(torch.ones(1))
+        until = time.monotonic() + 60
+        while load(tmp_path / "r").num_passes < 2:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        acts.add("late", 1)  # the last pass is complete when another one has begun
+    assert load(tmp_path / "r").num_passes == 3
+    assert load(tmp_path / "r")["late"].passes == [2]
+
+
 # --- Full disk ---------------------------------------------------------------------------------------
 
 FULL = """

@@ -36,7 +36,7 @@ class Folder(os.PathLike[str]):
     shard_bytes: int = 256 * MEBI
     #: How many bytes may wait to be written or be on their way. A call that does not fit makes the model wait.
     budget: int = 1024 * MEBI
-    #: What is complete is committed after so many seconds, however little it is.
+    #: What is complete is committed after so many seconds, however little it is, and though no call follows.
     seconds: float = 60.0
     #: Which rank this process is, for launchers other than ``torchrun`` when ``torch.distributed`` is not initialised.
     rank: int | None = field(default=None, kw_only=True)

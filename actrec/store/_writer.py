@@ -40,6 +40,7 @@ __all__ = ["Writer", "counted"]
 OVERHEAD: Final = 1024
 _ROOM: Final = 1 << 12  # bytes for what a header says of the shard
 _PATIENCE: Final = 1.0  # seconds between two looks whether the thread is still there
+_TICK: Final = 0.1  # seconds between two looks at the clock, at least
 
 
 def counted(call: Call, places: dict[object, int]) -> int:
@@ -88,6 +89,7 @@ class Writer:
         self._budget = folder.budget
         self._limit = min(folder.shard_bytes, max(folder.budget // 2, 1))
         self._seconds = folder.seconds
+        self._complete: Callable[[], int] = lambda: 0  # how many passes can be committed
         self.committed = committed  # on the disk
         self._cut_at = committed  # and in the queue
         self._parted: set[int] = (
@@ -119,12 +121,15 @@ class Writer:
             self._check()
             if self._failed or self._closed:
                 return
+            self._complete = complete
             described = _described(call)
             while self._pending and self._pending_described + described > MAX_HEADER - _ROOM:
                 self._cut(complete(), everything=True)
             call.size = counted(call, self._places)
             while self.used and self.used + call.size > self._budget:
                 self._make_room(complete)
+            if not self._pending:
+                self._changed.notify_all()  # the thread looks at the clock from now on
             self._pending.append(call)
             self.used += call.size
             self._pending_size += call.size
@@ -148,6 +153,12 @@ class Writer:
     def _is_due(self) -> bool:
         is_full = self._pending_size >= self._limit
         return is_full or time.monotonic() - self._last_cut >= self._seconds
+
+    def _until_due(self) -> float | None:
+        """How many seconds to wait before what is pending is looked at; ``None`` if there is nothing."""
+        if not self._pending:
+            return None
+        return max(self._last_cut + self._seconds - time.monotonic(), _TICK)
 
     def _cut(self, complete: int, *, everything: bool) -> None:
         """Queue what is complete as a shard and, of ``everything``, each pass that is not as a part."""
@@ -198,9 +209,12 @@ class Writer:
         self._settle()
 
     def _next(self) -> _Batch | None:
+        """The next batch, once there is one; what is complete becomes one when its time has come, though no call does."""
         with self._changed:
             while not self._queue and not self._closed and not self._failed:
-                self._changed.wait()
+                if self._changed.wait(self._until_due()):
+                    continue
+                self._cut(self._complete(), everything=False)
             self._writing = bool(self._queue)
             return self._queue.popleft() if self._queue else None
 
