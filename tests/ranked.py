@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +45,7 @@ def write(
     layers: Any = "layer", resume: bool = False, folder: Any = None, **options: Any,
 ) -> Recorder:  # fmt: skip
     """Record as one rank of a run: for each pass the values of its calls, a tuple if there are several."""
-    into = Folder(path, rank=rank, world_size=ranks, **(folder or {}))
+    into = Folder(path, rank=rank, world_size=ranks, **({"run": "of the test"} | (folder or {})))
     model = Same() if model is None else model
     with record(model, layers, into=into, resume=resume, **options) as acts:
         for values in passes:
@@ -56,7 +58,8 @@ def as_rank(rank: int, ranks: int) -> Iterator[None]:
     """This process is a rank of a group that does not communicate."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        yield
+        with patch.dict(os.environ, TORCHELASTIC_RUN_ID="of the test"):
+            yield
     finally:
         dist.destroy_process_group()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def torchrun(
-    what: str, folder: Path, ranks: int, *options: str
+    what: str, folder: Path, ranks: int, *options: str, launch: tuple[str, ...] = ("--standalone",)
 ) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *options,
+        sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc-per-node={ranks}", *options,
         "-m", "tests.torchrun", what, str(folder),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -154,3 +156,29 @@ def test_a_rank_that_is_killed_takes_nothing_with_it_and_a_restart_completes_the
     acts = whole(tmp_path / "again/run")
     for rank, expected in enumerate(every):
         assert all(same(acts.rank(rank)[n].cat(), expected[n].cat()) for n in expected)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_a_torchrun_without_a_name_is_known_on_one_machine_and_asks_for_one_on_two(
+    tmp_path: Path,
+) -> None:
+    """``torchrun --master-addr`` gives a run no name."""
+    launch = ("--master-addr=127.0.0.1", f"--master-port={free_port()}")
+    done = torchrun("one_machine", tmp_path, 2, launch=launch)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert whole(tmp_path / "run")[""].ranks == [0, 1]
+    again = torchrun("one_machine", tmp_path, 2, launch=launch)
+    assert "RecordingExistsError" in again.stderr
+
+    def node(number: int) -> subprocess.CompletedProcess[str]:
+        return torchrun("two_machines", tmp_path / "two", 1, "--nnodes=2", f"--node-rank={number}", launch=launch)  # fmt: skip
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in threads.map(node, range(2)):
+            assert done.returncode == 0, done.stderr[-5000:]
+    assert whole(tmp_path / "two/run")[""].ranks == [0, 1]

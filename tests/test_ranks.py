@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,7 +27,7 @@ from actrec import (
     load,
     record,
 )
-from actrec.store import Folder, RankInfo, _live
+from actrec.store import Folder, RankInfo, _live, _rank
 from actrec.store._rank import here
 from tests.ranked import Same, as_rank, write
 from tests.stored import assert_same, same
@@ -34,14 +35,16 @@ from tests.stored import assert_same, same
 if TYPE_CHECKING:
     from pathlib import Path
 
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")  # fmt: skip
+LAUNCHER = re.compile(
+    "RANK|WORLD_SIZE|MASTER_|TORCHELASTIC_|LOCAL_|GROUP_|SLURM_|PMI|OMPI_|I_MPI_|PALS_|FLUX_"
+)
 KILLED = "killed or still recording"
 
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in LAUNCHER:
-        monkeypatch.delenv(name, raising=False)
+    for name in filter(LAUNCHER.match, list(os.environ)):
+        monkeypatch.delenv(name)
 
 
 def row(*numbers: float) -> torch.Tensor:
@@ -60,7 +63,6 @@ def test_torchrun_says_which_rank_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert here()[:2] == (3, 8)
-    assert here().run == here().run
 
 
 @pytest.mark.parametrize(
@@ -87,16 +89,108 @@ def test_an_initialised_process_group_knows_better_and_the_user_best(
     assert here()[:2] == (3, 8)
 
 
-def test_a_run_is_known_by_what_the_launcher_says_but_not_by_restarts(
-    monkeypatch: pytest.MonkeyPatch,
+def run_of(monkeypatch: pytest.MonkeyPatch, ranks: int = 4, **said: str) -> str | None:
+    """The run that a rank belongs to, by what the launcher says."""
+    with monkeypatch.context() as patch:
+        for name, value in said.items():
+            patch.setenv(name, value)
+        return here(0, ranks).run
+
+
+#: What launchers say: of one launch, and of another one.
+LAUNCHES = [
+    ({"TORCHELASTIC_RUN_ID": "a"}, {"TORCHELASTIC_RUN_ID": "b"}),
+    ({"TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1"}, {"TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "2"}),
+    ({"TORCHELASTIC_RUN_ID": "a", "MASTER_ADDR": "x"}, {"TORCHELASTIC_RUN_ID": "a", "MASTER_ADDR": "y"}),
+    ({"SLURM_JOB_ID": "1001"}, {"SLURM_JOB_ID": "1002"}),
+    ({"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0"}, {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "1"}),
+    ({"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "4"}, {"SLURM_JOB_ID": "2", "SLURM_STEP_NUM_TASKS": "4"}),
+    ({"SLURM_JOB_ID": "1"}, {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "1"}),
+    ({"PMIX_NAMESPACE": "prterun-a-12@1"}, {"PMIX_NAMESPACE": "prterun-a-13@1"}),
+    ({"OMPI_MCA_ess_base_jobid": "1", "OMPI_COMM_WORLD_SIZE": "4"}, {"OMPI_MCA_ess_base_jobid": "2", "OMPI_COMM_WORLD_SIZE": "4"}),
+    ({"PMI_JOBID": "1", "PMI_SIZE": "4"}, {"PMI_JOBID": "2", "PMI_SIZE": "4"}),
+    ({"I_MPI_HYDRA_UUID": "1"}, {"I_MPI_HYDRA_UUID": "2"}),
+    ({"PALS_APID": "1"}, {"PALS_APID": "2"}),
+    ({"FLUX_JOB_ID": "f1"}, {"FLUX_JOB_ID": "f2"}),
+    # torchrun --master-addr has no name for a run; a torchrun for each node, all of them in one step, is one run.
+    ({"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+     {"TORCHELASTIC_RUN_ID": "none", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_JOB_ID": "2", "SLURM_STEP_NUM_TASKS": "2"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), LAUNCHES)
+def test_a_run_is_known_by_what_its_launcher_says_and_by_how_many_ranks_there_are(
+    monkeypatch: pytest.MonkeyPatch, one: dict[str, str], other: dict[str, str]
 ) -> None:
-    runs = {here(0, 4).run, here(0, 5).run}
-    for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "1")
-        runs.add(here(1, 4).run)
-    assert len(runs) == 5
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert here(2, 4).run in runs
+    first = run_of(monkeypatch, **one)
+    assert first is not None
+    assert first == run_of(monkeypatch, **one)
+    assert run_of(monkeypatch, **other) not in {None, first}
+    more = {name: value.replace("4", "5") for name, value in one.items()}
+    assert run_of(monkeypatch, 5, **more) not in {None, first}
+    assert first == run_of(monkeypatch, **one, TORCHELASTIC_RESTART_COUNT="1")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},  # which every script says
+        {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "a", "MASTER_PORT": "29500", "LOCAL_WORLD_SIZE": "2"},
+        {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun --pty bash
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"},
+    ],
+)  # fmt: skip
+def test_where_nothing_names_a_run_of_several_ranks_a_name_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, str]
+) -> None:
+    assert run_of(monkeypatch, **said) is None
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    told = r"rank 1 of 4, and nothing says of which run.*Folder\(path, run='2026-11-28-a'\)"
+    with pytest.raises(OptionError, match=told):
+        write(tmp_path / "r", 1, 4, [row(1)], folder={"run": None})
+    assert not list(tmp_path.iterdir())
+    for rank in range(4):
+        write(tmp_path / "r", rank, 4, [row(rank)], folder={"run": "mine"})
+    assert load(tmp_path / "r").complete
+
+
+def test_a_run_that_is_resumed_needs_no_name(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path / "r", rank, 2, [row(rank)], folder={"run": None}, resume=True)
+    assert load(tmp_path / "r").complete
+
+
+def test_the_ranks_of_another_run_are_kept_out_by_its_name(tmp_path: Path) -> None:
+    write(tmp_path / "r", 0, 2, [row(0)], folder={"run": "a"})
+    with pytest.raises(RecordingExistsError, match="this is another run"):
+        write(tmp_path / "r", 1, 2, [row(1)], folder={"run": "b"})
+    write(tmp_path / "r", 1, 2, [row(1)], folder={"run": "a"})
+    assert load(tmp_path / "r").complete
+
+
+def test_the_processes_of_one_torchrun_know_each_other_by_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """``torchrun --master-port`` on one machine has no name for the run either, but is one process."""
+    said = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4"}
+    first = run_of(monkeypatch, **said)
+    assert first == run_of(monkeypatch, **said)
+    parent = os.getppid()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getppid", lambda: 1)
+        assert run_of(monkeypatch, **said) not in {None, first}
+        patch.setattr(os, "getppid", lambda: parent)
+        assert run_of(monkeypatch, **said) == first
+        patch.setattr(_rank, "Path", lambda _: tmp_path / "no Linux")
+        assert run_of(monkeypatch, **said) not in {None, first}
+
+
+@pytest.mark.parametrize("run", ["", 3, b"a"])
+def test_a_name_of_a_run_is_text(run: Any) -> None:
+    with pytest.raises(OptionError, match=re.escape(f"Folder(run={run!r}): expected text")):
+        Folder("r", run=run)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +208,7 @@ def test_nobody_has_to_say_which_rank_it_is_under_torchrun(
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
         with record(model, "", into=tmp_path / "r"):
             model(row(rank))
     assert load(tmp_path / "r")[""].cat().tolist() == [[0], [1]]
@@ -318,10 +413,10 @@ def test_the_same_command_once_more_is_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    write(tmp_path / "r", 0, 2, [row(0)])
+    write(tmp_path / "r", 0, 2, [row(0)], folder={"run": None})
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
     with pytest.raises(RecordingExistsError, match="this is another run"):
-        write(tmp_path / "r", 1, 2, [row(0)])
+        write(tmp_path / "r", 1, 2, [row(0)], folder={"run": None})
     assert not (tmp_path / "r/rank-00001").exists()
 
 
@@ -500,7 +595,7 @@ def test_a_recording_without_its_description_is_not_begun_anew_by_another_rank(
 def test_a_rank_is_recorded_by_one_process_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "r"
     model = Same()
-    with record(model, "layer", into=Folder(path, rank=0, world_size=2)):
+    with record(model, "layer", into=Folder(path, rank=0, world_size=2, run="of the test")):
         model(row(0))
         with pytest.raises(RecordingExistsError, match="another run is recording there now"):
             write(path, 0, 2, [], resume=True)

@@ -84,7 +84,7 @@ def test_all_ranks_together_keep_few_shards_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for rank in range(3):
-        recorded(Folder(tmp_path / "r", shard_bytes=1, rank=rank, world_size=3))
+        recorded(Folder(tmp_path / "r", shard_bytes=1, rank=rank, world_size=3, run="a"))
     room_for(5, tmp_path / "r", monkeypatch)
     acts = load(tmp_path / "r")
     assert all(rank.count > 1 for rank in acts._ranks)

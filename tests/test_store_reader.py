@@ -946,12 +946,14 @@ def use(path: Path) -> bool:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("small") / "r"
     net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
-    into = Folder(path, seconds=0, rank=0, world_size=2)
+    into = Folder(path, seconds=0, rank=0, world_size=2, run="a")
     with record(net, inputs=True, into=into) as acts:
         for step in range(3):
             net(torch.ones(2, 3))
             acts.add("x", {"a": [step, (torch.ones(1).expand(3), None)]})
-    with record(net, "1", into=Folder(path, rank=1, world_size=2)):  # with a description of its own
+    with record(
+        net, "1", into=Folder(path, rank=1, world_size=2, run="a")
+    ):  # with a description of its own
         net(torch.ones(2, 3))
     return path
 

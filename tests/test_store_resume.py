@@ -166,9 +166,12 @@ def test_wherever_it_stops_the_committed_passes_are_there_and_resuming_completes
     assert seen == {-1, 0, 1, 2}
 
 
-def test_what_is_complete_is_committed_in_time_though_no_call_follows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard_bytes", [1, 10**6])  # in parts, and whole
+def test_what_is_complete_is_committed_in_time_though_no_call_follows(
+    tmp_path: Path, shard_bytes: int
+) -> None:
     net = Two()
-    with record(net, "a", into=Folder(tmp_path / "r", seconds=0.2)) as acts:
+    with record(net, "a", into=Folder(tmp_path / "r", shard_bytes, seconds=0.2)) as acts:
         for _ in range(3):
             net(torch.ones(1))
         until = time.monotonic() + 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from actrec import record
+from actrec import OptionError, record
 from actrec.store import Folder
 
 BATCHES = 6  # for each rank
@@ -193,6 +194,27 @@ def pipeline(path: Path) -> None:
             stage(batch(step, rank, 4))
 
 
+# --- Without a name ----------------------------------------------------------------------------------
+
+
+def one_machine(folder: Path) -> None:
+    """Each rank records, and the launcher has given the run no name."""
+    assert os.environ["TORCHELASTIC_RUN_ID"] == "none"
+    model = nn.Identity()
+    with record(model, "", into=folder / "run"):
+        model(torch.tensor([[int(os.environ["RANK"])]]))
+
+
+def two_machines(folder: Path) -> None:
+    """The same on two machines, where nothing names the run but the user."""
+    with contextlib.suppress(OptionError):
+        one_machine(folder)
+        raise AssertionError("somebody has guessed")
+    model = nn.Identity()
+    with record(model, "", into=Folder(folder / "run", run="mine")):
+        model(torch.tensor([[int(os.environ["RANK"])]]))
+
+
 # --- Killed ------------------------------------------------------------------------------------------
 
 
@@ -220,4 +242,6 @@ def wait_for(run: Path, ranks: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"two": two, "four": four, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
+    works = {"two": two, "four": four, "killed": killed}
+    works |= {"one_machine": one_machine, "two_machines": two_machines}
+    works[sys.argv[1]](Path(sys.argv[2]))

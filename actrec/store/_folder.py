@@ -25,7 +25,7 @@ class Folder(os.PathLike[str]):
     """A path to record into, with settings of its own: ``record(model, into=Folder("run", budget=2**28))``.
 
     >>> Folder("runs/minilm", shard_bytes=64 * 2**20)
-    Folder(path='runs/minilm', shard_bytes=67108864, budget=1073741824, seconds=60.0, rank=None, world_size=None, spool=None)
+    Folder(path='runs/minilm', shard_bytes=67108864, budget=1073741824, seconds=60.0, rank=None, world_size=None, run=None, spool=None)
 
     Wherever a path will do, a ``Folder`` will do, and the other way round. The path may be the URL of an
     object store, ``"s3://bucket/run"``.
@@ -42,6 +42,8 @@ class Folder(os.PathLike[str]):
     rank: int | None = field(default=None, kw_only=True)
     #: And of how many. Both or neither.
     world_size: int | None = field(default=None, kw_only=True)
+    #: The name of the run, the same on all its ranks, and of no other run. Needed where the launcher gives it none.
+    run: str | None = field(default=None, kw_only=True)
     #: Where the files for a URL are until they are uploaded; in the system's temporary folder if not said.
     spool: str | os.PathLike[str] | None = field(default=None, kw_only=True)
     #: What ``fsspec`` passes to the file system of a URL, such as credentials. It is never shown or stored.
@@ -73,6 +75,10 @@ class Folder(os.PathLike[str]):
         self._check_rank()
 
     def _check_rank(self) -> None:
+        run: object = self.run
+        if run is not None and not (isinstance(run, str) and run):
+            message = f"Folder(run={run!r}): expected text, such as run='2026-11-28-a'."
+            raise OptionError(message)
         rank, ranks = self.rank, self.world_size
         if rank is None and ranks is None:
             return

@@ -13,6 +13,7 @@ from actrec._recording import Layer
 from actrec.errors import (
     ActrecError,
     CaptureError,
+    OptionError,
     RecordingExistsError,
     WriteError,
 )
@@ -81,8 +82,11 @@ class Stream:
         *,
         resume: bool = False,
     ) -> None:
-        rank, ranks, run = here(folder.rank, folder.world_size)
+        rank, ranks, run = here(folder.rank, folder.world_size, folder.run)
         self._disk = place(folder)
+        call = f"record(into={str(self._disk)!r})"
+        if run is None and not resume:
+            raise OptionError(_unnamed(call, rank, ranks))
         self._rank = rank
         self._passes = passes
         self._counts: dict[tuple[Role, str], StoredLayer] = {}
@@ -93,9 +97,8 @@ class Stream:
         self.error: str | None = "the block was dropped without being left"
         self.closed = False
         own = self._disk / rank_folder(rank)
-        call = f"record(into={str(self._disk)!r})"
         names = {name: key for name, key in manifest.names.items() if name != key}
-        manifest = replace(manifest, names=names, ranks=ranks, run=run)
+        manifest = replace(manifest, names=names, ranks=ranks, run=run or manifest.run)
         self._lock = claim(call, self._disk, own, manifest, resume=resume)
         try:
             self._writer = self._open(call, own, folder, manifest, resume=resume)
@@ -255,6 +258,14 @@ def _check_run(call: str, there: Manifest, new: Manifest) -> None:
         raise _taken(
             call, f"{ranks} records there, or has recorded, and this is another run", _GO_ON
         )
+
+
+def _unnamed(call: str, rank: int, ranks: int) -> str:
+    return (
+        f"{call}: this process is rank {rank} of {ranks}, and nothing says of which run, as its launcher has given it no name. "
+        "Ranks of different runs could end up in one recording. Give all ranks of this run a name that no other run has: "
+        "record(..., into=Folder(path, run='2026-11-28-a')), or torchrun --rdzv-id=NAME."
+    )
 
 
 _GO_ON = "Go on with it: record(..., resume=True); or delete it, or choose another path."

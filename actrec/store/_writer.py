@@ -156,9 +156,10 @@ class Writer:
 
     def _until_due(self) -> float | None:
         """How many seconds to wait before what is pending is looked at; ``None`` if there is nothing."""
-        if not self._pending:
+        if not self._pending and not self._parted:
             return None
-        return max(self._last_cut + self._seconds - time.monotonic(), _TICK)
+        due = self._last_cut + self._seconds - time.monotonic()
+        return min(max(due, _TICK), threading.TIMEOUT_MAX)
 
     def _cut(self, complete: int, *, everything: bool) -> None:
         """Queue what is complete as a shard and, of ``everything``, each pass that is not as a part."""

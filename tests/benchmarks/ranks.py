@@ -82,7 +82,7 @@ def _record(path: Path, rank: int, ranks: int, passes: int) -> tuple[float, floa
     if ranks > 1:
         _shared["together"].wait()
     start = monotonic()
-    into = Folder(path, rank=rank, world_size=ranks)
+    into = Folder(path, rank=rank, world_size=ranks, run="a")
     with torch.no_grad(), record(model, "layers.*", into=into):
         for batch in batches:
             model(batch)
