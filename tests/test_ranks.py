@@ -622,7 +622,7 @@ def test_a_rank_is_recorded_by_one_process_at_a_time(tmp_path: Path) -> None:
         ({"options": {"inputs": True}}, "the options has no 'grads'"),
         ({"layers": {}}, "the layers is {}, which is no list"),
         ({"layers": [{"name": "a"}]}, "a layer has no 'type'"),
-        ({"layers": [0] * 200_000}, "it lists 200000 layers"),
+        ({"layers": [0] * 200_000}, "the layers are 200000, and 131072 is the limit"),
         ({"names": None}, "the file has no 'names'"),
         ({"names": {"a": 1}}, "a name is 1, which is no text"),
     ],

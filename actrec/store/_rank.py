@@ -87,13 +87,10 @@ def _facts(said: Mapping[str, str], ranks: int) -> list[str] | None:
     """What names this run, of what the launcher says: nothing that another run may have as well."""
     if said.get("TORCHELASTIC_RUN_ID", "") not in _UNNAMED:
         # How often it restarted its processes is not among it. The port is another one for each launch, as a rule.
-        names = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-        return [said.get(name, "") for name in names]
+        named = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+        return [said.get(name, "") for name in named]
     if "TORCHELASTIC_RUN_ID" in said and said.get("LOCAL_WORLD_SIZE") == str(ranks):
-        return [
-            "torchrun",
-            *_parent(),
-        ]  # all processes are on this machine, and one torchrun has started them
+        return _parent()  # one torchrun has started all processes
     size = next((said[name] for name in _SIZES if name in said), None)
     if size not in {None, str(ranks), said.get("GROUP_WORLD_SIZE")}:
         return None  # it has started a shell, say, in which there may be many runs; not the ranks, nor a torchrun for each node
