@@ -50,6 +50,7 @@ class Capture:
     layer: str = ""
     transform: Transform | None = None
     detach: bool = True
+    share: bool = True  # memory with the model, copy-on-write
     device: torch.device | None = None
     dtype: torch.dtype | None = None
     what: str = "call"  # for messages: what is captured, before its number
@@ -68,7 +69,8 @@ class Capture:
     def is_direct(self) -> bool:
         """Whether a tensor on the CPU is kept just as it is."""
         moved = self.device is not None and self.device.type != "cpu"
-        return self.transform is None and self.detach and self.dtype is None and not moved
+        plain = self.transform is None and self.dtype is None
+        return plain and self.detach and self.share and not moved
 
     def received(self, given: dict[str, Value]) -> dict[str, Value]:
         """Return what is kept of what a call received."""
@@ -93,7 +95,7 @@ class Capture:
                     self.overflows.look(tensor)
                 return self.offload.start(tensor, self.dtype if cast else None)
         if not (move or cast):
-            return snapshot(tensor, detach=self.detach)
+            return snapshot(tensor, detach=self.detach, share=self.share)
         check(tensor)
         with normal_mode(), unseen():
             if cast and self.overflows is not None:
@@ -107,7 +109,7 @@ class Capture:
             )
 
     def _transformed(self, transform: Transform, value: Value, call: int) -> Value:
-        loan = _Loan(detach=self.detach)
+        loan = _Loan(detach=self.detach, share=self.share)
         try:
             lent = rebuild(value, loan, unknown=_itself, stand_ins=False)
             result = in_a_clean_room(transform, lent, loan.devices, grad=not self.detach)
@@ -133,8 +135,9 @@ SMALL = 4096
 class _Loan:
     """Lends tensors to a transform: a copy, or, of what is large and on another device, an alias."""
 
-    def __init__(self, *, detach: bool) -> None:
+    def __init__(self, *, detach: bool, share: bool) -> None:
         self.detach = detach
+        self.share = share
         self.devices: set[torch.device] = set()  # besides the CPU
         self.aliases: list[tuple[Tensor, int]] = []
 
@@ -143,8 +146,8 @@ class _Loan:
             self.devices.add(tensor.device)
             if tensor.is_cuda:
                 refuse_graph_capture()
-        if not self.detach:
-            return snapshot(tensor, detach=False)
+        if not (self.detach and self.share):
+            return snapshot(tensor, detach=self.detach, share=self.share)
         plain = type(tensor) is Tensor and not tensor.requires_grad
         alias = tensor if plain else detached(tensor)
         with normal_mode():

@@ -1,20 +1,20 @@
 """Stopping early: a forward ends as soon as every chosen layer has run in it.
 
 The hook of the last layer raises :class:`Stop`, which is no ``Exception``: models that catch those do not
-hold it up. It is caught around ``model.forward``, so that the call of the model ends like any other one,
+hold it up, and a bare ``except:`` is told at the end of the block. It is caught around ``model.forward``, so that the call of the model ends like any other one,
 with ``None`` as its result. For that, while the block is open, the model has a ``forward`` of its own,
 that of its class inside a :class:`StoppableForward`.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 import types
 import weakref
 from functools import update_wrapper
 from typing import TYPE_CHECKING, Any
 
+from ._snapshot import sharded
 from .errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.module: nn.Module | None = None  # whose forward comes next
         self.inside = False
+        self.stopped = False
         self.missing: set[str] = set()
 
 
@@ -47,6 +48,9 @@ class EarlyStop:
 
     def __init__(self) -> None:
         self.layers: frozenset[str] = frozenset()
+        self.caught = (
+            0  # forwards that went on to their end, for the model had caught what ends them
+        )
         self._thread = _Thread()
 
     def enters(self, module: nn.Module) -> None:
@@ -61,6 +65,7 @@ class EarlyStop:
     def when_done(self) -> None:
         """End the forward if no chosen layer is missing."""
         if self._thread.inside and not self._thread.missing:
+            self._thread.stopped = True
             raise Stop(self)
 
     def run(
@@ -72,15 +77,19 @@ class EarlyStop:
         thread.module = None  # or the recording would keep the model
         if thread.inside:
             return forward(*args, **kwargs)
-        thread.inside, thread.missing = True, set(self.layers)
+        thread.inside, thread.stopped, thread.missing = True, False, set(self.layers)
         try:
-            return forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
         except Stop as stop:
             if stop.args != (self,):
                 raise
             return None
         finally:
             thread.inside = False
+        if thread.stopped:
+            self.caught += 1
+            return None  # the result was made without what the stopped layer returned
+        return result
 
 
 class StoppableForward:
@@ -150,13 +159,9 @@ def refuse_sharded(model: nn.Module) -> None:
     FSDP gathers the weights of a module before it runs, and frees them behind it: a module that is left
     in the middle would keep them gathered.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards a model has imported it
-    names = ("FullyShardedDataParallel", "FSDPModule")
-    kinds = tuple(filter(None, (getattr(fsdp, name, None) for name in names)))
-    for name, module in model.named_modules():
-        if isinstance(module, kinds):
-            message = (
-                f"record(stop_early=True): {name or 'the model'!r} is sharded by FSDP ({type(module).__name__}), which "
-                "would keep the weights of the modules that are left early gathered. Record without stop_early."
-            )
-            raise UnsupportedModelError(message)
+    for name, module in sharded(model):
+        message = (
+            f"record(stop_early=True): {name or 'the model'!r} is sharded by FSDP ({type(module).__name__}), which "
+            "would keep the weights of the modules that are left early gathered. Record without stop_early."
+        )
+        raise UnsupportedModelError(message)

@@ -12,16 +12,14 @@ import weakref
 from abc import abstractmethod
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
-from torch.compiler import (
-    is_compiling,
-    is_dynamo_compiling,
-)  # torch.export reads hooks, even though nothing runs compiled
+import torch
+from torch.compiler import is_dynamo_compiling  # a constant in what the compiler reads
 from torch.utils.hooks import RemovableHandle
 
 from ._clean_room import inside
-from ._early import EarlyStop
+from ._eager import compiles_itself
 from ._passes import is_own_call
 from ._select import WRAPPERS, is_called
 from ._snapshot import explain
@@ -46,7 +44,7 @@ __all__ = [
     "StopHook",
 ]
 
-T = TypeVar("T")
+T = TypeVar("T", Track, Session)
 
 
 def _inert_hook(*_: object) -> None:
@@ -60,14 +58,24 @@ def _make_inert_hook() -> Callable[..., None]:
 class Hook(Generic[T]):
     """What all hooks have in common."""
 
-    __slots__ = ("_target",)
+    __slots__ = ("_runs", "_target")
 
     def __init__(self, target: T) -> None:
-        self._target = weakref.ref(target)
+        self._target: weakref.ref[T] = weakref.ref(target)
+        self._runs = _asked_by_the_compiler(self._target)
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         # copy(), deepcopy() and pickle all ask this.
         return _make_inert_hook, ()
+
+    @property
+    def __name__(self) -> NoReturn:
+        # torch.jit.script asks this first of every hook, and would compile it.
+        message = (
+            "torch.jit.script() compiles the hooks of a model, and this one is actrec's, of a record() block that is open. "
+            "Script the model before the block or behind it"
+        )
+        raise AttributeError(message)
 
     @abstractmethod
     def register(self, module: nn.Module) -> RemovableHandle:
@@ -100,6 +108,43 @@ class LayerHook(Hook[Track]):
         return True
 
 
+def _asked_by_the_compiler(target: Callable[[], Track | Session | None]) -> Callable[[], bool]:
+    """Return what the compiler calls while it reads a hook: whether the hook has to run, uncompiled."""
+
+    def runs() -> bool:
+        found = target()
+        if found is None or torch.compiler.is_exporting():  # which is no call of the model's own
+            return False
+        session = found.session if isinstance(found, Track) else found
+        session.eager.hold()
+        if compiles_itself():  # it could not do with a hook that is not compiled
+            if isinstance(found, Track):
+                found.compiled += 1
+            return False
+        return session.recording
+
+    runs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch._dynamo.assume_constant_result
+    return runs
+
+
+def _compiled(hook: Hook[Any], *args: Any) -> None:
+    """What the compiler reads in the place of a hook."""
+    if hook._runs():
+        _uncompiled(hook, *args)
+
+
+def _uncompiled(hook: Any, *args: Any) -> None:
+    torch.compiler.disable(hook.__call__)(*args)  # type: ignore[no-untyped-call]
+
+
+# As torch.compiler.disable() does, which would import the compiler.
+_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
+_uncompiled._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "actrec records a layer in it, and torch was not told so before: its compiler was imported inside the block. "
+    "Call it once more, or import torch._dynamo before the block"
+)
+
+
 class OutputHook(LayerHook):
     """Tells what a call returned."""
 
@@ -107,8 +152,11 @@ class OutputHook(LayerHook):
         return module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if is_dynamo_compiling():
+            _compiled(self, module, args, output)
+            return
         track = self._target()
-        if track is not None and not is_dynamo_compiling():
+        if track is not None:
             if RemovableHandle.next_id != self._looked and self.settle(module):
                 track.overtake()
             track.end(module, args, None, output)
@@ -127,8 +175,11 @@ class CallHook(LayerHook):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = _GONE
     ) -> None:
+        if is_dynamo_compiling():
+            _compiled(self, module, args, kwargs, output)
+            return
         track = self._target()
-        if track is not None and output is not _GONE and not is_dynamo_compiling():
+        if track is not None and output is not _GONE:
             if RemovableHandle.next_id != self._looked and self.settle(module):
                 track.overtake()
             track.end(module, args, kwargs, output)
@@ -144,8 +195,11 @@ class InputHook(LayerHook):
         return module._forward_pre_hooks
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = _GONE) -> None:
+        if is_dynamo_compiling():
+            _compiled(self, module, args, kwargs)
+            return
         track = self._target()
-        if track is not None and kwargs is not _GONE and not is_dynamo_compiling():
+        if track is not None and kwargs is not _GONE:
             is_late = RemovableHandle.next_id != self._looked and self.settle(module)
             track.begin(module, args, kwargs, is_late=is_late)
 
@@ -163,15 +217,19 @@ class BeginPass(Hook[Session]):
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_pre_hook(self, prepend=True)
 
-    def __call__(self, module: nn.Module, _args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if is_dynamo_compiling():
+            _compiled(self, module, args)
+            return
         session = self._target()
         if (
             session is not None
-            and not is_compiling()  # nor exporting: no call of the model's own
             and session.recording
             and is_own_call()
             and not (inside and session.is_aside())
         ):
+            if self._is_root:
+                session.eager.hold()
             if self._is_root and session.offload is not None and session.passes.running:
                 session.complete()  # a pass that was interrupted may be about to be closed
             session.passes.begin(module, is_root=self._is_root)
@@ -186,14 +244,12 @@ class EndPass(Hook[Session]):
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self, always_call=True)
 
-    def __call__(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if is_dynamo_compiling():
+            _compiled(self, module, args, output)
+            return
         session = self._target()
-        if (
-            session is not None
-            and not is_dynamo_compiling()
-            and is_own_call()
-            and not (inside and session.is_aside())
-        ):
+        if session is not None and is_own_call() and not (inside and session.is_aside()):
             try:
                 if session.offload is not None and session.passes.opened_by(module):
                     session.complete()  # before the pass counts as complete
@@ -207,16 +263,19 @@ class EndPass(Hook[Session]):
                     session.surfaced = not session.passes.running
 
 
-class StopHook(Hook[EarlyStop]):
+class StopHook(Hook[Session]):
     """Ends a forward behind the last chosen layer, once all other hooks have heard of its call."""
 
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self)
 
-    def __call__(self, *_: object) -> None:
-        stop = self._target()
-        if stop is not None and not is_dynamo_compiling():
-            stop.when_done()
+    def __call__(self, *args: object) -> None:
+        if is_dynamo_compiling():
+            _compiled(self, *args)
+            return
+        session = self._target()
+        if session is not None and session.stop is not None:
+            session.stop.when_done()
 
 
 class Below:

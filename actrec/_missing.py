@@ -1,6 +1,7 @@
 """Never silent: what the end of the block warns of, with the likely cause.
 
-Layers of which nothing was recorded, and layers of which gradients were asked for that cannot come.
+Layers of which nothing was recorded, or not every call; layers of which gradients were asked for that cannot
+come; and forwards that did not stop early.
 """
 
 from __future__ import annotations
@@ -23,13 +24,20 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from typing import TypeAlias
 
+    from ._early import EarlyStop
     from ._overflow import Overflows
     from ._select import Choice
     from ._track import Track
 
     _Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
 
-__all__ = ["warn_incomplete", "warn_overflow", "warn_ungraded", "warn_unused"]
+__all__ = [
+    "warn_incomplete",
+    "warn_not_stopped",
+    "warn_overflow",
+    "warn_ungraded",
+    "warn_unused",
+]
 
 _NEVER_CALLED = (
     "it was never called. Usual causes: its .forward() or its weights are used directly (hooks run only when "
@@ -37,6 +45,16 @@ _NEVER_CALLED = (
     "(a fused or exported version)"
 )
 
+
+_IN_A_BODY = (
+    "it is called in the body of an operator that PyTorch compiles itself where gradients are enabled (torch.cond, scan, "
+    "map, while_loop), and hooks do not run in there. They do under torch.no_grad(), if torch._dynamo was imported before "
+    "the block"
+)
+_STANCE = (
+    "torch.compiler.set_stance() was called inside the with block, so what is compiled ran compiled from then on, "
+    "without hooks. Call it before the block"
+)
 
 _NO_GRAPH = (
     "nothing that its calls returned requires grad. They ran under torch.no_grad() or inference_mode(), or neither the "
@@ -65,9 +83,16 @@ def warn_unused(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
     else:
         message = (
             f"record(): nothing was recorded, this {kind} was not called inside the with block{_outside(tracks)}."
-            " Was its .forward() called, a copy of it, or a model made from it (exported, scripted)?"
+            f" {_why(tracks)}"
         )
     warnings.warn(message, UnusedLayerWarning, stacklevel=stacklevel + 1)
+
+
+def _why(tracks: _Tracks) -> str:
+    (session, *_) = (track.session for _, track in tracks.values())
+    if session.eager.replaced:
+        return f"The likely cause: {_STANCE}."
+    return "Was its .forward() called, a copy of it, or a model made from it (exported, scripted)?"
 
 
 def warn_ungraded(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
@@ -147,7 +172,7 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
             f"hooks were added to it in the middle of {_times(track.overtaken, 'forward')}, and ran behind those of actrec: "
             "what they changed of that call is not recorded. Add them between two forwards, or with prepend=True"
         )
-    return None
+    return _IN_A_BODY if track.compiled else None
 
 
 def _outside(tracks: _Tracks) -> str:
@@ -156,6 +181,17 @@ def _outside(tracks: _Tracks) -> str:
 
 def _times(count: int, what: str) -> str:
     return f"{count} {what}{'s' if count != 1 else ''}"
+
+
+def warn_not_stopped(model: nn.Module, stop: EarlyStop | None, *, stacklevel: int) -> None:
+    """Warn once if the model has caught what was to end its forwards."""
+    if stop is not None and stop.caught:
+        forwards = "a forward" if stop.caught == 1 else f"{stop.caught} forwards"
+        message = (
+            f"record(stop_early=True): {forwards} of this {type(model).__name__} went on to the end, because the model has "
+            'caught what ends them. Let it catch errors with "except Exception:", not with a bare "except:".'
+        )
+        warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 
 
 def _share(causes: dict[str, str], tracks: _Tracks) -> str:
@@ -194,7 +230,7 @@ def _cause(there: Collection[int], choice: Choice, track: Track) -> str:
     """Why nothing was recorded of a layer; ``there`` are the ids of the modules that the model has now."""
     if track.called or track.error is not None:
         return _not_kept(track)
-    return _elsewhere(track) or _not_called(there, choice.module)
+    return _elsewhere(track) or _not_called(there, choice, track)
 
 
 def _elsewhere(track: Track) -> str | None:
@@ -209,11 +245,19 @@ def _elsewhere(track: Track) -> str | None:
             f"all of its {calls} ran inside backward(), where activation checkpointing recomputes what was recorded "
             "before"
         )
-    return None
+    if track.traced:
+        return (
+            f"all of its {calls} were made by something that reads the model (torch.jit.trace, make_fx, torch.export), "
+            "which are no calls of the model's own"
+        )
+    if track.compiled:
+        return _IN_A_BODY
+    return _STANCE if track.session.eager.replaced else None
 
 
-def _not_called(there: Collection[int], module: nn.Module) -> str:
+def _not_called(there: Collection[int], choice: Choice, track: Track) -> str:
     """Why a layer was not called."""
+    module = choice.module
     if id(module) not in there:
         return "another module was put in its place inside the with block; the one that was hooked was not called"
     if type(module).__call__ is not nn.Module.__call__:
@@ -225,4 +269,4 @@ def _not_called(there: Collection[int], module: nn.Module) -> str:
         return "nn.MultiheadAttention uses its weights without calling it. Record the attention module instead"
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return f"{_NEVER_CALLED}; attention often does its dropout itself, fused (scaled_dot_product_attention) or with F.dropout"
-    return _NEVER_CALLED
+    return f"{_NEVER_CALLED}, or {_IN_A_BODY}" if track.session.eager.made_way else _NEVER_CALLED

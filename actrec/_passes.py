@@ -73,17 +73,80 @@ def _is_recomputing() -> int:
 
 
 backward_number = getattr(torch._C, "_current_graph_task_id", _is_recomputing)
-is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 _CALL_CODE = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
+_is_jit_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
+# The stacks of dispatch modes and of function modes, those of this thread.
+_count_dispatch = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_dispatch_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
+_count_function = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
+_function_at: Any = getattr(torch._C, "_get_function_stack_at", None)
+
+#: The modes in which PyTorch reads a model, by the module that whoever does it has imported.
+_READING = {
+    "torch.fx.experimental.proxy_tensor": (
+        "ProxyTorchDispatchMode",
+        "PreDispatchTorchFunctionMode",
+    ),
+    "torch._subclasses.functional_tensor": ("FunctionalTensorMode",),
+}
+
+#: The threads that torch.jit.trace may be checking its trace in.
+_checking: set[int] = set()
 
 
 def is_own_call() -> bool:
     """Whether the call that is running is one of the model's own.
 
     Activation checkpointing calls modules again while ``backward()`` runs, to recompute what it did not
-    keep, and ``torch.jit.trace`` calls them to write down what they do.
+    keep, and :func:`is_tracing` says what else calls them.
     """
     return backward_number() == -1 and not is_tracing()
+
+
+def is_tracing() -> bool:
+    """Whether this thread is running the model only to write down what it does.
+
+    ``torch.jit.trace`` does, and calls the model again to compare it with the trace. So do ``make_fx``, AOT
+    autograd and ``torch.export``, with tensors that have no values. What other threads compile or export
+    meanwhile is not asked: ``torch.compiler.is_compiling()`` would tell that too.
+    """
+    if _is_jit_tracing():
+        _checking.add(threading.get_ident())
+        return True
+    if (_count_dispatch() or _count_function()) and _is_read():
+        return True
+    return bool(_checking) and _is_checked()
+
+
+def _is_read() -> bool:
+    guards = sys.modules.get("torch._guards")
+    context = getattr(guards, "TracingContext", None)
+    if context is not None and context.try_get() is not None:
+        return True
+    kinds = tuple(
+        kind
+        for module, names in _READING.items()
+        for name in names
+        if (kind := getattr(sys.modules.get(module), name, None)) is not None
+    )
+    modes = [_dispatch_at(at) for at in range(_count_dispatch())]
+    modes += [_function_at(at) for at in range(_count_function())]
+    return any(isinstance(mode, kinds) for mode in modes)
+
+
+def _is_checked() -> bool:
+    """Whether torch.jit.trace is comparing its trace with the model, behind a trace in this thread."""
+    if threading.get_ident() not in _checking:
+        return False
+    file = torch.jit._trace.__file__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "_check_trace" and code.co_filename == file:
+            return True
+        frame = frame.f_back
+    _checking.discard(threading.get_ident())
+    return False
 
 
 def _is_running(modules: Collection[int]) -> bool:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from ._arriving import ArrivingList, ArrivingSink
 from ._capture import Capture, Transform
 from ._device import with_streams
-from ._eager import COMPILING, eager
+from ._eager import COMPILING
 from ._early import EarlyStop, StoppableForward, refuse_sharded
 from ._grads import Gradients
 from ._hooks import (
@@ -30,11 +31,19 @@ from ._hooks import (
     StopHook,
 )
 from ._inputs import Parameters
-from ._missing import warn_incomplete, warn_overflow, warn_ungraded, warn_unused
+from ._missing import (
+    warn_incomplete,
+    warn_not_stopped,
+    warn_overflow,
+    warn_ungraded,
+    warn_unused,
+)
 from ._offload import Deferred, Offload
 from ._overflow import Overflows
+from ._passes import is_tracing
 from ._recording import Layer, ListLayer, Recorder, SinkLayer
 from ._select import Choice, Query, Selection, select, type_name
+from ._snapshot import frees_weights
 from ._track import Calls, Session, Track
 from .errors import ActrecError, OptionError
 
@@ -191,7 +200,7 @@ def record(
         IncompleteLayerWarning: at the end of the block, if calls of a layer were not recorded, or perhaps not as it
             returned them: another module was put in its place, or hooks were added to it in the middle of a forward.
     """
-    if torch.compiler.is_compiling():
+    if is_dynamo_compiling() or is_tracing():
         raise ActrecError(COMPILING)
     _check(transform=transform, into=into)
     _check_path(into, detach=detach, grads=grads, resume=resume)
@@ -204,7 +213,12 @@ def record(
     selection = select(model, layers, transform)
     if stop_early:
         refuse_sharded(model)
-    capture = Capture(detach=detach, device=_checked_device(device), dtype=_checked_dtype(dtype))
+    capture = Capture(
+        detach=detach,
+        share=not frees_weights(model),
+        device=_checked_device(device),
+        dtype=_checked_dtype(dtype),
+    )
     return _Block(
         model,
         selection,
@@ -256,7 +270,7 @@ class _Block(AbstractContextManager[Recorder]):
                 stack.callback(self._stream.close)
             stack.callback(self._session.close)
             recorder = self._recorder()
-            stack.enter_context(eager())
+            stack.enter_context(self._session.eager)
             if self._session.stop is not None:
                 forward = StoppableForward(self._model, self._session.stop)
                 stack.callback(forward.remove)
@@ -301,6 +315,7 @@ class _Block(AbstractContextManager[Recorder]):
         warn_ungraded(self._model, self._tracks, stacklevel=2)
         warn_incomplete(self._model, self._tracks, stacklevel=2)
         warn_overflow(self._model, self._tracks, stacklevel=2)
+        warn_not_stopped(self._model, session.stop, stacklevel=2)
 
     def __getitem__(self, name: str) -> NoReturn:
         raise ActrecError(_FORGOTTEN)
@@ -431,7 +446,7 @@ class _Block(AbstractContextManager[Recorder]):
             yield module, EndPass(self._session)
         if self._session.stop is not None:
             for choice in self._selection.choices:
-                yield choice.module, StopHook(self._session.stop)
+                yield choice.module, StopHook(self._session)
 
 
 # --- Checks, all of them before anything has happened ------------------------------------------------

@@ -14,7 +14,8 @@ nowhere else. A tensor is shared only if all of this holds, and is cloned otherw
   all that at once, but PyTorch takes a microsecond to make a Python object of them.)
 * it fills its storage, so that a slice never keeps a larger storage alive;
 * its storage is resizable, which ``Tensor.numpy()`` and ``from_numpy`` end: a NumPy array that shares
-  the memory writes past the copy-on-write.
+  the memory writes past the copy-on-write;
+* nobody frees the storages of weights, as FSDP does, and allocates them again: a tensor may lie in one.
 """
 
 from __future__ import annotations
@@ -32,16 +33,20 @@ from .errors import CaptureError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from torch import nn
+
 __all__ = [
     "check",
     "cloned",
     "detached",
     "explain",
+    "frees_weights",
     "held",
     "is_distributed",
     "memory",
     "normal_mode",
     "on_part",
+    "sharded",
     "snapshot",
     "twin",
     "unseen",
@@ -141,6 +146,9 @@ def twin(tensor: Tensor) -> Tensor | None:
         and type(tensor) is Tensor
         and _SHARING
         and not tensor.is_quantized
+        and not _is_wrapped(
+            tensor
+        )  # by functionalize(), the only one that says that it has a storage
     ):
         try:
             storage = tensor.untyped_storage()
@@ -170,7 +178,7 @@ def check(tensor: Tensor) -> None:
     """Raise ``CaptureError`` for a tensor that means nothing outside of a ``torch.func`` transform."""
     if _is_wrapped(tensor):
         message = (
-            "inside torch.func (vmap, grad, jvp) a tensor stands for many, or for a step of a derivative, and cannot "
+            "inside torch.func (vmap, grad, jvp, functionalize) a tensor stands for many, or for a step of a derivative, and cannot "
             "be kept. Record a call of the model outside of it"
         )
         raise CaptureError(message)
@@ -246,22 +254,54 @@ def _clone(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
-def snapshot(tensor: Tensor, *, detach: bool = True) -> Tensor:
+def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tensor:
     """Return ``tensor`` as it is now, whatever is written to it later.
 
     The result has the same values, shape, dtype and device. It is a normal tensor (never an inference
     tensor), holds no more memory than its content, and never aliases ``tensor``: writing to either
-    leaves the other as it was. With ``detach=False`` it is part of the autograd graph.
+    leaves the other as it was. With ``detach=False`` it is part of the autograd graph. With ``share=False``
+    it is a clone, for models of which :func:`frees_weights` is true.
     """
     # PyTorch's guard acts from when it is made until it is gone; "with" would only add time.
     guard = _InferenceMode(_OFF) if torch.is_inference_mode_enabled() else None
     try:
         if detach and (tensor.requires_grad or type(tensor) is not Tensor):
             tensor = tensor.detach() if type(tensor) is Tensor else detached(tensor)
+        if not share:
+            _refuse_freed(tensor)
+            return _clone(tensor)
         copy = twin(tensor)
         return _clone(tensor) if copy is None else copy
     finally:
         del guard
+
+
+def frees_weights(model: nn.Module) -> bool:
+    """Whether FSDP frees the storages of weights of ``model``, or of a model that it is a part of."""
+    if "torch.distributed.fsdp" not in sys.modules:  # whoever shards a model has imported it
+        return False
+    return bool([*sharded(model)]) or any(map(is_distributed, model.parameters()))
+
+
+def sharded(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that FSDP shards, with their names."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    names = ("FullyShardedDataParallel", "FSDPModule")
+    kinds = tuple(filter(None, (getattr(fsdp, name, None) for name in names)))
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            yield name, module
+
+
+def _refuse_freed(tensor: Tensor) -> None:
+    """Raise ``CaptureError`` for a weight that FSDP has freed: reading it would end the process."""
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+    if plain and tensor.nbytes and not tensor.untyped_storage().nbytes():
+        message = (
+            "its memory is freed. FSDP does so with the weights of a module behind its call; let the module that uses "
+            "them be sharded, not the one that returns them"
+        )
+        raise CaptureError(message)
 
 
 def held(tensor: Tensor) -> Iterator[tuple[object, int]]:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ._capture import SKIPPED
 from ._clean_room import depth, inside
+from ._eager import Eager
 from ._inputs import Arrival, Arrivals, Parameters, versions
-from ._passes import Passes, backward_number, is_recomputing, is_tracing
+from ._passes import Passes, backward_number, is_own_call, is_recomputing, is_tracing
 from ._snapshot import snapshot
 from .errors import CaptureError, TransformError, WriteError
 
@@ -41,6 +42,7 @@ class Session:
     pauses: int = 0
     was_paused: bool = False
     passes: Passes = field(default_factory=Passes)
+    eager: Eager = field(default_factory=Eager)  # what keeps compiled code from running
     order: dict[str, None] = field(
         default_factory=dict
     )  # the layers, by the end of their first call
@@ -122,6 +124,8 @@ class Track:
     paused: int = 0
     overtaken: int = 0  # calls that hooks of others may have changed behind ours
     error: str | None = None  # the first one that recording a call raised
+    compiled: int = 0  # how many calls the compiler has read and hooks do not run in
+    traced: int = 0  # how many calls were made to write down what the model does
     _is_direct: bool = field(init=False)  # whether a tensor is kept just as it is
     _arrivals: Arrivals = field(default_factory=Arrivals)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -132,7 +136,7 @@ class Track:
 
     def elsewhere(self) -> int:
         """How many calls there were that are not recorded."""
-        return self.paused + self.backward + self.recomputed
+        return self.paused + self.backward + self.recomputed + self.traced
 
     def overtake(self) -> None:
         """Hooks that were registered while a forward ran come behind ours this time."""
@@ -152,7 +156,7 @@ class Track:
         Where hooks that come behind ours may still replace it (``is_late``), the call's end looks again.
         """
         session = self.session
-        if not session.recording or backward_number() != -1 or is_tracing():  # is_own_call()
+        if not session.recording or not is_own_call():
             return
         if inside and session.is_aside():
             return
@@ -186,11 +190,12 @@ class Track:
         if not session.recording or (inside and session.is_aside()):
             self.paused += session.pauses > 0
             return
-        if backward_number() != -1 or is_tracing():  # is_own_call()
+        if backward_number() != -1:
             self._end_again(output)
             return
         is_tensor = type(output) is Tensor
-        if not is_tensor and _is_symbolic((*args, output)):
+        if is_tracing() or (not is_tensor and _is_symbolic((*args, output))):
+            self.traced += 1
             return
         arrival = None if self.inputs is None else self._arrivals.pop(kwargs)
         number = session.passes.thread.current if arrival is None else arrival[0]
@@ -242,7 +247,7 @@ class Track:
 
     def _end_again(self, output: Value) -> None:
         """A call ran inside ``backward()``: one that was recorded before, run again, or another one."""
-        if backward_number() != -1 and not is_recomputing():
+        if not is_recomputing():
             self.backward += 1
             return
         self.recomputed += 1
@@ -263,7 +268,5 @@ class Track:
 
 
 def _is_symbolic(values: tuple[Value, ...]) -> bool:
-    """Whether a compiler is reading the model: no tensor has a value then."""
-    return torch.compiler.is_compiling() or any(
-        isinstance(value, torch.fx.Proxy) for value in values
-    )
+    """Whether ``torch.fx`` is reading the model: no tensor has a value then."""
+    return any(isinstance(value, torch.fx.Proxy) for value in values)

@@ -502,6 +502,37 @@ def test_gradients_of_a_forward_without_a_loss_are_refused_before_anything_happe
     assert not any(own_hooks(module) for module in net.modules())
 
 
+class Stubborn(nn.Module):
+    """Goes on whatever happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            x = self.a(x)
+        except:  # noqa: E722
+            x = torch.zeros_like(x)
+        return self.b(x)
+
+
+def test_a_model_that_catches_everything_is_named_and_its_result_is_none() -> None:
+    model = Stubborn()
+    with (
+        pytest.warns(UserWarning, match="2 forwards of this Stubborn went on to the end") as one,
+        record(model, "a", stop_early=True) as acts,
+    ):
+        assert model(X) is None
+        assert model(X) is None
+    assert len(one) == 1
+    assert (len(acts["a"]), acts.num_passes) == (2, 2)
+    with pytest.warns(UserWarning, match="a forward of"), record(model, "a", stop_early=True):
+        model(X)
+    with record(model, "b", stop_early=True):
+        assert model(X) is None
+
+
 def test_an_error_of_the_model_passes_through() -> None:
     class Fails(Net):
         def forward(self, x: Tensor) -> Tensor:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import operator
 import re
-import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from actrec import ActrecError, _eager, _record, _snapshot, record
+from actrec import ActrecError, _record, _snapshot, record
 from actrec._hooks import Hook
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 X = torch.ones(2, 4)
 
@@ -82,12 +77,6 @@ def test_every_private_name_that_is_asked_for_is_one_that_pytorch_has() -> None:
 # --- The compiler ------------------------------------------------------------------------------------
 
 
-def test_a_block_is_refused_where_the_compiler_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with pytest.raises(ActrecError, match="Open the block outside of the compiled function"):
-        record(nn.Linear(4, 4))
-
-
 # The compiler warns about its own deprecations when it is first used.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_a_block_that_is_made_outside_and_entered_in_a_compiled_function_is_refused() -> None:
@@ -105,78 +94,37 @@ def test_a_block_that_is_made_outside_and_entered_in_a_compiled_function_is_refu
     assert len(acts["0"]) == 1, "and the next block works"
 
 
-class Stance:
-    """Stands in for ``torch.compiler.set_stance``."""
-
-    held: tuple[str, ...] = ()
-
-    def __init__(self, stance: str) -> None:
-        Stance.held += (stance,)
-
-    def __exit__(self, *_: object) -> None:
-        Stance.held = Stance.held[:-1]
+def stance() -> str:
+    return torch._dynamo.eval_frame._stance.stance
 
 
-@pytest.fixture
-def late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a module that nobody has imported, in the place of the compiler."""
-    name = "a_compiler_that_is_imported_late"
-    for module in (name, "something_else"):
-        (tmp_path / f"{module}.py").write_text("ready = True\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(_eager, "_COMPILER", name)
-    monkeypatch.setattr(torch.compiler, "set_stance", Stance)
-    Stance.held = ()
-    yield name
-    for module in (name, "something_else"):
-        sys.modules.pop(module, None)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_where_the_stance_cannot_be_replaced_the_public_one_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    compiled = torch.compile(model, backend="eager")
+    compiled(X)
+    monkeypatch.delattr(torch._dynamo.eval_frame, "_set_stance")
+    with record(model) as acts:
+        assert stance() == "force_eager"
+        with record(model) as inner:
+            compiled(X)
+        compiled(X)
+    assert stance() == "default"
+    assert (len(inner["0"]), len(acts["0"])) == (1, 2)
 
 
-def watchers() -> list[object]:
-    return [finder for finder in sys.meta_path if isinstance(finder, _eager._Stance)]
-
-
-def test_a_compiler_that_is_imported_inside_the_block_finds_the_stance_set(late: str) -> None:
-    model = nn.Sequential(nn.ReLU())
-    with record(model, "0"), record(model, ""):
-        assert Stance.held == ()
-        assert len(watchers()) == 1, "however many recorders"
-        assert importlib.import_module("something_else").ready
-        assert Stance.held == ()
-        assert importlib.import_module(late).ready
-        assert Stance.held == ("force_eager",)
-        assert watchers() == []
-        model(X)
-    assert Stance.held == ()
-
-
-def test_a_compiler_that_is_imported_afterwards_is_left_alone(late: str) -> None:
-    model = nn.ReLU()
-    with record(model, ""):
-        model(X)
-    assert watchers() == []
-    importlib.import_module(late)
-    assert Stance.held == ()
-
-
-def test_a_compiler_that_is_not_installed_is_an_import_error_as_ever(late: str) -> None:
-    model = nn.ReLU()
-    with record(model, ""):
-        model(X)
-        sys.path_importer_cache.clear()
-        sys.path.pop(0)
-        with pytest.raises(ModuleNotFoundError, match=late):
-            importlib.import_module(late)
-
-
-def test_a_block_that_ends_while_the_compiler_is_being_imported_sets_no_stance(late: str) -> None:
-    model = nn.ReLU()
-    with record(model, ""):
-        model(X)
-        (watcher,) = watchers()
-        spec = watcher.find_spec(late, None)  # type: ignore[attr-defined]
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    assert Stance.held == ()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_where_operators_do_not_say_that_they_compile_themselves_everything_is_eager(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch._higher_order_ops.utils, "_in_hop_compile", None)
+    model = nn.Sequential(nn.Linear(4, 4))
+    compiled = torch.compile(model, backend="eager")
+    with record(model) as acts:
+        compiled(X)
+    assert len(acts["0"]) == 1
 
 
 # --- Recorders that are gone -------------------------------------------------------------------------

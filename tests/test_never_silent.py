@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import aot_module, make_boxed_func
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from actrec import (
     ActrecError,
+    CaptureError,
     IncompleteLayerWarning,
     Opaque,
     SelectionError,
@@ -324,12 +327,88 @@ class TestTorchScript:
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
         plain = torch.jit.trace(model, X)
         with record(model) as acts:
-            traced = torch.jit.trace(model, X, check_trace=False)
+            traced = torch.jit.trace(model, X)
+            torch.jit.trace(model[0], X)
             model(X)
         assert [len(layer) for layer in acts.values()] == [1, 1]
+        assert acts["0"].passes == acts["1"].passes == [0]
+        assert acts.num_passes == 1
         assert [node.kind() for node in traced.inlined_graph.nodes()] == [
             node.kind() for node in plain.inlined_graph.nodes()
         ]
+
+    def test_scripting_inside_the_block_says_what_to_do(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 4))
+        with record(model):
+            model(X)
+            with pytest.raises(AttributeError, match="before the block or behind it"):
+                torch.jit.script(model)
+        torch.jit.script(model)
+
+    def test_a_layer_that_was_only_traced_was_not_called(self) -> None:
+        model = nn.Sequential(nn.Linear(4, 4))
+        model.append(nn.Linear(4, 4))
+        with (
+            pytest.warns(UnusedLayerWarning, match=r"'1': all of its \d calls were made by.*trace"),
+            record(model),
+        ):
+            model[0](X)
+            torch.jit.trace(model, X)
+
+
+def _aot(model: nn.Module) -> object:
+    function = aot_module(model, fw_compiler=lambda graph, _: make_boxed_func(graph.forward))
+    return function(X)
+
+
+READERS = {
+    "make_fx": lambda model: make_fx(model)(X),
+    "make_fx, before dispatch": lambda model: make_fx(model, pre_dispatch=True)(X),
+    "make_fx, symbolic": lambda model: make_fx(
+        lambda x, weights: torch.func.functional_call(model, weights, (x,)), tracing_mode="symbolic"
+    )(X, dict(model.named_parameters())),
+    "AOT autograd": _aot,
+    "export": lambda model: torch.export.export(model, (X,), strict=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("reader", READERS)
+def test_what_reads_the_model_reads_nothing_of_the_recorder_and_is_not_recorded(
+    reader: str,
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.LSTM(4, 2))
+    model[2].flatten_parameters = lambda: None  # type: ignore[method-assign,assignment]
+    if reader != "make_fx":
+        del model[2]
+    plain = READERS[reader](model)
+    with record(model, inputs=True, grads=True) as acts:
+        read = READERS[reader](model)
+        model(X).sum().backward() if len(model) == 2 else model(X)
+    assert [len(layer) for layer in acts.values()] == [1] * len(model)
+    assert [len(layer) for layer in acts.inputs.values()] == [1] * len(model)
+    assert acts.num_passes == 1
+    if hasattr(plain, "graph"):
+        assert [node.target for node in read.graph.nodes] == [
+            node.target for node in plain.graph.nodes
+        ]
+
+
+def test_a_block_inside_of_what_is_read_is_refused() -> None:
+    model = nn.Linear(4, 4)
+
+    def forward(x: Tensor) -> Tensor:
+        with record(model):
+            return model(x)
+
+    with pytest.raises(ActrecError, match="Open the block outside of the compiled function"):
+        make_fx(forward)(X)
+
+
+def test_what_functionalize_wraps_cannot_be_kept() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(CaptureError, match="functionalize"), record(model, "0"):
+        torch.func.functionalize(model)(X)
 
 
 class Branching(nn.Module):

@@ -36,9 +36,11 @@ from tests.ranked import (
     write,
 )
 from tests.stored import same
+from tests.test_grads import process_group
 from tests.test_store_reader import MUTATIONS, many_mutations, mutated, rewrite, use
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 SUM, AVG, MAX, MIN, PRODUCT = (("partial", how) for how in ("sum", "avg", "max", "min", "product"))
@@ -606,6 +608,76 @@ def test_a_sharded_module_has_the_type_that_its_author_gave_it(tmp_path: Path) -
     assert plain == (type_name(model), type_name(model[0])) == ("Sequential", "Linear")
     assert repr(acts).startswith("recorded Sequential: 1 layer")
     assert acts["0"].type == load(tmp_path / "r")["0"].type == "Linear"
+
+
+class Weight(nn.Module):
+    """Returns its weight, or something that lies in the memory of it."""
+
+    def __init__(self, how: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.how = how
+
+    def forward(self) -> Tensor:
+        return self.how(self.weight)
+
+
+class Gathered(nn.Module):
+    def __init__(self, how: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.layer = Weight(how), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) @ self.weight()
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        (lambda w: w, {}),
+        (lambda w: w, {"transform": torch.neg}),
+        (Tensor.t, {"detach": False}),
+        (Tensor.detach, {}),
+    ],
+)
+@pytest.mark.parametrize("part", [False, True])
+def test_a_gathered_weight_that_a_layer_returns_is_recorded_and_training_goes_on(
+    how: Callable[[Tensor], Tensor], options: dict[str, Any], part: bool
+) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(Gathered(how), Gathered(how))
+    weight = model[0].weight.weight.detach().clone()
+    x = torch.ones(2, 4)
+    expected = model(x)
+    with process_group():
+        for block in model:
+            fully_shard(block)
+        fully_shard(model)
+        recorded, name = (model[0].weight, "") if part else (model, "0.weight")
+        with record(recorded, name, **options) as acts:
+            outputs = [model(x) for _ in range(3)]
+            outputs[-1].sum().backward()
+    assert all(torch.equal(output, expected) for output in outputs)
+    assert len(acts[name]) == 3
+    for value in acts[name]:
+        assert torch.equal(value, how(-weight if "transform" in options else weight))
+
+
+def test_a_weight_that_fsdp_has_freed_already_cannot_be_kept() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    class Idle(Gathered):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight()
+            return self.layer(x)
+
+    model = Idle(lambda w: w)
+    with process_group():
+        fully_shard(model.weight)
+        fully_shard(model)
+        with pytest.raises(CaptureError, match="its memory is freed"), record(model, "weight"):
+            model(torch.ones(2, 4))
 
 
 def test_every_way_to_spread_is_tested() -> None:
