@@ -143,9 +143,10 @@ RIGHT: Final = frozenset(
 
 def title(recording: Recording) -> str:
     """Return the line above a table: what was recorded, whether it is whole, and how much it is."""
+    failed = recording.failed_passes
     facts = (
         count(len(recording), "layer"),
-        count(recording.num_passes, "pass"),
+        count(recording.num_passes, "pass") + (f" ({len(failed):,} raised)" if failed else ""),
         size(recording.nbytes),
     )
     return f"{recording._title()}: {', '.join(facts)}"

@@ -250,13 +250,13 @@ class EndPass(Hook[Session]):
             return
         session = self._target()
         if session is not None and is_own_call() and not (inside and session.is_aside()):
+            error = sys.exc_info()[1]
             try:
                 if session.offload is not None and session.passes.opened_by(module):
                     session.complete()  # before the pass counts as complete
                 session.passes.suspend(output)
             finally:
-                session.passes.end(module)
-            error = sys.exc_info()[1]
+                session.passes.end(module, error)
             if error is not None:
                 explain(error)
                 if error is session.error:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
@@ -227,13 +227,15 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.calling: list[int] = []
         self.current: int | None = None  # while it calls something
+        self.handled = 0  # the id of the exception that was being handled when the pass began
 
 
 @dataclass(eq=False)
 class Count:
-    """How many passes there have been."""
+    """How many passes there have been, and which of them raised."""
 
     count: int = 0
+    raised: set[int] = field(default_factory=set)
 
 
 class Passes(Count):
@@ -250,22 +252,32 @@ class Passes(Count):
         """A call of ``module`` begins."""
         thread = self.thread
         if thread.calling and is_root and not _is_running([*thread.calling, id(module)]):
-            self._close(thread)
+            self._close(thread, raised=True)
         if not thread.calling:
+            thread.handled = id(sys.exc_info()[1])
             with self._lock:  # so that no pass is counted and not open, as complete() would see it
                 thread.current = self.number(module)
                 here = threading.get_ident()
                 self._open.append(_Open(thread.current, here, weakref.ref(module), is_root))
         thread.calling.append(id(module))
 
-    def end(self, module: nn.Module) -> None:
-        """The call of ``module`` has ended, and with it those inside that did not say so."""
+    def end(self, module: nn.Module, error: BaseException | None = None) -> None:
+        """The call of ``module`` has ended, and with it those inside that did not say so.
+
+        ``error`` is the exception that is being handled. If it was when the pass began, the pass did not raise it.
+        """
         thread = self.thread
         if id(module) in thread.calling:
             while thread.calling.pop() != id(module):
                 pass
             if not thread.calling:
-                self._close(thread)
+                self._close(thread, raised=error is not None and id(error) != thread.handled)
+
+    def abandon(self) -> None:
+        """Nothing more is recorded of the passes that are open."""
+        self.raised.update(
+            [one.number for one in list(self._open)]
+        )  # without the lock, for a forked process
 
     def suspend(self, output: object) -> None:
         """A call has returned ``output``. If that has not run yet, its calls will belong to this pass."""
@@ -294,6 +306,7 @@ class Passes(Count):
     def restart(self) -> None:
         """Count from 0 again."""
         self.count = 0
+        self.raised.clear()
 
     def number(self, module: nn.Module) -> int:
         """Return the number of a pass that begins with a call of ``module``."""
@@ -326,9 +339,11 @@ class Passes(Count):
         numbers = {one.number for one in around}
         return numbers.pop() if len(numbers) == 1 else None
 
-    def _close(self, thread: _Thread) -> None:
+    def _close(self, thread: _Thread, *, raised: bool) -> None:
         thread.calling.clear()
         here = threading.get_ident()
         with self._lock:
             self._open = [one for one in self._open if one.thread != here]
+            if raised and thread.current not in {one.number for one in self._open}:
+                self.raised.add(thread.current)  # type: ignore[arg-type]  # it was calling something
         thread.current = None

@@ -14,8 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice, zip_longest
-from typing import TYPE_CHECKING, Any, overload
+from itertools import islice, repeat, zip_longest
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 
@@ -36,7 +36,34 @@ if TYPE_CHECKING:
     from ._overflow import Overflows
     from ._track import Session
 
-__all__ = ["Layer", "ListLayer", "Recorder", "Recording", "SinkLayer"]
+__all__ = ["Layer", "ListLayer", "Moment", "Recorder", "Recording", "SinkLayer", "nth_calls"]
+
+#: Which rank a call is of, ``None`` if its layer does not know, and of which pass.
+Moment: TypeAlias = tuple[int | None, int]
+
+
+def nth_calls(
+    call: str, title: str, moments: Sequence[Moment], nth: int, among: Iterable[int]
+) -> list[int]:
+    """The n-th call of each pass, among some calls; all of them, if none of the passes has more than one."""
+    given: object = nth
+    if isinstance(given, bool) or not isinstance(given, int):
+        message = (
+            f"{call}: expected a whole number: 0 for the first call of each pass, -1 for the last."
+        )
+        raise OptionError(message)
+    passes: dict[Moment, list[int]] = {}
+    among = list(among)
+    for index in among:
+        passes.setdefault(moments[index], []).append(index)
+    most = max(map(len, passes.values()), default=0)
+    if most < 2:  # noqa: PLR2004
+        return among
+    found = [calls[nth] for calls in passes.values() if -len(calls) <= nth < len(calls)]
+    if not found:
+        message = f"{call}: no pass has that many calls of layer {title}, which was called up to {most} times in each."
+        raise OptionError(message)
+    return sorted(found)
 
 
 class Layer(Sequence[Value]):
@@ -98,6 +125,46 @@ class Layer(Sequence[Value]):
         A pass is one outermost forward of the recorded model. Layers line up by pass, not by position: a
         layer may be called several times in a pass, or not at all.
         """
+
+    def nth(self, number: int) -> Layer:
+        """Return the layer with one call of each pass: the first for 0, the second for 1, the last for -1.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> relu = nn.ReLU()
+        >>> model = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu)
+        >>> with record(model, "1") as acts:
+        ...     for batch in torch.randn(2, 5, 4):
+        ...         output = model(batch)
+        >>> acts["1"].cat().shape, acts["1"].nth(0).cat().shape
+        (torch.Size([20, 4]), torch.Size([10, 4]))
+        >>> torch.equal(acts["1"].nth(-1)[0], acts["1"][1])
+        True
+
+        A module that is used in two places of a forward has two calls in each pass, and only one of them is beside the
+        inputs and labels of the pass, row by row. Passes that have fewer calls are left out. A layer that has no more
+        than one call in any pass is returned as it is, for any number.
+
+        Values are not copied; a stored layer reads them when they are asked for. Raises ``OptionError`` if no pass has
+        so many calls.
+        """
+        moments = self._moments()
+        call = f"acts[{self.name!r}].nth({number!r})"
+        calls = nth_calls(call, repr(self.name), moments, number, range(len(moments)))
+        return self if len(calls) == len(moments) else self._of(calls)
+
+    def _of(self, calls: list[int]) -> Layer:
+        """A layer with these calls alone."""
+        passes = self.passes
+        found = ListLayer(self.name, [self[index] for index in calls], self.type)
+        found._passes = [passes[index] for index in calls]
+        return found
+
+    def _moments(self) -> list[Moment]:
+        """For each call its pass, and its rank where the layer knows."""
+        ranks = getattr(self, "ranks", None)
+        return list(zip(repeat(None) if ranks is None else ranks, self.passes, strict=False))
 
     def cat(self, dim: int = 0, *, release: bool = False) -> Value:
         """Join all calls along an existing dimension, as ``torch.cat`` does: by default the batch.
@@ -451,6 +518,31 @@ class Recording(Mapping[str, Layer]):
         return max((index for layer in self.values() for index in layer.passes), default=-1) + 1
 
     @property
+    def failed_passes(self) -> list[int]:
+        """The passes that raised, or were interrupted: layers behind the place where it happened have no call in them.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        >>> with record(model) as acts:
+        ...     for width in (4, 5, 4):
+        ...         try:
+        ...             output = model(torch.zeros(2, width))
+        ...         except RuntimeError:
+        ...             pass
+        >>> acts.failed_passes, acts["0"].passes
+        ([1], [0, 2])
+
+        What was recorded of them is there; :func:`actrec.data.rows` leaves it out.
+        """
+        return sorted({number for _, number in self._raised()})
+
+    def _raised(self) -> set[Moment]:
+        """The passes that raised, each with its rank, if it has one."""
+        return {(None, number) for number in list(self._passes.raised)} if self._passes else set()
+
+    @property
     def inputs(self) -> Recording:
         """What the calls received. ``acts.inputs[name][i]`` is a dict from parameter name to value.
 
@@ -748,7 +840,7 @@ class Recorder(Recording):
             "layers": self._layers,
             "aliases": dict(self._aliases),
             "order": [*self._order],
-            "passes": Count(self.num_passes),
+            "passes": Count(self.num_passes, set(self.failed_passes)),
             "inputs": self._inputs and self._inputs._layers,
             "grads": self._grads and self._grads._layers,
         }

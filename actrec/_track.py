@@ -69,6 +69,8 @@ class Session:
         """The block ends; hooks that are still somewhere do nothing from now on."""
         self.active = self.recording = False
         self.interrupted = interrupted
+        if interrupted:
+            self.passes.abandon()
 
     def pause(self, by: int) -> None:
         """Pause once more (1) or once less (-1)."""

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from actrec._display import count
+
 from ._columns import Kept
 from ._table import table
 
@@ -28,7 +30,8 @@ def rows(
     recording: Recording,
     *layers: Selector,
     flatten: bool = False,
-    mask: Selector | None = None,
+    mask: Selector | Tensor | None = None,
+    nth: int | None = None,
 ) -> Rows:
     """Return the rows of some layers as a dataset: each sample of each call is an item.
 
@@ -60,18 +63,25 @@ def rows(
         recording: In memory or stored.
         *layers: One or more, added values among them.
         flatten: A row for each position instead: ``(batch, tokens, width)`` gives ``batch * tokens`` rows of
-            ``width``. What has no width, such as token ids ``(batch, tokens)``, gives one number for each row;
-            what has fewer positions, such as labels ``(batch,)``, is repeated.
+            ``width``. What has fewer positions, such as labels ``(batch,)`` or a vector ``(batch, width)``, is
+            repeated. Integers have no width: token ids ``(batch, tokens)``, beside a layer or alone, give one number
+            for each row. ``(batch * tokens, experts)``, as mixtures of experts return it, has the same rows. What the
+            shapes do not tell, such as floating-point numbers ``(batch, tokens)`` where all calls have as many tokens,
+            is an error that says which shape would: ``(batch, tokens, 1)`` or ``(batch, 1, tokens)``.
         mask: An added value or a layer, one number for each row; rows where it is 0 are left out. An
-            attention mask leaves out padding: ``flatten=True, mask="attention_mask"``.
+            attention mask leaves out padding: ``flatten=True, mask="attention_mask"``. Or a tensor with one number for
+            each row of all calls.
+        nth: Of layers that are called several times in a pass, such as a ReLU that is used twice in a block, take one
+            call of each pass: 0 the first, -1 the last, as :meth:`actrec.Layer.nth` does.
 
     Rows are numbered as ``acts[name].cat()`` has them: in the order of the passes, and within a pass of the
-    ranks. To go through a large recording in random order, :func:`shuffled` is many times faster.
+    ranks. Passes that raised are left out (``acts.failed_passes``). To go through a large recording in random order,
+    :func:`shuffled` is many times faster.
 
     Raises ``AlignmentError`` if the layers do not have the same calls with the same number of rows, if rows
     differ in shape or dtype, or if values are not tensors.
     """
-    return Rows(table("rows", recording, layers, flatten=flatten, mask=mask))
+    return Rows(table("rows", recording, layers, flatten=flatten, mask=mask, nth=nth))
 
 
 class Rows(Dataset[Any]):
@@ -88,6 +98,7 @@ class Rows(Dataset[Any]):
 
     def __init__(self, source: Table) -> None:
         self._columns = source.columns
+        self._raised = source.raised
         self._kept = None if source.mask is None else Kept(source.mask, _BLOCK)
         self._len = len(source if self._kept is None else self._kept)
 
@@ -113,7 +124,8 @@ class Rows(Dataset[Any]):
         each = ", ".join(
             f"{c.name} {c.shape} {str(c.dtype).removeprefix('torch.')}" for c in self._columns
         )
-        return f"{self._len} rows of {each}"
+        left_out = f", without {count(self._raised, 'pass')} that raised" if self._raised else ""
+        return f"{self._len} rows of {each}{left_out}"
 
     def _numbers(self, index: Any) -> Tensor:
         """The numbers that are asked for: as such, or by one answer for each row."""

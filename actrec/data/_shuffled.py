@@ -45,7 +45,8 @@ def shuffled(
     seed: int = 0,
     buffer: int = _BUFFER,
     flatten: bool = False,
-    mask: Selector | None = None,
+    mask: Selector | Tensor | None = None,
+    nth: int | None = None,
     drop_last: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
@@ -85,6 +86,7 @@ def shuffled(
             rows are mixed.
         flatten: A row for each position, as in :func:`rows`.
         mask: What says which rows to leave out, as in :func:`rows`. It is read once when this is called.
+        nth: Which call of each pass, as in :func:`rows`.
         drop_last: Leave out what does not fill a batch. All ranks then have the same number of batches.
         rank: Which part of the rows, of ``world_size``. By default as ``torch.distributed`` says if it is
             initialised, or the variables ``RANK`` and ``WORLD_SIZE`` of ``torchrun``.
@@ -94,7 +96,9 @@ def shuffled(
     """
     rank, world_size = _place(rank, world_size)
     _check(batch_size=batch_size, buffer=buffer)
-    found = table("shuffled", recording, layers, flatten=flatten, mask=mask, as_stored=True)
+    found = table(
+        "shuffled", recording, layers, flatten=flatten, mask=mask, nth=nth, as_stored=True
+    )
     width = sum(column.width for column in found.columns)
     block = max(1, min(_MEBI, buffer // _BLOCKS) // max(1, width))
     kept = None if found.mask is None else Kept(found.mask, block)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import accumulate, groupby, takewhile
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from actrec._forms import form
-from actrec._recording import Layer
+from actrec._recording import Layer, Recording, nth_calls
 from actrec.errors import AlignmentError, OptionError
 from actrec.store._live import LiveLayer
+from actrec.store._read_only import ChosenLayer
 from actrec.store._reader import StoredLayer
 from actrec.store._whole import WholeLayer
 
@@ -29,8 +30,9 @@ from ._sources import File, Held, Made, Shape, Source, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
-    from actrec._recording import Recording
+    from actrec._recording import Moment
     from actrec.store._index import Group, Leaf
 
 __all__ = ["Selector", "Table", "table"]
@@ -47,6 +49,8 @@ class Table:
     mask: Column | None
     #: What recordings the columns are of; none, if they are in memory.
     origins: tuple[str, ...]
+    #: How many passes raised, and are left out.
+    raised: int
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -58,43 +62,67 @@ def table(
     selectors: Sequence[Selector],
     *,
     flatten: bool,
-    mask: Selector | None,
+    mask: Selector | Tensor | None,
+    nth: int | None,
     as_stored: bool = False,
 ) -> Table:
     """Align the layers, in the order of the calls, or as they lie in the files."""
     given: object = recording
-    if not isinstance(given, Mapping):
+    if not isinstance(given, Recording):
         message = f"{call}: expected a recording, such as actrec.load(path), got {recording!r}."
         raise OptionError(message)
     if not selectors:
         message = f"{call}: no layer was named. {call}(recording, {next(iter(recording), 'name')!r}), say."
         raise OptionError(message)
-    chosen = [*selectors, *([] if mask is None else [mask])]
-    picked = [_picked(call, recording, selector) for selector in chosen]
+    answers = _answers(call, mask) if isinstance(mask, Tensor) else None
+    chosen = [*selectors, *([] if mask is None or isinstance(mask, Tensor) else [mask])]
+    raised = recording._raised()
+    picked = [_picked(call, recording, selector, nth, raised) for selector in chosen]
     _check_calls(call, picked)
     files: dict[str, File] = {}
-    aligned = list(_zipped([list(_stretches(call, pick, files)) for pick in picked]))
-    cut = _Cut(call, picked, flatten=flatten, masked=mask is not None)
+    # All layers go from shard to shard together, so that each header is read once.
+    aligned = list(_zipped([_stretches(call, pick, files) for pick in picked]))
+    cut = _Cut(call, picked, flatten=flatten, masked=len(chosen) > len(selectors), answers=answers)
     runs = cut.runs(aligned)
     if as_stored:
         runs = coalesced(runs)
     columns = cut.columns(runs)
     origins = sorted({o for pick in picked for o in _origins(pick.layer)})
-    return Table(columns[: len(selectors)], None if mask is None else columns[-1], tuple(origins))
+    found = columns[: len(selectors)], None if mask is None else columns[-1]
+    return Table(*found, tuple(origins), len(raised))
+
+
+def _answers(call: str, mask: Tensor) -> Tensor:
+    """A mask that is a tensor, as answers of our own: the user may write to theirs."""
+    if not _is_plain(mask):
+        message = (
+            f"{call}(mask={form(mask)}): expected a plain tensor with one number for each row."
+        )
+        raise OptionError(message)
+    return (mask.detach() != 0).cpu()
 
 
 # --- Which layers ------------------------------------------------------------------------------------
 
 
-class _Pick(NamedTuple):
-    """A layer, and the steps that lead to a tensor in its values."""
+@dataclass(frozen=True)
+class _Pick:
+    """A layer, the steps that lead to a tensor in its values, and which of its calls count."""
 
     title: str
     layer: Layer
     steps: tuple[Any, ...]
+    moments: list[Moment]  # of the calls that count
+    calls: list[int] | None  # their numbers; none, if all count
 
 
-def _picked(call: str, recording: Recording, selector: Selector) -> _Pick:
+def _picked(
+    call: str,
+    recording: Recording,
+    selector: Selector,
+    nth: int | None,
+    raised: AbstractSet[Moment],
+) -> _Pick:
     layer, *steps = selector if selector and isinstance(selector, tuple) else (selector,)
     if isinstance(layer, str):
         layer = recording[layer]
@@ -106,7 +134,25 @@ def _picked(call: str, recording: Recording, selector: Selector) -> _Pick:
         raise OptionError(message)
     title = repr(layer.name) + "".join(f"[{step!r}]" for step in steps)
     layer = layer._stored if isinstance(layer, LiveLayer) else layer
-    return _Pick(title, layer, tuple(steps))
+    moments = layer._moments()
+    calls: Sequence[int] = range(len(moments))
+    if raised:
+        numbers = {number for _, number in raised}
+        calls = [
+            index
+            for index, (rank, number) in enumerate(moments)
+            if not (
+                number in numbers if rank is None else {(rank, number), (None, number)} & raised
+            )
+        ]
+    if nth is not None:
+        calls = nth_calls(f"{call}(nth={nth!r})", title, moments, nth, calls)
+    counting = [moments[index] for index in calls]
+    if isinstance(layer, ChosenLayer):
+        calls, layer = [layer.calls[index] for index in calls], layer.base
+    return _Pick(
+        title, layer, tuple(steps), counting, None if len(calls) == len(layer) else [*calls]
+    )
 
 
 def _origins(layer: Layer) -> set[str]:
@@ -118,22 +164,26 @@ def _origins(layer: Layer) -> set[str]:
 
 
 def _check_calls(call: str, picks: list[_Pick]) -> None:
-    first, *others = picks
-    expected = _moments(first.layer)
-    for other in others:
-        found = _moments(other.layer)
-        if found != expected:
-            raise _misaligned(call, (first.title, expected), (other.title, found))
-
-
-def _moments(layer: Layer) -> list[Any]:
-    """For each call, its pass, and which rank it is of where the layer knows."""
-    ranks = getattr(layer, "ranks", None)
-    return layer.passes if ranks is None else list(zip(layer.passes, ranks, strict=True))
+    """Check that all layers have the same calls; one that does not know its ranks goes with a layer of one rank."""
+    alone = next((pick for pick in picks if any(rank is None for rank, _ in pick.moments)), None)
+    moments = [pick.moments for pick in picks]
+    if alone is not None:
+        for pick in picks:
+            ranks = sorted({rank for rank, _ in pick.moments if rank is not None})
+            if len(ranks) > 1:
+                message = (
+                    f"{call}: layer {pick.title} was recorded by {len(ranks)} ranks, and {alone.title} is in memory, where "
+                    f"nothing says which rank its calls are of. Open one rank, actrec.load(path, rank={ranks[0]}), say."
+                )
+                raise AlignmentError(message)
+        moments = [[(None, number) for _, number in pick.moments] for pick in picks]
+    for other, found in zip(picks[1:], moments[1:], strict=True):
+        if found != moments[0]:
+            raise _misaligned(call, (picks[0].title, moments[0]), (other.title, found))
 
 
 def _misaligned(
-    call: str, first: tuple[str, list[Any]], other: tuple[str, list[Any]]
+    call: str, first: tuple[str, list[Moment]], other: tuple[str, list[Moment]]
 ) -> AlignmentError:
     (title, expected), (name, found) = first, other
     same = sum(
@@ -142,20 +192,17 @@ def _misaligned(
     message = (
         f"{call}: layers {title} and {name} do not have the same calls. {title} has {len(expected)}, {name} has "
         f"{len(found)}, and call {same} is {_moment(expected, same)} of {title} and {_moment(found, same)} of {name}. "
-        "Choose layers that are called equally often in each pass, or record them in a run of their own."
+        "Choose layers that are called equally often in each pass, take one call of each pass (nth=0), or record them "
+        "in a run of their own."
     )
     return AlignmentError(message)
 
 
-def _moment(moments: list[Any], index: int) -> str:
+def _moment(moments: list[Moment], index: int) -> str:
     if index >= len(moments):
         return "missing"
-    moment = moments[index]
-    return (
-        f"in pass {moment[0]}, rank {moment[1]},"
-        if isinstance(moment, tuple)
-        else f"in pass {moment}"
-    )
+    rank, number = moments[index]
+    return f"in pass {number}" if rank is None else f"in pass {number}, rank {rank},"
 
 
 # --- Stretches ---------------------------------------------------------------------------------------
@@ -180,6 +227,38 @@ class Stretch:
 
 
 def _stretches(call: str, pick: _Pick, files: dict[str, File]) -> Iterator[Stretch]:
+    """The stretches of the calls that count."""
+    found = _all_stretches(call, pick, files)
+    return found if pick.calls is None else _only(found, pick.calls)
+
+
+def _only(stretches: Iterator[Stretch], calls: list[int]) -> Iterator[Stretch]:
+    """What the stretches of all calls have of these, which are in order."""
+    ranges = deque(_ranges(calls))
+    begin = 0
+    for stretch in stretches:
+        end = begin + stretch.calls
+        while ranges and ranges[0][0] < end:
+            first, stop = max(ranges[0][0], begin), min(ranges[0][1], end)
+            yield replace(stretch.after(first - begin), calls=stop - first)
+            if ranges[0][1] > end:  # it goes on in the next
+                break
+            ranges.popleft()
+        begin = end
+
+
+def _ranges(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Numbers that follow each other, as where they begin and stop.
+
+    >>> list(_ranges([0, 1, 2, 5]))
+    [(0, 3), (5, 6)]
+    """
+    for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        found = [number for _, number in run]
+        yield found[0], found[-1] + 1
+
+
+def _all_stretches(call: str, pick: _Pick, files: dict[str, File]) -> Iterator[Stretch]:
     if isinstance(pick.layer, StoredLayer):
         leaves: dict[Group, Leaf] = {}
         for group, first, many in _stored_calls(pick.layer):
@@ -275,14 +354,13 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def _zipped(columns: list[list[Stretch]]) -> Iterator[tuple[Stretch, ...]]:
+def _zipped(columns: list[Iterator[Stretch]]) -> Iterator[tuple[Stretch, ...]]:
     """The stretches of all layers side by side, cut so that they have the same calls."""
-    iterators = [iter(column) for column in columns]
     rest: list[Stretch | None] = [None] * len(columns)
-    for head in iterators[0]:
+    for head in columns[0]:
         rest[0] = head
         while rest[0] is not None:
-            heads = [part or next(it) for part, it in zip(rest, iterators, strict=True)]
+            heads = [part or next(column) for part, column in zip(rest, columns, strict=True)]
             calls = min(part.calls for part in heads)
             yield tuple(replace(part, calls=calls) for part in heads)
             rest = [part.after(calls) if part.calls > calls else None for part in heads]
@@ -291,16 +369,56 @@ def _zipped(columns: list[list[Stretch]]) -> Iterator[tuple[Stretch, ...]]:
 # --- Rows --------------------------------------------------------------------------------------------
 
 
-def _fits(shape: Shape, taken: int, lead: Shape) -> bool:
-    """Whether that many dimensions are positions, all of them or the first ones."""
-    return 0 < taken <= min(len(shape), len(lead)) and shape[:taken] == lead[:taken]
+#: Reads a layer whose first dimension is all positions, as mixtures of experts have it: ``(batch * tokens, experts)``.
+_MERGED: Final = 0
+
+
+def _read(shape: Shape, lead: Shape, taken: int) -> tuple[Shape, int] | None:
+    """The shape of a row, and for how many rows it is repeated, where so many dimensions are positions.
+
+    ``None`` if they are not. In a tensor that has all dimensions of the positions and one more, a dimension of size 1
+    stands for all its positions, where those after it do so too.
+    """
+    if taken == _MERGED:
+        return (shape[1:], 1) if shape[0] == math.prod(lead) else None
+    front = shape[:taken]
+    if front != lead[:taken]:
+        same = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(front, lead, strict=False))
+        )
+        if not same or taken != len(lead) or len(shape) <= taken or set(front[same:]) != {1}:
+            return None
+        taken = same
+        return shape[len(lead) :], max(1, math.prod(lead[same:]))
+    return shape[taken:], max(1, math.prod(lead[taken:]))
+
+
+def _has_width(dtype: torch.dtype) -> bool:
+    """Whether the last dimension of a tensor may be a vector: integers are ids or answers, each a number of its own."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _positions(stretch: Stretch) -> Shape:
+    """The dimensions of a layer that are positions if it is flattened."""
+    shape = stretch.shape
+    alone = len(shape) == 1 or (len(shape) == 2 and not _has_width(stretch.dtype))  # noqa: PLR2004
+    return shape if alone else shape[:-1]
 
 
 class _Cut:
     """Cuts stretches into rows."""
 
-    def __init__(self, call: str, picks: list[_Pick], *, flatten: bool, masked: bool) -> None:
+    def __init__(
+        self,
+        call: str,
+        picks: list[_Pick],
+        *,
+        flatten: bool,
+        masked: bool,
+        answers: Tensor | None,
+    ) -> None:
         self._call = call
+        self._answers = answers
         self._picks = picks
         self._flatten = flatten
         self._masked = masked
@@ -309,23 +427,25 @@ class _Cut:
         self._sources: list[list[Source]] = [[] for _ in picks]
 
     def runs(self, aligned: list[tuple[Stretch, ...]]) -> list[Tensor]:
-        """For each layer its runs, as lines of a tensor."""
+        """For each layer its runs, as lines of a tensor, and behind them those of a mask that is a tensor."""
         starts = list(accumulate((stretches[0].calls for stretches in aligned), initial=0))
         for stretches, start in zip(aligned, starts, strict=False):
             self._check_dimensions(stretches, start)
         leads = [self._lead(stretches) for stretches in aligned]
-        takes = [self._taken(column, leads) for column in zip(*aligned, strict=True)]
+        columns = zip(*aligned, strict=True)
+        takes = [self._taken(number, column, leads) for number, column in enumerate(columns)]
         numbers: list[dict[int, int]] = [{} for _ in self._picks]
         lines: list[list[tuple[int, int, int, int]]] = [[] for _ in self._picks]
         for stretches, lead, start in zip(aligned, leads, starts, strict=False):
-            shapes = self._shapes_of_rows(stretches, lead, takes, start)
+            cuts = self._rows_of(stretches, lead, takes, start)
             rows = math.prod(lead) * stretches[0].calls
-            for column, (stretch, shape) in enumerate(zip(stretches, shapes, strict=True)):
+            for column, (stretch, (shape, repeat)) in enumerate(zip(stretches, cuts, strict=True)):
                 number = self._number(column, numbers[column], stretch, shape)
                 width = math.prod(shape) * stretch.dtype.itemsize
                 first = stretch.offset // width if width else 0
-                repeat = max(1, math.prod(lead[takes[column] :]))
                 lines[column].append((rows, number, first, repeat))
+        if self._answers is not None:
+            lines.append(self._answered(aligned, leads))
         return [
             torch.tensor(column, dtype=torch.int64, device="cpu").view(-1, 4) for column in lines
         ]
@@ -335,10 +455,42 @@ class _Cut:
         if not self._shapes:
             self._shapes = [()] * len(self._picks)
             self._dtypes = [torch.float32] * len(self._picks)
-        parts = zip(self._picks, self._dtypes, self._shapes, self._sources, runs, strict=True)
-        return [
+        parts = zip(self._picks, self._dtypes, self._shapes, self._sources, runs, strict=False)
+        found = [
             Column(pick.title, dtype, shape, sources, lines)
             for pick, dtype, shape, sources, lines in parts
+        ]
+        if self._answers is not None:
+            held = [Held(self._answers.reshape(-1), ())]
+            found.append(Column("mask", torch.bool, (), held, runs[-1]))
+        return found
+
+    def _answered(
+        self, aligned: list[tuple[Stretch, ...]], leads: list[Shape]
+    ) -> list[tuple[int, int, int, int]]:
+        """The runs of a mask that is a tensor: an answer for each row, or for each sample."""
+        assert self._answers is not None  # noqa: S101  # for the type checker
+        calls = [stretches[0].calls for stretches in aligned]
+        samples = [many * lead[0] for many, lead in zip(calls, leads, strict=True)]
+        rows = [many * math.prod(lead) for many, lead in zip(calls, leads, strict=True)]
+        shape = tuple(self._answers.shape)
+        inner = {lead[1:] for lead in leads}
+        if shape == (sum(rows),) or shape in {
+            (sum(samples), *one) for one in inner if len(inner) == 1
+        }:
+            counts = rows
+        elif shape == (sum(samples),):
+            counts = samples
+        else:
+            message = (
+                f"{self._call}: the mask is a tensor of shape {shape}, and there are {sum(rows)} rows. It needs one number "
+                "for each, in the order of the rows."
+            )
+            raise AlignmentError(message)
+        starts = accumulate(counts, initial=0)
+        return [
+            (many, 0, start, max(1, many // max(1, count)))
+            for many, start, count in zip(rows, starts, counts, strict=False)
         ]
 
     def _number(self, column: int, numbers: dict[int, int], stretch: Stretch, shape: Shape) -> int:
@@ -358,14 +510,17 @@ class _Cut:
                 )
                 raise AlignmentError(message)
 
-    def _shapes_of_rows(
+    def _rows_of(
         self, stretches: tuple[Stretch, ...], lead: Shape, takes: list[int], start: int
-    ) -> list[Shape]:
-        """The shape of a row of each layer, after a look at whether the layers have the same rows."""
+    ) -> list[tuple[Shape, int]]:
+        """The shape of a row of each layer, and its repeats, after a look at whether the layers have the same rows."""
+        found = []
         for column, (stretch, taken) in enumerate(zip(stretches, takes, strict=True)):
-            if not _fits(stretch.shape, taken, lead):
+            read = _read(stretch.shape, lead, taken)
+            if read is None:
                 raise self._unequal(stretches, column, lead, start)
-        shapes = [stretch.shape[taken:] for stretch, taken in zip(stretches, takes, strict=True)]
+            found.append(read)
+        shapes = [shape for shape, _ in found]
         if self._masked and shapes[-1]:
             fix = "." if self._flatten else "; flatten=True makes a row of each position."
             message = (
@@ -374,41 +529,78 @@ class _Cut:
             )
             raise AlignmentError(message)
         self._check_alike(stretches, shapes, start)
-        return shapes
+        return found
 
     def _lead(self, stretches: tuple[Stretch, ...]) -> Shape:
-        """The dimensions whose positions are the rows."""
+        """The dimensions whose positions are the rows: those of the layer that has most, or of the mask."""
         if not self._flatten:
             return stretches[0].shape[:1]
-        layers = stretches[: len(stretches) - self._masked]
-        longest = max(layers, key=lambda stretch: len(stretch.shape)).shape
-        return longest[:-1] if len(longest) > 1 else longest
+        found = [_positions(stretch) for stretch in stretches[: len(stretches) - self._masked]]
+        most = max(map(len, found))
+        if most == 1 and self._masked and len(stretches[-1].shape) > 1:
+            return stretches[-1].shape
+        sizes = zip(*(shape for shape in found if len(shape) == most), strict=True)
+        return tuple(next((size for size in column if size != 1), 1) for column in sizes)
 
-    def _taken(self, column: tuple[Stretch, ...], leads: list[Shape]) -> int:
+    def _taken(self, column: int, stretches: tuple[Stretch, ...], leads: list[Shape]) -> int:
         """How many dimensions of a layer are positions, in all of its calls; the others make a row."""
-        most = len(column[0].shape)
-        choices = [taken for taken in (most, most - 1) if taken] if self._flatten else [1]
+        if not self._flatten:
+            return 1
+        dims, positions = len(stretches[0].shape), len(leads[0])
+        is_mask = self._masked and column == len(self._picks) - 1
+        is_sure = is_mask or dims > positions or not _has_width(stretches[0].dtype)
+        choices = [min(dims, positions), *([] if is_sure else range(dims - 1, 0, -1)), _MERGED]
+        pairs = [(stretch.shape, lead) for stretch, lead in zip(stretches, leads, strict=True)]
+        reads = {taken: [_read(*pair, taken) for pair in pairs] for taken in choices}
+        fitting = {taken: found for taken, found in reads.items() if None not in found}
+        if not fitting:  # the one that goes furthest; where it ends, the error is
+            return max(choices, key=lambda taken: reads[taken].index(None))
+        alike = [
+            taken
+            for taken, found in fitting.items()
+            if len({read and read[0] for read in found}) == 1
+        ] or [*fitting]
+        rows = [number for number, lead in enumerate(leads) if math.prod(lead)]
+        different = {
+            tuple(fitting[taken][number] for number in rows): taken for taken in reversed(alike)
+        }
+        if not is_sure and len(different) > 1:
+            raise self._ambiguous(column, stretches[0], leads[0], [*different.values()][::-1])
+        return alike[0]
 
-        def good(taken: int) -> int:
-            """The number of calls before the first that this does not go with."""
-            pairs = zip(column, leads, strict=True)
-            return sum(
-                1 for _ in takewhile(lambda pair: _fits(pair[0].shape, taken, pair[1]), pairs)
-            )
-
-        return max(choices, key=good)
+    def _ambiguous(
+        self, column: int, stretch: Stretch, lead: Shape, takes: list[int]
+    ) -> AlignmentError:
+        """The shapes fit two readings, in all calls."""
+        readings = []
+        for taken in takes:
+            shape, _ = _read(stretch.shape, lead, taken) or ((), 1)
+            what = f"rows of shape {shape}" if shape else "one number for each row"
+            whole = lead if taken == _MERGED else (*lead[:taken], *[1] * (len(lead) - taken))
+            say = f" (to say so, give it the shape {(*whole, *(shape or (1,)))})"
+            readings.append(what + (say if len(shape) <= 1 else ""))
+        message = (
+            f"{self._at(self._picks[column], 0)} has shape {stretch.shape}, and the rows are those of {lead}. In all calls "
+            f"that fits {len(readings)} readings: {', or '.join(readings)}. Reshape it in a transform, or where it is added."
+        )
+        return AlignmentError(message)
 
     def _unequal(
         self, stretches: tuple[Stretch, ...], column: int, lead: Shape, done: int
     ) -> AlignmentError:
-        other = self._picks[column]
-        fix = (
-            "Its first dimensions have to be the same."
-            if self._flatten
-            else "Record with a transform that gives every layer one row for each sample."
-        )
+        other, shape = self._picks[column], stretches[column].shape
+        if not self._flatten:
+            fix = "Record with a transform that gives every layer one row for each sample."
+        elif 1 < len(shape) <= len(lead) and not _has_width(stretches[column].dtype):
+            ones = (shape[0], *[1] * (len(lead) - 1), *shape[1:])
+            fix = (
+                "Integers are one number for each position, as token ids are. If they are a row for each sample, to be "
+                f"repeated, give it the shape {ones}."
+            )
+        else:
+            fix = "Its first dimensions have to be the same."
         message = (
-            f"{self._at(other, done)} has shape {stretches[column].shape}, and the rows are those of {lead}, as in "
+            f"{self._at(other, done)} has shape {shape}, and the rows are those of {lead}, as in "
             f"{self._picks[0].title} of shape {stretches[0].shape}. {fix}"
         )
         return AlignmentError(message)
@@ -436,4 +628,5 @@ class _Cut:
                 raise AlignmentError(message)
 
     def _at(self, pick: _Pick, done: int) -> str:
-        return f"{self._call}: call {done} (pass {pick.layer.passes[done]}) of {pick.title}"
+        number = done if pick.calls is None else pick.calls[done]
+        return f"{self._call}: call {number} (pass {pick.moments[done][1]}) of {pick.title}"

@@ -267,6 +267,11 @@ def open_shard(disk: Place, name: str) -> Opened:
     return Opened(shard, container, parts)
 
 
+#: What every shard says of itself.
+_NEEDED: Final = tuple(
+    name for name in Heading._fields if name not in Heading._field_defaults or name == "part"
+)
+
 # --- Checking ----------------------------------------------------------------------------------------
 
 
@@ -276,7 +281,7 @@ def _contents(shard: Shard, container: Container) -> tuple[Heading, list[Part]]:
     except (ValueError, RecursionError) as error:
         message = f"its description is no JSON ({error})"
         raise Defect(message) from error
-    about = mapping(about, "the description", "version", *Heading._fields, "layers", "structures")
+    about = mapping(about, "the description", "version", *_NEEDED, "layers", "structures")
     need(about["version"] == VERSION, "it is of another version of the format")
     need(type(about["part"]) is bool, "'part' is neither true nor false")
     heading = Heading(
@@ -285,6 +290,14 @@ def _contents(shard: Shard, container: Container) -> tuple[Heading, list[Part]]:
         integer(about["shard"], "the number of the shard"),
         integer(about["committed"], "the number of committed passes"),
         about["part"],
+        tuple(
+            integer(one, "a pass that raised")
+            for one in items(about.get("raised", []), "the passes that raised")
+        ),
+    )
+    need(
+        all(one < heading.committed for one in heading.raised),
+        "a pass raised that is not committed",
     )
     structures = [
         text(structure, "a structure") for structure in items(about["structures"], "the structures")

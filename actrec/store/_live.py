@@ -123,6 +123,7 @@ class Stream:
             own.commit(OWN, lambda file: file.write(described.own_content()))
         shards = _discard_leftovers(call, own, found) if resume else found.count
         self._passes.count = found.committed
+        self._passes.raised.update(found.outline.raised)
         return Writer(
             own,
             there.recording,
@@ -130,6 +131,7 @@ class Stream:
             rank=found.number,
             shards=shards,
             committed=found.committed,
+            raised=self._passes.raised,
         )
 
     def _remember(self, before: StoredRecording) -> None:
@@ -354,6 +356,10 @@ class LiveLayer(Layer):
 
     def __iter__(self) -> Iterator[Value]:
         return iter(self._stored)
+
+    def nth(self, number: int) -> Layer:
+        """Return one call of each pass. See :meth:`Layer.nth`."""
+        return self._stored.nth(number)
 
     def cat(self, dim: int = 0, *, release: bool = False) -> Value:
         """Join all calls along an existing dimension. See :meth:`Layer.cat`."""

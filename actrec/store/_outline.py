@@ -132,6 +132,7 @@ class Outline:
         self.held: dict[tuple[Role, str], Held] = {}  # by the first call of each layer that ended
         self.nbytes = 0  # of outputs and added values; what several layers share counts once
         self.committed = 0
+        self.raised: set[int] = set()  # passes
         self.count = 0  # of shards
         self._waiting: list[Opened] = []  # parts of passes that no shard has committed yet
 
@@ -139,6 +140,7 @@ class Outline:
         """Add the next shard."""
         self.count += 1
         self.committed = opened.shard.heading.committed
+        self.raised.update(opened.shard.heading.raised)
         if opened.shard.heading.part:
             self._waiting.append(opened)
             return

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from actrec._nested import Value
 
-__all__ = ["ReadOnlyLayer"]
+__all__ = ["ChosenLayer", "ReadOnlyLayer"]
 
 
 class ReadOnlyLayer(Layer):
@@ -49,6 +49,9 @@ class ReadOnlyLayer(Layer):
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
         return joined(self, "stack", dim)
 
+    def _of(self, calls: list[int]) -> Layer:
+        return ChosenLayer(self, calls)
+
     def keep(self, value: Value, number: int) -> NoReturn:  # noqa: ARG002
         self._refuse("keep")
 
@@ -60,3 +63,30 @@ class ReadOnlyLayer(Layer):
             f"acts[{self.name!r}].{method}(): this is a stored recording, which can only be read."
         )
         raise ActrecError(message)
+
+
+class ChosenLayer(ReadOnlyLayer):
+    """Some calls of a layer on disk."""
+
+    def __init__(self, base: Layer, calls: list[int]) -> None:
+        self.name = base.name
+        self.type = base.type
+        self.base = base
+        self.calls = calls
+
+    @property
+    def passes(self) -> list[int]:
+        passes = self.base.passes
+        return [passes[index] for index in self.calls]
+
+    @property
+    def ranks(self) -> list[int]:
+        """For each call, the rank that has recorded it."""
+        ranks = self.base.ranks  # type: ignore[attr-defined]  # layers on disk know them
+        return [ranks[index] for index in self.calls]
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def _call(self, index: int) -> Value:
+        return self.base[self.calls[index]]

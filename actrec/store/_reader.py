@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from actrec._nested import Value
+    from actrec._recording import Moment
 
     from ._place import Place
 
@@ -516,6 +517,9 @@ class StoredRecording(Recording):
         if self._wholes:
             return super().nbytes
         return sum(rank.outline.nbytes for rank in self._ranks)
+
+    def _raised(self) -> set[Moment]:
+        return {(rank.number, number) for rank in self._ranks for number in rank.outline.raised}
 
     @property
     def num_passes(self) -> int:

@@ -40,7 +40,7 @@ def save(recording: Recording, path: str | os.PathLike[str]) -> None:
     )
     with claim(name, disk, own, manifest):
         publish(name, disk, own, manifest)
-        writer = Writer(own, manifest.recording, folder)
+        writer = Writer(own, manifest.recording, folder, raised=recording.failed_passes)
         error: str | None = "save() did not finish"
         try:
             for call in _calls(layers, recording.execution_order):

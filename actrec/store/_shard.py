@@ -70,10 +70,14 @@ class Heading(NamedTuple):
     shard: int
     committed: int  # with this shard, the passes before this number are complete
     part: bool = False  # of a pass that is not complete yet
+    raised: tuple[int, ...] = ()  # those of the passes that it commits that raised
 
     def text(self) -> dict[str, Any]:
         """As it stands in the metadata."""
-        return {"version": VERSION, **self._asdict()}
+        about = self._asdict()
+        if not self.raised:
+            del about["raised"]
+        return {"version": VERSION, **about}
 
 
 # --- Tensors -----------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from ._reader import shard_name
 from ._shard import Call, Heading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from ._folder import Folder
     from ._place import Place, Unfinished
@@ -66,6 +66,7 @@ class _Batch(NamedTuple):
     committed: int
     part: bool
     size: int
+    raised: tuple[int, ...]
 
 
 class Writer:
@@ -80,6 +81,7 @@ class Writer:
         rank: int = 0,
         shards: int = 0,
         committed: int = 0,
+        raised: Collection[int] = (),
     ) -> None:
         self._disk = disk
         self._recording = recording
@@ -91,6 +93,7 @@ class Writer:
         self._seconds = folder.seconds
         self._complete: Callable[[], int] = lambda: 0  # how many passes can be committed
         self.committed = committed  # on the disk
+        self._raised = raised  # the passes that raised; it grows
         self._cut_at = committed  # and in the queue
         self._parted: set[int] = (
             set()
@@ -181,14 +184,17 @@ class Writer:
         self._last_cut = time.monotonic()
 
     def _commit(self, calls: list[Call], complete: int) -> None:
-        self._cut_at = complete
+        before, self._cut_at = self._cut_at, complete
         self._parted = {number for number in self._parted if number >= complete}
-        self._enqueue(calls, complete, part=False)
+        raised = tuple(sorted(one for one in list(self._raised) if before <= one < complete))
+        self._enqueue(calls, complete, part=False, raised=raised)
 
-    def _enqueue(self, calls: list[Call], committed: int, *, part: bool) -> None:
+    def _enqueue(
+        self, calls: list[Call], committed: int, *, part: bool, raised: tuple[int, ...] = ()
+    ) -> None:
         size = sum(call.size for call in calls)
         give_back(size)
-        self._queue.append(_Batch(calls, committed, part, size))
+        self._queue.append(_Batch(calls, committed, part, size, raised))
         self._changed.notify_all()
 
     # --- Writing ---------------------------------------------------------------------------------------
@@ -226,7 +232,9 @@ class Writer:
             self._changed.notify_all()
 
     def _write(self, batch: _Batch) -> Unfinished:
-        heading = Heading(self._recording, self._rank, self._shards, batch.committed, batch.part)
+        heading = Heading(
+            self._recording, self._rank, self._shards, batch.committed, batch.part, batch.raised
+        )
         write = partial(_shard.write, heading=heading, calls=batch.calls)
         return self._disk.begin(shard_name(self._shards), write)
 
