@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import deque
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -497,11 +498,11 @@ def _check_container(into: object, container: object, *, grads: bool) -> None:
             "new, empty one for each layer."
         )
         raise OptionError(message)
-    if grads and not (hasattr(container, "__setitem__") and hasattr(container, "__len__")):
+    if grads and type(container).append not in {list.append, deque.append}:
         message = (
-            f"record(grads=True, into={into!r}): a gradient comes after its call, so the container must let items be "
-            f"replaced, and {type(container).__name__} does not. Use list or functools.partial(collections.deque, "
-            "maxlen=10)."
+            f"record(grads=True, into={into!r}): a gradient comes after its call, and its place is counted from the latest "
+            f"one, so the container must keep each call at its end. {type(container).__name__} has an append() of its own. "
+            "Use list or functools.partial(collections.deque, maxlen=10)."
         )
         raise OptionError(message)
 

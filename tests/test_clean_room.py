@@ -298,7 +298,7 @@ def test_a_container_may_look_at_its_layer_and_call_it() -> None:
             seen.append((len(acts[""]), acts[""].passes, repr(acts), acts.stats(), acts.nbytes))
 
     net = nn.Linear(4, 4)
-    with record(net, "", into=Looks, inputs=True, grads=True) as acts:
+    with record(net, "", into=Looks, inputs=True) as acts:
         _in_threads([lambda: net(X)] * 2)
     assert max(seen)[0] == 2
     assert len(acts[""]) == 2
@@ -529,6 +529,14 @@ def test_what_the_user_appends_to_a_container_belongs_to_no_pass() -> None:
         net(X)
     acts[""].append(X)  # type: ignore[attr-defined]
     assert acts[""].passes == [0, -1]
+
+
+@pytest.mark.parametrize("make", [First, EveryThird, Sample, Newest, Wrapped])
+def test_gradients_are_refused_where_their_places_are_not_known(make: Callable[[], Any]) -> None:
+    with pytest.raises(
+        OptionError, match=rf"grads=True.*{make.__name__} has an append\(\) of its own"
+    ):
+        record(nn.Linear(4, 4), "", grads=True, into=make).__enter__()
 
 
 def test_nothing_is_remembered_of_what_a_container_does_not_keep() -> None:
