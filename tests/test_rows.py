@@ -278,7 +278,7 @@ def test_which_call_is_a_whole_number(nth: Any) -> None:
 
 def test_of_several_ranks_it_is_the_nth_call_of_each(tmp_path: Path) -> None:
     for rank in range(2):
-        reused([2, 2 + rank], Folder(tmp_path / "r", rank=rank, world_size=2))
+        reused([2, 2 + rank], Folder(tmp_path / "r", rank=rank, world_size=2, run="one"))
     acts = load(tmp_path / "r")
     assert acts["relu"].nth(-1).ranks == [0, 1, 0, 1]
     assert (
@@ -423,7 +423,7 @@ def test_a_stored_layer_lies_beside_one_in_memory(tmp_path: Path) -> None:
 
 def test_what_is_in_memory_does_not_lie_beside_several_ranks(tmp_path: Path) -> None:
     for rank in range(2):
-        memory = reused([2], Folder(tmp_path / "r", rank=rank, world_size=2))
+        memory = reused([2], Folder(tmp_path / "r", rank=rank, world_size=2, run="one"))
     memory = reused([2])
     with pytest.raises(
         AlignmentError,
