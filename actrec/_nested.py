@@ -40,6 +40,7 @@ __all__ = [
     "parts",
     "qualified",
     "rebuild",
+    "same",
     "tensors",
 ]
 
@@ -438,6 +439,40 @@ def tensors(value: Value) -> Iterator[Tensor]:
         elif not isinstance(part, _CONSTANTS) and (taken := parts(part)) is not None:
             met[id(part)] = part
             waiting += taken.children[::-1]
+
+
+def same(one: Value, other: Value) -> bool:
+    """Whether two values have one structure, and equal tensors and constants in it.
+
+    >>> same((torch.ones(2), "a"), (torch.ones(2), "a")), same([torch.ones(2)], (torch.ones(2),))
+    (True, False)
+    """
+    waiting = [(one, other)]
+    while waiting:
+        a, b = waiting.pop()
+        if a is b:
+            continue
+        x, y = (None if isinstance(v, (Tensor, *_CONSTANTS)) else parts(v) for v in (a, b))
+        if x is None or y is None:
+            if not _same_leaf(a, b):
+                return False
+        elif type(a) is not type(b) or [*x.keys] != [*y.keys]:
+            return False
+        else:
+            waiting += zip(x.children, y.children, strict=True)
+    return True
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    with suppress(RuntimeError):  # tensors of kinds that cannot be compared
+        if isinstance(a, Tensor):
+            return a.dtype == b.dtype and torch.equal(a, b)
+        if is_array(a):
+            return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
+        return bool(a == b)
+    return False
 
 
 def leaves(value: Value) -> Iterator[tuple[str, Tensor]]:

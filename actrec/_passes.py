@@ -248,6 +248,9 @@ class Passes(Count):
         self._suspended: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
 
+    def __reduce__(self) -> tuple[type[Count], tuple[int, set[int]]]:
+        return Count, (self.count, self.raised)  # a copy counts no more
+
     def begin(self, module: nn.Module, *, is_root: bool) -> None:
         """A call of ``module`` begins."""
         thread = self.thread

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice, repeat, zip_longest
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
 
 import torch
 
@@ -23,7 +23,7 @@ from . import _display, _html, _stats
 from ._clean_room import in_a_clean_room
 from ._forms import Form, form
 from ._join import joined
-from ._nested import Value, tensors
+from ._nested import Value, same, tensors
 from ._passes import Count
 from ._snapshot import held
 from .errors import ActrecError, CaptureError, OptionError, UnknownLayerError, nearest
@@ -232,6 +232,14 @@ class Layer(Sequence[Value]):
         """Each form once."""
         return dict.fromkeys(self._forms())
 
+    def __eq__(self, other: object) -> bool:
+        # That of a list would ask a tensor of truth values whether it is true.
+        if not isinstance(other, (list, Layer)):
+            return NotImplemented
+        return self is other or (len(self) == len(other) and all(map(same, self, other)))
+
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
+
     def __repr__(self) -> str:
         return _display.layer_line(self)
 
@@ -248,6 +256,9 @@ class ListLayer(list[Value], Layer):
         self.type = kind
         self._passes = list(range(len(self)))
 
+    __eq__ = Layer.__eq__
+    __ne__ = Layer.__ne__
+    __hash__: ClassVar[None] = None
     __repr__ = Layer.__repr__
 
     @property

@@ -31,12 +31,14 @@ from actrec import (
     UnknownLayerError,
     _join,
     _recording,
+    load,
     record,
 )
 from actrec._recording import ListLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 def net() -> nn.Sequential:
@@ -1036,3 +1038,86 @@ def test_with_release_the_memory_is_given_back_in_portions(monkeypatch: pytest.M
     monkeypatch.setattr(_join, "WORTH_IT", 10_000)
     ListLayer("a", calls).stack(release=True)
     assert given == [10_240]
+
+
+# --- Equality and copies ------------------------------------------------------------------------------
+
+
+X = torch.arange(20.0).reshape(5, 4) - 9
+
+
+class Returns(nn.Module):
+    """Returns values of several kinds."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"x": x, "more": (x.numpy(force=True) * 1, None, [x * 2]), "n": len(x)}
+
+
+def several(x: Tensor) -> dict[str, Any]:
+    """Recordings of one model, in every place."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), Returns())
+    with torch.no_grad():
+        model[0].weight.fill_(0.5)
+        model[0].bias.fill_(0.1)
+    found: dict[str, Any] = {}
+    for name, into in {"list": list, "deque": deque}.items():
+        with torch.no_grad(), record(model, inputs=True, into=into) as found[name]:
+            model(x)
+            model(x + 1)
+    return found
+
+
+def test_recordings_are_equal_if_their_values_are(tmp_path: Path) -> None:
+    one, other, different = several(X), several(X), several(X * 2)
+    for acts in (one["list"], other["list"]):
+        acts.save(tmp_path / str(len(list(tmp_path.iterdir()))))
+    one["disk"], other["disk"] = (load(tmp_path / str(at)) for at in range(2))
+    for name, acts in one.items():
+        assert acts == copy.copy(acts)
+        for key in ("0", "1"):
+            assert acts[key] == other["list"][key] == [*acts[key]]
+            assert acts.inputs[key] == other[name].inputs[key]
+            assert acts[key] != different["list"][key]
+            assert acts[key] != acts[key][:1]
+            assert acts[key] != "a string"
+            assert acts[key] in [different["list"][key], other[name][key]]
+            assert acts[key] not in [different["list"][key], [1, 2], 3]
+        assert acts != different["list"]
+        assert acts not in [different["list"], None]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_values_of_every_kind_are_compared() -> None:
+    one, other = several(X)["list"]["2"], several(X)["list"]["2"]
+    assert one == other
+    kept = other[0].copy()
+    for key, value in {"n": 3, "x": X.double(), "more": (), "y": 1}.items():
+        other[0] = {**kept, key: value}
+        assert one != other
+    other[0] = {**kept, "more": (kept["more"][0] + 1, *kept["more"][1:])}
+    assert one != other
+    nested = torch.nested.nested_tensor([X[0], X[1]])  # of a kind that cannot be compared
+    assert layer(nested) == layer(nested)
+    assert layer(nested) != layer(nested.clone())
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_every_part_of_a_recording_can_be_copied(copied: Any, inside: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    block = record(model, inputs=True, grads=True)
+    with block as acts:
+        model(X).sum().backward()
+        if inside:
+            copies = [copied(part) for part in (acts, acts.inputs, acts.grads)]
+        model(X)
+    if not inside:
+        copies = [copied(part) for part in (acts, acts.inputs, acts.grads)]
+    for part, other in zip((acts, acts.inputs, acts.grads), copies, strict=True):
+        for name, layer in part.items():
+            assert other[name] == layer or (inside and other[name] == layer[:1])
+            assert other[name].passes == layer.passes[: len(other[name])]
+    if copied is not copy.copy:
+        assert [other.num_passes for other in copies] == [1 if inside else 2] * 3
