@@ -17,7 +17,6 @@ Three kinds of output need more than that:
 
 from __future__ import annotations
 
-import threading
 import warnings
 import weakref
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from ._views import View
 from .errors import CaptureError, MissingGradientWarning
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Mapping, MutableMapping
 
     from torch.autograd.graph import Node
@@ -190,6 +190,7 @@ class Gradients:
 
     capture: Capture
     layer: Any  # a Layer whose items can be replaced
+    lock: threading.Lock  # that of the calls that the gradients belong to
     watched: bool = False  # whether there was anything that a gradient could reach
     _warned: bool = False
     regions: _Regions = field(default_factory=_Regions)
@@ -197,20 +198,18 @@ class Gradients:
     _leaves: list[_Leaf] = field(default_factory=list)
     _next: int = 0  # the ticket of the next call
     _oldest: int = 0  # the ticket of the oldest call that is in the recording
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def reserve(self, output: Value, kept: Value, number: int) -> int:
         """Make a place for a call of pass ``number``, in one step with its value, and return its ticket.
 
-        It returned ``output``, of which ``kept`` was recorded.
+        It returned ``output``, of which ``kept`` was recorded. The caller holds the lock.
         """
-        with self._lock:
-            ticket = self._next
-            self._next += 1
-            self.layer.keep(rebuild(kept, lambda _: None), number)
-            if not isinstance(output, Tensor):
-                self._nested[ticket] = _Nested.of(output)
-            self._forget()
+        ticket = self._next
+        self._next += 1
+        self.layer.keep(rebuild(kept, lambda _: None), number)
+        if not isinstance(output, Tensor):
+            self._nested[ticket] = _Nested.of(output)
+        self._forget()
         return ticket
 
     def expect(self, output: Value, kept: Value, ticket: int | None, number: int) -> None:
@@ -250,7 +249,7 @@ class Gradients:
         self, tensor: Tensor, number: int, arrival: _Arrival, handle: RemovableHandle
     ) -> None:
         node = get_gradient_edge(tensor).node
-        with self._lock:
+        with self.lock:
             earlier = [leaf for leaf in self._leaves if leaf.node is node and leaf.number != number]
             for leaf in earlier:
                 leaf.handle.remove()
@@ -265,7 +264,7 @@ class Gradients:
 
     def arrived(self, ticket: int, index: int, grad: Tensor, view: View | None = None) -> None:
         """The gradient of tensor number ``index`` of a call is there, or that of the base of this ``view``."""
-        with self._lock:
+        with self.lock:
             # Counted from the end: the recording may have been cleared, or be bounded.
             place = len(self.layer) - (self._next - ticket)
             if place < 0:

@@ -342,7 +342,7 @@ class _Block(AbstractContextManager[Recorder]):
             if self._grads:
                 what = replace(capture, what="the gradient of call", offload=None)
                 what = self._counting(what, grads[choice.key])
-                track.grads = Gradients(what, grads[choice.key])
+                track.grads = Gradients(what, grads[choice.key], track.lock)
             self._tracks[choice.key] = (choice, track)
         if self._session.stop is not None:
             self._session.stop.layers = frozenset(self._tracks)

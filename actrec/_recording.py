@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from ._capture import Capture
     from ._overflow import Overflows
-    from ._track import Session
+    from ._track import Session, Track
 
 __all__ = ["Layer", "ListLayer", "Moment", "Recorder", "Recording", "SinkLayer", "nth_calls"]
 
@@ -732,7 +732,7 @@ class Recorder(Recording):
         inputs: Mapping[str, Layer],
         grads: Mapping[str, Layer],
         capture: Capture,
-        tracks: object,
+        tracks: Sequence[Track],
         added: Callable[[str], Layer] = lambda name: ListLayer(name, (), "added"),
     ) -> None:
         super().__init__(
@@ -837,11 +837,15 @@ class Recorder(Recording):
 
         For long runs that are worked off in portions. Call it between two passes.
         """
-        for recording in (self, self._inputs, self._grads):
-            for layer in (recording or {}).values():
-                layer.clear()
-                if layer.overflows is not None:
-                    layer.overflows.clear()
+        locks = {track.capture.layer: track.lock for track in self._tracks}
+        for name in self:
+            with locks.get(name, self._adding):  # other threads keep calls in one step, too
+                for recording in (self, self._inputs, self._grads):
+                    if recording is not None and name in recording:
+                        layer = recording[name]
+                        layer.clear()
+                        if layer.overflows is not None:
+                            layer.overflows.clear()
         self._session.passes.restart()
 
     def __reduce__(self) -> tuple[Callable[..., Recording], tuple[dict[str, Any]]]:

@@ -130,7 +130,7 @@ class Track:
     traced: int = 0  # how many calls were made to write down what the model does
     _is_direct: bool = field(init=False)  # whether a tensor is kept just as it is
     _arrivals: Arrivals = field(default_factory=Arrivals)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # held while a call is kept
 
     def __post_init__(self) -> None:
         self._is_direct = self.capture.is_direct()
@@ -220,7 +220,7 @@ class Track:
                 if not self.kept:
                     session.order.setdefault(self.capture.layer)
                 self.kept += 1
-                with self._lock:
+                with self.lock:
                     self.outputs.keep(value, number)
                     if self.inputs is not None:
                         self.inputs.keep(received, number)

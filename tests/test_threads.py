@@ -149,3 +149,23 @@ def belongs(call: tuple[Any, ...], module: nn.Module, losses: dict[int, set[floa
     made = not isinstance(module, Scale) or torch.equal(value, received["x"] * module.factor)
     # Behind the value everything multiplies, whichever layer it is: its share of the loss is the loss.
     return made and float(value * grad) in losses[number]
+
+
+def test_a_call_that_is_cleared_by_another_thread_is_cleared_as_a_whole() -> None:
+    model = Scale(2.0)
+    done = threading.Event()
+
+    def work(number: int) -> None:
+        while number == 0 and not done.is_set():
+            acts.clear()
+        for prime in PRIMES * 5 if number else ():
+            output = model(torch.tensor([[float(prime)]], requires_grad=True))
+            output.square().sum().backward()
+            if prime == PRIMES[-1]:
+                done.set()
+
+    with record(model, "", inputs=True, grads=True) as acts:
+        in_threads(work, 4)
+    for value, received, grad in zip(acts[""], acts.inputs[""], acts.grads[""], strict=True):
+        assert torch.equal(value, received["x"] * 2)
+        assert torch.equal(grad, value * 2)
