@@ -14,11 +14,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._compare import Comparison, compare
-from ._nested import Opaque
+from actrec._recordings.compare import Comparison, compare
+from actrec._recordings.recording import Layer, Recorder, Recording
+from actrec._recordings.stats import Stats
+from actrec._values.nested import Opaque
+
 from ._record import record
-from ._recording import Layer, Recorder, Recording
-from ._stats import Stats
 from .errors import (
     ActrecError,
     AlignmentError,

@@ -13,13 +13,12 @@ import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from ._arriving import ArrivingList, ArrivingSink
-from ._capture import Capture, Transform
-from ._device import with_streams
-from ._eager import COMPILING
-from ._early import EarlyStop, StoppableForward, refuse_sharded
-from ._grads import Gradients
-from ._hooks import (
+from actrec._calls.arriving import ArrivingList, ArrivingSink
+from actrec._calls.capture import Capture, Transform
+from actrec._calls.compiled import COMPILING
+from actrec._calls.device import with_streams
+from actrec._calls.gradients import Gradients
+from actrec._calls.hooks import (
     BeginPass,
     Below,
     CallHook,
@@ -31,28 +30,30 @@ from ._hooks import (
     OutputHook,
     StopHook,
 )
-from ._inputs import Parameters
-from ._missing import (
+from actrec._calls.inputs import Parameters
+from actrec._calls.layer import Calls, Session, Track
+from actrec._calls.overflow import Overflows
+from actrec._calls.passes import is_tracing
+from actrec._calls.stop_early import EarlyStop, StoppableForward, refuse_sharded
+from actrec._calls.transfer import Deferred, Offload
+from actrec._calls.warnings import (
     warn_incomplete,
     warn_not_stopped,
     warn_overflow,
     warn_ungraded,
     warn_unused,
 )
-from ._offload import Deferred, Offload
-from ._overflow import Overflows
-from ._passes import is_tracing
-from ._recording import Layer, ListLayer, Recorder, SinkLayer
-from ._select import Choice, Query, Selection, select, type_name
-from ._snapshot import frees_weights
-from ._track import Calls, Session, Track
+from actrec._recordings.recording import Layer, ListLayer, Recorder, SinkLayer
+from actrec._selection.queries import Choice, Query, Selection, select, type_name
+from actrec._values.snapshot import frees_weights
+
 from .errors import ActrecError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from types import TracebackType
 
-    from .store._live import Stream
+    from actrec.store.stream import Stream
 
 __all__ = ["record"]
 
@@ -381,9 +382,9 @@ class _Block(AbstractContextManager[Recorder]):
     def _opened(self, path: str | os.PathLike[str]) -> Stream:
         """Open the path that is recorded into, before anything happens to the model."""
         # Who records into memory does not wait for the store to be imported.
-        from .store._folder import Folder  # noqa: PLC0415
-        from .store._live import Stream  # noqa: PLC0415
-        from .store._manifest import LayerInfo, Manifest, described  # noqa: PLC0415
+        from actrec.store.description import LayerInfo, Manifest, described  # noqa: PLC0415
+        from actrec.store.folder import Folder  # noqa: PLC0415
+        from actrec.store.stream import Stream  # noqa: PLC0415
 
         manifest = Manifest(
             type_name(self._model),
@@ -483,7 +484,7 @@ def _check_path(into: Any, *, detach: bool, grads: bool, resume: bool) -> None:
 
 
 def _checked_path(into: str | os.PathLike[str]) -> str:
-    from .store._folder import Folder  # noqa: PLC0415  # as above
+    from actrec.store.folder import Folder  # noqa: PLC0415  # as above
 
     return os.fspath(Folder.of(into))
 

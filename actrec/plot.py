@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ._blocks import dense
-from ._display import count, shown
-from ._forms import shape_of
-from ._nested import Value, leaves
-from ._recording import Layer, Recording
-from ._stats import Moments
+from actrec._recordings.recording import Layer, Recording
+from actrec._recordings.stats import Moments
+from actrec._tables.text import count, shown
+from actrec._values.chunks import dense
+from actrec._values.forms import shape_of
+from actrec._values.nested import Value, leaves
+
 from .errors import OptionError
 
 try:

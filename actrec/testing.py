@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ._hooks import Hook
+from actrec._calls.hooks import Hook
+
 from .errors import listed
 
 __all__ = ["ConvNet", "Recurrent", "TinyTransformer", "assert_unhooked"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from actrec._hooks import Hook
+from actrec._calls.hooks import Hook
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from actrec import _offload, _record
-from actrec._capture import Capture
+from actrec import _record
+from actrec._calls import transfer as _offload
+from actrec._calls.capture import Capture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from actrec import Opaque
-from actrec.store._index import open_shard
-from actrec.store._reader import shard_name
+from actrec.store.index import open_shard
+from actrec.store.reader import shard_name
 
 if TYPE_CHECKING:
     from actrec import Recording
     from actrec.store import StoredRecording
-    from actrec.store._index import Opened
+    from actrec.store.index import Opened
 
 
 def opened_shards(acts: StoredRecording, rank: int = 0) -> list[Opened]:

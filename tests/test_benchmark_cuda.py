@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from actrec import _offload
+from actrec._calls import transfer as _offload
 from tests.benchmarks import cuda
 from tests.stand_in import StandIn, standing_in
 

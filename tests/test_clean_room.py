@@ -20,7 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from actrec import OptionError, TransformError, UnusedLayerWarning, _draws, record
+from actrec import (
+    OptionError,
+    TransformError,
+    UnusedLayerWarning,
+    _draws,
+    record,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,15 +20,15 @@ from actrec import (
     Recording,
     UnknownLayerError,
     UnusedLayerWarning,
-    _blocks,
     compare,
     record,
 )
-from actrec._recording import ListLayer
+from actrec._recordings.recording import ListLayer
+from actrec._values import chunks as _blocks
 from actrec.testing import ConvNet, TinyTransformer
 
 if TYPE_CHECKING:
-    from actrec._compare import Row
+    from actrec._recordings.compare import Row
 
 NAN, INF = math.nan, math.inf
 

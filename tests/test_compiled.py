@@ -13,8 +13,13 @@ from functorch.experimental.control_flow import map as map_
 from torch import Tensor, nn
 from torch._higher_order_ops import while_loop
 
-from actrec import ActrecError, IncompleteLayerWarning, UnusedLayerWarning, record
-from actrec._eager import Eager
+from actrec import (
+    ActrecError,
+    IncompleteLayerWarning,
+    UnusedLayerWarning,
+    record,
+)
+from actrec._calls.compiled import Eager
 
 X = torch.randn(2, 4)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from actrec import CaptureError, Opaque, load, record
-from actrec._nested import leaves
+from actrec._values.nested import leaves
 from actrec.store import Fields
 
 LAW = settings(derandomize=True, max_examples=60, deadline=None, database=None)

@@ -23,18 +23,36 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import actrec
-from actrec import AlignmentError, CorruptRecordingError, OptionError, ResumeError, load, record
+from actrec import (
+    AlignmentError,
+    CorruptRecordingError,
+    OptionError,
+    ResumeError,
+    load,
+    record,
+)
 from actrec.data import (
     Shuffled,
-    _columns,
-    _giving,
-    _shuffled,
-    _sources,
-    _window,
     rows,
     shuffled,
 )
-from actrec.store import Folder, _disk
+from actrec.data import (
+    columns as _columns,
+)
+from actrec.data import (
+    giving as _giving,
+)
+from actrec.data import (
+    shuffling as _shuffled,
+)
+from actrec.data import (
+    sources as _sources,
+)
+from actrec.data import (
+    window as _window,
+)
+from actrec.store import Folder
+from actrec.store import disk as _disk
 from tests.stored import same
 from tests.test_store_reader import rewrite
 

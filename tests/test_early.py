@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from actrec import ActrecError, OptionError, UnsupportedModelError, UnusedLayerWarning, record
+from actrec import (
+    ActrecError,
+    OptionError,
+    UnsupportedModelError,
+    UnusedLayerWarning,
+    record,
+)
 from tests.conftest import own_hooks
 from tests.test_grads import process_group
 

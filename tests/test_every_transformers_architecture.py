@@ -742,7 +742,7 @@ def _no_true_randomness(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 #: Whether memory is shared copy-on-write.
-SHARING = "actrec._snapshot._SHARING"
+SHARING = "actrec._values.snapshot._SHARING"
 
 
 @pytest.mark.parametrize("mode", MODES)

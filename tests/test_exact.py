@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actrec import CaptureError, TransformError, _snapshot, record
+from actrec import CaptureError, TransformError, record
+from actrec._values import snapshot as _snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actrec import ActrecError, _record, _snapshot, record
-from actrec._hooks import Hook
+from actrec import ActrecError, _record, record
+from actrec._calls.hooks import Hook
+from actrec._values import snapshot as _snapshot
 
 X = torch.ones(2, 4)
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from actrec import CaptureError, MissingGradientWarning, _views, record
+from actrec import CaptureError, MissingGradientWarning, record
+from actrec._calls import views as _views
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

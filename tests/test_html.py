@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from actrec import Layer, Opaque, Recording, UnusedLayerWarning, _display, _html, record
-from actrec._forms import Form, Leaf, form
-from actrec._nested import leaves, tensors
-from actrec._recording import ListLayer
-from actrec._tree import tree
+from actrec import Layer, Opaque, Recording, UnusedLayerWarning, record
+from actrec._recordings.recording import ListLayer
+from actrec._tables import html as _html
+from actrec._tables import text as _display
+from actrec._tables.tree import tree
+from actrec._values.forms import Form, Leaf, form
+from actrec._values.nested import leaves, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from actrec import _snapshot, record
+from actrec import record
+from actrec._values import snapshot as _snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

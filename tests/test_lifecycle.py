@@ -23,7 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from actrec import ActrecError, Recorder, SelectionError, TransformError, _hooks, record
+from actrec import (
+    ActrecError,
+    Recorder,
+    SelectionError,
+    TransformError,
+    record,
+)
+from actrec._calls import hooks as _hooks
 from tests.conftest import own_hooks
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from actrec import Opaque, load, record
-from actrec._nested import rebuild
+from actrec._values.nested import rebuild
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

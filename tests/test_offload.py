@@ -29,16 +29,16 @@ from actrec import (
     OverflowWarning,
     TransformError,
     WriteError,
-    _device,
-    _offload,
     load,
     record,
 )
-from actrec._arriving import ArrivingList, ArrivingSink
-from actrec._offload import Offload
-from actrec._recording import ListLayer, SinkLayer
-from actrec._staging import BLOCK, Staging
-from actrec.store._writer import Writer
+from actrec._calls import device as _device
+from actrec._calls import transfer as _offload
+from actrec._calls.arriving import ArrivingList, ArrivingSink
+from actrec._calls.staging import BLOCK, Staging
+from actrec._calls.transfer import Offload
+from actrec._recordings.recording import ListLayer, SinkLayer
+from actrec.store.writer import Writer
 from tests.stand_in import POISON, StandIn, StandInStream, standing_in
 
 if TYPE_CHECKING:
@@ -862,7 +862,7 @@ def test_what_the_writer_raises_comes_out_of_the_pass(tmp_path: Any, monkeypatch
     full = pytest.raises(WriteError, match="No space left")
     with full, record(net, ["a", "tail"], into=tmp_path / "run"):
         net(X)
-        monkeypatch.setattr("actrec.store._shard.write", broken)
+        monkeypatch.setattr("actrec.store.shard.write", broken)
         net(X)
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import actrec
-from actrec import OverflowWarning, _overflow, record
+from actrec import OverflowWarning, record
+from actrec._calls import overflow as _overflow
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,13 +18,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import actrec
-from actrec import CaptureError, CorruptRecordingError, ResumeError, compare, load, record
-from actrec._nested import tensors
-from actrec._select import type_name
+from actrec import (
+    CaptureError,
+    CorruptRecordingError,
+    ResumeError,
+    compare,
+    load,
+    record,
+)
+from actrec._selection.queries import type_name
+from actrec._values.nested import tensors
 from actrec.data import rows, shuffled
-from actrec.store import _parts, _reader, _tree
-from actrec.store._format import Defect
-from actrec.store._parts import Spread
+from actrec.store import dtensor as _parts
+from actrec.store import reader as _reader
+from actrec.store import values as _tree
+from actrec.store.dtensor import Spread
+from actrec.store.format import Defect
 from tests.ranked import (
     Communication,
     Same,

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from actrec import _passes, load, record
+from actrec import load, record
+from actrec._calls import passes as _passes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from actrec import OptionError, Recording, plot, record
-from actrec._recording import ListLayer
+from actrec._recordings.recording import ListLayer
 from actrec.plot import distributions, drift, feature_maps, similarity
 from actrec.testing import ConvNet, TinyTransformer
 

@@ -27,8 +27,10 @@ from actrec import (
     load,
     record,
 )
-from actrec.store import Folder, RankInfo, _live, _rank
-from actrec.store._rank import here
+from actrec.store import Folder, RankInfo
+from actrec.store import rank as _rank
+from actrec.store import stream as _live
+from actrec.store.rank import here
 from tests.ranked import Same, as_rank, write
 from tests.stored import assert_same, same
 

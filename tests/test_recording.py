@@ -29,12 +29,12 @@ from actrec import (
     Recorder,
     Recording,
     UnknownLayerError,
-    _join,
-    _recording,
     load,
     record,
 )
-from actrec._recording import ListLayer
+from actrec._recordings import recording as _recording
+from actrec._recordings.recording import ListLayer
+from actrec._values import join as _join
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -753,7 +753,7 @@ def test_nested_tensors_are_shown_without_a_shape() -> None:
      (4_900_000, "4.9 MB"), (2 * 10**9, "2.0 GB"), (10**15, "1.0 PB"), (10**19, "10000.0 PB")],
 )  # fmt: skip
 def test_sizes_are_short(nbytes: int, text: str) -> None:
-    from actrec._display import size
+    from actrec._tables.text import size
 
     assert size(nbytes) == text
 

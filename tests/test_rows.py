@@ -12,9 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from actrec import AlignmentError, CorruptRecordingError, OptionError, load, record
+from actrec import (
+    AlignmentError,
+    CorruptRecordingError,
+    OptionError,
+    load,
+    record,
+)
 from actrec.data import rows, shuffled
-from actrec.store import Folder, _reader
+from actrec.store import Folder
+from actrec.store import reader as _reader
 from tests.stored import same
 from tests.test_store_reader import rewrite
 
@@ -456,7 +463,7 @@ def test_each_header_is_read_once_however_many_layers(
 
 
 def test_calls_that_are_left_out_cut_stretches_no_smaller_than_they_must() -> None:
-    from actrec.data._table import _ranges
+    from actrec.data.align import _ranges
 
     numbers = [0, 1, 5, 6, 7, 9]
     ranges = list(_ranges(numbers))

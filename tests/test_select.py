@@ -15,8 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
-from actrec import ActrecError, OptionError, SelectionError, UnsupportedModelError, record
-from actrec._select import select
+from actrec import (
+    ActrecError,
+    OptionError,
+    SelectionError,
+    UnsupportedModelError,
+    record,
+)
+from actrec._selection.queries import select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

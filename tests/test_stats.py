@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from actrec import ActrecError, Recording, Stats, UnusedLayerWarning, _blocks, record
-from actrec._recording import ListLayer
-from actrec._stats import Moments, Row
+from actrec import ActrecError, Recording, Stats, UnusedLayerWarning, record
+from actrec._recordings.recording import ListLayer
+from actrec._recordings.stats import Moments, Row
+from actrec._values import chunks as _blocks
 
 NAN, INF = math.nan, math.inf
 

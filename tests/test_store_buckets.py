@@ -36,10 +36,13 @@ from actrec import (
     verify,
 )
 from actrec.__main__ import main
-from actrec.store import Folder, _bucket, _cache, _disk
-from actrec.store._bucket import Bucket
-from actrec.store._disk import Disk
-from actrec.store._place import place
+from actrec.store import Folder
+from actrec.store import bucket as _bucket
+from actrec.store import cache as _cache
+from actrec.store import disk as _disk
+from actrec.store.bucket import Bucket
+from actrec.store.disk import Disk
+from actrec.store.place import place
 from tests.object_store import Stand, s3_server
 from tests.stored import Net, assert_same, batches, same
 

@@ -16,10 +16,27 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actrec import CaptureError, load, record
-from actrec.store import Folder, _container, _format, _live, _outline, _shard
-from actrec.store._disk import Disk
-from actrec.store._format import Slot
-from actrec.store._index import open_shard
+from actrec.store import (
+    Folder,
+)
+from actrec.store import (
+    format as _format,
+)
+from actrec.store import (
+    outline as _outline,
+)
+from actrec.store import (
+    safetensors as _container,
+)
+from actrec.store import (
+    shard as _shard,
+)
+from actrec.store import (
+    stream as _live,
+)
+from actrec.store.disk import Disk
+from actrec.store.format import Slot
+from actrec.store.index import open_shard
 from tests.stored import opened_shards, same
 
 if TYPE_CHECKING:
@@ -199,7 +216,7 @@ def test_shards_are_read_again_that_were_cut_for_their_headers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_live, "MAX_VALUE", 5_000)
-    monkeypatch.setattr("actrec.store._writer.MAX_HEADER", 12_000)
+    monkeypatch.setattr("actrec.store.writer.MAX_HEADER", 12_000)
     values = [[torch.full((1,), i) for i in range(number % 12)] for number in range(60)]
     net = nn.Identity()
     with record(net, "", into=tmp_path / "r") as acts:

@@ -6,7 +6,7 @@ import ctypes
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from actrec import _heap
+from actrec._values import heap as _heap
 from tests import memory
 
 if TYPE_CHECKING:

@@ -17,13 +17,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actrec import CorruptRecordingError, load, record
-from actrec.store import Folder, _container, _outline, _reader
-from actrec.store._disk import Disk
-from actrec.store._format import Slot
-from actrec.store._index import open_shard
-from actrec.store._live import encoded
-from actrec.store._shard import Call, Heading
-from actrec.store._shard import write as write_shard
+from actrec.store import (
+    Folder,
+)
+from actrec.store import (
+    outline as _outline,
+)
+from actrec.store import (
+    reader as _reader,
+)
+from actrec.store import (
+    safetensors as _container,
+)
+from actrec.store.disk import Disk
+from actrec.store.format import Slot
+from actrec.store.index import open_shard
+from actrec.store.shard import Call, Heading
+from actrec.store.shard import write as write_shard
+from actrec.store.stream import encoded
 from tests.stored import Net, assert_same, batches, opened_shards
 
 if TYPE_CHECKING:

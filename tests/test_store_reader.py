@@ -38,9 +38,35 @@ from actrec import (
     record,
 )
 from actrec.__main__ import main
-from actrec._recording import ListLayer
+from actrec._recordings.recording import ListLayer
 from actrec.data import rows
-from actrec.store import Folder, _container, _disk, _format, _index, _reader, _shard, _tree, _verify
+from actrec.store import (
+    Folder,
+)
+from actrec.store import (
+    disk as _disk,
+)
+from actrec.store import (
+    format as _format,
+)
+from actrec.store import (
+    index as _index,
+)
+from actrec.store import (
+    reader as _reader,
+)
+from actrec.store import (
+    safetensors as _container,
+)
+from actrec.store import (
+    shard as _shard,
+)
+from actrec.store import (
+    values as _tree,
+)
+from actrec.store import (
+    verify as _verify,
+)
 from tests.stored import Net, assert_same, batches, opened_shards, same
 
 if TYPE_CHECKING:
@@ -195,7 +221,7 @@ def test_writing_to_a_call_does_not_reach_the_file_and_does_not_crash(path: Path
     acts = load(path)
     for layer in acts.values():
         for value in layer:
-            for tensor in actrec._nested.tensors(value):
+            for tensor in actrec._values.nested.tensors(value):
                 tensor.zero_()
     assert not acts["conv"].cat().any(), "in this process it is seen, as in a list"
     assert [shard.read_bytes() for shard in shards(path)] == before
@@ -851,7 +877,7 @@ def test_a_recording_that_is_gone_on_with_while_it_is_opened_is_one_that_still_r
 def test_an_absurdly_large_description_is_not_even_read(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actrec.store._manifest, "MAX_JSON", 10)
+    monkeypatch.setattr(actrec.store.description, "MAX_JSON", 10)
     with pytest.raises(CorruptRecordingError, match="and 10 is the limit"):
         load(path)
 
@@ -933,7 +959,7 @@ def use(path: Path) -> bool:
         for recording in (acts, acts.inputs):
             for layer in recording.values():
                 for value in layer:
-                    for tensor in actrec._nested.tensors(value):
+                    for tensor in actrec._values.nested.tensors(value):
                         tensor.numel() < 10**6 and tensor.clone()
     except CorruptRecordingError:
         return True

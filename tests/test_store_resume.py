@@ -25,7 +25,8 @@ from actrec import (
     load,
     record,
 )
-from actrec.store import Folder, _disk
+from actrec.store import Folder
+from actrec.store import disk as _disk
 from tests.stored import Net, assert_same, batches, same
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def assert_is_the_beginning(found: Any, whole: Any) -> None:
 CHILD = """
 import sys, time
 from tests.test_store_resume import run
-import actrec.store._disk, actrec.store._shard
+import actrec.store.disk, actrec.store.shard
 # Killed anywhere: between any two system calls, and in the middle of a file.
 run(sys.argv[1], resume=True, shard_bytes=int(sys.argv[2]), budget=2 * int(sys.argv[2]))
 """

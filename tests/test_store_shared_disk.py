@@ -26,7 +26,8 @@ from actrec import (
     load,
     record,
 )
-from actrec.store import Folder, _disk
+from actrec.store import Folder
+from actrec.store import disk as _disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

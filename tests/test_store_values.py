@@ -23,8 +23,22 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import actrec
 from actrec import CaptureError, Opaque, Recording, load, record
-from actrec._recording import ListLayer
-from actrec.store import Fields, _container, _format, _shard, _tree
+from actrec._recordings.recording import ListLayer
+from actrec.store import (
+    Fields,
+)
+from actrec.store import (
+    format as _format,
+)
+from actrec.store import (
+    safetensors as _container,
+)
+from actrec.store import (
+    shard as _shard,
+)
+from actrec.store import (
+    values as _tree,
+)
 from tests.stored import Net, assert_same, batches, same
 from tests.test_store_reader import rewrite
 

@@ -35,8 +35,11 @@ from actrec import (
     load,
     record,
 )
-from actrec._snapshot import memory, snapshot
-from actrec.store import Folder, _disk, _live, _writer
+from actrec._values.snapshot import memory, snapshot
+from actrec.store import Folder
+from actrec.store import disk as _disk
+from actrec.store import stream as _live
+from actrec.store import writer as _writer
 from tests.conftest import own_hooks
 from tests.stored import Net, assert_same, batches, bits, opened_shards
 
@@ -200,7 +203,7 @@ def test_reading_memory_does_not_end_the_sharing() -> None:
 def test_without_the_private_address_memory_is_a_copy_of_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(actrec._snapshot, "_data_address", None)
+    monkeypatch.setattr(actrec._values.snapshot, "_data_address", None)
     original = torch.randn(128, 128)
     owner, view = memory(snapshot(original))
     assert bytes(view) == bits(original)
@@ -258,7 +261,7 @@ def test_threads_record_into_one_path(tmp_path: Path) -> None:
 
 
 def test_a_pass_is_complete_when_nothing_can_be_added_to_it() -> None:
-    passes = actrec._passes.Passes()
+    passes = actrec._calls.passes.Passes()
     module, other = nn.Identity(), nn.Identity()
     seen = [passes.complete()]
     for _ in range(2):
@@ -629,7 +632,7 @@ def test_an_error_outside_of_the_system_reaches_the_caller_too(
 def test_a_header_that_is_beyond_the_format_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actrec.store._container, "MAX_HEADER", 100)
+    monkeypatch.setattr(actrec.store.safetensors, "MAX_HEADER", 100)
     net = nn.Linear(4, 3)
     with pytest.raises(WriteError, match="is the limit"), record(net, "", into=tmp_path / "r"):
         net(torch.ones(2, 4))

@@ -19,7 +19,7 @@ A *row* is a sample of a layer or, flattened, one position of it; the rows of se
 :func:`rows` has them by number, :func:`shuffled` brings all of them in random order, at the speed of the disk.
 """
 
-from ._rows import Rows, rows
-from ._shuffled import Shuffled, shuffled
+from .dataset import Rows, rows
+from .shuffling import Shuffled, shuffled
 
 __all__ = ["Rows", "Shuffled", "rows", "shuffled"]

@@ -16,10 +16,10 @@ What is recorded into a path is written by a thread while the model goes on. The
 a folder, described on a page of its own in the documentation.
 """
 
-from ._folder import Folder
-from ._ranks import RankInfo
-from ._reader import StoredRecording, load
-from ._tree import Fields
-from ._verify import verify
+from .folder import Folder
+from .ranks import RankInfo
+from .reader import StoredRecording, load
+from .values import Fields
+from .verify import verify
 
 __all__ = ["Fields", "Folder", "RankInfo", "StoredRecording", "load", "verify"]

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from actrec import CaptureError, record
-from actrec._device import SWITCH
-from actrec._offload import BUDGET
+from actrec._calls.device import SWITCH
+from actrec._calls.transfer import BUDGET
 from tests.benchmarks import report
 from tests.benchmarks.models import Block
 from tests.benchmarks.timing import Row, ratios, take_turns

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from actrec.store._disk import Disk
-from actrec.store._format import Slot
-from actrec.store._live import encoded
-from actrec.store._manifest import LayerInfo, Manifest
-from actrec.store._reader import Rank, StoredRecording, shard_name
-from actrec.store._shard import Call, Heading, write
+from actrec.store.description import LayerInfo, Manifest
+from actrec.store.disk import Disk
+from actrec.store.format import Slot
+from actrec.store.reader import Rank, StoredRecording, shard_name
+from actrec.store.shard import Call, Heading, write
+from actrec.store.stream import encoded
 
 from .memory import anonymous, printed_by
 from .timing import Row

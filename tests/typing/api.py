@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 import actrec
-from actrec import Layer, Opaque, Recorder, Recording, UnusedLayerWarning, record
+from actrec import (
+    Layer,
+    Opaque,
+    Recorder,
+    Recording,
+    UnusedLayerWarning,
+    record,
+)
 from actrec.store import Folder, RankInfo, StoredRecording
 
 if TYPE_CHECKING:

@@ -1,0 +1,175 @@
+"""From the value a layer returned to the value that is kept: transform, snapshot, move, cast.
+
+Nothing that runs here may be felt by the model. Tensors are snapshotted, containers rebuilt, and the
+user's transform runs in a clean room: without gradients, autocast and inference mode, on tensors and with
+random numbers of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+from actrec._values.nested import Value, rebuild
+from actrec._values.snapshot import (
+    check,
+    cloned,
+    detached,
+    is_distributed,
+    normal_mode,
+    on_part,
+    snapshot,
+    twin,
+    unseen,
+)
+from actrec.errors import CaptureError, TransformError
+
+from .clean_room import in_a_clean_room
+from .device import refuse_graph_capture
+
+if TYPE_CHECKING:
+    from .overflow import Overflows
+    from .transfer import Offload
+
+__all__ = ["SKIPPED", "Capture", "Transform"]
+
+#: ``value -> value``. A transform that returns ``None`` skips the call.
+Transform: TypeAlias = Callable[[Any], Any]
+
+#: What :class:`Capture` returns for a call that its transform skips.
+SKIPPED: Final = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """How the values of one layer are kept."""
+
+    layer: str = ""
+    transform: Transform | None = None
+    detach: bool = True
+    share: bool = True  # memory with the model, copy-on-write
+    device: torch.device | None = None
+    dtype: torch.dtype | None = None
+    what: str = "call"  # for messages: what is captured, before its number
+    offload: Offload | None = None  # moves values while the model goes on
+    overflows: Overflows | None = None  # counts what does not fit into the dtype
+
+    def __call__(self, value: Value, call: int) -> Value:
+        """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
+        if self.transform is None:
+            return rebuild(value, self.keep)
+        with unseen():
+            value = self._transformed(self.transform, value, call)
+        # What the user's own function made is kept, also where it is no tensor.
+        return SKIPPED if value is None else rebuild(value, self.keep, unknown=_itself)
+
+    def is_direct(self) -> bool:
+        """Whether a tensor on the CPU is kept just as it is."""
+        moved = self.device is not None and self.device.type != "cpu"
+        plain = self.transform is None and self.dtype is None
+        return plain and self.detach and self.share and not moved
+
+    def received(self, given: dict[str, Value]) -> dict[str, Value]:
+        """Return what is kept of what a call received."""
+        if len(given) == 1:  # nothing can stand in two places, so there is nothing to look out for
+            return {name: rebuild(value, self.keep) for name, value in given.items()}
+        kept: dict[str, Value] = rebuild(given, self.keep)
+        return kept
+
+    def added(self, value: Value) -> Value:
+        """Return what is kept of a value that the user adds: not cast, and never part of the graph."""
+        return rebuild(value, replace(self, detach=True, dtype=None).keep, unknown=_itself)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Return one tensor snapshotted, moved and cast as asked."""
+        if tensor.is_cuda:
+            refuse_graph_capture()
+        move = self.device is not None and tensor.device != self.device and not tensor.is_meta
+        cast = self.dtype is not None and tensor.dtype != self.dtype and tensor.is_floating_point()
+        if self.offload is not None and self.offload.takes(tensor):
+            with unseen():
+                if cast and self.overflows is not None:
+                    self.overflows.look(tensor)
+                return self.offload.start(tensor, self.dtype if cast else None)
+        if not (move or cast):
+            return snapshot(tensor, detach=self.detach, share=self.share)
+        check(tensor)
+        with normal_mode(), unseen():
+            if cast and self.overflows is not None:
+                self.overflows.look(tensor)
+            if self.detach and not move and is_distributed(tensor):
+                return on_part(tensor, lambda part: part.to(self.dtype, copy=True))
+            return (detached(tensor) if self.detach else tensor).to(
+                device=self.device if move else tensor.device,
+                dtype=self.dtype if cast else tensor.dtype,
+                copy=True,
+            )
+
+    def _transformed(self, transform: Transform, value: Value, call: int) -> Value:
+        loan = _Loan(detach=self.detach, share=self.share)
+        try:
+            lent = rebuild(value, loan, unknown=_itself, stand_ins=False)
+            result = in_a_clean_room(transform, lent, loan.devices, grad=not self.detach)
+            if loan.aliases:
+                loan.check_untouched()
+        except CaptureError:
+            raise
+        except Exception as error:
+            kind = type(error).__name__
+            message = f"the transform of layer {self.layer!r} raised {kind} on {self.what} {call}: {error}"
+            raise TransformError(message) from error
+        return result
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+#: So few elements are cloned for a transform on any device; on the CPU, all that cannot be shared.
+SMALL = 4096
+
+
+class _Loan:
+    """Lends tensors to a transform: a copy, or, of what is large and on another device, an alias."""
+
+    def __init__(self, *, detach: bool, share: bool) -> None:
+        self.detach = detach
+        self.share = share
+        self.devices: set[torch.device] = set()  # besides the CPU
+        self.aliases: list[tuple[Tensor, int]] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_cpu:
+            self.devices.add(tensor.device)
+            if tensor.is_cuda:
+                refuse_graph_capture()
+        if not (self.detach and self.share):
+            return snapshot(tensor, detach=self.detach, share=self.share)
+        plain = type(tensor) is Tensor and not tensor.requires_grad
+        alias = tensor if plain else detached(tensor)
+        with normal_mode():
+            copy = twin(alias)
+        if copy is not None:
+            return copy
+        check(tensor)
+        if plain:
+            alias = detached(tensor)
+        if alias.numel() <= SMALL:
+            with normal_mode():
+                return cloned(alias)
+        if alias.is_cpu:  # NumPy could write to an alias, and nobody would notice
+            return snapshot(alias)
+        if not alias.is_inference():  # torch itself refuses to write to those in place
+            self.aliases.append((alias, alias._version))
+        return alias
+
+    def check_untouched(self) -> None:
+        if any(alias._version != version for alias, version in self.aliases):
+            message = (
+                "it wrote in place to a tensor that the model still uses; let it write to a clone()"
+            )
+            raise ValueError(message)

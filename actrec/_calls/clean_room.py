@@ -1,0 +1,86 @@
+"""Where code of the user's runs inside the recorder: a transform, or the ``append()`` of a container.
+
+The model must not feel it, nor the code the model: it runs without the autocast and inference mode of the
+model, draws random numbers of its own, and what it calls in the model is no call of the model's.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from actrec._draws import OwnDraws
+from actrec._values.snapshot import normal_mode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+__all__ = ["depth", "in_a_clean_room", "inside"]
+
+#: The threads that are running such code, and how deep in it they are.
+inside: dict[int, int] = {}
+
+
+def depth() -> int:
+    """How many pieces of such code this thread is running, one inside the other."""
+    return inside.get(get_ident(), 0)
+
+
+def in_a_clean_room(
+    function: Callable[[Any], Any], value: Any, devices: Collection[torch.device], *, grad: bool
+) -> Any:
+    """Return ``function(value)``. ``devices`` are those of the value's tensors, besides the CPU."""
+    thread = get_ident()
+    outside = inside.get(thread, 0)
+    inside[thread] = outside + 1
+    try:
+        draws = OwnDraws()
+        with normal_mode(), draws:  # the former lets gradients in
+            result = _called(function, value, devices, grad=grad)
+        draws.check_unseeded()
+    finally:
+        if outside:
+            inside[thread] = outside
+        else:
+            del inside[thread]
+    return result
+
+
+def _called(
+    function: Callable[[Any], Any], value: Any, devices: Collection[torch.device], *, grad: bool
+) -> Any:
+    if not (devices or grad or torch.is_autocast_enabled("cpu")):  # the shortest way
+        return _without_graph(function, value)
+    autocasting = [t for t in {"cpu", *(device.type for device in devices)} if _autocasts(t)]
+    with ExitStack() as clean_room:
+        for device_type in autocasting:
+            clean_room.enter_context(torch.autocast(device_type, enabled=False))
+        if not grad:
+            return _without_graph(function, value)
+        # What it saves for its backward is none of the checkpoint's that the layer may run in.
+        clean_room.enter_context(saved_tensors_hooks(_itself, _itself))
+        return function(value)
+
+
+def _without_graph(function: Callable[[Any], Any], value: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return function(value)
+    torch.set_grad_enabled(False)  # called, not entered, which is quicker
+    try:
+        return function(value)
+    finally:
+        torch.set_grad_enabled(True)
+
+
+def _autocasts(device_type: str) -> bool:
+    # Every PyTorch has it for the CPU, and others raise an error if they are asked.
+    available = device_type == "cpu" or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
+
+
+def _itself(value: Any) -> Any:
+    return value

@@ -1,0 +1,131 @@
+"""Compiled models run eagerly while they are recorded.
+
+Hooks that are added after ``torch.compile`` has compiled a model are ignored without a word, and whether
+some compiled *function* calls the model cannot be seen from the model. So while a block is open, the
+compiler has a stance in which it runs eagerly what users have compiled. It is process-wide, costs
+microseconds, and throws no compiled code away.
+
+Operators of PyTorch that compile themselves (``torch.cond``, ``scan``, ``map``, ``while_loop``,
+``flex_attention``) go on doing so where gradients are enabled: without it they cannot be differentiated.
+Under ``no_grad()`` they can do without, and the layers in their bodies are recorded.
+
+Importing the compiler takes more than a second, and while nobody has, nothing is compiled. So it is not
+imported here. The block takes the stance when it begins, when a pass begins, or when the compiler reads one
+of its hooks, whichever comes first after the import.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import AbstractContextManager, suppress
+from typing import Any
+
+import torch
+
+from actrec.errors import ActrecError
+
+__all__ = ["COMPILING", "Eager", "compiles_itself"]
+
+COMPILING = (
+    "record() was called inside a function that torch.compile is compiling, where hooks do not run. "
+    "Open the block outside of the compiled function."
+)
+
+
+def compiles_itself() -> bool:
+    """Whether an operator of PyTorch that compiles itself is doing so in this thread."""
+    operators = sys.modules.get("torch._higher_order_ops.utils")  # whoever uses one has imported it
+    is_compiling_itself = getattr(operators, "_in_hop_compile", None)  # private
+    return is_compiling_itself is not None and is_compiling_itself()
+
+
+#: The compiler has one stance, and the blocks of several threads take it and give it back.
+_taking = threading.RLock()
+
+
+class Eager(AbstractContextManager[None]):
+    """A stance of the compiler while a block is open; after that, it is the one that it took the place of.
+
+    So it does no harm where it is left: a stance that the user sets inside the block stays, and may bring this
+    one back when it ends.
+    """
+
+    def __init__(self) -> None:
+        self._before: Any = None
+        self._public: Any = None
+        self._ended = False
+        self.replaced = False  # by one that the user has set inside the block
+        self.made_way = False  # for an operator that compiles itself
+
+    @property
+    def stance(self) -> str:
+        """What the compiler asks before it runs anything that is compiled."""
+        makes_way = torch.is_grad_enabled() and compiles_itself()
+        if self._ended or makes_way:
+            self.made_way |= makes_way
+            before: str = self._before.stance
+            return before
+        return "force_eager"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._before, name)
+
+    def __enter__(self) -> None:
+        try:
+            self._take()
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # the compiler forbids it in what it compiles
+            raise ActrecError(COMPILING) from error
+
+    def hold(self) -> None:
+        """Take the stance now, if the compiler was not there when the block began."""
+        if self._before is None and "torch._dynamo" in sys.modules:
+            with suppress(RuntimeError):  # as above
+                self._take()
+
+    def __exit__(self, *_: object) -> None:
+        with _taking:
+            self._ended = True
+            frames = _frames()
+            if self._public is not None:
+                self._public.__exit__(None, None, None)
+            elif frames is not None and frames._stance is self:
+                with suppress(RuntimeError):  # as above
+                    frames._set_stance(_running(self._before))
+            elif self._before is not None:
+                self.replaced = not isinstance(frames._stance, Eager)
+
+    def _take(self) -> None:
+        frames = _frames()
+        with _taking:
+            if frames is None or self._before is not None:
+                return
+            if not hasattr(frames, "_set_stance"):
+                # That one is private. The public one is for every operator, and undoes what the user sets inside.
+                self._before = self._public = torch.compiler.set_stance("force_eager")
+                return
+            self._before = _running(frames._stance)
+            try:
+                frames._set_stance(self)
+            except BaseException:
+                self._before = None
+                raise
+
+
+def _frames() -> Any:
+    """The part of the compiler that has the stance, once somebody has imported all of it.
+
+    Nobody waits for another thread that is importing it.
+    """
+    compiler: Any = sys.modules.get("torch._dynamo")
+    return compiler.eval_frame if hasattr(compiler, "set_stance") else None
+
+
+def _running(stance: Any) -> Any:
+    """``stance``, or the one that it took the place of, if it is that of a block that has ended."""
+    while isinstance(stance, Eager) and stance._ended:
+        stance = stance._before
+    return stance

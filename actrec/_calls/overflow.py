@@ -1,0 +1,147 @@
+"""Values that ``dtype=`` cannot hold: finite ones, larger than the largest of the type they are cast to.
+
+A cast makes infinities of them, or NaN, or the largest value there is, by the type. So they are counted, of
+what is about to be cast, and where the type holds less than that of the tensor. On the CPU that is a
+search for the minimum and the maximum, a fraction of the time of the cast. A device is asked for the number of them, and
+nobody waits for its answer until somebody wants to know.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from contextlib import suppress
+from functools import cache
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from actrec._values.chunks import blocks, dense
+from actrec._values.snapshot import is_distributed
+
+from .passes import Passes
+
+__all__ = ["Overflows"]
+
+#: So many answers of a device may be waiting.
+MOST_WAITING: Final = 256
+
+_PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
+
+
+class Overflows:
+    """How many values of one layer do not fit into ``dtype``, by pass."""
+
+    def __init__(self, dtype: torch.dtype, passes: Passes) -> None:
+        self.dtype = dtype
+        self.largest, self.saturates = _range(dtype)
+        self._total = 0  # of all passes, those that were cleared included
+        self._passes = passes
+        self._counts: dict[int, int] = {}
+        self._waiting: deque[tuple[int, Tensor]] = deque()
+        self._lock = threading.Lock()
+
+    def look(self, tensor: Any) -> None:
+        """``tensor`` is about to be cast."""
+        if torch.finfo(tensor.dtype).max <= self.largest:
+            return
+        if is_distributed(tensor):
+            tensor = tensor.to_local()
+        if type(tensor) not in _PLAIN and not tensor.is_nested:
+            return
+        number = self._passes.thread.current
+        if number is None:
+            number = max(0, self._passes.count - 1)
+        for part in dense(tensor):
+            if not _answers_at_once(part):
+                self._waiting.append((number, self._too_large(part)))
+                if len(self._waiting) >= MOST_WAITING:
+                    self._settle()
+            elif part.numel() and (many := self._counted(part)):
+                self._add(number, many)
+
+    @property
+    def total(self) -> int:
+        """How many values did not fit, those of passes that were cleared included."""
+        self._settle()
+        return self._total
+
+    def counts(self) -> dict[int, int]:
+        """How many values of each pass that did not fit, where there were any."""
+        self._settle()
+        return dict(self._counts)
+
+    def nonfinite(self) -> dict[int, int]:
+        """How many infinities or NaN of each pass are the work of the cast."""
+        return {} if self.saturates else self.counts()
+
+    def clear(self) -> None:
+        """Forget the passes."""
+        self._settle()
+        self._counts.clear()
+
+    def _counted(self, part: Tensor) -> int:
+        low, high = (bound.item() for bound in _widened(part, 1).aminmax())
+        if -self.largest <= low and high <= self.largest:
+            return 0
+        return sum(int(self._too_large(block)) for (block,) in blocks(part))
+
+    def _too_large(self, part: Tensor) -> Tensor:
+        part = _widened(part, 2)  # or PyTorch would round what it is compared with
+        return ((part > self.largest).logical_or_(part < -self.largest) & part.isfinite()).sum()
+
+    def _add(self, number: int, many: int) -> None:
+        with self._lock:
+            self._counts[number] = self._counts.get(number, 0) + many
+            self._total += many
+
+    def _settle(self) -> None:
+        with suppress(IndexError):  # another thread may be doing the same
+            while True:
+                number, answer = self._waiting.popleft()
+                if many := int(answer):
+                    self._add(number, many)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copied, (self.dtype, self.counts(), self.total)
+
+
+def _copied(dtype: torch.dtype, counts: dict[int, int], total: int) -> Overflows:
+    made = Overflows(dtype, Passes())
+    made._counts, made._total = counts, total
+    return made
+
+
+def _answers_at_once(tensor: Tensor) -> bool:
+    return tensor.is_cpu
+
+
+def _widened(tensor: Tensor, size: int) -> Tensor:
+    """The tensor in float32 if its elements are of ``size`` bytes, or less."""
+    return tensor.float() if tensor.element_size() <= size else tensor
+
+
+@cache
+def _range(dtype: torch.dtype) -> tuple[float, bool]:
+    """The largest number that ``dtype`` can hold, once it is rounded; and whether larger ones become the largest."""
+    largest = torch.finfo(dtype).max
+    too_large = min(2 * largest, torch.finfo(torch.float32).max)
+    if _holds(math.inf, dtype):
+        return largest, True
+    while (middle := _single((largest + too_large) / 2)) not in {largest, too_large}:
+        if _holds(middle, dtype):
+            largest = middle
+        else:
+            too_large = middle
+    return largest, False
+
+
+def _holds(number: float, dtype: torch.dtype) -> bool:
+    cast = torch.tensor(number, dtype=torch.float32, device="cpu").to(dtype)
+    return bool(cast.float().isfinite())
+
+
+def _single(number: float) -> float:
+    return torch.tensor(number, dtype=torch.float32, device="cpu").item()

@@ -1,0 +1,229 @@
+"""The gradient of a view that is written in place.
+
+``nn.Linear`` of ``(batch, tokens, width)``, an instance norm, a slice return a view: a tensor that shares the memory
+of another one, its base. When a view is written in place, or anything else that shares its memory, autograd gives it
+a new node in the graph. The node that it had when its layer returned, and a hook on that, hear only of what had used
+it before.
+
+All its uses, those before the write and those behind it, meet at the node of the base. The gradient there, cut as the
+view is cut from the base, is that of the view, if nothing but the view has used that part of the base.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from actrec._values.nested import tensors
+from actrec._values.snapshot import check, unseen
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from torch.autograd.graph import Node
+
+    from actrec._values.nested import Value
+
+__all__ = ["View"]
+
+
+# --- Private PyTorch: where a name is missing, every base counts as used elsewhere ----------------------
+
+_meta_of: Any = getattr(torch._C._autograd, "_get_creation_meta", None)
+_DEFAULT = getattr(getattr(torch._C._autograd, "CreationMeta", None), "DEFAULT", None)
+_next_number: Any = getattr(torch.autograd, "_get_sequence_nr", None)
+
+
+def _owners(base: Any) -> tuple[int, int]:
+    """How many references there are to ``base`` from Python, and from anywhere."""
+    return sys.getrefcount(base), base._use_count()
+
+
+def _owners_of_one_view() -> tuple[int, int]:
+    """Return :func:`_owners` of a base that is referred to by one view, and by a variable of the caller."""
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            view = torch.ones(2, device="cpu", requires_grad=True).exp().view(1, 2)
+            base: Any = view._base
+            known = _meta_of(view) == _DEFAULT and _next_number() == _number(view.grad_fn) + 1
+            return _owners(base) if known else (0, 0)
+    except (AttributeError, TypeError):
+        return 0, 0
+
+
+def _number(node: Any) -> int:
+    """The number of a node: each thread counts those that it makes. Those of leaves are the highest."""
+    number: int = node._sequence_nr()
+    return number
+
+
+_FROM_PYTHON, _FROM_ANYWHERE = _owners_of_one_view()
+
+#: If a layer made more nodes than this between the base and its end, nobody looks at what they read.
+_MOST = 64
+
+
+# --- Geometry -----------------------------------------------------------------------------------------
+
+
+class _Cut(NamedTuple):
+    """What ``as_strided`` needs to cut a view from its base."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor, base: Tensor) -> _Cut | None:
+        """Return ``None`` if the gradient of the base has no part that is just the gradient of ``tensor``."""
+        if not (_is_plain(tensor) and _is_plain(base) and tensor.dtype == base.dtype):
+            return None
+        cut = cls(
+            tensor.shape, tensor.stride(), int(tensor.storage_offset() - base.storage_offset())
+        )
+        within = 0 <= cut.offset <= cut.offset + cut.extent() <= base.numel()
+        whole = cls(base.shape, base.stride(), 0)
+        is_dense = whole.is_injective() and whole.extent() == base.numel()
+        return cut if within and is_dense and cut.is_injective() else None
+
+    def extent(self) -> int:
+        """How many elements there are from the first to the last."""
+        return 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+
+    def is_injective(self) -> bool:
+        """Whether each element has memory of its own, which an expanded dimension's have not."""
+        reach = 0
+        for step, n in sorted(zip(self.stride, self.size, strict=True)):
+            if n > 1 and step <= reach:
+                return False
+            reach += (n - 1) * step
+        return True
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+    return plain and not (tensor.is_conj() or tensor.is_neg())
+
+
+# --- Views ------------------------------------------------------------------------------------------------
+
+
+class View:
+    """A view as its layer returned it."""
+
+    __slots__ = ("_alone", "_base", "_cut", "_direct", "_others", "_probe", "_version")
+
+    def __init__(
+        self, tensor: Tensor, probe: Tensor, base: Tensor, others: Collection[Tensor]
+    ) -> None:
+        self._base = base.shape, base.stride()
+        self._cut = _Cut.of(tensor, base)
+        self._others = [_Cut.of(other, base) for other in others]
+        self._alone = False
+        self._direct: Tensor | None = None
+        self._probe, self._version = probe, tensor._version
+
+    @classmethod
+    def of(cls, tensor: Tensor, output: Collection[Tensor], kept: Value) -> View | None:
+        """``tensor`` is of the ``output`` of a call. Return ``None`` if a hook on it hears of all its uses.
+
+        What was ``kept`` of the output may be part of the graph, too.
+        """
+        base = tensor._base
+        if base is None or base.is_leaf or not tensor.numel():
+            return None
+        # Where PyTorch forbids to write to a view (one of several outputs of an operation, or that of a function
+        # of the user's), nothing can use it after a write.
+        if _meta_of is not None and _meta_of(tensor) != _DEFAULT:
+            return None
+        try:
+            with unseen():
+                probe = tensor.detach()  # shares the count of the writes,
+                probe.data = tensor.new_empty(0)  # and none of the memory
+        except RuntimeError:  # a kind of tensor that has no empty ones, such as a nested one
+            return None
+        views = [other for other in output if other._base is base]
+        view = cls(tensor, probe, base, [other for other in views if other is not tensor])
+        if _owners(base) == (_FROM_PYTHON, _FROM_ANYWHERE + len(view._others)):
+            view._alone = _is_read_by_nothing_else(base, views, [*output, *tensors(kept)])
+        return view
+
+    def is_written(self) -> bool:
+        """Whether it, or anything else that shares its memory, was written in place since."""
+        return self._probe._version != self._version
+
+    def uses(self, grad: Tensor) -> None:
+        """In a backward, ``grad`` is what comes from the uses before a write."""
+        self._direct = grad
+
+    def gradient(self, grad: Tensor) -> Tensor | None:
+        """Return what comes from all uses, if ``grad`` has reached the base; ``None`` if that cannot be told."""
+        check(grad)
+        direct, self._direct = self._direct, None
+        if self._cut is None or not _is_plain(grad):
+            return None
+        size, stride = self._base
+        if grad.stride() != stride:
+            grad = grad.new_empty_strided(size, stride).copy_(grad)
+        offset = grad.storage_offset() + self._cut.offset
+        part = grad.as_strided(self._cut.size, self._cut.stride, offset)
+        if self._alone and not self._overlaps():
+            return part
+        # If nothing has come but from the uses before the write, there are no others, of the view or of its base.
+        known = direct is not None and not part.is_meta and _is_same(part, direct)
+        return part if known else None
+
+    def _overlaps(self) -> bool:
+        """Whether the call has returned the same elements in another view, too."""
+        assert self._cut is not None  # noqa: S101  # for the type checker
+        if not self._others:
+            return False
+        size, _ = self._base
+        marks = torch.zeros(size.numel(), dtype=torch.uint8, device="cpu")
+        for other in self._others:
+            if other is None:
+                return True
+            marks.as_strided(*other).fill_(1)
+        return bool(marks.as_strided(*self._cut).any())
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def _is_read_by_nothing_else(
+    base: Tensor, views: Collection[Tensor], results: Collection[Tensor]
+) -> bool:
+    """Whether, of all operations since the one that made ``base``, none has read it but to make ``views``.
+
+    Their nodes are found on the ways from ``results``, and their numbers tell whether one is missing.
+    """
+    made: Any = base.grad_fn
+    numbers = range(_number(made) + 1, _next_number())
+    if len(numbers) > _MOST:
+        return False
+    inner: set[tuple[Node | None, int]] = {(made, base.output_nr)}  # what only the views may read
+    chains: set[Node | None] = set()
+    for view in views:
+        node: Any = view.grad_fn
+        while node is not made and node not in chains:
+            if _number(node) not in numbers:  # older, or of another thread
+                return False
+            chains.add(node)
+            inner.add(node.next_functions[0])
+            node = node.next_functions[0][0]
+    missing = set(numbers)
+    ways: list[Any] = [tensor.grad_fn for tensor in results]
+    ways += [node for node, _ in made.next_functions]  # views that were written get new nodes late
+    while ways:
+        node = ways.pop()
+        if node is None or _number(node) not in missing:
+            continue
+        missing.discard(_number(node))
+        if node not in chains and not inner.isdisjoint(node.next_functions):
+            return False
+        ways += [node for node, _ in node.next_functions]
+    return not missing

@@ -1,0 +1,273 @@
+"""Never silent: what the end of the block warns of, with the likely cause.
+
+Layers of which nothing was recorded, or not every call; layers of which gradients were asked for that cannot
+come; and forwards that did not stop early.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from actrec._values.nested import tensors
+from actrec.errors import (
+    IncompleteLayerWarning,
+    MissingGradientWarning,
+    OverflowWarning,
+    UnusedLayerWarning,
+    listed,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+    from typing import TypeAlias
+
+    from actrec._selection.queries import Choice
+
+    from .layer import Track
+    from .overflow import Overflows
+    from .stop_early import EarlyStop
+
+    _Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
+
+__all__ = [
+    "warn_incomplete",
+    "warn_not_stopped",
+    "warn_overflow",
+    "warn_ungraded",
+    "warn_unused",
+]
+
+_NEVER_CALLED = (
+    "it was never called. Usual causes: its .forward() or its weights are used directly (hooks run only when "
+    "the module itself is called), the branch with it was not taken, or code of another kind ran in its place "
+    "(a fused or exported version)"
+)
+
+
+_IN_A_BODY = (
+    "it is called in the body of an operator that PyTorch compiles itself where gradients are enabled (torch.cond, scan, "
+    "map, while_loop), and hooks do not run in there. They do under torch.no_grad(), if torch._dynamo was imported before "
+    "the block"
+)
+_STANCE = (
+    "torch.compiler.set_stance() was called inside the with block, so what is compiled ran compiled from then on, "
+    "without hooks. Call it before the block"
+)
+
+_NO_GRAPH = (
+    "nothing that its calls returned requires grad. They ran under torch.no_grad() or inference_mode(), or neither the "
+    "inputs nor any parameter up to there require grad (a frozen part)"
+)
+_REENTRANT = (
+    "its calls ran inside reentrant activation checkpointing, which builds their graph only while backward() runs. Call "
+    "backward() inside the with block, or checkpoint with use_reentrant=False"
+)
+
+
+_BACKWARD = "where calls are not recorded: they may repeat those of the forward. If these do not, keep what they return with acts.add()"
+
+
+def warn_unused(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
+    """Warn once about all layers of which nothing was recorded."""
+    unused = {key: item for key, item in tracks.items() if not item[1].kept}
+    if not unused:
+        return
+    there = {id(module) for module in model.modules()}
+    causes = {key: _cause(there, *item) for key, item in unused.items()}
+    kind = type(model).__name__
+    if any(track.session.passes.count or track.elsewhere() for _, track in tracks.values()):
+        what = f"nothing was recorded of {_share(causes, tracks)} of this {kind}"
+        message = _explained(f"record(): {what}.", causes)
+    else:
+        message = (
+            f"record(): nothing was recorded, this {kind} was not called inside the with block{_outside(tracks)}."
+            f" {_why(tracks)}"
+        )
+    warnings.warn(message, UnusedLayerWarning, stacklevel=stacklevel + 1)
+
+
+def _why(tracks: _Tracks) -> str:
+    (session, *_) = (track.session for _, track in tracks.values())
+    if session.eager.replaced:
+        return f"The likely cause: {_STANCE}."
+    return "Was its .forward() called, a copy of it, or a model made from it (exported, scripted)?"
+
+
+def warn_ungraded(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
+    """Warn once about all layers whose calls have no gradient, or no graph, though it was asked for."""
+    causes = {key: cause for key, (_, track) in tracks.items() if (cause := _no_graph(track))}
+    if causes:
+        what = f"no gradient can reach {_share(causes, tracks)} of this {type(model).__name__}"
+        warnings.warn(
+            _explained(f"record(): {what}.", causes),
+            MissingGradientWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def warn_incomplete(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
+    """Warn once about all layers of which calls are missing, or may be other than they were."""
+    causes = {
+        key: cause
+        for key, (choice, track) in tracks.items()
+        if track.kept and (cause := _incomplete(choice, track))
+    }
+    if causes:
+        what = f"not all is right that was recorded of {_share(causes, tracks)} of this {type(model).__name__}"
+        warnings.warn(
+            _explained(f"record(): {what}.", causes),
+            IncompleteLayerWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def warn_overflow(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
+    """Warn once about values that do not fit into the dtype that they were cast to."""
+    found = {
+        what + repr(key): overflows
+        for key, (_, track) in tracks.items()
+        for what, overflows in _overflows(track)
+    }
+    if not found:
+        return
+    one = next(iter(found.values()))
+    what = "the largest it can hold" if one.saturates else "infinite or NaN in the recording"
+    lines = [f"  {name}: {_times(each.total, 'value')}." for name, each in found.items()]
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES:] = [f"  and {len(lines) - _MOST_LINES} more layers."]
+    message = (
+        f"record(dtype={one.dtype}): finite values of this {type(model).__name__} are too large for it, and are {what}. "
+        "torch.bfloat16 has the range of float32; without dtype values stay as they are."
+    )
+    warnings.warn("\n".join([message, *lines]), OverflowWarning, stacklevel=stacklevel + 1)
+
+
+_MOST_LINES = 8
+
+
+def _overflows(track: Track) -> Iterator[tuple[str, Overflows]]:
+    captures = {"": track.capture}
+    if track.inputs is not None:
+        captures["the input of "] = track.receives
+    if track.grads is not None:
+        captures["the gradient of "] = track.grads.capture
+    for what, capture in captures.items():
+        if capture.overflows is not None and capture.overflows.total:
+            yield what, capture.overflows
+
+
+def _incomplete(choice: Choice, track: Track) -> str | None:
+    since = track.session.replaced.get(id(choice.module))
+    if since is not None:
+        return (
+            f"from pass {since} on another module stood in its place, whose calls are not recorded. Change the model before "
+            "the block, or open another block after that"
+        )
+    if track.backward:
+        return f"{_times(track.backward, 'call')} of it ran inside backward(), {_BACKWARD}"
+    if track.overtaken:
+        return (
+            f"hooks were added to it in the middle of {_times(track.overtaken, 'forward')}, and ran behind those of actrec: "
+            "what they changed of that call is not recorded. Add them between two forwards, or with prepend=True"
+        )
+    return _IN_A_BODY if track.compiled else None
+
+
+def _outside(tracks: _Tracks) -> str:
+    return ", but for acts.pause()" if any(t.session.was_paused for _, t in tracks.values()) else ""
+
+
+def _times(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
+
+
+def warn_not_stopped(model: nn.Module, stop: EarlyStop | None, *, stacklevel: int) -> None:
+    """Warn once if the model has caught what was to end its forwards."""
+    if stop is not None and stop.caught:
+        forwards = "a forward" if stop.caught == 1 else f"{stop.caught} forwards"
+        message = (
+            f"record(stop_early=True): {forwards} of this {type(model).__name__} went on to the end, because the model has "
+            'caught what ends them. Let it catch errors with "except Exception:", not with a bare "except:".'
+        )
+        warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
+
+
+def _share(causes: dict[str, str], tracks: _Tracks) -> str:
+    return f"{len(causes)} of {len(tracks)} layer{'s' if len(tracks) != 1 else ''}"
+
+
+def _explained(title: str, causes: dict[str, str]) -> str:
+    """The title, and a line for each cause with the layers that it explains."""
+    layers: dict[str, list[str]] = {}
+    for key, cause in causes.items():
+        layers.setdefault(cause, []).append(key)
+    return "\n".join([title, *(f"  {listed(keys)}: {cause}." for cause, keys in layers.items())])
+
+
+def _no_graph(track: Track) -> str | None:
+    if not track.kept:
+        return None
+    if track.grads is not None and not track.grads.watched:
+        return _REENTRANT if track.grads.regions else _NO_GRAPH
+    kept = track.outputs if isinstance(track.outputs, list) and not track.capture.detach else ()
+    if kept and not any(t.requires_grad for value in kept for t in tensors(value)):
+        return _NO_GRAPH
+    return None
+
+
+def _not_kept(track: Track) -> str:
+    if track.error is None:
+        return (
+            f"the transform returned None for all of its {track.called} calls, which skips a call"
+        )
+    first_line = track.error.partition("\n")[0].rstrip(".")
+    return f"what recording it raised was caught ({first_line})"
+
+
+def _cause(there: Collection[int], choice: Choice, track: Track) -> str:
+    """Why nothing was recorded of a layer; ``there`` are the ids of the modules that the model has now."""
+    if track.called or track.error is not None:
+        return _not_kept(track)
+    return _elsewhere(track) or _not_called(there, choice, track)
+
+
+def _elsewhere(track: Track) -> str | None:
+    """Where a layer was called, if that is where no call is recorded."""
+    calls = _times(track.elsewhere(), "call")
+    if track.paused:
+        return f"all of its {calls} ran inside acts.pause()"
+    if track.backward:
+        return f"all of its {calls} ran inside backward(), {_BACKWARD}"
+    if track.recomputed:
+        return (
+            f"all of its {calls} ran inside backward(), where activation checkpointing recomputes what was recorded "
+            "before"
+        )
+    if track.traced:
+        return (
+            f"all of its {calls} were made by something that reads the model (torch.jit.trace, make_fx, torch.export), "
+            "which are no calls of the model's own"
+        )
+    if track.compiled:
+        return _IN_A_BODY
+    return _STANCE if track.session.eager.replaced else None
+
+
+def _not_called(there: Collection[int], choice: Choice, track: Track) -> str:
+    """Why a layer was not called."""
+    module = choice.module
+    if id(module) not in there:
+        return "another module was put in its place inside the with block; the one that was hooked was not called"
+    if type(module).__call__ is not nn.Module.__call__:
+        return (
+            f"its class {type(module).__name__} has a __call__ of its own, and hooks run only in that of torch.nn.Module. "
+            "Record modules inside it or around it"
+        )
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention uses its weights without calling it. Record the attention module instead"
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return f"{_NEVER_CALLED}; attention often does its dropout itself, fused (scaled_dot_product_attention) or with F.dropout"
+    return f"{_NEVER_CALLED}, or {_IN_A_BODY}" if track.session.eager.made_way else _NEVER_CALLED

@@ -1,0 +1,1 @@
+"""What was recorded: layers, recordings, and what can be said of them."""

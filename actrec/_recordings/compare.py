@@ -1,0 +1,464 @@
+"""Two recordings, layer by layer: where a port, a new kernel or a smaller dtype goes another way."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from actrec._tables import text as _display
+from actrec._tables.rows import Rows
+from actrec._values.chunks import blocks, dense
+from actrec._values.forms import shape_of
+from actrec._values.nested import leaves
+from actrec.errors import OptionError, UnknownLayerError, listed, nearest
+
+from .recording import Recording
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from .recording import Layer
+
+__all__ = ["Comparison", "Names", "Row", "compare"]
+
+#: How the layers of the first recording are called in the second.
+Names: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor that a layer returns, over all calls: see :class:`Comparison`."""
+
+    layer: str
+    leaf: str
+    other: str
+    calls: int
+    count: int
+    max_abs: float
+    max_rel: float
+    cosine: float
+    equal: bool
+    close: bool
+    different_pass: int | None
+    note: str
+
+
+class Comparison(Rows[Row]):
+    """What :func:`compare` found: a tuple of rows, in execution order, that prints as a table.
+
+    >>> import torch
+    >>> from actrec import compare, record
+    >>> model = torch.nn.Linear(4, 3)
+    >>> with record(model, "") as acts:
+    ...     output = model(torch.randn(5, 4))
+    >>> [row.equal for row in compare(acts, acts)]
+    [True]
+
+    ===================  ==========================================================================
+    ``layer``            the name of the layer in the first recording, ``a``
+    ``leaf``             which of its tensors: what one writes behind ``a[layer][i]``, such as
+                         ``[0]`` or ``['hidden']``; empty if the layer returns one tensor
+    ``other``            the name of the layer in the second recording, ``b``
+    ``calls``            how many calls were compared
+    ``count``            how many elements
+    ``max_abs``          the largest absolute difference, ``max |a - b|``
+    ``max_rel``          that, divided by the largest finite magnitude in ``b``, ``max |b|``
+    ``cosine``           of the angle between all of ``a`` and all of ``b``, seen as two vectors
+    ``equal``            same calls, shapes, dtypes and bits
+    ``close``            within the tolerances, in every element of every call
+    ``different_pass``   the pass of ``a`` with the first difference beyond them, or ``None``
+    ``note``             what does not match: numbers of calls, shapes, dtypes, structures
+    ===================  ==========================================================================
+
+    The relative error is relative to the layer, not to each element: next to zero, where the elements of
+    ReLUs live, a relative difference of elements says nothing.
+
+    NaN agrees with NaN, an infinity with an infinity of its sign. Where only one of the two is finite, or
+    only one is NaN, ``max_abs`` is infinite. The cosine is that of the elements that are finite in both.
+    What cannot be computed, of no element, is NaN. Of complex numbers the modulus of the difference
+    counts, and the real part of the product.
+    """
+
+    #: The layers of ``a`` that ``b`` does not have, and those of ``b`` that nothing was compared with.
+    only_a: tuple[str, ...] = ()
+    only_b: tuple[str, ...] = ()
+
+    @property
+    def first_difference(self) -> Row | None:
+        """The row where the recordings first differ by more than the tolerances.
+
+        That is in the earliest pass of ``a``, and there in execution order. ``None`` if they do not differ.
+        """
+        found = [(row.different_pass, row) for row in self if row.different_pass is not None]
+        return min(found, key=lambda pair: pair[0])[1] if found else None
+
+    def _title(self) -> str:
+        verdicts = [_verdict(row) for row in self if row.calls or not row.close]
+        numbers = [
+            f"{verdicts.count(verdict):,} {verdict}"
+            for verdict in ("equal", "close", "different")
+            if verdict in verdicts
+        ]
+        layers = _display.count(len({row.layer for row in self}), "layer")
+        what = f"compared {_display.count(len(self), 'tensor')} of {layers}"
+        facts = [f"{what}: {', '.join(numbers)}" if numbers else what]
+        if (first := self.first_difference) is not None:
+            facts.append(f"first difference in {_place(first)}, pass {first.different_pass}")
+        facts += [f"only in a: {listed(self.only_a)}"] * bool(self.only_a)
+        facts += [f"only in b: {listed(self.only_b)}"] * bool(self.only_b)
+        return "; ".join(facts)
+
+    def _columns(self) -> tuple[str, ...]:
+        return ("layer", "calls", "count", "max abs", "max rel", "cosine", "verdict", "note")
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        errors = (row.max_abs, row.max_rel)
+        return (
+            _place(row),
+            f"{row.calls:,}",
+            f"{row.count:,}",
+            *("" if math.isnan(error) else f"{error:.3g}" for error in errors),
+            "" if math.isnan(row.cosine) else f"{row.cosine:.6f}",
+            _verdict(row),
+            row.note,
+        )
+
+
+def _place(row: Row) -> str:
+    name, other = _display.shown(row.layer), _display.shown(row.other)
+    leaf = _display.shown(row.leaf) if row.leaf else ""
+    return name + leaf + (f" -> {other}" if other != name else "")
+
+
+def _verdict(row: Row) -> str:
+    if not row.calls and row.close:
+        return ""
+    if row.equal:
+        return "equal"
+    return "close" if row.close else "different"
+
+
+def compare(
+    a: Recording,
+    b: Recording,
+    names: Names | None = None,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> Comparison:
+    """Compare two recordings, layer by layer and call by call.
+
+    >>> import copy, torch
+    >>> from torch import nn
+    >>> from actrec import compare, record
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2, eps=1e-5), nn.ReLU())
+    >>> ported = copy.deepcopy(model)
+    >>> ported[1].eps = 1e-2
+    >>> with record(model) as a:
+    ...     output = model(torch.ones(1, 2))
+    >>> with record(ported) as b:
+    ...     output = ported(torch.ones(1, 2))
+    >>> compare(a, b).first_difference.layer
+    '1'
+
+    Nothing is raised for what does not match: numbers of calls, shapes, dtypes and structures are told in
+    the rows, and the layers that only one of the two has in ``only_a`` and ``only_b``. The recordings may
+    lie in memory or on disk, on different devices, and have different dtypes: numbers are compared in
+    float64. Only tensors are compared. Both are read call after call in blocks, so besides them it needs a
+    few megabytes, and nothing is changed.
+
+    Args:
+        a: a recording.
+        b: the recording to compare it with: the one that is right, if one is.
+        names: how a layer of ``a`` is called in ``b``, where the names differ: a mapping (what is not in
+            it keeps its name), or a function that returns the name, or ``None`` to leave the layer out.
+        rtol: elements are close if ``|a - b| <= atol + rtol * |b|``. By default the tolerances are those
+            of ``torch.testing.assert_close`` for the less precise of the two dtypes: ``1.3e-6`` and
+            ``1e-5`` for float32, ``1e-3`` and ``1e-5`` for float16, ``1.6e-2`` and ``1e-5`` for bfloat16,
+            ``1e-7`` both for float64, and 0 for integers and bools.
+        atol: see ``rtol``.
+
+    Returns:
+        A :class:`Comparison`: a tuple of rows in the execution order of ``a``, which prints as a table.
+        ``pandas.DataFrame(compare(a, b))`` makes a data frame of it.
+
+    Raises:
+        OptionError: ``a`` or ``b`` is no recording, or another argument cannot be meant.
+        UnknownLayerError: a name in the mapping ``names`` is in neither recording.
+    """
+    _check(a, b, names, rtol=rtol, atol=atol)
+    pairs = _pairs(a, b, names)
+    tolerances = rtol, atol
+    compared = [(name, other) for name, other in pairs if other in b]
+    result = Comparison(
+        row for name, other in compared for row in _rows(a[name], b[other], tolerances)
+    )
+    met = {b[other].name for _, other in compared}
+    result.only_a = tuple(name for name, other in pairs if other not in b)
+    result.only_b = tuple(name for name in b if name not in met)
+    return result
+
+
+def _check(a: object, b: object, names: object, **tolerances: object) -> None:
+    for recording in (a, b):
+        if not isinstance(recording, Recording):
+            message = f"compare(a, b): expected two recordings, got {type(recording).__name__!r}."
+            raise OptionError(message)
+    if not (names is None or isinstance(names, Mapping) or callable(names)):
+        message = (
+            f"compare(names={names!r}): expected a mapping from layers of a to layers of b, a function of the name, "
+            "or None."
+        )
+        raise OptionError(message)
+    for name, value in tolerances.items():
+        if not (value is None or (isinstance(value, Real) and float(value) >= 0)):
+            message = f"compare({name}={value!r}): expected a number that is not negative, or None."
+            raise OptionError(message)
+
+
+def _pairs(a: Recording, b: Recording, names: Names | None) -> list[tuple[str, str]]:
+    """The layers of ``a``, in execution order, with what they are called in ``b``."""
+    if isinstance(names, Mapping):
+        _check_mapping(a, b, names)
+        keys = {a[name].name: other for name, other in names.items()}
+        rename: Callable[[str], str | None] = lambda name: keys.get(name, name)  # noqa: E731
+    else:
+        rename = names or str
+    ordered = dict.fromkeys([*a.execution_order, *a])
+    return [(name, other) for name in ordered if (other := rename(name)) is not None]
+
+
+def _check_mapping(a: Recording, b: Recording, names: Mapping[str, str]) -> None:
+    for name, other in names.items():
+        for which, recording, wanted in (("a", a, name), ("b", b, other)):
+            if wanted not in recording:
+                message = (
+                    f"compare(names={{{name!r}: {other!r}}}): {which} has no layer {wanted!r}. "
+                    f"{nearest(wanted, recording)}"
+                )
+                raise UnknownLayerError(message)
+
+
+# --- One layer ---------------------------------------------------------------------------------------
+
+Tolerances: TypeAlias = tuple[float | None, float | None]
+
+
+def _rows(a: Layer, b: Layer, tolerances: Tolerances) -> Iterator[Row]:
+    found: dict[str, _Tally] = {}
+    for call, (x, y, number) in enumerate(zip(a, b, a.passes, strict=False)):
+        xs = dict(leaves(x))
+        ys = _named_alike(xs, dict(leaves(y)))
+        for path in dict.fromkeys([*xs, *ys]):
+            tally = found.setdefault(path, _Tally())
+            if path in xs and path in ys:
+                tally.compare(xs[path], ys[path], call, number, tolerances)
+            else:
+                tally.differ(number, f"call {call} only in {'a' if path in xs else 'b'}")
+    found = found or {"": _Tally()}
+    if len(a) != len(b):
+        shorter, longer = sorted((a, b), key=len)
+        for tally in found.values():
+            tally.differ(
+                longer.passes[len(shorter)], f"{len(a):,} and {_display.count(len(b), 'call')}"
+            )
+    for path, tally in found.items():
+        yield tally.row(a.name, path, b.name)
+
+
+def _named_alike(xs: Mapping[str, Tensor], ys: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``ys`` under the names that ``xs`` has, where what was loaded has another name for the same.
+
+    A field of a dataclass is an item there as well, and for a key that is an enum member or a class there is an ``Opaque``.
+    """
+    if xs.keys() == ys.keys():
+        return ys
+    known = {_plain(path): path for path in xs}
+    return {path if path in xs else known.get(_plain(path), path): ys[path] for path in ys}
+
+
+def _plain(path: str) -> str:
+    path = _KEY.sub(lambda key: f"[{'.'.join(key[1].split('.')[-2:])}]", path)
+    return _ITEM.sub(r".\1", path)
+
+
+_ITEM = re.compile(r"\['([^\W\d]\w*)'\]")
+_KEY = re.compile(r"\[(?:<class '|Opaque\('|<)([\w.]+)(?:'>|'\)|: [^>]*>)\]")
+
+
+class _Tally:
+    """What is known so far about one tensor of a layer."""
+
+    def __init__(self) -> None:
+        self.calls = self.count = 0
+        self.max_abs = self.largest = 0.0
+        self.ab = self.aa = self.bb = 0.0  # sums of products
+        self.equal = True
+        self.different_pass: int | None = None
+        self.notes: dict[str, None] = {}
+
+    def differ(self, number: int, note: str = "") -> None:
+        """Take down that pass ``number`` differs by more than the tolerances."""
+        self.equal = False
+        if self.different_pass is None or number < self.different_pass:
+            self.different_pass = number
+        if note:
+            self.notes.setdefault(note)
+
+    def compare(self, x: Tensor, y: Tensor, call: int, number: int, tolerances: Tolerances) -> None:
+        """Compare what call ``call`` returned here and there."""
+        if shape_of(x) != shape_of(y):
+            self.differ(number, f"call {call}: {shape_of(x)} and {shape_of(y)}")
+            return
+        parts, others = list(dense(x)), list(dense(y))
+        if [part.shape for part in parts] != [part.shape for part in others]:
+            self.differ(number, f"call {call}: nested or without data in another way")
+            return
+        if x.dtype != y.dtype:
+            self.equal = False
+            self.notes.setdefault(f"{_dtype(x)} and {_dtype(y)}")
+        self.calls += 1
+        limits = _limits(x.dtype, y.dtype, tolerances)
+        far = False
+        for part, other in zip(parts, others, strict=True):
+            self.count += part.numel()
+            for one, two in blocks(part, other):
+                far = self._add(one, two, limits, known=far) or far
+        if far:
+            self.differ(number)
+
+    def _add(self, x: Tensor, y: Tensor, limits: tuple[float, float], *, known: bool) -> bool:
+        """Compare two blocks, and return whether they are further apart, if that is not known yet."""
+        if x.dtype == y.dtype and _same_bits(x, y):
+            y = _wide(y, y)
+            self._sum(y, y, finite=math.isfinite(_magnitude(y)))
+            return False
+        self.equal = False
+        # Integers beyond 2**53 differ by more than float64 shows.
+        exact = x.dtype == y.dtype and not (
+            x.dtype.is_floating_point or x.dtype.is_complex or any(limits)
+        )
+        x, y = _wide(x, y), _wide(y, x)
+        error = (x - y).abs()
+        largest = error.max().item()
+        finite = math.isfinite(largest)
+        if not finite:
+            error.masked_fill_((x == y) | (x.isnan() & y.isnan()), 0.0)
+            largest = error.nan_to_num_(nan=math.inf, posinf=math.inf).max().item()
+        self.max_abs = max(self.max_abs, largest)
+        self._sum(x, y, finite=finite)
+        if math.isinf(largest) or exact:
+            return True
+        rtol, atol = limits
+        return not known and largest > atol and bool((error > y.abs() * rtol + atol).any())
+
+    def _sum(self, x: Tensor, y: Tensor, *, finite: bool) -> None:
+        same = x is y
+        if not finite:
+            both = x.isfinite() & y.isfinite()
+            x, y = x[both], y[both]
+        if not y.numel():
+            return
+        self.largest = max(self.largest, _magnitude(y))
+        if x.is_complex():
+            x, y = torch.view_as_real(x).flatten(), torch.view_as_real(y).flatten()
+        squares = y.dot(y).item()
+        self.bb += squares
+        self.aa += squares if same else x.dot(x).item()
+        self.ab += squares if same else x.dot(y).item()
+
+    def row(self, layer: str, leaf: str, other: str) -> Row:
+        """Return the row of a table."""
+        compared = bool(self.count)
+        return Row(
+            layer,
+            leaf,
+            other,
+            self.calls,
+            self.count,
+            self.max_abs if compared else math.nan,
+            self._max_rel() if compared else math.nan,
+            self._cosine() if compared else math.nan,
+            self.equal,
+            self.different_pass is None,
+            self.different_pass,
+            _first(self.notes) if self.notes or self.calls else "nothing to compare",
+        )
+
+    def _max_rel(self) -> float:
+        if self.max_abs == 0:
+            return 0.0
+        return self.max_abs / self.largest if self.largest else math.inf
+
+    def _cosine(self) -> float:
+        if self.aa == self.bb == self.ab:  # equal, or zero both
+            return 1.0
+        lengths = math.sqrt(self.aa) * math.sqrt(self.bb)
+        return max(-1.0, min(1.0, self.ab / lengths)) if lengths else 0.0
+
+
+def _first(notes: Iterable[str], most: int = 2) -> str:
+    notes = list(notes)
+    more = [f"{len(notes) - most:,} more"] if len(notes) > most else []
+    return "; ".join([*notes[:most], *more])
+
+
+def _wide(block: Tensor, other: Tensor) -> Tensor:
+    """A block in float64, or as complex numbers if it or the other block is of such."""
+    is_complex = block.is_complex() or other.is_complex()
+    return block.to(torch.complex128) if is_complex else block.double()
+
+
+def _same_bits(x: Tensor, y: Tensor) -> bool:
+    """Whether two blocks of one dtype have the same bits, compared in steps as large as they allow."""
+    size = x.element_size()
+    offsets = (size * x.numel(), size * x.storage_offset(), size * y.storage_offset())
+    step = torch.int64 if math.gcd(8, *offsets) == 8 else _INTEGERS[size]  # noqa: PLR2004  # bytes
+    # A single element may have any stride, and still count as contiguous.
+    x, y = (block.contiguous().as_strided(block.shape, (1,)) for block in (x, y))
+    return torch.equal(x.view(step), y.view(step))
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def _magnitude(block: Tensor) -> float:
+    """The largest absolute value: infinite, or NaN, if an element is."""
+    if block.is_complex():
+        return float(block.abs().max())
+    low, high = block.aminmax()
+    return max(-low.item(), high.item())
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+# As torch.testing.assert_close has them. Types that are not here, of 8 bits and less, get its bfloat16.
+_DEFAULTS = {
+    torch.float64: (1e-7, 1e-7), torch.complex128: (1e-7, 1e-7),
+    torch.float32: (1.3e-6, 1e-5), torch.complex64: (1.3e-6, 1e-5),
+    torch.float16: (1e-3, 1e-5), torch.complex32: (1e-3, 1e-5),
+    torch.bfloat16: (1.6e-2, 1e-5),
+}  # fmt: skip
+_COARSE = (1.6e-2, 1e-5)
+
+
+def _limits(one: torch.dtype, two: torch.dtype, given: Tolerances) -> tuple[float, float]:
+    """The tolerances for elements of two dtypes, relative and absolute."""
+    defaults = [_default(one), _default(two)]
+    rtol, atol = (max(values) for values in zip(*defaults, strict=True))
+    return rtol if given[0] is None else given[0], atol if given[1] is None else given[1]
+
+
+def _default(dtype: torch.dtype) -> tuple[float, float]:
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return 0.0, 0.0
+    return _DEFAULTS.get(dtype, _COARSE)

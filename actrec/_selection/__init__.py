@@ -1,0 +1,1 @@
+"""Which layers: queries, and why a module cannot be recorded."""

@@ -1,0 +1,274 @@
+"""Text for people: one line for a layer, a table for a recording. Shapes and types only, never data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
+
+from .tree import Node, tree
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+
+    from actrec._recordings.recording import Layer, Recording
+    from actrec._values.forms import Form
+
+__all__ = [
+    "Row",
+    "State",
+    "count",
+    "layer_line",
+    "rows",
+    "shown",
+    "size",
+    "table",
+    "text_table",
+    "title",
+]
+
+#: Whether the block runs, has ended, or was ended by an exception.
+State: TypeAlias = Literal["recording", "recorded", "interrupted"]
+
+MOST_ROWS = 60
+KILO = 1000
+UNITS = ("kB", "MB", "GB", "TB", "PB")
+
+
+def size(nbytes: int) -> str:
+    """``4.9 MB``: powers of 1,000, as disks and torch's own messages about files count.
+
+    >>> size(120), size(4_900_000)
+    ('120 B', '4.9 MB')
+    """
+    if nbytes < KILO:
+        return f"{nbytes} B"
+    amount, units = nbytes / KILO, iter(UNITS)
+    unit = next(units)
+    while round(amount, 1) >= KILO and unit != UNITS[-1]:
+        amount, unit = amount / KILO, next(units)
+    return f"{amount:.1f} {unit}"
+
+
+def count(number: int, noun: str) -> str:
+    """``1 layer``, ``2,000 passes``."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def shown(name: str) -> str:
+    r"""A name as it is shown: as it is, or quoted if it is empty or would upset a table.
+
+    >>> shown("conv1"), shown(""), shown("two\nlines")
+    ('conv1', "''", "'two\\nlines'")
+    """
+    return name if name and name.isprintable() and name == name.strip() else repr(name)
+
+
+def _ranges(shapes: Collection[tuple[int | str, ...]]) -> str:
+    """One shape for many calls; a dimension that varies shows its range.
+
+    >>> _ranges({(3, 4, 16), (3, 1, 16)})
+    '(3, 1-4, 16)'
+    """
+    columns = [set(column) for column in zip(*shapes, strict=False)]
+    if len({len(shape) for shape in shapes}) > 1 or any(map(_mixed, columns)):
+        return f"{len(shapes)} different shapes"
+    texts = [str(min(c)) if len(c) == 1 else f"{min(c)}-{max(c)}" for c in columns]
+    return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
+
+
+def _mixed(sizes: set[int | str]) -> bool:
+    return len(sizes) > 1 and any(isinstance(size, str) for size in sizes)
+
+
+def _shape(forms: Sequence[Form]) -> str:
+    if not forms:
+        return ""
+    if all(not form.kind for form in forms):
+        return _ranges({form.leaves[0].shape for form in forms})
+    return " | ".join(dict.fromkeys(shown(form.kind or "Tensor") for form in forms))
+
+
+def _one_or_more(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
+
+
+def _forms(layer: Layer) -> list[Form]:
+    return list(layer._different_forms())
+
+
+def layer_line(layer: Layer) -> str:
+    """Return the one-line ``repr`` of a layer."""
+    forms = _forms(layer)
+    dtypes = _one_or_more(leaf.dtype for form in forms for leaf in form.leaves)
+    facts = [count(len(layer), "call"), f"{_shape(forms)} {dtypes}".strip()]
+    facts = [fact for fact in facts if fact]
+    return f"Layer {layer.name!r} ({shown(layer.type)}): {', '.join(facts)}, {size(layer.nbytes)}"
+
+
+# --- A recording -------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What a table says about one layer."""
+
+    layer: str
+    type: str
+    calls: str
+    shape: str
+    dtype: str
+    device: str
+    memory: str
+    note: str
+
+
+#: Columns of numbers.
+RIGHT: Final = frozenset(
+    {
+        "calls",
+        "count",
+        "memory",
+        "mean",
+        "std",
+        "min",
+        "max",
+        "zeros",
+        "nan",
+        "inf",
+        "max abs",
+        "max rel",
+        "cosine",
+    }
+)
+
+
+def title(recording: Recording) -> str:
+    """Return the line above a table: what was recorded, whether it is whole, and how much it is."""
+    failed = recording.failed_passes
+    facts = (
+        count(len(recording), "layer"),
+        count(recording.num_passes, "pass") + (f" ({len(failed):,} raised)" if failed else ""),
+        size(recording.nbytes),
+    )
+    return f"{recording._title()}: {', '.join(facts)}"
+
+
+def rows(recording: Recording) -> list[Row]:
+    """Return a row for each layer."""
+    last = recording.num_passes - 1
+    return [_row(layer, recording._state(), last) for layer in recording.values()]
+
+
+def _row(layer: Layer, state: State, last_pass: int) -> Row:
+    forms = _forms(layer)
+    leaves = [leaf for form in forms for leaf in form.leaves]
+    return Row(
+        shown(layer.name),
+        shown(layer.type),
+        f"{len(layer):,}",
+        _shape(forms),
+        _one_or_more(leaf.dtype for leaf in leaves),
+        _one_or_more(leaf.device for leaf in leaves),
+        size(layer.nbytes),
+        _note(layer, state, last_pass),
+    )
+
+
+def _note(layer: Layer, state: State, last_pass: int) -> str:
+    """What needs attention, if anything does."""
+    if not len(layer):
+        return "no call yet" if state == "recording" else "never called"
+    if state == "interrupted" and last_pass not in layer.passes:
+        return "not in the last pass"
+    if layer.overflows is not None and (many := sum(layer.overflows.counts().values())):
+        return f"{count(many, 'value')} too large for {str(layer.overflows.dtype).removeprefix('torch.')}"
+    return ""
+
+
+def table(recording: Recording) -> str:
+    """Return the ``repr`` of a recording: a line about it, and a row for each layer.
+
+    The note column is there if something needs attention, the device column if not all is on the CPU.
+    Of many layers, blocks that are alike are shown once; of more still, the first and the last.
+    """
+    all_rows = rows(recording)
+    hidden = {
+        *(() if any(row.note for row in all_rows) else ("note",)),
+        *(() if any(row.device not in {"", "cpu"} for row in all_rows) else ("device",)),
+    }
+    columns = [name for name in Row._fields if name not in hidden]
+    lines: list[tuple[str, ...] | str] = [
+        line.text if isinstance(line, _Fold) else tuple(getattr(line, name) for name in columns)
+        for line in _folded(list(recording), all_rows)
+    ]
+    return "\n".join([title(recording), *text_table(columns, lines)])
+
+
+def text_table(columns: Sequence[str], lines: Iterable[tuple[str, ...] | str]) -> list[str]:
+    """Align cells under ``columns``; a line that is a string stands for itself."""
+    lines = list(lines)
+    cells = [tuple(columns), *(line for line in lines if not isinstance(line, str))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [name in RIGHT for name in columns]
+    return [
+        line if isinstance(line, str) else _aligned(line, widths, right)
+        for line in [tuple(columns), *lines]
+    ]
+
+
+def _aligned(cells: tuple[str, ...], widths: list[int], right: list[bool]) -> str:
+    places = zip(cells, widths, right, strict=True)
+    return "  ".join(c.rjust(w) if to_right else c.ljust(w) for c, w, to_right in places).rstrip()
+
+
+# --- Many layers -------------------------------------------------------------------------------------
+
+
+class _Fold(NamedTuple):
+    """Stands for rows that are not shown."""
+
+    layers: int
+    text: str
+
+
+def _folded(names: list[str], all_rows: list[Row]) -> list[Row | _Fold]:
+    """The rows to show, and what stands for the others."""
+    if len(all_rows) <= MOST_ROWS:
+        return [*all_rows]
+    lines = list(_branch(tree(names), dict(zip(names, all_rows, strict=True))))
+    if len(lines) <= MOST_ROWS:
+        return lines
+    cut = slice(MOST_ROWS - 10, -10)
+    skipped = sum(line.layers if isinstance(line, _Fold) else 1 for line in lines[cut])
+    lines[cut] = [_Fold(skipped, f"... {skipped:,} more layers ...")]
+    return lines
+
+
+def _branch(node: Node, by_name: dict[str, Row]) -> Iterator[Row | _Fold]:
+    """The rows of a branch; of neighbours that are alike only the first."""
+    if node.is_layer:
+        yield by_name[node.prefix]
+    alike: list[Node] = []
+    before: object = None
+    for child in node.children.values():
+        signature = _signature(child, by_name) if child.children else None
+        if signature is not None and signature == before:
+            alike.append(child)
+            continue
+        yield from _as_before(alike)
+        alike, before = [], signature
+        yield from _branch(child, by_name)
+    yield from _as_before(alike)
+
+
+def _signature(node: Node, by_name: dict[str, Row]) -> object:
+    """What two branches have in common that differ in nothing but their names."""
+    return [(name[len(node.prefix) :], by_name[name][1:]) for name in node.names()]
+
+
+def _as_before(alike: list[Node]) -> Iterator[_Fold]:
+    if alike:
+        layers = sum(1 for node in alike for _ in node.names())
+        which = shown(alike[0].prefix) + (f" to {shown(alike[-1].prefix)}" if alike[1:] else "")
+        yield _Fold(
+            layers, f"... {which}: {count(layers, 'more layer')}, as in the block before ..."
+        )

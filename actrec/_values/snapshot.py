@@ -1,0 +1,359 @@
+"""One tensor, kept as it is now: independent, detached, compact, and where possible free.
+
+The usual ``out.detach().cpu()`` is an alias on CPU, so the next in-place operation rewrites what was
+"saved". A ``clone()`` is right and costs a pass over memory. :func:`snapshot` shares the memory
+copy-on-write instead, with ``torch._lazy_clone``: nothing is copied unless somebody writes to either
+side, and then the writer's side moves to fresh memory.
+
+Copy-on-write is private API and wrong for some tensors, so it stands behind an allow-list, here and
+nowhere else. A tensor is shared only if all of this holds, and is cloned otherwise:
+
+* it has two dimensions or more: a clone of less costs as little;
+* it is a plain CPU tensor: no subclass, and not quantized. (Sparse, mkldnn and nested tensors, and the
+  wrappers of ``torch.func``, have no storage, or no such kernel, and say so. Its dispatch keys would tell
+  all that at once, but PyTorch takes a microsecond to make a Python object of them.)
+* it fills its storage, so that a slice never keeps a larger storage alive;
+* its storage is resizable, which ``Tensor.numpy()`` and ``from_numpy`` end: a NumPy array that shares
+  the memory writes past the copy-on-write;
+* nobody frees the storages of weights, as FSDP does, and allocates them again: a tensor may lie in one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from actrec.errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import nn
+
+__all__ = [
+    "check",
+    "cloned",
+    "detached",
+    "explain",
+    "frees_weights",
+    "held",
+    "is_distributed",
+    "memory",
+    "normal_mode",
+    "on_part",
+    "sharded",
+    "snapshot",
+    "twin",
+    "unseen",
+]
+
+
+# --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
+
+_data_address = getattr(torch._C, "_data_address", None)
+_functorch = getattr(torch._C, "_functorch", None)
+_is_wrapped = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: False)
+_is_batch = getattr(_functorch, "is_legacy_batchedtensor", lambda _: False)
+_InferenceMode = getattr(torch._C, "_InferenceMode", torch.inference_mode)
+_OFF, _ON = False, True
+# The stack of dispatch modes.
+_count_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_mode_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
+_pop_mode: Any = getattr(torch._C, "_pop_torch_dispatch_stack", None)
+_push_mode: Any = getattr(torch._C, "_push_on_torch_dispatch_stack", None)
+
+
+def _sharing_works() -> bool:
+    """Whether this PyTorch shares memory copy-on-write correctly."""
+    try:
+        original = torch.zeros(2, device="cpu")
+        shared = original._lazy_clone()
+        original.add_(1)
+    except (AttributeError, RuntimeError):
+        return False
+    return shared.tolist() == [0, 0] and original.tolist() == [1, 1]
+
+
+_SHARING = _sharing_works()
+
+
+_AS_IT_IS = nullcontext()
+
+
+def normal_mode() -> AbstractContextManager[object]:
+    """Tensors made in here are normal ones, also under ``inference_mode``: a probe can train on them.
+
+    Enter it at once: PyTorch's guard takes effect when it is made.
+    """
+    return _InferenceMode(_OFF) if torch.is_inference_mode_enabled() else _AS_IT_IS
+
+
+def unseen() -> AbstractContextManager[object]:
+    """Operations in here are none of the model's, to selective activation checkpointing either.
+
+    It counts the operations of a forward, and gives those that ``backward()`` runs again the results that it
+    kept by number. One more, and it would hand out results of other operations.
+    """
+    number = _count_modes()
+    if number and any(_is_caching(_mode_at(at)) for at in range(number)):
+        return _without_caching()
+    return _AS_IT_IS
+
+
+def _is_caching(mode: object) -> bool:
+    """Whether it is the mode that selective activation checkpointing runs a region's forward in."""
+    checkpoint = sys.modules.get("torch.utils.checkpoint")  # whoever does it has imported it
+    return isinstance(mode, getattr(checkpoint, "_CachingTorchDispatchMode", ()))
+
+
+@contextmanager
+def _without_caching() -> Iterator[None]:
+    modes = _popped()
+    try:
+        for mode in modes:
+            if not _is_caching(mode):
+                _push_mode(mode)
+        yield
+    finally:
+        _popped()
+        for mode in modes:
+            _push_mode(mode)
+
+
+def _popped() -> list[Any]:
+    """Take all modes off the stack; the lowest is the first."""
+    return [_pop_mode(None) for _ in range(_count_modes())][::-1]
+
+
+# --- Sharing and cloning ---------------------------------------------------------------------------
+
+
+def twin(tensor: Tensor) -> Tensor | None:
+    """Return a copy of ``tensor`` that shares its memory copy-on-write, or ``None`` if there can be none.
+
+    One function, because it runs for every value, and a call of a function costs as much as a question.
+    """
+    # One of PyTorch's 700 operators cannot read shared memory: the backward of ctc_loss, of the losses
+    # that it returned, one for each sample. So vectors are not shared.
+    if (
+        tensor.dim() > 1
+        and tensor.is_cpu
+        and type(tensor) is Tensor
+        and _SHARING
+        and not tensor.is_quantized
+        and not _is_wrapped(
+            tensor
+        )  # by functionalize(), the only one that says that it has a storage
+    ):
+        try:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() == tensor.nbytes and storage.resizable():
+                return tensor._lazy_clone()
+        except (
+            RuntimeError
+        ):  # there is no storage, or it is not the allocator's own: shared, foreign
+            pass
+    return None
+
+
+_RESIZED = (
+    "A tensor that a recorded layer returned was made larger in place, by resize_() or out=, and PyTorch cannot write "
+    "to it any more, for actrec shares its memory copy-on-write. Let the layer return a clone() of it"
+)
+
+
+def explain(error: BaseException) -> None:
+    """Say on an error of PyTorch's what it is about: it cannot write to shared memory that was made larger."""
+    is_new = _RESIZED not in getattr(error, "__notes__", ())  # a module inside has not said it yet
+    if "ctx != nullptr INTERNAL ASSERT" in str(error) and is_new:
+        error.add_note(_RESIZED)
+
+
+def check(tensor: Tensor) -> None:
+    """Raise ``CaptureError`` for a tensor that means nothing outside of a ``torch.func`` transform."""
+    if _is_wrapped(tensor):
+        message = (
+            "inside torch.func (vmap, grad, jvp, functionalize) a tensor stands for many, or for a step of a derivative, and cannot "
+            "be kept. Record a call of the model outside of it"
+        )
+        raise CaptureError(message)
+    if _is_batch(tensor):
+        message = (
+            "it is a batch of gradients at once (is_grads_batched=True, jacobian(vectorize=True)), and cannot be kept. "
+            "Take them one by one, or outside of the block"
+        )
+        raise CaptureError(message)
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a ``DTensor``, of which each rank has a part."""
+    if type(tensor) is Tensor:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def on_part(tensor: Any, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a ``DTensor`` like this one, whose part here is ``change(part)``. Nobody communicates.
+
+    Its own operators may: by the version of PyTorch, ``clone()`` or ``detach()`` adds up what is yet to be
+    added up, or forgets about kinds of that.
+    """
+    if not _in_order_of_mesh(tensor):
+        message = (
+            f"a DTensor that is sharded in another order than that of its mesh ({tensor.placements}) cannot be kept. "
+            "Redistribute it in the model"
+        )
+        raise CaptureError(message)
+    with torch.no_grad():
+        part = change(tensor.to_local())
+    spread = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+    made = type(tensor).from_local(part, tensor.device_mesh, tensor.placements, **spread)
+    return cast("Tensor", made)
+
+
+def _in_order_of_mesh(tensor: Any) -> bool:
+    """Whether a dimension that is sharded several times is so in the order of the mesh's dimensions."""
+    # Private, and only in some versions of PyTorch: in the others, another order has a placement of its own.
+    order = getattr(getattr(tensor, "_spec", None), "shard_order", None) or ()
+    dims = [list(getattr(entry, "mesh_dims", ())) for entry in order]
+    return all(one == sorted(one) for one in dims)
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """``tensor.detach()``, without a word to other ranks."""
+    return on_part(tensor, Tensor.detach) if is_distributed(tensor) else tensor.detach()
+
+
+def cloned(tensor: Tensor) -> Tensor:
+    """A clone, made without a word to other ranks."""
+    if not is_distributed(tensor):
+        return tensor.clone()
+    if tensor.requires_grad and torch.is_grad_enabled():  # where the graph is kept
+        return tensor.to(tensor.dtype, copy=True)
+    return on_part(tensor, torch.clone)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """A clone that is as small as its content: dimensions that were expanded stay expanded."""
+    check(tensor)
+    with unseen():
+        if is_distributed(tensor):
+            return cloned(tensor)
+        if tensor.layout is torch.strided and not tensor.is_nested and 0 in tensor.stride():
+            stored = tensor
+            for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+                if stride == 0 and size > 1:
+                    stored = stored.narrow(dim, 0, 1)
+            return stored.clone().expand(tensor.shape)
+        return tensor.clone()
+
+
+def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tensor:
+    """Return ``tensor`` as it is now, whatever is written to it later.
+
+    The result has the same values, shape, dtype and device. It is a normal tensor (never an inference
+    tensor), holds no more memory than its content, and never aliases ``tensor``: writing to either
+    leaves the other as it was. With ``detach=False`` it is part of the autograd graph. With ``share=False``
+    it is a clone, for models of which :func:`frees_weights` is true.
+    """
+    # PyTorch's guard acts from when it is made until it is gone; "with" would only add time.
+    guard = _InferenceMode(_OFF) if torch.is_inference_mode_enabled() else None
+    try:
+        if detach and (tensor.requires_grad or type(tensor) is not Tensor):
+            tensor = tensor.detach() if type(tensor) is Tensor else detached(tensor)
+        if not share:
+            _refuse_freed(tensor)
+            return _clone(tensor)
+        copy = twin(tensor)
+        return _clone(tensor) if copy is None else copy
+    finally:
+        del guard
+
+
+def frees_weights(model: nn.Module) -> bool:
+    """Whether FSDP frees the storages of weights of ``model``, or of a model that it is a part of."""
+    if "torch.distributed.fsdp" not in sys.modules:  # whoever shards a model has imported it
+        return False
+    return bool([*sharded(model)]) or any(map(is_distributed, model.parameters()))
+
+
+def sharded(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that FSDP shards, with their names."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    names = ("FullyShardedDataParallel", "FSDPModule")
+    kinds = tuple(filter(None, (getattr(fsdp, name, None) for name in names)))
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            yield name, module
+
+
+def _refuse_freed(tensor: Tensor) -> None:
+    """Raise ``CaptureError`` for a weight that FSDP has freed: reading it would end the process."""
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+    if plain and tensor.nbytes and not tensor.untyped_storage().nbytes():
+        message = (
+            "its memory is freed. FSDP does so with the weights of a module behind its call; let the module that uses "
+            "them be sharded, not the one that returns them"
+        )
+        raise CaptureError(message)
+
+
+def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
+    """The memory that a tensor holds: where it is, and how many bytes. Equal places are shared memory."""
+    if tensor.layout is torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    elif tensor.layout in {torch.sparse_csr, torch.sparse_bsr}:
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif tensor.layout in {torch.sparse_csc, torch.sparse_bsc}:
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    else:
+        yield address(tensor), 0 if tensor.is_meta else _size(tensor)
+        return
+    for part in parts:
+        yield from held(part)
+
+
+def address(tensor: Tensor) -> object:
+    """What is equal for tensors in the same memory."""
+    # data_ptr() would end the sharing that it is asked about.
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+    return (
+        (tensor.device, _data_address(tensor))
+        if plain and _data_address is not None
+        else id(tensor)
+    )
+
+
+def _size(tensor: Tensor) -> int:
+    is_strided = tensor.layout is torch.strided and type(tensor) is Tensor
+    return tensor.untyped_storage().nbytes() if is_strided else tensor.nbytes
+
+
+# --- Reading memory --------------------------------------------------------------------------------
+
+_READ_ONLY = 0x100  # PyBUF_READ
+_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_at.restype = ctypes.py_object
+_memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+
+
+def memory(tensor: Tensor) -> tuple[Tensor, memoryview]:
+    """The memory of a contiguous tensor on the CPU, to be read as long as the tensor that comes with it lives.
+
+    A pointer that could be written through, as ``data_ptr()`` gives, would end the sharing with the
+    model, by a copy. Reading a shared tensor is safe while the model writes to its side: the model's side
+    moves to fresh memory, and ours stays where it is.
+    """
+    if tensor.nbytes == 0:
+        return tensor, memoryview(b"")
+    if _data_address is None:
+        tensor = tensor.clone()
+        return tensor, _memory_at(tensor.data_ptr(), tensor.nbytes, _READ_ONLY)
+    start = _data_address(tensor) + tensor.storage_offset() * tensor.element_size()
+    return tensor, _memory_at(start, tensor.nbytes, _READ_ONLY)

@@ -1,0 +1,173 @@
+"""``rows()``: any row of a recording, by its number."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from actrec._tables.text import count
+
+from .align import table
+from .columns import Kept
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from actrec._recordings.recording import Recording
+
+    from .align import Selector, Table
+
+__all__ = ["Rows", "rows"]
+
+#: Rows of the mask that are read to find one that is kept.
+_BLOCK = 4096
+
+
+def rows(
+    recording: Recording,
+    *layers: Selector,
+    flatten: bool = False,
+    mask: Selector | Tensor | None = None,
+    nth: int | None = None,
+) -> Rows:
+    """Return the rows of some layers as a dataset: each sample of each call is an item.
+
+    >>> import torch
+    >>> from torch.utils.data import DataLoader
+    >>> from actrec import record
+    >>> from actrec.data import rows
+    >>> model = torch.nn.Linear(4, 3)
+    >>> with record(model, "") as acts:
+    ...     for batch, label in zip(torch.randn(2, 5, 4), torch.arange(10).split(5)):
+    ...         output = model(batch)
+    ...         acts.add("label", label)
+    >>> dataset = rows(acts, "", "label")
+    >>> len(dataset)
+    10
+    >>> hidden, label = dataset[7]
+    >>> hidden.shape, label
+    (torch.Size([3]), tensor(7))
+    >>> for hidden, label in DataLoader(dataset, batch_size=4):
+    ...     print(hidden.shape, label)
+    torch.Size([4, 3]) tensor([0, 1, 2, 3])
+    torch.Size([4, 3]) tensor([4, 5, 6, 7])
+    torch.Size([2, 3]) tensor([8, 9])
+
+    A layer is named, or given, such as ``acts.inputs["mlp"]``. Where a call returns several tensors, a tuple
+    says which: ``("lstm", 0)``. With one layer an item is a tensor, with several a tuple in their order.
+
+    Args:
+        recording: In memory or stored.
+        *layers: One or more, added values among them.
+        flatten: A row for each position instead: ``(batch, tokens, width)`` gives ``batch * tokens`` rows of
+            ``width``. What has fewer positions, such as labels ``(batch,)`` or a vector ``(batch, width)``, is
+            repeated. Integers have no width: token ids ``(batch, tokens)``, beside a layer or alone, give one number
+            for each row. ``(batch * tokens, experts)``, as mixtures of experts return it, has the same rows. What the
+            shapes do not tell, such as floating-point numbers ``(batch, tokens)`` where all calls have as many tokens,
+            is an error that says which shape would: ``(batch, tokens, 1)`` or ``(batch, 1, tokens)``.
+        mask: An added value or a layer, one number for each row; rows where it is 0 are left out. An
+            attention mask leaves out padding: ``flatten=True, mask="attention_mask"``. Or a tensor with one number for
+            each row of all calls.
+        nth: Of layers that are called several times in a pass, such as a ReLU that is used twice in a block, take one
+            call of each pass: 0 the first, -1 the last, as :meth:`actrec.Layer.nth` does.
+
+    Rows are numbered as ``acts[name].cat()`` has them: in the order of the passes, and within a pass of the
+    ranks. Passes that raised are left out (``acts.failed_passes``). To go through a large recording in random order,
+    :func:`shuffled` is many times faster.
+
+    Raises ``AlignmentError`` if the layers do not have the same calls with the same number of rows, if rows
+    differ in shape or dtype, or if values are not tensors.
+    """
+    return Rows(table("rows", recording, layers, flatten=flatten, mask=mask, nth=nth))
+
+
+class Rows(Dataset[Any]):
+    """What :func:`rows` returns: a map-style dataset.
+
+    ``dataset[7]`` is a row, ``dataset[-1]`` the last one. A slice, a list or a tensor of numbers gives their
+    rows joined along a new first dimension: ``dataset[3:8]``, ``dataset[[5, 1, 1]]``. A ``DataLoader`` fetches
+    a batch in one go. It need not be taken apart and joined again, which is fastest:
+    ``DataLoader(dataset, batch_size=None, sampler=BatchSampler(...))``.
+
+    All that it returns are copies, on the CPU, in the dtype of the recording. From a stored recording nothing but
+    the rows asked for is read. It is sent to worker processes without data, unless the recording is in memory.
+    """
+
+    def __init__(self, source: Table) -> None:
+        self._columns = source.columns
+        self._raised = source.raised
+        self._kept = None if source.mask is None else Kept(source.mask, _BLOCK)
+        self._len = len(source if self._kept is None else self._kept)
+
+    def __len__(self) -> int:
+        return self._len
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Any:
+        if isinstance(index, slice):
+            return self._as_item(self._range(range(self._len)[index]))
+        if isinstance(index, int):
+            number = int(self._checked(torch.tensor([index], device="cpu")))
+            return self._as_item([part[0] for part in self._range(range(number, number + 1))])
+        numbers = self._numbers(index)
+        found = self._take(self._checked(numbers.view(-1)))
+        return self._as_item(found if numbers.dim() else [column[0] for column in found])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        found = self._take(self._checked(torch.as_tensor(indices, dtype=torch.int64, device="cpu")))
+        parts = [column.unbind() for column in found]
+        return list(parts[0] if len(parts) == 1 else zip(*parts, strict=True))
+
+    def __repr__(self) -> str:
+        each = ", ".join(
+            f"{c.name} {c.shape} {str(c.dtype).removeprefix('torch.')}" for c in self._columns
+        )
+        left_out = f", without {count(self._raised, 'pass')} that raised" if self._raised else ""
+        return f"{self._len} rows of {each}{left_out}"
+
+    def _numbers(self, index: Any) -> Tensor:
+        """The numbers that are asked for: as such, or by one answer for each row."""
+        try:
+            numbers = torch.as_tensor(index, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            numbers = None
+        if numbers is None or (numbers.numel() and not _is_integral(numbers)):
+            message = f"dataset[{index!r}]: rows are numbered by integers."
+            raise TypeError(message)
+        if numbers.dtype != torch.bool:
+            return numbers.to(torch.int64)
+        if numbers.shape != (self._len,):
+            message = f"dataset[mask]: it has {numbers.numel()} answers for {self._len} rows."
+            raise IndexError(message)
+        return numbers.nonzero()[:, 0]
+
+    def _checked(self, numbers: Tensor) -> Tensor:
+        outside = (numbers < -self._len) | (numbers >= self._len)
+        if bool(outside.any()):
+            message = f"dataset[{int(numbers[outside][0])}]: there are {self._len} rows."
+            raise IndexError(message)
+        return torch.where(numbers < 0, numbers + self._len, numbers)
+
+    def _take(self, numbers: Tensor) -> list[Tensor]:
+        if self._kept is not None:
+            numbers = self._kept.located(numbers)
+        return [column.dressed(column.take(numbers)) for column in self._columns]
+
+    def _range(self, wanted: range) -> list[Tensor]:
+        if self._kept is not None or wanted.step != 1:
+            return self._take(torch.tensor(wanted, dtype=torch.int64, device="cpu"))
+        found = []
+        for column in self._columns:
+            out = column.empty(len(wanted))
+            column.read(wanted.start, out)
+            found.append(column.dressed(out))
+        return found
+
+    def _as_item(self, parts: list[Tensor]) -> Any:
+        return parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _is_integral(numbers: Tensor) -> bool:
+    return not (numbers.is_floating_point() or numbers.is_complex())

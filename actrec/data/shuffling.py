@@ -1,0 +1,323 @@
+"""``shuffled()``: batches of shuffled rows, read in the order of the disk."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import index
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from actrec.errors import OptionError, ResumeError
+from actrec.store.rank import placed
+
+from .align import table
+from .columns import Kept
+from .order import Order
+from .window import Window
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from actrec._recordings.recording import Recording
+
+    from .align import Selector, Table
+    from .order import Piece
+
+__all__ = ["Shuffled", "shuffled"]
+
+_MEBI: Final = 1 << 20
+_BUFFER: Final = 256 * _MEBI
+#: A block is at most this share of the buffer, so that a window has rows of that many places at least.
+_BLOCKS: Final = 64
+#: What the number of a row takes while a window is permuted, in bytes.
+_NUMBERS: Final = 32
+
+
+def shuffled(
+    recording: Recording,
+    *layers: Selector,
+    batch_size: int,
+    seed: int = 0,
+    buffer: int = _BUFFER,
+    flatten: bool = False,
+    mask: Selector | Tensor | None = None,
+    nth: int | None = None,
+    drop_last: bool = False,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> Shuffled:
+    """Return shuffled batches of the rows of some layers, to train on, as fast as the disk is read in order.
+
+    >>> import torch
+    >>> from torch.utils.data import DataLoader
+    >>> from actrec import record
+    >>> from actrec.data import shuffled
+    >>> model = torch.nn.Linear(4, 3)
+    >>> with record(model, "") as acts:
+    ...     for batch, label in zip(torch.randn(2, 5, 4), torch.arange(10).split(5)):
+    ...         output = model(batch)
+    ...         acts.add("label", label)
+    >>> dataset = shuffled(acts, "", "label", batch_size=4)
+    >>> for hidden, label in DataLoader(dataset, batch_size=None):
+    ...     print(tuple(hidden.shape), len(label))
+    (4, 3) 4
+    (4, 3) 4
+    (2, 3) 2
+
+    Batches come ready, so a ``DataLoader`` gets ``batch_size=None``, and as many workers as one likes:
+    ``DataLoader(dataset, batch_size=None, num_workers=4)``.
+
+    The recording is cut into blocks of about a mebibyte. Each epoch permutes the blocks; as many as fit into
+    the buffer are read, in the order in which they lie on the disk, and their rows are permuted. Every row comes
+    exactly once. The order depends on the seed, the epoch, the recording, the options and the number of ranks (and
+    on PyTorch's generator of permutations), not on the number of workers, which share one buffer between them.
+
+    Args:
+        recording: In memory or stored.
+        *layers: As in :func:`rows`. One gives batches that are a tensor, several a tuple of tensors.
+        batch_size: Rows in a batch; the last batch may have fewer.
+        seed: Another seed gives another order.
+        buffer: The bytes of rows held in memory, in all workers together, beside the batch that is made. The more it is, the better
+            rows are mixed.
+        flatten: A row for each position, as in :func:`rows`.
+        mask: What says which rows to leave out, as in :func:`rows`. It is read once when this is called.
+        nth: Which call of each pass, as in :func:`rows`.
+        drop_last: Leave out what does not fill a batch. All ranks then have the same number of batches.
+        rank: Which part of the rows, of ``world_size``. By default as ``torch.distributed`` says if it is
+            initialised, or the variables ``RANK`` and ``WORLD_SIZE`` of ``torchrun``.
+        world_size: The number of ranks. Their parts do not overlap, and are equal but for one row.
+
+    Raises ``AlignmentError`` as :func:`rows` does, and ``OptionError`` for a size that cannot be.
+    """
+    rank, world_size = _place(rank, world_size)
+    _check(batch_size=batch_size, buffer=buffer)
+    found = table(
+        "shuffled", recording, layers, flatten=flatten, mask=mask, nth=nth, as_stored=True
+    )
+    width = sum(column.width for column in found.columns)
+    block = max(1, min(_MEBI, buffer // _BLOCKS) // max(1, width))
+    kept = None if found.mask is None else Kept(found.mask, block)
+    order = Order(
+        counts=_even(len(found), block) if kept is None else kept.counts,
+        window=max(1, buffer // (width + _NUMBERS)),
+        batch_size=batch_size,
+        seed=index(seed),
+        rank=rank,
+        world_size=world_size,
+        drop_last=drop_last,
+    )
+    return Shuffled(found, kept, order, block, buffer)
+
+
+def _even(rows: int, block: int) -> Tensor:
+    blocks = torch.arange(0, rows, block, device="cpu")
+    return (rows - blocks).clamp(max=block)
+
+
+def _check(**sizes: Any) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            message = f"shuffled({name}={size!r}): expected a whole number greater than 0."
+            raise OptionError(message)
+
+
+def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Return the number of this rank, and how many there are."""
+    if (rank is None) != (world_size is None):
+        message = f"shuffled(rank={rank}, world_size={world_size}): give both, or neither."
+        raise OptionError(message)
+    if rank is None or world_size is None:
+        return placed()
+    try:
+        place = index(rank), index(world_size)  # NumPy's numbers would give another order
+    except TypeError:
+        place = (0, 0)
+    if not 0 <= place[0] < place[1]:
+        message = f"shuffled(rank={rank!r}, world_size={world_size!r}): ranks are whole numbers from 0 to world_size - 1."
+        raise OptionError(message)
+    return place
+
+
+@dataclass
+class _Progress:
+    """How far an epoch is."""
+
+    epoch: int
+    first: int = 0  # the batch from which the workers have shared the batches between them
+    done: int = 0  # the batches that this worker has made since
+    worker: int = 0
+    workers: int = 1
+
+
+class Shuffled(IterableDataset[Any]):
+    """What :func:`shuffled` returns: an iterable dataset of batches.
+
+    **Epochs.** Each iteration is an epoch, with an order of its own; the first one is epoch 0. Worker processes
+    have a copy of the dataset each, which a ``DataLoader`` makes anew for every epoch unless its workers
+    persist, so with workers say which epoch it is, as one does for PyTorch's distributed sampler:
+
+    .. code-block:: python
+
+        for epoch in range(10):
+            dataset.set_epoch(epoch)
+            for batch in loader:
+                ...
+
+    **Going on in the middle of an epoch.** ``state_dict()`` says in a few numbers which batch is next, and
+    ``load_state_dict()`` goes on there, exactly, with any number of workers. ``StatefulDataLoader`` of torchdata
+    does both by itself, in its workers too. With workers of a plain ``DataLoader``, say how many batches of the epoch you
+    have had: ``state_dict(batches=step)``.
+
+    **Memory.** The buffer and a batch, whatever the size of the recording. A stored recording is read, not
+    mapped; what the system keeps of the files it gives up when memory is needed.
+
+    ``len(dataset)`` is the number of batches in an epoch, for this rank.
+    """
+
+    def __init__(
+        self, source: Table, kept: Kept | None, order: Order, block: int, buffer: int
+    ) -> None:
+        self._columns = source.columns
+        self._kept = kept
+        self._order = order
+        self._block = block
+        self._next = _Progress(epoch=0)
+        self._now: _Progress | None = None
+        self._identity = {
+            "recording": _identity(source),
+            "rows": int(order.counts.sum()),
+            "batch_size": order.batch_size,
+            "seed": order.seed,
+            "buffer": buffer,
+            "world_size": order.world_size,
+            "drop_last": order.drop_last,
+        }
+
+    def __len__(self) -> int:
+        return self._order.batches
+
+    def __repr__(self) -> str:
+        names = ", ".join(column.name for column in self._columns)
+        return f"{len(self)} batches of {self._order.batch_size} shuffled rows of {names}"
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next iteration that of this epoch.
+
+        If that is the epoch which a loaded state is in, it goes on where the state was taken.
+        """
+        epoch = index(epoch)  # of NumPy's numbers, the order would be another one
+        if self._next.epoch != epoch:
+            self._next = _Progress(epoch)
+        self._now = None
+
+    def state_dict(self, batches: int | None = None) -> dict[str, Any]:
+        """Return where the iteration is, as numbers and strings: after the latest batch, or after so many of the epoch.
+
+        >>> import torch
+        >>> from actrec import record
+        >>> from actrec.data import shuffled
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     output = model(torch.randn(10, 4))
+        >>> dataset = shuffled(acts, "", batch_size=2)
+        >>> batches = iter(dataset)
+        >>> first, second = next(batches), next(batches)
+        >>> state = dataset.state_dict()
+        >>> again = shuffled(acts, "", batch_size=2)
+        >>> again.load_state_dict(state)
+        >>> torch.equal(next(iter(again)), next(batches))
+        True
+        """
+        progress = self._now or self._next
+        if batches is not None:
+            progress = _Progress(progress.epoch, batches)
+        return {**vars(progress), **self._identity}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on, at the next iteration, where a state was taken.
+
+        A state at the end of an epoch leaves nothing of it: the iteration has no batches, and the one after it is
+        the next epoch.
+
+        Raises ``ResumeError`` if the state is of another recording or of other options, and says which.
+        """
+        for name, own in self._identity.items():
+            if name not in state or state[name] != own:
+                found = repr(state[name]) if name in state else "none at all"
+                message = (
+                    f"load_state_dict(): the state is of {name}={found}, and this dataset has {name}={own!r}. The "
+                    "order of the batches would be another one."
+                )
+                raise ResumeError(message)
+        progress = _Progress(**{name: int(state[name]) for name in vars(_Progress(0))})
+        if progress.workers == 1:  # whoever goes on, shares what is left
+            progress = _Progress(progress.epoch, progress.first + progress.done)
+        self._next, self._now = progress, None
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        now = self._next
+        if now.workers > 1 and (now.worker, now.workers) != (worker, workers):
+            message = (
+                f"the state is that of worker {now.worker} of {now.workers}, and this is worker {worker} of {workers}. "
+                "Go on with as many workers as there were."
+            )
+            raise ResumeError(message)
+        now.worker, now.workers = worker, workers
+        self._now, self._next = now, _Progress(now.epoch + 1)
+        return self._batches(now)
+
+    def _batches(self, now: _Progress) -> Iterator[Any]:
+        epoch, windows = self._order.epoch(now.epoch), self._order.windows
+        first = now.first + now.worker + now.done * now.workers
+        mine = range(first, self._order.batches, now.workers)
+        memory = Window(self._columns, self._kept, self._block)
+        begun: list[list[Tensor]] = []
+        for number, bounds in enumerate(windows):
+            cuts = self._order.cuts(bounds, mine)
+            if not cuts:
+                continue
+            rows = epoch.permutation(number, bounds)
+            memory.fill(epoch.pieces(bounds), torch.cat([rows[cut.low : cut.high] for cut in cuts]))
+            del rows
+            coming = [
+                piece for after in windows[number + 1 : number + 2] for piece in epoch.pieces(after)
+            ]
+            place = 0
+            for cut, pieces in zip(cuts, _spread(coming, len(cuts)), strict=True):
+                memory.expect(pieces)
+                begun.append(memory.take(place, place + cut.high - cut.low))
+                place += cut.high - cut.low
+                if cut.ends:
+                    batch = self._joined(begun)
+                    begun.clear()
+                    now.done += 1
+                    yield batch
+
+    def _joined(self, parts: list[list[Tensor]]) -> Any:
+        columns = [
+            column[0] if len(column) == 1 else torch.cat(column)
+            for column in zip(*parts, strict=True)
+        ]
+        dressed = [own.dressed(rows) for own, rows in zip(self._columns, columns, strict=True)]
+        return dressed[0] if len(dressed) == 1 else tuple(dressed)
+
+
+def _spread(pieces: list[Piece], many: int) -> Iterator[list[Piece]]:
+    """The pieces in so many portions, one after the other."""
+    bounds = [len(pieces) * i // many for i in range(many + 1)]
+    return (pieces[low:high] for low, high in pairwise(bounds))
+
+
+def _identity(source: Table) -> str:
+    """What tells a recording from others, and the same rows of it from other rows, as text."""
+    parts = [
+        (c.name, str(c.dtype), c.shape) for c in (*source.columns, *filter(None, [source.mask]))
+    ]
+    return hashlib.blake2b(repr((source.origins, parts)).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,99 @@
+"""Where a recording goes, and in what portions."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from actrec.errors import OptionError
+
+from .format import MAX_RANKS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Folder"]
+
+MEBI: Final = 1 << 20
+_PASSWORD: Final = re.compile(r"[^/]*://[^/@:]*:[^/@]*@")
+
+
+@dataclass(frozen=True)
+class Folder(os.PathLike[str]):
+    """A path to record into, with settings of its own: ``record(model, into=Folder("run", budget=2**28))``.
+
+    >>> Folder("runs/minilm", shard_bytes=64 * 2**20)
+    Folder(path='runs/minilm', shard_bytes=67108864, budget=1073741824, seconds=60.0, rank=None, world_size=None, run=None, spool=None)
+
+    Wherever a path will do, a ``Folder`` will do, and the other way round. The path may be the URL of an
+    object store, ``"s3://bucket/run"``.
+    """
+
+    path: str | os.PathLike[str]
+    #: About how many bytes are written to one file, and committed together.
+    shard_bytes: int = 256 * MEBI
+    #: How many bytes may wait to be written or be on their way. A call that does not fit makes the model wait.
+    budget: int = 1024 * MEBI
+    #: What is complete is committed after so many seconds, however little it is, and though no call follows.
+    seconds: float = 60.0
+    #: Which rank this process is, for launchers other than ``torchrun`` when ``torch.distributed`` is not initialised.
+    rank: int | None = field(default=None, kw_only=True)
+    #: And of how many. Both or neither.
+    world_size: int | None = field(default=None, kw_only=True)
+    #: The name of the run, the same on all its ranks, and of no other run. Needed where the launcher gives it none.
+    run: str | None = field(default=None, kw_only=True)
+    #: Where the files for a URL are until they are uploaded; in the system's temporary folder if not said.
+    spool: str | os.PathLike[str] | None = field(default=None, kw_only=True)
+    #: What ``fsspec`` passes to the file system of a URL, such as credentials. It is never shown or stored.
+    storage_options: Mapping[str, Any] | None = field(
+        default=None, kw_only=True, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        path: object = self.path
+        text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+        if not isinstance(text, str) or not text:  # which would be the current folder
+            message = f"{path!r} is no path. Give text, such as 'runs/a' or 's3://bucket/run', or a pathlib.Path."
+            raise OptionError(message)
+        if _PASSWORD.match(text):
+            message = (
+                "there is a password in that URL, which would be shown wherever the URL is. Pass it in "
+                "storage_options, or put it into the configuration of fsspec."
+            )
+            raise OptionError(message)
+        for name in ("shard_bytes", "budget", "seconds"):
+            value = getattr(self, name)
+            if (
+                not isinstance(value, (int, float))
+                or not value >= 0  # which NaN is not
+                or (value == 0 and name != "seconds")
+            ):
+                message = f"Folder({name}={value!r}): expected a number greater than 0."
+                raise OptionError(message)
+        self._check_rank()
+
+    def _check_rank(self) -> None:
+        run: object = self.run
+        if run is not None and not (isinstance(run, str) and run):
+            message = f"Folder(run={run!r}): expected text, such as run='2026-11-28-a'."
+            raise OptionError(message)
+        rank, ranks = self.rank, self.world_size
+        if rank is None and ranks is None:
+            return
+        call = f"Folder(rank={rank!r}, world_size={ranks!r})"
+        if type(rank) is not int or type(ranks) is not int:
+            message = f"{call}: expected two integers, such as rank=3, world_size=8, or neither."
+            raise OptionError(message)
+        if not 0 <= rank < ranks <= MAX_RANKS:
+            message = f"{call}: ranks are numbered from 0, and there are at most {MAX_RANKS:,}."
+            raise OptionError(message)
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> Folder:
+        """Return ``path`` as a ``Folder``."""
+        return path if isinstance(path, Folder) else cls(path)

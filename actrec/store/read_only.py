@@ -1,0 +1,92 @@
+"""What the layers on disk have in common: they are read call by call, and cannot be written to."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, NoReturn, overload
+
+from actrec._recordings.recording import Layer
+from actrec._values.join import joined
+from actrec.errors import ActrecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from actrec._values.nested import Value
+
+__all__ = ["ChosenLayer", "ReadOnlyLayer"]
+
+
+class ReadOnlyLayer(Layer):
+    """A layer whose calls are read when they are asked for."""
+
+    @abstractmethod
+    def _call(self, index: int) -> Value:
+        """What call number ``index``, which there is, returned."""
+
+    @overload
+    def __getitem__(self, index: int) -> Value: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Value]: ...
+    def __getitem__(self, index: int | slice) -> Value:
+        if isinstance(index, slice):
+            return [self._call(at) for at in range(len(self))[index]]
+        try:
+            at = range(len(self))[index]
+        except IndexError:
+            message = f"acts[{self.name!r}][{index}]: there are {len(self)} calls"
+            raise IndexError(message) from None
+        return self._call(at)
+
+    def __iter__(self) -> Iterator[Value]:
+        return map(self._call, range(len(self)))
+
+    def cat(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
+        """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""
+        return joined(self, "cat", dim)
+
+    def stack(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
+        """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
+        return joined(self, "stack", dim)
+
+    def _of(self, calls: list[int]) -> Layer:
+        return ChosenLayer(self, calls)
+
+    def keep(self, value: Value, number: int) -> NoReturn:  # noqa: ARG002
+        self._refuse("keep")
+
+    def clear(self) -> NoReturn:
+        self._refuse("clear")
+
+    def _refuse(self, method: str) -> NoReturn:
+        message = (
+            f"acts[{self.name!r}].{method}(): this is a stored recording, which can only be read."
+        )
+        raise ActrecError(message)
+
+
+class ChosenLayer(ReadOnlyLayer):
+    """Some calls of a layer on disk."""
+
+    def __init__(self, base: Layer, calls: list[int]) -> None:
+        self.name = base.name
+        self.type = base.type
+        self.base = base
+        self.calls = calls
+
+    @property
+    def passes(self) -> list[int]:
+        passes = self.base.passes
+        return [passes[index] for index in self.calls]
+
+    @property
+    def ranks(self) -> list[int]:
+        """For each call, the rank that has recorded it."""
+        ranks = self.base.ranks  # type: ignore[attr-defined]  # layers on disk know them
+        return [ranks[index] for index in self.calls]
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def _call(self, index: int) -> Value:
+        return self.base[self.calls[index]]

@@ -1,0 +1,96 @@
+"""Writing a recording that is there already."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from actrec.errors import CaptureError
+
+from .description import LayerInfo, Manifest
+from .folder import Folder
+from .format import Slot
+from .place import place
+from .reader import rank_folder
+from .shard import Call
+from .stream import appearance, claim, encoded, publish
+from .writer import Writer
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator
+
+    from actrec._recordings.recording import Layer, Recording
+
+__all__ = ["save"]
+
+
+def save(recording: Recording, path: str | os.PathLike[str]) -> None:
+    """Write a recording to ``path``. The same as ``recording.save(path)``; see :meth:`actrec.Recording.save`."""
+    layers = list(_layers(recording))
+    _check(layers)
+    disk, folder = place(path), Folder.of(path)
+    own = disk / rank_folder(0)
+    name = f"save({str(disk)!r})"
+    manifest = Manifest(
+        recording._model,
+        tuple(LayerInfo(slot.name, slot.type) for slot, _ in layers if slot.role == "output"),
+        dict(recording._aliases),
+        inputs=recording._inputs is not None,
+        grads=recording._grads is not None,
+    )
+    with claim(name, disk, own, manifest):
+        publish(name, disk, own, manifest)
+        writer = Writer(own, manifest.recording, folder, raised=recording.failed_passes)
+        error: str | None = "save() did not finish"
+        try:
+            for call in _calls(layers, recording.execution_order):
+                writer.keep(call, lambda number=call.number: number)  # type: ignore[misc]
+            error = None
+        finally:
+            writer.close(recording.num_passes if error is None else 0, error)
+        failure = writer.unseen()
+        if failure is not None:
+            raise failure
+
+
+def _layers(recording: Recording) -> Iterator[tuple[Slot, Layer]]:
+    """The layers, each with its place in the format."""
+    chosen = [layer for layer in recording.values() if layer.type != "added"]
+    added = [layer for layer in recording.values() if layer.type == "added"]
+    for index, layer in enumerate(chosen):
+        yield Slot("output", index, layer.name, layer.type), layer
+    for index, layer in enumerate(added, len(chosen)):
+        yield Slot("added", index, layer.name, layer.type), layer
+    for index, layer in enumerate((recording._inputs or {}).values()):
+        yield Slot("input", index, layer.name, layer.type), layer
+    for index, layer in enumerate((recording._grads or {}).values()):
+        yield Slot("gradient", index, layer.name, layer.type), layer
+
+
+def _check(layers: list[tuple[Slot, Layer]]) -> None:
+    """Find what cannot be stored before anything is written."""
+    seen: set[str] = set()  # structures: many calls have the same
+    for slot, layer in layers:
+        for call, value in enumerate(layer):
+            try:
+                found = encoded(value)
+                if found.structure not in seen:
+                    appearance(found)
+                    seen.add(found.structure)
+            except CaptureError as error:
+                message = f"save(): call {call} of {slot.name!r} cannot be stored: {error}."
+                raise CaptureError(message) from error
+
+
+def _calls(layers: list[tuple[Slot, Layer]], names: list[str]) -> Iterator[Call]:
+    """All calls, pass after pass, and in a pass in the order of the layers' ``names``."""
+    rank = {name: number for number, name in enumerate(names)}
+    order = sorted(
+        (max(number, 0), rank.get(slot.name, len(rank)), at, call)  # -1: the user appended it
+        for at, (slot, layer) in enumerate(layers)
+        for call, number in enumerate(layer.passes)
+    )
+    for number, _, at, call in order:
+        slot, layer = layers[at]
+        value = encoded(layer[call])
+        yield Call(slot, number, value.structure, value.tensors, 0)
