@@ -114,7 +114,7 @@ class Bucket:
         self.url = url.rstrip("/")
         self._options = dict(options)
         self._spool = spool
-        self._cache = cache or Cache()
+        self.cache = cache or Cache()
         self._known: dict[str, _About] = {}  # what is there, as it was when it was listed
         self._listed: list[str] = []
         self._begin()
@@ -136,7 +136,7 @@ class Bucket:
         self._begin()
 
     def __truediv__(self, name: str) -> Bucket:
-        return Bucket(self.shown(name), self._options, self._spool, self._cache)
+        return Bucket(self.shown(name), self._options, self._spool, self.cache)
 
     def __str__(self) -> str:
         return self.url
@@ -578,7 +578,7 @@ class _Remote:
 
     def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
         shown = self._bucket.shown(self._name)
-        return self._bucket._cache.part(shown, self._size, part.start, part.stop, self._fetch)
+        return self._bucket.cache.part(shown, self._size, part.start, part.stop, self._fetch)
 
     def _fetch(self, parts: list[tuple[int, int]]) -> list[bytes]:
         """Download blocks, if the object is still what it was."""

@@ -1,10 +1,10 @@
-"""What a recording is of: ``actrec.json``, which the first rank writes, and ``rank.json`` of a rank that differs."""
+"""What a rank records: ``rank.json``, which every rank writes into its own folder before its first shard, and never again."""
 
 from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,12 @@ import torch
 from actrec.errors import ResumeError
 
 from .format import (
-    END,
+    DESCRIPTION,
     FORMAT,
-    MANIFEST,
     MAX_JSON,
-    MAX_RANKS,
-    OWN,
     VERSION,
     Defect,
     corrupt,
-    integer,
     items,
     mapping,
     need,
@@ -30,23 +26,15 @@ from .format import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from .place import Place
 
-__all__ = [
-    "Ending",
-    "LayerInfo",
-    "Manifest",
-    "described",
-    "read_ending",
-    "read_manifest",
-    "read_own",
-]
+__all__ = ["Description", "LayerInfo", "named", "read_description"]
 
 
-def described(transform: Callable[..., Any] | None) -> str | None:
-    """How a transform is named in the manifest, so that a resumed run can be compared with the first."""
+def named(transform: Callable[..., Any] | None) -> str | None:
+    """Return the name of a transform, by which a resumed run is compared with the first."""
     if transform is None:
         return None
     return getattr(transform, "__qualname__", type(transform).__qualname__)
@@ -62,50 +50,36 @@ class LayerInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
-    """What ``actrec.json`` says; or ``rank.json``, which says of one rank what is different there."""
+class Description:
+    """What ``rank.json`` says."""
 
     model: str
     layers: tuple[LayerInfo, ...]
-    names: dict[str, str] = field(default_factory=dict)  # other names of layers
+    names: dict[str, str] = field(default_factory=dict)  #: other names of layers
     inputs: bool = False
-    dtype: str | None = None
     grads: bool = False
-    recording: str = field(default_factory=lambda: uuid.uuid4().hex)
-    run: str = field(default_factory=lambda: uuid.uuid4().hex)
-    ranks: int = 1
+    dtype: str | None = None
+    recording: str = field(default_factory=lambda: uuid.uuid4().hex)  #: the same for all ranks
 
     def content(self) -> bytes:
-        """``actrec.json``, readable for people too."""
-        about = {
-            "format": FORMAT,
-            "version": VERSION,
-            "recording": self.recording,
-            "run": self.run,
-            "made_by": {"actrec": _own_version(), "torch": torch.__version__},
-            **self._description(),
-        }
-        return json.dumps(about, indent=1).encode()
-
-    def own_content(self) -> bytes:
-        """``rank.json``."""
-        about = {"recording": self.recording, **self._description()}
-        return json.dumps(about, indent=1).encode()
-
-    def _description(self) -> dict[str, Any]:
+        """Return it as JSON, readable for people too."""
         layers = [
             {"name": layer.name, "type": layer.type, "transform": layer.transform}
             for layer in self.layers
         ]
-        return {
-            "ranks": self.ranks,
+        about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "recording": self.recording,
+            "made_by": {"actrec": _own_version(), "torch": torch.__version__},
             "model": self.model,
             "options": {"inputs": self.inputs, "grads": self.grads, "dtype": self.dtype},
             "layers": layers,
             "names": {name: key for name, key in self.names.items() if name != key},
         }
+        return json.dumps(about, indent=1).encode()
 
-    def check_same(self, path: object, new: Manifest) -> None:
+    def check_same(self, path: object, new: Description) -> None:
         """Raise ``ResumeError`` if ``new`` describes another recording than this one."""
         differences = [
             f"{what} {then!r} then, {now!r} now"
@@ -124,7 +98,7 @@ class Manifest:
             )
             raise ResumeError(message)
 
-    def _layer_differences(self, new: Manifest) -> list[tuple[str, Any, Any]]:
+    def _layer_differences(self, new: Description) -> list[tuple[str, Any, Any]]:
         then, now = ([layer.name for layer in one.layers] for one in (self, new))
         if then != now:
             missing = [name for name in then if name not in now]
@@ -147,71 +121,51 @@ def _own_version() -> str:
         return "unknown"
 
 
-def read_manifest(disk: Place) -> Manifest:
-    """Read ``actrec.json``, or raise ``CorruptRecordingError``; ``FileNotFoundError`` if there is none."""
+# --- Reading -----------------------------------------------------------------------------------------
+
+
+def read_description(disk: Place) -> Description:
+    """Read ``rank.json`` of a rank's folder.
+
+    Raises:
+        CorruptRecordingError: it is damaged, or of another version of the format.
+        FileNotFoundError: there is none.
+    """
     try:
-        return _parsed(_json(disk, MANIFEST))
+        size = disk.size(DESCRIPTION)
+        need(size, "it is empty, or no file")  # a pipe would be waited for
+        need(size <= MAX_JSON, f"it has {size} bytes, and {MAX_JSON} is the limit")
+        return _parsed(_json(disk.read(DESCRIPTION, 0, size)))
     except Defect as defect:
-        raise corrupt(disk.shown(MANIFEST), defect) from None
+        raise corrupt(disk.shown(DESCRIPTION), defect) from None
 
 
-def _json(disk: Place, name: str) -> Any:
-    size = disk.size(name)
-    need(size, "it is empty, or no file")  # a pipe would be waited for
-    need(size <= MAX_JSON, f"it has {size} bytes, and {MAX_JSON} is the limit")
+def _json(data: bytes) -> Any:
     try:
-        return json.loads(disk.read(name, MAX_JSON))
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         message = f"it is no JSON ({error})"
         raise Defect(message) from error
 
 
-def read_own(disk: Place, names: Sequence[str], manifest: Manifest) -> Manifest | None:
-    """Read ``rank.json`` of a rank, where ``names`` are; ``None`` if ``actrec.json`` says it all."""
-    if OWN not in names:
-        return None
-    try:
-        about = mapping(_json(disk, OWN), "the file", "recording")
-        need(about["recording"] == manifest.recording, _FOREIGN)
-        return replace(_description(about), recording=manifest.recording, run=manifest.run)
-    except Defect as defect:
-        raise corrupt(disk.shown(OWN), defect) from None
-
-
-_FOREIGN = "it belongs to another recording"
-
-
-def _parsed(content: Any) -> Manifest:
+def _parsed(content: Any) -> Description:
     about = mapping(content, "the file", "format", "version")
     need(about["format"] == FORMAT, "it does not describe a recording of actrec")
     need(
         about["version"] == VERSION,
         f"it is of version {str(about['version'])[:20]} of the format, and this actrec reads version {VERSION}",
     )
-    about = mapping(about, "the file", "recording", "run")
-    return replace(
-        _description(about),
-        recording=text(about["recording"], "the identity of the recording"),
-        run=text(about["run"], "the identity of the run"),
-    )
-
-
-def _description(about: dict[str, Any]) -> Manifest:
-    """What both files have."""
-    about = mapping(about, "the file", "ranks", "model", "options", "layers", "names")
+    mapping(about, "the file", "recording", "model", "options", "layers", "names")
     options = mapping(about["options"], "the options", "inputs", "grads", "dtype")
-    layers = items(about["layers"], "the layers")
-    ranks = integer(about["ranks"], "the number of ranks", MAX_RANKS)
-    need(ranks > 0, "the number of ranks is 0")
     names = mapping(about["names"], "the names")
-    return Manifest(
+    return Description(
         text(about["model"], "the model"),
-        tuple(_layer(layer) for layer in layers),
+        tuple(_layer(layer) for layer in items(about["layers"], "the layers")),
         {name: text(key, "a name") for name, key in names.items()},
         options["inputs"] is True,
-        _optional(options["dtype"], "the dtype"),
         options["grads"] is True,
-        ranks=ranks,
+        _optional(options["dtype"], "the dtype"),
+        text(about["recording"], "the identity of the recording"),
     )
 
 
@@ -226,45 +180,3 @@ def _layer(layer: Any) -> LayerInfo:
 
 def _optional(value: Any, what: str) -> str | None:
     return None if value is None else text(value, what)
-
-
-# --- How a run ended ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """What a writer says when it ends, in ``end.json``."""
-
-    recording: str
-    passes: int
-    shards: int
-    error: str | None  # what the block was left by
-
-    def content(self) -> bytes:
-        """The file."""
-        about = {
-            "recording": self.recording,
-            "passes": self.passes,
-            "shards": self.shards,
-            "error": self.error,
-        }
-        return json.dumps(about, indent=1).encode()
-
-
-def read_ending(disk: Place, names: Sequence[str], recording: str) -> Ending | None:
-    """How the writer of a folder, where ``names`` are, has ended; ``None`` if it did not say."""
-    if END not in names:
-        return None
-    try:
-        about = mapping(_json(disk, END), "the file", "recording", "passes", "shards", "error")
-        need(about["recording"] == recording, _FOREIGN)
-        return Ending(
-            recording,
-            integer(about["passes"], "the number of passes"),
-            integer(about["shards"], "the number of shards"),
-            _optional(about["error"], "the error"),
-        )
-    except FileNotFoundError:  # a run that is resumed has just removed it
-        return None
-    except Defect as defect:
-        raise corrupt(disk.shown(END), defect) from None

@@ -16,17 +16,7 @@ from torch import Tensor
 
 from actrec.errors import CaptureError
 
-from .format import (
-    MAX_DIMS,
-    MAX_RANKS,
-    MAX_SIZE,
-    Defect,
-    integer,
-    items,
-    mapping,
-    need,
-    text,
-)
+from .format import MAX_DIMS, MAX_RANKS, MAX_SIZE, Defect, integer, items, mapping, need, text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

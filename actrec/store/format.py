@@ -18,7 +18,6 @@ __all__ = [
     "Slot",
     "Stored",
     "corrupt",
-    "counting",
     "integer",
     "items",
     "mapping",
@@ -27,19 +26,18 @@ __all__ = [
 ]
 
 FORMAT: Final = "actrec"
-VERSION: Final = 1
-MANIFEST: Final = "actrec.json"
-OWN: Final = "rank.json"
-END: Final = "end.json"
+VERSION: Final = 2
+DESCRIPTION: Final = "rank.json"
+SHARD: Final = ".safetensors"
 UNFINISHED: Final = ".tmp"
+ANOTHER: Final = "it is another file than when it was opened"
 
 #: Limits that a writer keeps and a reader insists on, so that no file can ask for absurd amounts.
-MAX_HEADER: Final = 1 << 25  # bytes; in Python's memory they can be twenty times as many
-MAX_JSON: Final = 1 << 25  # bytes of the manifest
+MAX_HEADER: Final = 1 << 24  # bytes
+MAX_JSON: Final = 1 << 24  # bytes of a description
 MAX_DEPTH: Final = 64  # of nesting in a value
 MAX_STRUCTURE: Final = 1 << 22  # characters that describe one value
-MAX_VALUE: Final = MAX_HEADER - (1 << 20)  # of them, for one value
-MAX_ITEMS: Final = 1 << 17  # of anything in one shard: calls, and tensors in them
+MAX_NODES: Final = 1 << 16  # containers, constants and tensors in one value
 MAX_SIZE: Final = 1 << 62  # any size or number
 MAX_RANKS: Final = 100_000
 MAX_DIMS: Final = 64  # of a tensor, and of a mesh
@@ -125,12 +123,6 @@ def integer(value: Any, what: str, most: int = MAX_SIZE) -> int:
     raise Defect(message)
 
 
-def counting(value: Any, what: str) -> int:
-    """Return ``value`` if it says how many items there are: at least one."""
-    need(value != 0, f"{what} is 0")
-    return integer(value, what, MAX_ITEMS)
-
-
 def text(value: Any, what: str) -> str:
     """Return ``value`` if it is text."""
     if type(value) is str:
@@ -139,13 +131,10 @@ def text(value: Any, what: str) -> str:
     raise Defect(message)
 
 
-def items(value: Any, what: str, most: int = MAX_ITEMS) -> list[Any]:
-    """Return ``value`` if it is a list of no more than so many items."""
-    if type(value) is list and len(value) <= most:
-        return value
+def items(value: Any, what: str) -> list[Any]:
+    """Return ``value`` if it is a list."""
     if type(value) is list:
-        message = f"{what} are {len(value)}, and {most} is the limit"
-        raise Defect(message)
+        return value
     message = f"{what} is {_shown(value)}, which is no list"
     raise Defect(message)
 

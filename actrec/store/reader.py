@@ -1,15 +1,13 @@
 """``load()``: a stored recording, opened as the same kind of object as one in memory.
 
-Opening reads the headers of the shards. Their data is mapped when it is first asked for, privately: what
-is written to a value reaches the memory of this process alone, never the file.
+Opening reads the description of each rank and the header of its last shard. What is small is read when it is asked for;
+what is large is mapped, privately: what is written to a value reaches the memory of this process alone, never the file.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import threading
-from array import array
 from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
@@ -21,33 +19,38 @@ from torch import Tensor
 from actrec._calls.passes import Count
 from actrec._recordings.recording import Layer, Recording
 from actrec._tables.text import count, shown
-from actrec._values.forms import Form, form
+from actrec._values.summary import Summary
 from actrec.errors import OptionError, RecordingNotFoundError
 
 from .cache import CACHE_BYTES, Cache
-from .description import Ending, Manifest, read_ending, read_manifest, read_own
-from .disk import ANOTHER
-from .format import END, MANIFEST, Defect, Role, corrupt
-from .index import Group, Opened, Part, Shard, open_shard
-from .outline import Held, Look, Outline, form_of, look
+from .description import read_description
+from .format import DESCRIPTION, Role, corrupt
+from .index import Found, Index, shard_names
 from .place import place
 from .ranks import RankInfo, listed_ranks, summary
 from .read_only import ReadOnlyLayer
-from .safetensors import Container
-from .whole import WholeLayer, has_parts
+from .whole import WholeLayer, made_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from actrec._recordings.recording import Moment
-    from actrec._values.nested import Value
+    from actrec._values.containers import Value
 
+    from .ledger import SoFar
     from .place import Place
+    from .shard import Group, Part, Shard
 
-__all__ = ["Rank", "StoredLayer", "StoredRecording", "load", "opened"]
+__all__ = [
+    "Rank",
+    "StoredLayer",
+    "StoredRecording",
+    "load",
+    "opened",
+    "rank_folder",
+    "rank_folders",
+]
 
 _RANK: Final = re.compile(r"rank-[0-9]{5}")
-_SHARD: Final = re.compile(r"[0-9]{6,}\.safetensors")
 
 
 def load(
@@ -75,9 +78,9 @@ def load(
     >>> acts["0"][1].shape, acts["0"].cat().shape
     (torch.Size([5, 3]), torch.Size([10, 3]))
 
-    Opening reads a header for each shard and no data, so it is fast however large the recording is. A
-    call is read from the disk when its values are used: it is a view of the mapped file. Writing to it
-    never changes the file, but is seen wherever this recording gives out the same bytes again; take a
+    Opening reads one header of each rank and no data, so it takes milliseconds however large the recording is. A
+    call is read from the disk when it is asked for; one of more than a megabyte is a view of the mapped file. Writing
+    to it never changes the file, but is seen wherever this recording gives out the same bytes again; take a
     ``clone()`` to write to. ``cat()`` and ``stack()`` return new tensors.
 
     A recording that was not closed properly (the process was killed, the block left by an exception, the
@@ -117,215 +120,97 @@ def load(
 
 def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
     """Open what is at a place."""
-    try:
-        manifest = _described(disk)
-    except (FileNotFoundError, NotADirectoryError):
-        there = "no actrec.json in that folder" if disk.exists() else "no such folder"
-        message = f"load({str(disk)!r}): there is no recording there ({there})."
-        raise RecordingNotFoundError(message) from None
-    if rank is None:
-        writers = rank_folders(disk)
-        ranks = [Rank(folder, manifest, of=len(writers)) for folder in writers]
-        return StoredRecording(disk, manifest, ranks)
     folders = {rank_number(folder.name): folder for folder in rank_folders(disk)}
-    numbered = range(max([manifest.ranks - 1, *folders]) + 1)
-    rank = _one_of(f"load({str(disk)!r}, rank={rank!r})", rank, numbered)
-    ranks = [Rank(folders[rank], manifest)] if rank in folders else []
-    return StoredRecording(disk, manifest, ranks, only=rank)
+    described = {number: folder for number, folder in folders.items() if is_described(folder)}
+    if not described:
+        there = "no rank.json in any folder in it" if disk.exists() else "no such folder"
+        message = f"load({str(disk)!r}): there is no recording there ({there})."
+        raise RecordingNotFoundError(message)
+    if rank is None:
+        ranks = [Rank(folder, of=len(described)) for folder in described.values()]
+        return StoredRecording(disk, ranks)
+    ranks = [Rank(described[rank])] if rank in described else []
+    there = ranks or [Rank(next(iter(described.values())))]
+    numbered = range(max(there[0].index.heading.ranks - 1, *folders) + 1)
+    _check_rank(f"load({str(disk)!r}, rank={rank!r})", rank, numbered)
+    return StoredRecording(disk, ranks, only=rank, model=there[0].description.model)
 
 
-def _described(disk: Place) -> Manifest:
-    try:
-        return read_manifest(disk)
-    except (FileNotFoundError, NotADirectoryError):
-        if not any(map(shard_names, rank_folders(disk))):
-            raise
-    try:  # it is written before the first shard, maybe just now
-        return read_manifest(disk)
-    except FileNotFoundError:
-        raise corrupt(disk.shown(MANIFEST), "it is missing") from None
-
-
-def _one_of(call: str, rank: int, there: Sequence[int]) -> int:
+def _check_rank(call: str, rank: int, there: Sequence[int]) -> None:
     if type(rank) is not int or rank not in there:
         ranks = f"rank {there[0]} alone" if len(there) == 1 else f"ranks {there[0]} to {there[-1]}"
         message = f"{call}: there is no such rank; the recording has {ranks}."
         raise OptionError(message)
-    return rank
 
 
-#: So many bytes the shards of a recording may take that are kept open, which is what their headers say; one of each
-#: rank is.
-_OPEN_BYTES: Final = 1 << 28
-
-
-_CHECKED: Final = Container({}, {}, 0)  # the parts know what is needed of it
-
-
-class Rank:
-    """What one writer, ``of`` so many that are opened together, has written: the folder ``rank-00000``, say."""
-
-    def __init__(self, disk: Place, manifest: Manifest, *, of: int = 1) -> None:
-        self.path = str(disk)
-        self.number = rank_number(disk.name)
-        names = disk.names()  # and the shards after it: where there is an end, they are all there
-        self.manifest = read_own(disk, names, manifest) or manifest
-        self.outline = Outline()
-        self.ending: Ending | None = read_ending(disk, names, manifest.recording)
-        self._disk = disk
-        self._opened: dict[int, Opened] = {}  # the one used last is the last
-        self._most_open = _OPEN_BYTES // of  # bytes
-        self._open_bytes = 0
-        self._begin()
-        passes = 0  # committed by as many shards as the end speaks of
-        for number, name in enumerate(shard_names(disk)):
-            if name != shard_name(number):
-                raise corrupt(disk.shown(shard_name(number)), "it is missing")
-            self._add(self.opened(number))
-            if self.ending is None or number < self.ending.shards:
-                passes = self.committed
-        self._check_ending(passes)
-
-    def _begin(self) -> None:
-        self._pid = os.getpid()
-        self._opening = threading.Lock()
-
-    def _check_ending(self, passes: int) -> None:
-        ending = self.ending
-        if ending is None:
-            return
-        if self.count >= ending.shards and passes == ending.passes:
-            if self.count > ending.shards:
-                self.ending = (
-                    None  # that of a run which ended after another had gone on with what it wrote
-                )
-            return
-        recording = self.manifest.recording
-        if read_ending(self._disk, self._disk.names(), recording) != ending:
-            self.ending = None  # a run was resumed while the shards were read
-            return
-        if self.count < ending.shards:
-            raise corrupt(self._disk.shown(shard_name(self.count)), "it is missing")
-        raise corrupt(self._disk.shown(END), "it speaks of other passes than there are")
-
-    def _add(self, opened: Opened) -> None:
-        if opened.shard.heading.committed < self.committed:
-            raise corrupt(opened.shard.path, "it commits fewer passes than the shard before it")
-        self.outline.add(opened)
-
-    @property
-    def count(self) -> int:
-        """How many shards there are."""
-        return self.outline.count
-
-    @property
-    def committed(self) -> int:
-        """How many passes there are."""
-        return self.outline.committed
-
-    def opened(self, number: int) -> Opened:
-        """Shard ``number``, which is opened if it is not."""
-        if self._pid != os.getpid():
-            self._begin()  # in a forked process the lock may be held by a thread that does not exist
-        with self._opening:
-            opened = self._opened.pop(number, None)
-            if opened is None:
-                opened = open_shard(self._disk, shard_name(number))
-                check_identity(opened.shard, self.manifest.recording, self.number, number)
-                opened = opened._replace(container=_CHECKED)
-                self._open_bytes += opened.memory
-            self._opened[number] = opened
-            while self._open_bytes > self._most_open and len(self._opened) > 1:
-                self._open_bytes -= self._opened.pop(next(iter(self._opened))).memory
-        return opened
-
-    def part(self, held: Held, at: int) -> Part:
-        """What the how-manieth shard that holds any of a layer holds of it."""
-        opened = self.opened(held.shards[at])
-        part = opened.part(held.slot.role, held.slot.name)
-        if part is None or part.starts[-1] != held.starts[at + 1] - held.starts[at]:
-            raise corrupt(opened.shard.path, ANOTHER)
-        return part
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}, "_open_bytes": 0, "_opening": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin()
-
-    def leftovers(self) -> Iterator[Shard]:
-        """The shards with calls of a pass that was never completed."""
-        return (self.opened(number).shard for number in self.outline.leftovers)
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether anything was written, if only that there was nothing."""
-        return self.count > 0 or self.ending is not None
-
-    @property
-    def info(self) -> RankInfo:
-        """How far the writer has come."""
-        if self.ending is None:
-            error: str | None = "killed or still recording"
-        else:
-            error = self.ending.error and f"left by {self.ending.error}"
-        return RankInfo(self.number, self.committed, error is None, error)
+# --- Ranks -------------------------------------------------------------------------------------------
 
 
 def rank_folder(rank: int) -> str:
-    """The folder of a rank."""
+    """Return the name of the folder of a rank."""
     return f"rank-{rank:05d}"
 
 
 def rank_folders(disk: Place) -> list[Place]:
-    """The folders of all ranks, in order."""
+    """Return the folders of all ranks, in order."""
     return [disk / name for name in disk.names() if _RANK.fullmatch(name)]
 
 
 def rank_number(folder: str) -> int:
-    """The rank that a folder is of."""
+    """Return the rank that a folder is of."""
     return int(folder.partition("-")[2])
 
 
-def check_identity(shard: Shard, recording: str, rank: int, number: int) -> None:
-    """Check that a shard is what its place says, and no other file that was put there."""
-    heading = shard.heading
-    for what, found, expected in (
-        ("recording", heading.recording, recording),
-        ("rank", heading.rank, rank),
-        ("shard", heading.shard, number),
-    ):
-        if found != expected:
-            defect = f"it says that it belongs to {what} {str(found)[:60]}, not {expected}"
-            raise corrupt(shard.path, defect)
+def is_described(folder: Place) -> bool:
+    """Whether a rank has begun to record there; a folder with shards and no description is damaged."""
+    try:
+        return folder.size(DESCRIPTION) >= 0
+    except FileNotFoundError:
+        if shard_names(folder):
+            raise corrupt(folder.shown(DESCRIPTION), "it is missing") from None
+        return False
 
 
-def shard_name(number: int) -> str:
-    """The file of a shard."""
-    return f"{number:06d}.safetensors"
+class Rank:
+    """What one rank has written: the folder ``rank-00000``, say, of ``of`` folders that are opened together."""
 
+    def __init__(self, disk: Place, *, of: int = 1) -> None:
+        self.number = rank_number(disk.name)
+        self.description = read_description(disk)
+        self.index = Index(disk, self.description.recording, self.number, of=of)
 
-def shard_names(disk: Place) -> list[str]:
-    """The files of all shards, in order."""
-    return sorted(filter(_SHARD.fullmatch, disk.names()), key=lambda name: (len(name), name))
+    @property
+    def committed(self) -> int:
+        """How many passes there are."""
+        return self.index.heading.committed
+
+    @property
+    def info(self) -> RankInfo:
+        """How far the rank has come."""
+        ended = self.index.heading.ended
+        error = "killed or still recording" if ended is None else ended and f"left by {ended}"
+        return RankInfo(self.number, self.committed, error == "", error or None)
 
 
 class Source(NamedTuple):
-    """A rank that has recorded calls of a layer."""
+    """A layer as one rank has recorded it."""
 
     rank: Rank
-    held: Held
+    role: Role
+    name: str
+    type: str
+    so_far: SoFar
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[tuple[Shard, Part]]:
         """What its shards hold of the layer."""
-        return (self.rank.part(self.held, at) for at in range(len(self.held.shards)))
+        return self.rank.index.parts(self.role, self.name)
 
-    def place(self, call: int) -> tuple[Group, int]:
-        """Where a call is: in which group, and the how-manieth there."""
-        at = bisect_right(self.held.starts, call) - 1
-        part = self.rank.part(self.held, at)
-        return part.place(call - self.held.starts[at])
+    def find(self, call: int) -> Found:
+        """Find a call."""
+        return self.rank.index.find(self.role, self.name, call)
+
+
+# --- Layers ------------------------------------------------------------------------------------------
 
 
 class StoredLayer(ReadOnlyLayer):
@@ -335,24 +220,25 @@ class StoredLayer(ReadOnlyLayer):
         self.name = name
         self.type = kind
         self._sources = list(sources)
-        calls = (source.held.starts[-1] for source in self._sources)
+        calls = (source.so_far.calls for source in self._sources)
         self._starts = list(accumulate(calls, initial=0))
 
     @cached_property
-    def _order(self) -> array[int] | None:
+    def _order(self) -> Tensor | None:
         """The calls by pass, ``None`` where they are stored so; several ranks or threads store them otherwise."""
-        held = [source.held for source in self._sources]
-        if all(one.ordered for one in held) and all(a.last <= b.first for a, b in pairwise(held)):
+        found = [source.so_far for source in self._sources if source.so_far.calls]
+        if all(one.ordered for one in found) and all(a.last <= b.first for a, b in pairwise(found)):
             return None
-        order = torch.tensor(list(self._stored_passes()), device="cpu").argsort(stable=True)
-        return array("q", order.tolist())
+        return self._stored_passes.argsort(stable=True)
 
-    def _stored_passes(self) -> Iterator[int]:
-        return chain.from_iterable(source.held.passes for source in self._sources)
+    @cached_property
+    def _stored_passes(self) -> Tensor:
+        parts = [part.passes for source in self._sources for _, part in source.parts()]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device="cpu")
 
     @property
     def passes(self) -> list[int]:
-        return sorted(self._stored_passes())
+        return self._stored_passes.sort().values.tolist()  # type: ignore[no-any-return]
 
     @property
     def ranks(self) -> list[int]:
@@ -361,165 +247,158 @@ class StoredLayer(ReadOnlyLayer):
         All zeros, unless a run of several processes was recorded.
         """
         owners = [
-            source.rank.number for source in self._sources for _ in range(source.held.starts[-1])
+            source.rank.number for source in self._sources for _ in range(source.so_far.calls)
         ]
-        return owners if self._order is None else [owners[index] for index in self._order]
+        return owners if self._order is None else [owners[at] for at in self._order.tolist()]
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether any tensor is a rank's part of a ``DTensor``."""
+        return any(source.so_far.in_parts for source in self._sources)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def _call(self, index: int) -> Value:
-        group, call = self._place(index)
-        return group.value(call)
+        found = self.find(index)
+        return found.shard.value(found.group, found.call)
 
-    def _place(self, index: int) -> tuple[Group, int]:
-        """Where a call is: in which group, and the how-manieth there."""
+    def find(self, index: int) -> Found:
+        """Find a call."""
         if self._order is not None:
-            index = self._order[index]
+            index = int(self._order[index])
         at = bisect_right(self._starts, index) - 1
-        return self._sources[at].place(index - self._starts[at])
+        return self._sources[at].find(index - self._starts[at])
 
-    def parts(self) -> Iterator[Part]:
-        """What the shards hold of this layer, in the order in which it is stored."""
-        return (part for source in self._sources for part in source.parts())
-
-    def _groups(self) -> list[Group]:
-        return [group for part in self.parts() for group in part.groups]
-
-    def _forms(self) -> Iterable[Form]:
-        forms: dict[Look, Form] = {}
-        for index in range(len(self)):
-            group, call = self._place(index)
-            like = look(group, call)
-            if like not in forms:
-                forms[like] = form(group.example(call))
-            yield forms[like]
-
-    def _different_forms(self) -> Iterable[Form]:
-        looks = dict.fromkeys(like for source in self._sources for like in source.held.looks)
-        return dict.fromkeys(map(self._form, looks))
-
-    def _form(self, like: Look) -> Form:
-        structure, leaves = like
-        try:
-            return form_of(structure, leaves)
-        except Defect as defect:
-            raise corrupt(self._sources[0].rank.path, defect) from None
+    def _summary(self) -> Summary:
+        found = Summary()
+        for source in self._sources:
+            found.update(source.so_far.looks)
+        return found
 
     @property
     def nbytes(self) -> int:
-        return sum(source.held.nbytes for source in self._sources)
-
-    def _places(self) -> Iterator[tuple[object, int]]:
-        for group in self._groups():
-            for leaf in group.leaves:
-                for begin, nbytes in leaf.pieces():
-                    yield (group.shard.path, begin), nbytes
+        return sum(source.so_far.nbytes for source in self._sources)
 
     def cat(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""
-        groups = self._alike() if dim == 0 else []
-        if not groups or any(leaf.scalar for leaf in groups[0].leaves):
-            return super().cat(dim)
-        return groups[0].filled([torch.cat(column) for column in _columns(groups)])
+        joined = self._joined(new=False) if dim == 0 else None
+        return super().cat(dim) if joined is None else joined
 
     def stack(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
-        groups = self._alike() if dim == 0 else []
-        if not groups or any(len(set(_rows(groups, k))) > 1 for k in range(len(groups[0].leaves))):
-            return super().stack(dim)  # which says what does not fit
-        shapes = [leaf.shape(0) for leaf in groups[0].leaves]
-        pairs = zip(_columns(groups), shapes, strict=True)
-        return groups[0].filled([torch.cat(c).view(len(self), *shape) for c, shape in pairs])
+        joined = self._joined(new=True) if dim == 0 else None
+        return super().stack(dim) if joined is None else joined
 
-    def _alike(self) -> list[Group]:
-        """The groups, if their calls can be joined group by group; otherwise nothing."""
-        groups = [] if self._order is not None else self._groups()
-        likes = {
-            (
-                group.structure,
-                *((leaf.dtype, leaf.tail, leaf.expanded, leaf.scalar) for leaf in group.leaves),
-            )
-            for group in groups
-        }
-        fit = len(likes) == 1 and groups[0].leaves and not any(_expanded(groups))
-        return groups if fit and not any(k in groups[0].structure for k in _NOT_JOINED) else []
+    def _joined(self, *, new: bool) -> Value | None:
+        """Join the calls shard by shard, each read into its place; ``None`` where that is not possible."""
+        if self._order is not None or not len(self):
+            return None
+        plan = _JoinPlan(new=new)
+        if not all(plan.fits(part) for part in self._parts()):
+            return None
+        results = plan.results()
+        for shard, part in self._read():
+            plan.read(shard, part, results)
+        return plan.value(results)
 
+    def _read(self) -> Iterator[tuple[Shard, Part]]:
+        return chain.from_iterable(source.parts() for source in self._sources)
 
-#: What has tensors that are not joined: NumPy arrays are constants, and packed sequences are not joined at all.
-_NOT_JOINED: Final = ('"array":', '"scalar":', '"packed_sequence":')  # in text, quotes are escaped
+    def _parts(self) -> Iterator[Part]:
+        return (part for _, part in self._read())
 
 
-def _columns(groups: list[Group]) -> list[list[Tensor]]:
-    """For each tensor of a value, what each group has of it, whole."""
-    return [[_whole(group, k) for group in groups] for k in range(len(groups[0].leaves))]
+class _JoinPlan:
+    """How calls that lie behind each other in the shards become one value."""
+
+    def __init__(self, *, new: bool) -> None:
+        self._new = new  # dimension
+        self._first: Group | None = None
+        self._rows: list[int] = []
+        self._at: list[int] = []
+
+    def fits(self, part: Part) -> bool:
+        """Take in a part, and return whether its calls can be joined with those before by copying bytes."""
+        group, *others = part.groups
+        if self._first is None:
+            self._first = group
+            self._rows = [0] * len(group.leaves)
+            self._at = [0] * len(group.leaves)
+        if others or group.text != self._first.text or not group.structure.joins:
+            return False
+        for number, (leaf, first) in enumerate(zip(group.leaves, self._first.leaves, strict=True)):
+            sizes, like = (one.shapes if self._new else one.shapes[:, 1:] for one in (leaf, first))
+            dims = leaf.shapes.shape[1]
+            same = leaf.dtype == first.dtype and sizes.shape[1] == like.shape[1]
+            if not same or not bool((sizes == like[0]).all()) or not (dims or self._new):
+                return False
+            self._rows[number] += len(leaf.shapes) if self._new else int(leaf.shapes[:, 0].sum())
+        return bool(group.leaves)
+
+    def results(self) -> list[Tensor]:
+        """Memory for the joined tensors."""
+        assert self._first is not None  # noqa: S101  # there are calls
+        shapes = [leaf.shape(0) if self._new else leaf.shape(0)[1:] for leaf in self._first.leaves]
+        return [
+            torch.empty((rows, *shape), dtype=leaf.dtype, device="cpu")
+            for rows, shape, leaf in zip(self._rows, shapes, self._first.leaves, strict=True)
+        ]
+
+    def read(self, shard: Shard, part: Part, results: list[Tensor]) -> None:
+        """Read what a shard has."""
+        (group,) = part.groups
+        for number, (leaf, result) in enumerate(zip(group.leaves, results, strict=True)):
+            rows = len(leaf.shapes) if self._new else int(leaf.shapes[:, 0].sum())
+            at = self._at[number]
+            self._at[number] = at + rows
+            shard.read_into(leaf.extent(0, len(leaf.shapes))[0], result[at : at + rows])
+
+    def value(self, results: list[Tensor]) -> Value:
+        """The joined value."""
+        assert self._first is not None  # noqa: S101  # likewise
+        return self._first.structure.spec.fill(results)
 
 
-def _whole(group: Group, number: int) -> Tensor:
-    leaf = group.leaves[number]
-    return leaf.whole(group.shard.storage, leaf.before[-1], *leaf.tail)
-
-
-def _rows(groups: list[Group], number: int) -> Iterator[int]:
-    return (rows for group in groups for rows in group.leaves[number].rows)
-
-
-def _expanded(groups: list[Group]) -> Iterator[bool]:
-    return (bool(leaf.expanded) for leaf in groups[0].leaves)
+# --- Recordings --------------------------------------------------------------------------------------
 
 
 class StoredRecording(Recording):
-    """A recording on disk, as :func:`actrec.load` opens it."""
+    """A recording on disk, as :func:`actrec.load` opens it.
 
-    #: ``only`` says that the recording is that of one rank alone, in whose own words its tensors are.
+    Args:
+        disk: where it is.
+        ranks: the ranks that were opened.
+        only: the rank that it is of alone, whose tensors are as it has written them.
+        model: the type of the model, where no rank says it.
+    """
+
     def __init__(
-        self, disk: Place, manifest: Manifest, ranks: Sequence[Rank], *, only: int | None = None
+        self, disk: Place, ranks: Sequence[Rank], *, only: int | None = None, model: str = ""
     ) -> None:
-        self._place = disk
-        self._manifest = manifest
+        _check_same_recording(disk, ranks)
+        self.place = disk
         self._ranks = ranks
         self._only = only
-        described = [rank.manifest for rank in ranks] or [manifest]
+        described = [rank.description for rank in ranks]
         info = {layer.name: layer.type for one in reversed(described) for layer in one.layers}
         names = dict.fromkeys(layer.name for one in described for layer in one.layers)
         info = {name: info[name] for name in names}
-        self.chosen = frozenset(info)
-        sources = self._sources(ranks)
+        sources = _sources(ranks)
         whole = only is None
         layers = _layers("output", info, sources, whole=whole)
         layers |= _layers("added", {}, sources, whole=whole)
         inputs = any(one.inputs for one in described)
-        self._input_layers = _layers("input", info, sources, whole=whole) if inputs else {}
         grads = any(one.grads for one in described)
-        grad_layers = _layers("gradient", info, sources, whole=whole) if grads else {}
-        order = [name for role, name in sources if role in {"output", "added"}]
-        committed = Count(max((rank.committed for rank in ranks), default=0))
         super().__init__(
-            ", ".join(dict.fromkeys(one.model for one in described)),
+            ", ".join(dict.fromkeys(one.model for one in described)) or model,
             layers,
             {name: key for one in reversed(described) for name, key in one.names.items()},
-            order,
-            committed,
-            inputs=self._input_layers,
-            grads=grad_layers,
+            [name for role, name in sources if role in {"output", "added"}],
+            Count(max((rank.committed for rank in ranks), default=0)),
+            inputs=_layers("input", info, sources, whole=whole) if inputs else {},
+            grads=_layers("gradient", info, sources, whole=whole) if grads else {},
         )
-
-    @staticmethod
-    def _sources(ranks: Sequence[Rank]) -> dict[tuple[Role, str], list[Source]]:
-        sources: dict[tuple[Role, str], list[Source]] = {}
-        for rank in ranks:
-            for key, held in rank.outline.held.items():
-                sources.setdefault(key, []).append(Source(rank, held))
-        return sources
-
-    @property
-    def nbytes(self) -> int:
-        if self._wholes:
-            return super().nbytes
-        return sum(rank.outline.nbytes for rank in self._ranks)
-
-    def _raised(self) -> set[Moment]:
-        return {(rank.number, number) for rank in self._ranks for number in rank.outline.raised}
 
     @property
     def num_passes(self) -> int:
@@ -538,8 +417,9 @@ class StoredRecording(Recording):
         there = [rank.info for rank in self._ranks]
         if self._only is not None:
             return tuple(listed_ranks(there, [self._only]))
-        run = max([self._manifest.ranks, *(rank.manifest.ranks for rank in self._ranks)])
-        return tuple(listed_ranks(there, range(max([run, *(i.number + 1 for i in there)]))))
+        numbers = {info.number for info in there}
+        run = max((rank.index.heading.ranks for rank in self._ranks), default=1)
+        return tuple(listed_ranks(there, sorted({*range(run), *numbers})))
 
     def rank(self, number: int) -> StoredRecording:
         """Return what one rank has recorded, as a recording of its own; nothing is read or copied.
@@ -548,7 +428,7 @@ class StoredRecording(Recording):
         >>> path = tempfile.mkdtemp() + "/run"
         >>> model = torch.nn.Linear(4, 3)
         >>> for rank in range(2):  # torchrun would start two processes, and say which is which
-        ...     folder = actrec.store.Folder(path, rank=rank, world_size=2, run="a")
+        ...     folder = actrec.store.Folder(path, rank=rank, world_size=2)
         ...     with actrec.record(model, "", into=folder):
         ...         output = model(torch.randn(5 + rank, 4))
         >>> acts = actrec.load(path)
@@ -558,9 +438,9 @@ class StoredRecording(Recording):
         Of a ``DTensor`` it has that rank's local part, as a plain tensor. Raises ``OptionError`` if the run had no
         such rank; of one that wrote nothing, there are no calls.
         """
-        _one_of(f"acts.rank({number!r})", number, [info.number for info in self.ranks])
+        _check_rank(f"acts.rank({number!r})", number, [info.number for info in self.ranks])
         found = [rank for rank in self._ranks if rank.number == number]
-        return StoredRecording(self._place, self._manifest, found, only=number)
+        return StoredRecording(self.place, found, only=number, model=self._model)
 
     @property
     def complete(self) -> bool:
@@ -568,10 +448,24 @@ class StoredRecording(Recording):
         return all(rank.complete for rank in self.ranks) and not self._left_out
 
     @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.everything())
+
+    def layer(self, role: Role, name: str) -> StoredLayer | None:
+        """Return a layer by its role, if there is one, as the ranks have recorded it."""
+        layers = {"input": self._inputs, "gradient": self._grads}.get(role, self)
+        found = None if layers is None else layers._layers.get(name)
+        return found.recorded if isinstance(found, WholeLayer) else found  # type: ignore[return-value]
+
+    def everything(self) -> Iterator[Layer]:
+        """Yield all layers, those of inputs and gradients too."""
+        for recording in (self, self._inputs, self._grads):
+            yield from () if recording is None else recording._layers.values()
+
+    @property
     def _wholes(self) -> list[WholeLayer]:
         """The layers whose calls are made of parts."""
-        layers = [*self._layers.values(), *self._input_layers.values()]
-        return [layer for layer in layers if isinstance(layer, WholeLayer)]
+        return [layer for layer in self.everything() if isinstance(layer, WholeLayer)]
 
     @property
     def _left_out(self) -> int:
@@ -586,6 +480,28 @@ class StoredRecording(Recording):
         return f"stored {shown(self._model)}" + ("" if self.complete else why)
 
 
+def _check_same_recording(disk: Place, ranks: Sequence[Rank]) -> None:
+    """Refuse ranks that different runs have begun."""
+    first, *others = ranks or [None]
+    for other in others:
+        if first is not None and other.description.recording != first.description.recording:
+            message = (
+                f"ranks {first.number} and {other.number} in it belong to different recordings. load(path, rank=...) "
+                "opens one of them"
+            )
+            raise corrupt(disk, message)
+
+
+def _sources(ranks: Sequence[Rank]) -> dict[tuple[Role, str], list[Source]]:
+    """What each rank has of each layer, in the order in which the first calls of the layers ended."""
+    sources: dict[tuple[Role, str], list[Source]] = {}
+    for rank in ranks:
+        for slot, so_far in rank.index.layers.items():
+            found = Source(rank, slot.role, slot.name, slot.type, so_far)
+            sources.setdefault((slot.role, slot.name), []).append(found)
+    return sources
+
+
 def _layers(
     role: Role,
     info: Mapping[str, str],
@@ -593,16 +509,9 @@ def _layers(
     *,
     whole: bool,
 ) -> dict[str, Layer]:
-    kinds = {
-        name: found[0].held.slot.type for (kind, name), found in sources.items() if kind == role
-    }
+    kinds = {name: found[0].type for (kind, name), found in sources.items() if kind == role}
     layers = {
         name: StoredLayer(name, kind, sources.get((role, name), ()))
         for name, kind in {**info, **kinds}.items()
     }
-    return {name: _made_whole(layer) if whole else layer for name, layer in layers.items()}
-
-
-def _made_whole(layer: StoredLayer) -> Layer:
-    looks = (like for source in layer._sources for like in source.held.looks)
-    return WholeLayer(layer) if any(has_parts(structure) for structure, _ in looks) else layer
+    return {name: made_whole(layer) if whole else layer for name, layer in layers.items()}

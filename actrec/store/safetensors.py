@@ -18,18 +18,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-from .format import (
-    MAX_DIMS,
-    MAX_HEADER,
-    MAX_ITEMS,
-    MAX_SIZE,
-    Defect,
-    integer,
-    items,
-    mapping,
-    need,
-    text,
-)
+from .format import MAX_DIMS, MAX_HEADER, MAX_SIZE, Defect, integer, items, mapping, need, text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,11 +63,12 @@ class Tensor:
     nbytes: int
     pieces: Callable[[], Iterator[Piece]]
     alignment: int  # in bytes: of a complex number, which is two elements here, the size of both
+    index: bool = False  # it says where the others are, and stands before them
 
 
 def write(file: Writable, metadata: dict[str, str], tensors: Iterable[Tensor]) -> None:
     """Write a whole container. Tensors with large elements come first, so that all are aligned."""
-    ordered = sorted(tensors, key=lambda tensor: -tensor.alignment)
+    ordered = sorted(tensors, key=lambda one: (-one.alignment, not one.index))
     file.write(_header(metadata, ordered, [0] * len(ordered)))
     with ThreadPoolExecutor(1, "actrec-write") as thread:
         out = _Stream(file, thread)
@@ -199,6 +189,7 @@ class Container:
     metadata: dict[str, str]
     tensors: dict[str, Extent] = field(repr=False)
     size: int
+    header: int
 
 
 def parse(size: int, read: Callable[[int], bytes]) -> Container:
@@ -226,9 +217,8 @@ def parse(size: int, read: Callable[[int], bytes]) -> Container:
         ).items()
     }
     _check_header(content, metadata["header_crc32"])
-    return Container(
-        metadata, _extents(table, metadata["data_crc32"], _LENGTH + length, size), size
-    )
+    extents = _extents(table, metadata["data_crc32"], _LENGTH + length, size)
+    return Container(metadata, extents, size, length)
 
 
 def _check_header(content: bytes, checksum: str) -> None:
@@ -244,7 +234,6 @@ def _check_header(content: bytes, checksum: str) -> None:
 def _extents(table: dict[str, Any], checksums: str, start: int, size: int) -> dict[str, Extent]:
     words = checksums.split(" ") if checksums else []
     need(len(words) == len(table), f"there are {len(words)} checksums for {len(table)} tensors")
-    need(len(table) <= MAX_ITEMS, f"it lists {len(table)} tensors, and {MAX_ITEMS} is the limit")
     extents: dict[str, Extent] = {}
     position = start
     for (name, entry), word in zip(table.items(), words, strict=True):

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 from actrec.errors import CaptureError
 
-from .description import LayerInfo, Manifest
+from .description import Description, LayerInfo
 from .folder import Folder
 from .format import Slot
-from .place import place
-from .reader import rank_folder
-from .shard import Call
-from .stream import appearance, claim, encoded, publish
+from .shard import Call, storable
+from .stream import Opening
+from .values import encode
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from actrec._recordings.recording import Layer, Recording
+    from actrec._values.containers import Value
 
 __all__ = ["save"]
 
@@ -28,23 +28,23 @@ def save(recording: Recording, path: str | os.PathLike[str]) -> None:
     """Write a recording to ``path``. The same as ``recording.save(path)``; see :meth:`actrec.Recording.save`."""
     layers = list(_layers(recording))
     _check(layers)
-    disk, folder = place(path), Folder.of(path)
-    own = disk / rank_folder(0)
-    name = f"save({str(disk)!r})"
-    manifest = Manifest(
+    folder = Folder.of(path)
+    description = Description(
         recording._model,
         tuple(LayerInfo(slot.name, slot.type) for slot, _ in layers if slot.role == "output"),
         dict(recording._aliases),
         inputs=recording._inputs is not None,
         grads=recording._grads is not None,
     )
-    with claim(name, disk, own, manifest):
-        publish(name, disk, own, manifest)
-        writer = Writer(own, manifest.recording, folder, raised=recording.failed_passes)
+    opening = Opening("save({path!r})", folder, description, alone=True)
+    with opening.lock:
+        passes = 0
+        writer = Writer(opening.own, opening.ledger, folder, lambda: passes)
         error: str | None = "save() did not finish"
         try:
             for call in _calls(layers, recording.execution_order):
-                writer.keep(call, lambda number=call.number: number)  # type: ignore[misc]
+                passes = call.number
+                writer.keep(call)
             error = None
         finally:
             writer.close(recording.num_passes if error is None else 0, error)
@@ -69,17 +69,18 @@ def _layers(recording: Recording) -> Iterator[tuple[Slot, Layer]]:
 
 def _check(layers: list[tuple[Slot, Layer]]) -> None:
     """Find what cannot be stored before anything is written."""
-    seen: set[str] = set()  # structures: many calls have the same
     for slot, layer in layers:
-        for call, value in enumerate(layer):
+        for number, value in enumerate(layer):
             try:
-                found = encoded(value)
-                if found.structure not in seen:
-                    appearance(found)
-                    seen.add(found.structure)
+                _encoded(slot, 0, value)
             except CaptureError as error:
-                message = f"save(): call {call} of {slot.name!r} cannot be stored: {error}."
+                message = f"save(): call {number} of {slot.name!r} cannot be stored: {error}."
                 raise CaptureError(message) from error
+
+
+def _encoded(slot: Slot, number: int, value: Value) -> Call:
+    structure, tensors = encode(value)
+    return Call(slot, number, structure, [storable(tensor) for tensor in tensors])
 
 
 def _calls(layers: list[tuple[Slot, Layer]], names: list[str]) -> Iterator[Call]:
@@ -92,5 +93,4 @@ def _calls(layers: list[tuple[Slot, Layer]], names: list[str]) -> Iterator[Call]
     )
     for number, _, at, call in order:
         slot, layer = layers[at]
-        value = encoded(layer[call])
-        yield Call(slot, number, value.structure, value.tensors, 0)
+        yield _encoded(slot, number, layer[call])

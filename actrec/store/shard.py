@@ -1,89 +1,72 @@
-"""A shard: all calls of a contiguous range of passes, laid out so that those of a layer lie together.
+"""A shard: some calls of a rank, in one safetensors file. Writing and reading it, side by side.
 
-The calls of a layer whose values have the same structure, dtypes and shapes (but for the first dimension)
-form a *group*. A group has one safetensors tensor for each tensor in the value, which is the calls joined
-along the first dimension; which calls they are, and how many rows each has, stands in the metadata. So ten
-thousand small calls are one entry in the header, and joining them again is one copy.
+All calls of a layer whose values have one structure, one dtype and one number of dimensions for each tensor
+are a *group*, and each tensor of a group is one tensor of the file: the elements of all calls, one behind the
+other. Beside it stand the shapes. So ten thousand small calls are three entries in the header, joining them
+again is one copy, and whoever has the safetensors library has the data.
 
-Memory that several values share is written once: the others say where it is.
+For a layer with the key ``output.00003`` the file has
+
+========================  ============  ==================  =====================================================
+``output.00003.calls``    int64         ``(calls, 2)``      for each call, its pass and its group
+``output.00003.0.1``      of the layer  any                 the elements of tensor 1 of all calls of group 0
+``….0.1.shapes``          int64         ``(calls, dims)``   the shape of that tensor in each call of the group
+========================  ============  ==================  =====================================================
+
+and the metadata say the rest: see ``docs/reference/format.md``, which is normative.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import zlib
 from collections import defaultdict
-from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import groupby
+from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from actrec._values.snapshot import address, memory
+from actrec._values.snapshot import memory, writable
+from actrec._values.summary import Summary
 from actrec.errors import CaptureError
 
-from . import safetensors as _container
-from .format import DTYPES, MAX_DIMS, VERSION, Slot, Stored
+from . import ledger, safetensors
+from .format import (
+    DTYPES,
+    MAX_DIMS,
+    MAX_SIZE,
+    ROLES,
+    VERSION,
+    Defect,
+    Role,
+    Slot,
+    corrupt,
+    integer,
+    items,
+    mapping,
+    need,
+    text,
+)
+from .ledger import Heading, SoFar
+from .values import Structure, decode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from .safetensors import Piece, Writable
+    from actrec._values.containers import Value
 
-__all__ = ["Call", "Heading", "described", "named", "place", "runs", "storable", "write"]
+    from .place import Mapped, Place
+
+__all__ = ["Call", "Group", "Laid", "Leaf", "Part", "Shard", "lay_out", "storable", "write"]
 
 _PIECE: Final = 1 << 24  # bytes that are made contiguous at a time
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """A value that waits to be written."""
-
-    slot: Slot
-    number: int  # of its pass
-    structure: str
-    tensors: list[Tensor]
-    size: int  # what it counts against the budget
-
-
-def described(structure: str, tensors: Sequence[Tensor]) -> int:
-    """The bytes that a value takes in the header of a shard at most, which is where no other value is like it."""
-    # In text that is in text, each of these is four characters.
-    escaped = len(structure) + 3 * (structure.count('"') + structure.count("\\"))
-    return 128 + escaped + 288 * len(tensors) + 48 * sum(map(Tensor.dim, tensors))
-
-
-@lru_cache(maxsize=1 << 12)
-def named(slot: Slot) -> int:
-    """The bytes that the name of a layer takes in the header of a shard."""
-    return 128 + len(json.dumps(json.dumps(slot)))
-
-
-class Heading(NamedTuple):
-    """What a shard says about itself."""
-
-    recording: str
-    rank: int
-    shard: int
-    committed: int  # with this shard, the passes before this number are complete
-    part: bool = False  # of a pass that is not complete yet
-    raised: tuple[int, ...] = ()  # those of the passes that it commits that raised
-
-    def text(self) -> dict[str, Any]:
-        """As it stands in the metadata."""
-        about = self._asdict()
-        if not self.raised:
-            del about["raised"]
-        return {"version": VERSION, **about}
+_NAMES: Final = {dtype: name for name, (dtype, _) in DTYPES.items()}
+_STORED: Final = dict(DTYPES.values())
 
 
 # --- Tensors -----------------------------------------------------------------------------------------
-
-_NAMES = {dtype: name for name, (dtype, _) in DTYPES.items()}
-_STORED = dict(DTYPES.values())
 
 
 def storable(tensor: Tensor) -> Tensor:
@@ -116,259 +99,450 @@ def _refused(what: str) -> str:
     return f"{what} cannot be stored. Let a transform make plain tensors of it, with to_dense() say"
 
 
-def place(tensor: Tensor) -> tuple[object, int]:
-    """The memory of a plain tensor, and its bytes."""
-    return address(tensor), tensor.untyped_storage().nbytes()
+# --- Writing -----------------------------------------------------------------------------------------
 
 
-class _Form(NamedTuple):
-    """What the tensors of a group have in common."""
+@dataclass(slots=True, eq=False)
+class Call:
+    """A value that waits to be written."""
 
-    dtype: torch.dtype
-    tail: tuple[int, ...]  # the dimensions after the first
-    expanded: tuple[int, ...]  # the dimensions that repeat one element
-    scalar: bool  # whether there is no first dimension
-
-
-def _form(tensor: Tensor) -> _Form:
-    shape = tuple(tensor.shape)
-    expanded: tuple[int, ...] = ()
-    if 0 in tensor.stride() and tensor.numel():
-        both = enumerate(zip(shape, tensor.stride(), strict=True))
-        expanded = tuple(dim for dim, (size, stride) in both if stride == 0 and size > 1)
-    return _Form(tensor.dtype, shape[1:], expanded, not shape)
+    slot: Slot
+    number: int  #: of its pass
+    structure: str
+    tensors: list[Tensor]
+    size: int = 0  #: the bytes that it counts against the budget
 
 
-def _base(tensor: Tensor, form: _Form) -> Tensor:
-    """What is written of a tensor: of dimensions that repeat one element, that element."""
-    for dim in form.expanded:
-        tensor = tensor.narrow(dim, 0, 1)
-    return tensor
+class _Group:
+    """Calls that are alike, while they are laid out."""
+
+    def __init__(self, number: int, key: str, call: Call) -> None:
+        self.number = number
+        self.key = key
+        self.structure = call.structure
+        self.dtypes = [tensor.dtype for tensor in call.tensors]
+        self.dims = [tensor.dim() for tensor in call.tensors]
+        self.columns: list[list[Tensor]] = [[] for _ in call.tensors]
+
+    def add(self, tensors: list[Tensor]) -> None:
+        for column, tensor in zip(self.columns, tensors, strict=True):
+            column.append(tensor)
+
+    def shapes(self, number: int) -> Tensor:
+        """The shape of one tensor in each call, ``(calls, dims)``."""
+        column = [list(tensor.shape) for tensor in self.columns[number]]
+        return torch.tensor(column, dtype=torch.int64, device="cpu").view(
+            len(column), self.dims[number]
+        )
+
+    def entries(self, looks: Summary) -> Iterator[safetensors.Tensor]:
+        """The tensors that are written."""
+        spec = decode(self.structure).spec
+        shapes = [self.shapes(number) for number in range(len(self.columns))]
+        for number, column in enumerate(self.columns):
+            looks.dtypes[_NAMES[self.dtypes[number]]] = None
+            name = f"{self.key}.{number}"
+            yield _data(name, self.dtypes[number], column, shapes[number])
+            yield _index(f"{name}.shapes", shapes[number])
+        low = [shape.amin(0).tolist() if len(shape) else [] for shape in shapes]
+        high = [shape.amax(0).tolist() if len(shape) else [] for shape in shapes]
+        for ends in (low, high):
+            looks.add_spec(spec, ends)
+
+    def node(self) -> dict[str, Any]:
+        """As it stands in the metadata."""
+        structure = json.loads(self.structure)
+        return {"structure": structure, "dtypes": [_NAMES[dtype] for dtype in self.dtypes]}
 
 
-def _views(tensors: Iterable[Tensor]) -> Iterator[Piece]:
+def _data(
+    name: str, dtype: torch.dtype, column: list[Tensor], shapes: Tensor
+) -> safetensors.Tensor:
+    """The elements of all calls; as rows, where all calls have rows of one shape."""
+    stored = _STORED[dtype]
+    nbytes = sum(tensor.nbytes for tensor in column)
+    tails = shapes[:, 1:]
+    if shapes.shape[1] and bool((tails == tails[0]).all()):
+        shape = [int(shapes[:, 0].sum()), *tails[0].tolist()]
+    else:
+        shape = [nbytes // dtype.itemsize]
+    shape += [2] * stored.pair
+    return safetensors.Tensor(
+        name, stored.code, tuple(shape), nbytes, lambda: _views(column), dtype.itemsize
+    )
+
+
+def _index(name: str, numbers: Tensor) -> safetensors.Tensor:
+    shape = tuple(numbers.shape)
+    return safetensors.Tensor(
+        name, "I64", shape, numbers.nbytes, lambda: iter([memory(numbers)]), 8, index=True
+    )
+
+
+def _views(tensors: Iterable[Tensor]) -> Iterator[safetensors.Piece]:
     for tensor in tensors:
         yield from map(memory, [tensor] if tensor.is_contiguous() else _made_contiguous(tensor))
 
 
 def _made_contiguous(tensor: Tensor) -> Iterator[Tensor]:
     """A few rows at a time, so that no second copy of a large tensor comes into being."""
-    rows = max(1, _PIECE * len(tensor) // tensor.nbytes)
+    rows = max(1, _PIECE * len(tensor) // tensor.nbytes) if tensor.nbytes else 1
     for part in torch.split(tensor, rows):
         yield part.contiguous()
 
 
-# --- Groups ------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Laid(ledger.Laid):
+    """The calls of one layer, laid out as groups."""
+
+    groups: list[_Group]
+    entries: list[safetensors.Tensor]
 
 
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """A safetensors tensor in the making."""
-
-    name: str
-    form: _Form
-    pieces: list[Tensor] = field(default_factory=list)
-    nbytes: int = 0
-
-    def finished(self) -> _container.Tensor:
-        stored = _STORED[self.form.dtype]
-        tail = list(self.form.tail)
-        for dim in self.form.expanded:
-            if dim:
-                tail[dim - 1] = 1
-        rows = sum(1 if self.form.scalar else piece.shape[0] for piece in self.pieces)
-        shape = (rows, *tail, *([2] if stored.pair else []))
-        size = self.form.dtype.itemsize
-        return _container.Tensor(
-            self.name, stored.code, shape, self.nbytes, lambda: _views(self.pieces), size
-        )
-
-
-class _At(NamedTuple):
-    """Where the bytes of a tensor are: after so many bytes of an entry."""
-
-    entry: _Entry
-    offset: int
-
-
-#: Where the memory of a tensor was met before: nowhere, in an entry, or in the same value.
-_Found: TypeAlias = _At | int | None
-
-
-@dataclass(slots=True, eq=False)
-class _Leaf:
-    """One tensor of the values of a group."""
-
-    entry: _Entry
-    offset: int
-    form: _Form
-    own: bool = False
-    twin: int | None = None  # the earlier tensor of the same value that has the same memory
-    rows: list[int] = field(default_factory=list)
-    nbytes: int = 0
-
-    def goes_on_at(self, at: _Found) -> bool:
-        if not isinstance(at, _At):
-            return self.twin == at and self.own == (at is None)
-        follows = self.entry is at.entry and self.offset + self.nbytes == at.offset
-        return follows and self.twin is None and not self.own
-
-    def add(self, tensor: Tensor, base: Tensor) -> None:
-        # PyTorch takes microseconds to answer len().
-        self.rows.append(1 if self.form.scalar else tensor.shape[0])
-        self.nbytes += base.nbytes
-        if self.own:
-            self.entry.pieces.append(base)
-            self.entry.nbytes += base.nbytes
-
-    def text(self) -> dict[str, Any]:
-        leaf: dict[str, Any] = {"tensor": self.entry.name, "dtype": _NAMES[self.form.dtype]}
-        if not self.form.scalar:
-            leaf |= {"shape": self.form.tail, "rows": list(lengths(self.rows))}
-        if self.form.expanded:
-            leaf["expanded"] = self.form.expanded
-        if self.offset:
-            leaf["offset"] = self.offset
-        return leaf
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """Calls that are alike."""
-
-    structure: str
-    leaves: list[_Leaf]
-
-    def goes_on_at(self, found: Sequence[_Found]) -> bool:
-        return all(leaf.goes_on_at(at) for leaf, at in zip(self.leaves, found, strict=True))
-
-
-class _Layout:
-    """Finds the groups of all calls, and which tensors share memory."""
-
-    def __init__(self) -> None:
-        self.entries: list[_Entry] = []
-        self.places: dict[object, _At] = {}
-
-    def groups(self, slot: Slot, calls: Iterable[Call]) -> tuple[list[_Group], list[int]]:
-        """The groups of a layer, and for each call the number of its group."""
-        groups: list[_Group] = []
-        latest: dict[object, int] = {}  # of the groups whose calls are alike
-        order: list[int] = []
-        for call in calls:
-            forms = [_form(tensor) for tensor in call.tensors]
-            bases = [_base(*pair) for pair in zip(call.tensors, forms, strict=True)]
-            keys = [_memory_key(base) for base in bases]
-            found = [self.met(key, keys[:at]) for at, key in enumerate(keys)]
-            alike = call.structure, *forms
-            number = latest.get(alike)
-            if number is None or not groups[number].goes_on_at(found):
-                number = latest[alike] = len(groups)
-                leaves = self.leaves(f"{slot.key}.{number:05d}", forms, found)
-                groups.append(_Group(call.structure, leaves))
-            order.append(number)
-            for leaf, tensor, base, key in zip(
-                groups[number].leaves, call.tensors, bases, keys, strict=True
-            ):
-                if leaf.own and key is not None:
-                    self.places[key] = _At(leaf.entry, leaf.nbytes)
-                leaf.add(tensor, base)
-        return groups, order
-
-    def met(self, key: object, before: list[object]) -> _Found:
-        if key is None:
-            return None
-        return before.index(key) if key in before else self.places.get(key)
-
-    def leaves(self, name: str, forms: list[_Form], found: Sequence[_Found]) -> list[_Leaf]:
-        leaves: list[_Leaf] = []
-        for number, (form, at) in enumerate(zip(forms, found, strict=True)):
-            if at is None:
-                self.entries.append(_Entry(f"{name}.{number}", form))
-                leaves.append(_Leaf(self.entries[-1], 0, form, own=True))
-            elif isinstance(at, _At):
-                leaves.append(_Leaf(at.entry, at.offset, form))
-            else:
-                twin = leaves[at]
-                leaves.append(_Leaf(twin.entry, twin.offset, form, twin=at))
-        return leaves
-
-
-def _memory_key(base: Tensor) -> object:
-    """Equal for tensors that have the same bytes in the same memory; ``None`` if that cannot be known."""
-    if not base.is_contiguous() or not base.nbytes:
-        return None
-    return place(base)[0], base.storage_offset(), base.nbytes, base.dtype
-
-
-# --- Writing -----------------------------------------------------------------------------------------
-
-
-def write(file: Writable, heading: Heading, calls: Iterable[Call]) -> None:
-    """Write a shard with these calls, which come as they ended: layer by layer, and in each by pass."""
-    layout = _Layout()
-    structures: dict[str, int] = {}
+def lay_out(calls: Iterable[Call]) -> list[Laid]:
+    """Sort calls, which come as they ended, into layers, by the first call of each, and these into groups."""
     by_slot: dict[Slot, list[Call]] = defaultdict(list)
     for call in calls:
         by_slot[call.slot].append(call)
-    layers = []
-    for slot, called in by_slot.items():  # in the order of their first calls
-        ordered = sorted(called, key=attrgetter("number"))
-        groups, order = layout.groups(slot, ordered)
-        layers.append(
-            {
-                **slot._asdict(),
-                "passes": list(runs(call.number for call in ordered)),
-                "calls": list(lengths(order)),
-                "groups": [
-                    {
-                        "structure": structures.setdefault(group.structure, len(structures)),
-                        "tensors": [leaf.text() for leaf in group.leaves],
-                    }
-                    for group in groups
-                ],
-            }
+    return [_laid_out(*item) for item in by_slot.items()]
+
+
+def _laid_out(slot: Slot, calls: list[Call]) -> Laid:
+    ordered = sorted(calls, key=attrgetter("number"))
+    groups: dict[object, _Group] = {}
+    lines = []
+    for call in ordered:
+        alike = call.structure, *((tensor.dtype, tensor.dim()) for tensor in call.tensors)
+        if alike not in groups:
+            groups[alike] = _Group(len(groups), f"{slot.key}.{len(groups)}", call)
+        groups[alike].add(call.tensors)
+        lines.append((call.number, groups[alike].number))
+    table = torch.tensor(lines, dtype=torch.int64, device="cpu")
+    looks = Summary()
+    entries = [_index(f"{slot.key}.calls", table)]
+    for group in groups.values():
+        entries += group.entries(looks)
+    nbytes = sum(tensor.nbytes for call in ordered for tensor in call.tensors)
+    in_parts = any(decode(group.structure).parts for group in groups.values())
+    return Laid(slot, table[:, 0], nbytes, in_parts, looks, list(groups.values()), entries)
+
+
+def write(
+    file: safetensors.Writable, heading: Heading, layers: Mapping[Slot, SoFar], laid: Sequence[Laid]
+) -> None:
+    """Write a shard.
+
+    Args:
+        file: what is written to.
+        heading: what it says of itself.
+        layers: what there is of each layer with this shard, which ``heading`` counts.
+        laid: the calls of the layers that have any in this shard.
+    """
+    here = {one.slot: one for one in laid}
+    nodes = []
+    for slot, so_far in layers.items():
+        one = here.get(slot)
+        groups = [] if one is None else [group.node() for group in one.groups]
+        before = so_far.stored - (0 if one is None else len(one.passes))
+        nodes.append(
+            {**slot._asdict(), "before": before, "groups": groups, "so_far": so_far.node()}
         )
-    about = {**heading.text(), "layers": layers, "structures": list(structures)}
+    about = {"version": VERSION, **asdict(heading), "layers": nodes}
     metadata = {"actrec": json.dumps(about, separators=(",", ":"))}
-    _container.write(file, metadata, [entry.finished() for entry in layout.entries])
+    safetensors.write(file, metadata, [entry for one in laid for entry in one.entries])
 
 
-def lengths(numbers: Iterable[int]) -> Iterator[list[int]]:
-    """``[how many times, number]`` for each run of one number.
-
-    >>> list(lengths([8, 8, 8, 2]))
-    [[3, 8], [1, 2]]
-    """
-    for number, run in groupby(numbers):
-        yield [sum(1 for _ in run), number]
+# --- Reading -----------------------------------------------------------------------------------------
 
 
-def runs(numbers: Iterable[int]) -> Iterator[list[int]]:
-    """``[first, step, how many]`` for each run of numbers that stay the same or go up by one.
+@dataclass(slots=True, eq=False)
+class Leaf:
+    """One tensor of the values of a group: the elements of all calls lie behind each other in the file."""
 
-    >>> list(runs([0, 1, 2, 2, 2, 3]))
-    [[0, 1, 3], [2, 0, 2], [3, 1, 1]]
-    """
-    run: list[int] = []
-    for number in numbers:
-        if run and run[2] == 1 and number - run[0] in {0, 1}:
-            run = [run[0], number - run[0], 2]
-        elif run and number == run[0] + run[1] * run[2]:
-            run[2] += 1
+    name: str
+    dtype: torch.dtype
+    begin: int  #: byte in the file
+    shapes: Tensor  #: (calls, dims)
+    starts: Tensor  #: (calls + 1,), the elements before each call
+
+    def shape(self, call: int) -> tuple[int, ...]:
+        """The shape of the tensor in a call."""
+        return tuple(self.shapes[call].tolist())
+
+    def extent(self, first: int, many: int = 1) -> tuple[int, int]:
+        """Where the bytes of some calls begin in the file, and how many they are."""
+        begin, end = self.starts[first].item(), self.starts[first + many].item()
+        size = self.dtype.itemsize
+        return self.begin + int(begin) * size, int(end - begin) * size
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Calls of a layer that are alike."""
+
+    structure: Structure
+    text: str  #: JSON, equal for equal structures
+    leaves: list[Leaf]
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """What a shard holds of one layer."""
+
+    slot: Slot
+    before: int  #: calls of the layer in the shards before this one
+    so_far: SoFar
+    groups: list[Group]
+    passes: Tensor  #: (calls,)
+    group: Tensor  #: (calls,), which group each call is in
+    within: Tensor  #: (calls,), its number there
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def place(self, call: int) -> tuple[Group, int]:
+        """Where a call of the part is: in which group, and its number there."""
+        return self.groups[int(self.group[call])], int(self.within[call])
+
+
+class Shard:
+    """A shard whose header was read and checked. Its data is untouched until it is asked for."""
+
+    def __init__(self, disk: Place, name: str) -> None:
+        self.disk = disk
+        self.name = name
+        self.path = disk.shown(name)
+        self._head = b""
+        self._storage: Mapped | None = None
+        self._parts: dict[tuple[Role, str], Part] = {}
+        try:
+            self.container = safetensors.parse(disk.size(name), self._read)
+            self.heading, self.layers = _contents(self.container.metadata.get("actrec", "null"))
+        except Defect as defect:
+            raise corrupt(self.path, defect) from None
+        except FileNotFoundError:
+            raise corrupt(self.path, "it is missing") from None
+        self.nbytes = _OBJECTS * self.container.header  #: of memory, roughly
+
+    def _read(self, most: int) -> bytes:
+        found = self.disk.read(self.name, 0, most)
+        self._head = found[:_HEAD]
+        return found
+
+    # --- Data ------------------------------------------------------------------------------------------
+
+    def value(self, group: Group, call: int) -> Value:
+        """Return what call number ``call`` of a group returned."""
+        return group.structure.spec.fill([self.tensor(leaf, call) for leaf in group.leaves])
+
+    def tensor(self, leaf: Leaf, call: int) -> Tensor:
+        """Return one tensor of a call.
+
+        What is small is read. What is large is a view of the mapped file, private to this process.
+        """
+        begin, nbytes = leaf.extent(call)
+        shape = torch.Size(leaf.shape(call))
+        if nbytes <= _SMALL:
+            data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+            self.read_into(begin, data)
+            own = data.untyped_storage()
         else:
-            if run:
-                yield run
-            run = [number, 1, 1]
-    if run:
-        yield run
+            # Saved with torch.save, a call must not take the whole shard along.
+            own = self._mapped()[begin : begin + nbytes]
+            if begin % leaf.dtype.itemsize:  # to read a complex128 there would end the process
+                own = own.clone()  # type: ignore[no-untyped-call]
+        empty = torch.empty(0, dtype=leaf.dtype, device="cpu")
+        return empty.set_(own, 0, shape)  # type: ignore[call-overload,no-any-return]
+
+    def read_into(self, begin: int, data: Tensor) -> None:
+        """Fill a contiguous tensor with the bytes of the file from ``begin`` on."""
+        if data.nbytes:
+            try:
+                self.disk.read_into(self.name, self._head, begin, writable(data))
+            except Defect as defect:
+                raise corrupt(self.path, defect) from None
+
+    def _mapped(self) -> Mapped:
+        if self._storage is None:
+            try:
+                self._storage = self.disk.map(self.name, self.container.size, self._head)
+            except Defect as defect:
+                raise corrupt(self.path, defect) from None
+        return self._storage
+
+    # --- Layers ----------------------------------------------------------------------------------------
+
+    def check_identity(self, recording: str, rank: int, number: int) -> None:
+        """Check that the shard is what its place says, and no other file that was put there."""
+        heading = self.heading
+        for what, found, expected in (
+            ("recording", heading.recording, recording),
+            ("rank", heading.rank, rank),
+            ("shard", heading.shard, number),
+        ):
+            if found != expected:
+                defect = f"it says that it belongs to {what} {str(found)[:60]}, not {expected}"
+                raise corrupt(self.path, defect)
+
+    def so_far(self, role: Role, name: str) -> SoFar:
+        """What there is of a layer with this shard."""
+        found = self.layers.get((role, name))
+        return SoFar() if found is None else found.so_far
+
+    def before(self, role: Role, name: str) -> int:
+        """How many calls of a layer the shards before this one hold."""
+        found = self.layers.get((role, name))
+        return 0 if found is None else found.before
+
+    def part(self, role: Role, name: str) -> Part | None:
+        """What the shard holds of a layer."""
+        key = role, name
+        listed = self.layers.get(key)
+        if listed is None or not listed.groups:
+            return None
+        if key not in self._parts:
+            try:
+                self._parts[key] = self._opened(listed)
+            except Defect as defect:
+                raise corrupt(self.path, defect) from None
+        return self._parts[key]
+
+    def _opened(self, listed: Listed) -> Part:
+        key = listed.slot.key
+        table = self._numbers(f"{key}.calls", 2)
+        passes, group = table.unbind(1)
+        many = len(listed.groups)
+        need(len(table), f"layer {listed.slot.name[:60]!r} has groups and no calls")
+        need(
+            bool((passes[1:] >= passes[:-1]).all()), "the calls of a layer are not ordered by pass"
+        )
+        need(int(group.max()) < many, "a call is in a group that is not there")
+        counts = torch.bincount(group, minlength=many)
+        within = torch.empty_like(group)
+        groups = []
+        for number, node in enumerate(listed.groups):
+            here = (group == number).nonzero()[:, 0]
+            within[here] = torch.arange(len(here), device="cpu")
+            groups.append(self._group(f"{key}.{number}", node, int(counts[number])))
+        stored = listed.so_far.stored - listed.before
+        need(
+            stored == len(table),
+            f"layer {listed.slot.name[:60]!r} has {len(table)} calls, and claims {stored}",
+        )
+        return Part(listed.slot, listed.before, listed.so_far, groups, passes, group, within)
+
+    def _group(self, key: str, node: Any, calls: int) -> Group:
+        node = mapping(node, "a group", "structure", "dtypes")
+        structure_text = json.dumps(node["structure"], separators=(",", ":"))
+        structure = decode(structure_text)
+        dtypes = items(node["dtypes"], "the dtypes of a group")
+        need(calls > 0, "a group has no calls")
+        need(
+            structure.spec.count == len(dtypes),
+            "a structure has other than as many tensors as its group",
+        )
+        leaves = [self._leaf(f"{key}.{at}", dtype, calls) for at, dtype in enumerate(dtypes)]
+        return Group(structure, structure_text, leaves)
+
+    def _leaf(self, name: str, dtype: Any, calls: int) -> Leaf:
+        need(type(dtype) is str and dtype in DTYPES, f"tensor {name[:60]!r} has an unknown dtype")
+        extent = self._extent(name)
+        kind, stored = DTYPES[dtype]
+        need(stored.code == extent.code, f"tensor {name[:60]!r} is not of dtype {dtype}")
+        shapes = self._numbers(f"{name}.shapes")
+        need(len(shapes) == calls, f"tensor {name[:60]!r} has not as many shapes as calls")
+        sizes = shapes.clamp(min=1).double().prod(1) * kind.itemsize
+        need(float(sizes.max()) <= MAX_SIZE, f"tensor {name[:60]!r} has an impossible shape")
+        starts = torch.zeros(calls + 1, dtype=torch.int64, device="cpu")
+        torch.cumsum(shapes.prod(1), 0, out=starts[1:])
+        need(
+            float(shapes.double().prod(1).sum()) * kind.itemsize == extent.end - extent.begin,
+            f"the calls of a layer take other than the bytes that tensor {name[:60]!r} has",
+        )
+        return Leaf(name, kind, extent.begin, shapes, starts)
+
+    def _extent(self, name: str) -> safetensors.Extent:
+        need(name in self.container.tensors, f"there is no tensor {name[:60]!r}")
+        return self.container.tensors[name]
+
+    def _numbers(self, name: str, columns: int | None = None) -> Tensor:
+        """A tensor of numbers, read and checked: none is negative."""
+        extent = self._extent(name)
+        shape = extent.shape
+        fit = len(shape) == 2 and shape[1] == (shape[1] if columns is None else columns)  # noqa: PLR2004
+        need(
+            extent.code == "I64" and fit and shape[1] <= MAX_DIMS,
+            f"tensor {name[:60]!r} is no table",
+        )
+        data = bytearray(self.disk.read(self.name, extent.begin, extent.end - extent.begin))
+        need(len(data) == extent.end - extent.begin, "it became shorter while it was read")
+        need(zlib.crc32(data) == extent.checksum, f"the checksum of tensor {name[:60]!r} is wrong")
+        self.nbytes += 4 * len(data)
+        if not data:
+            return torch.empty(shape, dtype=torch.int64, device="cpu")
+        numbers = torch.frombuffer(data, dtype=torch.int64).view(shape)
+        need(int(numbers.min()) >= 0, f"there is a negative number in tensor {name[:60]!r}")
+        return numbers
 
 
-def stored_row(dtype: torch.dtype, tail: Iterable[int], expanded: Iterable[int]) -> int:
-    """The bytes of one row in the file."""
-    stored: Stored = _STORED[dtype]
-    sizes = list(tail)
-    for dim in expanded:
-        if dim:
-            sizes[dim - 1] = 1
-    return math.prod(sizes) * stored.itemsize * (1 + stored.pair)
+_SMALL: Final = (
+    1 << 20
+)  #: bytes that are read rather than mapped: a process can map no more than 65,530 files
+_HEAD: Final = (
+    64  #: bytes that tell a shard from every other: the checksum is of what tells the data's
+)
+_OBJECTS: Final = 8  #: Python's objects take so many times the bytes that a header has
+
+
+class Listed(NamedTuple):
+    """What the header of a shard says of one layer."""
+
+    slot: Slot
+    before: int
+    groups: list[Any]
+    so_far: SoFar
+
+
+def _contents(description: str) -> tuple[Heading, dict[tuple[Role, str], Listed]]:
+    try:
+        about = json.loads(description)
+    except (ValueError, RecursionError) as error:
+        message = f"its description is no JSON ({error})"
+        raise Defect(message) from error
+    keys = [each.name for each in fields(Heading)]
+    about = mapping(about, "the description", "version", *keys, "layers")
+    need(about["version"] == VERSION, "it is of another version of the format")
+    parts = [items(part, "a part") for part in items(about["parts"], "the parts")]
+    need(all(len(part) == 2 for part in parts), "a part is not shard and pass")  # noqa: PLR2004
+    ended = about["ended"]
+    heading = Heading(
+        text(about["recording"], "the recording"),
+        *(integer(about[key], f"{key!r}") for key in ("rank", "ranks", "shard", "committed")),
+        tuple((integer(a, "a shard"), integer(b, "a pass")) for a, b in parts),
+        tuple(integer(shard, "a shard") for shard in items(about["void"], "the void shards")),
+        ended if ended is None else text(ended, "how it ended"),
+    )
+    layers = {}
+    for node in items(about["layers"], "the layers"):
+        listed = _listed(node)
+        key = listed.slot.role, listed.slot.name
+        need(key not in layers, "it lists a layer twice")
+        layers[key] = listed
+    return heading, layers
+
+
+def _listed(node: Any) -> Listed:
+    node = mapping(node, "a layer", *Slot._fields, "before", "groups", "so_far")
+    need(node["role"] in ROLES, "a layer is of an unknown role")
+    slot = Slot(
+        node["role"],
+        integer(node["number"], "the number of a layer"),
+        text(node["name"], "the name of a layer"),
+        text(node["type"], "the type of a layer"),
+    )
+    before = integer(node["before"], "the calls before")
+    groups = items(node["groups"], "the groups of a layer")
+    calls = integer(
+        mapping(node["so_far"], "what there is so far", "stored")["stored"], "the calls"
+    )
+    return Listed(slot, before, groups, SoFar.parsed(node["so_far"], calls))

@@ -4,191 +4,211 @@ from __future__ import annotations
 
 import os
 import weakref
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final, NoReturn, overload
+from typing import TYPE_CHECKING, NoReturn, overload
 
 from actrec._recordings.recording import Layer
-from actrec.errors import (
-    ActrecError,
-    CaptureError,
-    OptionError,
-    RecordingExistsError,
-    WriteError,
-)
+from actrec._values.summary import Summary
+from actrec.errors import ActrecError, RecordingExistsError, WriteError
 
-from .description import Manifest, read_manifest
-from .format import (
-    END,
-    MANIFEST,
-    MAX_VALUE,
-    OWN,
-    UNFINISHED,
-    Defect,
-    Role,
-    Slot,
-    corrupt,
-)
-from .outline import PassRuns, form_of
+from . import shard
+from .description import read_description
+from .format import DESCRIPTION, Role, Slot, corrupt
+from .index import shard_name, shard_names
+from .ledger import Heading, Ledger
 from .place import place
 from .rank import here
 from .reader import (
     Rank,
     StoredLayer,
     StoredRecording,
+    is_described,
     opened,
     rank_folder,
     rank_folders,
-    shard_name,
-    shard_names,
 )
-from .shard import Call, Heading, described, storable
-from .shard import write as write_shard
-from .values import TOO_LARGE, Encoded, encode
+from .shard import Call, storable
+from .values import encode
 from .writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from actrec._calls.passes import Passes
-    from actrec._values.forms import Form
-    from actrec._values.nested import Value
+    from actrec._values.containers import Value
 
+    from .description import Description
     from .folder import Folder
-    from .place import Lock, Place
 
-__all__ = ["LiveLayer", "Stream", "appearance", "claim", "encoded"]
+__all__ = ["LiveLayer", "Opening", "Stream"]
 
 
-def encoded(value: Value, *, parts: bool = False) -> Encoded:
-    """Take a value apart into what is written; ``CaptureError`` if it cannot be stored.
+class Opening:
+    """The folder of a rank, taken by this process for as long as it records there.
 
-    With ``parts``, a rank stores its part of a ``DTensor``, and relies on the others to do so too.
+    Args:
+        call: who asks, for messages.
+        folder: the path and its settings.
+        new: what is going to be recorded.
+        resume: whether what is there may be gone on with.
+        alone: whether this process is the only one, whatever launched it.
+
+    Raises:
+        RecordingExistsError: there is something at the path that this run has no part in; it was not touched.
+        ResumeError: what is there was recorded with other layers or options.
     """
-    structure, tensors = encode(value, parts=parts)
-    if described(structure, tensors) > MAX_VALUE:
-        raise CaptureError(TOO_LARGE)
-    return Encoded(structure, [storable(tensor) for tensor in tensors])
+
+    def __init__(
+        self,
+        call: str,
+        folder: Folder,
+        new: Description,
+        *,
+        resume: bool = False,
+        alone: bool = False,
+    ) -> None:
+        self.disk = place(folder)
+        self._call = call.format(path=str(self.disk))
+        position = here(0, 1) if alone else here(folder.rank, folder.world_size)
+        self._ranks = position.ranks
+        self.own = self.disk / rank_folder(position.rank)
+        self._check_path(position.run, resume=resume)
+        self.own.make()
+        try:
+            self.lock = self.own.lock()
+        except BlockingIOError:
+            raise self._taken(_NOW) from None
+        try:
+            self.rank, self.ledger = self._begun(
+                replace(new, recording=position.run), resume=resume
+            )
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _check_path(self, run: str, *, resume: bool) -> None:
+        """Check that what is there is this run's, or nothing; nothing is touched."""
+        if self.disk.is_file():
+            raise self._taken("that is a file")
+        names = self.disk.names()
+        ranks = rank_folders(self.disk)
+        if names and not ranks:
+            raise self._taken(f"that folder has other things in it ({names[0][:60]!r})")
+        if not resume:
+            self._check_run(run)
+
+    def _check_run(self, run: str) -> None:
+        for folder in rank_folders(self.disk):
+            if not is_described(folder):
+                continue
+            if folder.name == self.own.name:
+                raise self._taken("there is a recording already", _GO_ON)
+            if read_description(folder).recording != run:
+                why = "another run records there, or has recorded"
+                raise self._taken(why, _GO_ON)
+
+    def _begun(self, new: Description, *, resume: bool) -> tuple[Rank, Ledger]:
+        """Describe what is recorded, if that was not done before; return what there is."""
+        if resume and is_described(self.own):
+            rank = Rank(self.own)
+            rank.description.check_same(self.disk, new)
+            return rank, self._resumed(rank)
+        if shard_names(self.own):
+            raise corrupt(self.own.shown(DESCRIPTION), "it is missing")
+        described = [folder for folder in rank_folders(self.disk) if is_described(folder)]
+        if resume and described:
+            new = replace(new, recording=read_description(described[0]).recording)
+        try:
+            self.own.commit(DESCRIPTION, lambda file: file.write(new.content()), exclusive=True)
+        except FileExistsError:
+            raise self._taken("another run has just begun there") from None
+        rank = Rank(self.own)
+        return rank, Ledger(Heading(new.recording, rank.number, self._ranks, -1, 0))
+
+    def _resumed(self, rank: Rank) -> Ledger:
+        """Go on after the last shard, with one that nobody else can write and that leaves out what was not completed.
+
+        From there on, a run that is still alive, though no lock says so, cannot write.
+        """
+        ledger = Ledger(rank.index.heading, rank.index.layers).resumed(self._ranks)
+        heading = ledger.next((), ledger.heading.committed)
+        write = partial(shard.write, heading=heading, layers=ledger.layers, laid=())
+        try:
+            self.own.begin(shard_name(heading.shard), write).finish()
+        except FileExistsError:
+            raise self._taken(_NOW) from None
+        self.own.sweep()
+        return ledger
+
+    def _taken(self, why: str, what_to_do: str = "Choose another path.") -> RecordingExistsError:
+        return RecordingExistsError(f"{self._call}: {why}. {what_to_do}")
 
 
-def appearance(found: Encoded) -> Form:
-    """How a value looks to who reads it; ``CaptureError`` if no reader would take what is written of it."""
-    try:
-        return form_of(found.structure, found.tensors)
-    except Defect as defect:
-        message = f"it could not be read again: {defect}"
-        raise CaptureError(message) from None
+_NOW = "another run is recording there now"
+_GO_ON = "Go on with it: record(..., resume=True); or delete it, or choose another path."
 
 
 class Stream:
     """A path that is being recorded into: opened before the block begins, closed when it has ended."""
 
     def __init__(
-        self,
-        folder: Folder,
-        manifest: Manifest,
-        passes: Passes,
-        *,
-        resume: bool = False,
+        self, folder: Folder, description: Description, passes: Passes, *, resume: bool = False
     ) -> None:
-        rank, ranks, run = here(folder.rank, folder.world_size, folder.run)
-        self._disk = place(folder)
-        call = f"record(into={str(self._disk)!r})"
-        if run is None and not resume:
-            raise OptionError(_unnamed(call, rank, ranks))
-        self._rank = rank
+        self._opening = Opening("record(into={path!r})", folder, description, resume=resume)
+        rank, ledger = self._opening.rank, self._opening.ledger
         self._passes = passes
-        self._counts: dict[tuple[Role, str], StoredLayer] = {}
-        self._added: dict[str, int] = {}
-        self._chosen = len(manifest.layers)
-        self.order: list[str] = []  # the layers that have calls, by the first of them
+        self._passes.count = rank.committed
+        self._before = StoredRecording(self._opening.disk, [rank], only=rank.number)
+        self._chosen = len(description.layers)
+        self._added = [slot.name for slot in ledger.layers if slot.role == "added"]
+        self.order = (
+            self._before.execution_order
+        )  # the layers that have calls, by the first of them
         self._stored: StoredRecording | None = None
-        self.error: str | None = "the block was dropped without being left"
+        self.error: str | None = "the recorder was dropped before the block ended"
         self.closed = False
-        own = self._disk / rank_folder(rank)
-        names = {name: key for name, key in manifest.names.items() if name != key}
-        manifest = replace(manifest, names=names, ranks=ranks, run=run or manifest.run)
-        self._lock = claim(call, self._disk, own, manifest, resume=resume)
-        try:
-            self._writer = self._open(call, own, folder, manifest, resume=resume)
-        except BaseException:
-            self._lock.release()
-            raise
-        _opened.add(self)
-
-    def _open(
-        self, call: str, own: Place, folder: Folder, manifest: Manifest, *, resume: bool
-    ) -> Writer:
-        there = publish(call, self._disk, own, manifest, resume=resume)
-        found = Rank(own, there)
-        described = found.manifest
-        if found.has_begun:
-            described.check_same(self._disk, manifest)
-            self._remember(StoredRecording(self._disk, there, [found], only=found.number))
-            described = replace(described, ranks=manifest.ranks)
-        else:
-            described = replace(manifest, recording=there.recording, run=there.run)
-        if described != found.manifest:
-            own.commit(OWN, lambda file: file.write(described.own_content()))
-        shards = _discard_leftovers(call, own, found) if resume else found.count
-        self._passes.count = found.committed
-        self._passes.raised.update(found.outline.raised)
-        return Writer(
-            own,
-            there.recording,
-            folder,
-            rank=found.number,
-            shards=shards,
-            committed=found.committed,
-            raised=self._passes.raised,
-        )
-
-    def _remember(self, before: StoredRecording) -> None:
-        """Know what was recorded before this run."""
-        self.order = before.execution_order
-        chosen = before.chosen
-        for name, layer in before.items():
-            if name not in chosen:
-                self._added[name] = self._chosen + len(self._added)
-            self._counts["output" if name in chosen else "added", name] = layer  # type: ignore[assignment]
-        for name, layer in before._input_layers.items():
-            self._counts["input", name] = layer  # type: ignore[assignment]
+        self._writer = Writer(self._opening.own, ledger, folder, passes.complete)
+        _open.add(self)
 
     # --- Layers ----------------------------------------------------------------------------------------
 
     def layer(self, role: Role, index: int, name: str, kind: str) -> LiveLayer:
-        """The layer that stands for a chosen one."""
-        before = self._counts.get((role, name), StoredLayer(name, kind))
-        return LiveLayer(self, Slot(role, index, name, kind), before)
+        """Return the layer that stands for a chosen one."""
+        slot = Slot(role, index, name, kind)
+        return LiveLayer(self, slot, self._found(self._before, slot))
 
     def added(self, name: str) -> LiveLayer:
-        """The layer that stands for values that are added by a name."""
-        index = self._added.setdefault(name, self._chosen + len(self._added))
-        return self.layer("added", index, name, "added")
+        """Return the layer that stands for values that are added by a name."""
+        if name not in self._added:
+            self._added.append(name)
+        return self.layer("added", self._chosen + self._added.index(name), name, "added")
 
     def added_before(self) -> dict[str, LiveLayer]:
-        """The layers of names that were added in earlier runs."""
+        """Return the layers of names that were added in earlier runs."""
         return {name: self.added(name) for name in self._added}
 
-    def keep(self, slot: Slot, value: Encoded, number: int) -> None:
-        """Write a value, sooner or later."""
-        call = Call(slot, number, value.structure, value.tensors, 0)
-        self._writer.keep(call, self._passes.complete)
+    def keep(self, slot: Slot, value: Value, number: int) -> Call:
+        """Write a value of a pass, sooner or later; return it as it is written."""
+        structure, tensors = encode(value, parts=True)
+        call = Call(slot, number, structure, [storable(tensor) for tensor in tensors])
+        self._writer.keep(call)
+        return call
 
     def stored(self, slot: Slot) -> StoredLayer:
-        """What is on the disk of a layer, after the end."""
+        """Return what is on the disk of a layer, after the end."""
         if not self.closed:
             message = (
-                f"acts[{slot.name!r}]: its values are being written to {self._disk}. "
+                f"acts[{slot.name!r}]: its values are being written to {self._opening.disk}. "
                 "Read them after the with block, or from another process with actrec.load()."
             )
             raise ActrecError(message)
         if self._stored is None:
-            self._stored = opened(self._disk, rank=self._rank)
-        layers = self._stored._input_layers if slot.role == "input" else self._stored._layers
-        layer = layers.get(slot.name)
-        return layer if isinstance(layer, StoredLayer) else StoredLayer(slot.name, slot.type)
+            self._stored = opened(self._opening.disk, rank=self._opening.rank.number)
+        return self._found(self._stored, slot)
+
+    def _found(self, recording: StoredRecording, slot: Slot) -> StoredLayer:
+        return recording.layer(slot.role, slot.name) or StoredLayer(slot.name, slot.type)
 
     # --- Ending ----------------------------------------------------------------------------------------
 
@@ -199,124 +219,21 @@ class Stream:
     def close(self) -> None:
         """Commit what is complete. May be called again."""
         self.closed = True
-        _opened.discard(self)
+        _open.discard(self)
         try:
             passes = self._passes.count if self.error is None else self._passes.complete()
             self._writer.close(passes, self.error)
             self._passes.count = self._writer.committed
         finally:
-            self._lock.release()
+            self.release()
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        self._opening.lock.release()
 
     def failure(self) -> WriteError | None:
-        """The error of the writer that no call has raised."""
+        """Return the error of the writer that no call has raised."""
         return self._writer.unseen()
-
-
-# --- Beginning ---------------------------------------------------------------------------------------
-
-
-def claim(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool = False) -> Lock:
-    """Make the folder of this rank, or with ``resume`` take the one that is there; nobody else gets it."""
-    if disk.is_file():
-        raise _taken(call, "that is a file")
-    names = disk.names()
-    is_recording = MANIFEST in names or any(rank_folders(disk))
-    if names and not is_recording:
-        raise _taken(call, f"that folder has other things in it ({names[0][:60]!r})")
-    if is_recording and not resume:
-        if new.ranks == 1 or own.name in names:
-            raise _taken(call, "there is a recording already", _GO_ON)
-        if MANIFEST in names:
-            _check_run(call, read_manifest(disk), new)
-    try:
-        own.make()
-    except FileExistsError:
-        if not resume:
-            raise _taken(call, "another run has just begun there") from None
-    try:
-        return own.lock()
-    except BlockingIOError:
-        raise _taken(call, _NOW) from None
-
-
-def publish(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool = False) -> Manifest:
-    """Describe the recording, if no other rank has done so; return what describes it."""
-    try:
-        return _published(call, disk, own, new, resume=resume)
-    except BaseException:
-        own.unmake()
-        raise
-
-
-def _published(call: str, disk: Place, own: Place, new: Manifest, *, resume: bool) -> Manifest:
-    if MANIFEST not in disk.names():
-        for rank in rank_folders(disk) if resume else [own]:
-            # Another rank may have written both since.
-            if shard_names(rank) and MANIFEST not in disk.names():
-                raise corrupt(disk.shown(MANIFEST), "it is missing")
-        with suppress(FileExistsError):
-            disk.commit(MANIFEST, lambda file: file.write(new.content()), exclusive=True, by=own)
-            return new
-    there = read_manifest(disk)
-    if not resume:
-        _check_run(call, there, new)
-    return there
-
-
-def _check_run(call: str, there: Manifest, new: Manifest) -> None:
-    """The ranks of one run share a path, and nobody else."""
-    if there.run != new.run:
-        ranks = f"a run of {there.ranks} ranks" if there.ranks > 1 else "a single process"
-        raise _taken(
-            call, f"{ranks} records there, or has recorded, and this is another run", _GO_ON
-        )
-
-
-def _unnamed(call: str, rank: int, ranks: int) -> str:
-    return (
-        f"{call}: this process is rank {rank} of {ranks}, and nothing says of which run, as its launcher has given it no name. "
-        "Ranks of different runs could end up in one recording. Give all ranks of this run a name that no other run has: "
-        "record(..., into=Folder(path, run='2026-11-28-a')), or torchrun --rdzv-id=NAME."
-    )
-
-
-_GO_ON = "Go on with it: record(..., resume=True); or delete it, or choose another path."
-
-
-def _taken(call: str, why: str, what_to_do: str = "Choose another path.") -> RecordingExistsError:
-    return RecordingExistsError(f"{call}: {why}. {what_to_do}")
-
-
-def _discard_leftovers(call: str, own: Place, found: Rank) -> int:
-    """Take away what was not finished, empty the shards of passes that never were, and forget how the run before ended.
-
-    Return how many shards there are then.
-    """
-    count = found.count
-    leftovers = [shard.heading for shard in found.leftovers()]
-    unfinished = [name for name in own.names() if name.endswith(UNFINISHED)]
-    if leftovers or unfinished:
-        # They may be those of a run that is alive, though no lock says so. It can go no further than this shard, whose name
-        # only one can have.
-        heading = Heading(found.manifest.recording, found.number, count, found.committed)
-        try:
-            own.begin(shard_name(count), partial(write_shard, heading=heading, calls=[])).finish()
-        except FileExistsError:
-            raise _taken(call, _NOW) from None
-        count += 1
-    own.remove(END)
-    for heading in leftovers:
-        write = partial(write_shard, heading=heading._replace(part=False), calls=[])
-        own.commit(shard_name(heading.shard), write)
-    for name in unfinished:
-        own.remove(name)
-    return count
-
-
-_NOW = "another run is recording there now"
-
-
-_LOOKS: Final = 256  # that are known not to need another look
 
 
 class LiveLayer(Layer):
@@ -328,34 +245,22 @@ class LiveLayer(Layer):
         self._stream = stream
         self._slot = slot
         self._before = before
-        self._passes = PassRuns()
-        self._bytes = 0
-        self._looks: dict[object, Form] = {}
-        self._new: dict[Form, None] = {}
+        self._calls = len(before)
+        self._bytes = before.nbytes
+        self._looks = before._summary()
 
     def keep(self, value: Value, number: int) -> None:
-        found = encoded(value, parts=True)
-        look = found.structure, *((t.dtype, tuple(t.shape)) for t in found.tensors)
-        size = sum(tensor.nbytes for tensor in found.tensors)
-        if look not in self._looks:
-            if len(self._looks) >= _LOOKS:  # a number in a value makes another structure
-                self._looks.clear()
-            self._looks[look] = appearance(found)
-        self._stream.keep(self._slot, found, number)
-        self._new[self._looks[look]] = None
-        self._passes.add(number)
-        self._bytes += size
+        call = self._stream.keep(self._slot, value, number)
+        self._calls += 1
+        self._bytes += sum(tensor.nbytes for tensor in call.tensors)
+        self._looks.add(value)
 
     @property
-    def passes(self) -> list[int]:
-        if self._stream.closed:
-            return self._stored.passes
-        return [*self._before.passes, *self._passes]
+    def passes(self) -> Sequence[int]:
+        return self._stored.passes
 
     def __len__(self) -> int:
-        if self._stream.closed:
-            return len(self._stored)
-        return len(self._before) + len(self._passes)
+        return len(self._stored) if self._stream.closed else self._calls
 
     @overload
     def __getitem__(self, index: int) -> Value: ...
@@ -367,10 +272,6 @@ class LiveLayer(Layer):
     def __iter__(self) -> Iterator[Value]:
         return iter(self._stored)
 
-    def nth(self, number: int) -> Layer:
-        """Return one call of each pass. See :meth:`Layer.nth`."""
-        return self._stored.nth(number)
-
     def cat(self, dim: int = 0, *, release: bool = False) -> Value:
         """Join all calls along an existing dimension. See :meth:`Layer.cat`."""
         return self._stored.cat(dim, release=release)
@@ -379,22 +280,12 @@ class LiveLayer(Layer):
         """Join all calls along a new dimension. See :meth:`Layer.stack`."""
         return self._stored.stack(dim, release=release)
 
-    def _forms(self) -> Iterable[Form]:
-        return self._stored._forms()
-
-    def _different_forms(self) -> Iterable[Form]:
-        if self._stream.closed:
-            return self._stored._different_forms()
-        return dict.fromkeys([*self._before._different_forms(), *self._new])
+    def _summary(self) -> Summary:
+        return self._stored._summary() if self._stream.closed else self._looks
 
     @property
     def nbytes(self) -> int:
-        return self._stored.nbytes if self._stream.closed else self._before.nbytes + self._bytes
-
-    def _places(self) -> Iterator[tuple[object, int]]:
-        if self._stream.closed:
-            return self._stored._places()
-        return iter([*self._before._places(), (id(self), self._bytes)])
+        return self._stored.nbytes if self._stream.closed else self._bytes
 
     def clear(self) -> NoReturn:
         message = (
@@ -418,14 +309,14 @@ def _itself(layer: StoredLayer) -> StoredLayer:
 
 # --- Forked processes --------------------------------------------------------------------------------
 
-_opened: weakref.WeakSet[Stream] = weakref.WeakSet()
+_open: weakref.WeakSet[Stream] = weakref.WeakSet()
 
 
-def _forget_locks() -> None:
-    """A forked process must not hold on to its parent's locks."""
-    for stream in _opened:
-        stream._lock.release()
+def _release_all() -> None:
+    """Let go, in a forked process, of its parent's locks."""
+    for stream in _open:
+        stream.release()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows
-    os.register_at_fork(after_in_child=_forget_locks)
+    os.register_at_fork(after_in_child=_release_all)

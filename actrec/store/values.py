@@ -1,4 +1,4 @@
-"""Values as text: the structure as JSON, with a number in the place of every tensor.
+"""Values as JSON and tensors: a number stands in the place of every tensor.
 
 Nothing that is read is ever imported or called by a name from the file. What has a class that cannot be
 had without running somebody's code comes back as a stand-in: a :class:`Fields` for a dataclass, a
@@ -14,22 +14,25 @@ import re
 import sys
 from collections import OrderedDict, UserList, deque, namedtuple
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import override
 
-from actrec._values.nested import Fields, Opaque, Value, is_array, parts, qualified
+from actrec._values.containers import Fields, Opaque, Value, is_array, qualified
 from actrec._values.snapshot import is_distributed
+from actrec._values.spec import TENSOR, Constant, Container, Spec, Step, flatten
 from actrec.errors import CaptureError
 
 from .dtensor import Spread, local, spread
 from .format import (
     MAX_DEPTH,
-    MAX_ITEMS,
+    MAX_NODES,
     MAX_STRUCTURE,
     Defect,
     integer,
@@ -40,94 +43,109 @@ from .format import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["Encoded", "Fields", "decode", "encode"]
-
-#: The structure of a value that is a tensor and nothing else.
-TENSOR: Final = '{"tensor":0}'
+__all__ = ["Encoded", "Structure", "decode", "encode"]
 
 _SAFE_INT: Final = 1 << 53  # what every reader of JSON reads exactly
-_WORD = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)
-_MAX_NODES: Final = MAX_ITEMS // 2
+_WORD: Final = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)
 _PACKED: Final = 4  # items of a PackedSequence
 
 
-class Encoded(NamedTuple):
-    """A value taken apart."""
+# --- Writing -----------------------------------------------------------------------------------------
 
-    structure: str
+
+class Encoded(NamedTuple):
+    """A value as it is written."""
+
+    structure: str  #: JSON
     tensors: list[Tensor]
 
 
 def encode(value: Value, *, parts: bool = False) -> Encoded:
-    """Take a value apart; ``CaptureError`` if there is something in it that cannot be stored.
+    """Return ``value`` as JSON and tensors.
 
-    With ``parts``, of a ``DTensor`` there is the part of this rank, and how it is spread.
+    Args:
+        value: what a layer returned, or the user has added.
+        parts: whether of a ``DTensor`` this rank's local shard is stored, and its placement.
+
+    Raises:
+        CaptureError: there is something in it that cannot be stored.
     """
     if type(value) is Tensor:
-        return Encoded(TENSOR, [value])
-    encoder = _Encoder(parts=parts)
-    try:
-        structure = json.dumps(
-            encoder.node(value, 0), separators=(",", ":"), allow_nan=False, ensure_ascii=True
-        )
-    except RecursionError:  # pragma: no cover  # MAX_DEPTH is far below what Python allows
-        raise CaptureError(_TOO_DEEP) from None
+        return Encoded(_TENSOR, [value])
+    tensors, spec = flatten(value, unknown=_refuse)
+    if len(spec.steps) > MAX_NODES:
+        raise CaptureError(_TOO_LARGE)
+    encoder = _Encoder(tensors, parts=parts)
+    node, _ = spec.fold(encoder.tensor, encoder.constant, encoder.container)
+    structure = json.dumps(node, separators=(",", ":"), allow_nan=False)
     if len(structure) > MAX_STRUCTURE:
-        raise CaptureError(TOO_LARGE)
+        raise CaptureError(_TOO_LARGE)
+    try:
+        decode(structure)
+    except Defect as defect:
+        message = f"it could not be read again: {defect}"
+        raise CaptureError(message) from None
     return Encoded(structure, encoder.tensors)
 
 
-_TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
-TOO_LARGE: Final = "it has too many parts. Many numbers are better stored as one tensor"
+#: The structure of a value that is a tensor and nothing else.
+_TENSOR: Final = '{"tensor":0}'
+_TOO_DEEP: Final = f"it is nested more than {MAX_DEPTH} deep"
+_TOO_LARGE: Final = "it has too many parts. Many numbers are better stored as one tensor"
+
+
+def _refuse(value: object) -> Opaque:
+    if isinstance(value, Opaque):
+        return value
+    message = (
+        f"a value of type {qualified(type(value))} cannot be stored; take out of it what you need"
+    )
+    raise CaptureError(message)
+
+
+#: A node of the structure, and how deep what is in it is nested.
+_Node = tuple[Any, int]
 
 
 class _Encoder:
-    def __init__(self, *, parts: bool) -> None:
-        self.parts = parts
-        self.ranks: set[tuple[int, ...]] = set()  # of the meshes
-        self.tensors: list[Tensor] = []
-        self.numbers: dict[int, int] = {}  # by id of the tensor
-        self.nodes = 0
+    """Makes nodes of the steps of a spec."""
 
-    def node(self, value: Value, depth: int) -> Any:
-        if depth > MAX_DEPTH:
-            raise CaptureError(_TOO_DEEP)
-        self.nodes += 1
-        if self.nodes > _MAX_NODES:
-            raise CaptureError(TOO_LARGE)
-        if isinstance(value, Tensor):
-            if self.parts and is_distributed(value):
-                return self.part(value)
-            return {"tensor": self.number(value)}
-        if is_array(value):
-            return self.array(value)
-        if isinstance(value, Enum):
-            return {"opaque": f"{qualified(type(value))}.{value.name}"}
-        known, node = _constant(value)
-        return node if known else self.container(value, depth)
+    def __init__(self, tensors: list[Tensor], *, parts: bool) -> None:
+        self.tensors = list(tensors)
+        self._parts = parts
+        self._ranks: set[tuple[int, ...]] = set()  # of the meshes
+        self._spreads: dict[int, Spread] = {}
 
-    def number(self, tensor: Tensor) -> int:
-        if id(tensor) not in self.numbers:
-            self.numbers[id(tensor)] = len(self.tensors)
-            self.tensors.append(tensor)
-        return self.numbers[id(tensor)]
+    def tensor(self, number: int) -> _Node:
+        if self._parts and number not in self._spreads and is_distributed(self.tensors[number]):
+            self._take_part(number)
+        if number in self._spreads:
+            return {"dtensor": number, **self._spreads[number].node()}, 0
+        return {"tensor": number}, 0
 
-    def part(self, tensor: Tensor) -> Any:
-        found = spread(tensor)
-        self.ranks.add(found.ranks)
-        if len(self.ranks) > 1:
+    def _take_part(self, number: int) -> None:
+        found = self._spreads[number] = spread(self.tensors[number])
+        self.tensors[number] = local(self.tensors[number])
+        self._ranks.add(found.ranks)
+        if len(self._ranks) > 1:
             message = (
                 "its tensors are spread over different ranks. Let a transform take one of them"
             )
             raise CaptureError(message)
-        if id(tensor) not in self.numbers:
-            self.numbers[id(tensor)] = len(self.tensors)
-            self.tensors.append(local(tensor))
-        return {"dtensor": self.numbers[id(tensor)]} | found.node()
 
-    def array(self, value: Any) -> Any:
+    def constant(self, constant: Constant) -> _Node:
+        value = constant.value
+        if is_array(value):
+            return self._array(value), 0
+        known, node = _constant(value)
+        if not known:
+            message = f"a value of type {qualified(type(value))} cannot be stored; take out of it what you need"
+            raise CaptureError(message)
+        return node, 0
+
+    def _array(self, value: Any) -> Any:
         numpy = sys.modules["numpy"]
         if isinstance(value, numpy.ma.MaskedArray):  # or else it would come back without its mask
             message = "a masked NumPy array cannot be stored"
@@ -137,42 +155,47 @@ class _Encoder:
         except (TypeError, ValueError) as error:
             message = f"a NumPy array of dtype {value.dtype} cannot be stored"
             raise CaptureError(message) from error
-        kind = "array" if isinstance(value, numpy.ndarray) else "scalar"
-        number = len(self.tensors)
         self.tensors.append(tensor)
-        return {kind: number}
+        kind = "array" if isinstance(value, numpy.ndarray) else "scalar"
+        return {kind: len(self.tensors) - 1}
 
-    def container(self, value: Any, depth: int) -> Any:
-        def nodes(values: Iterable[Any]) -> list[Any]:
-            return [self.node(item, depth + 1) for item in values]
-
-        if isinstance(value, tuple):
-            return _tuple_head(value) | {"items": nodes(tuple.__iter__(value))}
-        if isinstance(value, deque):
-            return {"deque": nodes(deque.__iter__(value)), "maxlen": value.maxlen}
-        taken = parts(value)
-        if taken is None:
-            message = f"a value of type {qualified(type(value))} cannot be stored; take out of it what you need"
-            raise CaptureError(message)
-        if isinstance(value, (list, UserList)):
-            return {"list": nodes(taken.children[: taken.items])}
-        # What has attributes and no items comes back as Fields, of which they are the items.
-        number = taken.items if isinstance(value, Mapping) else len(taken.children)
-        pairs = _paired(nodes(taken.keys[:number]), nodes(taken.children[:number]))
-        if type(value) is dict or type(value).__name__ == "defaultdict":
-            return {"dict": pairs}
-        if type(value) is OrderedDict:
-            return {"ordered_dict": pairs}
-        attributes = dict(zip(taken.keys[number:], taken.children[number:], strict=True))
-        kind = attributes.pop("_type") if isinstance(value, Fields) else qualified(type(value))
-        more = {
-            k: v for k, v in attributes.items() if k not in taken.keys[:number] and _may_be_set(k)
-        }
-        return {"object": kind, "items": pairs, "more": _paired(more, nodes(more.values()))}
+    def container(self, container: Container, children: list[_Node]) -> _Node:
+        depth = 1 + max((depth for _, depth in children), default=0)
+        if depth > MAX_DEPTH:
+            raise CaptureError(_TOO_DEEP)
+        return _node(container, [node for node, _ in children]), depth
 
 
-def _paired(keys: Iterable[Any], nodes: Iterable[Any]) -> list[list[Any]]:
-    return [list(pair) for pair in zip(keys, nodes, strict=True)]
+def _node(container: Container, nodes: list[Any]) -> dict[str, Any]:
+    """The node of a container, of those of its children."""
+    kind, keys, items = container.type, container.keys, container.items
+    if issubclass(kind, tuple):
+        return _tuple_node(container, nodes)
+    if issubclass(kind, deque):
+        return {"deque": nodes[:items], "maxlen": container.maxlen}
+    if issubclass(kind, (list, UserList)):
+        return {"list": nodes[:items]}
+    # What has attributes and no items comes back as Fields, of which they are the items.
+    many = items if issubclass(kind, Mapping) else len(keys)
+    pairs = [[_key(key), node] for key, node in zip(keys[:many], nodes[:many], strict=True)]
+    if kind is dict or kind.__name__ == "defaultdict":
+        return {"dict": pairs}
+    if kind is OrderedDict:
+        return {"ordered_dict": pairs}
+    attributes = dict(zip(keys[many:], nodes[many:], strict=True))
+    name = attributes.pop("_type") if kind is Fields else qualified(kind)
+    more = [[k, n] for k, n in attributes.items() if k not in keys[:many] and _may_be_set(k)]
+    return {"object": pairs, "name": name, "more": more}
+
+
+def _key(key: object) -> Any:
+    """The node of a key of a dict."""
+    tensors, spec = flatten(key, unknown=_refuse)
+    if tensors:
+        message = "a dict with a tensor for a key cannot be stored"
+        raise CaptureError(message)
+    encoder = _Encoder([], parts=False)
+    return spec.fold(encoder.tensor, encoder.constant, encoder.container)[0]
 
 
 def _may_be_set(name: object) -> bool:
@@ -180,21 +203,22 @@ def _may_be_set(name: object) -> bool:
     return isinstance(name, str) and name.isidentifier() and not hasattr(dict, name)
 
 
-def _tuple_head(value: tuple[Any, ...]) -> dict[str, Any]:
-    kind = type(value)
+def _tuple_node(container: Container, nodes: list[Any]) -> dict[str, Any]:
+    kind = container.type
     if kind is PackedSequence:
-        return {"packed_sequence": True}
+        return {"packed_sequence": nodes}
     if kind.__module__ == "torch.return_types":
-        return {"return_type": kind.__name__}
-    fields = getattr(kind, "_fields", None)
-    if isinstance(fields, tuple) and len(fields) == tuple.__len__(value):
-        return {"named_tuple": kind.__name__, "fields": list(fields)}
-    return {"tuple": True}
+        return {"return_type": nodes, "name": kind.__name__}
+    if not container.items and container.keys:
+        return {"named_tuple": nodes, "name": kind.__name__, "fields": list(container.keys)}
+    return {"tuple": nodes[: container.items]}
 
 
 def _constant(value: Any) -> tuple[bool, Any]:  # noqa: C901, PLR0911, PLR0912  # a table, in effect
-    """Whether ``value`` is a constant, and what stands for it."""
+    """Whether ``value`` is a constant, and the node that stands for it."""
     match value:
+        case Enum():
+            return True, {"opaque": f"{qualified(type(value))}.{value.name}"}
         case None | bool():
             return True, value
         case str():
@@ -229,189 +253,255 @@ def _constant(value: Any) -> tuple[bool, Any]:  # noqa: C901, PLR0911, PLR0912  
 # --- Reading -----------------------------------------------------------------------------------------
 
 
-def decode(
-    structure: str,
-    tensor: Callable[[int], Tensor],
-    whole: Callable[[int, Spread], Tensor] | None = None,
-) -> Value:
-    """Put a value together again; ``Defect`` if the text describes none.
+@dataclass(frozen=True)
+class Structure:
+    """What a structure says: how values are made of their tensors."""
 
-    ``tensor(k)`` is its tensor ``k``, and ``whole(k, spread)`` the same of a tensor that is in parts, one of
-    which tensor ``k`` is. Without it, the part stands for the whole.
-    """
-    if structure == TENSOR:
-        return tensor(0)
+    spec: Spec
+    parts: tuple[tuple[int, Spread], ...] = ()  #: the tensors that are a rank's part of a DTensor
+    joins: bool = True  #: whether the tensors of several values can be joined: not if they are arrays, or packed
+
+
+@lru_cache(maxsize=1024)
+def decode(structure: str) -> Structure:
+    """Return what the JSON of a structure says; ``Defect`` if it describes no value."""
+    if structure == _TENSOR:
+        return Structure(TENSOR)
     try:
-        return _Decoder(tensor, whole).value(json.loads(structure), 0)
+        decoder = _Decoder()
+        decoder.add(json.loads(structure), 0)
     except RecursionError:
         raise Defect(_DEEP) from None
     except (ValueError, TypeError, LookupError, OverflowError) as error:
         message = f"a value cannot be made of its description ({error})"
         raise Defect(message) from error
+    count = 1 + max(decoder.numbers, default=-1)
+    need(decoder.numbers == set(range(count)), "a value does not use all of its tensors")
+    spec = Spec(tuple(decoder.steps), count)
+    return Structure(spec, tuple(decoder.parts.items()), decoder.joins)
 
 
-_DEEP = f"a value is nested more than {MAX_DEPTH} deep"
+_DEEP: Final = f"a value is nested more than {MAX_DEPTH} deep"
+
+
+class _Array(Container):
+    """A step that makes a NumPy array of a tensor, which is then no tensor of the value."""
+
+    @property
+    @override
+    def paths(self) -> list[str]:
+        return []
+
+
+def _scalar(children: list[Tensor]) -> Any:
+    return children[0].numpy()[()]
+
+
+def _array(children: list[Tensor]) -> Any:
+    return children[0].numpy()
+
+
+def _deque(maxlen: int | None, children: list[Value]) -> Value:
+    return deque(children, maxlen)
+
+
+def _keyed(kind: type, keys: tuple[Any, ...], children: list[Value]) -> Value:
+    return kind(zip(keys, children, strict=True))
+
+
+def _fields(
+    name: str, keys: tuple[Any, ...], more: tuple[str, ...], children: list[Value]
+) -> Fields:
+    many = len(keys)
+    own, attributes = zip(keys, children[:many], strict=True), children[many:]
+    return Fields(name, own, zip(more, attributes, strict=True))
 
 
 class _Decoder:
-    def __init__(
-        self,
-        tensor: Callable[[int], Tensor],
-        whole: Callable[[int, Spread], Tensor] | None,
-    ) -> None:
-        self.tensor = tensor
-        self.whole = whole
-        self.made: dict[int, Tensor] = {}
+    """Makes steps of the nodes of a structure. A method for each kind of node."""
 
-    def value(self, node: Any, depth: int) -> Value:
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.numbers: set[int] = set()
+        self.parts: dict[int, Spread] = {}
+        self.joins = True
+
+    def add(self, node: Any, depth: int) -> None:
+        """Add the steps that make what a node describes."""
         need(depth <= MAX_DEPTH, _DEEP)
         if node is None or isinstance(node, (bool, int, float, str)):
-            return node
+            self.steps.append(Constant(node))
+            return
         node = mapping(node, "a part of a value")
-        kinds = _KINDS.intersection(node)
+        kinds = _NODES.intersection(node)
         need(len(kinds) == 1, f"a part of a value is of no known kind ({', '.join(node)[:60]})")
         (kind,) = kinds
-        return getattr(self, f"_{kind}")(node[kind], node, depth + 1)
+        if kind in _CONSTANTS:
+            self.steps.append(Constant(_CONSTANTS[kind](node[kind])))
+        else:
+            getattr(self, f"_{kind}")(node[kind], node, depth + 1)
 
-    def values(self, nodes: Any, depth: int) -> list[Value]:
-        return [self.value(node, depth) for node in items(nodes, "the parts of a value")]
+    def _close(
+        self,
+        kind: type,
+        nodes: Any,
+        depth: int,
+        make: Callable[[list[Value]], Value],
+        keys: Sequence[Any] | None = None,
+        attributes: Sequence[str] = (),
+    ) -> None:
+        """Add the steps of the children, and that of a container with them."""
+        nodes = items(nodes, "the parts of a value")
+        for node in nodes:
+            self.add(node, depth)
+        keys = range(len(nodes) - len(attributes)) if keys is None else keys
+        self.steps.append(Container(kind, [*keys, *attributes], len(keys), make))
 
-    def pairs(self, nodes: Any, depth: int) -> list[tuple[Value, Value]]:
-        pairs = []
-        for pair in items(nodes, "the items of a value"):
-            key, value = items(pair, "an item of a value")
-            pairs.append((self.value(key, depth), self.value(value, depth)))
-        # Two classes of one name, say, of which one entry would be lost.
-        need(len(dict(pairs)) == len(pairs), "two keys are equal once they are read")
-        return pairs
+    def _number(self, number: Any) -> int:
+        number = integer(number, "the number of a tensor", MAX_NODES)
+        self.numbers.add(number)
+        return number
 
-    def _tensor(self, number: Any, *_: Any) -> Tensor:
-        number = integer(number, "the number of a tensor")
-        if number not in self.made:
-            self.made[number] = self.tensor(number)
-        return self.made[number]
+    def _tensor(self, number: Any, *_: Any) -> None:
+        self.steps.append(self._number(number))
 
-    def _dtensor(self, number: Any, node: Any, _: int) -> Tensor:
-        found = Spread.parsed(node)
-        number = integer(number, "the number of a tensor")
-        if number not in self.made and self.whole is not None:
-            self.made[number] = self.whole(number, found)
-        return self._tensor(number)
+    def _dtensor(self, number: Any, node: Any, _: int) -> None:
+        self._tensor(number)
+        self.parts[number] = Spread.parsed(node)
 
-    def _array(self, number: Any, *_: Any) -> Any:
-        return self._tensor(number).numpy()
+    def _array(self, number: Any, *_: Any) -> None:
+        self._made_array(number, _array)
 
-    def _scalar(self, number: Any, *_: Any) -> Any:
-        array = self._array(number)
-        need(array.ndim == 0, "a NumPy scalar has dimensions")
-        return array[()]
+    def _scalar(self, number: Any, *_: Any) -> None:
+        self._made_array(number, _scalar)
 
-    def _tuple(self, _: Any, node: Any, depth: int) -> Any:
-        return tuple(self.values(node["items"], depth))
+    def _made_array(self, number: Any, make: Callable[[list[Value]], Value]) -> None:
+        self._tensor(number)
+        self.joins = False
+        self.steps.append(_Array(object, (0,), 1, make))
 
-    def _named_tuple(self, name: Any, node: Any, depth: int) -> Any:
-        values = self.values(node["items"], depth)
+    def _tuple(self, nodes: Any, _: Any, depth: int) -> None:
+        self._close(tuple, nodes, depth, tuple)
+
+    def _list(self, nodes: Any, _: Any, depth: int) -> None:
+        self._close(list, nodes, depth, list)
+
+    def _deque(self, nodes: Any, node: Any, depth: int) -> None:
+        most = node["maxlen"]
+        maxlen = None if most is None else integer(most, "a maxlen")
+        self._close(deque, nodes, depth, partial(_deque, maxlen))
+
+    def _named_tuple(self, nodes: Any, node: Any, depth: int) -> None:
         fields = tuple(
             text(field, "the field of a named tuple") for field in items(node["fields"], "fields")
         )
-        need(len(fields) == len(values) <= 1000, "a named tuple has not as many values as fields")  # noqa: PLR2004
-        return _named(text(name, "the name of a named tuple"), fields, values)
+        fit = len(fields) == len(items(nodes, "the items of a named tuple")) <= 1000  # noqa: PLR2004
+        need(fit, "a named tuple has not as many values as fields")
+        kind = _named_tuple(text(node["name"], "the name of a named tuple"), fields)
+        self._close(kind, nodes, depth, partial(tuple.__new__, kind), (), kind._fields)
 
-    def _packed_sequence(self, _: Any, node: Any, depth: int) -> Any:
-        values = self.values(node["items"], depth)
-        need(len(values) == _PACKED, "a PackedSequence has other than four parts")
-        return tuple.__new__(PackedSequence, values)
+    def _packed_sequence(self, nodes: Any, _: Any, depth: int) -> None:
+        need(len(nodes) == _PACKED, "a PackedSequence has other than four parts")
+        self.joins = False
+        make = partial(tuple.__new__, PackedSequence)
+        self._close(PackedSequence, nodes, depth, make, (), PackedSequence._fields)
 
-    def _return_type(self, name: Any, node: Any, depth: int) -> Any:
+    def _return_type(self, nodes: Any, node: Any, depth: int) -> None:
         known = {kind.__name__: kind for kind in torch.return_types.all_return_types}
-        need(name in known, "an unknown return type of PyTorch")
-        return known[name](self.values(node["items"], depth))
+        need(node["name"] in known, "an unknown return type of PyTorch")
+        kind: Any = known[node["name"]]
+        need(len(nodes) == kind.n_sequence_fields, "a return type has other parts")
+        self._close(kind, nodes, depth, kind)
 
-    def _list(self, nodes: Any, _: Any, depth: int) -> Any:
-        return self.values(nodes, depth)
+    def _dict(self, pairs: Any, _: Any, depth: int, kind: type = dict) -> None:
+        keys, nodes = self._pairs(pairs, depth)
+        self._close(kind, nodes, depth, partial(_keyed, kind, keys), keys)
 
-    def _deque(self, nodes: Any, node: Any, depth: int) -> Any:
-        most = node["maxlen"]
-        return deque(
-            self.values(nodes, depth), None if most is None else integer(most, "a deque's maxlen")
-        )
+    def _ordered_dict(self, pairs: Any, node: Any, depth: int) -> None:
+        self._dict(pairs, node, depth, OrderedDict)
 
-    def _dict(self, nodes: Any, _: Any, depth: int) -> Any:
-        return dict(self.pairs(nodes, depth))
+    def _object(self, pairs: Any, node: Any, depth: int) -> None:
+        keys, nodes = self._pairs(pairs, depth)
+        more, attributes = self._pairs(node["more"], depth)
+        for name in more:
+            fit = _may_be_set(name) and name != "_type"
+            need(fit, "an attribute of a value has an impossible name")
+        make = partial(_fields, text(node["name"], "the type of a value"), keys, more)
+        self._close(Fields, [*nodes, *attributes], depth, make, keys, more)
 
-    def _ordered_dict(self, nodes: Any, _: Any, depth: int) -> Any:
-        return OrderedDict(self.pairs(nodes, depth))
-
-    def _object(self, name: Any, node: Any, depth: int) -> Any:
-        more = []
-        for pair in items(node["more"], "the attributes of a value"):
-            key, value = items(pair, "an attribute of a value")
-            need(
-                _may_be_set(key) and key != "_type",
-                "an attribute of a value has an impossible name",
-            )
-            more.append((key, self.value(value, depth)))
-        return Fields(text(name, "the type of a value"), self.pairs(node["items"], depth), more)
-
-    def _int(self, digits: Any, *_: Any) -> int:
-        return int(text(digits, "an integer"), 16)
-
-    def _float(self, word: Any, *_: Any) -> float:
-        need(word in {"nan", "inf", "-inf"}, "an unknown floating-point number")
-        return float(word)
-
-    def _complex(self, parts: Any, *_: Any) -> complex:
-        real, imaginary = self.values(parts, MAX_DEPTH)
-        return complex(real, imaginary)
-
-    def _bytes(self, code: Any, *_: Any) -> bytes:
-        return base64.b64decode(text(code, "bytes"), validate=True)
-
-    def _size(self, sizes: Any, *_: Any) -> torch.Size:
-        return torch.Size([integer(size, "a size") for size in items(sizes, "a shape")])
-
-    def _range(self, parts: Any, *_: Any) -> range:
-        return range(*self.values(parts, MAX_DEPTH))
-
-    def _slice(self, parts: Any, *_: Any) -> slice:
-        start, stop, step = self.values(parts, MAX_DEPTH)
-        return slice(start, stop, step)
-
-    def _ellipsis(self, *_: Any) -> Any:
-        return ...
-
-    def _dtype(self, name: Any, *_: Any) -> Any:
-        return _of_torch(name, torch.dtype)
-
-    def _layout(self, name: Any, *_: Any) -> Any:
-        return _of_torch(name, torch.layout)
-
-    def _memory_format(self, name: Any, *_: Any) -> Any:
-        return _of_torch(name, torch.memory_format)
-
-    def _device(self, name: Any, *_: Any) -> torch.device:
-        try:
-            return torch.device(text(name, "a device"))
-        except RuntimeError:
-            message = "an unknown device"
-            raise Defect(message) from None
-
-    def _opaque(self, name: Any, *_: Any) -> Opaque:
-        name = text(name, "the type of an object")
-        need(name.rpartition(".")[2], "the type of an object has no name")
-        return Opaque(name)
+    def _pairs(self, pairs: Any, depth: int) -> tuple[tuple[Any, ...], list[Any]]:
+        """The keys, and the nodes of what they lead to."""
+        keys, nodes = [], []
+        for pair in items(pairs, "the items of a value"):
+            key, node = items(pair, "an item of a value")
+            decoder = _Decoder()
+            decoder.add(key, depth)
+            need(not decoder.numbers, "a tensor is the key of an item")
+            keys.append(Spec(tuple(decoder.steps), 0).fill(()))
+            nodes.append(node)
+        # Two classes of one name, say, of which one entry would be lost.
+        need(len(set(keys)) == len(keys), "two keys are equal once they are read")
+        return tuple(keys), nodes
 
 
-_KINDS = frozenset(
-    name[1:] for name in vars(_Decoder) if name.startswith("_") and not name.startswith("__")
-)
+def _parts(nodes: Any) -> list[Any]:
+    """The constants that another one consists of."""
+    decoder = _Decoder()
+    for node in items(nodes, "the parts of a constant"):
+        decoder.add(node, MAX_DEPTH)
+    return [step.value for step in decoder.steps if isinstance(step, Constant)]
 
 
-def _of_torch(name: Any, kind: type) -> Any:
-    need(_WORD.fullmatch(text(name, "a constant")), "an unknown constant of PyTorch")
-    constant = vars(torch).get(name)  # getattr() would import what torch imports late
-    need(isinstance(constant, kind), "an unknown constant of PyTorch")
+def _float(word: Any) -> float:
+    need(word in {"nan", "inf", "-inf"}, "an unknown floating-point number")
+    return float(word)
+
+
+def _of_torch(kind: type) -> Callable[[Any], Any]:
+    def constant(name: Any) -> Any:
+        need(_WORD.fullmatch(text(name, "a constant")), "an unknown constant of PyTorch")
+        found = vars(torch).get(name)  # getattr() would import what torch imports late
+        need(isinstance(found, kind), "an unknown constant of PyTorch")
+        return found
+
     return constant
+
+
+def _device(name: Any) -> torch.device:
+    try:
+        return torch.device(text(name, "a device"))
+    except RuntimeError:
+        message = "an unknown device"
+        raise Defect(message) from None
+
+
+def _opaque(name: Any) -> Opaque:
+    name = text(name, "the type of an object")
+    need(name.rpartition(".")[2], "the type of an object has no name")
+    return Opaque(name)
+
+
+_CONSTANTS: Final[dict[str, Callable[[Any], Any]]] = {
+    "int": lambda digits: int(text(digits, "an integer"), 16),
+    "float": _float,
+    "complex": lambda nodes: complex(*_parts(nodes)),
+    "bytes": lambda code: base64.b64decode(text(code, "bytes"), validate=True),
+    "size": lambda sizes: torch.Size([integer(s, "a size") for s in items(sizes, "a shape")]),
+    "range": lambda nodes: range(*_parts(nodes)),
+    "slice": lambda nodes: slice(*_parts(nodes)),
+    "ellipsis": lambda _: ...,
+    "dtype": _of_torch(torch.dtype),
+    "layout": _of_torch(torch.layout),
+    "memory_format": _of_torch(torch.memory_format),
+    "device": _device,
+    "opaque": _opaque,
+}
+_NODES: Final = frozenset(
+    {
+        "tensor", "dtensor", "array", "scalar", "tuple", "list", "deque", "named_tuple", "packed_sequence", "return_type",
+        "dict", "ordered_dict", "object", *_CONSTANTS,
+    }
+)  # fmt: skip
 
 
 @lru_cache(maxsize=256)

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import zlib
-from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from actrec.errors import CorruptRecordingError
 
-from .description import read_ending, read_manifest, read_own
+from .description import read_description
 from .format import corrupt
-from .index import open_shard
+from .index import shard_name, shard_names
 from .place import place
-from .reader import (
-    check_identity,
-    opened,
-    rank_folders,
-    rank_number,
-    shard_name,
-    shard_names,
-)
+from .reader import opened, rank_folders, rank_number
+from .shard import Shard
+from .whole import WholeLayer
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping
 
-    from .description import Manifest
-    from .index import Opened
+    from .ledger import Heading
     from .place import Place
 
 __all__ = ["verify"]
@@ -53,45 +45,52 @@ def verify(
 
     Of an object store everything is downloaded, a part at a time, and nothing of it kept.
 
-    Raises ``RecordingNotFoundError`` if there is no recording at ``path``, and ``ReadError`` if it is in an
-    object store that cannot be reached, or refuses.
+    Args:
+        path: the folder, or the URL.
+        storage_options: what ``fsspec`` passes to the file system of a URL.
+
+    Returns:
+        A sentence for each problem.
+
+    Raises:
+        RecordingNotFoundError: there is no recording at ``path``.
+        ReadError: it is in an object store that cannot be reached, or refuses.
     """
     return list(dict.fromkeys(_problems(place(path, storage_options))))
 
 
 def _problems(disk: Place) -> Iterator[str]:
-    manifest: Manifest | None = None
     try:
-        for layer in opened(disk)._wholes:
-            yield from layer.problems()
+        for layer in opened(disk).everything():
+            if isinstance(layer, WholeLayer):
+                yield from layer.problems()
     except CorruptRecordingError as error:
         yield str(error)
-    with suppress(CorruptRecordingError, FileNotFoundError):
-        manifest = read_manifest(disk)
     for rank in rank_folders(disk):
-        if manifest is not None:
-            yield from _description_problems(rank, manifest)
-        for number, name in _expected(rank):
-            try:
-                shard = open_shard(rank, name)
-                if manifest is not None:
-                    check_identity(shard.shard, manifest.recording, rank_number(rank.name), number)
-            except CorruptRecordingError as error:
-                yield str(error)
-            else:
-                yield from _shard_problems(rank, shard)
+        yield from _rank_problems(rank)
 
 
-def _description_problems(rank: Place, manifest: Manifest) -> Iterator[str]:
-    names = rank.names()
-    for read in (
-        partial(read_own, rank, names, manifest),
-        partial(read_ending, rank, names, manifest.recording),
-    ):
+def _rank_problems(rank: Place) -> Iterator[str]:
+    try:
+        recording: str | None = read_description(rank).recording
+    except (CorruptRecordingError, FileNotFoundError) as error:
+        if isinstance(error, CorruptRecordingError):
+            yield str(error)
+        recording = None
+    counted: dict[object, int] = {}
+    before: Heading | None = None
+    for number, name in _expected(rank):
         try:
-            read()
+            shard = Shard(rank, name)
+            if recording is not None:
+                shard.check_identity(recording, rank_number(rank.name), number)
         except CorruptRecordingError as error:
             yield str(error)
+            continue
+        if before is not None and shard.heading.committed < before.committed:
+            yield str(corrupt(shard.path, "it commits fewer passes than the shard before it"))
+        before = shard.heading
+        yield from _shard_problems(shard, counted)
 
 
 def _expected(disk: Place) -> Iterator[tuple[int, str]]:
@@ -102,31 +101,29 @@ def _expected(disk: Place) -> Iterator[tuple[int, str]]:
     yield from ((n, shard_name(n)) for n in range(min(last, 2 * len(names)) + 1))
 
 
-def _shard_problems(disk: Place, opened: Opened) -> Iterator[str]:
-    shard, container, parts = opened
-    for part in parts:
-        for group in part.groups:
-            try:
-                group.example(0)
-            except CorruptRecordingError as error:
-                yield str(error)
+def _shard_problems(shard: Shard, counted: dict[object, int]) -> Iterator[str]:
+    """What is wrong with a shard; ``counted`` has the calls of each layer in the shards before it."""
     owners: dict[str, str] = {}
-    for part in parts:
-        for tensor in container.tensors:
-            if tensor.startswith(part.slot.key + "."):
-                owners[tensor] = part.slot.name
-    with disk.open(shard.name) as file:
-        for tensor, extent in container.tensors.items():
+    for key, listed in shard.layers.items():
+        if counted.get(key, listed.before) != listed.before:
+            defect = f"it says that {listed.before} calls of layer {listed.slot.name[:60]!r} are before it, and there are {counted[key]}"
+            yield str(corrupt(shard.path, defect))
+        counted[key] = listed.so_far.stored
+        for tensor in shard.container.tensors:
+            if tensor.startswith(listed.slot.key + "."):
+                owners[tensor] = listed.slot.name
+        try:
+            shard.part(*key)
+        except CorruptRecordingError as error:
+            yield str(error)
+    with shard.disk.open(shard.name) as file:
+        for tensor, extent in shard.container.tensors.items():
             file.seek(extent.begin)
             found = _checksum(file, extent.end - extent.begin)
             if found != extent.checksum:
                 layer = owners.get(tensor, tensor)[:60]
-                yield str(
-                    corrupt(
-                        shard.path,
-                        f"the checksum of the data of layer {layer!r} is {found:08x}, and should be {extent.checksum:08x}",
-                    )
-                )
+                defect = f"the checksum of the data of layer {layer!r} is {found:08x}, and should be {extent.checksum:08x}"
+                yield str(corrupt(shard.path, defect))
 
 
 def _checksum(file: BinaryIO, size: int) -> int:

@@ -1,41 +1,36 @@
 """A layer of which several ranks have recorded parts: each call is put together when it is asked for.
 
-Parts belong together that are of the same layer and pass, are the same how-manieth call of it in that pass, and are
+Parts belong together that are of the same layer and pass, have the same number among the calls of it in that pass, and are
 spread in the same way. A call of which parts are missing is left out, as a pass that was never committed is.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
-from actrec._values.forms import Form, form
+from actrec._values.summary import Summary
 from actrec.errors import CorruptRecordingError
 
-from .dtensor import Spread
-from .format import Defect, corrupt, integer
-from .outline import look
+from .format import Defect, corrupt
 from .read_only import ReadOnlyLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-    from actrec._values.nested import Value
+    from torch import Tensor
 
-    from .index import Group
-    from .outline import Look
+    from actrec._recordings.recording import Layer
+    from actrec._values.containers import Value
+    from actrec._values.spec import Spec
+
+    from .dtensor import Spread
+    from .index import Found
     from .reader import StoredLayer
 
-__all__ = ["WholeLayer", "has_parts"]
-
-#: The tensors of a value that are parts: their numbers, and how each is spread.
-Spreads: TypeAlias = tuple[tuple[int, Spread], ...]
+__all__ = ["WholeLayer", "made_whole"]
 
 
 class _Call(NamedTuple):
@@ -43,8 +38,13 @@ class _Call(NamedTuple):
 
     number: int  # of its pass
     rank: int  # the first one
-    spreads: Spreads
+    spreads: tuple[tuple[int, Spread], ...]  # of the tensors that are parts
     parts: dict[int, int]  # by rank, the recorded call
+
+
+def made_whole(layer: StoredLayer) -> Layer:
+    """Return a layer whose calls are whole: ``layer`` itself, if nothing in it is in parts."""
+    return WholeLayer(layer) if layer.in_parts else layer
 
 
 class WholeLayer(ReadOnlyLayer):
@@ -59,15 +59,11 @@ class WholeLayer(ReadOnlyLayer):
     def _found(self) -> tuple[list[_Call], int]:
         """The calls that are whole, and how many are not."""
         calls: dict[object, _Call] = {}
-        known: dict[str, Spreads] = {}  # by structure: a group may be gone when its shard is closed
         counts: Counter[tuple[int, int]] = Counter()
         recorded = self.recorded
         for index, owner in enumerate(zip(recorded.passes, recorded.ranks, strict=True)):
             number, rank = owner
-            group, _ = recorded._place(index)
-            if group.structure not in known:
-                known[group.structure] = _spreads(group)
-            spreads = known[group.structure]
+            spreads = recorded.find(index).group.structure.parts
             key = (number, counts[owner], spreads) if spreads else index
             calls.setdefault(key, _Call(number, rank, spreads, {})).parts[rank] = index
             counts[owner] += 1
@@ -95,45 +91,58 @@ class WholeLayer(ReadOnlyLayer):
         return self._value(self._found[0][index])
 
     def _value(self, call: _Call) -> Value:
-        group, at = self.recorded._place(call.parts[call.rank])
-        return group.decoded(
-            lambda k: group.leaves[k].tensor(at, group.shard.storage),
-            lambda k, spread: spread.whole(
-                call.parts, lambda rank: self._part(call.parts[rank], k)
-            ),
-        )
+        found = self._first(call)
+        spreads = dict(call.spreads)
+        tensors = [
+            self._whole(found, call, number, spreads[number])
+            if number in spreads
+            else found.shard.tensor(leaf, found.call)
+            for number, leaf in enumerate(found.group.leaves)
+        ]
+        return found.group.structure.spec.fill(tensors)
 
-    def example(self, index: int) -> Value:
-        """A value like a call, that takes no memory and touches no data."""
-        call = self._found[0][index]
-        return _example(*self.recorded._place(call.parts[call.rank]))
+    def _first(self, call: _Call) -> Found:
+        return self.recorded.find(call.parts[call.rank])
 
-    def _part(self, index: int, number: int) -> Tensor:
-        group, at = self.recorded._place(index)
-        leaf = group.leaves[number]
-        if leaf.expanded:  # to join them would take memory that the file does not have
-            message = "a part of a tensor repeats its elements"
-            raise corrupt(group.shard.path, message)
-        return leaf.tensor(at, group.shard.storage)
+    def _whole(self, first: Found, call: _Call, number: int, spread: Spread) -> Tensor:
+        def part(rank: int) -> Tensor:
+            found = self.recorded.find(call.parts[rank])
+            return found.shard.tensor(found.group.leaves[number], found.call)
 
-    def _forms(self) -> Iterable[Form]:
-        forms: dict[Look, Form] = {}
+        try:
+            return spread.whole(call.parts, part)
+        except Defect as defect:
+            raise corrupt(first.shard.path, defect) from None
+
+    def outlines(self) -> Iterator[tuple[Spec, list[tuple[int, ...]]]]:
+        """Yield the spec of each call and the shapes of its tensors; no data is read."""
         for call in self._found[0]:
-            group, at = self.recorded._place(call.parts[call.rank])
-            like = look(group, at)
-            if like not in forms:
-                forms[like] = form(_example(group, at))
-            yield forms[like]
-
-    def _places(self) -> Iterator[tuple[object, int]]:
-        for call in self._found[0]:
-            group, at = self.recorded._place(call.parts[call.rank])
+            found = self._first(call)
             spreads = dict(call.spreads)
-            for number, leaf in enumerate(group.leaves):
-                begin, nbytes = leaf.place(at)
-                if number in spreads:
-                    nbytes = math.prod(spreads[number].shape) * leaf.dtype.itemsize
-                yield (group.shard.path, begin), nbytes
+            yield (
+                found.group.structure.spec,
+                [
+                    spreads[number].shape if number in spreads else leaf.shape(found.call)
+                    for number, leaf in enumerate(found.group.leaves)
+                ],
+            )
+
+    def _summary(self) -> Summary:
+        looks = self.recorded._summary()
+        summary = Summary(dtypes=looks.dtypes, devices=looks.devices)
+        for spec, shapes in self.outlines():
+            summary.add_spec(spec, shapes)
+        return summary
+
+    @property
+    def nbytes(self) -> int:
+        total = 0
+        for call, (_, shapes) in zip(self._found[0], self.outlines(), strict=True):
+            leaves = self._first(call).group.leaves
+            total += sum(
+                math.prod(s) * one.dtype.itemsize for s, one in zip(shapes, leaves, strict=True)
+            )
+        return total
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the calls whose parts do not fit together."""
@@ -146,46 +155,3 @@ class WholeLayer(ReadOnlyLayer):
 
 def _is_whole(call: _Call) -> bool:
     return all(spread.enough(call.parts) for _, spread in call.spreads)
-
-
-def _example(group: Group, call: int) -> Value:
-    def empty(number: int, shape: Iterable[int]) -> Tensor:
-        return torch.zeros((), dtype=group.leaves[number].dtype, device="cpu").expand(tuple(shape))
-
-    return group.decoded(
-        lambda k: empty(k, group.leaves[k].shape(call)), lambda k, spread: empty(k, spread.shape)
-    )
-
-
-# --- Which values have parts -------------------------------------------------------------------------
-
-
-def has_parts(structure: str) -> bool:
-    """Whether there are tensors in parts in a value of this structure."""
-    return '"dtensor":' in structure  # in text, the quotes would be escaped
-
-
-def _spreads(group: Group) -> Spreads:
-    if not has_parts(group.structure):
-        return ()
-    try:
-        nodes = list(_nodes(json.loads(group.structure)))
-        return tuple(
-            (integer(node["dtensor"], "the number of a tensor"), Spread.parsed(node))
-            for node in nodes
-        )
-    except Defect as defect:
-        raise corrupt(group.shard.path, defect) from None
-    except (ValueError, RecursionError) as error:
-        raise corrupt(group.shard.path, f"a structure is no JSON ({error})") from None
-
-
-def _nodes(node: Any) -> Iterator[dict[str, Any]]:
-    """The nodes of tensors in parts: the keys of a user's dict are never those of a JSON object."""
-    if isinstance(node, dict):
-        if "dtensor" in node:
-            yield node
-        node = list(node.values())
-    if isinstance(node, list):
-        for item in node:
-            yield from _nodes(item)

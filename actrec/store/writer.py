@@ -22,41 +22,23 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from actrec._values.heap import give_back
 from actrec.errors import WriteError
 
-from . import shard as _shard
-from .description import Ending
-from .format import END, MAX_HEADER
-from .reader import shard_name
-from .shard import Call, Heading
+from . import shard
+from .format import MAX_HEADER
+from .index import shard_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
     from .folder import Folder
+    from .ledger import Ledger
     from .place import Place, Unfinished
+    from .shard import Call
 
-__all__ = ["Writer", "counted"]
+__all__ = ["Writer"]
 
-#: What a tensor takes in Python's memory besides its data, roughly. It counts too.
+#: What a tensor takes in Python's memory besides its data, and in the header of a shard besides its structure, roughly.
 OVERHEAD: Final = 1024
-_ROOM: Final = 1 << 12  # bytes for what a header says of the shard
 _PATIENCE: Final = 1.0  # seconds between two looks whether the thread is still there
-_TICK: Final = 0.1  # seconds between two looks at the clock, at least
-
-
-def counted(call: Call, places: dict[object, int]) -> int:
-    """What a call counts against the budget, beyond memory in ``places``, to which its own is added."""
-    size = len(call.structure) + OVERHEAD * (1 + len(call.tensors))
-    for tensor in call.tensors:
-        place, nbytes = _shard.place(tensor)
-        if place not in places:
-            places[place] = nbytes
-            size += nbytes
-    return size
-
-
-def _described(call: Call) -> int:
-    """What a call takes in the header of a shard at most."""
-    return _shard.named(call.slot) + _shard.described(call.structure, call.tensors)
 
 
 class _Batch(NamedTuple):
@@ -64,49 +46,46 @@ class _Batch(NamedTuple):
 
     calls: list[Call]
     committed: int
-    part: bool
-    size: int
-    raised: tuple[int, ...]
+    part_of: int | None = None
+    ended: str | None = None
+    size: int = 0
 
 
 class Writer:
-    """Writes one ``rank-`` folder. One thread of its own writes; any thread may give it calls."""
+    """Writes the folder of one rank. One thread of its own writes; any thread may give it calls.
+
+    Args:
+        disk: the folder.
+        ledger: what the shards hold that are there.
+        folder: the settings.
+        complete: returns how many passes can be committed.
+    """
 
     def __init__(
-        self,
-        disk: Place,
-        recording: str,
-        folder: Folder,
-        *,
-        rank: int = 0,
-        shards: int = 0,
-        committed: int = 0,
-        raised: Collection[int] = (),
+        self, disk: Place, ledger: Ledger, folder: Folder, complete: Callable[[], int]
     ) -> None:
         self._disk = disk
-        self._recording = recording
-        self._rank = rank
-        self._shards = self._finished = shards  # how many there are: written, and on the disk
+        self._ledger = ledger
+        self._complete = complete
         self._finishing: threading.Thread | None = None
         self._budget = folder.budget
         self._limit = min(folder.shard_bytes, max(folder.budget // 2, 1))
         self._seconds = folder.seconds
-        self._complete: Callable[[], int] = lambda: 0  # how many passes can be committed
-        self.committed = committed  # on the disk
-        self._raised = raised  # the passes that raised; it grows
-        self._cut_at = committed  # and in the queue
+        self._finished = ledger.heading.shard + 1  # shards on the disk
+        self.committed = ledger.heading.committed  # passes, on the disk
+        self._cut_at = self.committed  # and in the queue
         self._parted: set[int] = (
             set()
         )  # passes of which there are parts that no shard has committed
         self.used = 0  # bytes pending, queued or being written
         self._pending: list[Call] = []
-        self._pending_size = self._pending_described = 0
-        self._places: dict[object, int] = {}  # the memory of what is pending
+        self._pending_size = 0
+        self._kinds: dict[object, int] = {}  # of pending values, with what they take in a header
         self._queue: deque[_Batch] = deque()
         self._writing = False
         self._closed = False
         self._error: WriteError | None = None
-        self._failed = self._ended = False
+        self._failed = False
         self._changed = threading.Condition(threading.RLock())
         self._last_cut = time.monotonic()
         self._pid = os.getpid()
@@ -115,54 +94,48 @@ class Writer:
 
     # --- Taking calls ----------------------------------------------------------------------------------
 
-    def keep(self, call: Call, complete: Callable[[], int]) -> None:
-        """Take a call; wait until there is room for it. ``complete()`` is how many passes can be committed.
+    def keep(self, call: Call) -> None:
+        """Take a call; wait until there is room for it.
 
-        Raises ``WriteError`` if the writer has failed, once: after that, calls are dropped.
+        Raises:
+            WriteError: the writer has failed. Raised once; after that, calls are dropped.
         """
         with self._changed:
             self._check()
             if self._failed or self._closed:
                 return
-            self._complete = complete
-            described = _described(call)
-            while self._pending and self._pending_described + described > MAX_HEADER - _ROOM:
-                self._cut(complete(), everything=True)
-            call.size = counted(call, self._places)
+            tensors = sum(tensor.nbytes for tensor in call.tensors)
+            call.size = tensors + len(call.structure) + OVERHEAD * (1 + len(call.tensors))
             while self.used and self.used + call.size > self._budget:
-                self._make_room(complete)
-            if not self._pending:
-                self._changed.notify_all()  # the thread looks at the clock from now on
+                self._make_room()
             self._pending.append(call)
             self.used += call.size
             self._pending_size += call.size
-            self._pending_described += described
+            kind = call.slot, call.structure, *(tensor.dim() for tensor in call.tensors)
+            self._kinds[kind] = len(call.structure) + OVERHEAD * len(call.tensors)
             if self._is_due():
-                self._cut(complete(), everything=self._pending_size >= self._limit)
+                self._cut(self._complete(), everything=self._is_full())
 
     def _check(self) -> None:
         error, self._error = self._error, None
         if error is not None:
             raise error
 
-    def _make_room(self, complete: Callable[[], int]) -> None:
+    def _make_room(self) -> None:
         if not self._queue and not self._writing:
-            self._cut(complete(), everything=True)
+            self._cut(self._complete(), everything=True)
         self._changed.wait(_PATIENCE)
         if not self._thread.is_alive() and not self._failed:
             self._fail(RuntimeError("the thread that writes has died"))
         self._check()
 
-    def _is_due(self) -> bool:
-        is_full = self._pending_size >= self._limit
-        return is_full or time.monotonic() - self._last_cut >= self._seconds
+    def _is_full(self) -> bool:
+        # A kind of value has entries in the header of a shard, however many values there are of it.
+        full = len(self._kinds) > 1 and sum(self._kinds.values()) >= MAX_HEADER // 4
+        return self._pending_size >= self._limit or full
 
-    def _until_due(self) -> float | None:
-        """How many seconds to wait before what is pending is looked at; ``None`` if there is nothing."""
-        if not self._pending and not self._parted:
-            return None
-        due = self._last_cut + self._seconds - time.monotonic()
-        return min(max(due, _TICK), threading.TIMEOUT_MAX)
+    def _is_due(self) -> bool:
+        return self._is_full() or time.monotonic() - self._last_cut >= self._seconds
 
     def _cut(self, complete: int, *, everything: bool) -> None:
         """Queue what is complete as a shard and, of ``everything``, each pass that is not as a part."""
@@ -174,27 +147,23 @@ class Writer:
         if everything and sum(call.size for call in rest) >= (0 if not done else self._limit):
             for number in sorted({call.number for call in rest}):
                 part = [call for call in rest if call.number == number]
-                self._enqueue(part, self._cut_at, part=True)
+                self._enqueue(_Batch(part, self._cut_at, part_of=number))
                 self._parted.add(number)
             rest = []
         self._pending = rest
         self._pending_size = sum(call.size for call in rest)
-        self._pending_described = sum(map(_described, rest))
-        self._places.clear()
+        self._kinds.clear()
         self._last_cut = time.monotonic()
 
-    def _commit(self, calls: list[Call], complete: int) -> None:
-        before, self._cut_at = self._cut_at, complete
+    def _commit(self, calls: list[Call], complete: int, ended: str | None = None) -> None:
+        self._cut_at = complete
         self._parted = {number for number in self._parted if number >= complete}
-        raised = tuple(sorted(one for one in list(self._raised) if before <= one < complete))
-        self._enqueue(calls, complete, part=False, raised=raised)
+        self._enqueue(_Batch(calls, complete, ended=ended))
 
-    def _enqueue(
-        self, calls: list[Call], committed: int, *, part: bool, raised: tuple[int, ...] = ()
-    ) -> None:
-        size = sum(call.size for call in calls)
+    def _enqueue(self, batch: _Batch) -> None:
+        size = sum(call.size for call in batch.calls)
         give_back(size)
-        self._queue.append(_Batch(calls, committed, part, size, raised))
+        self._queue.append(batch._replace(size=size))
         self._changed.notify_all()
 
     # --- Writing ---------------------------------------------------------------------------------------
@@ -216,12 +185,13 @@ class Writer:
         self._settle()
 
     def _next(self) -> _Batch | None:
-        """The next batch, once there is one; what is complete becomes one when its time has come, though no call does."""
         with self._changed:
             while not self._queue and not self._closed and not self._failed:
-                if self._changed.wait(self._until_due()):
-                    continue
-                self._cut(self._complete(), everything=False)
+                wait = self._last_cut + self._seconds - time.monotonic()
+                if self._pending and wait <= 0:
+                    self._cut(self._complete(), everything=False)
+                if not self._queue:
+                    self._changed.wait(max(wait, _PATIENCE / 10) if self._pending else None)
             self._writing = bool(self._queue)
             return self._queue.popleft() if self._queue else None
 
@@ -232,11 +202,10 @@ class Writer:
             self._changed.notify_all()
 
     def _write(self, batch: _Batch) -> Unfinished:
-        heading = Heading(
-            self._recording, self._rank, self._shards, batch.committed, batch.part, batch.raised
-        )
-        write = partial(_shard.write, heading=heading, calls=batch.calls)
-        return self._disk.begin(shard_name(self._shards), write)
+        laid = shard.lay_out(batch.calls)
+        heading = self._ledger.next(laid, batch.committed, part_of=batch.part_of, ended=batch.ended)
+        write = partial(shard.write, heading=heading, layers=self._ledger.layers, laid=laid)
+        return self._disk.begin(shard_name(heading.shard), write)
 
     def _hand_over(self, unfinished: Unfinished, committed: int) -> None:
         """Let another thread wait for the disk, once it has the shard before."""
@@ -244,7 +213,6 @@ class Writer:
         if self._failed:  # to put this one into the folder would leave a gap
             unfinished.discard()
             return
-        self._shards += 1
         self._finishing = threading.Thread(
             target=self._finish, args=(unfinished, committed), name="actrec-finisher", daemon=True
         )
@@ -281,7 +249,7 @@ class Writer:
             self._error, self._failed = failure, True
             self._queue.clear()
             self._pending.clear()
-            self._places.clear()
+            self._kinds.clear()
             self.used = 0
             self._writing = False
             self._changed.notify_all()
@@ -297,29 +265,21 @@ class Writer:
             return
         with self._changed:
             if not self._closed:
-                self._close(max(passes, self._cut_at))
+                self._close(max(passes, self._cut_at), error or "")
         if threading.current_thread() in {self._thread, self._finishing}:
             return  # it collects garbage, a dropped block among it: it cannot wait for itself
         self._thread.join()
-        if not self._failed and not self._ended:
-            self._ended = True
-            ending = Ending(self._recording, self.committed, self._finished, error)
-            try:
-                self._disk.commit(END, lambda file: file.write(ending.content()))
-            except OSError as failure:
-                self._fail(failure)
 
-    def _close(self, passes: int) -> None:
+    def _close(self, passes: int, ended: str) -> None:
         if not self._failed:
-            self._cut(passes, everything=False)
-            if self._cut_at < passes:
-                self._commit([], passes)
-        self.used -= sum(call.size for call in self._pending)
+            done = [call for call in self._pending if call.number < passes]
+            self._commit(done, passes, ended)
+        self.used -= sum(call.size for call in self._pending if call.number >= passes)
         self._pending.clear()
         self._closed = True
         self._changed.notify_all()
 
     def unseen(self) -> WriteError | None:
-        """The error that no call has raised; from then on it counts as seen."""
+        """Return the error that no call has raised; from then on it counts as seen."""
         error, self._error = self._error, None
         return error
