@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from actrec._recordings.compare import Comparison, compare
 from actrec._recordings.recording import Layer, Recorder, Recording
 from actrec._recordings.stats import Stats
-from actrec._values.nested import Opaque
+from actrec._values.containers import Opaque
 
 from ._record import record
 from .errors import (

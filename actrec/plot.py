@@ -27,8 +27,9 @@ from actrec._recordings.recording import Layer, Recording
 from actrec._recordings.stats import Moments
 from actrec._tables.text import count, shown
 from actrec._values.chunks import dense
-from actrec._values.forms import shape_of
-from actrec._values.nested import Value, leaves
+from actrec._values.containers import Value
+from actrec._values.spec import leaves
+from actrec._values.summary import shape_of
 
 from .errors import OptionError
 
@@ -460,8 +461,8 @@ class _Table(NamedTuple):
 
 
 def _table(layer: Layer) -> _Table | None:
-    first = [form.leaves[0] if form.leaves else None for form in layer._forms()]
-    shapes = [leaf.shape if leaf and leaf.device != "meta" else () for leaf in first]
+    first = [next((tensor for _, tensor in leaves(value)), None) for value in layer]
+    shapes = [() if tensor is None or tensor.is_meta else shape_of(tensor) for tensor in first]
     rest = {shape[1:] for shape in shapes}
     sizes = [size for shape in shapes for size in shape]
     if len(rest) != 1 or not all(shapes) or not all(isinstance(size, int) for size in sizes):

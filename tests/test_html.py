@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from actrec._values.forms import Form, Leaf, form
+from actrec._values.nested import leaves, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,8 +20,6 @@ from actrec._recordings.recording import ListLayer
 from actrec._tables import html as _html
 from actrec._tables import text as _display
 from actrec._tables.tree import tree
-from actrec._values.forms import Form, Leaf, form
-from actrec._values.nested import leaves, tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

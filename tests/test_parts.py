@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from actrec._values.nested import tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from actrec import (
     record,
 )
 from actrec._selection.queries import type_name
-from actrec._values.nested import tensors
 from actrec.data import rows, shuffled
 from actrec.store import dtensor as _parts
 from actrec.store import reader as _reader

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from actrec._values.nested import Value, rebuild
+from actrec._clean_room import in_a_clean_room
+from actrec._values.containers import Value
 from actrec._values.snapshot import (
     check,
     cloned,
@@ -26,6 +27,7 @@ from actrec._values.snapshot import (
     twin,
     unseen,
 )
+from actrec._values.spec import rebuild
 from actrec.errors import CaptureError, TransformError
 
 from .clean_room import in_a_clean_room

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from actrec._values.nested import Value, rebuild, tensors
-from actrec.errors import CaptureError, MissingGradientWarning
+from actrec._values.containers import Value
+from actrec._values.spec import rebuild, tensors
+from actrec.errors import CaptureError
 
 from .capture import SKIPPED
 from .passes import backward_number, checkpoint_frames
@@ -310,5 +311,5 @@ class Gradients:
         )
         if new is SKIPPED:
             return known
-        earlier = tensors(known)
+        earlier = iter(tensors(known))
         return rebuild(new, lambda t: t + next(earlier, 0))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from actrec._values.nested import Value
+    from actrec._values.containers import Value
 
 __all__ = ["Arrival", "Arrivals", "Parameters", "versions"]
 

@@ -27,7 +27,7 @@ from .passes import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from actrec._values.nested import Value
+    from actrec._values.containers import Value
 
     from .capture import Capture
     from .gradients import Gradients

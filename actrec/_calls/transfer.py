@@ -39,7 +39,7 @@ from .staging import BUDGET, Piece, Staging
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from actrec._values.nested import Value
+    from actrec._values.containers import Value
 
     from .device import Device, Event, Stream
     from .passes import Passes

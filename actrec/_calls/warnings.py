@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from actrec._values.nested import tensors
+from actrec._values.spec import tensors
 from actrec.errors import (
     IncompleteLayerWarning,
     MissingGradientWarning,

@@ -15,8 +15,8 @@ from torch import Tensor
 from actrec._tables import text as _display
 from actrec._tables.rows import Rows
 from actrec._values.chunks import blocks, dense
-from actrec._values.forms import shape_of
-from actrec._values.nested import leaves
+from actrec._values.spec import leaves
+from actrec._values.summary import shape_of
 from actrec.errors import OptionError, UnknownLayerError, listed, nearest
 
 from .recording import Recording

@@ -23,10 +23,11 @@ from actrec._calls.clean_room import in_a_clean_room
 from actrec._calls.passes import Count
 from actrec._tables import html as _html
 from actrec._tables import text as _display
-from actrec._values.forms import Form, form
+from actrec._values.containers import Value
 from actrec._values.join import joined
-from actrec._values.nested import Value, same, tensors
 from actrec._values.snapshot import held
+from actrec._values.spec import tensors
+from actrec._values.summary import Summary
 from actrec.errors import (
     ActrecError,
     CaptureError,
@@ -233,13 +234,12 @@ class Layer(Sequence[Value]):
         """The calls that can be looked at: all of them, unless a container of the user's keeps them."""
         return self
 
-    def _forms(self) -> Iterable[Form]:
-        """What each call is, without its data. A stored layer says it without reading any."""
-        return map(form, self._readable())
-
-    def _different_forms(self) -> Iterable[Form]:
-        """Each form once."""
-        return dict.fromkeys(self._forms())
+    def _summary(self) -> Summary:
+        """What the calls look like, without their data. A stored layer says it without reading any."""
+        found = Summary()
+        for value in self._readable():
+            found.add(value)
+        return found
 
     def __eq__(self, other: object) -> bool:
         # That of a list would ask a tensor of truth values whether it is true.

@@ -20,7 +20,7 @@ from torch import Tensor
 from actrec._tables import text as _display
 from actrec._tables.rows import Rows
 from actrec._values.chunks import blocks, dense
-from actrec._values.nested import leaves
+from actrec._values.spec import leaves
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 from .tree import Node, tree
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from actrec._recordings.recording import Layer, Recording
-    from actrec._values.forms import Form
+    from actrec._values.summary import Summary
 
 __all__ = [
     "Row",
@@ -63,44 +63,17 @@ def shown(name: str) -> str:
     return name if name and name.isprintable() and name == name.strip() else repr(name)
 
 
-def _ranges(shapes: Collection[tuple[int | str, ...]]) -> str:
-    """One shape for many calls; a dimension that varies shows its range.
-
-    >>> _ranges({(3, 4, 16), (3, 1, 16)})
-    '(3, 1-4, 16)'
-    """
-    columns = [set(column) for column in zip(*shapes, strict=False)]
-    if len({len(shape) for shape in shapes}) > 1 or any(map(_mixed, columns)):
-        return f"{len(shapes)} different shapes"
-    texts = [str(min(c)) if len(c) == 1 else f"{min(c)}-{max(c)}" for c in columns]
-    return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
-
-
-def _mixed(sizes: set[int | str]) -> bool:
-    return len(sizes) > 1 and any(isinstance(size, str) for size in sizes)
-
-
-def _shape(forms: Sequence[Form]) -> str:
-    if not forms:
-        return ""
-    if all(not form.kind for form in forms):
-        return _ranges({form.leaves[0].shape for form in forms})
-    return " | ".join(dict.fromkeys(shown(form.kind or "Tensor") for form in forms))
-
-
-def _one_or_more(names: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(names))
-
-
-def _forms(layer: Layer) -> list[Form]:
-    return list(layer._different_forms())
+def shown_shape(looks: Summary) -> str:
+    """The shapes of the calls; or what they are, if they are no tensors."""
+    if any(looks.kinds):
+        return " | ".join(shown(kind or "Tensor") for kind in looks.kinds)
+    return looks.shape
 
 
 def layer_line(layer: Layer) -> str:
     """Return the one-line ``repr`` of a layer."""
-    forms = _forms(layer)
-    dtypes = _one_or_more(leaf.dtype for form in forms for leaf in form.leaves)
-    facts = [count(len(layer), "call"), f"{_shape(forms)} {dtypes}".strip()]
+    looks = layer._summary()
+    facts = [count(len(layer), "call"), f"{shown_shape(looks)} {', '.join(looks.dtypes)}".strip()]
     facts = [fact for fact in facts if fact]
     return f"Layer {layer.name!r} ({shown(layer.type)}): {', '.join(facts)}, {size(layer.nbytes)}"
 
@@ -159,15 +132,14 @@ def rows(recording: Recording) -> list[Row]:
 
 
 def _row(layer: Layer, state: State, last_pass: int) -> Row:
-    forms = _forms(layer)
-    leaves = [leaf for form in forms for leaf in form.leaves]
+    looks = layer._summary()
     return Row(
         shown(layer.name),
         shown(layer.type),
         f"{len(layer):,}",
-        _shape(forms),
-        _one_or_more(leaf.dtype for leaf in leaves),
-        _one_or_more(leaf.device for leaf in leaves),
+        shown_shape(looks),
+        ", ".join(looks.dtypes),
+        ", ".join(looks.devices),
         size(layer.nbytes),
         _note(layer, state, last_pass),
     )

@@ -1,10 +1,7 @@
-"""Values are trees: tensors inside tuples, dicts, dataclasses and what libraries derive from them.
+"""One container: how it is taken apart into what is in it, and how one like it is made again.
 
-:func:`parts` alone knows how a container is taken apart and put together; everything else here walks over what
-it says, without recursion, so that no depth is too much. :func:`rebuild` makes a new tree of the same types with
-every tensor replaced, so that nothing of the model's own containers is kept: a list that the caller appends to
-later, a cache that grows with every token. What is not known is not touched (iterating a generator would
-consume it): an :class:`Opaque` stands in its place.
+:func:`parts` knows tuples, lists and dicts with what libraries derive from them, dataclasses, and the nodes of PyTorch's
+pytree. What is not known is not touched (iterating a generator would consume it): an :class:`Opaque` stands in its place.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from contextlib import suppress
 from enum import Enum
 from functools import partial
 from types import MemberDescriptorType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,22 +23,18 @@ from torch import Tensor
 from torch.utils import _pytree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 __all__ = [
+    "CONSTANTS",
     "Fields",
     "Opaque",
     "Parts",
     "Value",
     "is_array",
-    "leaves",
-    "nodes",
     "opaque",
     "parts",
     "qualified",
-    "rebuild",
-    "same",
-    "tensors",
 ]
 
 #: What a layer returned: a tensor, or any nesting of tuples, lists, dicts and dataclasses of them.
@@ -68,7 +61,7 @@ class Opaque:
 
 
 # Immutable, or as good as: kept as they are.
-_CONSTANTS = (
+CONSTANTS: Final = (
     type(None), bool, int, float, complex, str, bytes, slice, range, type(...), type, Enum,
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
     Opaque,
@@ -124,19 +117,13 @@ class Parts(NamedTuple):
     """A container taken apart."""
 
     children: list[Value]
-    keys: Sequence[Any]  # of the children
-    items: int  # so many of them are keys of items, the others are names of attributes
-    make: Callable[[list[Value]], Value]  # a container like it, of other children
-
-    def steps(self) -> Iterator[tuple[str, Value]]:
-        """The children, each with what one writes behind the container to reach it."""
-        items, attributes = self.children[: self.items], self.children[self.items :]
-        for key, child in zip(self.keys, items, strict=False):
-            yield f"[{key!r}]", child
-        met = set(map(id, items))  # a ModelOutput has each of its values twice
-        for name, child in zip(self.keys[self.items :], attributes, strict=True):
-            if id(child) not in met:
-                yield f".{name}", child
+    keys: Sequence[Any]  #: of the children
+    items: int  #: so many of them are keys of items, the others are names of attributes
+    make: Callable[
+        [list[Value]], Value
+    ]  #: a container like it, of other children; refers to none of these
+    is_own: bool = True  #: whether what is made is of the same class, and not a stand-in
+    maxlen: int | None = None  #: of a deque
 
 
 def parts(value: Value) -> Parts | None:
@@ -158,11 +145,15 @@ def parts(value: Value) -> Parts | None:
         base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
         keys = list(base.keys(value))
         items = [base.__getitem__(value, key) for key in keys]
-        return _with_attributes(value, keys, items, partial(_dict, value, base, keys))
+        factory = value.default_factory if isinstance(value, defaultdict) else None
+        is_own = getattr(value, "__dict__", None) is value
+        return _with_attributes(value, keys, items, partial(_dict, kind, keys, factory, is_own))
     if isinstance(value, (list, deque)):
         base = list if isinstance(value, list) else deque
         items = list(base.__iter__(value))
-        return _with_attributes(value, range(len(items)), items, partial(_list, value, base))
+        maxlen = value.maxlen if isinstance(value, deque) else None
+        new = partial(_list, kind, maxlen)
+        return _with_attributes(value, range(len(items)), items, new)._replace(maxlen=maxlen)
     return _object(value)
 
 
@@ -181,21 +172,23 @@ def _plain_dict(keys: list[Any], items: list[Value]) -> dict[Any, Value]:
     return dict(zip(keys, items, strict=True))
 
 
-def _dict(value: Any, base: Any, keys: list[Any], items: list[Value]) -> Value:
-    new = base.__new__(type(value))
-    if isinstance(value, defaultdict):
-        new.default_factory = value.default_factory
+def _dict(kind: Any, keys: list[Any], factory: Any, is_own: bool, items: list[Value]) -> Value:  # noqa: FBT001
+    base: Any = OrderedDict if issubclass(kind, OrderedDict) else dict
+    new = base.__new__(kind)
+    if isinstance(new, defaultdict):
+        new.default_factory = factory
     for key, item in zip(keys, items, strict=True):
         base.__setitem__(new, key, item)
-    if getattr(value, "__dict__", None) is value:
+    if is_own:  # there are dicts that are their own __dict__
         new.__dict__ = new
     return new
 
 
-def _list(value: Any, base: Any, items: list[Value]) -> Value:
-    new = base.__new__(type(value))
-    if isinstance(value, deque):
-        deque.__init__(new, maxlen=value.maxlen)
+def _list(kind: Any, maxlen: int | None, items: list[Value]) -> Value:
+    base: Any = list if issubclass(kind, list) else deque
+    new = base.__new__(kind)
+    if base is deque:
+        deque.__init__(new, maxlen=maxlen)
     base.extend(new, items)
     return new
 
@@ -279,15 +272,18 @@ def _with_attributes(
         del found["data"]
     if not found:
         return Parts(items, keys, len(items), new)
-
-    def make(children: list[Value]) -> Value:
-        made = new(children[: len(items)])
-        for name, child in zip(found, children[len(items) :], strict=True):
-            # Past a frozen dataclass, and past a __setattr__ that also writes an item.
-            object.__setattr__(made, name, child)
-        return made
-
+    make = partial(_set_attributes, new, len(items), list(found))
     return Parts([*items, *found.values()], [*keys, *found], len(items), make)
+
+
+def _set_attributes(
+    new: Callable[[list[Value]], Value], items: int, names: list[str], children: list[Value]
+) -> Value:
+    made = new(children[:items])
+    for name, child in zip(names, children[items:], strict=True):
+        # Past a frozen dataclass, and past a __setattr__ that also writes an item.
+        object.__setattr__(made, name, child)
+    return made
 
 
 # --- Classes that say themselves what is in them ---------------------------------------------------
@@ -304,17 +300,31 @@ def _node(value: Any) -> Parts | None:
         children = list(children)
         keys, items = _node_keys(node, value, children)
 
-        def make(new: list[Value]) -> Value:
-            # In the place of a tensor, anything else may be refused, or silently taken for something else.
-            if all(map(_alike, children, new)):
-                with suppress(Exception):
-                    made = node.unflatten_fn(new, rebuild(context, Tensor.clone, _itself))
-                    if type(made) is type(value):
-                        return made
-            return _stand_in(type(value), keys, new)
-
+        kinds = list(map(_kind, children))
+        make = partial(_make_node, type(value), node.unflatten_fn, context, keys, kinds)
         return Parts(children, keys, items, make)
     return None
+
+
+def _make_node(
+    kind: type,
+    unflatten: Any,
+    context: Any,
+    keys: Sequence[Any],
+    kinds: list[type],
+    new: list[Value],
+) -> Value:
+    # In the place of a tensor, anything else may be refused, or silently taken for something else.
+    if kinds == list(map(_kind, new)):
+        with suppress(Exception):
+            made = unflatten(new, copy.deepcopy(context))
+            if type(made) is kind:
+                return made
+    return _stand_in(kind, keys, new)
+
+
+def _kind(child: Value) -> type:
+    return Tensor if isinstance(child, Tensor) else type(child)
 
 
 def _node_keys(node: Any, value: Any, children: list[Value]) -> tuple[Sequence[Any], int]:
@@ -333,84 +343,18 @@ def _node_keys(node: Any, value: Any, children: list[Value]) -> tuple[Sequence[A
     return keys if len(set(map(repr, keys))) == number else range(number), number
 
 
-def _alike(one: Value, other: Value) -> bool:
-    return type(one) is type(other) or (isinstance(one, Tensor) and isinstance(other, Tensor))
-
-
-def _itself(value: Value) -> Value:
-    return value
-
-
 def _mapping(value: Mapping[Any, Value]) -> Parts | None:
     """A mapping of another kind, which nobody but its class knows how to make."""
     with suppress(Exception):
         keys = list(value)
         children = [value[key] for key in keys]
-        return Parts(children, keys, len(keys), partial(_stand_in, type(value), keys))
+        make = partial(_stand_in, type(value), keys)
+        return Parts(children, keys, len(keys), make, is_own=False)
     return None
 
 
 def _stand_in(kind: type, keys: Sequence[Any], children: list[Value]) -> Fields:
     return Fields(qualified(kind), zip(keys, children, strict=True))
-
-
-# --- Walking ---------------------------------------------------------------------------------------
-
-_UNFINISHED = object()
-
-
-def rebuild(
-    value: Value,
-    tensor: Callable[[Tensor], Value],
-    unknown: Callable[[object], Value] = opaque,
-    *,
-    stand_ins: bool = True,
-) -> Value:
-    """Return a tree like ``value``, made anew, with ``tensor(t)`` in the place of every tensor ``t``.
-
-    Types are kept: named tuples (``PackedSequence`` and ``torch.return_types`` among them), dict, list
-    and tuple subclasses, dataclasses, the ``ModelOutput`` of transformers, and nodes of PyTorch's pytree
-    (``TensorDict``). A tensor that stands in several places is replaced once and stays one tensor. NumPy arrays
-    are copied. ``unknown(x)`` says what stands for an object of any other kind. For a container that only its
-    own class could make, there are :class:`Fields`, or, without ``stand_ins``, ``unknown(x)``.
-    """
-    if type(value) is Tensor:
-        return tensor(value)
-    made: dict[int, Value] = {}  # by id: what stands for a tensor or a container
-    kept = []  # a container may make its children when asked: their ids must stay theirs
-    above: list[Any] = []  # the containers around the one that is being worked on
-    container: Any = None
-    make: Callable[[list[Value]], Value] = _itself
-    children, new = iter((value,)), []
-    while True:
-        for child in children:
-            if type(child) is not Tensor and isinstance(child, _CONSTANTS):
-                new.append(child)
-            elif id(child) in made:
-                found = made[id(child)]
-                # A container that contains itself is not finished when it is met again.
-                new.append(opaque(child) if found is _UNFINISHED else found)
-            elif isinstance(child, Tensor):
-                made[id(child)] = found = tensor(child)
-                new.append(found)
-            elif (taken := parts(child)) is not None:
-                made[id(child)] = _UNFINISHED
-                kept.append(taken.children)
-                above.append((container, make, children, new))
-                container, make, children, new = child, taken.make, iter(taken.children), []
-                break
-            else:
-                made[id(child)] = found = copy.copy(child) if is_array(child) else unknown(child)
-                new.append(found)
-        else:
-            if not above:
-                return new[0]
-            found = make(new)
-            if not stand_ins and type(found) is not type(container):
-                found = unknown(container)
-            made[id(container)] = found
-            container, make, children, new = above.pop()
-            new.append(found)
 
 
 def is_array(value: Any) -> bool:
@@ -419,90 +363,3 @@ def is_array(value: Any) -> bool:
     if numpy is None or not isinstance(value, (numpy.ndarray, numpy.generic)):
         return False
     return not value.dtype.hasobject
-
-
-def tensors(value: Value) -> Iterator[Tensor]:
-    """The tensors of a recorded value, each once, in the order in which :func:`rebuild` meets them.
-
-    >>> [t.shape for t in tensors((torch.zeros(2), {"h": torch.zeros(3), "cache": Opaque("Cache")}))]
-    [torch.Size([2]), torch.Size([3])]
-    """
-    met: dict[int, object] = {}  # by id; what is met is kept, so that the ids stay theirs
-    waiting = [value]
-    while waiting:
-        part = waiting.pop()
-        if id(part) in met:
-            continue
-        if isinstance(part, Tensor):
-            met[id(part)] = part
-            yield part
-        elif not isinstance(part, _CONSTANTS) and (taken := parts(part)) is not None:
-            met[id(part)] = part
-            waiting += taken.children[::-1]
-
-
-def same(one: Value, other: Value) -> bool:
-    """Whether two values have one structure, and equal tensors and constants in it.
-
-    >>> same((torch.ones(2), "a"), (torch.ones(2), "a")), same([torch.ones(2)], (torch.ones(2),))
-    (True, False)
-    """
-    waiting = [(one, other)]
-    while waiting:
-        a, b = waiting.pop()
-        if a is b:
-            continue
-        x, y = (None if isinstance(v, (Tensor, *_CONSTANTS)) else parts(v) for v in (a, b))
-        if x is None or y is None:
-            if not _same_leaf(a, b):
-                return False
-        elif type(a) is not type(b) or [*x.keys] != [*y.keys]:
-            return False
-        else:
-            waiting += zip(x.children, y.children, strict=True)
-    return True
-
-
-def _same_leaf(a: Any, b: Any) -> bool:
-    if type(a) is not type(b):
-        return False
-    with suppress(RuntimeError):  # tensors of kinds that cannot be compared
-        if isinstance(a, Tensor):
-            return a.dtype == b.dtype and torch.equal(a, b)
-        if is_array(a):
-            return bool(a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes())
-        return bool(a == b)
-    return False
-
-
-def leaves(value: Value) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a recorded value in the order of :func:`tensors`, each with the way to it.
-
-    >>> [path for path, _ in leaves((torch.zeros(2), {"h": torch.zeros(3)}))]
-    ['[0]', "[1]['h']"]
-
-    The way is what one writes behind the value: ``acts["lstm"][0][1]['h']``. A tensor that stands in
-    several places is found in each of them.
-    """
-    return ((path, part) for path, part, _ in nodes(value) if isinstance(part, Tensor))
-
-
-def nodes(value: Value) -> Iterator[tuple[str, Value, bool]]:
-    """Everything in a value, itself included: the way to it, and whether it is a container with something in it.
-
-    A container comes before what is in it. Where one contains itself, it is not entered again.
-    """
-    above: set[int] = set()
-    waiting: list[tuple[str | None, Value]] = [("", value)]
-    while waiting:
-        path, part = waiting.pop()
-        if path is None:  # all that was in it has been
-            above.remove(id(part))
-            continue
-        is_leaf = isinstance(part, (Tensor, *_CONSTANTS)) or id(part) in above
-        taken = None if is_leaf else parts(part)
-        inside = [] if taken is None else [(path + step, child) for step, child in taken.steps()]
-        yield path, part, bool(inside)
-        if inside:
-            above.add(id(part))
-            waiting += [(None, part), *inside[::-1]]

@@ -12,12 +12,14 @@ from torch.nn.utils.rnn import PackedSequence
 from actrec.errors import JoinError, OptionError
 
 from .heap import WORTH_IT, give_back
-from .nested import Value, is_array, nodes, rebuild, tensors
+from .spec import Container, Spec, flatten, tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from actrec._recordings.recording import Layer
+
+    from .containers import Value
 
 __all__ = ["joined"]
 
@@ -57,8 +59,7 @@ def joined(layer: Layer, how: How, dim: int, *, release: bool = False) -> Value:
 
 def _filled(value: Value, results: list[Tensor]) -> Value:
     """A value of the same structure, with the results in the places of its tensors."""
-    remaining = iter(results)
-    return rebuild(value, lambda _: next(remaining))
+    return flatten(value)[1].fill(results)
 
 
 # --- Checking --------------------------------------------------------------------------------------
@@ -66,48 +67,34 @@ def _filled(value: Value, results: list[Tensor]) -> Value:
 
 def _columns(call: str, values: Sequence[Value]) -> list[list[Tensor]]:
     """For every place of a tensor in the value, the tensors of all calls."""
-    first = list(_outline(call, values[0]))
+    columns: list[list[Tensor]] = []
+    first: Spec | None = None
     for index, value in enumerate(values):
-        if list(_outline(call, value)) != first:
+        found, spec = flatten(value)
+        if first is None:
+            first, columns = spec, [[] for _ in found]
+            _check_spec(call, spec)
+        if spec != first:
             message = (
-                f"{call}: call {index} is {_sketch(value)}, while call 0 is {_sketch(values[0])}. They can be joined "
+                f"{call}: call {index} is {spec}, while call 0 is {first}. They can be joined "
                 "by hand: acts[name][i]."
             )
             raise JoinError(message)
-    columns = [list(column) for column in zip(*map(tensors, values), strict=True)]
+        for column, tensor in zip(columns, found, strict=True):
+            column.append(tensor)
     if not columns:
-        message = f"{call}: the calls hold no tensors; call 0 is {_sketch(values[0])}."
+        message = f"{call}: the calls hold no tensors; call 0 is {first}."
         raise JoinError(message)
     return columns
 
 
-def _outline(call: str, value: Value) -> Iterator[object]:
-    """What a value is besides the content of its tensors: the same for calls that fit together."""
-    met: dict[int, int] = {}  # a tensor that stands in two places does so in every call
-    for path, part, is_container in nodes(value):
-        if isinstance(part, PackedSequence):
-            message = (
-                f"{call}: the calls are packed sequences, which hold several batches in one tensor. Unpack them first, "
-                "with torch.nn.utils.rnn.pad_packed_sequence."
-            )
-            raise JoinError(message)
-        if isinstance(part, Tensor):
-            yield path, met.setdefault(id(part), len(met))
-        elif is_array(part):
-            yield path, part.shape, part.dtype, part.tobytes()
-        elif is_container:
-            yield path, type(part)
-        else:
-            yield path, type(part), repr(part)
-
-
-class _ATensor:
-    def __repr__(self) -> str:
-        return "a tensor"
-
-
-def _sketch(value: Value) -> str:
-    return repr(rebuild(value, lambda _: _ATensor()))
+def _check_spec(call: str, spec: Spec) -> None:
+    if any(isinstance(step, Container) and step.type is PackedSequence for step in spec.steps):
+        message = (
+            f"{call}: the calls are packed sequences, which hold several batches in one tensor. Unpack them first, "
+            "with torch.nn.utils.rnn.pad_packed_sequence."
+        )
+        raise JoinError(message)
 
 
 def _check_column(call: str, how: How, dim: int, column: list[Tensor]) -> None:

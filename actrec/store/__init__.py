@@ -16,10 +16,11 @@ What is recorded into a path is written by a thread while the model goes on. The
 a folder, described on a page of its own in the documentation.
 """
 
+from actrec._values.containers import Fields
+
 from .folder import Folder
 from .ranks import RankInfo
 from .reader import StoredRecording, load
-from .values import Fields
 from .verify import verify
 
 __all__ = ["Fields", "Folder", "RankInfo", "StoredRecording", "load", "verify"]

@@ -1,0 +1,118 @@
+"""What the calls of a layer look like, all together: types, dtypes, devices and shapes. Tables are made of it.
+
+A summary is as large as the differences between the calls, however many there are, and reads no element of a tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .spec import TENSOR, flatten
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from .containers import Value
+    from .spec import Spec
+
+__all__ = ["Size", "Summary", "dtype_name", "shape_of"]
+
+#: A size of a tensor; the ragged dimension of a nested tensor is a name.
+Size: TypeAlias = "int | str"
+
+#: So many kinds of values are told apart; the rest counts as "...".
+MOST: Final = 16
+
+
+def shape_of(tensor: Tensor) -> tuple[Size, ...]:
+    """Return the shape of a tensor of any kind; ``("nested",)`` for one that has none."""
+    if tensor.is_nested and tensor.layout is torch.strided:
+        return ("nested",)
+    return tuple(size if type(size) is int else str(size) for size in tensor.shape)
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Return the dtype without ``torch.``."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+@dataclass(slots=True)
+class Summary:
+    """What some values look like.
+
+    >>> import torch
+    >>> summary = Summary()
+    >>> summary.add(torch.zeros(3, 4))
+    >>> summary.add(torch.zeros(2, 4))
+    >>> summary.shape, list(summary.dtypes)
+    ('(2-3, 4)', ['float32'])
+    """
+
+    kinds: dict[str, None] = field(default_factory=dict)  #: as :attr:`Spec.kind` says it
+    dtypes: dict[str, None] = field(default_factory=dict)
+    devices: dict[str, None] = field(default_factory=dict)
+    #: The least and the largest shape, by the names among the sizes (``None`` for a number).
+    shapes: dict[tuple[str | None, ...], tuple[list[Size], list[Size]]] = field(
+        default_factory=dict
+    )
+
+    def add(self, value: Value) -> None:
+        """Take in a value."""
+        tensors, spec = ([value], TENSOR) if type(value) is Tensor else flatten(value)
+        self.add_spec(spec, [shape_of(t) for t in tensors])
+        for tensor in tensors:
+            self.dtypes[dtype_name(tensor)] = None
+            self.devices[str(tensor.device)] = None
+
+    def add_spec(self, spec: Spec, shapes: Sequence[Sequence[Size]]) -> None:
+        """Take in the structure of a value, and the shapes of its tensors."""
+        if spec.kind not in self.kinds:
+            self.kinds["..." if len(self.kinds) >= MOST else spec.kind] = None
+        if not spec.kind:
+            self.add_shape(shapes[0], shapes[0])
+
+    def add_shape(self, low: Sequence[Size], high: Sequence[Size]) -> None:
+        """Take in the sizes of tensors that are values of their own, from least to largest."""
+        names = tuple(size if isinstance(size, str) else None for size in low)
+        known = self.shapes.get(names)
+        if known is None:
+            self.shapes[names] = list(low), list(high)
+        else:
+            known[0][:] = map(_min, known[0], low)
+            known[1][:] = map(_max, known[1], high)
+
+    def update(self, other: Summary) -> None:
+        """Take in what another summary has."""
+        self.kinds.update(other.kinds)
+        self.dtypes.update(other.dtypes)
+        self.devices.update(other.devices)
+        for low, high in other.shapes.values():
+            self.add_shape(low, high)
+
+    @property
+    def shape(self) -> str:
+        """The shapes of the values that are tensors, in one text; a dimension that varies shows its range."""
+        if len(self.shapes) > _SHOWN:
+            return f"{len(self.shapes)} kinds of shapes"
+        return " | ".join(_range(low, high) for low, high in self.shapes.values())
+
+
+_SHOWN: Final = 3
+
+
+def _min(a: Any, b: Any) -> Any:
+    return a if isinstance(a, str) else min(a, b)
+
+
+def _max(a: Any, b: Any) -> Any:
+    return a if isinstance(a, str) else max(a, b)
+
+
+def _range(low: Iterable[Size], high: Iterable[Size]) -> str:
+    """One shape; a dimension that varies shows its range."""
+    texts = [str(a) if a == b else f"{a}-{b}" for a, b in zip(low, high, strict=True)]
+    return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
