@@ -382,21 +382,21 @@ class _Block(AbstractContextManager[Recorder]):
     def _opened(self, path: str | os.PathLike[str]) -> Stream:
         """Open the path that is recorded into, before anything happens to the model."""
         # Who records into memory does not wait for the store to be imported.
-        from actrec.store.description import LayerInfo, Manifest, described  # noqa: PLC0415
-        from actrec.store.folder import Folder  # noqa: PLC0415
-        from actrec.store.stream import Stream  # noqa: PLC0415
+        from .store.description import Description, LayerInfo, named  # noqa: PLC0415
+        from .store.folder import Folder  # noqa: PLC0415
+        from .store.stream import Stream  # noqa: PLC0415
 
-        manifest = Manifest(
+        description = Description(
             type_name(self._model),
             tuple(
-                LayerInfo(choice.key, type_name(choice.module), described(choice.transform))
+                LayerInfo(choice.key, type_name(choice.module), named(choice.transform))
                 for choice in self._selection.choices
             ),
             self._names(),
             self._inputs,
-            None if self._capture.dtype is None else str(self._capture.dtype),
+            dtype=None if self._capture.dtype is None else str(self._capture.dtype),
         )
-        return Stream(Folder.of(path), manifest, self._session.passes, resume=self._resume)
+        return Stream(Folder.of(path), description, self._session.passes, resume=self._resume)
 
     def _captures(self, choice: Choice) -> Capture:
         return replace(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from actrec._values.nested import tensors
+from actrec._values.spec import tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -50,6 +50,7 @@ __all__ = [
     "snapshot",
     "twin",
     "unseen",
+    "writable",
 ]
 
 
@@ -357,3 +358,12 @@ def memory(tensor: Tensor) -> tuple[Tensor, memoryview]:
         return tensor, _memory_at(tensor.data_ptr(), tensor.nbytes, _READ_ONLY)
     start = _data_address(tensor) + tensor.storage_offset() * tensor.element_size()
     return tensor, _memory_at(start, tensor.nbytes, _READ_ONLY)
+
+
+_WRITABLE = 0x200  # PyBUF_WRITE
+
+
+def writable(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, to be written to as long as the tensor lives."""
+    view: memoryview = _memory_at(tensor.data_ptr(), tensor.nbytes, _WRITABLE)
+    return view.cast("B")

@@ -14,25 +14,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
 import torch
+from filelock import FileLock, Timeout
+from typing_extensions import override
 
 from actrec.errors import UnlockedWarning
 
-from .format import UNFINISHED, need
+from .format import ANOTHER, UNFINISHED, need
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .safetensors import Buffer, Writable
+    from filelock import BaseFileLock
 
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # pragma: no cover  # Windows
-    fcntl = None
+    from .safetensors import Buffer, Writable
 
 __all__ = ["Disk", "Lock", "Unfinished"]
 
-ANOTHER: Final = "it is another file than when it was opened"
+GONE: Final = "it was there when it was opened, and is gone"
 LOCK: Final = "writer.lock"
 _PATIENCE = 2.0  # seconds that another process may take to give a file its name
 
@@ -74,7 +72,7 @@ class Disk:
     def names(self) -> list[str]:
         """What is in the folder, sorted; nothing if there is no folder."""
         try:
-            return sorted(path.name for path in self.path.iterdir())
+            return sorted(os.listdir(self.path))  # a million names in half a second
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -82,10 +80,26 @@ class Disk:
         """The size of a file."""
         return (self.path / name).stat().st_size
 
-    def read(self, name: str, most: int) -> bytes:
-        """The first ``most`` bytes of a file."""
-        with (self.path / name).open("rb") as file:
-            return file.read(most)
+    def read(self, name: str, begin: int, most: int) -> bytes:
+        """Up to ``most`` bytes of a file from ``begin`` on."""
+        with (self.path / name).open("rb", buffering=0) as file:
+            file.seek(begin)
+            return file.read(most) or b""
+
+    def read_into(self, name: str, head: bytes, begin: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes from ``begin`` on of a file that begins with ``head``."""
+        try:
+            file = (self.path / name).open("rb", buffering=0)
+        except FileNotFoundError:
+            need(condition=False, defect=GONE)
+            raise
+        with file:
+            need(file.read(len(head)) == head, ANOTHER)
+            file.seek(begin)
+            while view:
+                many = file.readinto(view)  # type: ignore[call-overload]  # it takes any buffer
+                need(many, f"it has become shorter, and ends at byte {file.tell()}")
+                view = view[many:]
 
     def open(self, name: str) -> BinaryIO:
         """Open a file, to read it from one end to the other."""
@@ -94,10 +108,10 @@ class Disk:
     def map(self, name: str, size: int, head: bytes) -> torch.UntypedStorage:
         """Map a file of ``size`` bytes that begins with ``head``. Writing to the memory copies the page, and never reaches the file."""
         path = self.path / name
-        need(path.exists(), "it was there when it was opened, and is gone")
+        need(path.exists(), GONE)
         found = path.stat().st_size
         need(found == size, f"it had {size} bytes when it was opened, and has {found} now")
-        need(self.read(name, len(head)) == head, ANOTHER)
+        need(self.read(name, 0, len(head)) == head, ANOTHER)
         try:
             storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
         except UnicodeEncodeError:  # PyTorch wants text, and the names of files need be none
@@ -107,48 +121,28 @@ class Disk:
         return cast("torch.UntypedStorage", storage)
 
     def make(self) -> None:
-        """Make the folder, for one caller alone: ``FileExistsError`` for the others."""
-        try:
-            self.path.mkdir(parents=True)
-        finally:
-            # Also the names of folders that are there already: whoever made them may have been killed before this.
-            for folder in [one for one in self.path.parents if os.access(one, os.R_OK | os.W_OK)]:
+        """Make the folder, and those that it is in; if they are there, they stay. They survive a power loss."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        # Also the names of folders that are there already: whoever made them may have been killed before this.
+        for folder in self.path.parents:
+            if os.access(folder, os.R_OK | os.W_OK):
                 Disk(folder).sync()
 
-    def commit(
-        self,
-        name: str,
-        write: Callable[[Writable], object],
-        *,
-        exclusive: bool = False,
-        by: object = None,
-    ) -> None:
-        """Put a file into the folder, in one step: it is there whole, and on the disk, or not at all.
-
-        If it is there already it is replaced, or, if this is ``exclusive``, stays: ``FileExistsError``. Until
-        it has its name it is in the folder of whom it is ``by``.
-        """
-        unfinished = Unfinished(self, name, exclusive=exclusive, by=by)
-        unfinished.write(write)
-        unfinished.finish()
+    def commit(self, name: str, write: Callable[[Writable], object]) -> None:
+        """Write a new file in one step: it is there whole, and on the disk, or not at all. See :meth:`begin`."""
+        self.begin(name, write).finish()
 
     def begin(self, name: str, write: Callable[[Writable], object]) -> Unfinished:
         """Write a new file, so that all that is left to do is to ``finish()`` it; ``FileExistsError`` if it is there then."""
-        unfinished = Unfinished(self, name, exclusive=True)
+        unfinished = Unfinished(self, name)
         unfinished.write(write)
         return unfinished
 
-    def unmake(self) -> None:
-        """Remove the folder, if it is there and has nothing in it but its lock."""
-        with contextlib.suppress(OSError):
-            if self.names() == [LOCK]:
-                (self.path / LOCK).unlink()
-            self.path.rmdir()
-
-    def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
-        (self.path / name).unlink(missing_ok=True)
-        self.sync()
+    def sweep(self) -> None:
+        """Remove files that were never finished."""
+        for name in self.names():
+            if name.endswith(UNFINISHED):
+                (self.path / name).unlink(missing_ok=True)
 
     def sync(self) -> None:
         """Make what names there are in the folder survive a power loss."""
@@ -165,55 +159,34 @@ class Disk:
 
         The lock is one of a file that is open for writing: those network file systems pass on, from one machine to another.
         """
+        lock = FileLock(self.path / LOCK, timeout=0, thread_local=False)
         try:
-            return Lock(_locked(self.path / LOCK))
-        except (BlockingIOError, FileNotFoundError):
-            raise
-        except OSError as error:
+            lock.acquire()
+        except Timeout as error:
+            raise BlockingIOError(errno.EAGAIN, "it is locked", str(self)) from error
+        except (OSError, NotImplementedError) as error:
             message = (
                 f"{self} cannot be locked: {error}. Nothing keeps another run from recording there at the same time. If one "
                 "does, what is committed stays whole, and the run that comes second with a file ends with a WriteError."
             )
             warnings.warn(message, UnlockedWarning, stacklevel=2)
             return Lock(None)
-
-
-def _locked(path: Path) -> int:
-    """Open a file and lock it; ``BlockingIOError`` if somebody else has, another ``OSError`` if no lock can be had."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        _lock(fd)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _lock(fd: int) -> None:
-    if fcntl is not None:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    import msvcrt  # noqa: PLC0415  # pragma: no cover  # Windows
-
-    try:  # pragma: no cover  # Windows
-        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    except PermissionError as error:  # pragma: no cover  # Windows
-        raise BlockingIOError(*error.args) from error
+        return Lock(lock)
 
 
 class Lock(AbstractContextManager[None]):
     """A folder is locked until this is released."""
 
-    def __init__(self, fd: int | None) -> None:
-        self._fd = fd
+    def __init__(self, lock: BaseFileLock | None) -> None:
+        self._lock = lock
 
     def release(self) -> None:
         """Let others have the folder. May be called again."""
-        # A forked process closes its copy, with which the lock stays; to unlock would end that of its parent.
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
 
+    @override
     def __exit__(self, *_: object) -> None:
         self.release()
 
@@ -221,14 +194,11 @@ class Lock(AbstractContextManager[None]):
 class Unfinished:
     """A file that is written, but has neither reached the disk for certain nor got its name."""
 
-    def __init__(
-        self, disk: Disk, name: str, *, exclusive: bool = False, by: object = None
-    ) -> None:
+    def __init__(self, disk: Disk, name: str) -> None:
         self._disk = disk
         self._name = name
-        self._exclusive = exclusive
         # Several processes may write the same name: each has a file of its own until one has won.
-        self._path = Path(str(by or disk)) / f"{name}.{uuid.uuid4().hex}{UNFINISHED}"
+        self._path = disk.path / f"{name}.{uuid.uuid4().hex}{UNFINISHED}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         self._fd = os.open(self._path, flags, 0o666)
 
@@ -247,11 +217,7 @@ class Unfinished:
                 os.fsync(self._fd)
             finally:
                 os.close(self._fd)
-            path = self._disk.path / self._name
-            if self._exclusive:
-                _name(self._path, path)
-            else:
-                self._path.replace(path)
+            _name(self._path, self._disk.path / self._name)
         except FileNotFoundError as error:
             raise FileExistsError(errno.EEXIST, _TAKEN_OVER, str(self._disk)) from error
         finally:

@@ -55,8 +55,11 @@ class Place(Protocol):
     def size(self, name: str) -> int:
         """The size of a file; ``FileNotFoundError`` if it is not there."""
 
-    def read(self, name: str, most: int) -> bytes:
-        """The first ``most`` bytes of a file."""
+    def read(self, name: str, begin: int, most: int) -> bytes:
+        """Up to ``most`` bytes of a file from ``begin`` on."""
+
+    def read_into(self, name: str, head: bytes, begin: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes from ``begin`` on of a file that began with ``head`` when it was opened."""
 
     def open(self, name: str) -> BinaryIO:
         """Open a file, to read it from one end to the other."""
@@ -65,33 +68,19 @@ class Place(Protocol):
         """The memory of a file that had ``size`` bytes, the first of them ``head``, when it was opened, for this process alone."""
 
     def make(self) -> None:
-        """Make the folder, for one caller alone: ``FileExistsError`` for the others."""
-
-    def unmake(self) -> None:
-        """Remove the folder, if it is there and has nothing in it but its lock."""
+        """Make the folder; if it is there, it stays."""
 
     def lock(self) -> Lock:
-        """Lock the folder that is there; ``BlockingIOError`` if somebody else has. Where it cannot be locked, a warning says so."""
+        """Lock the folder that is there; ``BlockingIOError`` if somebody else has."""
 
-    def commit(
-        self,
-        name: str,
-        write: Callable[[Writable], object],
-        *,
-        exclusive: bool = False,
-        by: object = None,
-    ) -> None:
-        """Put a small file into the folder, whole or not at all.
-
-        If it is there already it is replaced, or, if this is ``exclusive``, stays: ``FileExistsError``. Until
-        it has its name it is in the folder of whom it is ``by``, in nobody else's way.
-        """
+    def commit(self, name: str, write: Callable[[Writable], object]) -> None:
+        """Write a new file in one step: it is there whole, or not at all; ``FileExistsError`` if it is there already."""
 
     def begin(self, name: str, write: Callable[[Writable], object]) -> Unfinished:
-        """Write a new file, so that all that is left to do is to ``finish()`` it, which never replaces another."""
+        """Write a new file, so that all that is left to do is to ``finish()`` it."""
 
-    def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+    def sweep(self) -> None:
+        """Remove files that were never finished."""
 
 
 class Mapped(Protocol):

@@ -12,7 +12,7 @@ from actrec.errors import ActrecError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from actrec._values.nested import Value
+    from actrec._values.containers import Value
 
 __all__ = ["ChosenLayer", "ReadOnlyLayer"]
 
@@ -49,8 +49,8 @@ class ReadOnlyLayer(Layer):
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
         return joined(self, "stack", dim)
 
-    def _of(self, calls: list[int]) -> Layer:
-        return ChosenLayer(self, calls)
+    def _places(self) -> Iterator[tuple[object, int]]:
+        return iter([(id(self), self.nbytes)])
 
     def keep(self, value: Value, number: int) -> NoReturn:  # noqa: ARG002
         self._refuse("keep")

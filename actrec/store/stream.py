@@ -120,7 +120,7 @@ class Opening:
         if resume and described:
             new = replace(new, recording=read_description(described[0]).recording)
         try:
-            self.own.commit(DESCRIPTION, lambda file: file.write(new.content()), exclusive=True)
+            self.own.commit(DESCRIPTION, lambda file: file.write(new.content()))
         except FileExistsError:
             raise self._taken("another run has just begun there") from None
         rank = Rank(self.own)
@@ -286,6 +286,9 @@ class LiveLayer(Layer):
     @property
     def nbytes(self) -> int:
         return self._stored.nbytes if self._stream.closed else self._bytes
+
+    def _places(self) -> Iterator[tuple[object, int]]:
+        return iter([(id(self), self.nbytes)])
 
     def clear(self) -> NoReturn:
         message = (
