@@ -4,56 +4,46 @@ What a disk has and an object store has not, and what stands for it here:
 
 * No folders: they are there when something is in them. Nothing is made.
 * No rename: an object is put whole, in one request or several, and is there when the last one has succeeded. So a
-  shard is written to a local file, the spool, and then uploaded.
-* No locks: a writer has a *claim*, an object that only one of them can create. A run that is resumed takes
-  the claim over, for it cannot know whether the run before is dead. That one, if it is not, finds after its next
-  upload that the claim is not its own, and ends with an error. Shards are created exclusively, too: whoever comes second fails.
-  On one machine the spool is locked, so that there nobody takes over from a run that lives.
+  shard is written to a local file, and then uploaded.
+* No locks: every object is created exclusively. A run that is resumed begins with a shard of its own, and a run that was thought
+  to be dead, and is not, finds that name taken and ends with an error.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import inspect
-import io
-import json
 import os
-import socket
 import tempfile
+import threading
 import time
-import uuid
-from bisect import bisect_left
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections import OrderedDict
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, TypeVar, cast
 
+import torch
+from typing_extensions import override
+
+from actrec._values.snapshot import writable
 from actrec.errors import OptionError, ReadError, WriteError
 
-from .cache import Cache
-from .disk import LOCK, Disk, _File
-from .format import corrupt
+from .disk import GONE, FileBeingWritten
+from .format import ANOTHER, Defect, need
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    import torch
+    from .safetensors import Writable
 
-    from .disk import Lock
-    from .safetensors import Buffer, Writable
+T = TypeVar("T")
 
-    T = TypeVar("T")
+__all__ = ["CACHE_BYTES", "Bucket"]
 
-__all__ = ["Bucket"]
-
-CLAIM: Final = "claim.json"
-SHARD: Final = ".safetensors"
-
-#: How many seconds to wait after each failed try; there is one more try than waits. A file system like ``s3fs`` has
-#: tried several times before it fails.
-READ_WAITS: tuple[float, ...] = (0.5,)
+#: How many seconds to wait after each failed try to upload; there is one more try than waits. A file system like
+#: ``s3fs`` has tried several times before it fails.
 WRITE_WAITS: tuple[float, ...] = (0.5, 1, 2, 4, 8, 16)
 #: Errors that come again.
 _FINAL: Final = (
@@ -61,13 +51,12 @@ _FINAL: Final = (
     ValueError, TypeError, NotImplementedError,
 )  # fmt: skip
 
-_LENGTH: Final = 8  # bytes at the start of a shard, which tell the length of the header
-_GUESS: Final = (
-    1 << 16
-)  # bytes in which the header of a shard is expected, until a longer one was met,
-_MOST_GUESS: Final = 1 << 20  # up to this
-_AHEAD: Final = 64  # shards whose headers are fetched together
-_CHUNK: Final = 1 << 24  # bytes that are sent or streamed at a time
+CACHE_BYTES: Final = 1 << 30
+_BLOCK: Final = 4 << 20  # bytes that are downloaded at a time
+_BLOCKS: Final = 8  # of each object that is open
+_HEAD: Final = 1 << 16  # bytes in which the header of a shard is expected
+_HEADS: Final = 16
+_CHUNK: Final = 1 << 24  # bytes that are sent at a time
 _SENDERS: Final = 4  # of such chunks
 
 #: What tells versions of an object apart, by the names that file systems have for it: the best first.
@@ -102,41 +91,49 @@ def _filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
 
 
 class Bucket:
-    """A prefix in an object store: a :class:`~actrec.store.place.Place` in the network."""
+    """A prefix in an object store: a :class:`~actrec.store.place.Place` in the network.
+
+    Args:
+        url: where it is.
+        options: what ``fsspec`` passes to the file system.
+        spool: the folder of files that are to be uploaded.
+        cache_bytes: how much of what was downloaded is kept in memory.
+    """
 
     def __init__(
         self,
         url: str,
         options: Mapping[str, Any],
         spool: str | os.PathLike[str] | None = None,
-        cache: Cache | None = None,
+        cache_bytes: float = CACHE_BYTES,
     ) -> None:
+        if not isinstance(cache_bytes, (int, float)) or not cache_bytes > 0:  # which NaN is not
+            message = f"cache_bytes={cache_bytes!r}: expected a number of bytes greater than 0."
+            raise OptionError(message)
         self.url = url.rstrip("/")
         self._options = dict(options)
         self._spool = spool
-        self.cache = cache or Cache()
-        self._known: dict[str, _About] = {}  # what is there, as it was when it was listed
-        self._listed: list[str] = []
+        self._cache_bytes = cache_bytes
         self._begin()
 
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._fs, self._root = _filesystem(self.url, self._options)
-        self._heads: dict[str, bytes] = {}
-        self._guess = 0
-        self._claim: bytes | None = None
+        self._lock = threading.RLock()
+        self._known: dict[str, _About] = {}  # what is there, as it was when it was asked for
+        self._heads: OrderedDict[str, bytes] = OrderedDict()
+        self._files: OrderedDict[str, BinaryIO] = OrderedDict()  # with the blocks that fsspec keeps of each
 
     def __getstate__(self) -> dict[str, Any]:
-        # Other processes need the options, credentials or not. A claim is of one process.
-        kept = ("url", "_options", "_spool", "_cache", "_known", "_listed")
-        return {name: getattr(self, name) for name in kept}
+        # Other processes need the options, credentials or not.
+        return {name: getattr(self, name) for name in ("url", "_options", "_spool", "_cache_bytes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._begin()
 
     def __truediv__(self, name: str) -> Bucket:
-        return Bucket(self.shown(name), self._options, self._spool, self.cache)
+        return Bucket(self.shown(name), self._options, self._spool, self._cache_bytes)
 
     def __str__(self) -> str:
         return self.url
@@ -155,13 +152,11 @@ class Bucket:
         return self.url.rpartition("/")[0]
 
     def shown(self, name: str) -> str:
-        """The URL of an object in it."""
+        """Return the URL of an object in it."""
         return f"{self.url}/{name}"
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
-
-    # --- Requests --------------------------------------------------------------------------------------
 
     @property
     def fs(self) -> Any:
@@ -170,10 +165,12 @@ class Bucket:
             self._begin()
         return self._fs
 
+    # --- Reading ---------------------------------------------------------------------------------------
+
     def _get(self, name: str, request: Callable[[], T]) -> T:
-        """Ask for something, and again if that may help; ``FileNotFoundError`` if it is not there."""
+        """Ask for something; ``FileNotFoundError`` if it is not there."""
         try:
-            return _tried(request, READ_WAITS)
+            return request()
         except (FileNotFoundError, NotADirectoryError):
             raise
         except Exception as error:
@@ -183,8 +180,6 @@ class Bucket:
     def _info(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self._get(name, lambda: self.fs.info(self._at(name)))
         return found
-
-    # --- Reading ---------------------------------------------------------------------------------------
 
     def exists(self) -> bool:
         """Whether anything is there."""
@@ -198,163 +193,160 @@ class Bucket:
             return False
 
     def names(self) -> list[str]:
-        """What is there, sorted, as if there were folders."""
+        """Return what is there, sorted, as if there were folders."""
         try:
-            found = self._get("", lambda: self.fs.ls(self._root, detail=True))
+            found = self._get("", lambda: self.fs.ls(self._root, detail=False))
         except (FileNotFoundError, NotADirectoryError):
-            found = []
-        paths = {str(info["name"]).rstrip("/"): info for info in found}
-        paths.pop(self._root, None)  # an object that stands for the folder
-        by_name = {path.rpartition("/")[2]: info for path, info in paths.items()}
-        self._known = {
-            name: _about(info) for name, info in by_name.items() if info["type"] == "file"
-        }
-        self._listed = sorted(by_name)
-        return self._listed
+            return []
+        paths = {str(path).rstrip("/") for path in found} - {self._root}
+        return sorted(path.rpartition("/")[2] for path in paths)
 
     def size(self, name: str) -> int:
-        """The size of an object."""
+        """Return the size of an object."""
         return self._what(name).size
 
     def _what(self, name: str) -> _About:
+        fs = self.fs  # which may begin anew
         if name not in self._known:
-            self._known[name] = _about(self._info(name))
+            self._known[name] = _about(self._get(name, lambda: fs.info(self._at(name))))
         return self._known[name]
 
-    def read(self, name: str, most: int) -> bytes:
-        """The first ``most`` bytes of an object. Of shards, many are fetched in one go."""
-        size = self.size(name)
-        most = min(most, size)
-        if not name.endswith(SHARD):
-            return self._ranges(name, [(0, most)])[0]
-        if name not in self._heads:
-            self._fetch_heads(name)
-        head = self._heads[name]
-        if len(head) < most:
-            head += self._ranges(name, [(len(head), most)])[0]
-        if most > _LENGTH:  # that was the header
-            self._guess = max(self._guess, min(most, _MOST_GUESS))
-            del self._heads[name]
-        return head[:most]
+    def read(self, name: str, begin: int, most: int) -> bytes:
+        """Return up to ``most`` bytes of an object from ``begin`` on."""
+        end = min(begin + most, self.size(name))
+        if end > _HEAD:
+            return self._range(name, begin, end)
+        with self._lock:
+            if name not in self._heads:
+                self._heads[name] = self._range(name, 0, min(_HEAD, self.size(name)))
+            while len(self._heads) > _HEADS:
+                self._heads.popitem(last=False)
+            return self._heads[name][begin:end]
 
-    def _fetch_heads(self, name: str) -> None:
-        """Fetch the beginning of a shard and, once the length of a header is known, of those behind it."""
-        at = bisect_left(self._listed, name)
-        names = [other for other in self._listed[at : at + _AHEAD] if other.endswith(SHARD)]
-        if not self._guess or name not in names:
-            names = [name]
-        guess = max(self._guess, _GUESS)
-        ends = [min(self._what(other).size, guess) for other in names]
-        paths = [self._at(other) for other in names]
+    def _range(self, name: str, begin: int, end: int) -> bytes:
+        if begin >= end:
+            return b""
+        found = self._get(name, lambda: self.fs.cat_file(self._at(name), start=begin, end=end))
+        return bytes(found)
 
-        def fetch() -> list[Any]:
-            found: list[Any] = self.fs.cat_ranges(paths, [0] * len(paths), ends, on_error="return")
-            if isinstance(found[0], Exception):  # what is wrong with others is found at their turn
-                raise found[0]
-            return found
+    def read_into(self, name: str, head: bytes, begin: int, view: memoryview) -> None:  # noqa: ARG002  # see _file()
+        """Fill ``view`` with the bytes of an object from ``begin`` on."""
+        with self._lock:
+            file = self._file(name)
 
-        pairs = zip(names, self._get(name, fetch), strict=True)
-        self._heads = {other: head for other, head in pairs if isinstance(head, bytes)}
+            def fill() -> int:
+                file.seek(begin)
+                return file.readinto(view)  # type: ignore[attr-defined,no-any-return]
 
-    def _ranges(self, name: str, parts: list[tuple[int, int]]) -> list[bytes]:
-        """Parts of an object, fetched at once."""
-        paths = [self._at(name)] * len(parts)
-        begins, ends = [list(each) for each in zip(*parts, strict=True)]
-        found: list[bytes] = self._get(
-            name, lambda: self.fs.cat_ranges(paths, begins, ends, on_error="raise")
-        )
-        return found
+            try:
+                many = self._get(name, fill)
+            except (FileNotFoundError, ReadError) as error:
+                self._check(name)  # that an object is another one says more than how the store puts it
+                raise Defect(GONE) from error if isinstance(error, FileNotFoundError) else error
+        need(many == len(view), f"it has become shorter, and ends at byte {begin + many}")
+
+    def _file(self, name: str) -> BinaryIO:
+        """Return an object that is open, if it is still what it was; ``fsspec`` keeps the last blocks of it."""
+        fs = self.fs
+        file = self._files.pop(name, None)
+        if file is None:
+            self._check(name)
+            options = {"cache_type": "blockcache", "cache_options": {"maxblocks": _BLOCKS}}
+            opened = self._get(name, lambda: fs.open(self._at(name), "rb", block_size=_BLOCK, **options))
+            file = cast("BinaryIO", opened)
+        self._files[name] = file
+        while len(self._files) > max(1, self._cache_bytes // (_BLOCK * _BLOCKS)):
+            self._files.popitem(last=False)[1].close()
+        return file
+
+    def _check(self, name: str) -> None:
+        """Check that an object is what it was when it was opened."""
+        try:
+            found = _about(self._info(name))
+        except FileNotFoundError:
+            raise Defect(GONE) from None
+        was = self._what(name)
+        same = f" It had {was.size} bytes then, and has {found.size} now" if was.size != found.size else ""
+        need(found == was, ANOTHER + same)
 
     def open(self, name: str) -> BinaryIO:
-        """Stream an object, in chunks."""
-        return io.BufferedReader(_Streamed(self, name), _CHUNK)
+        """Open an object, to read it from one end to the other."""
+        options = {"block_size": _CHUNK, "cache_type": "readahead"}
+        opened = self._get(name, lambda: self.fs.open(self._at(name), "rb", **options))
+        return cast("BinaryIO", opened)
 
-    def map(
-        self,
-        name: str,
-        size: int,
-        head: bytes,  # noqa: ARG002  # the store tells versions apart
-    ) -> _Remote:
-        """The memory of an object, of which is downloaded what is asked for."""
-        return _Remote(self, name, size, self._what(name))
+    def map(self, name: str, size: int, head: bytes) -> _Remote:  # noqa: ARG002  # the store knows the size
+        """Return what downloads those parts of an object that are asked for."""
+        return _Remote(self, name, head)
 
     # --- Writing ---------------------------------------------------------------------------------------
 
     def make(self) -> None:
-        """Claim the folder, for one caller alone: ``FileExistsError`` for the others."""
-        claim = self._new_claim()
-        self.commit(CLAIM, lambda file: file.write(claim), exclusive=True)
-        self._claim = claim
+        """There are no folders to make."""
 
-    def unmake(self) -> None:
-        """There are no folders to remove; the claim goes with the lock."""
+    def lock(self) -> _NoLock:
+        """There are no locks. Whoever creates an object that is there fails."""
+        return _NoLock()
 
-    @staticmethod
-    def _new_claim() -> bytes:
-        about = {"claim": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
-        return json.dumps(about).encode()
+    def sweep(self) -> None:
+        """What was never finished is not there."""
 
-    def lock(self) -> _Claim:
-        """Take over the claim, unless the run that has it is one on this machine: ``BlockingIOError``."""
-        with ExitStack() as undo:
-            undo.callback(self.give_up)
-            spool = self._spooling()
-            lock = spool.lock()
-            undo.callback(lock.release)
-            for leftover in spool.names():
-                if leftover != LOCK:
-                    spool.remove(leftover)
-            if self._claim is None:
-                claim = self._new_claim()
-                self.commit(CLAIM, lambda file: file.write(claim))
-                self._claim = claim
-            undo.pop_all()
-        return _Claim(self, spool, lock)
+    def commit(self, name: str, write: Callable[[Writable], object]) -> None:
+        """Write a new object in one step: it is there whole, or not at all; ``FileExistsError`` if it is there already."""
+        self.begin(name, write).finish()
 
-    def check_claim(self) -> None:
-        """Raise ``WriteError`` if another run has taken over."""
-        if self._claim is None:
-            return
-        found = self._claimed()
-        if found != self._claim:
-            message = f"another run has taken over {self.url}: its claim says {found.decode(errors='replace')[:300]!r}"
-            raise WriteError(message)
-
-    def _claimed(self) -> bytes:
+    def begin(self, name: str, write: Callable[[Writable], object]) -> _Spooled:
+        """Write an object to a local file, so that all that is left to do is to upload it."""
         try:
-            return self._ranges(CLAIM, [(0, 4096)])[0]
-        except FileNotFoundError:
-            return b""
-
-    def give_up(self) -> None:
-        """Remove the claim, if it is our own. If that fails it stays, which does no harm."""
-        claim, self._claim = self._claim, None
-        with suppress(OSError):
-            if claim is not None and self._claimed() == claim:
-                self.remove(CLAIM)
-
-    def commit(
-        self,
-        name: str,
-        write: Callable[[Writable], object],
-        *,
-        exclusive: bool = False,
-        by: object = None,  # noqa: ARG002  # there is nothing until it is there
-    ) -> None:
-        """Put a small object, by way of memory. If it is ``exclusive``, one that is there stays: ``FileExistsError``."""
-        made = _Memory()
-        write(made)
-        if exclusive and self._is_there(name):
-            raise FileExistsError(errno.EEXIST, "it is there already", self.shown(name))
-        self.check_claim()
-        data = made.getvalue()
+            if self._spool is not None:
+                Path(self._spool).mkdir(parents=True, exist_ok=True)
+            fd, path = tempfile.mkstemp(suffix=f"-{name}", prefix="actrec-", dir=self._spool)
+        except OSError as error:
+            raise self._no_spool(error) from error
         try:
-            self._put(name, data, exclusive=exclusive)
-        except (FileExistsError, WriteError):
-            raise
+            with os.fdopen(fd, "wb", buffering=0) as file:
+                write(FileBeingWritten(file.fileno()))
+        except BaseException as error:
+            Path(path).unlink(missing_ok=True)
+            raise self._no_spool(error) from error if isinstance(error, OSError) else error
+        return _Spooled(self, name, Path(path))
+
+    def _no_spool(self, error: OSError) -> WriteError:
+        where = tempfile.gettempdir() if self._spool is None else self._spool
+        return WriteError(f"the spool in {where}: {error}. Folder(..., spool=...) puts it elsewhere")
+
+    def upload(self, name: str, source: Path) -> None:
+        """Create an object of a file's content, and check that all of it has arrived."""
+        for wait in WRITE_WAITS:
+            try:
+                self._upload_once(name, source)
+            except Exception as error:  # file systems raise whatever their libraries do
+                if _is_final(error):
+                    raise
+                time.sleep(wait)
+            else:
+                return
+        self._upload_once(name, source)
+
+    def _upload_once(self, name: str, source: Path) -> None:
+        self._known.pop(name, None)
+        if self._is_there(name) and not self._is_same(name, source):
+            raise FileExistsError(errno.EEXIST, "another run has written it", self.shown(name))
+        try:
+            self.fs.put_file(str(source), self._at(name), mode="create", **_sending(self.fs))
         except Exception as error:
-            message = f"{self.shown(name)} could not be written: {_said(error)}"
-            raise WriteError(message) from error
+            # What a try has done whose answer was lost is done: it is there. Some servers do not say which condition
+            # was not met.
+            taken = isinstance(error, FileExistsError) or not _is_final(error)
+            if not (taken and self._is_there(name)):
+                raise
+            if not self._is_same(name, source):
+                message = "another run has written it"
+                raise FileExistsError(errno.EEXIST, message, self.shown(name)) from error
+        size, found = source.stat().st_size, self._info(name)["size"]
+        if found != size:
+            message = f"{size} bytes were sent, and {found} have arrived"
+            raise OSError(errno.EIO, message)
 
     def _is_there(self, name: str) -> bool:
         try:
@@ -363,92 +355,11 @@ class Bucket:
             return False
         return True
 
-    def begin(self, name: str, write: Callable[[Writable], object]) -> _Spooled:
-        """Write an object to the spool, so that all that is left to do is to upload it."""
-        spool = self._spooling()
-        try:
-            return _Spooled(self, name, spool.path / name, write)
-        except OSError as error:
-            message = f"the spool in {spool}: {error}. Folder(..., spool=...) puts it elsewhere"
-            raise WriteError(message) from error
-
-    def _spooling(self) -> Disk:
-        """The folder of what is to be uploaded: of this URL, and of nobody else."""
-        base = Path(tempfile.gettempdir() if self._spool is None else self._spool)
-        user = getattr(os, "getuid", int)()
-        where = f"{self._options.get('endpoint_url', '')} {self.url}".encode()
-        path = base / f"actrec-{user}-{hashlib.sha256(where).hexdigest()[:16]}"
-        try:
-            base.mkdir(parents=True, exist_ok=True)
-            path.mkdir(mode=0o700, exist_ok=True)
-            found = path.lstat()
-        except OSError as error:
-            message = f"the spool in {path}: {error}. Folder(..., spool=...) puts it elsewhere"
-            raise WriteError(message) from error
-        if path.is_symlink() or found.st_uid != user:
-            message = f"the spool in {path}: it belongs to somebody else. Folder(..., spool=...) puts it elsewhere"
-            raise WriteError(message)
-        return Disk(path)
-
-    def remove(self, name: str) -> None:
-        """Remove an object, if it is there."""
-        self._known.pop(name, None)
-        try:
-            _tried(lambda: self.fs.rm_file(self._at(name)), WRITE_WAITS)
-        except FileNotFoundError:
-            return
-        except Exception as error:
-            message = f"{self.shown(name)} could not be removed: {_said(error)}"
-            raise WriteError(message) from error
-
-    def _put(self, name: str, source: bytes | Path, *, exclusive: bool) -> None:
-        """Upload bytes or a file, and check that all of it has arrived."""
-        self._known.pop(name, None)
-        _tried(lambda: self._put_once(name, source, exclusive=exclusive), WRITE_WAITS)
-
-    def _put_once(self, name: str, source: bytes | Path, *, exclusive: bool) -> None:
-        path, options = self._at(name), {"mode": "create"} if exclusive else {}
-        try:
-            if isinstance(source, bytes):
-                self.fs.pipe_file(path, source, **options)
-            else:
-                self.fs.put_file(str(source), path, **options, **_sending(self.fs))
-        except Exception as error:
-            # What a try has done whose answer was lost is done: it is there. Some servers do not say which condition
-            # was not met.
-            taken = isinstance(error, FileExistsError) or not _is_final(error)
-            if not (exclusive and taken and self._is_there(name)):
-                raise
-            if not self._is_same(name, source):
-                raise FileExistsError(
-                    errno.EEXIST, "another run has written it", self.shown(name)
-                ) from error
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        found = self._info(name)["size"]
-        if found != size:
-            message = f"{size} bytes were sent, and {found} have arrived"
-            raise OSError(errno.EIO, message)
-
-    def _is_same(self, name: str, source: bytes | Path) -> bool:
+    def _is_same(self, name: str, source: Path) -> bool:
         """Whether an object is what was sent: of a shard, the header has the checksums of the rest."""
-        own = (
-            source[:_GUESS]
-            if isinstance(source, bytes)
-            else Disk(source.parent).read(source.name, _GUESS)
-        )
-        return self._ranges(name, [(0, len(own))])[0] == own
-
-
-def _tried(request: Callable[[], T], waits: tuple[float, ...]) -> T:
-    """What ``request`` returns, the first time that it does not fail."""
-    for wait in waits:
-        try:
-            return request()
-        except Exception as error:  # file systems raise whatever their libraries do
-            if _is_final(error):
-                raise
-            time.sleep(wait)
-    return request()
+        with source.open("rb") as file:
+            own = file.read(_HEAD)
+        return self._range(name, 0, len(own)) == own
 
 
 def _is_final(error: BaseException) -> bool:
@@ -468,44 +379,25 @@ def _sending(fs: Any) -> dict[str, int]:
     return {name: value for name, value in options.items() if name in known}
 
 
-class _Memory(io.BytesIO):
-    """A small file that is being written."""
-
-    def write_at_start(self, data: Buffer) -> None:
-        self.seek(0)
-        self.write(data)
-        self.seek(0, os.SEEK_END)
-
-
 class _Spooled:
-    """A file in the spool, on its way to the store."""
+    """A local file, on its way to the store."""
 
-    def __init__(
-        self, bucket: Bucket, name: str, path: Path, write: Callable[[Writable], object]
-    ) -> None:
+    def __init__(self, bucket: Bucket, name: str, path: Path) -> None:
         self._bucket = bucket
         self._name = name
         self._path = path
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
-        fd = os.open(path, flags, 0o600)
-        try:
-            try:
-                write(_File(fd))
-            finally:
-                os.close(fd)
-        except BaseException:
-            self.discard()
-            raise
 
     def finish(self) -> None:
         """Upload it. If that fails, for good, the file is kept."""
         try:
-            self._bucket._put(self._name, self._path, exclusive=True)
+            self._bucket.upload(self._name, self._path)
+        except FileExistsError:
+            self.discard()
+            raise
         except Exception as error:
             message = f"{_said(error)} (tried {len(WRITE_WAITS) + 1} times at most). The file is kept as {self._path}"
             raise WriteError(message) from error
         self.discard()
-        self._bucket.check_claim()
 
     def discard(self) -> None:
         """Take it away."""
@@ -513,91 +405,24 @@ class _Spooled:
             self._path.unlink()
 
 
-class _Claim(AbstractContextManager[None]):
-    """A claim is ours until this is released."""
-
-    def __init__(self, bucket: Bucket, spool: Disk, lock: Lock) -> None:
-        self._bucket = bucket
-        self._spool = spool
-        self._lock = lock
-        self._pid = os.getpid()
-        self._released = False
+class _NoLock(AbstractContextManager[None]):
+    """Stands for a lock where there is none."""
 
     def release(self) -> None:
-        """Give the claim up, and the spool unless something is kept there. May be called again."""
-        if not self._released and self._pid == os.getpid():  # what is forked off has no claim
-            self._bucket.give_up()
-            self._spool.unmake()
-        self._released = True
-        self._lock.release()
+        """There is nothing to let go of."""
 
+    @override
     def __exit__(self, *_: object) -> None:
         self.release()
 
 
-class _Streamed(io.RawIOBase):
-    """An object, read from one end to the other."""
-
-    def __init__(self, bucket: Bucket, name: str) -> None:
-        self._bucket, self._name = bucket, name
-        self._size = bucket.size(name)
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        assert whence == os.SEEK_SET  # noqa: S101  # nobody asks for anything else
-        self._position = offset
-        return offset
-
-    def tell(self) -> int:
-        return self._position
-
-    def readall(self) -> bytes:
-        return b"".join(iter(lambda: self.read(_CHUNK) or b"", b""))
-
-    def readinto(self, buffer: Any, /) -> int:
-        end = min(self._position + len(buffer), self._size)
-        if end <= self._position:
-            return 0
-        (data,) = self._bucket._ranges(self._name, [(self._position, end)])
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
 class _Remote:
-    """The memory of an object: what is asked for is downloaded first, into the cache."""
+    """The memory of an object: what is asked for is downloaded."""
 
-    def __init__(self, bucket: Bucket, name: str, size: int, about: _About) -> None:
-        self._bucket, self._name, self._size, self._about = bucket, name, size, about
+    def __init__(self, bucket: Bucket, name: str, head: bytes) -> None:
+        self._bucket, self._name, self._head = bucket, name, head
 
     def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
-        shown = self._bucket.shown(self._name)
-        return self._bucket.cache.part(shown, self._size, part.start, part.stop, self._fetch)
-
-    def _fetch(self, parts: list[tuple[int, int]]) -> list[bytes]:
-        """Download blocks, if the object is still what it was."""
-        try:
-            found = self._bucket._ranges(self._name, parts)
-            self._check()
-        except FileNotFoundError:
-            defect = "it was there when it was opened, and is gone"
-            raise corrupt(self._bucket.shown(self._name), defect) from None
-        except ReadError:
-            self._check()  # that an object became too short says more than how the store puts it
-            raise
-        return found
-
-    def _check(self) -> None:
-        about = _about(self._bucket._info(self._name))
-        if about != self._about:
-            was, now = self._about.size, about.size
-            defect = (
-                f"it was changed since it was opened: it had {was} bytes then, and has {now} now"
-            )
-            raise corrupt(self._bucket.shown(self._name), defect)
+        data = torch.empty(part.stop - part.start, dtype=torch.uint8, device="cpu")
+        self._bucket.read_into(self._name, self._head, part.start, writable(data))
+        return data.untyped_storage()

@@ -205,7 +205,7 @@ class Unfinished:
     def write(self, write: Callable[[Writable], object]) -> None:
         """Let ``write`` write all that it is."""
         try:
-            write(_File(self._fd))
+            write(FileBeingWritten(self._fd))
         except BaseException:
             self.discard()
             raise
@@ -283,7 +283,7 @@ def _take(turn: Path) -> None:
             return
 
 
-class _File:
+class FileBeingWritten:
     """A file that is being written."""
 
     def __init__(self, fd: int) -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     import torch
 
-    from .cache import Cache
     from .safetensors import Writable
 
 __all__ = ["Lock", "Mapped", "Place", "Unfinished", "place"]
@@ -119,7 +118,7 @@ class Lock(Protocol):
 def place(
     path: str | os.PathLike[str],
     storage_options: Mapping[str, Any] | None = None,
-    cache: Cache | None = None,
+    cache_bytes: int | None = None,
 ) -> Place:
     """Where ``path`` leads: a URL, which a ``pathlib.Path`` never is, to an object store; a path to the disk."""
     folder = Folder.of(path)
@@ -134,7 +133,8 @@ def place(
     from .bucket import Bucket  # noqa: PLC0415  # fsspec is imported for a URL alone
 
     options = {**(folder.storage_options or {}), **(storage_options or {})}
-    return Bucket(text, options, folder.spool, cache)
+    more = {} if cache_bytes is None else {"cache_bytes": cache_bytes}
+    return Bucket(text, options, folder.spool, **more)
 
 
 def _path_of(url: str, rest: str) -> str:

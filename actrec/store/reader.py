@@ -22,7 +22,6 @@ from actrec._tables.text import count, shown
 from actrec._values.summary import Summary
 from actrec.errors import OptionError, RecordingNotFoundError
 
-from .cache import CACHE_BYTES, Cache
 from .description import read_description
 from .format import DESCRIPTION, Role, corrupt
 from .index import Found, Index, shard_names
@@ -58,8 +57,7 @@ def load(
     *,
     rank: int | None = None,
     storage_options: Mapping[str, Any] | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    cache_bytes: int = CACHE_BYTES,
+    cache_bytes: int = 1 << 30,
 ) -> StoredRecording:
     """Open a stored recording.
 
@@ -97,16 +95,14 @@ def load(
     numbers and strings as themselves, dataclasses and other classes as :class:`actrec.store.Fields`. No
     class that a file names is ever imported.
 
-    A URL such as ``"s3://bucket/run"`` is opened through ``fsspec``. What is asked for is downloaded, in blocks,
-    into a cache: the last ``cache_bytes`` of it, in files without names in the folder ``cache`` (the system's
-    temporary one), which are gone with this process. For a path on disk these options mean nothing.
+    A URL such as ``"s3://bucket/run"`` is opened through ``fsspec``. What is asked for is downloaded, in blocks of
+    4 MiB, of which the last ones stay in memory. For a path on disk ``cache_bytes`` means nothing.
 
     Args:
         path: the folder, or the URL.
         rank: the rank whose folder alone is opened.
         storage_options: what ``fsspec`` passes to the file system of a URL: credentials, an endpoint.
-        cache: the folder of the cache.
-        cache_bytes: how large the cache may grow, beyond what values in use keep.
+        cache_bytes: about how many bytes of what was downloaded are kept.
 
     Raises:
         RecordingNotFoundError: there is no recording at ``path``.
@@ -115,7 +111,7 @@ def load(
             headers are checked: :func:`verify` also checks the data.
         ReadError: an object store could not be reached, or refused.
     """
-    return opened(place(path, storage_options, Cache(cache, cache_bytes)), rank=rank)
+    return opened(place(path, storage_options, cache_bytes), rank=rank)
 
 
 def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:

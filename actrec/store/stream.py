@@ -138,7 +138,6 @@ class Opening:
             self.own.begin(shard_name(heading.shard), write).finish()
         except FileExistsError:
             raise self._taken(_NOW) from None
-        self.own.sweep()
         return ledger
 
     def _taken(self, why: str, what_to_do: str = "Choose another path.") -> RecordingExistsError:
