@@ -19,6 +19,7 @@ from .index import shard_name, shard_names
 from .ledger import Heading, Ledger
 from .place import place
 from .rank import here
+from .runs import PassRuns
 from .reader import (
     Rank,
     StoredLayer,
@@ -244,22 +245,26 @@ class LiveLayer(Layer):
         self._stream = stream
         self._slot = slot
         self._before = before
-        self._calls = len(before)
+        self._new_passes = PassRuns()
         self._bytes = before.nbytes
         self._looks = before._summary()
 
     def keep(self, value: Value, number: int) -> None:
         call = self._stream.keep(self._slot, value, number)
-        self._calls += 1
+        self._new_passes.add(number)
         self._bytes += sum(tensor.nbytes for tensor in call.tensors)
         self._looks.add(value)
 
     @property
-    def passes(self) -> Sequence[int]:
-        return self._stored.passes
+    def passes(self) -> list[int]:
+        if self._stream.closed:
+            return self._stored.passes
+        return [*self._before.passes, *self._new_passes]
 
     def __len__(self) -> int:
-        return len(self._stored) if self._stream.closed else self._calls
+        if self._stream.closed:
+            return len(self._stored)
+        return len(self._before) + len(self._new_passes)
 
     @overload
     def __getitem__(self, index: int) -> Value: ...

@@ -80,7 +80,7 @@ def encode(value: Value, *, parts: bool = False) -> Encoded:
     encoder = _Encoder(tensors, parts=parts)
     node, _ = spec.fold(encoder.tensor, encoder.constant, encoder.container)
     structure = json.dumps(node, separators=(",", ":"), allow_nan=False)
-    if len(structure) > MAX_STRUCTURE:
+    if len(structure) + _ENTRIES * len(encoder.tensors) > MAX_STRUCTURE:
         raise CaptureError(_TOO_LARGE)
     try:
         decode(structure)
@@ -90,6 +90,7 @@ def encode(value: Value, *, parts: bool = False) -> Encoded:
     return Encoded(structure, encoder.tensors)
 
 
+_ENTRIES: Final = 512  # bytes that a tensor takes in the header of a shard, at most
 #: The structure of a value that is a tensor and nothing else.
 _TENSOR: Final = '{"tensor":0}'
 _TOO_DEEP: Final = f"it is nested more than {MAX_DEPTH} deep"
