@@ -32,6 +32,7 @@ __all__ = ["Disk", "Lock", "Unfinished"]
 
 GONE: Final = "it was there when it was opened, and is gone"
 LOCK: Final = "writer.lock"
+_NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _PATIENCE = 2.0  # seconds that another process may take to give a file its name
 
 
@@ -165,6 +166,8 @@ class Disk:
         except Timeout as error:
             raise BlockingIOError(errno.EAGAIN, "it is locked", str(self)) from error
         except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise
             message = (
                 f"{self} cannot be locked: {error}. Nothing keeps another run from recording there at the same time. If one "
                 "does, what is committed stays whole, and the run that comes second with a file ends with a WriteError."

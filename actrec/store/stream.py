@@ -81,9 +81,9 @@ class Opening:
         except BlockingIOError:
             raise self._taken(_NOW) from None
         try:
-            self.rank, self.ledger = self._begun(
-                replace(new, recording=position.run), resume=resume
-            )
+            described = replace(new, recording=position.run)
+            self.rank, self.ledger = self._begun(described, resume=resume)
+            self.own.sweep()
         except BaseException:
             self.lock.release()
             raise
