@@ -25,7 +25,9 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 def modules() -> dict[str, Path]:
     """All modules, by their name without ``actrec.``; the package itself is ``""``."""
     paths = {path.relative_to(ROOT).with_suffix(""): path for path in ROOT.rglob("*.py")}
-    names = {".".join(rel.parts).removesuffix("__init__").rstrip("."): p for rel, p in paths.items()}
+    names = {
+        ".".join(rel.parts).removesuffix("__init__").rstrip("."): p for rel, p in paths.items()
+    }
     return {name if name != "__main__" else "__main__": path for name, path in names.items()}
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from actrec._clean_room import in_a_clean_room
 from actrec._values.containers import Value
 from actrec._values.snapshot import (
     check,

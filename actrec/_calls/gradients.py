@@ -29,7 +29,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from actrec._values.containers import Value
 from actrec._values.spec import rebuild, tensors
-from actrec.errors import CaptureError
+from actrec.errors import CaptureError, MissingGradientWarning
 
 from .capture import SKIPPED
 from .passes import backward_number, checkpoint_frames

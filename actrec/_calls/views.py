@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from actrec._values.nested import tensors
 from actrec._values.snapshot import check, unseen
+from actrec._values.spec import tensors
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from torch.autograd.graph import Node
 
-    from actrec._values.nested import Value
+    from actrec._values.containers import Value
 
 __all__ = ["View"]
 

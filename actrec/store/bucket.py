@@ -122,7 +122,9 @@ class Bucket:
         self._lock = threading.RLock()
         self._known: dict[str, _About] = {}  # what is there, as it was when it was asked for
         self._heads: OrderedDict[str, bytes] = OrderedDict()
-        self._files: OrderedDict[str, BinaryIO] = OrderedDict()  # with the blocks that fsspec keeps of each
+        self._files: OrderedDict[str, BinaryIO] = (
+            OrderedDict()
+        )  # with the blocks that fsspec keeps of each
 
     def __getstate__(self) -> dict[str, Any]:
         # Other processes need the options, credentials or not.
@@ -241,7 +243,9 @@ class Bucket:
             try:
                 many = self._get(name, fill)
             except (FileNotFoundError, ReadError) as error:
-                self._check(name)  # that an object is another one says more than how the store puts it
+                self._check(
+                    name
+                )  # that an object is another one says more than how the store puts it
                 raise Defect(GONE) from error if isinstance(error, FileNotFoundError) else error
         need(many == len(view), f"it has become shorter, and ends at byte {begin + many}")
 
@@ -252,7 +256,9 @@ class Bucket:
         if file is None:
             self._check(name)
             options = {"cache_type": "blockcache", "cache_options": {"maxblocks": _BLOCKS}}
-            opened = self._get(name, lambda: fs.open(self._at(name), "rb", block_size=_BLOCK, **options))
+            opened = self._get(
+                name, lambda: fs.open(self._at(name), "rb", block_size=_BLOCK, **options)
+            )
             file = cast("BinaryIO", opened)
         self._files[name] = file
         while len(self._files) > max(1, self._cache_bytes // (_BLOCK * _BLOCKS)):
@@ -266,7 +272,11 @@ class Bucket:
         except FileNotFoundError:
             raise Defect(GONE) from None
         was = self._what(name)
-        same = f" It had {was.size} bytes then, and has {found.size} now" if was.size != found.size else ""
+        same = (
+            f" It had {was.size} bytes then, and has {found.size} now"
+            if was.size != found.size
+            else ""
+        )
         need(found == was, ANOTHER + same)
 
     def open(self, name: str) -> BinaryIO:
@@ -313,7 +323,9 @@ class Bucket:
 
     def _no_spool(self, error: OSError) -> WriteError:
         where = tempfile.gettempdir() if self._spool is None else self._spool
-        return WriteError(f"the spool in {where}: {error}. Folder(..., spool=...) puts it elsewhere")
+        return WriteError(
+            f"the spool in {where}: {error}. Folder(..., spool=...) puts it elsewhere"
+        )
 
     def upload(self, name: str, source: Path) -> None:
         """Create an object of a file's content, and check that all of it has arrived."""

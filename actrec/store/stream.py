@@ -19,7 +19,6 @@ from .index import shard_name, shard_names
 from .ledger import Heading, Ledger
 from .place import place
 from .rank import here
-from .runs import PassRuns
 from .reader import (
     Rank,
     StoredLayer,
@@ -29,6 +28,7 @@ from .reader import (
     rank_folder,
     rank_folders,
 )
+from .runs import PassRuns
 from .shard import Call, storable
 from .values import encode
 from .writer import Writer
