@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from .containers import CONSTANTS, Opaque, Value, is_array, opaque, parts
@@ -42,6 +43,7 @@ __all__ = [
     "flatten",
     "leaves",
     "rebuild",
+    "same",
     "tensors",
 ]
 
@@ -289,6 +291,26 @@ def leaves(value: Value) -> list[tuple[str, Tensor]]:
         return [("", value)]
     found, spec = flatten(value)
     return [(path, found[number]) for path, number in spec.places]
+
+
+def same(one: Value, other: Value) -> bool:
+    """Whether two values have one structure, and equal tensors and constants in it.
+
+    >>> import torch
+    >>> same((torch.ones(2), "a"), (torch.ones(2), "a")), same([torch.ones(2)], (torch.ones(2),))
+    (True, False)
+    """
+    (mine, spec), (theirs, other_spec) = flatten(one), flatten(other)
+    return spec == other_spec and all(map(_equal, mine, theirs))
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    try:
+        return type(one) is type(other) and one.dtype == other.dtype and torch.equal(one, other)
+    except RuntimeError:  # tensors of kinds that cannot be compared
+        return False
 
 
 def rebuild(

@@ -40,6 +40,7 @@ class Heading:
         tuple[int, int], ...
     ] = ()  #: shards with calls of passes that are not: shard and pass
     void: tuple[int, ...] = ()  #: shards whose calls do not count
+    raised: tuple[int, ...] = ()  #: passes that raised, of those that are complete
     ended: str | None = (
         None  #: ``""`` if the run was closed properly with this shard, or what it was left by
     )
@@ -159,6 +160,7 @@ class Ledger:
         committed: int,
         *,
         part_of: int | None = None,
+        raised: Iterable[int] = (),
         ended: str | None = None,
     ) -> Heading:
         """Count the calls of one more shard, and return its heading.
@@ -167,6 +169,7 @@ class Ledger:
             laid: the calls.
             committed: with this shard, the passes before this number are complete.
             part_of: the pass that all calls are of, if it is not complete yet.
+            raised: the passes that raised, of those that it commits.
             ended: how the run ended, if this is its last shard: ``""`` for properly.
         """
         shard = self.heading.shard + 1
@@ -182,7 +185,12 @@ class Ledger:
         for one in [*complete, *(laid if part_of is None else ())]:
             self.layers[one.slot].add(one)
         self.heading = replace(
-            self.heading, shard=shard, committed=committed, parts=parts, ended=ended
+            self.heading,
+            shard=shard,
+            committed=committed,
+            parts=parts,
+            raised=(*self.heading.raised, *raised),
+            ended=ended,
         )
         return self.heading
 

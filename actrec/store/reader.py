@@ -33,6 +33,7 @@ from .whole import WholeLayer, made_whole
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from actrec._recordings.recording import Moment
     from actrec._values.containers import Value
 
     from .ledger import SoFar
@@ -452,6 +453,9 @@ class StoredRecording(Recording):
         layers = {"input": self._inputs, "gradient": self._grads}.get(role, self)
         found = None if layers is None else layers._layers.get(name)
         return found.recorded if isinstance(found, WholeLayer) else found  # type: ignore[return-value]
+
+    def _raised(self) -> set[Moment]:
+        return {(one.number, number) for one in self._ranks for number in one.index.heading.raised}
 
     def everything(self) -> Iterator[Layer]:
         """Yield all layers, those of inputs and gradients too."""

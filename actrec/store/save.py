@@ -39,7 +39,9 @@ def save(recording: Recording, path: str | os.PathLike[str]) -> None:
     opening = Opening("save({path!r})", folder, description, alone=True)
     with opening.lock:
         passes = 0
-        writer = Writer(opening.own, opening.ledger, folder, lambda: passes)
+        writer = Writer(
+            opening.own, opening.ledger, folder, lambda: passes, recording.failed_passes
+        )
         error: str | None = "save() did not finish"
         try:
             for call in _calls(layers, recording.execution_order):

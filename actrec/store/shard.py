@@ -520,6 +520,7 @@ def _contents(description: str) -> tuple[Heading, dict[tuple[Role, str], Listed]
         *(integer(about[key], f"{key!r}") for key in ("rank", "ranks", "shard", "committed")),
         tuple((integer(a, "a shard"), integer(b, "a pass")) for a, b in parts),
         tuple(integer(shard, "a shard") for shard in items(about["void"], "the void shards")),
+        tuple(integer(one, "a pass") for one in items(about["raised"], "the passes that raised")),
         ended if ended is None else text(ended, "how it ended"),
     )
     layers = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn, overload
 
 from actrec._recordings.recording import Layer
 from actrec._values.summary import Summary
-from actrec.errors import ActrecError, RecordingExistsError, WriteError
+from actrec.errors import ActrecError, OptionError, RecordingExistsError, WriteError
 
 from . import shard
 from .description import read_description
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from .description import Description
     from .folder import Folder
+    from .place import Place
 
 __all__ = ["LiveLayer", "Opening", "Stream"]
 
@@ -71,24 +72,23 @@ class Opening:
     ) -> None:
         self.disk = place(folder)
         self._call = call.format(path=str(self.disk))
-        position = here(0, 1) if alone else here(folder.rank, folder.world_size)
-        self._ranks = position.ranks
+        position = here(0, 1) if alone else here(folder.rank, folder.world_size, folder.run)
+        self._position = position
         self.own = self.disk / rank_folder(position.rank)
-        self._check_path(position.run, resume=resume)
+        self._check_path(resume=resume)
         self.own.make()
         try:
             self.lock = self.own.lock()
         except BlockingIOError:
             raise self._taken(_NOW) from None
         try:
-            described = replace(new, recording=position.run)
-            self.rank, self.ledger = self._begun(described, resume=resume)
+            self.rank, self.ledger = self._begun(new, resume=resume)
             self.own.sweep()
         except BaseException:
             self.lock.release()
             raise
 
-    def _check_path(self, run: str, *, resume: bool) -> None:
+    def _check_path(self, *, resume: bool) -> None:
         """Check that what is there is this run's, or nothing; nothing is touched."""
         if self.disk.is_file():
             raise self._taken("that is a file")
@@ -96,18 +96,30 @@ class Opening:
         ranks = rank_folders(self.disk)
         if names and not ranks:
             raise self._taken(f"that folder has other things in it ({names[0][:60]!r})")
+        described = [folder for folder in ranks if is_described(folder)]
+        if not (resume and described):
+            self._named_run()
         if not resume:
-            self._check_run(run)
+            self._check_run(described)
 
-    def _check_run(self, run: str) -> None:
-        for folder in rank_folders(self.disk):
-            if not is_described(folder):
-                continue
+    def _named_run(self) -> str:
+        """The identity of the run that begins."""
+        rank, ranks, run = self._position
+        if run is None:
+            message = (
+                f"{self._call}: this process is rank {rank} of {ranks}, and nothing says of which run, as its launcher has given "
+                "it no name. Ranks of different runs could end up in one recording. Give all ranks of this run a name that no "
+                "other run has: record(..., into=Folder(path, run='2026-11-28-a')), or torchrun --rdzv-id=NAME."
+            )
+            raise OptionError(message)
+        return run
+
+    def _check_run(self, described: list[Place]) -> None:
+        for folder in described:
             if folder.name == self.own.name:
                 raise self._taken("there is a recording already", _GO_ON)
-            if read_description(folder).recording != run:
-                why = "another run records there, or has recorded"
-                raise self._taken(why, _GO_ON)
+            if read_description(folder).recording != self._position.run:
+                raise self._taken("another run records there, or has recorded", _GO_ON)
 
     def _begun(self, new: Description, *, resume: bool) -> tuple[Rank, Ledger]:
         """Describe what is recorded, if that was not done before; return what there is."""
@@ -118,21 +130,22 @@ class Opening:
         if shard_names(self.own):
             raise corrupt(self.own.shown(DESCRIPTION), "it is missing")
         described = [folder for folder in rank_folders(self.disk) if is_described(folder)]
-        if resume and described:
-            new = replace(new, recording=read_description(described[0]).recording)
+        others = resume and described
+        recording = read_description(described[0]).recording if others else self._named_run()
+        new = replace(new, recording=recording)
         try:
             self.own.commit(DESCRIPTION, lambda file: file.write(new.content()))
         except FileExistsError:
             raise self._taken("another run has just begun there") from None
         rank = Rank(self.own)
-        return rank, Ledger(Heading(new.recording, rank.number, self._ranks, -1, 0))
+        return rank, Ledger(Heading(recording, rank.number, self._position.ranks, -1, 0))
 
     def _resumed(self, rank: Rank) -> Ledger:
         """Go on after the last shard, with one that nobody else can write and that leaves out what was not completed.
 
         From there on, a run that is still alive, though no lock says so, cannot write.
         """
-        ledger = Ledger(rank.index.heading, rank.index.layers).resumed(self._ranks)
+        ledger = Ledger(rank.index.heading, rank.index.layers).resumed(self._position.ranks)
         heading = ledger.next((), ledger.heading.committed)
         write = partial(shard.write, heading=heading, layers=ledger.layers, laid=())
         try:
@@ -168,7 +181,10 @@ class Stream:
         self._stored: StoredRecording | None = None
         self.error: str | None = "the recorder was dropped before the block ended"
         self.closed = False
-        self._writer = Writer(self._opening.own, ledger, folder, passes.complete)
+        self._passes.raised.update(ledger.heading.raised)
+        self._writer = Writer(
+            self._opening.own, ledger, folder, passes.complete, self._passes.raised
+        )
         _open.add(self)
 
     # --- Layers ----------------------------------------------------------------------------------------
@@ -275,6 +291,10 @@ class LiveLayer(Layer):
 
     def __iter__(self) -> Iterator[Value]:
         return iter(self._stored)
+
+    def nth(self, number: int) -> Layer:
+        """Return one call of each pass. See :meth:`Layer.nth`."""
+        return self._stored.nth(number)
 
     def cat(self, dim: int = 0, *, release: bool = False) -> Value:
         """Join all calls along an existing dimension. See :meth:`Layer.cat`."""

@@ -27,7 +27,7 @@ from .format import MAX_HEADER
 from .index import shard_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from .folder import Folder
     from .ledger import Ledger
@@ -47,6 +47,7 @@ class _Batch(NamedTuple):
     calls: list[Call]
     committed: int
     part_of: int | None = None
+    raised: tuple[int, ...] = ()
     ended: str | None = None
     size: int = 0
 
@@ -59,14 +60,21 @@ class Writer:
         ledger: what the shards hold that are there.
         folder: the settings.
         complete: returns how many passes can be committed.
+        raised: the passes that raised; it grows.
     """
 
     def __init__(
-        self, disk: Place, ledger: Ledger, folder: Folder, complete: Callable[[], int]
+        self,
+        disk: Place,
+        ledger: Ledger,
+        folder: Folder,
+        complete: Callable[[], int],
+        raised: Collection[int] = (),
     ) -> None:
         self._disk = disk
         self._ledger = ledger
         self._complete = complete
+        self._raised = raised
         self._finishing: threading.Thread | None = None
         self._budget = folder.budget
         self._limit = min(folder.shard_bytes, max(folder.budget // 2, 1))
@@ -156,9 +164,10 @@ class Writer:
         self._last_cut = time.monotonic()
 
     def _commit(self, calls: list[Call], complete: int, ended: str | None = None) -> None:
+        raised = (one for one in list(self._raised) if self._cut_at <= one < complete)
         self._cut_at = complete
         self._parted = {number for number in self._parted if number >= complete}
-        self._enqueue(_Batch(calls, complete, ended=ended))
+        self._enqueue(_Batch(calls, complete, raised=tuple(sorted(raised)), ended=ended))
 
     def _enqueue(self, batch: _Batch) -> None:
         size = sum(call.size for call in batch.calls)
@@ -203,7 +212,13 @@ class Writer:
 
     def _write(self, batch: _Batch) -> Unfinished:
         laid = shard.lay_out(batch.calls)
-        heading = self._ledger.next(laid, batch.committed, part_of=batch.part_of, ended=batch.ended)
+        heading = self._ledger.next(
+            laid,
+            batch.committed,
+            part_of=batch.part_of,
+            raised=batch.raised,
+            ended=batch.ended,
+        )
         write = partial(shard.write, heading=heading, layers=self._ledger.layers, laid=laid)
         return self._disk.begin(shard_name(heading.shard), write)
 
