@@ -164,10 +164,10 @@ class Writer:
         self._last_cut = time.monotonic()
 
     def _commit(self, calls: list[Call], complete: int, ended: str | None = None) -> None:
-        raised = (one for one in list(self._raised) if self._cut_at <= one < complete)
+        raised = sorted(one for one in list(self._raised) if self._cut_at <= one < complete)
         self._cut_at = complete
         self._parted = {number for number in self._parted if number >= complete}
-        self._enqueue(_Batch(calls, complete, raised=tuple(sorted(raised)), ended=ended))
+        self._enqueue(_Batch(calls, complete, raised=tuple(raised), ended=ended))
 
     def _enqueue(self, batch: _Batch) -> None:
         size = sum(call.size for call in batch.calls)
