@@ -13,6 +13,7 @@ from ._capture import SKIPPED
 from ._clean_room import depth, inside
 from ._eager import Eager
 from ._inputs import Arrival, Arrivals, Parameters, versions
+from ._nested import Opaque, nodes, tensors
 from ._passes import Passes, backward_number, is_own_call, is_recomputing, is_tracing
 from ._snapshot import snapshot
 from .errors import CaptureError, TransformError, WriteError
@@ -124,6 +125,8 @@ class Track:
     recomputed: int = 0
     backward: int = 0  # calls inside backward() that are no such repetitions
     paused: int = 0
+    has_tensors: bool = False  # whether one was in anything that was kept
+    placeholder: Opaque | None = None  # the first one, in what was kept before
     overtaken: int = 0  # calls that hooks of others may have changed behind ours
     error: str | None = None  # the first one that recording a call raised
     compiled: int = 0  # how many calls the compiler has read and hooks do not run in
@@ -209,8 +212,11 @@ class Track:
             received = arrival and self._received(arrival, args, kwargs)
             if is_tensor and self._is_direct and output.is_cpu:
                 value = snapshot(output)
+                self.has_tensors = True
             else:
                 value = self.capture(output, call)
+                if not self.has_tensors:
+                    self._look_for_tensors(value)
         except Exception as error:
             self._failed(error, call)
             raise
@@ -246,6 +252,11 @@ class Track:
         elif args is args_before and kwargs is kwargs_before:
             return inputs
         return self.receives.received(self.parameters.named(args, kwargs))
+
+    def _look_for_tensors(self, value: Value) -> None:
+        self.has_tensors = any(True for _ in tensors(value))
+        placeholders = (part for _, part, _ in nodes(value) if isinstance(part, Opaque))
+        self.placeholder = self.placeholder or next(placeholders, None)
 
     def _end_again(self, output: Value) -> None:
         """A call ran inside ``backward()``: one that was recorded before, run again, or another one."""

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+# That a layer returned nothing but an object is told, and not what these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore::actrec.IncompleteLayerWarning")
+
 X = torch.arange(6.0).reshape(2, 3)
 
 
