@@ -21,7 +21,9 @@ class Leaf:
     """One tensor of a value."""
 
     path: str  #: what one writes behind the value to reach it; "" if it is the value
-    shape: tuple[int | str, ...]  #: ("nested",) for a tensor that has none
+    shape: tuple[
+        int | str, ...
+    ]  #: ("nested",) for a tensor that has none, "ragged" for a size that varies
     dtype: str  #: without "torch."
     device: str
 
@@ -59,8 +61,8 @@ def shape_of(tensor: Tensor) -> tuple[int | str, ...]:
 
 
 def _size(size: object) -> int | str:
-    # The ragged dimension of a jagged tensor is a symbol.
-    return size if type(size) is int else str(size)
+    # The ragged dimension of a jagged tensor is a symbol, and another one for each tensor.
+    return size if type(size) is int else "ragged"
 
 
 def _kind(value: Value) -> str:
