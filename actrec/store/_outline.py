@@ -130,7 +130,7 @@ class Outline:
 
     def __init__(self) -> None:
         self.held: dict[tuple[Role, str], Held] = {}  # by the first call of each layer that ended
-        self.nbytes = 0  # of outputs and added values; what several layers share counts once
+        self.nbytes = 0  # what several layers share counts once
         self.committed = 0
         self.raised: set[int] = set()  # passes
         self.count = 0  # of shards
@@ -154,15 +154,12 @@ class Outline:
 
     def _add(self, opened: Opened) -> None:
         number = opened.shard.heading.shard
-        shown = []
         for part in opened.parts:
             key = part.slot.role, part.slot.name
             if key not in self.held:
                 self.held[key] = Held(part.slot)
             self.held[key].add(number, part)
-            if part.slot.role in {"output", "added"}:
-                shown.append(spans(part))
-        self.nbytes += covered(chain.from_iterable(shown))
+        self.nbytes += covered(chain.from_iterable(map(spans, opened.parts)))
 
     @property
     def leftovers(self) -> list[int]:
