@@ -285,6 +285,24 @@ def test_other_kinds_of_tensors_are_compared_by_what_they_stand_for() -> None:
     assert only(quantized, dense).close
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_jagged_tensors_are_equal_if_their_parts_are() -> None:
+    def jagged(*lengths: int, add: float = 0.0) -> Tensor:
+        parts = [torch.arange(3.0 * length).view(length, 3) + add for length in lengths]
+        return torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+    assert only(jagged(2, 1), jagged(2, 1)).equal
+    row = only(jagged(2, 1), jagged(2, 1, add=1.0))
+    assert (row.max_abs, row.count, row.close, row.note) == (1.0, 9, False, "")
+    row = only(jagged(2, 1), jagged(1, 2))
+    assert (row.equal, row.note) == (False, "call 0: nested or without data in another way")
+    assert (
+        only(jagged(2, 1), jagged(2, 1, 1)).note == "call 0: (2, 'ragged', 3) and (3, 'ragged', 3)"
+    )
+    acts = recording(x=[jagged(2, 1), jagged(3, 1)])
+    assert "(2, ragged, 3)" in repr(acts)
+
+
 def test_memory_order_does_not_matter() -> None:
     images = torch.randn(4, 30, 40, 50)
     assert only(images, images.to(memory_format=torch.channels_last)).equal

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from actrec import CaptureError, Opaque, load, record
-from actrec._values.nested import leaves
+from actrec import CaptureError, IncompleteLayerWarning, Opaque, load, record
+from actrec._values.spec import leaves
 from actrec.store import Fields
 
 LAW = settings(derandomize=True, max_examples=60, deadline=None, database=None)
@@ -248,7 +248,6 @@ def once(numbers: list[float]) -> list[float]:
 
 @LAW
 @given(made=values())
-@pytest.mark.filterwarnings("ignore::actrec.UnusedLayerWarning")
 def test_every_tensor_is_recorded_whatever_the_containers(made: Made) -> None:
     model = Returns(lambda: made.value)
     expected = numbers(made.tensors)
@@ -367,3 +366,69 @@ def test_no_depth_is_too_much_in_memory_and_the_disk_says_that_it_is(tmp_path: P
     assert "1 layer, 2 passes, 48 B" in repr(acts)
     with pytest.raises(CaptureError, match="nested more than 64 deep"):
         acts.save(tmp_path / "run")
+
+
+# --- Placeholders ------------------------------------------------------------------------------------
+
+
+class Cache:
+    """An object that is not taken apart."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.keys = tensor
+
+
+LOST: dict[str, Callable[[Tensor], Any]] = {
+    "object": Cache,
+    "distribution": lambda t: torch.distributions.Normal(t, 1.0),
+    "nested": lambda t: (None, {"cache": [Cache(t)], "length": 1}),
+}
+
+
+@pytest.mark.parametrize("into", [list, None], ids=["memory", "disk"])
+@pytest.mark.parametrize("make", LOST.values(), ids=LOST)
+def test_that_not_one_tensor_was_kept_of_a_layer_is_said_at_the_end(
+    make: Callable[[Tensor], Any], into: Any, tmp_path: Path
+) -> None:
+    model = Returns(lambda: make(torch.ones(2)))
+    with (
+        pytest.warns(IncompleteLayerWarning, match=r"'': there is not one tensor .* Opaque\("),
+        record(model, "", into=into or tmp_path / "run"),
+    ):
+        model()
+        model()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda _: None,
+        lambda _: (1, "word"),
+        lambda t: (t, Cache(t)),
+        lambda t: [Cache(t), [{"t": t}]],
+    ],
+)
+def test_nothing_is_said_of_a_layer_that_has_no_object_or_a_tensor_beside_it(
+    make: Callable[[Tensor], Any],
+) -> None:
+    model = Returns(lambda: make(torch.ones(2)))
+    with record(model, "") as acts:
+        model()
+    assert len(acts[""]) == 1
+
+
+@pytest.mark.parametrize("first", [Cache, torch.clone])
+def test_one_call_with_a_tensor_is_enough(first: Callable[[Tensor], Any]) -> None:
+    made = iter([first, *(kind for kind in (Cache, torch.clone) if kind is not first)])
+    model = Returns(lambda: next(made)(torch.ones(2)))
+    with record(model, "") as acts:
+        model()
+        model()
+    assert {type(value) for value in acts[""]} == {Opaque, Tensor}
+
+
+def test_nothing_is_said_where_a_transform_took_out_what_is_needed() -> None:
+    model = Returns(lambda: Cache(torch.ones(2)))
+    with record(model, "", transform=lambda cache: cache.keys.mean().item()) as acts:
+        model()
+    assert acts[""] == [1.0]

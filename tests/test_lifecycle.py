@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
 from actrec import (
@@ -311,6 +312,57 @@ class Plain(Net):
                 for key in [key for key, hook in table.items() if hook not in own_hooks(layer)]:
                     del table[key]
         return plain
+
+
+def all_hooks(module: nn.Module) -> list[Any]:
+    """All that a module and those inside it know of hooks."""
+    return [
+        (name, list(value.items()))
+        for inside in module.modules()
+        for name, value in vars(inside).items()
+        if "hooks" in name and value
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:record.* was not called inside")
+@pytest.mark.parametrize("options", [{}, {"inputs": True}, {"stop_early": True}], ids=str)
+def test_a_copy_made_inside_is_as_one_that_was_made_before(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU()))
+    before = copy.deepcopy(model)
+    with record(model, ["0", "1"], **options), record(model, "1.0", **options):
+        handle = model[0].register_forward_hook(print)  # somebody else's
+        copies = [
+            copy.deepcopy(model),
+            AveragedModel(model).module,
+            copy.deepcopy({"m": [model]})["m"][0],
+        ]
+        part, several = copy.deepcopy(model[1]), copy.deepcopy([model[0], model])
+        handle.remove()
+    for one in copies:
+        assert [hook for _, table in all_hooks(one) for hook in table] == [(handle.id, print)]
+        assert vars(one).keys() == vars(before).keys()
+    assert all_hooks(part) == []
+    assert several[0] is several[1][0]
+    assert len(all_hooks(several[1])) == 1
+    copies[0][0]._forward_hooks.clear()
+    assert torch.equal(copies[0](X), before(X))
+    assert copy.deepcopy(copies[0])(X) is not None
+
+
+@pytest.mark.filterwarnings("ignore:record.* was not called inside")
+@pytest.mark.parametrize("options", [{}, {"inputs": True}, {"stop_early": True}], ids=str)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_file_of_a_model_can_be_read_where_actrec_is_not(
+    options: dict[str, Any], own: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    if own:
+        model.forward = model[0].forward  # type: ignore[method-assign]
+    out = model(X)
+    with record(model, "0", **options), record(model, ["0", ""], **options):
+        data = pickle.dumps(model)
+    assert b"actrec" not in data
+    assert torch.equal(pickle.loads(data)(X), out)
 
 
 def test_neither_a_copy_nor_a_file_of_the_model_carries_the_recording() -> None:

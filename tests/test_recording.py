@@ -34,6 +34,7 @@ from actrec import (
 )
 from actrec._recordings import recording as _recording
 from actrec._recordings.recording import ListLayer
+from actrec._tables.text import size
 from actrec._values import join as _join
 
 if TYPE_CHECKING:
@@ -406,6 +407,26 @@ def test_memory_that_calls_share_counts_once() -> None:
     assert acts.nbytes == 2 * size
 
 
+def test_memory_counts_what_is_recorded_beside_the_values(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Identity())
+    x = torch.randn(16, 8)
+    with record(model, inputs=True, grads=True, device=None) as acts:
+        model(x).square().sum().backward()
+    received, returned = 16 * 8 * 4, 16 * 4 * 4
+    assert acts["0"].nbytes == acts["1"].nbytes == acts.grads["0"].nbytes == returned
+    # The Identity received and returned what the Linear had returned.
+    assert acts.inputs.nbytes == received + returned
+    assert acts.nbytes == acts.inputs.nbytes + acts.grads.nbytes
+    title = f"recorded Sequential: 2 layers, 1 pass, {size(acts.nbytes)} with inputs and gradients"
+    assert repr(acts).splitlines()[0] == title
+    acts.save(tmp_path / "saved")
+    assert load(tmp_path / "saved").nbytes == acts.nbytes
+    with record(model, inputs=True, into=tmp_path / "run") as stored:
+        model(x)
+    assert stored.nbytes == received + returned
+    assert repr(stored).splitlines()[0].endswith(f", {size(stored.nbytes)} with inputs")
+
+
 def test_memory_of_every_kind_of_value_is_counted() -> None:
     model = nn.Identity()
     values = [
@@ -753,7 +774,6 @@ def test_nested_tensors_are_shown_without_a_shape() -> None:
      (4_900_000, "4.9 MB"), (2 * 10**9, "2.0 GB"), (10**15, "1.0 PB"), (10**19, "10000.0 PB")],
 )  # fmt: skip
 def test_sizes_are_short(nbytes: int, text: str) -> None:
-    from actrec._tables.text import size
 
     assert size(nbytes) == text
 
@@ -782,7 +802,7 @@ def test_a_recording_says_what_state_it_is_in() -> None:
     model = net()
     with pytest.raises(ZeroDivisionError), record(model, "lin", inputs=True) as acts:
         assert repr(acts) == (
-            "recording Sequential: 1 layer, 0 passes, 0 B\n"
+            "recording Sequential: 1 layer, 0 passes, 0 B with inputs\n"
             "layer  type    calls  shape  dtype  memory  note\n"
             "lin    Linear      0                   0 B  no call yet"
         )
@@ -790,7 +810,7 @@ def test_a_recording_says_what_state_it_is_in() -> None:
         1 / 0  # noqa: B018
     assert (
         repr(acts).splitlines()[0]
-        == "recorded Sequential (interrupted, partial): 1 layer, 1 pass, 12 B"
+        == "recorded Sequential (interrupted, partial): 1 layer, 1 pass, 28 B with inputs"
     )
     assert repr(acts.inputs).splitlines() == [
         "recorded Sequential: 1 layer, 1 pass, 16 B",
@@ -926,7 +946,8 @@ def test_a_recording_can_be_copied_and_pickled(copied: Any) -> None:
     assert twin["lin"][0] is not acts["lin"][0]
     assert (twin.num_passes, twin["lin"].passes, list(twin["label"])) == (2, [0, 1], [3])
     assert twin.execution_order == acts.execution_order
-    assert repr(twin) == repr(acts)
+    assert repr(twin).splitlines()[1:] == repr(acts).splitlines()[1:]
+    assert twin.nbytes >= acts.nbytes, "what the recording shares is copied for each"
 
 
 def test_a_name_or_a_dimension_of_another_kind_is_refused() -> None:

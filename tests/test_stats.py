@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from actrec import ActrecError, Recording, Stats, UnusedLayerWarning, record
+from actrec import ActrecError, Recording, Stats, UnusedLayerWarning, load, record
 from actrec._recordings.recording import ListLayer
 from actrec._recordings.stats import Moments, Row
 from actrec._values import chunks as _blocks
@@ -193,7 +195,43 @@ def test_what_lies_in_memory_in_any_order_is_read_once_in_small_blocks(make: Any
     tensor: Tensor = make()
     seen = [block for (block,) in _blocks.blocks(tensor)]
     assert all(block.dim() == 1 and len(block) <= _blocks.BLOCK for block in seen)
-    assert torch.equal(torch.cat(seen).sort().values, tensor.reshape(-1).sort().values)
+    assert torch.equal(torch.cat(seen), tensor.reshape(-1))
+
+
+SHAPES = st.sampled_from(
+    [(40_001,), (3, 32_001), (2, 7, 9_000), (5, 3, 70, 70), (33, 1_000, 2), (2, 2, 17, 33), (1, 1)]
+)
+
+
+@settings(derandomize=True, max_examples=40, deadline=None, database=None)
+@given(
+    shape=SHAPES,
+    order=st.randoms(use_true_random=False),
+    stride=st.sampled_from([1, 1, 2]),
+    expanded=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.complex64]),
+    scale=st.sampled_from([1.0, 1e4]),
+)
+def test_statistics_do_not_depend_on_how_a_tensor_lies_in_memory(  # noqa: PLR0917
+    shape: tuple[int, ...],
+    order: Any,
+    stride: int,
+    expanded: bool,
+    dtype: torch.dtype,
+    scale: float,
+) -> None:
+    dims = order.sample(range(len(shape)), len(shape))
+    stored = [1 if expanded and dim == dims[0] else shape[dim] for dim in dims]
+    stored[-1] *= stride
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.randn(stored, generator=generator, dtype=torch.float32).mul(scale).add(scale / 3)
+    tensor = tensor.to(dtype)[..., ::stride]
+    tensor = tensor.permute([dims.index(dim) for dim in range(len(shape))]).expand(shape)
+    here, there = (recording(x=[value]).stats() for value in (tensor, tensor.contiguous()))
+    with TemporaryDirectory() as folder:
+        recording(x=[tensor]).save(Path(folder) / "run")
+        on_disk = load(Path(folder) / "run").stats()
+    assert here == there == on_disk
 
 
 def test_nothing_is_changed() -> None:

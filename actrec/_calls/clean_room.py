@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from actrec._draws import OwnDraws
+from actrec._calls.draws import OwnDraws
 from actrec._values.snapshot import normal_mode
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 import weakref
 from abc import abstractmethod
-from contextlib import suppress
+from collections import OrderedDict
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
@@ -18,13 +19,13 @@ import torch
 from torch.compiler import is_dynamo_compiling  # a constant in what the compiler reads
 from torch.utils.hooks import RemovableHandle
 
+from actrec._calls.clean_room import inside
+from actrec._calls.compiled import compiles_itself
+from actrec._calls.layer import Session, Track
+from actrec._calls.passes import is_own_call
+from actrec._calls.stop_early import when_copied
 from actrec._selection.queries import WRAPPERS, is_called
 from actrec._values.snapshot import explain
-
-from .clean_room import inside
-from .compiled import compiles_itself
-from .layer import Session, Track
-from .passes import is_own_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -48,26 +49,30 @@ __all__ = [
 T = TypeVar("T", Track, Session)
 
 
-def _inert_hook(*_: object) -> None:
-    """What a hook of actrec is in a copy of the model: nothing."""
-
-
-def _make_inert_hook() -> Callable[..., None]:
-    return _inert_hook
+#: What a hook of actrec is in a copy of the model: nothing, in words that a process without actrec knows too.
+_INERT: Callable[..., None] = nullcontext().__exit__
 
 
 class Hook(Generic[T]):
     """What all hooks have in common."""
 
-    __slots__ = ("_runs", "_target")
+    __slots__ = ("_runs", "_target", "module")
 
     def __init__(self, target: T) -> None:
+        #: The module that it is on.
+        self.module: Callable[[], nn.Module | None] = lambda: None
         self._target: weakref.ref[T] = weakref.ref(target)
         self._runs = _asked_by_the_compiler(self._target)
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        # copy(), deepcopy() and pickle all ask this.
-        return _make_inert_hook, ()
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # copy() and pickle ask this.
+        return getattr, (nullcontext(), "__exit__")
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Callable[..., None]:
+        copied = memo.get(id(self.module()))
+        if copied is not None:
+            when_copied(memo, partial(_delete_inert, copied))
+        return _INERT
 
     @property
     def __name__(self) -> NoReturn:
@@ -321,6 +326,7 @@ class Hooks:
         others = [module for module in {module for module, _ in plan} if any(_tables(module))]
         try:
             for module, hook in plan:
+                hook.module = weakref.ref(module)
                 self._placed.append((module, hook, hook.register(module)))
             for module in others:
                 _put_last(module)
@@ -362,6 +368,17 @@ def _delete(module: nn.Module, hook: Hook[Any]) -> None:
         # Of a copy, made in one step: other threads place and remove hooks too.
         for key in [key for key, found in [*table.items()] if found is hook]:
             del table[key]
+
+
+def _delete_inert(module: nn.Module) -> None:
+    """Delete what stands for our hooks in a copy of a module."""
+    for table in _tables(module):
+        for key in [key for key, found in [*table.items()] if found is _INERT]:
+            for one in vars(
+                module
+            ).values():  # PyTorch keeps in further tables how a hook is called
+                if isinstance(one, OrderedDict):
+                    one.pop(key, None)
 
 
 def _put_last(module: nn.Module) -> None:

@@ -9,20 +9,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from actrec._calls.capture import SKIPPED
+from actrec._calls.clean_room import depth, inside
+from actrec._calls.compiled import Eager
+from actrec._calls.inputs import Arrival, Arrivals, Parameters, versions
+from actrec._calls.passes import Passes, backward_number, is_own_call, is_recomputing, is_tracing
+from actrec._values.containers import Opaque
 from actrec._values.snapshot import snapshot
+from actrec._values.spec import Constant, flatten
 from actrec.errors import CaptureError, TransformError, WriteError
-
-from .capture import SKIPPED
-from .clean_room import depth, inside
-from .compiled import Eager
-from .inputs import Arrival, Arrivals, Parameters, versions
-from .passes import (
-    Passes,
-    backward_number,
-    is_own_call,
-    is_recomputing,
-    is_tracing,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -132,6 +127,8 @@ class Track:
     recomputed: int = 0
     backward: int = 0  # calls inside backward() that are no such repetitions
     paused: int = 0
+    has_tensors: bool = False  # whether one was in anything that was kept
+    placeholder: Opaque | None = None  # the first one, in what was kept before
     overtaken: int = 0  # calls that hooks of others may have changed behind ours
     error: str | None = None  # the first one that recording a call raised
     compiled: int = 0  # how many calls the compiler has read and hooks do not run in
@@ -217,8 +214,11 @@ class Track:
             received = arrival and self._received(arrival, args, kwargs)
             if is_tensor and self._is_direct and output.is_cpu:
                 value = snapshot(output)
+                self.has_tensors = True
             else:
                 value = self.capture(output, call)
+                if not self.has_tensors:
+                    self._look_for_tensors(value)
         except Exception as error:
             self._failed(error, call)
             raise
@@ -254,6 +254,13 @@ class Track:
         elif args is args_before and kwargs is kwargs_before:
             return inputs
         return self.receives.received(self.parameters.named(args, kwargs))
+
+    def _look_for_tensors(self, value: Value) -> None:
+        tensors, spec = flatten(value)
+        self.has_tensors = bool(tensors)
+        constants = (step.value for step in spec.steps if isinstance(step, Constant))
+        placeholders = (one for one in constants if isinstance(one, Opaque))
+        self.placeholder = self.placeholder or next(placeholders, None)
 
     def _end_again(self, output: Value) -> None:
         """A call ran inside ``backward()``: one that was recorded before, run again, or another one."""

@@ -8,10 +8,12 @@ that of its class inside a :class:`StoppableForward`.
 
 from __future__ import annotations
 
+import copy
 import threading
 import types
 import weakref
-from functools import update_wrapper
+from functools import partial, update_wrapper
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from actrec._values.snapshot import sharded
@@ -117,8 +119,19 @@ class StoppableForward:
         return types.MethodType(type(self.model).forward, module) if replicated else self.forward
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # In a copy of the model, the forward of that copy.
-        return _forward_of, (self.model, self.own)
+        # In a pickle of the model, its forward, in words that a process without actrec knows too.
+        if self.own is None:
+            return getattr, (self.model, "forward")
+        return itemgetter(0), ((self.own,),)
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
+        """In a copy of the model, nothing: it has the forward of its class. Until it is complete, that is it."""
+        if self.own is not None:
+            return copy.deepcopy(self.own, memo)
+        copied = copy.deepcopy(self.model, memo)  # which has begun
+        forward = types.MethodType(type(copied).forward, copied)
+        when_copied(memo, partial(vars(copied).pop, "forward", None))
+        return forward
 
     def place(self) -> None:
         """Put it on the model."""
@@ -149,8 +162,17 @@ def _nothing() -> None:
     """What a weak reference returns when what it referred to is gone."""
 
 
-def _forward_of(model: nn.Module, own: Any) -> Any:
-    return types.MethodType(type(model).forward, model) if own is None else own
+class _WhenCopied(list[Any]):
+    """What is to be done when the memo of a ``deepcopy`` goes, that is, when the copy is complete."""
+
+    def __del__(self) -> None:
+        for undo in self:
+            undo()
+
+
+def when_copied(memo: dict[Any, Any], undo: Callable[[], object]) -> None:
+    """Call ``undo`` when what is being copied with ``memo`` is complete."""
+    memo.setdefault(_WhenCopied, _WhenCopied()).append(undo)
 
 
 def refuse_sharded(model: nn.Module) -> None:

@@ -173,6 +173,11 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
             f"hooks were added to it in the middle of {_times(track.overtaken, 'forward')}, and ran behind those of actrec: "
             "what they changed of that call is not recorded. Add them between two forwards, or with prepend=True"
         )
+    if track.placeholder is not None and not track.has_tensors:
+        return (
+            f"there is not one tensor in what was recorded of it, but {track.placeholder!r}, which stands for an object that "
+            "is not taken apart. Let a transform return what you need of it"
+        )
     return _IN_A_BODY if track.compiled else None
 
 

@@ -618,12 +618,16 @@ class Recording(Mapping[str, Layer]):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of memory that the recording holds. What several calls share counts once.
+        """The bytes of memory that the recording holds, inputs and gradients included.
 
-        A value that the model did not overwrite is shared with the model copy-on-write, so after a
+        What several calls share counts once: what one layer returned and the next one received, mostly. A value that the model did not overwrite is shared with the model copy-on-write, so after a
         forward that goes on this is an upper bound of what recording has cost.
         """
-        return sum({p: size for layer in self.values() for p, size in layer._places()}.values())
+        held = [
+            recording for recording in (self, self._inputs, self._grads) if recording is not None
+        ]
+        places = (place for one in held for layer in one.values() for place in layer._places())
+        return sum(dict(places).values())
 
     @property
     def execution_order(self) -> list[str]:

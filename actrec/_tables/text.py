@@ -117,10 +117,12 @@ RIGHT: Final = frozenset(
 def title(recording: Recording) -> str:
     """Return the line above a table: what was recorded, whether it is whole, and how much it is."""
     failed = recording.failed_passes
+    more = {"inputs": recording._inputs, "gradients": recording._grads}
+    beside = " and ".join(name for name, one in more.items() if one is not None)
     facts = (
         count(len(recording), "layer"),
         count(recording.num_passes, "pass") + (f" ({len(failed):,} raised)" if failed else ""),
-        size(recording.nbytes),
+        size(recording.nbytes) + (f" with {beside}" if beside else ""),
     )
     return f"{recording._title()}: {', '.join(facts)}"
 

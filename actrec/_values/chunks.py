@@ -32,20 +32,25 @@ def dense(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The elements of plain tensors of one shape, side by side, in flat blocks on the CPU.
+    """The elements of plain tensors of one shape, side by side and in order, in flat blocks on the CPU.
 
-    Nothing is copied beyond a block: a tensor that does not lie in memory in order is divided first.
+    Where one block ends depends on the shape alone, so a sum over blocks comes out the same however a tensor lies
+    in memory. Nothing is copied beyond a block.
     """
-    first = tensors[0]
-    if first.numel() > BLOCK and not all(tensor.is_contiguous() for tensor in tensors):
-        longest = max(range(first.dim()), key=first.shape.__getitem__)
-        halves = [tensor.tensor_split(2, longest) for tensor in tensors]
-        for parts in zip(*halves, strict=True):
-            yield from blocks(*parts)
-    elif first.numel():
-        yield from zip(*map(_flat, tensors), strict=True)
+    number = tensors[0].numel()
+    if number <= BLOCK:
+        if number:
+            yield tuple(map(_flat, tensors))
+        return
+    size = tensors[0].shape[0]
+    rows = BLOCK * size // number  # that fit into a block
+    if rows:
+        split = [tensor.tensor_split(-(-size // rows)) for tensor in tensors]
+        yield from (tuple(map(_flat, parts)) for parts in zip(*split, strict=True))
+    else:
+        for index in range(size):
+            yield from blocks(*(tensor[index] for tensor in tensors))
 
 
-def _flat(tensor: Tensor) -> Iterator[Tensor]:
-    for block in torch.split(tensor.reshape(-1), BLOCK):
-        yield block.resolve_conj().resolve_neg().cpu()
+def _flat(block: Tensor) -> Tensor:
+    return block.reshape(-1).resolve_conj().resolve_neg().cpu().contiguous()
