@@ -197,7 +197,6 @@ def test_writing_to_a_call_does_not_reach_the_file_and_does_not_crash(path: Path
         for value in layer:
             for tensor in actrec._nested.tensors(value):
                 tensor.zero_()
-    assert not acts["conv"].cat().any(), "in this process it is seen, as in a list"
     assert [shard.read_bytes() for shard in shards(path)] == before
     assert load(path)["conv"][0].any()
 

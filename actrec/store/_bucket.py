@@ -577,8 +577,11 @@ class _Remote:
         self._bucket, self._name, self._size, self._about = bucket, name, size, about
 
     def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
+        return self.view(part.start, part.stop)
+
+    def view(self, begin: int, end: int) -> torch.UntypedStorage:
         shown = self._bucket.shown(self._name)
-        return self._bucket._cache.part(shown, self._size, part.start, part.stop, self._fetch)
+        return self._bucket._cache.part(shown, self._size, begin, end, self._fetch)
 
     def _fetch(self, parts: list[tuple[int, int]]) -> list[bytes]:
         """Download blocks, if the object is still what it was."""

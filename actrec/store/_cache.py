@@ -21,7 +21,7 @@ import torch
 
 from actrec.errors import OptionError, ReadError
 
-from ._disk import _File
+from ._disk import _MAPPED, _File
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +34,7 @@ __all__ = ["BLOCK", "CACHE_BYTES", "Cache"]
 CACHE_BYTES: Final = 4 << 30
 BLOCK: Final = 4 << 20  # what is fetched at a time: a multiple of any system's pages
 _MOST_FILLING: Final = 128  # objects of which there are parts
+_MOST_MAPPED: Final = 4096  # objects, each of which is a map
 _AT_ONCE: Final = 16  # blocks that are fetched together, and are in memory meanwhile
 
 
@@ -90,12 +91,14 @@ class Cache:
                 raise ReadError(message) from error
             if file.nbytes > before:
                 self._shrink()
-            return cast("torch.UntypedStorage", file.storage[begin:end])
+            part = file.storage[begin:end]
+        # What is kept of a file keeps its map.
+        return cast("torch.UntypedStorage", part if end - begin >= _MAPPED else part.clone())
 
     def _shrink(self) -> None:
         """Drop what was used the longest ago; never what is used now."""
         held = self.nbytes
-        while held > self.limit and len(self._files) > 1:
+        while (held > self.limit or len(self._files) > _MOST_MAPPED) and len(self._files) > 1:
             _, file = self._files.popitem(last=False)
             held -= file.nbytes
         filling = [name for name, file in self._files.items() if file.is_filling]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import time
 import uuid
 import warnings
+from collections import OrderedDict
 from contextlib import AbstractContextManager
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
@@ -17,7 +18,7 @@ import torch
 
 from actrec.errors import UnlockedWarning
 
-from ._format import UNFINISHED, need
+from ._format import UNFINISHED, Defect, corrupt, need
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,20 +92,9 @@ class Disk:
         """Open a file, to read it from one end to the other."""
         return (self.path / name).open("rb")
 
-    def map(self, name: str, size: int, head: bytes) -> torch.UntypedStorage:
-        """Map a file of ``size`` bytes that begins with ``head``. Writing to the memory copies the page, and never reaches the file."""
-        path = self.path / name
-        need(path.exists(), "it was there when it was opened, and is gone")
-        found = path.stat().st_size
-        need(found == size, f"it had {size} bytes when it was opened, and has {found} now")
-        need(self.read(name, len(head)) == head, ANOTHER)
-        try:
-            storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-        except UnicodeEncodeError:  # PyTorch wants text, and the names of files need be none
-            with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-            storage = torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
-        return cast("torch.UntypedStorage", storage)
+    def map(self, name: str, size: int, head: bytes) -> _Parts:
+        """Return the memory of a file of ``size`` bytes that begins with ``head``. Writing to it never reaches the file."""
+        return _Parts(str(self.path / name), size, head)
 
     def make(self) -> None:
         """Make the folder, for one caller alone: ``FileExistsError`` for the others."""
@@ -315,6 +305,82 @@ def _take(turn: Path) -> None:
             time.sleep(_PATIENCE / 200)
         else:
             return
+
+
+# --- Reading parts -----------------------------------------------------------------------------------
+
+#: A part of so many bytes is mapped, and a smaller one read.
+_MAPPED: Final = 1 << 18
+#: In a file of so many bytes, also a part that somebody may keep.
+_LARGE: Final = 1 << 26
+#: So many files stay mapped that nobody looks at, of all that the process reads. Linux allows it 65,530 maps.
+_MOST_MAPPED: Final = 64
+
+
+class _Parts:
+    """A file that is there, of which parts are asked for.
+
+    Where it was replaced or cut short since it was opened, that is found before each part is read. A map that is looked at
+    while the file is cut short ends the process, so it is for what is large.
+    """
+
+    def __init__(self, path: str, size: int, head: bytes) -> None:
+        self._path = path
+        self._size = size
+        self._head = head
+
+    def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
+        return self._part(part.start, part.stop, mapped=self._size >= _LARGE)
+
+    def view(self, begin: int, end: int) -> torch.UntypedStorage:
+        return self._part(begin, end, mapped=True)
+
+    def _part(self, begin: int, end: int, *, mapped: bool) -> torch.UntypedStorage:
+        try:
+            with FileIO(self._path) as file:
+                about = os.fstat(file.fileno())
+                need(about.st_size == self._size, self._cut_short(about.st_size))
+                need(file.read(len(self._head)) == self._head, ANOTHER)
+                if mapped and end - begin >= _MAPPED:
+                    whole = self._whole((about.st_dev, about.st_ino))
+                    if whole is not None:
+                        return cast("torch.UntypedStorage", whole[begin:end])
+                data = bytearray(end - begin)
+                view = memoryview(data)
+                file.seek(begin)
+                while view:
+                    many = file.readinto(view)
+                    need(many, self._cut_short(file.seek(0, os.SEEK_END)))
+                    view = view[many:]
+        except FileNotFoundError:
+            raise corrupt(self._path, "it was there when it was opened, and is gone") from None
+        except Defect as defect:
+            raise corrupt(self._path, defect) from None
+        return torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
+
+    def _cut_short(self, size: int) -> str:
+        return f"it had {self._size} bytes when it was opened, and has {size} now"
+
+    def _whole(self, identity: tuple[int, int]) -> torch.UntypedStorage | None:
+        """All of the file, mapped; ``None`` if that cannot be: the process may have too many maps already."""
+        then, whole = _maps.pop(self, (None, None))
+        if then != identity:
+            try:
+                mapped = torch.UntypedStorage.from_file(self._path, shared=False, nbytes=self._size)
+                whole = cast("torch.UntypedStorage", mapped)
+            except (
+                RuntimeError,
+                UnicodeEncodeError,
+            ):  # PyTorch wants text, and names of files need be none
+                return None
+        _maps[self] = identity, whole
+        while len(_maps) > _MOST_MAPPED:
+            _maps.popitem(last=False)
+        return whole
+
+
+#: The files that are mapped, and which they were; the one used last is the last.
+_maps: OrderedDict[_Parts, tuple[tuple[int, int], torch.UntypedStorage | None]] = OrderedDict()
 
 
 class _File:

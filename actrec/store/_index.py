@@ -83,7 +83,9 @@ class Leaf:
         """The tensor of a call, as a view of the file."""
         shape = self.shape(call)
         stored = [1 if dim in self.expanded else size for dim, size in enumerate(shape)]
-        return self._view(storage, *self.place(call), stored).expand(shape)
+        return self._view(
+            lambda begin, end: storage()[begin:end], *self.place(call), stored
+        ).expand(shape)
 
     def place(self, call: int) -> tuple[int, int]:
         """Where the bytes of a call begin in the file, and how many they are."""
@@ -92,8 +94,8 @@ class Leaf:
         return self.begin + before * self.row, self._stored(run) * self.row
 
     def whole(self, storage: Callable[[], Mapped], *shape: int) -> Tensor:
-        """All calls as one tensor of this shape."""
-        return self._view(storage, self.begin, self.nbytes, shape)
+        """All calls as one tensor of this shape, to be looked at and not kept."""
+        return self._view(storage().view, self.begin, self.nbytes, shape)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Where the bytes of each call begin in the file, and how many they are."""
@@ -106,7 +108,7 @@ class Leaf:
 
     def _view(
         self,
-        storage: Callable[[], Mapped],
+        part: Callable[[int, int], torch.UntypedStorage],
         begin: int,
         nbytes: int,
         shape: Any,
@@ -114,7 +116,7 @@ class Leaf:
         if not nbytes:
             return torch.empty(shape, dtype=self.dtype, device="cpu")
         # A storage of its own: saved with torch.save, a call must not take the whole shard along.
-        own = storage()[begin : begin + nbytes]
+        own = part(begin, begin + nbytes)
         if begin % self.dtype.itemsize:  # to read a complex128 there would end the process
             own = own.clone()  # type: ignore[no-untyped-call]
         return torch.empty(0, dtype=self.dtype, device="cpu").set_(own, 0, torch.Size(shape))  # type: ignore[call-overload,no-any-return]
@@ -216,12 +218,9 @@ class Shard:
         self._storage: Mapped | None = None
 
     def storage(self) -> Mapped:
-        """The file, mapped when it is first used."""
+        """The memory of the file."""
         if self._storage is None:
-            try:
-                self._storage = self._disk.map(self.name, self.size, self.head)
-            except Defect as defect:
-                raise corrupt(self.path, defect) from None
+            self._storage = self._disk.map(self.name, self.size, self.head)
         return self._storage
 
 

@@ -1,6 +1,6 @@
 """``load()``: a stored recording, opened as the same kind of object as one in memory.
 
-Opening reads the headers of the shards. Their data is mapped when it is first asked for, privately: what
+Opening reads the headers of the shards. Their data is read or mapped when it is asked for, privately: what
 is written to a value reaches the memory of this process alone, never the file.
 """
 
@@ -76,9 +76,14 @@ def load(
     (torch.Size([5, 3]), torch.Size([10, 3]))
 
     Opening reads a header for each shard and no data, so it is fast however large the recording is. A
-    call is read from the disk when its values are used: it is a view of the mapped file. Writing to it
-    never changes the file, but is seen wherever this recording gives out the same bytes again; take a
-    ``clone()`` to write to. ``cat()`` and ``stack()`` return new tensors.
+    call is read from the disk when it is asked for; one that is large is a view of the mapped file, of
+    which the system reads what is used. Writing to it never changes the file, but may be seen where this
+    recording gives out the same bytes again; take a ``clone()`` to write to. ``cat()`` and ``stack()``
+    return new tensors.
+
+    A file that somebody has cut short or replaced is found when a call is read. But while you hold a large
+    call, its file must not be cut short, nor be removed by another machine on a network file system: the
+    system ends a process that uses memory whose file is gone (``SIGBUS``). A ``clone()`` is safe.
 
     A recording that was not closed properly (the process was killed, the block left by an exception, the
     disk full) has all the passes that were committed, and says so: ``acts.complete`` is false.
@@ -421,7 +426,7 @@ class StoredLayer(ReadOnlyLayer):
         groups = self._alike() if dim == 0 else []
         if not groups or any(leaf.scalar for leaf in groups[0].leaves):
             return super().cat(dim)
-        return groups[0].filled([torch.cat(column) for column in _columns(groups)])
+        return groups[0].filled(_columns(groups))
 
     def stack(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
@@ -430,7 +435,7 @@ class StoredLayer(ReadOnlyLayer):
             return super().stack(dim)  # which says what does not fit
         shapes = [leaf.shape(0) for leaf in groups[0].leaves]
         pairs = zip(_columns(groups), shapes, strict=True)
-        return groups[0].filled([torch.cat(c).view(len(self), *shape) for c, shape in pairs])
+        return groups[0].filled([column.view(len(self), *shape) for column, shape in pairs])
 
     def _alike(self) -> list[Group]:
         """The groups, if their calls can be joined group by group; otherwise nothing."""
@@ -450,14 +455,22 @@ class StoredLayer(ReadOnlyLayer):
 _NOT_JOINED: Final = ('"array":', '"scalar":', '"packed_sequence":')  # in text, quotes are escaped
 
 
-def _columns(groups: list[Group]) -> list[list[Tensor]]:
-    """For each tensor of a value, what each group has of it, whole."""
-    return [[_whole(group, k) for group in groups] for k in range(len(groups[0].leaves))]
-
-
-def _whole(group: Group, number: int) -> Tensor:
-    leaf = group.leaves[number]
-    return leaf.whole(group.shard.storage, leaf.before[-1], *leaf.tail)
+def _columns(groups: list[Group]) -> list[Tensor]:
+    """For each tensor of a value, what all groups have of it."""
+    leaves = groups[0].leaves
+    rows = [sum(group.leaves[k].before[-1] for group in groups) for k in range(len(leaves))]
+    found = [
+        torch.empty((many, *leaf.tail), dtype=leaf.dtype)
+        for many, leaf in zip(rows, leaves, strict=True)
+    ]
+    done = [0] * len(leaves)
+    for group in groups:  # one after the other, so that no more than one is mapped
+        for k, leaf in enumerate(group.leaves):
+            many = leaf.before[-1]
+            part = leaf.whole(group.shard.storage, many, *leaf.tail)
+            found[k][done[k] : done[k] + many] = part
+            done[k] += many
+    return found
 
 
 def _rows(groups: list[Group], number: int) -> Iterator[int]:
