@@ -116,9 +116,11 @@ class Stream:
         if found.has_begun:
             described.check_same(self._disk, manifest)
             self._remember(StoredRecording(self._disk, there, [found], only=found.number))
-            described = replace(described, ranks=manifest.ranks)
+            began = max(manifest.began, described.began + 1)  # clocks may be put back
+            described = replace(described, ranks=manifest.ranks, began=began)
         else:
-            described = replace(manifest, recording=there.recording, run=there.run)
+            began = manifest.began if resume else there.began
+            described = replace(manifest, recording=there.recording, run=there.run, began=began)
         if described != found.manifest:
             own.commit(OWN, lambda file: file.write(described.own_content()))
         shards = _discard_leftovers(call, own, found) if resume else found.count

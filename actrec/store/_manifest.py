@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -74,6 +75,7 @@ class Manifest:
     recording: str = field(default_factory=lambda: uuid.uuid4().hex)
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
     ranks: int = 1
+    began: int = field(default_factory=time.time_ns)  # when the run did that has so many ranks
 
     def content(self) -> bytes:
         """``actrec.json``, readable for people too."""
@@ -99,6 +101,7 @@ class Manifest:
         ]
         return {
             "ranks": self.ranks,
+            "began": self.began,
             "model": self.model,
             "options": {"inputs": self.inputs, "grads": self.grads, "dtype": self.dtype},
             "layers": layers,
@@ -198,7 +201,7 @@ def _parsed(content: Any) -> Manifest:
 
 def _description(about: dict[str, Any]) -> Manifest:
     """What both files have."""
-    about = mapping(about, "the file", "ranks", "model", "options", "layers", "names")
+    about = mapping(about, "the file", "ranks", "began", "model", "options", "layers", "names")
     options = mapping(about["options"], "the options", "inputs", "grads", "dtype")
     layers = items(about["layers"], "the layers")
     ranks = integer(about["ranks"], "the number of ranks", MAX_RANKS)
@@ -212,6 +215,7 @@ def _description(about: dict[str, Any]) -> Manifest:
         _optional(options["dtype"], "the dtype"),
         options["grads"] is True,
         ranks=ranks,
+        began=integer(about["began"], "when it began"),
     )
 
 

@@ -546,13 +546,24 @@ class StoredRecording(Recording):
     def ranks(self) -> tuple[RankInfo, ...]:
         """How far each rank of the run has come, as a :class:`RankInfo`, also of those that wrote nothing.
 
-        A single process is rank 0.
+        A single process is rank 0. Where a run was gone on with by fewer ranks, those that it had before are listed, too.
         """
         there = [rank.info for rank in self._ranks]
         if self._only is not None:
             return tuple(listed_ranks(there, [self._only]))
-        run = max([self._manifest.ranks, *(rank.manifest.ranks for rank in self._ranks)])
-        return tuple(listed_ranks(there, range(max([run, *(i.number + 1 for i in there)]))))
+        most = max([self._expected, *(info.number + 1 for info in there)])
+        return tuple(listed_ranks(there, range(most)))
+
+    @property
+    def _expected(self) -> int:
+        """How many ranks the run has that began last: those are to be closed, and no others."""
+        said = (self._manifest, *(rank.manifest for rank in self._ranks))
+        return max(said, key=lambda one: (one.began, one.ranks)).ranks
+
+    @property
+    def _latest(self) -> list[RankInfo]:
+        """How far the ranks have come that are to be closed."""
+        return [i for i in self.ranks if self._only is not None or i.number < self._expected]
 
     def rank(self, number: int) -> StoredRecording:
         """Return what one rank has recorded, as a recording of its own; nothing is read or copied.
@@ -577,8 +588,11 @@ class StoredRecording(Recording):
 
     @property
     def complete(self) -> bool:
-        """Whether every rank was closed properly, so that nothing is missing at the end."""
-        return all(rank.complete for rank in self.ranks) and not self._left_out
+        """Whether every rank was closed properly, so that nothing is missing at the end.
+
+        Of a recording that was gone on with by fewer ranks than before, these are the ranks that count.
+        """
+        return all(rank.complete for rank in self._latest) and not self._left_out
 
     @property
     def _wholes(self) -> list[WholeLayer]:
@@ -592,7 +606,7 @@ class StoredRecording(Recording):
         return sum(layer.left_out for layer in self._wholes)
 
     def _title(self) -> str:
-        reasons = list(summary(self.ranks)) if len(self.ranks) > 1 else []
+        reasons = list(summary(self._latest)) if len(self.ranks) > 1 else []
         if self._left_out:
             reasons.append(f"{count(self._left_out, 'call')} left out for want of parts")
         why = f" (incomplete{': ' * bool(reasons)}{'; '.join(reasons)})"
