@@ -22,9 +22,10 @@ from actrec._display import count, shown
 from actrec._forms import Form, form
 from actrec._passes import Count
 from actrec._recording import Layer, Recording
-from actrec.errors import OptionError, RecordingNotFoundError
+from actrec.errors import CorruptRecordingError, OptionError, RecordingNotFoundError
 
 from ._cache import CACHE_BYTES, Cache
+from ._checksums import shard_problems
 from ._container import Container
 from ._disk import ANOTHER
 from ._format import END, MANIFEST, Defect, Role, corrupt
@@ -54,6 +55,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     rank: int | None = None,
+    check: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     cache: str | os.PathLike[str] | None = None,
     cache_bytes: int = CACHE_BYTES,
@@ -95,6 +97,10 @@ def load(
     parts as they are. With ``rank=2``, nothing but the folder of that rank is opened: it can be read though
     another one is damaged.
 
+    Data is not checked when it is read: a file whose bytes were changed, by a bad disk say, gives other numbers without a
+    word. ``check=True`` reads everything once, compares the checksums, and raises for the first that does not fit;
+    :func:`verify` lists all of them.
+
     Containers come back in their structure: tuples, lists, dicts, named tuples, NumPy arrays and Python's
     numbers and strings as themselves, dataclasses and other classes as :class:`actrec.store.Fields`. No
     class that a file names is ever imported.
@@ -106,6 +112,7 @@ def load(
     Args:
         path: the folder, or the URL.
         rank: the rank whose folder alone is opened.
+        check: whether to read and check all data first, which takes as long as reading it.
         storage_options: what ``fsspec`` passes to the file system of a URL: credentials, an endpoint.
         cache: the folder of the cache.
         cache_bytes: how large the cache may grow, beyond what values in use keep.
@@ -114,10 +121,14 @@ def load(
         RecordingNotFoundError: there is no recording at ``path``.
         OptionError: there is no such rank.
         CorruptRecordingError: a file is damaged; the message names it and what is wrong with it. Only
-            headers are checked: :func:`verify` also checks the data.
+            headers are checked, unless ``check=True``.
         ReadError: an object store could not be reached, or refused.
     """
-    return opened(place(path, storage_options, Cache(cache, cache_bytes)), rank=rank)
+    recording = opened(place(path, storage_options, Cache(cache, cache_bytes)), rank=rank)
+    problem = next(recording._problems(), None) if check else None
+    if problem is not None:
+        raise CorruptRecordingError(problem)
+    return recording
 
 
 def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
@@ -551,19 +562,24 @@ class StoredRecording(Recording):
         there = [rank.info for rank in self._ranks]
         if self._only is not None:
             return tuple(listed_ranks(there, [self._only]))
-        most = max([self._expected, *(info.number + 1 for info in there)])
+        most = max([self._last.ranks, *(info.number + 1 for info in there)])
         return tuple(listed_ranks(there, range(most)))
 
     @property
-    def _expected(self) -> int:
-        """How many ranks the run has that began last: those are to be closed, and no others."""
+    def _last(self) -> Manifest:
+        """What the run says that began last."""
         said = (self._manifest, *(rank.manifest for rank in self._ranks))
-        return max(said, key=lambda one: (one.began, one.ranks)).ranks
+        return max(said, key=lambda one: (one.began, one.ranks))
 
     @property
-    def _latest(self) -> list[RankInfo]:
-        """How far the ranks have come that are to be closed."""
-        return [i for i in self.ranks if self._only is not None or i.number < self._expected]
+    def _its_ranks(self) -> list[RankInfo]:
+        """How far the ranks of that run have come: those are to be closed, and no others."""
+        if self._only is not None:
+            return list(self.ranks)
+        last = self._last
+        numbers = {rank.number for rank in self._ranks if rank.manifest.began >= last.began}
+        numbers.update(range(last.ranks))
+        return [info for info in self.ranks if info.number in numbers]
 
     def rank(self, number: int) -> StoredRecording:
         """Return what one rank has recorded, as a recording of its own; nothing is read or copied.
@@ -592,7 +608,7 @@ class StoredRecording(Recording):
 
         Of a recording that was gone on with by fewer ranks than before, these are the ranks that count.
         """
-        return all(rank.complete for rank in self._latest) and not self._left_out
+        return all(rank.complete for rank in self._its_ranks) and not self._left_out
 
     @property
     def _wholes(self) -> list[WholeLayer]:
@@ -600,13 +616,21 @@ class StoredRecording(Recording):
         layers = [*self._layers.values(), *self._input_layers.values()]
         return [layer for layer in layers if isinstance(layer, WholeLayer)]
 
+    def _problems(self) -> Iterator[str]:
+        """What is wrong with the data, all of which is read."""
+        for layer in self._wholes:
+            yield from layer.problems()
+        for rank in self._ranks:
+            for number in range(rank.count):
+                yield from shard_problems(rank._disk, open_shard(rank._disk, shard_name(number)))
+
     @property
     def _left_out(self) -> int:
         """How many calls are left out, because parts of their tensors are missing."""
         return sum(layer.left_out for layer in self._wholes)
 
     def _title(self) -> str:
-        reasons = list(summary(self._latest)) if len(self.ranks) > 1 else []
+        reasons = list(summary(self._its_ranks)) if len(self.ranks) > 1 else []
         if self._left_out:
             reasons.append(f"{count(self._left_out, 'call')} left out for want of parts")
         why = f" (incomplete{': ' * bool(reasons)}{'; '.join(reasons)})"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any
 
 from actrec.errors import CorruptRecordingError
 
-from ._format import corrupt
+from ._checksums import shard_problems
 from ._index import open_shard
 from ._manifest import read_ending, read_manifest, read_own
 from ._place import place
@@ -19,13 +18,10 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping
 
-    from ._index import Opened
     from ._manifest import Manifest
     from ._place import Place
 
 __all__ = ["verify"]
-
-_CHUNK: Final = 1 << 24
 
 
 def verify(
@@ -72,7 +68,7 @@ def _problems(disk: Place) -> Iterator[str]:
             except CorruptRecordingError as error:
                 yield str(error)
             else:
-                yield from _shard_problems(rank, shard)
+                yield from shard_problems(rank, shard)
 
 
 def _description_problems(rank: Place, manifest: Manifest) -> Iterator[str]:
@@ -93,41 +89,3 @@ def _expected(disk: Place) -> Iterator[tuple[int, str]]:
     last = int(names[-1].partition(".")[0]) if names else -1
     # A number that is far off is a name, not a count.
     yield from ((n, shard_name(n)) for n in range(min(last, 2 * len(names)) + 1))
-
-
-def _shard_problems(disk: Place, opened: Opened) -> Iterator[str]:
-    shard, container, parts = opened
-    for part in parts:
-        for group in part.groups:
-            try:
-                group.example(0)
-            except CorruptRecordingError as error:
-                yield str(error)
-    owners: dict[str, str] = {}
-    for part in parts:
-        for tensor in container.tensors:
-            if tensor.startswith(part.slot.key + "."):
-                owners[tensor] = part.slot.name
-    with disk.open(shard.name) as file:
-        for tensor, extent in container.tensors.items():
-            file.seek(extent.begin)
-            found = _checksum(file, extent.end - extent.begin)
-            if found != extent.checksum:
-                layer = owners.get(tensor, tensor)[:60]
-                yield str(
-                    corrupt(
-                        shard.path,
-                        f"the checksum of the data of layer {layer!r} is {found:08x}, and should be {extent.checksum:08x}",
-                    )
-                )
-
-
-def _checksum(file: BinaryIO, size: int) -> int:
-    checksum = 0
-    while size:
-        chunk = file.read(min(size, _CHUNK))
-        if not chunk:
-            break
-        checksum = zlib.crc32(chunk, checksum)
-        size -= len(chunk)
-    return checksum
