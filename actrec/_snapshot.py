@@ -278,9 +278,9 @@ def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tens
 
 def frees_weights(model: nn.Module) -> bool:
     """Whether FSDP frees the storages of weights of ``model``, or of a model that it is a part of."""
-    if "torch.distributed.fsdp" not in sys.modules:  # whoever shards a model has imported it
-        return False
-    return bool([*sharded(model)]) or any(map(is_distributed, model.parameters()))
+    return "torch.distributed.fsdp" in sys.modules and (  # whoever shards a model has imported it
+        bool([*sharded(model)]) or any(map(is_distributed, model.parameters()))
+    )
 
 
 def sharded(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
