@@ -146,9 +146,6 @@ def twin(tensor: Tensor) -> Tensor | None:
         and type(tensor) is Tensor
         and _SHARING
         and not tensor.is_quantized
-        and not _is_wrapped(
-            tensor
-        )  # by functionalize(), the only one that says that it has a storage
     ):
         try:
             storage = tensor.untyped_storage()
@@ -178,7 +175,7 @@ def check(tensor: Tensor) -> None:
     """Raise ``CaptureError`` for a tensor that means nothing outside of a ``torch.func`` transform."""
     if _is_wrapped(tensor):
         message = (
-            "inside torch.func (vmap, grad, jvp, functionalize) a tensor stands for many, or for a step of a derivative, and cannot "
+            "inside torch.func (vmap, grad, jvp) a tensor stands for many, or for a step of a derivative, and cannot "
             "be kept. Record a call of the model outside of it"
         )
         raise CaptureError(message)

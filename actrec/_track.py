@@ -14,7 +14,16 @@ from ._clean_room import depth, inside
 from ._eager import Eager
 from ._inputs import Arrival, Arrivals, Parameters, versions
 from ._nested import Opaque, nodes, tensors
-from ._passes import Passes, backward_number, is_own_call, is_recomputing, is_tracing
+from ._passes import (
+    Passes,
+    backward_number,
+    checking,
+    count_function_modes,
+    is_jit_tracing,
+    is_own_call,
+    is_recomputing,
+    is_tracing,
+)
 from ._snapshot import snapshot
 from .errors import CaptureError, TransformError, WriteError
 
@@ -199,7 +208,10 @@ class Track:
             self._end_again(output)
             return
         is_tensor = type(output) is Tensor
-        if is_tracing() or (not is_tensor and _is_symbolic((*args, output))):
+        # Whatever reads the model is_tracing(): of a plain tensor, in one of these ways.
+        if (not is_tensor or is_jit_tracing() or count_function_modes() or checking) and (
+            is_tracing() or (not is_tensor and _is_symbolic((*args, output)))
+        ):
             self.traced += 1
             return
         arrival = None if self.inputs is None else self._arrivals.pop(kwargs)
