@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,6 +18,7 @@ from itertools import islice, repeat, zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
 
 import torch
+from torch import Tensor
 
 from . import _display, _html, _stats
 from ._clean_room import in_a_clean_room
@@ -239,6 +240,28 @@ class Layer(Sequence[Value]):
         return self is other or (len(self) == len(other) and all(map(same, self, other)))
 
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
+
+    def _seen(self) -> tuple[list[Form], Mapping[object, int] | int]:
+        """Each form once, and the memory that the calls hold, by place; or in bytes, if that is known without a look."""
+        forms: dict[Form, None] = {}
+        places: dict[object, int] = {}
+        known: set[object] = set()
+        for value in self._readable():
+            if type(value) is Tensor and not value.is_nested:  # nearly all are, and look alike
+                look = value.shape, value.dtype, value.device
+                if look in known:
+                    places.update(held(value))
+                    continue
+                known.add(look)
+            forms[form(value)] = None
+            for tensor in tensors(value):
+                places.update(held(tensor))
+        return list(forms), places
+
+    def _per_pass(self) -> tuple[int, int]:
+        """How many calls there are in the pass with most, and how many passes with any."""
+        counts = Counter(number for number in self.passes if number >= 0)
+        return max(counts.values(), default=0), len(counts)
 
     def __repr__(self) -> str:
         return _display.layer_line(self)

@@ -379,6 +379,9 @@ class LiveLayer(Layer):
             return self._stored._different_forms()
         return dict.fromkeys([*self._before._different_forms(), *self._new])
 
+    def _seen(self) -> tuple[list[Form], int]:
+        return list(self._different_forms()), self.nbytes
+
     @property
     def nbytes(self) -> int:
         return self._stored.nbytes if self._stream.closed else self._before.nbytes + self._bytes

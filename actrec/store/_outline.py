@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ._format import Role, Slot
     from ._index import Group, Leaf, Opened, Part, Run
 
-__all__ = ["Held", "Look", "LookLeaf", "Outline", "PassRuns", "form_of", "look"]
+__all__ = ["Held", "Look", "LookLeaf", "Outline", "PassRuns", "form_of", "look", "per_pass"]
 
 
 class LookLeaf(NamedTuple):
@@ -123,6 +123,24 @@ class Held:
     def passes(self) -> Iterator[int]:
         """The pass of each call, as they are stored."""
         return numbers(self.runs)
+
+
+def per_pass(runs: Iterable[Run]) -> tuple[int, int]:
+    """How many calls there are in the pass with most, and how many passes with any.
+
+    >>> per_pass([(0, 1, 3), (2, 0, 2), (3, 1, 1)])
+    (3, 4)
+    """
+    most = passes = here = 0
+    last = -1
+    for first, step, many in runs:
+        here = (here if first == last else 0) + (1 if step else many)
+        passes += (many if step else 1) - (first == last)
+        most = max(most, here)
+        if step and many > 1:
+            here = 1
+        last = first + step * (many - 1)
+    return most, passes
 
 
 class Outline:

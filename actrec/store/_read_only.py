@@ -12,6 +12,7 @@ from actrec.errors import ActrecError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from actrec._forms import Form
     from actrec._nested import Value
 
 __all__ = ["ChosenLayer", "ReadOnlyLayer"]
@@ -48,6 +49,9 @@ class ReadOnlyLayer(Layer):
     def stack(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
         return joined(self, "stack", dim)
+
+    def _seen(self) -> tuple[list[Form], int]:
+        return list(self._different_forms()), self.nbytes
 
     def _of(self, calls: list[int]) -> Layer:
         return ChosenLayer(self, calls)

@@ -31,7 +31,7 @@ from ._disk import ANOTHER
 from ._format import END, MANIFEST, Defect, Role, corrupt
 from ._index import Group, Opened, Part, Shard, open_shard
 from ._manifest import Ending, Manifest, read_ending, read_manifest, read_own
-from ._outline import Held, Look, Outline, form_of, look
+from ._outline import Held, Look, Outline, form_of, look, per_pass
 from ._place import place
 from ._ranks import RankInfo, listed_ranks, summary
 from ._read_only import ReadOnlyLayer
@@ -369,6 +369,10 @@ class StoredLayer(ReadOnlyLayer):
     @property
     def passes(self) -> list[int]:
         return sorted(self._stored_passes())
+
+    def _per_pass(self) -> tuple[int, int]:
+        found = [per_pass(source.held.runs) for source in self._sources]
+        return max((most for most, _ in found), default=0), sum(passes for _, passes in found)
 
     @property
     def ranks(self) -> list[int]:
