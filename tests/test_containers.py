@@ -159,6 +159,15 @@ def _refuse(*_: Any) -> Any:
 
 pytree.register_pytree_node(Refuses, _pair, _refuse)
 
+
+class Turns(Node):
+    """Registered, but put together as something else; what it holds besides is an object."""
+
+
+pytree.register_pytree_node(
+    Turns, lambda node: ([node.first, node.second], object()), lambda children, _: list(children)
+)
+
 #: How each is made of two values, and the type of what is recorded.
 CONTAINERS: dict[str, tuple[Callable[[Any, Any], Any], type]] = {
     "tuple": (lambda a, b: (a, b), tuple),
@@ -185,6 +194,7 @@ CONTAINERS: dict[str, tuple[Callable[[Any, Any], Any], type]] = {
     "pytree node with keys": (Keyed, Keyed),
     "pytree node with children of the moment": (Halves, Halves),
     "pytree node that refuses": (Refuses, Fields),
+    "pytree node that turns into another": (Turns, Fields),
 }  # fmt: skip
 
 

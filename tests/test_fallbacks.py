@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import re
+import sys
+import threading
+import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from actrec import ActrecError, _record, record
+from actrec import ActrecError, UnusedLayerWarning, _record, record
+from actrec._calls import hooks as _hooks
 from actrec._calls.hooks import Hook
 from actrec._values import snapshot as _snapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 X = torch.ones(2, 4)
 
@@ -126,6 +134,86 @@ def test_where_operators_do_not_say_that_they_compile_themselves_everything_is_e
     with record(model) as acts:
         compiled(X)
     assert len(acts["0"]) == 1
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Nobody has imported the compiler, until this is called."""
+    compiler = torch._dynamo
+    monkeypatch.delitem(sys.modules, "torch._dynamo")
+    yield lambda: sys.modules.update({"torch._dynamo": compiler})
+    sys.modules["torch._dynamo"] = compiler
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiler_that_comes_inside_the_block_runs_eagerly_from_the_next_pass_on(
+    late: Callable[[], None],
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with record(model) as acts:
+        model(X)
+        late()
+        assert stance() == "default"
+        model(X)
+        assert stance() == "force_eager"
+        torch.compile(model, backend="eager", fullgraph=True)(X)
+    assert stance() == "default"
+    assert len(acts["0"]) == 3
+
+
+def test_a_compiler_that_comes_behind_the_block_is_left_alone(late: Callable[[], None]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with record(model) as acts:
+        model(X)
+    late()
+    assert stance() == "default"
+    assert len(acts["0"]) == 1
+
+
+class TestWhatTheCompilerReads:
+    """The compiler reads hooks, it does not run them: here they are run as it reads them."""
+
+    @pytest.fixture(autouse=True)
+    def _reading(self, monkeypatch: pytest.MonkeyPatch) -> None:
+
+        answers = itertools.cycle([True, False])  # the second time it runs what it had read
+        monkeypatch.setattr(_hooks, "is_dynamo_compiling", lambda: next(answers))
+
+    @pytest.mark.parametrize("options", [{}, {"inputs": True}, {"stop_early": True}])
+    def test_it_runs_the_hooks_that_it_comes_across(self, options: dict[str, Any]) -> None:
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        with record(model, "0", **options) as acts:
+            model(X)
+            model(X)
+        assert acts["0"].passes == [0, 1]
+
+    def test_operators_do_without_and_it_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_hooks, "is_dynamo_compiling", lambda: True)
+        monkeypatch.setattr(_hooks, "compiles_itself", lambda: True)
+        model = nn.Sequential(nn.Linear(4, 4))
+        with pytest.warns(UnusedLayerWarning), record(model) as acts:
+            model(X)
+        assert len(acts["0"]) == 0
+
+    def test_an_export_is_no_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_hooks, "is_dynamo_compiling", lambda: True)
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+        model = nn.Sequential(nn.Linear(4, 4))
+        with pytest.warns(UnusedLayerWarning), record(model) as acts:
+            model(X)
+        assert len(acts["0"]) == 0
+
+
+def test_a_trace_in_one_thread_is_none_of_the_business_of_another() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with record(model) as acts:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            thread = threading.Thread(target=torch.jit.trace, args=(model, X))
+            thread.start()
+            thread.join()
+        model(X)
+    assert acts["0"].passes == [0]
 
 
 # --- Recorders that are gone -------------------------------------------------------------------------

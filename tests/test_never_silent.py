@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from actrec import (
     ActrecError,
-    CaptureError,
     IncompleteLayerWarning,
     Opaque,
     SelectionError,
@@ -403,12 +402,6 @@ def test_a_block_inside_of_what_is_read_is_refused() -> None:
 
     with pytest.raises(ActrecError, match="Open the block outside of the compiled function"):
         make_fx(forward)(X)
-
-
-def test_what_functionalize_wraps_cannot_be_kept() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(CaptureError, match="functionalize"), record(model, "0"):
-        torch.func.functionalize(model)(X)
 
 
 class Branching(nn.Module):

@@ -256,6 +256,7 @@ def test_a_run_that_goes_on_after_a_kill_makes_certain_what_the_one_before_had_n
 # --- Faults ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::actrec.errors.UnlockedWarning")
 def test_whichever_call_fails_that_is_told_or_all_is_there_and_the_run_can_go_on(
     tmp_path: Path, a_run: Run
 ) -> None:

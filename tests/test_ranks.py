@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import FrozenInstanceError
@@ -538,7 +539,6 @@ def test_every_rank_goes_on_where_it_was(uneven: Path) -> None:
     acts = load(uneven)
     assert acts["layer"].cat().flatten().tolist() == [0, 10, 20, 1, 11, 21, 21.5, 2, 22, 23]
     assert acts.complete
-    assert not list(uneven.rglob("rank.json"))
 
 
 def test_a_new_launch_goes_on_with_more_ranks_and_with_fewer(
@@ -554,9 +554,52 @@ def test_a_new_launch_goes_on_with_more_ranks_and_with_fewer(
     assert len(load(uneven).ranks) == 5, "rank 1 remembers that there were five"
     write(uneven, 0, 1, [row(2)], resume=True)
     acts = load(uneven)
-    assert [info.num_passes for info in acts.ranks] == [3, 3, 3, 0, 0]
-    assert not acts.complete
+    assert [info.num_passes for info in acts.ranks] == [3, 3, 3]
+    assert acts.complete
     assert actrec.verify(uneven) == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_fewer_ranks_than_before_complete_a_recording_and_keep_what_the_others_have_committed(
+    tmp_path: Path, first: int
+) -> None:
+    path = tmp_path / "r"
+    for rank in (0, 1, 2):  # and rank 3 wrote nothing
+        with suppress(ZeroDivisionError):
+            write(path, rank, 4, (row(rank, 1 / (rank != 1 or turn)) for turn in (1, 0)))
+    (path / "rank-00002/end.json").unlink()
+    assert "rank 2 killed or still recording; rank 3 wrote nothing" in repr(load(path))
+    before = load(path)["layer"].cat().tolist()
+    write(path, first, 2, [row(8, 8)], resume=True)
+    acts = load(path)
+    assert acts.complete == (first == 1), "rank 0 was closed, and rank 1 was not"
+    write(path, 1 - first, 2, [row(9, 9)], resume=True)
+    acts = load(path)
+    assert acts.complete
+    assert repr(acts).startswith("stored Same: ")
+    assert [info.error for info in acts.ranks] == [None, None, KILLED]
+    assert all(number in acts["layer"].cat().tolist() for number in before)
+    assert actrec.verify(path) == []
+
+
+def test_once_there_are_more_ranks_again_they_count_again_whoever_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r"
+    for rank in (0, 2):
+        write(path, rank, 3, [row(rank)])
+    assert not load(path).complete
+    write(path, 0, 1, [row(0)], resume=True)
+    assert load(path).complete
+    write(path, 1, 3, [row(1)], resume=True)
+    monkeypatch.setattr(time, "time_ns", lambda: 1)  # and the clock is put back
+    with record(Same(), "layer", into=Folder(path, rank=0, world_size=3), resume=True):
+        assert repr(load(path)).startswith("stored Same (incomplete: rank 0 killed or still")
+    assert load(path).complete
+    monkeypatch.undo()
+    with record(Same(), "layer", into=Folder(path, rank=2, world_size=3), resume=True):
+        assert repr(load(path)).startswith("stored Same (incomplete: rank 2 killed or still")
+    assert load(path).complete
 
 
 def test_a_rank_is_compared_with_what_it_recorded_itself(tmp_path: Path) -> None:
@@ -619,6 +662,7 @@ def test_a_rank_is_recorded_by_one_process_at_a_time(tmp_path: Path) -> None:
         ({"ranks": 0}, "the number of ranks is 0"),
         ({"ranks": 10**9}, "the number of ranks is 1000000000, which is no number from 0 to 100000"),
         ({"ranks": True}, "the number of ranks is True"),
+        ({"began": -1}, "when it began is -1"),
         ({"model": 3}, "the model is 3, which is no text"),
         ({"options": None}, "the file has no 'options'"),
         ({"options": {"inputs": True}}, "the options has no 'grads'"),

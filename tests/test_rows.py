@@ -275,6 +275,22 @@ def test_rows_of_a_reused_layer_lie_beside_the_labels(tmp_path: Path, stored: bo
     assert (batch[0] == batch[1] * 10 + 1).all()
 
 
+@given(times=st.lists(st.integers(0, 3), min_size=1, max_size=6))
+@settings(max_examples=25, deadline=None)
+def test_the_table_says_how_many_calls_there_are_in_a_pass(
+    tmp_path_factory: pytest.TempPathFactory, times: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("nth") / "r"
+    called = {many for many in times if many}
+    if not called:
+        return
+    live, memory = reused(times, Folder(path, shard_bytes=2000)), reused(times)
+    note = f"{'up to ' if len(called) > 1 else ''}{max(called)} per pass"
+    for acts in (memory, live, load(path)):
+        line = next(line for line in repr(acts).splitlines() if line.startswith("relu"))
+        assert line.endswith(note) == (max(called) > 1), line
+
+
 @pytest.mark.parametrize("nth", [True, "0", 1.0])
 def test_which_call_is_a_whole_number(nth: Any) -> None:
     acts = reused([2])

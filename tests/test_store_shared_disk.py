@@ -326,3 +326,37 @@ def test_a_run_that_could_not_begin_is_not_in_the_way_of_the_next(
     assert load(tmp_path / "r").complete
     assert actrec.verify(tmp_path / "r") == []
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.usefixtures("_nobody_is_kept_out")
+def test_of_two_runs_that_tidy_up_at_once_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r"
+    Run(path, 1).end()
+    (path / "rank-00000/000001.safetensors.tmp").touch()
+    begin = _disk.Disk.begin
+    runs = []
+
+    def late(*args: Any) -> Any:
+        monkeypatch.setattr(_disk.Disk, "begin", begin)
+        runs.append(Run(path, 2))
+        return begin(*args)
+
+    monkeypatch.setattr(_disk.Disk, "begin", late)
+    with pytest.raises(RecordingExistsError, match="another run is recording there now"):
+        Run(path, 3)
+    runs[0].one_pass()
+    runs[0].end()
+    assert (runs[0].error, passes_of(path)) == ("", [2])
+
+
+def test_a_file_that_is_tidied_up_before_it_has_its_name_is_told(tmp_path: Path) -> None:
+    disk = _disk.Disk(tmp_path)
+    for exclusive in (True, False):
+        unfinished = _disk.Unfinished(disk, "a", exclusive=exclusive)
+        for name in disk.names():
+            disk.remove(name)
+        with pytest.raises(FileExistsError, match="another run has taken the folder over"):
+            unfinished.finish()
+        assert disk.names() == []

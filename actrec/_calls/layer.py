@@ -13,7 +13,16 @@ from actrec._calls.capture import SKIPPED
 from actrec._calls.clean_room import depth, inside
 from actrec._calls.compiled import Eager
 from actrec._calls.inputs import Arrival, Arrivals, Parameters, versions
-from actrec._calls.passes import Passes, backward_number, is_own_call, is_recomputing, is_tracing
+from actrec._calls.passes import (
+    Passes,
+    backward_number,
+    checking,
+    count_function_modes,
+    is_jit_tracing,
+    is_own_call,
+    is_recomputing,
+    is_tracing,
+)
 from actrec._values.containers import Opaque
 from actrec._values.snapshot import snapshot
 from actrec._values.spec import Constant, flatten
@@ -201,7 +210,10 @@ class Track:
             self._end_again(output)
             return
         is_tensor = type(output) is Tensor
-        if is_tracing() or (not is_tensor and _is_symbolic((*args, output))):
+        # Whatever reads the model is_tracing(): of a plain tensor, in one of these ways.
+        if (not is_tensor or is_jit_tracing() or count_function_modes() or checking) and (
+            is_tracing() or (not is_tensor and _is_symbolic((*args, output)))
+        ):
             self.traced += 1
             return
         arrival = None if self.inputs is None else self._arrivals.pop(kwargs)

@@ -45,22 +45,24 @@ class Overflows:
 
     def look(self, tensor: Any) -> None:
         """``tensor`` is about to be cast."""
-        if torch.finfo(tensor.dtype).max <= self.largest:
+        if _fits(tensor.dtype, self.dtype):
             return
         if is_distributed(tensor):
             tensor = tensor.to_local()
         if type(tensor) not in _PLAIN and not tensor.is_nested:
             return
-        number = self._passes.thread.current
-        if number is None:
-            number = max(0, self._passes.count - 1)
         for part in dense(tensor):
             if not _answers_at_once(part):
-                self._waiting.append((number, self._too_large(part)))
+                self._waiting.append((self._number(), self._too_large(part)))
                 if len(self._waiting) >= MOST_WAITING:
                     self._settle()
             elif part.numel() and (many := self._counted(part)):
-                self._add(number, many)
+                self._add(self._number(), many)
+
+    def _number(self) -> int:
+        """The number of the pass that this thread is in."""
+        number = self._passes.thread.current
+        return max(0, self._passes.count - 1) if number is None else number
 
     @property
     def total(self) -> int:
@@ -83,8 +85,8 @@ class Overflows:
         self._counts.clear()
 
     def _counted(self, part: Tensor) -> int:
-        low, high = (bound.item() for bound in _widened(part, 1).aminmax())
-        if -self.largest <= low and high <= self.largest:
+        low, high = _widened(part, 1).aminmax()
+        if low.item() >= -self.largest and high.item() <= self.largest:
             return 0
         return sum(int(self._too_large(block)) for (block,) in blocks(part))
 
@@ -121,6 +123,12 @@ def _answers_at_once(tensor: Tensor) -> bool:
 def _widened(tensor: Tensor, size: int) -> Tensor:
     """The tensor in float32 if its elements are of ``size`` bytes, or less."""
     return tensor.float() if tensor.element_size() <= size else tensor
+
+
+@cache
+def _fits(source: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` can hold all numbers of ``source``, once they are rounded."""
+    return torch.finfo(source).max <= _range(dtype)[0]
 
 
 @cache

@@ -33,7 +33,10 @@ __all__ = [
     "Count",
     "Passes",
     "backward_number",
+    "checking",
     "checkpoint_frames",
+    "count_function_modes",
+    "is_jit_tracing",
     "is_own_call",
     "is_recomputing",
     "is_tracing",
@@ -74,11 +77,11 @@ def _is_recomputing() -> int:
 
 backward_number = getattr(torch._C, "_current_graph_task_id", _is_recomputing)
 _CALL_CODE = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
-_is_jit_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
+is_jit_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 # The stacks of dispatch modes and of function modes, those of this thread.
-_count_dispatch = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _dispatch_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
-_count_function = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
+count_function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
 _function_at: Any = getattr(torch._C, "_get_function_stack_at", None)
 
 #: The modes in which PyTorch reads a model, by the module that whoever does it has imported.
@@ -91,7 +94,7 @@ _READING = {
 }
 
 #: The threads that torch.jit.trace may be checking its trace in.
-_checking: set[int] = set()
+checking: set[int] = set()
 
 
 def is_own_call() -> bool:
@@ -110,12 +113,12 @@ def is_tracing() -> bool:
     autograd and ``torch.export``, with tensors that have no values. What other threads compile or export
     meanwhile is not asked: ``torch.compiler.is_compiling()`` would tell that too.
     """
-    if _is_jit_tracing():
-        _checking.add(threading.get_ident())
+    if is_jit_tracing():
+        checking.add(threading.get_ident())
         return True
-    if (_count_dispatch() or _count_function()) and _is_read():
+    if (_count_dispatch_modes() or count_function_modes()) and _is_read():
         return True
-    return bool(_checking) and _is_checked()
+    return bool(checking) and _is_checked()
 
 
 def _is_read() -> bool:
@@ -129,14 +132,14 @@ def _is_read() -> bool:
         for name in names
         if (kind := getattr(sys.modules.get(module), name, None)) is not None
     )
-    modes = [_dispatch_at(at) for at in range(_count_dispatch())]
-    modes += [_function_at(at) for at in range(_count_function())]
+    modes = [_dispatch_at(at) for at in range(_count_dispatch_modes())]
+    modes += [_function_at(at) for at in range(count_function_modes())]
     return any(isinstance(mode, kinds) for mode in modes)
 
 
 def _is_checked() -> bool:
     """Whether torch.jit.trace is comparing its trace with the model, behind a trace in this thread."""
-    if threading.get_ident() not in _checking:
+    if threading.get_ident() not in checking:
         return False
     file = torch.jit._trace.__file__
     frame: FrameType | None = sys._getframe(1)
@@ -145,7 +148,7 @@ def _is_checked() -> bool:
         if code.co_name == "_check_trace" and code.co_filename == file:
             return True
         frame = frame.f_back
-    _checking.discard(threading.get_ident())
+    checking.discard(threading.get_ident())
     return False
 
 

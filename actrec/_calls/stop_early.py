@@ -1,9 +1,10 @@
 """Stopping early: a forward ends as soon as every chosen layer has run in it.
 
 The hook of the last layer raises :class:`Stop`, which is no ``Exception``: models that catch those do not
-hold it up, and a bare ``except:`` is told at the end of the block. It is caught around ``model.forward``, so that the call of the model ends like any other one,
-with ``None`` as its result. For that, while the block is open, the model has a ``forward`` of its own,
-that of its class inside a :class:`StoppableForward`.
+hold it up, and where a bare ``except:`` does, the end of the block says so. It is caught around
+``model.forward``, so that the call of the model ends like any other one, with ``None`` as its result. For
+that, while the block is open, the model has a ``forward`` of its own, that of its class inside a
+:class:`StoppableForward`.
 """
 
 from __future__ import annotations

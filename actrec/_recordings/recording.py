@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import abstractmethod
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,6 +18,7 @@ from itertools import islice, repeat, zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
 
 import torch
+from torch import Tensor
 
 from actrec._calls.clean_room import in_a_clean_room
 from actrec._calls.passes import Count
@@ -234,13 +235,6 @@ class Layer(Sequence[Value]):
         """The calls that can be looked at: all of them, unless a container of the user's keeps them."""
         return self
 
-    def _summary(self) -> Summary:
-        """What the calls look like, without their data. A stored layer says it without reading any."""
-        found = Summary()
-        for value in self._readable():
-            found.add(value)
-        return found
-
     def __eq__(self, other: object) -> bool:
         # That of a list would ask a tensor of truth values whether it is true.
         if not isinstance(other, (list, Layer)):
@@ -248,6 +242,28 @@ class Layer(Sequence[Value]):
         return self is other or (len(self) == len(other) and all(map(same, self, other)))
 
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
+
+    def _seen(self) -> tuple[Summary, Mapping[object, int] | int]:
+        """What the calls look like, and the memory that they hold, by place; or in bytes, if that is known without a look."""
+        looks = Summary()
+        places: dict[object, int] = {}
+        known: set[object] = set()
+        for value in self._readable():
+            if type(value) is Tensor and not value.is_nested:  # nearly all are, and look alike
+                look = value.shape, value.dtype, value.device
+                if look in known:
+                    places.update(held(value))
+                    continue
+                known.add(look)
+            looks.add(value)
+            for tensor in tensors(value):
+                places.update(held(tensor))
+        return looks, places
+
+    def _per_pass(self) -> tuple[int, int]:
+        """How many calls there are in the pass with most, and how many passes with any."""
+        counts = Counter(number for number in self.passes if number >= 0)
+        return max(counts.values(), default=0), len(counts)
 
     def __repr__(self) -> str:
         return _display.layer_line(self)

@@ -75,7 +75,8 @@ def layer_html(layer: Layer) -> str:
 
 def recording_html(recording: Recording) -> str:
     """Return the table of a recording: flat if it is small, else a tree that folds."""
-    rows = dict(zip(recording, _display.rows(recording), strict=True))
+    found = _display.summary(recording)
+    rows = dict(zip(recording, found.rows, strict=True))
     noted = any(row.note for row in rows.values())
     columns = Row._fields if noted else Row._fields[:-1]
     sheet = Sheet(columns, list(rows.values()))
@@ -83,7 +84,7 @@ def recording_html(recording: Recording) -> str:
         body = sheet.table([(row.layer, row) for row in rows.values()])
     else:
         body = "".join(_branch(tree(rows, SMALLEST_BRANCH), rows, sheet, 0))
-    return page(repr(recording), _display.title(recording), sheet.framed(body))
+    return page(_display.table(recording, found), found.title, sheet.framed(body))
 
 
 def rows_html(

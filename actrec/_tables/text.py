@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 from .tree import Node, tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from actrec._recordings.recording import Layer, Recording
-    from actrec._values.summary import Summary
+    from actrec._values.summary import Summary as Looks
 
 __all__ = [
     "Row",
     "State",
+    "Summary",
     "count",
     "layer_line",
-    "rows",
     "shown",
     "size",
+    "summary",
     "table",
     "text_table",
-    "title",
 ]
 
 #: Whether the block runs, has ended, or was ended by an exception.
@@ -63,7 +63,7 @@ def shown(name: str) -> str:
     return name if name and name.isprintable() and name == name.strip() else repr(name)
 
 
-def shown_shape(looks: Summary) -> str:
+def shown_shape(looks: Looks) -> str:
     """The shapes of the calls; or what they are, if they are no tensors."""
     if any(looks.kinds):
         return " | ".join(shown(kind or "Tensor") for kind in looks.kinds)
@@ -72,10 +72,14 @@ def shown_shape(looks: Summary) -> str:
 
 def layer_line(layer: Layer) -> str:
     """Return the one-line ``repr`` of a layer."""
-    looks = layer._summary()
+    looks, held = layer._seen()
     facts = [count(len(layer), "call"), f"{shown_shape(looks)} {', '.join(looks.dtypes)}".strip()]
     facts = [fact for fact in facts if fact]
-    return f"Layer {layer.name!r} ({shown(layer.type)}): {', '.join(facts)}, {size(layer.nbytes)}"
+    return f"Layer {layer.name!r} ({shown(layer.type)}): {', '.join(facts)}, {size(_nbytes(held))}"
+
+
+def _nbytes(held: Mapping[object, int] | int) -> int:
+    return held if isinstance(held, int) else sum(held.values())
 
 
 # --- A recording -------------------------------------------------------------------------------------
@@ -114,27 +118,43 @@ RIGHT: Final = frozenset(
 )
 
 
-def title(recording: Recording) -> str:
-    """Return the line above a table: what was recorded, whether it is whole, and how much it is."""
+class Summary(NamedTuple):
+    """What a table says about a recording."""
+
+    title: str  #: what was recorded, whether it is whole, and how much it is
+    rows: list[Row]
+
+
+def summary(recording: Recording) -> Summary:
+    """Return what a table says, after one look at each call."""
+    last = recording.num_passes - 1
+    state = recording._state()
+    rows: list[Row] = []
+    places: dict[object, int] = {}
+    is_complete = True
+    for layer in recording.values():
+        looks, held = layer._seen()
+        rows.append(_row(layer, looks, _nbytes(held), _note(layer, state, last)))
+        if isinstance(held, int):
+            is_complete = False
+        else:
+            places.update(held)
     failed = recording.failed_passes
     more = {"inputs": recording._inputs, "gradients": recording._grads}
     beside = " and ".join(name for name, one in more.items() if one is not None)
+    for one in more.values() if is_complete else ():
+        for layer in (one or {}).values():
+            places.update(layer._places())
     facts = (
-        count(len(recording), "layer"),
-        count(recording.num_passes, "pass") + (f" ({len(failed):,} raised)" if failed else ""),
-        size(recording.nbytes) + (f" with {beside}" if beside else ""),
+        count(len(rows), "layer"),
+        count(last + 1, "pass") + (f" ({len(failed):,} raised)" if failed else ""),
+        size(_nbytes(places) if is_complete else recording.nbytes)
+        + (f" with {beside}" if beside else ""),
     )
-    return f"{recording._title()}: {', '.join(facts)}"
+    return Summary(f"{recording._title()}: {', '.join(facts)}", rows)
 
 
-def rows(recording: Recording) -> list[Row]:
-    """Return a row for each layer."""
-    last = recording.num_passes - 1
-    return [_row(layer, recording._state(), last) for layer in recording.values()]
-
-
-def _row(layer: Layer, state: State, last_pass: int) -> Row:
-    looks = layer._summary()
+def _row(layer: Layer, looks: Looks, nbytes: int, note: str) -> Row:
     return Row(
         shown(layer.name),
         shown(layer.type),
@@ -142,8 +162,8 @@ def _row(layer: Layer, state: State, last_pass: int) -> Row:
         shown_shape(looks),
         ", ".join(looks.dtypes),
         ", ".join(looks.devices),
-        size(layer.nbytes),
-        _note(layer, state, last_pass),
+        size(nbytes),
+        note,
     )
 
 
@@ -155,16 +175,19 @@ def _note(layer: Layer, state: State, last_pass: int) -> str:
         return "not in the last pass"
     if layer.overflows is not None and (many := sum(layer.overflows.counts().values())):
         return f"{count(many, 'value')} too large for {str(layer.overflows.dtype).removeprefix('torch.')}"
+    most, passes = layer._per_pass()
+    if most > 1:
+        return f"{'' if most * passes == len(layer) else 'up to '}{most:,} per pass"
     return ""
 
 
-def table(recording: Recording) -> str:
+def table(recording: Recording, found: Summary | None = None) -> str:
     """Return the ``repr`` of a recording: a line about it, and a row for each layer.
 
     The note column is there if something needs attention, the device column if not all is on the CPU.
     Of many layers, blocks that are alike are shown once; of more still, the first and the last.
     """
-    all_rows = rows(recording)
+    title, all_rows = found or summary(recording)
     hidden = {
         *(() if any(row.note for row in all_rows) else ("note",)),
         *(() if any(row.device not in {"", "cpu"} for row in all_rows) else ("device",)),
@@ -174,7 +197,7 @@ def table(recording: Recording) -> str:
         line.text if isinstance(line, _Fold) else tuple(getattr(line, name) for name in columns)
         for line in _folded(list(recording), all_rows)
     ]
-    return "\n".join([title(recording), *text_table(columns, lines)])
+    return "\n".join([title, *text_table(columns, lines)])
 
 
 def text_table(columns: Sequence[str], lines: Iterable[tuple[str, ...] | str]) -> list[str]:

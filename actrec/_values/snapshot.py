@@ -147,9 +147,6 @@ def twin(tensor: Tensor) -> Tensor | None:
         and type(tensor) is Tensor
         and _SHARING
         and not tensor.is_quantized
-        and not _is_wrapped(
-            tensor
-        )  # by functionalize(), the only one that says that it has a storage
     ):
         try:
             storage = tensor.untyped_storage()
@@ -179,7 +176,7 @@ def check(tensor: Tensor) -> None:
     """Raise ``CaptureError`` for a tensor that means nothing outside of a ``torch.func`` transform."""
     if _is_wrapped(tensor):
         message = (
-            "inside torch.func (vmap, grad, jvp, functionalize) a tensor stands for many, or for a step of a derivative, and cannot "
+            "inside torch.func (vmap, grad, jvp) a tensor stands for many, or for a step of a derivative, and cannot "
             "be kept. Record a call of the model outside of it"
         )
         raise CaptureError(message)
@@ -279,9 +276,9 @@ def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tens
 
 def frees_weights(model: nn.Module) -> bool:
     """Whether FSDP frees the storages of weights of ``model``, or of a model that it is a part of."""
-    if "torch.distributed.fsdp" not in sys.modules:  # whoever shards a model has imported it
-        return False
-    return bool([*sharded(model)]) or any(map(is_distributed, model.parameters()))
+    return "torch.distributed.fsdp" in sys.modules and (  # whoever shards a model has imported it
+        bool([*sharded(model)]) or any(map(is_distributed, model.parameters()))
+    )
 
 
 def sharded(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from actrec.store.disk import ANOTHER, Disk
-from actrec.store.format import Defect, corrupt
+from actrec.store.format import corrupt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,7 +85,7 @@ class Stored:
         view = torch.empty(0, dtype=torch.uint8, device="cpu")
         begin, end = self._begin, self._begin + self._nbytes
         shape = torch.Size((self._nbytes // self._width, self._width))
-        return view.set_(self._file.storage()[begin:end], 0, shape)  # type: ignore[call-overload,no-any-return]
+        return view.set_(self._file.storage().view(begin, end), 0, shape)  # type: ignore[call-overload,no-any-return]
 
     def read(self, first: int, out: Tensor) -> None:
         self._file.read(self._begin + first * self._width, out)
@@ -137,12 +137,9 @@ class File:
         return {**self.__dict__, "_storage": None}
 
     def storage(self) -> Mapped:
-        """The file, mapped when it is first used."""
+        """The memory of the file."""
         if self._storage is None:
-            try:
-                self._storage = self._disk.map(self._name, self._size, self._head)
-            except Defect as defect:
-                raise corrupt(self.path, defect) from None
+            self._storage = self._disk.map(self._name, self._size, self._head)
         return self._storage
 
     def read(self, offset: int, out: Tensor) -> None:
@@ -152,7 +149,7 @@ class File:
         fills.
         """
         if _preadv is None or type(self._disk) is not Disk:
-            part = self.storage()[offset : offset + out.nbytes]
+            part = self.storage().view(offset, offset + out.nbytes)
             view = torch.empty(0, dtype=torch.uint8, device="cpu")
             out.view(-1).copy_(view.set_(part, 0, torch.Size((out.nbytes,))))  # type: ignore[call-overload]
         elif out.nbytes:
@@ -169,9 +166,9 @@ class File:
             while view:
                 many = _preadv(fd, [view], offset)
                 if not many:
-                    raise corrupt(
-                        self.path, f"it ends at byte {offset}, and had {self._size} bytes"
-                    )
+                    now = os.lseek(fd, 0, os.SEEK_END)
+                    defect = f"it had {self._size} bytes when it was opened, and has {now} now"
+                    raise corrupt(self.path, defect)
                 view, offset = view[many:], offset + many
         finally:
             os.close(fd)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, cast
 
 import torch
-from filelock import FileLock, Timeout
 from typing_extensions import override
 
 from actrec.errors import UnlockedWarning
@@ -24,9 +23,13 @@ from .format import ANOTHER, UNFINISHED, need
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from filelock import BaseFileLock
-
     from .safetensors import Buffer, Writable
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # pragma: no cover  # Windows
+    fcntl = None
 
 __all__ = ["Disk", "Lock", "Unfinished"]
 
@@ -159,14 +162,13 @@ class Disk:
         """Lock the folder; ``BlockingIOError`` if somebody else has. The lock ends with the process, too.
 
         The lock is one of a file that is open for writing: those network file systems pass on, from one machine to another.
+        (The library ``filelock`` does the same, but falls back to files that outlive a killed process, and what
+        it does in a forked one depends on its version.)
         """
-        lock = FileLock(self.path / LOCK, timeout=0, thread_local=False)
         try:
-            lock.acquire()
-        except Timeout as error:
-            raise BlockingIOError(errno.EAGAIN, "it is locked", str(self)) from error
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            return Lock(_locked(self.path / LOCK))
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
                 raise
             message = (
                 f"{self} cannot be locked: {error}. Nothing keeps another run from recording there at the same time. If one "
@@ -174,20 +176,43 @@ class Disk:
             )
             warnings.warn(message, UnlockedWarning, stacklevel=2)
             return Lock(None)
-        return Lock(lock)
+
+
+def _locked(path: Path) -> int:
+    """Open a file and lock it; ``BlockingIOError`` if somebody else has, another ``OSError`` if no lock can be had."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(fd)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _lock(fd: int) -> None:
+    if fcntl is not None:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    import msvcrt  # noqa: PLC0415  # pragma: no cover  # Windows
+
+    try:  # pragma: no cover  # Windows
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except PermissionError as error:  # pragma: no cover  # Windows
+        raise BlockingIOError(*error.args) from error
 
 
 class Lock(AbstractContextManager[None]):
     """A folder is locked until this is released."""
 
-    def __init__(self, lock: BaseFileLock | None) -> None:
-        self._lock = lock
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
 
     def release(self) -> None:
         """Let others have the folder. May be called again."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            lock.release()
+        # A forked process closes its copy, with which the lock stays; to unlock would end that of its parent.
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
 
     @override
     def __exit__(self, *_: object) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from actrec._values.summary import Summary
 
 from .format import MAX_DIMS, Slot, integer, items, mapping, need, text
@@ -65,6 +67,9 @@ class SoFar:
     nbytes: int = 0
     first: int = 0  #: pass
     last: int = -1
+    passes: int = 0  #: with any call
+    most: int = 0  #: calls in a pass
+    latest: int = 0  #: calls in the last pass
     ordered: bool = True  #: whether the calls follow each other by pass
     in_parts: bool = False  #: whether any tensor is a rank's part of a DTensor
     looks: Summary = field(default_factory=Summary)
@@ -72,6 +77,13 @@ class SoFar:
     def add(self, calls: Laid) -> None:
         """Take in calls that count."""
         first, last = int(calls.passes[0]), int(calls.passes[-1])
+        counts = torch.unique_consecutive(calls.passes, return_counts=True)[1]
+        if self.calls and first == self.last:  # it was written in parts
+            counts[0] += self.latest
+            self.passes -= 1
+        self.passes += len(counts)
+        self.most = max(self.most, int(counts.max()))
+        self.latest = int(counts[-1])
         self.first = min(self.first, first) if self.calls else first
         self.ordered = self.ordered and first >= self.last
         self.last = max(self.last, last)
@@ -89,6 +101,9 @@ class SoFar:
             "bytes": self.nbytes,
             "first": self.first,
             "last": self.last,
+            "passes": self.passes,
+            "most": self.most,
+            "latest": self.latest,
             "ordered": self.ordered,
             "in_parts": self.in_parts,
             "kinds": list(looks.kinds),
@@ -99,20 +114,12 @@ class SoFar:
     @classmethod
     def parsed(cls, node: Any, stored: int) -> SoFar:
         """What the metadata say, checked."""
-        keys = (
-            "calls",
-            "bytes",
-            "first",
-            "last",
-            "ordered",
-            "in_parts",
-            "kinds",
-            "dtypes",
-            "shapes",
-        )
-        node = mapping(node, "what there is so far", *keys)
-        for key in ("ordered", "in_parts"):
-            need(type(node[key]) is bool, f"{key!r} is neither true nor false")
+        numbers = ("calls", "bytes", "first", "last", "passes", "most", "latest")
+        node = mapping(node, "what there is so far", *numbers, *_FLAGS, "kinds", "dtypes", "shapes")
+        for flag in _FLAGS:
+            need(type(node[flag]) is bool, f"{flag!r} is neither true nor false")
+        last = node["last"]
+        need(type(last) is int and last >= -1, "'last' so far is no pass")
         looks = Summary(
             dict.fromkeys(text(kind, "a kind") for kind in items(node["kinds"], "the kinds")),
             dict.fromkeys(text(dtype, "a dtype") for dtype in items(node["dtypes"], "the dtypes")),
@@ -124,9 +131,13 @@ class SoFar:
                 len(low) == len(high), "the least and the largest shape differ in their dimensions"
             )
             looks.add_shape(low, high)
-        numbers = (integer(node[key], f"{key!r} so far") for key in keys[:3])
-        last = -1 if node["last"] == -1 else integer(node["last"], "'last' so far")
-        return cls(stored, *numbers, last, node["ordered"], node["in_parts"], looks)
+        found = {key: integer(node[key], f"{key!r} so far") for key in numbers if key != "last"}
+        first, calls, nbytes = found.pop("first"), found.pop("calls"), found.pop("bytes")
+        flags = {flag: node[flag] for flag in _FLAGS}
+        return cls(stored, calls, nbytes, first, last, looks=looks, **found, **flags)
+
+
+_FLAGS = ("ordered", "in_parts")
 
 
 def _sizes(shape: Any) -> list[int]:

@@ -83,9 +83,13 @@ class Place(Protocol):
 
 
 class Mapped(Protocol):
-    """The memory of a file, of which parts are asked for."""
+    """The memory of a file, of which parts are asked for: ``CorruptRecordingError`` if it is another file by now."""
 
-    def __getitem__(self, part: slice, /) -> torch.UntypedStorage: ...
+    def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
+        """A part that may be kept."""
+
+    def view(self, begin: int, end: int) -> torch.UntypedStorage:
+        """A part that is looked at now, and not kept."""
 
 
 class Unfinished(Protocol):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from actrec._values.containers import Value
+    from actrec._values.summary import Summary
 
 __all__ = ["ChosenLayer", "ReadOnlyLayer"]
 
@@ -48,6 +49,13 @@ class ReadOnlyLayer(Layer):
     def stack(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
         return joined(self, "stack", dim)
+
+    @abstractmethod
+    def _summary(self) -> Summary:
+        """What the calls look like, together."""
+
+    def _seen(self) -> tuple[Summary, int]:
+        return self._summary(), self.nbytes
 
     def _places(self) -> Iterator[tuple[object, int]]:
         return iter([(id(self), self.nbytes)])

@@ -267,6 +267,10 @@ class StoredLayer(ReadOnlyLayer):
         at = bisect_right(self._starts, index) - 1
         return self._sources[at].find(index - self._starts[at])
 
+    def _per_pass(self) -> tuple[int, int]:
+        found = [source.so_far for source in self._sources]
+        return max((one.most for one in found), default=0), sum(one.passes for one in found)
+
     def _summary(self) -> Summary:
         found = Summary()
         for source in self._sources:

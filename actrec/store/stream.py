@@ -311,6 +311,9 @@ class LiveLayer(Layer):
     def nbytes(self) -> int:
         return self._stored.nbytes if self._stream.closed else self._bytes
 
+    def _seen(self) -> tuple[Summary, int]:
+        return self._summary(), self.nbytes
+
     def _places(self) -> Iterator[tuple[object, int]]:
         return iter([(id(self), self.nbytes)])
 

@@ -135,7 +135,7 @@ def recording_to_the_disk() -> None:
     assert_type(stored.complete, bool)
     assert_type(stored.ranks, tuple[RankInfo, ...])
     assert_type(stored.rank(0), StoredRecording)
-    assert_type(actrec.load("runs/a", rank=1), StoredRecording)
+    assert_type(actrec.load("runs/a", rank=1, check=True), StoredRecording)
     record(model, into=Folder("runs/a", rank=0, world_size=4))
     assert_type(actrec.load(Folder("runs/a"))["0"], Layer)
     assert_type(actrec.verify(Path("runs/a")), list[str])
