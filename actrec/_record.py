@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections import deque
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-import torch
-from torch import nn
 from torch.compiler import is_dynamo_compiling
+from typing_extensions import override
 
-from actrec._calls.arriving import ArrivingList, ArrivingSink
 from actrec._calls.capture import Capture, Transform
 from actrec._calls.compiled import COMPILING
-from actrec._calls.device import with_streams
+from actrec._calls.destination import Destination, Memory
 from actrec._calls.gradients import Gradients
 from actrec._calls.hooks import (
     BeginPass,
@@ -32,10 +29,11 @@ from actrec._calls.hooks import (
 )
 from actrec._calls.inputs import Parameters
 from actrec._calls.layer import Calls, Session, Track
+from actrec._calls.options import Options
 from actrec._calls.overflow import Overflows
 from actrec._calls.passes import is_tracing
 from actrec._calls.stop_early import EarlyStop, StoppableForward, refuse_sharded
-from actrec._calls.transfer import Deferred, Offload
+from actrec._calls.transfer import Deferred, offload_for
 from actrec._calls.warnings import (
     warn_incomplete,
     warn_not_stopped,
@@ -43,17 +41,20 @@ from actrec._calls.warnings import (
     warn_ungraded,
     warn_unused,
 )
-from actrec._recordings.recording import Layer, ListLayer, Recorder, SinkLayer
+from actrec._recordings.recording import Layer, Recorder
 from actrec._selection.queries import Choice, Query, Selection, select, type_name
 from actrec._values.snapshot import frees_weights
 
-from .errors import ActrecError, OptionError
+from .errors import ActrecError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from types import TracebackType
 
-    from actrec.store.stream import Stream
+    import torch
+    from torch import nn
+
+    from .store.format import Role
 
 __all__ = ["record"]
 
@@ -204,72 +205,50 @@ def record(
     """
     if is_dynamo_compiling() or is_tracing():
         raise ActrecError(COMPILING)
-    _check(transform=transform, into=into)
-    _check_path(into, detach=detach, grads=grads, resume=resume)
-    if grads and stop_early and detach:
-        message = (
-            "record(grads=True, stop_early=True): the model returns None, so there is no loss that could send a gradient "
-            "back. Record without stop_early, or pass detach=False and take the loss of what was recorded."
-        )
-        raise OptionError(message)
+    options = Options(
+        transform=transform,
+        inputs=inputs,
+        grads=grads,
+        detach=detach,
+        device=device,
+        dtype=dtype,
+        stop_early=stop_early,
+        into=into,
+        resume=resume,
+    )
     selection = select(model, layers, transform)
     if stop_early:
         refuse_sharded(model)
-    capture = Capture(
-        detach=detach,
-        share=not frees_weights(model),
-        device=_checked_device(device),
-        dtype=_checked_dtype(dtype),
-    )
-    return _Block(
-        model,
-        selection,
-        capture,
-        into,
-        inputs=inputs,
-        grads=grads,
-        stop_early=stop_early,
-        resume=resume,
-    )
+    return _Block(model, selection, options)
 
 
 class _Block(AbstractContextManager[Recorder]):
     """What ``with record(...)`` enters, once."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        selection: Selection,
-        capture: Capture,
-        into: Callable[[], Any] | str | os.PathLike[str],
-        *,
-        inputs: bool,
-        grads: bool,
-        stop_early: bool,
-        resume: bool,
-    ) -> None:
+    def __init__(self, model: nn.Module, selection: Selection, options: Options) -> None:
         self._model = model
         self._selection = selection
-        self._capture = capture
-        self._into = into
-        self._inputs = inputs
-        self._grads = grads
-        self._resume = resume
-        self._stream: Stream | None = None  # if the recording goes to the disk
-        stop = EarlyStop() if stop_early else None
-        self._session = Session(stop=stop, offload=_offload_for(capture))
+        self._options = options
+        self._capture = Capture(
+            detach=options.detach,
+            share=not frees_weights(model),
+            device=cast("torch.device | None", options.device),
+            dtype=options.dtype,
+        )
+        stop = EarlyStop() if options.stop_early else None
+        self._session = Session(stop=stop, offload=offload_for(self._capture))
         self._tracks: dict[str, tuple[Choice, Track]] = {}
         self._yielded: Recorder | None = None  # which also keeps it, where the user does not
 
+    @override
     def __enter__(self) -> Recorder:
         if self._yielded is not None:
             message = "record(): this block was entered before. Call record() again for another recording."
             raise ActrecError(message)
         hooks = Hooks()
         with ExitStack() as stack:
-            if not callable(self._into):
-                self._stream = self._opened(self._into)
-                stack.callback(self._stream.close)
+            self._destination = self._opened()
+            stack.callback(self._destination.close)
             stack.callback(self._session.close)
             recorder = self._recorder()
             stack.enter_context(self._session.eager)
@@ -290,6 +269,7 @@ class _Block(AbstractContextManager[Recorder]):
         self._yielded = recorder
         return recorder
 
+    @override
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -298,12 +278,9 @@ class _Block(AbstractContextManager[Recorder]):
     ) -> None:
         session = self._session
         session.end(interrupted=kind is not None)
-        if self._stream is not None:
-            self._stream.left_by(error)
+        self._destination.left_by(error)
         self._clean_up()
-        failure = session.unseen
-        if failure is None and self._stream is not None:
-            failure = self._stream.failure()
+        failure = session.unseen or self._destination.failure()
         if error is not None:
             if failure is not None:
                 error.add_note(str(failure))
@@ -325,29 +302,36 @@ class _Block(AbstractContextManager[Recorder]):
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(_FORGOTTEN)
 
+    def _opened(self) -> Destination:
+        """Open what the values go to, before anything happens to the model."""
+        if self._options.path is None:
+            return Memory(self._options, self._session.offload)
+        # Who records into memory does not wait for the store to be imported.
+        from .store.description import Description, LayerInfo, named  # noqa: PLC0415
+        from .store.folder import Folder  # noqa: PLC0415
+        from .store.stream import Stream  # noqa: PLC0415
+
+        layers = tuple(
+            LayerInfo(choice.key, type_name(choice.module), named(choice.transform))
+            for choice in self._selection.choices
+        )
+        dtype = None if self._options.dtype is None else str(self._options.dtype)
+        kind = type_name(self._model)
+        description = Description(kind, layers, self._names(), self._options.inputs, dtype=dtype)
+        folder = Folder.of(self._options.path)
+        return Stream(folder, description, self._session.passes, resume=self._options.resume)
+
     def _recorder(self) -> Recorder:
         """Make what keeps the calls: a layer for each choice, and the track that leads to it."""
-        choices = self._selection.choices
         layers = self._layers("output")
-        inputs = self._layers("input") if self._inputs else {}
-        grads = self._layers("grad") if self._grads else {}
-        for choice in choices:
-            layer = self._deferred(layers[choice.key])
-            capture = self._counting(self._captures(choice), layers[choice.key])
-            track = Track(self._session, capture, layer)
-            track.kept = len(layers[choice.key])  # in a run that is resumed
-            if self._inputs:
-                track.inputs = self._deferred(inputs[choice.key])
-                track.parameters = Parameters.of(choice.module)
-                track.receives = self._counting(capture, inputs[choice.key])
-            if self._grads:
-                what = replace(capture, what="the gradient of call", offload=None)
-                what = self._counting(what, grads[choice.key])
-                track.grads = Gradients(what, grads[choice.key], track.lock)
-            self._tracks[choice.key] = (choice, track)
+        inputs = self._layers("input") if self._options.inputs else {}
+        grads = self._layers("gradient") if self._options.grads else {}
+        for choice in self._selection.choices:
+            key = choice.key
+            track = self._track(choice, layers[key], inputs.get(key), grads.get(key))
+            self._tracks[key] = choice, track
         if self._session.stop is not None:
             self._session.stop.layers = frozenset(self._tracks)
-        added = {} if self._stream is None else {"added": self._stream.added}
         recorder = Recorder(
             type_name(self._model),
             layers,
@@ -357,12 +341,35 @@ class _Block(AbstractContextManager[Recorder]):
             grads=grads,
             capture=self._capture,
             tracks=[track for _, track in self._tracks.values()],
-            **added,
+            added=self._destination.added,
         )
-        if self._stream is not None:
-            recorder._layers.update(self._stream.added_before())
-            self._session.order.update(dict.fromkeys(self._stream.order))
+        recorder._layers.update(self._destination.added_before())
+        self._session.order.update(dict.fromkeys(self._destination.order))
         return recorder
+
+    def _layers(self, role: Role) -> dict[str, Layer]:
+        return {
+            choice.key: self._destination.layer(role, at, choice.key, type_name(choice.module))
+            for at, choice in enumerate(self._selection.choices)
+        }
+
+    def _track(
+        self, choice: Choice, outputs: Layer, inputs: Layer | None, grads: Layer | None
+    ) -> Track:
+        offload = self._session.offload
+        capture = replace(
+            self._capture, layer=choice.key, transform=choice.transform, offload=offload
+        )
+        track = Track(self._session, self._counting(capture, outputs), self._deferred(outputs))
+        track.kept = len(outputs)  # in a run that is resumed
+        if inputs is not None:
+            track.inputs = self._deferred(inputs)
+            track.parameters = Parameters.of(choice.module)
+            track.receives = self._counting(capture, inputs)
+        if grads is not None:
+            what = replace(capture, what="the gradient of call", offload=None)
+            track.grads = Gradients(self._counting(what, grads), grads, track.lock)
+        return track
 
     def _counting(self, capture: Capture, layer: Layer) -> Capture:
         """The same capture, which counts what does not fit into the dtype, for ``layer`` to say."""
@@ -379,61 +386,12 @@ class _Block(AbstractContextManager[Recorder]):
     def _names(self) -> dict[str, str]:
         return {name: choice.key for choice in self._selection.choices for name in choice.names}
 
-    def _opened(self, path: str | os.PathLike[str]) -> Stream:
-        """Open the path that is recorded into, before anything happens to the model."""
-        # Who records into memory does not wait for the store to be imported.
-        from .store.description import Description, LayerInfo, named  # noqa: PLC0415
-        from .store.folder import Folder  # noqa: PLC0415
-        from .store.stream import Stream  # noqa: PLC0415
-
-        description = Description(
-            type_name(self._model),
-            tuple(
-                LayerInfo(choice.key, type_name(choice.module), named(choice.transform))
-                for choice in self._selection.choices
-            ),
-            self._names(),
-            self._inputs,
-            dtype=None if self._capture.dtype is None else str(self._capture.dtype),
-        )
-        return Stream(Folder.of(path), description, self._session.passes, resume=self._resume)
-
-    def _captures(self, choice: Choice) -> Capture:
-        return replace(
-            self._capture,
-            layer=choice.key,
-            transform=choice.transform,
-            offload=self._session.offload,
-        )
-
-    def _layers(self, role: Literal["output", "input", "grad"]) -> dict[str, Layer]:
-        numbered = enumerate(self._selection.choices)
-        return {choice.key: self._layer(choice, number, role) for number, choice in numbered}
-
-    def _layer(
-        self, choice: Choice, number: int, role: Literal["output", "input", "grad"]
-    ) -> Layer:
-        kind = type_name(choice.module)
-        if self._stream is not None:
-            assert role != "grad"  # noqa: S101  # for the type checker: a path has none
-            return self._stream.layer(role, number, choice.key, kind)
-        assert callable(self._into)  # noqa: S101  # likewise: a path has a stream
-        offload = None if role == "grad" else self._session.offload  # gradients are moved at once
-        if self._into is not list:
-            layer = SinkLayer(choice.key, self._into, kind)
-            _check_container(self._into, layer.sink, grads=self._grads)
-            if type(layer.sink) is not list:
-                return layer if offload is None else ArrivingSink(offload, layer)
-        if offload is None:
-            return ListLayer(choice.key, (), kind)
-        return ArrivingList(offload, choice.key, kind)
-
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""
         parents = self._selection.parents
         hooks: dict[nn.Module, list[LayerHook]] = {
             choice.module: [InputHook(track), CallHook(track)]
-            if self._inputs
+            if self._options.inputs
             else [OutputHook(track)]
             for choice, track in self._tracks.values()
         }
@@ -451,96 +409,9 @@ class _Block(AbstractContextManager[Recorder]):
                 yield choice.module, StopHook(self._session)
 
 
-# --- Checks, all of them before anything has happened ------------------------------------------------
-
 _FORGOTTEN = (
     "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"
 )
-
-
-def _check(*, transform: object, into: object) -> None:
-    if transform is not None and not callable(transform):
-        message = f"record(transform={transform!r}): a transform is a function of the value, such as lambda t: t.mean(1)."
-        raise OptionError(message)
-    if not (callable(into) or isinstance(into, (str, os.PathLike))):
-        raise OptionError(_bad_container(into))
-
-
-def _check_path(into: Any, *, detach: bool, grads: bool, resume: bool) -> None:
-    is_path = isinstance(into, (str, os.PathLike))
-    call = f"into={_checked_path(into)!r}" if is_path else f"into={into!r}"
-    if is_path and not detach:
-        message = f"record({call}, detach=False): a graph cannot be stored. Record into memory."
-        raise OptionError(message)
-    if is_path and grads:
-        message = (
-            f"record({call}, grads=True): a gradient comes after its value may have been written. Record into memory, "
-            "and write both with acts.save()."
-        )
-        raise OptionError(message)
-    if resume and not is_path:
-        message = f"record({call}, resume=True): only a recording into a path can be resumed."
-        raise OptionError(message)
-
-
-def _checked_path(into: str | os.PathLike[str]) -> str:
-    from actrec.store.folder import Folder  # noqa: PLC0415  # as above
-
-    return os.fspath(Folder.of(into))
-
-
-def _check_container(into: object, container: object, *, grads: bool) -> None:
-    if not hasattr(container, "append"):
-        raise OptionError(_bad_container(into))
-    held = len(container) if hasattr(container, "__len__") else 0
-    if held:
-        message = (
-            f"record(into={into!r}): the {type(container).__name__} that it made holds {held} items already. Make a "
-            "new, empty one for each layer."
-        )
-        raise OptionError(message)
-    if grads and type(container).append not in {list.append, deque.append}:
-        message = (
-            f"record(grads=True, into={into!r}): a gradient comes after its call, and its place is counted from the latest "
-            f"one, so the container must keep each call at its end. {type(container).__name__} has an append() of its own. "
-            "Use list or functools.partial(collections.deque, maxlen=10)."
-        )
-        raise OptionError(message)
-
-
-def _bad_container(into: object) -> str:
-    return (
-        f"record(into={into!r}): expected a function that makes a container with append(), such as list or "
-        "functools.partial(collections.deque, maxlen=10), or a path to record into."
-    )
-
-
-def _checked_device(device: torch.device | str | int | None) -> torch.device | None:
-    """Return the device that tensors will say they are on, which for "cuda" is "cuda:0"."""
-    if device is None:
-        return None
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        message = f"record(device={device!r}): {reason}. None keeps values where they are."
-        raise OptionError(message) from error
-
-
-def _checked_dtype(dtype: Any) -> torch.dtype | None:
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        message = f"record(dtype={dtype!r}): expected a floating-point dtype such as torch.float16, or None."
-        raise OptionError(message)
-    return dtype
-
-
-def _offload_for(capture: Capture) -> Offload | None:
-    """What moves values into memory while the model goes on, if they can be moved like that."""
-    device = with_streams() if capture.detach and capture.device == _MEMORY else None
-    return None if device is None else Offload(device)
-
-
-_MEMORY = torch.device("cpu")
 
 
 # --- Forked processes --------------------------------------------------------------------------------

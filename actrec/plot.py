@@ -27,7 +27,6 @@ from actrec._recordings.recording import Layer, Recording
 from actrec._recordings.stats import Moments
 from actrec._tables.text import count, shown
 from actrec._values.chunks import dense
-from actrec._values.containers import Value
 from actrec._values.spec import leaves
 from actrec._values.summary import shape_of
 
@@ -46,6 +45,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from matplotlib.axes import Axes
+
+    from actrec._values.containers import Value
 
 __all__ = ["distributions", "drift", "feature_maps", "similarity"]
 

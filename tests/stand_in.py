@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from actrec import _record
-from actrec._calls import transfer as _offload
+from actrec._calls import transfer as _transfer
 from actrec._calls.capture import Capture
 
 if TYPE_CHECKING:
@@ -113,10 +112,10 @@ def standing_in(device: StandIn, budget: int = 1 << 20, small: int = 0) -> Itera
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_record, "with_streams", lambda: device)
-        patch.setattr(_record, "Offload", partial(_offload.Offload, budget=budget))
+        patch.setattr(_transfer, "with_streams", lambda: device)
+        patch.setattr(_transfer, "Offload", partial(_transfer.Offload, budget=budget))
         patch.setattr(Capture, "is_direct", lambda _: False)
-        patch.setattr(_offload, "SMALL", small)
-        patch.setattr(_offload, "_on_device", ticking(_offload._on_device))
-        patch.setattr(_offload, "_equal", ticking(_offload._equal))
+        patch.setattr(_transfer, "SMALL", small)
+        patch.setattr(_transfer, "_on_device", ticking(_transfer._on_device))
+        patch.setattr(_transfer, "_equal", ticking(_transfer._equal))
         yield

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from actrec._values.containers import Value
 from actrec._values.snapshot import (
     check,
     cloned,
@@ -33,6 +32,8 @@ from .clean_room import in_a_clean_room
 from .device import refuse_graph_capture
 
 if TYPE_CHECKING:
+    from actrec._values.containers import Value
+
     from .overflow import Overflows
     from .transfer import Offload
 

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from actrec._values.containers import Value
 from actrec._values.spec import rebuild, tensors
 from actrec.errors import CaptureError, MissingGradientWarning
 
@@ -41,6 +40,8 @@ if TYPE_CHECKING:
 
     from torch.autograd.graph import Node
     from torch.utils.hooks import RemovableHandle
+
+    from actrec._values.containers import Value
 
     from .capture import Capture
 

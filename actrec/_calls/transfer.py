@@ -34,6 +34,7 @@ from torch import Tensor
 from actrec._values.snapshot import check, normal_mode, snapshot
 from actrec.errors import CaptureError
 
+from .device import with_streams
 from .staging import BUDGET, Piece, Staging
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from actrec._values.containers import Value
 
+    from .capture import Capture
     from .device import Device, Event, Stream
     from .passes import Passes
 
@@ -435,3 +437,12 @@ def _moved(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         )
         raise CaptureError(message) from error
     return moved if dtype is None else moved.to(dtype)
+
+
+def offload_for(capture: Capture) -> Offload | None:
+    """Return what moves values into memory while the model goes on, if they can be moved like that."""
+    device = with_streams() if capture.detach and capture.device == _MEMORY else None
+    return None if device is None else Offload(device)
+
+
+_MEMORY = torch.device("cpu")

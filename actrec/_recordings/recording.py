@@ -362,10 +362,10 @@ class SinkLayer(Layer):
     Whatever else the container can do, the layer can do: ``acts["conv1"].mean`` is the container's.
     """
 
-    def __init__(self, name: str, make: Callable[[], Any], kind: str) -> None:
+    def __init__(self, name: str, sink: Any, make: Callable[[], Any], kind: str) -> None:
         self.name = name
         self.type = kind
-        self.sink = make()
+        self.sink = sink
         self._make = None if hasattr(self.sink, "clear") else make
         self._passes: deque[int] = (
             deque()
@@ -408,7 +408,7 @@ class SinkLayer(Layer):
         return self.sink[-1] if isinstance(self.sink, (list, deque)) and self.sink else None
 
     def _remember(self, item: Value, number: int) -> None:
-        thing = next(tensors(item), item)
+        thing = next(iter(tensors(item)), item)
         with suppress(TypeError):  # a number, say, cannot be recognized
             gone = partial(_forget, self._known, id(thing))
             self._known[id(thing)] = weakref.ref(thing, gone), number

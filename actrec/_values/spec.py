@@ -24,15 +24,17 @@ containers that contain themselves. What is registered there is taken apart as i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from .containers import CONSTANTS, Opaque, Value, is_array, opaque, parts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
 
 __all__ = [
     "TENSOR",

@@ -6,7 +6,6 @@ what is large is mapped, privately: what is written to a value reaches the memor
 
 from __future__ import annotations
 
-import os
 import re
 from bisect import bisect_right
 from functools import cached_property
@@ -31,6 +30,7 @@ from .read_only import ReadOnlyLayer
 from .whole import WholeLayer, made_whole
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from actrec._recordings.recording import Moment

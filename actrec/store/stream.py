@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn, overload
 
 from actrec._recordings.recording import Layer
-from actrec._values.summary import Summary
 from actrec.errors import ActrecError, OptionError, RecordingExistsError, WriteError
 
 from . import shard
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
     from actrec._calls.passes import Passes
     from actrec._values.containers import Value
+    from actrec._values.summary import Summary
 
     from .description import Description
     from .folder import Folder

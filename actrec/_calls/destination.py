@@ -1,0 +1,79 @@
+"""Where recorded values go: into memory, or to a path (:class:`actrec.store.stream.Stream`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from actrec._recordings.recording import Layer, ListLayer, SinkLayer
+
+from .arriving import ArrivingList, ArrivingSink
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from actrec.store.format import Role
+
+    from .options import Options
+    from .transfer import Offload
+
+__all__ = ["Destination", "Memory"]
+
+
+class Destination(Protocol):
+    """What makes the layers of a recorder, and is told when the block ends."""
+
+    order: list[str]  #: the layers that have calls of earlier runs, by the first of them
+
+    def layer(self, role: Role, number: int, name: str, kind: str) -> Layer:
+        """Return the layer for values of a chosen module: of its ``number``, name and type."""
+
+    def added(self, name: str) -> Layer:
+        """Return the layer for values that the user adds by a name."""
+
+    def added_before(self) -> Mapping[str, Layer]:
+        """Return the layers of names that were added in earlier runs."""
+
+    def left_by(self, error: BaseException | None) -> None:
+        """The block ends; ``error`` is what it was left by."""
+
+    def close(self) -> None:
+        """Nothing more is going to be kept. May be called again."""
+
+    def failure(self) -> Exception | None:
+        """Return what went wrong and no call has raised."""
+
+
+class Memory:
+    """Keeps values in lists, or in containers of the user's."""
+
+    def __init__(self, options: Options, offload: Offload | None) -> None:
+        self.order: list[str] = []
+        self._options = options
+        self._offload = offload
+
+    def layer(self, role: Role, number: int, name: str, kind: str) -> Layer:  # noqa: ARG002  # see Destination
+        """Return a new layer."""
+        offload = None if role == "gradient" else self._offload  # gradients are moved at once
+        if self._options.into is not list:
+            container = self._options.container()
+            if type(container) is not list:
+                layer = SinkLayer(name, container, self._options.container, kind)
+                return layer if offload is None else ArrivingSink(offload, layer)
+        return ListLayer(name, (), kind) if offload is None else ArrivingList(offload, name, kind)
+
+    def added(self, name: str) -> Layer:
+        """Return a new layer, a list."""
+        return ListLayer(name, (), "added")
+
+    def added_before(self) -> Mapping[str, Layer]:
+        """Nothing was recorded before."""
+        return {}
+
+    def left_by(self, error: BaseException | None) -> None:
+        """Memory keeps what there is, however the block ends."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def failure(self) -> None:
+        """Nothing goes wrong later."""

@@ -1,0 +1,136 @@
+"""The options of ``record()``, checked before anything has happened.
+
+Adding one takes three places: the arguments of ``record()``, a field with its check here, and where it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from actrec.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .capture import Transform
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What :func:`actrec.record` was asked for, besides the model and the layers: see there.
+
+    Raises:
+        OptionError: an option cannot be meant, or does not go with another one.
+    """
+
+    transform: Transform | None = None
+    inputs: bool = False
+    grads: bool = False
+    detach: bool = True
+    device: torch.device | str | int | None = "cpu"  #: once it is checked, as tensors say it
+    dtype: torch.dtype | None = None
+    stop_early: bool = False
+    into: Callable[[], Any] | str | os.PathLike[str] = list
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.transform is not None and not callable(self.transform):
+            message = (
+                f"record(transform={self.transform!r}): a transform is a function of the value, such as "
+                "lambda t: t.mean(1)."
+            )
+            raise OptionError(message)
+        self._check_into()
+        self._check_gradients()
+        object.__setattr__(self, "device", _checked_device(self.device))
+        _check_dtype(self.dtype)
+
+    @property
+    def path(self) -> str | os.PathLike[str] | None:
+        """Where the recording is written to; ``None`` if it stays in memory."""
+        return self.into if isinstance(self.into, (str, os.PathLike)) else None
+
+    def container(self) -> Any:
+        """Return a new container for the calls of a layer, as ``into`` makes it."""
+        assert callable(self.into)  # noqa: S101  # a path has none
+        container = self.into()
+        if not hasattr(container, "append"):
+            raise OptionError(_bad_container(self.into))
+        held = len(container) if hasattr(container, "__len__") else 0
+        if held:
+            message = (
+                f"record(into={self.into!r}): the {type(container).__name__} that it made holds {held} items already. "
+                "Make a new, empty one for each layer."
+            )
+            raise OptionError(message)
+        if self.grads and type(container).append not in {list.append, deque.append}:
+            message = (
+                f"record(grads=True, into={self.into!r}): a gradient comes after its call, and its place is counted from the "
+                f"latest one, so the container must keep each call at its end. {type(container).__name__} has an append() of "
+                "its own. Use list or functools.partial(collections.deque, maxlen=10)."
+            )
+            raise OptionError(message)
+        return container
+
+    def _check_into(self) -> None:
+        into = self.into
+        if not (callable(into) or isinstance(into, (str, os.PathLike))):
+            raise OptionError(_bad_container(into))
+        if self.path is None:
+            if self.resume:
+                message = f"record(into={into!r}, resume=True): only a recording into a path can be resumed."
+                raise OptionError(message)
+            return
+        # Who records into memory does not wait for the store to be imported.
+        from actrec.store.folder import Folder  # noqa: PLC0415
+
+        call = f"record(into={os.fspath(Folder.of(self.path))!r}"
+        if not self.detach:
+            message = f"{call}, detach=False): a graph cannot be stored. Record into memory."
+            raise OptionError(message)
+        if self.grads:
+            message = (
+                f"{call}, grads=True): a gradient comes after its value may have been written. Record into memory, "
+                "and write both with acts.save()."
+            )
+            raise OptionError(message)
+
+    def _check_gradients(self) -> None:
+        if self.grads and self.stop_early and self.detach:
+            message = (
+                "record(grads=True, stop_early=True): the model returns None, so there is no loss that could send a gradient "
+                "back. Record without stop_early, or pass detach=False and take the loss of what was recorded."
+            )
+            raise OptionError(message)
+
+
+def _bad_container(into: object) -> str:
+    return (
+        f"record(into={into!r}): expected a function that makes a container with append(), such as list or "
+        "functools.partial(collections.deque, maxlen=10), or a path to record into."
+    )
+
+
+def _checked_device(device: torch.device | str | int | None) -> torch.device | None:
+    """Return the device that tensors will say they are on, which for "cuda" is "cuda:0"."""
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        message = f"record(device={device!r}): {reason}. None keeps values where they are."
+        raise OptionError(message) from error
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        message = f"record(dtype={dtype!r}): expected a floating-point dtype such as torch.float16, or None."
+        raise OptionError(message)
