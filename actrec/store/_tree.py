@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from actrec._nested import Fields, Opaque, Value, is_array, parts, qualified
+from actrec._nested import Fields, Opaque, Value, is_array, parts, qualified, tensors
 from actrec._snapshot import is_distributed
 from actrec.errors import CaptureError
 
@@ -146,18 +146,17 @@ class _Encoder:
         def nodes(values: Iterable[Any]) -> list[Any]:
             return [self.node(item, depth + 1) for item in values]
 
-        if isinstance(value, tuple):
-            return _tuple_head(value) | {"items": nodes(tuple.__iter__(value))}
-        if isinstance(value, deque):
-            return {"deque": nodes(deque.__iter__(value)), "maxlen": value.maxlen}
         taken = parts(value)
         if taken is None:
             message = f"a value of type {qualified(type(value))} cannot be stored; take out of it what you need"
             raise CaptureError(message)
-        if isinstance(value, (list, UserList)):
-            return {"list": nodes(taken.children[: taken.items])}
-        # What has attributes and no items comes back as Fields, of which they are the items.
-        number = taken.items if isinstance(value, Mapping) else len(taken.children)
+        if isinstance(value, (tuple, list, deque, UserList)):
+            number = _length(value)
+            if next(tensors(taken.children[number:]), None) is None:
+                return _sequence(value, nodes(taken.children[:number]))
+        else:
+            # What has attributes and no items comes back as Fields, of which they are the items.
+            number = taken.items if isinstance(value, Mapping) else len(taken.children)
         pairs = _paired(nodes(taken.keys[:number]), nodes(taken.children[:number]))
         if type(value) is dict or type(value).__name__ == "defaultdict":
             return {"dict": pairs}
@@ -171,6 +170,12 @@ class _Encoder:
         return {"object": kind, "items": pairs, "more": _paired(more, nodes(more.values()))}
 
 
+def _length(value: Any) -> int:
+    """How many items it has, whatever its class says of that."""
+    base = next(kind for kind in (tuple, list, deque, UserList) if isinstance(value, kind))
+    return base.__len__(value)
+
+
 def _paired(keys: Iterable[Any], nodes: Iterable[Any]) -> list[list[Any]]:
     return [list(pair) for pair in zip(keys, nodes, strict=True)]
 
@@ -180,16 +185,20 @@ def _may_be_set(name: object) -> bool:
     return isinstance(name, str) and name.isidentifier() and not hasattr(dict, name)
 
 
-def _tuple_head(value: tuple[Any, ...]) -> dict[str, Any]:
+def _sequence(value: Any, nodes: list[Any]) -> dict[str, Any]:
     kind = type(value)
+    if isinstance(value, deque):
+        return {"deque": nodes, "maxlen": value.maxlen}
+    if not isinstance(value, tuple):
+        return {"list": nodes}
     if kind is PackedSequence:
-        return {"packed_sequence": True}
+        return {"packed_sequence": True, "items": nodes}
     if kind.__module__ == "torch.return_types":
-        return {"return_type": kind.__name__}
+        return {"return_type": kind.__name__, "items": nodes}
     fields = getattr(kind, "_fields", None)
-    if isinstance(fields, tuple) and len(fields) == tuple.__len__(value):
-        return {"named_tuple": kind.__name__, "fields": list(fields)}
-    return {"tuple": True}
+    if isinstance(fields, tuple) and len(fields) == len(nodes):
+        return {"named_tuple": kind.__name__, "fields": list(fields), "items": nodes}
+    return {"tuple": True, "items": nodes}
 
 
 def _constant(value: Any) -> tuple[bool, Any]:  # noqa: C901, PLR0911, PLR0912  # a table, in effect
