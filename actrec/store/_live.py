@@ -339,7 +339,7 @@ class LiveLayer(Layer):
         self._bytes += size
 
     @property
-    def passes(self) -> list[int]:
+    def passes(self) -> Sequence[int]:
         if self._stream.closed:
             return self._stored.passes
         return [*self._before.passes, *self._passes]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 from typing import TYPE_CHECKING, NoReturn, overload
 
 from actrec._join import joined
-from actrec._recording import Layer
+from actrec._recording import Layer, PassNumbers
 from actrec.errors import ActrecError
 
 if TYPE_CHECKING:
@@ -79,7 +80,11 @@ class ChosenLayer(ReadOnlyLayer):
         self.calls = calls
 
     @property
-    def passes(self) -> list[int]:
+    def passes(self) -> PassNumbers:
+        return PassNumbers(self._numbers)
+
+    @cached_property
+    def _numbers(self) -> list[int]:
         passes = self.base.passes
         return [passes[index] for index in self.calls]
 

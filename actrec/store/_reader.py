@@ -21,7 +21,7 @@ from torch import Tensor
 from actrec._display import count, shown
 from actrec._forms import Form, form
 from actrec._passes import Count
-from actrec._recording import Layer, Recording
+from actrec._recording import Layer, PassNumbers, Recording
 from actrec.errors import CorruptRecordingError, OptionError, RecordingNotFoundError
 
 from ._cache import CACHE_BYTES, Cache
@@ -29,7 +29,7 @@ from ._checksums import shard_problems
 from ._container import Container
 from ._disk import ANOTHER
 from ._format import END, MANIFEST, Defect, Role, corrupt
-from ._index import Group, Opened, Part, Shard, open_shard
+from ._index import Group, Opened, Part, Shard, numbers, open_shard
 from ._manifest import Ending, Manifest, read_ending, read_manifest, read_own
 from ._outline import Held, Look, Outline, form_of, look, per_pass
 from ._place import place
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from actrec._nested import Value
     from actrec._recording import Moment
 
+    from ._index import Run
     from ._place import Place
 
 __all__ = ["Rank", "StoredLayer", "StoredRecording", "load", "opened"]
@@ -344,6 +345,30 @@ class Source(NamedTuple):
         return part.place(call - self.held.starts[at])
 
 
+class _Numbers:
+    """The pass of each call: as it is stored, or in another order."""
+
+    def __init__(self, runs: Iterable[Run], order: array[int] | None) -> None:
+        self._triples = array("Q", chain.from_iterable(runs))
+        self._starts = array("Q", accumulate(self._triples[2::3], initial=0))
+        self._order = order
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> int:
+        at = index if self._order is None else self._order[index]
+        run = bisect_right(self._starts, at) - 1
+        first, step = self._triples[3 * run : 3 * run + 2]
+        return first + step * (at - self._starts[run])
+
+    def __iter__(self) -> Iterator[int]:
+        if self._order is not None:
+            return map(self.__getitem__, range(len(self)))
+        flat = iter(self._triples)
+        return numbers(zip(flat, flat, flat, strict=True))
+
+
 class StoredLayer(ReadOnlyLayer):
     """A layer on disk: indexed and iterated over like a list, each call read when it is asked for."""
 
@@ -367,8 +392,12 @@ class StoredLayer(ReadOnlyLayer):
         return chain.from_iterable(source.held.passes for source in self._sources)
 
     @property
-    def passes(self) -> list[int]:
-        return sorted(self._stored_passes())
+    def passes(self) -> PassNumbers:
+        return PassNumbers(self._numbers)
+
+    @cached_property
+    def _numbers(self) -> _Numbers:
+        return _Numbers((run for source in self._sources for run in source.held.runs), self._order)
 
     def _per_pass(self) -> tuple[int, int]:
         found = [per_pass(source.held.runs) for source in self._sources]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from actrec._forms import Form, form
+from actrec._recording import PassNumbers
 from actrec.errors import CorruptRecordingError
 
 from ._format import Defect, corrupt, integer
@@ -80,7 +81,11 @@ class WholeLayer(ReadOnlyLayer):
         return self._found[1]
 
     @property
-    def passes(self) -> list[int]:
+    def passes(self) -> PassNumbers:
+        return PassNumbers(self._numbers)
+
+    @cached_property
+    def _numbers(self) -> list[int]:
         return [call.number for call in self._found[0]]
 
     @property
