@@ -485,7 +485,7 @@ class Full(list[Any]):
         super().append(item)
 
 
-@pytest.mark.parametrize("options", [{}, {"inputs": True}, {"grads": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"inputs": True}], ids=str)
 def test_an_error_of_the_users_container_that_the_model_swallows_is_raised_at_the_end(
     options: dict[str, bool],
 ) -> None:

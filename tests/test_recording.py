@@ -127,9 +127,10 @@ def test_a_layer_knows_its_name_its_type_and_its_passes() -> None:
     assert acts["lin"].passes == [0, 1]
 
 
-def test_the_list_of_passes_is_the_readers_own() -> None:
+def test_the_passes_of_a_layer_are_read_only() -> None:
     acts = recorded(2, 1)
-    acts["lin"].passes.append(7)
+    with pytest.raises(TypeError, match="item assignment"):
+        acts["lin"].passes[0] = 7  # type: ignore[index]
     assert acts["lin"].passes == [0, 1]
 
 

@@ -311,6 +311,42 @@ def test_of_several_ranks_it_is_the_nth_call_of_each(tmp_path: Path) -> None:
     assert acts["relu"].nth(2).passes == [1]
 
 
+@given(times=st.lists(st.integers(0, 3), min_size=1, max_size=6), order=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_the_passes_of_a_layer_are_a_view_that_reads_like_a_list(
+    tmp_path_factory: pytest.TempPathFactory, times: list[int], order: bool
+) -> None:
+    path = tmp_path_factory.mktemp("passes") / "r"
+    times = [1, *times]
+    memory = reused(times)
+    for rank in range(
+        1 + order
+    ):  # the calls of two ranks are not stored in the order of their passes
+        reused(times, Folder(path, shard_bytes=2000, rank=rank, world_size=1 + order, run="one"))
+    expected = [number for number, many in enumerate(times) for _ in range(many)]
+    for acts, each in ((memory, 1), (load(path), 1 + order)):
+        numbers = sorted(expected * each)
+        passes = acts["relu"].passes
+        assert passes == numbers
+        assert passes == acts["relu"].passes
+        assert passes != [*numbers, 1]
+        assert passes != tuple(numbers)
+        assert [passes[at] for at in range(-len(numbers), len(numbers))] == numbers * 2
+        assert passes[1:-1] == numbers[1:-1]
+        assert repr(passes) == repr(numbers)
+        with pytest.raises(IndexError):
+            passes[len(numbers)]
+
+
+def test_the_passes_in_memory_are_not_copied_to_look_at_one() -> None:
+    acts = reused([1])
+    passes = acts["relu"].passes
+    acts["relu"].keep(torch.zeros(1), 7)
+    assert passes == [0, 7]
+    with pytest.raises(TypeError):
+        passes[0] = 1
+
+
 # --- Passes that raised ------------------------------------------------------------------------------
 
 

@@ -360,3 +360,19 @@ def test_a_file_that_is_tidied_up_before_it_has_its_name_is_told(tmp_path: Path)
         with pytest.raises(FileExistsError, match="another run has taken the folder over"):
             unfinished.finish()
         assert disk.names() == []
+
+
+def test_where_there_are_no_links_a_name_that_was_given_while_one_waited_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = _disk._take
+
+    def late(turn: Path) -> None:
+        take(turn)
+        (tmp_path / "a").write_bytes(b"theirs")
+
+    monkeypatch.setattr(os, "link", _no_links)
+    monkeypatch.setattr(_disk, "_take", late)
+    with pytest.raises(FileExistsError, match="another run has written it"):
+        _disk.Disk(tmp_path).begin("a", lambda file: file.write(b"ours")).finish()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"theirs"}

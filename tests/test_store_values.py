@@ -499,7 +499,7 @@ def test_any_name_of_a_layer_is_safe_and_comes_back(tmp_path: Path) -> None:
         acts.add("../label", 1)
     assert sorted(load(tmp_path / "deep/r")) == sorted([*NAMES, "../label"])
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
-        "000000.safetensors", "actrec.json", "deep", "end.json", "r", "rank-00000",
+        "000000.safetensors", "actrec.json", "deep", "end.json", "r", "rank-00000", "writer.lock",
     ]  # fmt: skip
     assert load(tmp_path / "deep/r")["../../x"][0].shape == (1, 1)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from actrec._recordings.recording import Layer, ListLayer, SinkLayer
+from actrec._recordings.recording import Layer, ListLayer, PassNumbers, SinkLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,9 +30,9 @@ class _Arriving(Layer):
         self._offload.finish()
 
     @property
-    def passes(self) -> list[int]:
+    def passes(self) -> PassNumbers:
         self._complete()
-        return super().passes  # type: ignore[safe-super]  # the other parent has them
+        return super().passes  # type: ignore[safe-super,return-value]  # the other parent has them
 
 
 class ArrivingList(_Arriving, ListLayer):
@@ -44,7 +44,7 @@ class ArrivingList(_Arriving, ListLayer):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # What is copied or pickled is a list, with all that is in it now.
-        return _plain_list, (self.name, self.type, self.passes, [*self], self.overflows)
+        return _plain_list, (self.name, self.type, [*self.passes], [*self], self.overflows)
 
 
 def _plain_list(

@@ -93,6 +93,7 @@ class Capture:
         move = self.device is not None and tensor.device != self.device and not tensor.is_meta
         cast = self.dtype is not None and tensor.dtype != self.dtype and tensor.is_floating_point()
         if self.offload is not None and self.offload.takes(tensor):
+            check(tensor)
             with unseen():
                 if cast and self.overflows is not None:
                     self.overflows.look(tensor)

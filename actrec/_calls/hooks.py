@@ -323,13 +323,12 @@ class Hooks:
         """Register every hook; if one cannot be, take those before it off again."""
         plan = list(plan)
         _reserve_ids(module for module, _ in plan)
-        others = [module for module in {module for module, _ in plan} if any(_tables(module))]
         try:
             for module, hook in plan:
                 hook.module = weakref.ref(module)
                 self._placed.append((module, hook, hook.register(module)))
-            for module in others:
-                _put_last(module)
+                if len(module._forward_hooks) > 1:
+                    _put_stops_last(module)
         except BaseException:
             self.remove()
             for module, hook in plan:  # one that was interrupted is there, and no handle for it
@@ -382,17 +381,30 @@ def _delete_inert(module: nn.Module) -> None:
 
 
 def _put_last(module: nn.Module) -> None:
-    """Put the hooks of all open blocks behind those of others, and what stops a forward behind everything."""
-    for table in _tables(module):
-        ours = [
-            key
-            for kind in (LayerHook, EndPass, StopHook)
-            for key, hook in [*table.items()]  # of a copy: other threads place and remove hooks too
-            if isinstance(hook, kind)
-        ]
-        for key in ours:
-            with suppress(KeyError):  # another thread has taken it off
-                table.move_to_end(key)  # type: ignore[attr-defined]
+    """Put the hooks of all open blocks behind those of others.
+
+    Other threads may be calling the module. After a call, no order that they see on the way has a hook of ours behind
+    one that ends a pass or a forward: so it is those of others that are moved.
+    """
+    for key, hook in [*module._forward_pre_hooks.items()]:
+        if isinstance(hook, InputHook):
+            _move(module._forward_pre_hooks, key, last=True)
+    hooks = [*module._forward_hooks.items()]
+    for key, hook in reversed(hooks):
+        if not isinstance(hook, Hook):
+            _move(module._forward_hooks, key, last=False)
+
+
+def _put_stops_last(module: nn.Module) -> None:
+    """Where a block around this one stops early, what was hooked now still hears of the last call."""
+    for key, hook in [*module._forward_hooks.items()]:
+        if isinstance(hook, StopHook):
+            _move(module._forward_hooks, key, last=True)
+
+
+def _move(table: Any, key: int, *, last: bool) -> None:
+    with suppress(KeyError):  # another thread has taken it off
+        table.move_to_end(key, last=last)
 
 
 def _is_overtaken(hook: Hook[Any], table: dict[int, Any]) -> bool:

@@ -6,7 +6,7 @@ call of the root, and where the root is not called (``model.encode(x)``, the enc
 runs before the first step) it is the outermost call on the way to a chosen layer.
 
 A forward may share its work among threads: a call below it, in another thread than the main one, belongs to the pass
-that is running, and where several are, to the one whose tensors it works on. And a forward may be a generator or a
+that is running; where several are, nothing tells to which, and it is a pass of its own. And a forward may be a generator or a
 coroutine: then its pass goes on whenever that does.
 
 A forward that raises closes its stack entries too: ``always_call`` hooks run for an ``Exception``. Only
@@ -23,7 +23,7 @@ from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -203,25 +203,9 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _at_work(frame: FrameType | None) -> set[object]:
-    """The memory of the tensors that the functions of a thread have as variables, less the model's own."""
-    variables: list[Any] = [value for one in _frames(frame) for value in [*one.f_locals.values()]]
-    for _ in range(2):  # lists of arguments, each a tuple
-        inside = [item for value in variables if isinstance(value, (tuple, list)) for item in value]
-        variables += inside
-    return {
-        _storage(value)
-        for value in variables
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-    }
-
-
-def _storage(tensor: Tensor) -> object:
-    """What is equal for a tensor and the views of it. ``data_ptr()`` would end the sharing of its memory."""
-    try:
-        return getattr(tensor.untyped_storage(), "_cdata", id(tensor))
-    except RuntimeError:  # it has none
-        return id(tensor)
+def _calls(frame: FrameType | None) -> set[int]:
+    """The modules (ids) that this thread is calling. What others are doing cannot be looked at while they do it."""
+    return {id(one.f_locals["self"]) for one in _frames(frame) if one.f_code is _CALL_CODE}
 
 
 class _Thread(threading.local):
@@ -338,10 +322,9 @@ class Passes(Count):
         if threading.current_thread() is threading.main_thread():
             return None
         around = [one for one in self._open if one.leads_to(module)]
-        if len({one.number for one in around}) > 1:
-            ours, stacks = _at_work(here), sys._current_frames()
-            shared = [len(ours & _at_work(stacks.get(one.thread))) for one in around]
-            around = [one for one, n in zip(around, shared, strict=True) if n and n == max(shared)]
+        if around:
+            own = _calls(here)  # that began before the block, or in a pause
+            around = [one for one in around if id(one.module()) not in own]
         numbers = {one.number for one in around}
         return numbers.pop() if len(numbers) == 1 else None
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice, repeat, zip_longest
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -47,7 +47,18 @@ if TYPE_CHECKING:
     from actrec._calls.layer import Session, Track
     from actrec._calls.overflow import Overflows
 
-__all__ = ["Layer", "ListLayer", "Moment", "Recorder", "Recording", "SinkLayer", "nth_calls"]
+__all__ = [
+    "Layer",
+    "ListLayer",
+    "Moment",
+    "PassNumbers",
+    "Recorder",
+    "Recording",
+    "SinkLayer",
+    "nth_calls",
+]
+
+T = TypeVar("T")
 
 #: Which rank a call is of, ``None`` if its layer does not know, and of which pass.
 Moment: TypeAlias = tuple[int | None, int]
@@ -75,6 +86,48 @@ def nth_calls(
         message = f"{call}: no pass has that many calls of layer {title}, which was called up to {most} times in each."
         raise OptionError(message)
     return sorted(found)
+
+
+class _Numbers(Protocol):
+    """Numbers in order."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> int: ...
+    def __iter__(self) -> Iterator[int]: ...
+
+
+class PassNumbers(Sequence[int]):
+    """The pass of each call: a view, which follows its layer until that is cleared. It equals a list of the same numbers."""
+
+    __slots__ = ("_numbers",)
+
+    def __init__(self, numbers: _Numbers) -> None:
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            return [self._numbers[at] for at in range(len(self))[index]]
+        return self._numbers[range(len(self))[index]]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (list, PassNumbers)):
+            return NotImplemented
+        return [*self] == [*other]
+
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr([*self])
 
 
 class Layer(Sequence[Value]):
@@ -119,7 +172,7 @@ class Layer(Sequence[Value]):
 
     @property
     @abstractmethod
-    def passes(self) -> list[int]:
+    def passes(self) -> Sequence[int]:
         """For each call, the index of the pass that it belongs to.
 
         >>> import torch
@@ -287,9 +340,9 @@ class ListLayer(list[Value], Layer):
     __repr__ = Layer.__repr__
 
     @property
-    def passes(self) -> list[int]:
+    def passes(self) -> PassNumbers:
         self._align()
-        return self._passes.copy()
+        return PassNumbers(self._passes)
 
     def keep(self, value: Value, number: int) -> None:
         if len(self._passes) != len(self):
@@ -342,14 +395,14 @@ class ListLayer(list[Value], Layer):
         order = sorted(range(len(keys)), key=keys.__getitem__, reverse=reverse)
         calls, passes = [*self], self.passes
         super().__setitem__(slice(None), [calls[index] for index in order])
-        self._passes = [passes[index] for index in order]
+        self._passes[:] = [passes[index] for index in order]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_passes": self.passes}  # a copy has passes of its own
+        return {**vars(self), "_passes": [*self.passes]}  # a copy has passes of its own
 
     def clear(self) -> None:
         super().clear()
-        self._passes.clear()
+        self._passes = []  # who holds those of before keeps them
 
 
 #: Of this many calls that a bounded container has dropped, the passes may still be remembered.
@@ -375,18 +428,16 @@ class SinkLayer(Layer):
         ] = {}  # by id: what is in it, and its pass
 
     @property
-    def passes(self) -> list[int]:
+    def passes(self) -> PassNumbers:
         # A bounded container has dropped the oldest calls; -1: the user has appended.
         latest = [*self._passes][-len(self) :] if len(self) else []
         latest += [-1] * (len(self) - len(latest))
         if not self._known:
-            return latest
+            return PassNumbers(latest)
         # It may have dropped others, or sorted them: what can be recognized is more than what can be counted.
         found = map(self._pass_of, self._readable())
-        return [
-            number if known is None else known
-            for number, known in zip_longest(latest, islice(found, len(latest)))
-        ]
+        pairs = zip_longest(latest, islice(found, len(latest)))
+        return PassNumbers([number if known is None else known for number, known in pairs])
 
     def keep(self, value: Value, number: int) -> None:
         before, last = len(self), self._last()
@@ -526,7 +577,11 @@ class Recording(Mapping[str, Layer]):
     def __contains__(self, name: object) -> bool:
         return self._key(name) is not None
 
-    def get(self, name: str, default: Any = None) -> Any:
+    @overload
+    def get(self, name: str, /) -> Layer | None: ...
+    @overload
+    def get(self, name: str, /, default: Layer | T) -> Layer | T: ...
+    def get(self, name: str, /, default: Any = None) -> Any:
         """Return a layer, or ``default`` if there is none of that name."""
         key = self._key(name)
         return default if key is None else self[key]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 from typing import TYPE_CHECKING, NoReturn, overload
 
-from actrec._recordings.recording import Layer
+from actrec._recordings.recording import Layer, PassNumbers
 from actrec._values.join import joined
 from actrec.errors import ActrecError
 
@@ -83,7 +84,11 @@ class ChosenLayer(ReadOnlyLayer):
         self.calls = calls
 
     @property
-    def passes(self) -> list[int]:
+    def passes(self) -> PassNumbers:
+        return PassNumbers(self._numbers)
+
+    @cached_property
+    def _numbers(self) -> list[int]:
         passes = self.base.passes
         return [passes[index] for index in self.calls]
 

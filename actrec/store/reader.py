@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from actrec._calls.passes import Count
-from actrec._recordings.recording import Layer, Recording
+from actrec._recordings.recording import Layer, PassNumbers, Recording
 from actrec._tables.text import count, shown
 from actrec._values.summary import Summary
 from actrec.errors import OptionError, RecordingNotFoundError
@@ -234,7 +234,11 @@ class StoredLayer(ReadOnlyLayer):
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device="cpu")
 
     @property
-    def passes(self) -> list[int]:
+    def passes(self) -> PassNumbers:
+        return PassNumbers(self._numbers)
+
+    @cached_property
+    def _numbers(self) -> list[int]:
         return self._stored_passes.sort().values.tolist()  # type: ignore[no-any-return]
 
     @property

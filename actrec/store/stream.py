@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn, overload
 
-from actrec._recordings.recording import Layer
+from actrec._recordings.recording import Layer, PassNumbers
 from actrec.errors import ActrecError, OptionError, RecordingExistsError, WriteError
 
 from . import shard
@@ -272,10 +272,10 @@ class LiveLayer(Layer):
         self._looks.add(value)
 
     @property
-    def passes(self) -> list[int]:
+    def passes(self) -> PassNumbers:
         if self._stream.closed:
             return self._stored.passes
-        return [*self._before.passes, *self._new_passes]
+        return PassNumbers([*self._before.passes, *self._new_passes])
 
     def __len__(self) -> int:
         if self._stream.closed:

@@ -11,6 +11,7 @@ from collections import Counter
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from actrec._recordings.recording import PassNumbers
 from actrec._values.summary import Summary
 from actrec.errors import CorruptRecordingError
 
@@ -76,8 +77,8 @@ class WholeLayer(ReadOnlyLayer):
         return self._found[1]
 
     @property
-    def passes(self) -> list[int]:
-        return [call.number for call in self._found[0]]
+    def passes(self) -> PassNumbers:
+        return PassNumbers([call.number for call in self._found[0]])
 
     @property
     def ranks(self) -> list[int]:

@@ -114,7 +114,7 @@ def what_a_layer_is(layer: Layer) -> None:
     assert_type(layer[1:], Sequence[Any])
     assert_type(iter(layer), Iterator[Any])
     assert_type(len(layer), int)
-    assert_type(layer.passes, list[int])
+    assert_type(layer.passes, Sequence[int])
     assert_type(layer.nbytes, int)
     assert_type(layer.name, str)
     assert_type(layer.type, str)
