@@ -28,12 +28,6 @@ Every message names the call, the offending value, what was observed and the nea
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 __all__ = [
     "ActrecError",
     "AlignmentError",
@@ -143,21 +137,3 @@ class UnusedLayerWarning(UserWarning):
 
 class UnlockedWarning(UserWarning):
     """A folder that is recorded into cannot be locked, so another run may record there at the same time."""
-
-
-def listed(names: Iterable[str], most: int = 8) -> str:
-    """``'a', 'b' and 3 more``: names for the middle of a message."""
-    quoted = [repr(name) for name in names]
-    shown = ", ".join(quoted[:most])
-    return shown if len(quoted) <= most else f"{shown} and {len(quoted) - most} more"
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """``Did you mean 'conv1'?``, or what there is where nothing comes close."""
-    names = list(names)
-    # Often only the front is missing: "conv1" for "backbone.conv1".
-    close = [other for other in names if name and other.endswith("." + name)]
-    close += get_close_matches(name, names, n=3, cutoff=0.6)
-    if close:
-        return f"Did you mean {' or '.join(map(repr, list(dict.fromkeys(close))[:3]))}?"
-    return f"There are {listed(names)}." if names else "There are none."

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from actrec._recordings.recording import Layer, Recording
 from actrec._recordings.stats import Moments
-from actrec._tables.text import count, shown
+from actrec._text import count, shown
 from actrec._values.chunks import dense
 from actrec._values.spec import leaves
 from actrec._values.summary import shape_of

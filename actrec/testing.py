@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from actrec._calls.hooks import Hook
 
-from .errors import listed
+from ._text import listed
 
 __all__ = ["ConvNet", "Recurrent", "TinyTransformer", "assert_unhooked"]
 

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from actrec import Layer, Opaque, Recording, UnusedLayerWarning, record
+from actrec import Layer, Opaque, Recording, UnusedLayerWarning, _text, record
 from actrec._recordings.recording import ListLayer
 from actrec._tables import html as _html
-from actrec._tables import text as _display
 from actrec._tables.tree import tree
 
 if TYPE_CHECKING:
@@ -371,9 +370,9 @@ def test_no_name_can_inject_html(names: list[list[str]], kind: str, model: str) 
 
 
 def test_names_that_would_upset_a_table_are_quoted() -> None:
-    assert _display.shown("conv 1") == "conv 1"
+    assert _text.shown("conv 1") == "conv 1"
     for name in ("", " a", "a\n", "\u202e", "\ud800", "a\tb"):
-        assert _display.shown(name) == repr(name)
+        assert _text.shown(name) == repr(name)
 
 
 def test_long_names_wrap_or_scroll_inside() -> None:
@@ -474,7 +473,7 @@ def test_what_actrec_does_not_take_apart_is_called_by_its_type() -> None:
 
 
 def test_sizes_are_in_powers_of_a_thousand() -> None:
-    assert [_display.size(n) for n in (0, 999, 1000, 999_960, 5 * 10**12)] == [
+    assert [_text.size(n) for n in (0, 999, 1000, 999_960, 5 * 10**12)] == [
         "0 B", "999 B", "1.0 kB", "1.0 MB", "5.0 TB",
     ]  # fmt: skip
 

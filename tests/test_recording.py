@@ -34,7 +34,7 @@ from actrec import (
 )
 from actrec._recordings import recording as _recording
 from actrec._recordings.recording import ListLayer
-from actrec._tables.text import size
+from actrec._text import size
 from actrec._values import join as _join
 
 if TYPE_CHECKING:

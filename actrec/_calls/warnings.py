@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from actrec._text import listed
 from actrec._values.spec import tensors
 from actrec.errors import (
     IncompleteLayerWarning,
     MissingGradientWarning,
     OverflowWarning,
     UnusedLayerWarning,
-    listed,
 )
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from actrec._tables import text as _display
 from actrec._tables.rows import Rows
+from actrec._text import count, listed, nearest, shown
 from actrec._values.chunks import blocks, dense
 from actrec._values.spec import leaves
 from actrec._values.summary import shape_of
-from actrec.errors import OptionError, UnknownLayerError, listed, nearest
+from actrec.errors import OptionError, UnknownLayerError
 
 from .recording import Recording
 
@@ -106,8 +106,8 @@ class Comparison(Rows[Row]):
             for verdict in ("equal", "close", "different")
             if verdict in verdicts
         ]
-        layers = _display.count(len({row.layer for row in self}), "layer")
-        what = f"compared {_display.count(len(self), 'tensor')} of {layers}"
+        layers = count(len({row.layer for row in self}), "layer")
+        what = f"compared {count(len(self), 'tensor')} of {layers}"
         facts = [f"{what}: {', '.join(numbers)}" if numbers else what]
         if (first := self.first_difference) is not None:
             facts.append(f"first difference in {_place(first)}, pass {first.different_pass}")
@@ -132,8 +132,8 @@ class Comparison(Rows[Row]):
 
 
 def _place(row: Row) -> str:
-    name, other = _display.shown(row.layer), _display.shown(row.other)
-    leaf = _display.shown(row.leaf) if row.leaf else ""
+    name, other = shown(row.layer), shown(row.other)
+    leaf = shown(row.leaf) if row.leaf else ""
     return name + leaf + (f" -> {other}" if other != name else "")
 
 
@@ -266,9 +266,7 @@ def _rows(a: Layer, b: Layer, tolerances: Tolerances) -> Iterator[Row]:
     if len(a) != len(b):
         shorter, longer = sorted((a, b), key=len)
         for tally in found.values():
-            tally.differ(
-                longer.passes[len(shorter)], f"{len(a):,} and {_display.count(len(b), 'call')}"
-            )
+            tally.differ(longer.passes[len(shorter)], f"{len(a):,} and {count(len(b), 'call')}")
     for path, tally in found.items():
         yield tally.row(a.name, path, b.name)
 

@@ -24,6 +24,7 @@ from actrec._calls.clean_room import in_a_clean_room
 from actrec._calls.passes import Count
 from actrec._tables import html as _html
 from actrec._tables import text as _display
+from actrec._text import nearest, shown
 from actrec._values.containers import Value
 from actrec._values.join import joined
 from actrec._values.snapshot import held
@@ -34,7 +35,6 @@ from actrec.errors import (
     CaptureError,
     OptionError,
     UnknownLayerError,
-    nearest,
 )
 
 from . import stats as _stats
@@ -774,9 +774,7 @@ class Recording(Mapping[str, Layer]):
 
     def _title(self) -> str:
         state = self._state()
-        head = (
-            f"{'recording' if state == 'recording' else 'recorded'} {_display.shown(self._model)}"
-        )
+        head = f"{'recording' if state == 'recording' else 'recorded'} {shown(self._model)}"
         return head + (" (interrupted, partial)" if state == "interrupted" else "")
 
     def __repr__(self) -> str:

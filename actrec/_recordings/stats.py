@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from actrec._tables import text as _display
 from actrec._tables.rows import Rows
+from actrec._text import count, shown, size
 from actrec._values.chunks import blocks, dense
 from actrec._values.spec import leaves
 
@@ -92,7 +92,7 @@ class Stats(Rows[Row]):
         return min(bad, key=lambda pair: pair[0])[1] if bad else None
 
     def _title(self) -> str:
-        return f"statistics of {_display.count(len({row.layer for row in self}), 'layer')}"
+        return f"statistics of {count(len({row.layer for row in self}), 'layer')}"
 
     def _columns(self) -> tuple[str, ...]:
         return ("layer", *(field.name for field in fields(Row)[2:-2]), "memory")
@@ -100,13 +100,13 @@ class Stats(Rows[Row]):
     def _cells(self, row: Row) -> tuple[str, ...]:
         numbers = (row.mean, row.std, row.min, row.max)
         return (
-            _display.shown(row.layer) + _display.shown(row.leaf) * bool(row.leaf),
+            shown(row.layer) + shown(row.leaf) * bool(row.leaf),
             f"{row.count:,}",
             *("" if math.isnan(number) else f"{number:.4g}" for number in numbers),
             f"{row.zeros:.0%}" if row.count else "",
             f"{row.nan:,}",
             f"{row.inf:,}",
-            _display.size(row.nbytes),
+            size(row.nbytes),
         )
 
 

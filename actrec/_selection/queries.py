@@ -18,13 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from actrec.errors import (
-    OptionError,
-    SelectionError,
-    UnsupportedModelError,
-    listed,
-    nearest,
-)
+from actrec._text import listed, nearest
+from actrec.errors import OptionError, SelectionError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from actrec._calls.capture import Transform

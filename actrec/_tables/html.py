@@ -14,8 +14,10 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from actrec._text import count, shown
+
 from . import text as _display
-from .text import Row, count, shown
+from .text import Row
 from .tree import Node, tree
 
 if TYPE_CHECKING:

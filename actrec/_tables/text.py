@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
+from actrec._text import count, shown, size
+
 from .tree import Node, tree
 
 if TYPE_CHECKING:
@@ -16,10 +18,7 @@ __all__ = [
     "Row",
     "State",
     "Summary",
-    "count",
     "layer_line",
-    "shown",
-    "size",
     "summary",
     "table",
     "text_table",
@@ -29,38 +28,6 @@ __all__ = [
 State: TypeAlias = Literal["recording", "recorded", "interrupted"]
 
 MOST_ROWS = 60
-KILO = 1000
-UNITS = ("kB", "MB", "GB", "TB", "PB")
-
-
-def size(nbytes: int) -> str:
-    """``4.9 MB``: powers of 1,000, as disks and torch's own messages about files count.
-
-    >>> size(120), size(4_900_000)
-    ('120 B', '4.9 MB')
-    """
-    if nbytes < KILO:
-        return f"{nbytes} B"
-    amount, units = nbytes / KILO, iter(UNITS)
-    unit = next(units)
-    while round(amount, 1) >= KILO and unit != UNITS[-1]:
-        amount, unit = amount / KILO, next(units)
-    return f"{amount:.1f} {unit}"
-
-
-def count(number: int, noun: str) -> str:
-    """``1 layer``, ``2,000 passes``."""
-    plural = noun + ("es" if noun.endswith("s") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"
-
-
-def shown(name: str) -> str:
-    r"""A name as it is shown: as it is, or quoted if it is empty or would upset a table.
-
-    >>> shown("conv1"), shown(""), shown("two\nlines")
-    ('conv1', "''", "'two\\nlines'")
-    """
-    return name if name and name.isprintable() and name == name.strip() else repr(name)
 
 
 def shown_shape(looks: Looks) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from actrec._tables.text import count
+from actrec._text import count
 
 from .align import table
 from .columns import Kept

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from actrec._calls.passes import Count
 from actrec._recordings.recording import Layer, PassNumbers, Recording
-from actrec._tables.text import count, shown
+from actrec._text import count, shown
 from actrec._values.summary import Summary
 from actrec.errors import OptionError, RecordingNotFoundError
 
