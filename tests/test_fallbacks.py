@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from actrec import ActrecError, UnusedLayerWarning, _record, record
 from actrec._calls import hooks as _hooks
 from actrec._calls.hooks import Hook
+from actrec._values import memory as _memory
 from actrec._values import snapshot as _snapshot
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def test_memory_that_cannot_be_shared_is_cloned(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_without_an_address_every_tensor_counts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_snapshot, "_data_address", None)
+    monkeypatch.setattr(_memory, "_data_address", None)
     model = nn.Sequential(nn.Linear(4, 4096), nn.Identity())
     with record(model) as acts:
         model(X)
@@ -72,7 +73,7 @@ def test_every_private_name_that_is_asked_for_is_one_that_pytorch_has() -> None:
     """A name that is mistyped, or gone, would quietly be the fallback for ever."""
     found = [
         names
-        for file in Path(_snapshot.__file__).parent.rglob("*.py")
+        for file in Path(_record.__file__).parent.rglob("*.py")
         for names in ASKED_FOR.findall(file.read_text())
     ]
     assert len(found) >= 11

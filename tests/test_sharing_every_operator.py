@@ -18,7 +18,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo import core
 from torch.utils._pytree import tree_leaves
 
-from actrec._values.snapshot import address
+from actrec._values.memory import address
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

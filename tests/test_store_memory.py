@@ -6,7 +6,7 @@ import ctypes
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from actrec._values import heap as _heap
+from actrec._values import memory as _memory
 from tests import memory
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ def test_recording_gigabytes_takes_the_budget_and_little_more(tmp_path: Path) ->
 
 def test_only_large_shards_are_worth_giving_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(_heap, "_trim", asked.append)
-    _heap.give_back(_heap.WORTH_IT - 1)
+    monkeypatch.setattr(_memory, "_trim", asked.append)
+    _memory.give_back(_memory.WORTH_IT - 1)
     assert asked == []
-    _heap.give_back(_heap.WORTH_IT)
+    _memory.give_back(_memory.WORTH_IT)
     assert asked == [0]
 
 
@@ -38,4 +38,4 @@ def test_another_c_library_gives_nothing_back(monkeypatch: pytest.MonkeyPatch) -
         raise OSError
 
     monkeypatch.setattr(ctypes, "CDLL", without)
-    assert _heap._found()(0) == 0
+    assert _memory._found()(0) == 0

@@ -35,7 +35,8 @@ from actrec import (
     load,
     record,
 )
-from actrec._values.snapshot import memory, snapshot
+from actrec._values.memory import memory
+from actrec._values.snapshot import snapshot
 from actrec.store import Folder
 from actrec.store import disk as _disk
 from actrec.store import stream as _live
@@ -203,7 +204,7 @@ def test_reading_memory_does_not_end_the_sharing() -> None:
 def test_without_the_private_address_memory_is_a_copy_of_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(actrec._values.snapshot, "_data_address", None)
+    monkeypatch.setattr(actrec._values.memory, "_data_address", None)
     original = torch.randn(128, 128)
     owner, view = memory(snapshot(original))
     assert bytes(view) == bits(original)

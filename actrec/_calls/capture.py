@@ -14,17 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
-from actrec._values.snapshot import (
-    check,
-    cloned,
-    detached,
-    is_distributed,
-    normal_mode,
-    on_part,
-    snapshot,
-    twin,
-    unseen,
-)
+from actrec._values.dtensor import cloned, detached, is_distributed, on_part
+from actrec._values.snapshot import check, normal_mode, snapshot, twin, unseen
 from actrec._values.spec import rebuild
 from actrec.errors import CaptureError, TransformError
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from actrec._values.chunks import blocks, dense
-from actrec._values.snapshot import is_distributed
+from actrec._values.dtensor import is_distributed
 
 from .passes import Passes
 

@@ -27,7 +27,7 @@ from actrec._tables import text as _display
 from actrec._text import nearest, shown
 from actrec._values.containers import Value
 from actrec._values.join import joined
-from actrec._values.snapshot import held
+from actrec._values.memory import held
 from actrec._values.spec import same, tensors
 from actrec._values.summary import Summary
 from actrec.errors import (

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from actrec.errors import JoinError, OptionError
 
-from .heap import WORTH_IT, give_back
+from .memory import WORTH_IT, give_back
 from .spec import Container, Spec, flatten, tensors
 
 if TYPE_CHECKING:

@@ -20,43 +20,36 @@ nowhere else. A tensor is shared only if all of this holds, and is cloned otherw
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from actrec.errors import CaptureError
 
+from .dtensor import cloned, detached, is_distributed
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from torch import nn
 
 __all__ = [
     "check",
-    "cloned",
-    "detached",
     "explain",
     "frees_weights",
-    "held",
-    "is_distributed",
-    "memory",
     "normal_mode",
-    "on_part",
     "sharded",
     "snapshot",
     "twin",
     "unseen",
-    "writable",
 ]
 
 
 # --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
 
-_data_address = getattr(torch._C, "_data_address", None)
 _functorch = getattr(torch._C, "_functorch", None)
 _is_wrapped = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: False)
 _is_batch = getattr(_functorch, "is_legacy_batchedtensor", lambda _: False)
@@ -188,55 +181,6 @@ def check(tensor: Tensor) -> None:
         raise CaptureError(message)
 
 
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a ``DTensor``, of which each rank has a part."""
-    if type(tensor) is Tensor:
-        return False
-    module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def on_part(tensor: Any, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return a ``DTensor`` like this one, whose part here is ``change(part)``. Nobody communicates.
-
-    Its own operators may: by the version of PyTorch, ``clone()`` or ``detach()`` adds up what is yet to be
-    added up, or forgets about kinds of that.
-    """
-    if not _in_order_of_mesh(tensor):
-        message = (
-            f"a DTensor that is sharded in another order than that of its mesh ({tensor.placements}) cannot be kept. "
-            "Redistribute it in the model"
-        )
-        raise CaptureError(message)
-    with torch.no_grad():
-        part = change(tensor.to_local())
-    spread = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-    made = type(tensor).from_local(part, tensor.device_mesh, tensor.placements, **spread)
-    return cast("Tensor", made)
-
-
-def _in_order_of_mesh(tensor: Any) -> bool:
-    """Whether a dimension that is sharded several times is so in the order of the mesh's dimensions."""
-    # Private, and only in some versions of PyTorch: in the others, another order has a placement of its own.
-    order = getattr(getattr(tensor, "_spec", None), "shard_order", None) or ()
-    dims = [list(getattr(entry, "mesh_dims", ())) for entry in order]
-    return all(one == sorted(one) for one in dims)
-
-
-def detached(tensor: Tensor) -> Tensor:
-    """``tensor.detach()``, without a word to other ranks."""
-    return on_part(tensor, Tensor.detach) if is_distributed(tensor) else tensor.detach()
-
-
-def cloned(tensor: Tensor) -> Tensor:
-    """A clone, made without a word to other ranks."""
-    if not is_distributed(tensor):
-        return tensor.clone()
-    if tensor.requires_grad and torch.is_grad_enabled():  # where the graph is kept
-        return tensor.to(tensor.dtype, copy=True)
-    return on_part(tensor, torch.clone)
-
-
 def _clone(tensor: Tensor) -> Tensor:
     """A clone that is as small as its content: dimensions that were expanded stay expanded."""
     check(tensor)
@@ -300,67 +244,3 @@ def _refuse_freed(tensor: Tensor) -> None:
             "them be sharded, not the one that returns them"
         )
         raise CaptureError(message)
-
-
-def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
-    """The memory that a tensor holds: where it is, and how many bytes. Equal places are shared memory."""
-    if tensor.layout is torch.sparse_coo:
-        parts = [tensor._indices(), tensor._values()]
-    elif tensor.layout in {torch.sparse_csr, torch.sparse_bsr}:
-        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    elif tensor.layout in {torch.sparse_csc, torch.sparse_bsc}:
-        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    else:
-        yield address(tensor), 0 if tensor.is_meta else _size(tensor)
-        return
-    for part in parts:
-        yield from held(part)
-
-
-def address(tensor: Tensor) -> object:
-    """What is equal for tensors in the same memory."""
-    # data_ptr() would end the sharing that it is asked about.
-    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
-    return (
-        (tensor.device, _data_address(tensor))
-        if plain and _data_address is not None
-        else id(tensor)
-    )
-
-
-def _size(tensor: Tensor) -> int:
-    is_strided = tensor.layout is torch.strided and type(tensor) is Tensor
-    return tensor.untyped_storage().nbytes() if is_strided else tensor.nbytes
-
-
-# --- Reading memory --------------------------------------------------------------------------------
-
-_READ_ONLY = 0x100  # PyBUF_READ
-_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
-_memory_at.restype = ctypes.py_object
-_memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-
-
-def memory(tensor: Tensor) -> tuple[Tensor, memoryview]:
-    """The memory of a contiguous tensor on the CPU, to be read as long as the tensor that comes with it lives.
-
-    A pointer that could be written through, as ``data_ptr()`` gives, would end the sharing with the
-    model, by a copy. Reading a shared tensor is safe while the model writes to its side: the model's side
-    moves to fresh memory, and ours stays where it is.
-    """
-    if tensor.nbytes == 0:
-        return tensor, memoryview(b"")
-    if _data_address is None:
-        tensor = tensor.clone()
-        return tensor, _memory_at(tensor.data_ptr(), tensor.nbytes, _READ_ONLY)
-    start = _data_address(tensor) + tensor.storage_offset() * tensor.element_size()
-    return tensor, _memory_at(start, tensor.nbytes, _READ_ONLY)
-
-
-_WRITABLE = 0x200  # PyBUF_WRITE
-
-
-def writable(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, to be written to as long as the tensor lives."""
-    view: memoryview = _memory_at(tensor.data_ptr(), tensor.nbytes, _WRITABLE)
-    return view.cast("B")

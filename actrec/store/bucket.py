@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple, TypeVar, cas
 import torch
 from typing_extensions import override
 
-from actrec._values.snapshot import writable
+from actrec._values.memory import writable
 from actrec.errors import OptionError, ReadError, WriteError
 
 from .disk import GONE, FileBeingWritten

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from actrec._values.snapshot import memory, writable
+from actrec._values.memory import memory, writable
 from actrec._values.summary import Summary
 from actrec.errors import CaptureError
 

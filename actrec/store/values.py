@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import override
 
 from actrec._values.containers import Fields, Opaque, Value, is_array, qualified
-from actrec._values.snapshot import is_distributed
+from actrec._values.dtensor import is_distributed
 from actrec._values.spec import TENSOR, Constant, Container, Spec, Step, flatten
 from actrec.errors import CaptureError
 

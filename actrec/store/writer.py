@@ -19,7 +19,7 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from actrec._values.heap import give_back
+from actrec._values.memory import give_back
 from actrec.errors import WriteError
 
 from . import shard

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from actrec import load, record
-from actrec._values.snapshot import memory
+from actrec._values.memory import memory
 
 from .timing import Row, ratios, take_turns
 

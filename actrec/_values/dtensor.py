@@ -1,0 +1,65 @@
+"""A ``DTensor``: each rank keeps its own part, and none communicates."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from actrec.errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["cloned", "detached", "is_distributed", "on_part"]
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a ``DTensor``, of which each rank has a part."""
+    if type(tensor) is Tensor:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def on_part(tensor: Any, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a ``DTensor`` like this one, whose part here is ``change(part)``. Nobody communicates.
+
+    Its own operators may: by the version of PyTorch, ``clone()`` or ``detach()`` adds up what is yet to be
+    added up, or forgets about kinds of that.
+    """
+    if not _in_order_of_mesh(tensor):
+        message = (
+            f"a DTensor that is sharded in another order than that of its mesh ({tensor.placements}) cannot be kept. "
+            "Redistribute it in the model"
+        )
+        raise CaptureError(message)
+    with torch.no_grad():
+        part = change(tensor.to_local())
+    spread = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+    made = type(tensor).from_local(part, tensor.device_mesh, tensor.placements, **spread)
+    return cast("Tensor", made)
+
+
+def _in_order_of_mesh(tensor: Any) -> bool:
+    """Whether a dimension that is sharded several times is so in the order of the mesh's dimensions."""
+    # Private, and only in some versions of PyTorch: in the others, another order has a placement of its own.
+    order = getattr(getattr(tensor, "_spec", None), "shard_order", None) or ()
+    dims = [list(getattr(entry, "mesh_dims", ())) for entry in order]
+    return all(one == sorted(one) for one in dims)
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """``tensor.detach()``, without a word to other ranks."""
+    return on_part(tensor, Tensor.detach) if is_distributed(tensor) else tensor.detach()
+
+
+def cloned(tensor: Tensor) -> Tensor:
+    """A clone, made without a word to other ranks."""
+    if not is_distributed(tensor):
+        return tensor.clone()
+    if tensor.requires_grad and torch.is_grad_enabled():  # where the graph is kept
+        return tensor.to(tensor.dtype, copy=True)
+    return on_part(tensor, torch.clone)

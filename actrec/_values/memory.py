@@ -1,0 +1,110 @@
+"""The memory of a tensor: where it lies, how many bytes it holds, what is in it, and how unused memory goes back."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["WORTH_IT", "address", "give_back", "held", "memory", "writable"]
+
+# Private PyTorch.
+_data_address = getattr(torch._C, "_data_address", None)
+
+# --- Where it lies, and how many bytes -------------------------------------------------------------
+
+
+def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
+    """The memory that a tensor holds: where it is, and how many bytes. Equal places are shared memory."""
+    if tensor.layout is torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    elif tensor.layout in {torch.sparse_csr, torch.sparse_bsr}:
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif tensor.layout in {torch.sparse_csc, torch.sparse_bsc}:
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    else:
+        yield address(tensor), 0 if tensor.is_meta else _size(tensor)
+        return
+    for part in parts:
+        yield from held(part)
+
+
+def address(tensor: Tensor) -> object:
+    """What is equal for tensors in the same memory."""
+    # data_ptr() would end the sharing that it is asked about.
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+    return (
+        (tensor.device, _data_address(tensor))
+        if plain and _data_address is not None
+        else id(tensor)
+    )
+
+
+def _size(tensor: Tensor) -> int:
+    is_strided = tensor.layout is torch.strided and type(tensor) is Tensor
+    return tensor.untyped_storage().nbytes() if is_strided else tensor.nbytes
+
+
+# --- Reading memory --------------------------------------------------------------------------------
+
+_READ_ONLY = 0x100  # PyBUF_READ
+_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_at.restype = ctypes.py_object
+_memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+
+
+def memory(tensor: Tensor) -> tuple[Tensor, memoryview]:
+    """The memory of a contiguous tensor on the CPU, to be read as long as the tensor that comes with it lives.
+
+    A pointer that could be written through, as ``data_ptr()`` gives, would end the sharing with the
+    model, by a copy. Reading a shared tensor is safe while the model writes to its side: the model's side
+    moves to fresh memory, and ours stays where it is.
+    """
+    if tensor.nbytes == 0:
+        return tensor, memoryview(b"")
+    if _data_address is None:
+        tensor = tensor.clone()
+        return tensor, _memory_at(tensor.data_ptr(), tensor.nbytes, _READ_ONLY)
+    start = _data_address(tensor) + tensor.storage_offset() * tensor.element_size()
+    return tensor, _memory_at(start, tensor.nbytes, _READ_ONLY)
+
+
+_WRITABLE = 0x200  # PyBUF_WRITE
+
+
+def writable(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, to be written to as long as the tensor lives."""
+    view: memoryview = _memory_at(tensor.data_ptr(), tensor.nbytes, _WRITABLE)
+    return view.cast("B")
+
+
+# --- Giving back -----------------------------------------------------------------------------------
+
+# The allocator of glibc often cannot use again what was freed between two tensors that are kept: a hole of the size of
+# a tensor is too small for another one, which has to be aligned. Where values wait for the disk, the holes between them
+# came to as much as the values. What is in a hole can be given back to the system all the same.
+
+WORTH_IT: Final = 1 << 25  # bytes: it takes the time of writing a few megabytes
+
+
+def _found() -> Callable[[int], int]:
+    """``malloc_trim`` where the C library has it, which is glibc alone."""
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another system
+        return lambda _: 0
+    return trim
+
+
+_trim = _found()
+
+
+def give_back(kept: int) -> None:
+    """Give back the holes between values of so many bytes."""
+    if kept >= WORTH_IT:
+        _trim(0)
