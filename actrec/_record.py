@@ -28,12 +28,12 @@ from actrec._calls.hooks import (
     StopHook,
 )
 from actrec._calls.inputs import Parameters
-from actrec._calls.layer import Calls, Session, Track
+from actrec._calls.layer import Session, Track
 from actrec._calls.options import Options
 from actrec._calls.overflow import Overflows
 from actrec._calls.passes import is_tracing
 from actrec._calls.stop_early import EarlyStop, StoppableForward, refuse_sharded
-from actrec._calls.transfer import Deferred, offload_for
+from actrec._calls.transfer import offload_for
 from actrec._calls.warnings import (
     warn_incomplete,
     warn_not_stopped,
@@ -157,10 +157,10 @@ def record(
     train on. Containers are rebuilt; objects that actrec does not take apart, such as key-value caches,
     become an :class:`Opaque`.
 
-    **From a GPU.** With ``device="cpu"``, the default, a value is copied on the GPU, and moved into memory while the
-    model waits. With ``ACTREC_ASYNC_COPIES=1`` in the environment it is moved while the model goes on. Nobody sees it
-    before it has arrived: the lists are complete when the model returns, and whenever you look at them from Python. On
-    the way values then pass through at most 512 MiB of pinned memory.
+    **From a GPU.** With ``device="cpu"``, the default, a value is copied on the GPU, and moved into memory while the model
+    goes on. It is in its layer when it has arrived: at the latest when the pass ends, and inside a pass when you ask for
+    ``acts[name]``. At most 512 MiB are on their way at a time. A GPU on which the self-test of these copies fails is not
+    trusted with them: its values are moved while the model waits. :attr:`Recorder.transfers` says which way they came.
 
     **Recording to disk.** With ``into=path`` the values are written by a thread while the model goes on, a
     quarter of a gigabyte at a time, and read after the block, or with :func:`actrec.load`. What waits to be
@@ -236,7 +236,8 @@ class _Block(AbstractContextManager[Recorder]):
             dtype=options.dtype,
         )
         stop = EarlyStop() if options.stop_early else None
-        self._session = Session(stop=stop, offload=offload_for(self._capture))
+        self._session = Session(stop=stop)
+        self._session.offload = offload_for(self._capture, self._session.passes)
         self._tracks: dict[str, tuple[Choice, Track]] = {}
         self._yielded: Recorder | None = None  # which also keeps it, where the user does not
 
@@ -305,7 +306,7 @@ class _Block(AbstractContextManager[Recorder]):
     def _opened(self) -> Destination:
         """Open what the values go to, before anything happens to the model."""
         if self._options.path is None:
-            return Memory(self._options, self._session.offload)
+            return Memory(self._options)
         # Who records into memory does not wait for the store to be imported.
         from .store.description import Description, LayerInfo, named  # noqa: PLC0415
         from .store.folder import Folder  # noqa: PLC0415
@@ -360,13 +361,14 @@ class _Block(AbstractContextManager[Recorder]):
         capture = replace(
             self._capture, layer=choice.key, transform=choice.transform, offload=offload
         )
-        track = Track(self._session, self._counting(capture, outputs), self._deferred(outputs))
+        track = Track(self._session, self._counting(capture, outputs), outputs)
         track.kept = len(outputs)  # in a run that is resumed
         if inputs is not None:
-            track.inputs = self._deferred(inputs)
+            track.inputs = inputs
             track.parameters = Parameters.of(choice.module)
             track.receives = self._counting(capture, inputs)
         if grads is not None:
+            # A backward has no end at which it could be delivered: a gradient is moved at once.
             what = replace(capture, what="the gradient of call", offload=None)
             track.grads = Gradients(self._counting(what, grads), grads, track.lock)
         return track
@@ -377,11 +379,6 @@ class _Block(AbstractContextManager[Recorder]):
             return capture
         layer.overflows = Overflows(capture.dtype, self._session.passes)
         return replace(capture, overflows=layer.overflows)
-
-    def _deferred(self, layer: Layer) -> Calls:
-        """Where the calls of a layer go: into it, and where values are moved, when they are there."""
-        offload = self._session.offload
-        return layer if offload is None else Deferred(layer, offload, self._session.passes)
 
     def _names(self) -> dict[str, str]:
         return {name: choice.key for choice in self._selection.choices for name in choice.names}

@@ -1,8 +1,8 @@
 """A stand-in for a GPU: its copies happen only when somebody waits for them.
 
 Tensors on the CPU pass for tensors on the device; those of one dimension do not, so that a model can have
-both. Until a copy has been waited for, its staging memory holds poison. It stays poisoned if the snapshot
-was let go of too early, or if the stream that copies did not wait for the stream that made it.
+both. Until a copy has been waited for, its pinned memory holds poison. It stays poisoned if the copy on the
+device was let go of too early, or if the stream that moves it did not wait for the stream that made it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from actrec._calls import transfer as _transfer
+from actrec._calls import transfer
 from actrec._calls.capture import Capture
 
 if TYPE_CHECKING:
@@ -60,14 +60,19 @@ class StandInStream:
 
 class StandIn:
     def __init__(self) -> None:
+        self.tested = {torch.device("cpu"): True}
         self.clock = 0  # counts what the model, and actrec on its stream, have computed
-        self.pinned_bytes = 0
+        self.pinned_bytes = 0  # in use
         self.most_pinned = 1 << 40
+        self.peak = 0
         self.copied: list[int] = []  # bytes of every copy
         self.streams: list[StandInStream] = []
         self.compute = StandInStream(self)
         self.is_quick: Callable[[], bool] = lambda: False  # whether a copy is done when asked
         self.on_wait: Callable[[], None] = lambda: None
+
+    def is_used(self) -> bool:
+        return True
 
     def has(self, tensor: Tensor) -> bool:
         return tensor.dim() != 1
@@ -83,39 +88,43 @@ class StandIn:
         if self.pinned_bytes + nbytes > self.most_pinned:
             message = "the system locks no more"
             raise RuntimeError(message)
-        self.pinned_bytes += nbytes
-        return torch.full((nbytes,), POISON, dtype=torch.uint8)
+        memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
+        self._pin(nbytes)
+        weakref.finalize(memory, self._pin, -nbytes)
+        return memory
 
-    def copy(self, stream: StandInStream, to: Tensor, source: Tensor, start: int) -> None:
+    def _pin(self, nbytes: int) -> None:
+        self.pinned_bytes += nbytes
+        self.peak = max(self.peak, self.pinned_bytes)
+
+    def copy(self, stream: StandInStream, to: Tensor, source: Tensor) -> None:
         to.fill_(POISON)
         self.copied.append(len(to))
-        weak, made, seen = weakref.ref(source), self.clock, stream.seen
+        there, here = weakref.ref(source), weakref.ref(to)
+        made, seen = self.clock, stream.seen
 
         def work() -> None:
-            alive = weak()
-            if alive is not None and seen >= made:
-                to.copy_(alive[start : start + len(to)])
+            source, to = there(), here()
+            if source is not None and to is not None and seen >= made:
+                to.copy_(source)
 
         stream.work.append(work)
 
 
 @contextmanager
-def standing_in(device: StandIn, budget: int = 1 << 20, small: int = 0) -> Iterator[None]:
+def standing_in(device: StandIn, budget: int = 1 << 20) -> Iterator[None]:
     """Let ``record()`` take ``device`` for what its values are on."""
+    on_device = transfer._on_device
 
-    def ticking(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def made(*args: object) -> Tensor:
-            result = make(*args)
-            device.clock += 1
-            return result
-
-        return made
+    def ticking(*args: object) -> Tensor:
+        result = on_device(*args)
+        device.clock += 1
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_transfer, "with_streams", lambda: device)
-        patch.setattr(_transfer, "Offload", partial(_transfer.Offload, budget=budget))
+        patch.setattr(transfer, "CUDA", device)
+        offload = partial(transfer.Offload, device=device, budget=budget)
+        patch.setattr(transfer, "Offload", offload)
         patch.setattr(Capture, "is_direct", lambda _: False)
-        patch.setattr(_transfer, "SMALL", small)
-        patch.setattr(_transfer, "_on_device", ticking(_transfer._on_device))
-        patch.setattr(_transfer, "_equal", ticking(_transfer._equal))
+        patch.setattr(transfer, "_on_device", ticking)
         yield

@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from actrec._recordings.recording import Layer, ListLayer, SinkLayer
 
-from .arriving import ArrivingList, ArrivingSink
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from actrec.store.format import Role
 
     from .options import Options
-    from .transfer import Offload
 
 __all__ = ["Destination", "Memory"]
 
@@ -46,20 +43,17 @@ class Destination(Protocol):
 class Memory:
     """Keeps values in lists, or in containers of the user's."""
 
-    def __init__(self, options: Options, offload: Offload | None) -> None:
+    def __init__(self, options: Options) -> None:
         self.order: list[str] = []
         self._options = options
-        self._offload = offload
 
     def layer(self, role: Role, number: int, name: str, kind: str) -> Layer:  # noqa: ARG002  # see Destination
         """Return a new layer."""
-        offload = None if role == "gradient" else self._offload  # gradients are moved at once
         if self._options.into is not list:
             container = self._options.container()
             if type(container) is not list:
-                layer = SinkLayer(name, container, self._options.container, kind)
-                return layer if offload is None else ArrivingSink(offload, layer)
-        return ListLayer(name, (), kind) if offload is None else ArrivingList(offload, name, kind)
+                return SinkLayer(name, container, self._options.container, kind)
+        return ListLayer(name, (), kind)
 
     def added(self, name: str) -> Layer:
         """Return a new layer, a list."""

@@ -237,7 +237,7 @@ class BeginPass(Hook[Session]):
             if self._is_root:
                 session.eager.hold()
             if self._is_root and session.offload is not None and session.passes.running:
-                session.complete()  # a pass that was interrupted may be about to be closed
+                session.offload.finish()  # a pass that was interrupted may be about to be closed
             session.passes.begin(module, is_root=self._is_root)
             self._below.look(session)
             if session.stop is not None and self._is_root:
@@ -259,8 +259,13 @@ class EndPass(Hook[Session]):
             error = sys.exc_info()[1]
             try:
                 if session.offload is not None and session.passes.opened_by(module):
-                    session.complete()  # before the pass counts as complete
+                    session.offload.finish()  # before the pass counts as complete
+                    if error is None:  # PyTorch would drop a second one
+                        session.offload.deliver()
                 session.passes.suspend(output)
+            except Exception as failure:
+                error = failure
+                raise
             finally:
                 session.passes.end(module, error)
             if error is not None:

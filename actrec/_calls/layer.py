@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -91,15 +92,17 @@ class Session:
             self.was_paused = True
             self.recording = self.active and not self.pauses
 
-    def complete(self) -> None:
-        """Wait for the values that are on their way from a device."""
+    def deliver(self) -> None:
+        """Wait for the values that are on their way from a device, and raise what went wrong."""
         if self.offload is not None:
-            self.offload.finish()
+            self.offload.deliver()
 
     def close(self) -> None:
         """Wait for the last of them. What goes wrong now, the block raises."""
-        if self.offload is not None:
-            self.unseen = self.offload.close()
+        try:
+            self.deliver()
+        except Exception as error:  # noqa: BLE001  # kept until all hooks are off
+            self.unseen = error
 
     def replace(self, module: nn.Module) -> None:
         """Another module stands in the place of this one, and of those in it."""
@@ -241,9 +244,10 @@ class Track:
                     session.order.setdefault(self.capture.layer)
                 self.kept += 1
                 with self.lock:
-                    self.outputs.keep(value, number)
-                    if self.inputs is not None:
-                        self.inputs.keep(received, number)
+                    if session.offload is None:
+                        self._keep(value, received, number)
+                    else:
+                        session.offload.keep(partial(self._arrived, call, value, received, number))
                     if self.grads is not None:
                         ticket = self.grads.reserve(output, value, number)
             if self.grads is not None:
@@ -253,6 +257,20 @@ class Track:
             raise
         if session.stop is not None:
             session.stop.ran(self.capture.layer)
+
+    def _keep(self, value: Value, received: Value, number: int) -> None:
+        """Put a call of pass ``number`` into its layer, and what it had received."""
+        self.outputs.keep(value, number)
+        if self.inputs is not None:
+            self.inputs.keep(received, number)
+
+    def _arrived(self, call: int, value: Value, received: Value, number: int) -> None:
+        """The same, when its values have come from a device; nobody knows by then which call it was."""
+        try:
+            self._keep(value, received, number)
+        except Exception as error:
+            error.add_note(f"raised while actrec kept call {call} of layer {self.capture.layer!r}")
+            raise
 
     def _received(self, arrival: Arrival, args: tuple[Any, ...], kwargs: Any) -> Value:
         """What a call received of hooks that may have replaced what ours was told."""

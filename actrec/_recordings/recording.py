@@ -167,9 +167,6 @@ class Layer(Sequence[Value]):
     def clear(self) -> None:
         """Forget all calls."""
 
-    def _complete(self) -> None:
-        """Wait for calls that are on their way from a device."""
-
     @property
     @abstractmethod
     def passes(self) -> Sequence[int]:
@@ -591,9 +588,11 @@ class Recording(Mapping[str, Layer]):
         if key is None:
             message = f"acts[{name!r}]: no layer of that name was recorded. {nearest(str(name), self._layers)}"
             raise UnknownLayerError(message)
-        layer = self._layers[key]
-        layer._complete()
-        return layer
+        self._deliver()
+        return self._layers[key]
+
+    def _deliver(self) -> None:
+        """Wait for calls that are on their way from a device. Only a :class:`Recorder` has any."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -652,6 +651,7 @@ class Recording(Mapping[str, Layer]):
         if self._inputs is None:
             message = "acts.inputs: inputs were not recorded. Ask for them: record(model, layers, inputs=True)."
             raise AttributeError(message)
+        self._deliver()
         return self._inputs
 
     @property
@@ -716,6 +716,7 @@ class Recording(Mapping[str, Layer]):
         A module that contains others ends after them. The iteration order of the recording is that of
         the queries.
         """
+        self._deliver()
         known = [name for name in self._order if name in self._layers]
         return [name for name in dict.fromkeys([*known, *self]) if len(self._layers[name])]
 
@@ -827,6 +828,21 @@ class Recorder(Recording):
         self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
         self._adding = threading.Lock()
 
+    def _deliver(self) -> None:
+        self._session.deliver()
+
+    @property
+    def transfers(self) -> dict[str, str]:
+        """How values have come from each GPU into memory: while the model went on, or while it waited.
+
+        ``{"cuda:0": "asynchronous"}``, or ``"blocking"`` for a GPU on which the self-test of asynchronous copies has
+        failed. Other devices, and GPUs of which nothing was moved, are not in it; with ``detach=False``, none is.
+        """
+        offload = self._session.offload
+        trusted = {} if offload is None else offload.trusted
+        ways = {True: "asynchronous", False: "blocking"}
+        return {str(device): ways[is_trusted] for device, is_trusted in trusted.items()}
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Record nothing inside this block: validation between training steps, say.
@@ -844,7 +860,7 @@ class Recorder(Recording):
 
         It holds for all threads. The hooks stay on the model.
         """
-        self._session.complete()
+        self._deliver()
         self._session.pause(by=1)
         try:
             yield
@@ -919,6 +935,7 @@ class Recorder(Recording):
 
         For long runs that are worked off in portions. Call it between two passes.
         """
+        self._deliver()
         locks = {track.capture.layer: track.lock for track in self._tracks}
         for name in self:
             with locks.get(name, self._adding):  # other threads keep calls in one step, too
@@ -932,6 +949,7 @@ class Recorder(Recording):
 
     def __reduce__(self) -> tuple[Callable[..., Recording], tuple[dict[str, Any]]]:
         # What is copied or pickled is what was recorded, not the recording of it.
+        self._deliver()
         state = {
             "model": self._model,
             "layers": self._layers,
