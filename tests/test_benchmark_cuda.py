@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from actrec._calls import transfer as _offload
+from actrec._calls import transfer
 from tests.benchmarks import cuda
 from tests.stand_in import StandIn, standing_in
 
@@ -46,7 +46,7 @@ def test_it_finds_wrong_values(
     if broken == "no waiting":
         monkeypatch.setattr("tests.stand_in.StandInEvent.synchronize", lambda _: None)
     else:
-        monkeypatch.setattr(_offload, "_on_device", lambda tensor, _: tensor)
+        monkeypatch.setattr(transfer, "_on_device", lambda tensor, _: tensor)
     assert cuda.main(["--quick"], gpu) == 1
     assert "WRONG  exact, with a write right after every layer" in capsys.readouterr().out
 

