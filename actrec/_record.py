@@ -32,8 +32,8 @@ from actrec._calls.layer import Session, Track
 from actrec._calls.options import Options
 from actrec._calls.overflow import Overflows
 from actrec._calls.passes import is_tracing
+from actrec._calls.self_test import offload_for
 from actrec._calls.stop_early import EarlyStop, StoppableForward, refuse_sharded
-from actrec._calls.transfer import offload_for
 from actrec._calls.warnings import (
     warn_incomplete,
     warn_not_stopped,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from actrec._calls import transfer
+from actrec._calls import self_test, transfer
 from actrec._calls.capture import Capture
 
 if TYPE_CHECKING:
@@ -122,9 +122,8 @@ def standing_in(device: StandIn, budget: int = 1 << 20) -> Iterator[None]:
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "CUDA", device)
-        offload = partial(transfer.Offload, device=device, budget=budget)
-        patch.setattr(transfer, "Offload", offload)
+        patch.setattr(self_test, "CUDA", device)
+        patch.setattr(self_test, "Offload", partial(transfer.Offload, budget=budget))
         patch.setattr(Capture, "is_direct", lambda _: False)
         patch.setattr(transfer, "_on_device", ticking)
         yield

@@ -30,15 +30,13 @@ from torch import Tensor
 from actrec._values.snapshot import normal_mode, snapshot, unseen
 from actrec.errors import CaptureError
 
-from .device import CUDA, Cuda
-from .passes import Passes
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .capture import Capture
+    from .device import Cuda
+    from .passes import Passes
 
-__all__ = ["BUDGET", "Offload", "offload_for", "passes_self_test"]
+__all__ = ["BUDGET", "Offload"]
 
 #: So many bytes may be on their way at a time: on the device, and again in pinned memory.
 BUDGET: Final = 512 << 20
@@ -56,11 +54,21 @@ class _Copy(NamedTuple):
 
 
 class Offload:
-    """Moves what the layers of one block return into memory. Any thread may use it."""
+    """Moves what the layers of one block return into memory. Any thread may use it.
 
-    def __init__(self, passes: Passes, device: Cuda = CUDA, budget: int = BUDGET) -> None:
+    ``is_right`` says of a GPU whether copies from it come out right; of another one, nothing is moved.
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        device: Cuda,
+        is_right: Callable[[torch.device], bool] = lambda _: True,
+        budget: int = BUDGET,
+    ) -> None:
         self._passes = passes
         self._device = device
+        self._is_right = is_right
         self._budget = budget
         self._streams: dict[torch.device, Any] = {}
         self._queue: deque[_Copy | Callable[[], None]] = deque()
@@ -69,20 +77,17 @@ class Offload:
         self._at_work = False  # on the queue
         self._error: Exception | None = None  # what went wrong there, until it is raised
         self._broken: CaptureError | None = None  # a copy has failed, and nothing more is moved
-        self.trusted: dict[torch.device, bool] = {}  # the devices that tensors came from
+        self.trusted: dict[torch.device, bool] = {}  # the GPUs that tensors came from
 
     def takes(self, tensor: Tensor) -> bool:
-        """Return whether :meth:`start` can move ``tensor``: it is plain, and its device has passed the self-test."""
+        """Return whether :meth:`start` can move ``tensor``: it is plain, and on a GPU that is trusted."""
         if not (self._device.has(tensor) and type(tensor) in _PLAIN):
             return False
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             return False
         where = tensor.device
         if where not in self.trusted:
-            tested = self._device.tested
-            if where not in tested:
-                tested[where] = passes_self_test(self._device, where)
-            self.trusted[where] = tested[where]
+            self.trusted[where] = self._is_right(where)
         return self.trusted[where]
 
     def start(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -219,15 +224,6 @@ class Offload:
             raise self._broken
 
 
-_MEMORY: Final = torch.device("cpu")
-
-
-def offload_for(capture: Capture, passes: Passes) -> Offload | None:
-    """Return what moves values for ``capture`` while the model goes on; ``None`` where there is nothing to move."""
-    moves = capture.detach and capture.device == _MEMORY and CUDA.is_used()
-    return Offload(passes) if moves else None
-
-
 def _on_device(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A copy of ``tensor`` on its device, cast. It fills its storage."""
     return snapshot(tensor) if dtype is None else tensor.to(dtype, copy=True)
@@ -244,64 +240,3 @@ def _moved(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         )
         raise CaptureError(message) from error
     return moved if dtype is None else moved.to(dtype)
-
-
-# --- The self-test ---------------------------------------------------------------------------------
-
-_DTYPES: Final = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float64,
-    torch.complex64,
-    torch.int64,
-    torch.uint8,
-    torch.bool,
-)
-_LAYOUTS: Final[tuple[Callable[[Tensor], Tensor], ...]] = (
-    lambda t: t,
-    lambda t: t.t(),
-    lambda t: t[1:, ::2],
-    lambda t: t[:, :1].expand(-1, 3),
-    lambda t: t[:0],
-)
-
-
-def passes_self_test(device: Cuda, where: torch.device) -> bool:
-    """Return whether tensors that are overwritten right behind :meth:`Offload.start` arrive as they were, bit for bit.
-
-    It takes some milliseconds and megabytes, once for each device and process. A device that fails, for whatever
-    reason, is trusted no more: its tensors are moved while the model waits.
-    """
-    try:
-        with normal_mode(), unseen():
-            pairs = _moved_and_expected(Offload(Passes(), device=device), where)
-    except Exception:  # noqa: BLE001  # no memory, no driver, ...
-        return False
-    return all(
-        arrived.dtype == expected.dtype and torch.equal(_bits(arrived), _bits(expected))
-        for arrived, expected in pairs
-    )
-
-
-def _moved_and_expected(offload: Offload, where: torch.device) -> list[tuple[Tensor, Tensor]]:
-    busy = torch.ones(1 << 23, device=where)
-    for _ in range(20):  # so that a copy that did not wait for this stream would come too early
-        busy.neg_()
-    pattern = torch.arange(1 << 16, dtype=torch.float32, device="cpu").sin_().view(256, 256) * 255
-    pairs = []
-    for dtype in _DTYPES:
-        original = pattern.abs().to(dtype)
-        for layout in _LAYOUTS:
-            there = original.to(where, copy=True)
-            pairs.append((offload.start(layout(there)), layout(original)))
-            there.zero_()
-    there = pattern.to(where, copy=True)
-    pairs.append((offload.start(there, torch.float16), pattern.to(torch.float16)))
-    there.zero_()
-    offload.deliver()
-    return pairs
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from actrec import CaptureError, record
-from actrec._calls import transfer
+from actrec._calls import self_test
 from tests.benchmarks import report
 from tests.benchmarks.models import Block
 from tests.benchmarks.timing import Row, ratios, take_turns
@@ -118,7 +118,7 @@ def wrong(run: Callable[[], object], model: nn.Module, **options: Any) -> int:
 def check_self_test(gpu: Gpu, *, repetitions: int, size: int) -> bool:
     """What decides by itself, on the first value, whether copies from a device may be asynchronous."""
     tests = [
-        transfer.passes_self_test(transfer.CUDA, device)
+        self_test.passes_self_test(self_test.CUDA, device)
         for device in gpu.devices
         for _ in range(repetitions)
     ]
@@ -323,7 +323,7 @@ def measure(gpu: Gpu, *, rounds: int, layers: int, width: int, length: int, batc
 def _waiting(gpu: Gpu, model: nn.Module, names: list[str]) -> Iterator[None]:
     """actrec where the self-test has failed."""
     distrusted = dict.fromkeys(gpu.devices, False)
-    with patch.dict(transfer.CUDA.tested, distrusted), record(model, names):
+    with patch.dict(self_test.CUDA.tested, distrusted), record(model, names):
         yield
 
 
