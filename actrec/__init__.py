@@ -14,8 +14,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from actrec._calls.recorder import Recorder
 from actrec._recordings.compare import Comparison, compare
-from actrec._recordings.recording import Layer, Recorder, Recording
+from actrec._recordings.layer import Layer
+from actrec._recordings.recording import Recording
 from actrec._recordings.stats import Stats
 from actrec._values.containers import Opaque
 

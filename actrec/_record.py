@@ -32,6 +32,7 @@ from actrec._calls.layer import Session, Track
 from actrec._calls.options import Options
 from actrec._calls.overflow import Overflows
 from actrec._calls.passes import is_tracing
+from actrec._calls.recorder import Recorder
 from actrec._calls.self_test import offload_for
 from actrec._calls.stop_early import EarlyStop, StoppableForward, refuse_sharded
 from actrec._calls.warnings import (
@@ -41,7 +42,6 @@ from actrec._calls.warnings import (
     warn_ungraded,
     warn_unused,
 )
-from actrec._recordings.recording import Layer, Recorder
 from actrec._selection.queries import Choice, Query, Selection, select, type_name
 from actrec._values.snapshot import frees_weights
 
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+
+    from actrec._recordings.layer import Layer
 
     from .store.format import Role
 

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from actrec._recordings.recording import Layer, Recording
-from actrec._recordings.stats import Moments
+from actrec._recordings.layer import Layer
+from actrec._recordings.recording import Recording
 from actrec._text import count, shown
 from actrec._values.chunks import dense
+from actrec._values.moments import Moments
 from actrec._values.spec import leaves
 from actrec._values.summary import shape_of
 

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from actrec import Opaque
+from actrec.store.index import open_shard
+from actrec.store.reader import shard_name
 
 if TYPE_CHECKING:
     from actrec import Recording
     from actrec.store import StoredRecording
-    from actrec.store.shard import Shard
+    from actrec.store.index import Opened
 
 
-def opened_shards(acts: StoredRecording, rank: int = 0) -> list[Shard]:
+def opened_shards(acts: StoredRecording, rank: int = 0) -> list[Opened]:
     """The shards that a rank has written."""
-    index = acts._ranks[rank].index
-    return [index.shard(number) for number in range(index.count)]
+    found = acts._ranks[rank]
+    return [open_shard(found._disk, shard_name(number)) for number in range(found.count)]
 
 
 def bits(tensor: Tensor) -> bytes:

@@ -23,7 +23,7 @@ from actrec import (
     compare,
     record,
 )
-from actrec._recordings.recording import ListLayer
+from actrec._recordings.layer import ListLayer
 from actrec._values import chunks as _blocks
 from actrec.testing import ConvNet, TinyTransformer
 

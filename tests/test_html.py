@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from actrec._values.forms import Form, Leaf, form
-from actrec._values.nested import leaves, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from actrec import Layer, Opaque, Recording, UnusedLayerWarning, _text, record
-from actrec._recordings.recording import ListLayer
-from actrec._tables import html as _html
+from actrec import Opaque, Recording, UnusedLayerWarning, _text, record
+from actrec._recordings.layer import ListLayer
+from actrec._tables.html import as_html
+from actrec._tables.table import Column, Table
 from actrec._tables.tree import tree
+from actrec._values.spec import leaves, tensors
+from actrec._values.summary import Summary, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -199,18 +200,17 @@ def test_ragged_dimensions_are_ranges_and_nested_values_say_what_they_are() -> N
     }
     acts = Recording("Net", {name: ListLayer(name, v, "X") for name, v in layers.items()}, {})
     shapes = [row[3] for row in Page(acts._repr_html_()).rows[1:]]
-    assert shapes == ["(2, 3-5)", "2 different shapes", "Tensor | tuple of 1 | dict of 1", "int"]
+    assert shapes == ["(2, 3-5)", "(2,) | (2, 2)", "Tensor | tuple of 1 | dict of 1", "int"]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_nested_tensors_are_described_too() -> None:
     parts = [torch.ones(2, 3), torch.ones(1, 3)]
     strided = torch.nested.nested_tensor(parts, layout=torch.strided)
-    assert form(strided).leaves[0].shape == ("nested",)
+    assert shape_of(strided) == ("nested",)
     acts = made(["a"], [strided, torch.ones(2)])
-    assert "2 different shapes" in repr(acts)
-    shape = form(torch.nested.nested_tensor(parts, layout=torch.jagged)).leaves[0].shape
-    assert [type(size) for size in shape] == [int, str, int]
+    assert "(nested,) | (2,)" in repr(acts)
+    assert shape_of(torch.nested.nested_tensor(parts, layout=torch.jagged)) == (2, "ragged", 3)
 
 
 def test_a_layer_on_disk_is_shown_without_reading_a_value() -> None:
@@ -220,15 +220,14 @@ def test_a_layer_on_disk_is_shown_without_reading_a_value() -> None:
 
         __getitem__ = __iter__
 
-        def _seen(self) -> tuple[list[Form], int]:
-            return [Form("", (Leaf("", (2, 3), "float32", "cpu"),))], 24
-
-    class Stored(Recording):
-        nbytes = property(lambda self: 48)
+        def _seen(self) -> tuple[Summary, dict[object, int]]:
+            looks = Summary(dtypes={"float32": None})
+            looks.add_shape((2, 3), (2, 3))
+            return looks, {"a": 24}
 
     layer = Lazy("a", [1, 2], "Linear")
     assert repr(layer) == "Layer 'a' (Linear): 2 calls, (2, 3) float32, 24 B"
-    assert "(2, 3)" in Stored("Net", {"a": layer}, {})._repr_html_()
+    assert "(2, 3)" in Recording("Net", {"a": layer}, {})._repr_html_()
 
 
 def test_it_costs_no_statistics_and_reads_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +386,7 @@ def test_a_table_without_rows_is_a_table_all_the_same() -> None:
     acts = Recording("Net", {}, {})
     assert Page(acts._repr_html_()).rows[0][0] == "layer"
     assert repr(acts).splitlines()[0] == "recorded Net: 0 layers, 0 passes, 0 B"
-    assert _html.Sheet(("layer",), []).table([]) == ""
+    assert Page(as_html(Table("nothing", [Column("layer")], []))).rows == [["layer"]]
 
 
 # --- What tables are made of -------------------------------------------------------------------------
@@ -469,21 +468,15 @@ def test_a_dataclass_whose_attribute_was_deleted_is_walked_all_the_same() -> Non
 
 
 def test_what_actrec_does_not_take_apart_is_called_by_its_type() -> None:
-    assert form(Opaque("library.caches.Cache")) == Form("Cache", ())
+    looks = Summary()
+    looks.add(Opaque("library.caches.Cache"))
+    assert looks.what == "Cache"
 
 
 def test_sizes_are_in_powers_of_a_thousand() -> None:
     assert [_text.size(n) for n in (0, 999, 1000, 999_960, 5 * 10**12)] == [
         "0 B", "999 B", "1.0 kB", "1.0 MB", "5.0 TB",
     ]  # fmt: skip
-
-
-def test_forms_of_equal_calls_are_equal() -> None:
-    layer = recorded(nn.LSTM(4, 2), "", X)[""]
-    assert isinstance(layer, Layer)
-    (one,) = layer._forms()
-    assert one == form(layer[0])
-    assert [leaf.path for leaf in one.leaves] == ["[0]", "[1][0]", "[1][1]"]
 
 
 # --- Execution order ---------------------------------------------------------------------------------
@@ -531,5 +524,5 @@ def test_a_layer_whose_first_calls_are_skipped_comes_when_it_is_first_kept() -> 
 def test_a_layer_with_too_few_layers_in_it_stands_before_them() -> None:
     root = tree(["part", "part.conv", "part.relu", "head"], 5)
     assert list(root.children) == ["part", "part.conv", "part.relu", "head"]
-    assert root.children["part"].is_layer
+    assert root.children["part"].is_row
     assert not root.children["part"].children

@@ -28,8 +28,8 @@ from actrec import CaptureError, OverflowWarning, TransformError, WriteError, lo
 from actrec._calls import device as cuda
 from actrec._calls import transfer
 from actrec._calls.passes import Passes
+from actrec._calls.sink import SinkLayer
 from actrec._calls.transfer import Offload
-from actrec._recordings.recording import SinkLayer
 from actrec.store.writer import Writer
 from tests.stand_in import POISON, StandIn, standing_in
 

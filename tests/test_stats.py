@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actrec import ActrecError, Recording, Stats, UnusedLayerWarning, load, record
-from actrec._recordings.recording import ListLayer
-from actrec._recordings.stats import Moments, Row
+from actrec._recordings.layer import ListLayer
+from actrec._recordings.stats import Row
 from actrec._values import chunks as _blocks
+from actrec._values.moments import Moments
 
 NAN, INF = math.nan, math.inf
 
@@ -34,10 +35,10 @@ def only(*values: Any) -> Row:
 
 
 def exact(values: np.ndarray[Any, Any]) -> tuple[Fraction, Fraction]:
-    """Mean and variance as they are."""
+    """Mean and variance of a sample as they are."""
     fractions = [Fraction(float(value)) for value in values]
     mean = sum(fractions, Fraction(0)) / len(fractions)
-    return mean, sum(((f - mean) ** 2 for f in fractions), Fraction(0)) / len(fractions)
+    return mean, sum(((f - mean) ** 2 for f in fractions), Fraction(0)) / (len(fractions) - 1)
 
 
 # --- Right -------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def exact(values: np.ndarray[Any, Any]) -> tuple[Fraction, Fraction]:
 
 def test_statistics_run_over_all_calls() -> None:
     row = only(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 5.0], [NAN, -INF]]))
-    assert row == Row("a", "", 6, 2.0, math.sqrt(3.5), 0.0, 5.0, 1 / 6, 1, 1, 24, 1)
+    assert row == Row("a", "", 6, 2.0, math.sqrt(14 / 3), 0.0, 5.0, 1 / 6, 1, 1, 24, 1)
 
 
 numbers = st.floats(-1e6, 1e6, width=32) | st.sampled_from([NAN, INF, -INF, 0.0, -0.0])
@@ -71,9 +72,12 @@ def test_they_are_what_numpy_says(calls: list[list[float]], block: int) -> None:
     if finite.size:
         assert (row.min, row.max) == (finite.min(), finite.max())
         assert row.mean == pytest.approx(finite.mean(), rel=1e-9, abs=1e-9)
-        assert row.std == pytest.approx(finite.std(), rel=1e-9, abs=1e-9)
+    if finite.size > 1:
+        assert row.std == pytest.approx(finite.std(ddof=1), rel=1e-9, abs=1e-9)
     else:
-        assert all(map(math.isnan, (row.mean, row.std, row.min, row.max)))
+        assert math.isnan(row.std), "as torch.std says of one element"
+    if not finite.size:
+        assert all(map(math.isnan, (row.mean, row.min, row.max)))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, 1e8, -1e12, 1e15])
@@ -324,12 +328,20 @@ def test_they_print_as_a_table() -> None:
     assert isinstance(stats, Stats)
     assert repr(stats).splitlines() == [
         "statistics of 3 layers",
-        "layer  count  mean  std  min  max  zeros  nan  inf  memory",
-        "a          2   1.5  1.5    0    3    50%    0    0     8 B",
-        "b[0]       1     1    0    1    1     0%    0    0     1 B",
-        "b[1]       1                          0%    1    0     4 B",
-        "c          0                                0    0     0 B",
+        "layer  count  mean    std  min  max  zeros  nan  inf  memory",
+        "a          2   1.5  2.121    0    3    50%    0    0     8 B",
+        "b[0]       1     1           1    1     0%    0    0     1 B",
+        "b[1]       1                            0%    1    0     4 B",
+        "c          0                                  0    0     0 B",
     ]
+    assert isinstance(stats[1:3], Stats), "a slice prints as a table, too"
+    assert repr(stats[1:3]).splitlines() == [
+        "statistics of 1 layer",
+        "layer  count  mean  std  min  max  zeros  nan  inf  memory",
+        "b[0]       1     1         1    1     0%    0    0     1 B",
+        "b[1]       1                          0%    1    0     4 B",
+    ]
+    assert stats[-1].layer == "c"
     assert '<td class="actrec-r">1.5</td>' in stats._repr_html_()
     assert "statistics of 3 layers" in stats._repr_html_()
 

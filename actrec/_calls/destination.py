@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from actrec._recordings.recording import Layer, ListLayer, SinkLayer
+from actrec._recordings.layer import Layer, ListLayer
+
+from .sink import SinkLayer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,13 +23,13 @@ class Destination(Protocol):
 
     order: list[str]  #: the layers that have calls of earlier runs, by the first of them
 
-    def layer(self, role: Role, number: int, name: str, kind: str) -> Layer:
+    def layer(self, role: Role, number: int, name: str, kind: str) -> Layer[Any]:
         """Return the layer for values of a chosen module: of its ``number``, name and type."""
 
-    def added(self, name: str) -> Layer:
+    def added(self, name: str) -> Layer[Any]:
         """Return the layer for values that the user adds by a name."""
 
-    def added_before(self) -> Mapping[str, Layer]:
+    def added_before(self) -> Mapping[str, Layer[Any]]:
         """Return the layers of names that were added in earlier runs."""
 
     def left_by(self, error: BaseException | None) -> None:
@@ -47,7 +49,7 @@ class Memory:
         self.order: list[str] = []
         self._options = options
 
-    def layer(self, role: Role, number: int, name: str, kind: str) -> Layer:  # noqa: ARG002  # see Destination
+    def layer(self, role: Role, number: int, name: str, kind: str) -> Layer[Any]:  # noqa: ARG002  # see Destination
         """Return a new layer."""
         if self._options.into is not list:
             container = self._options.container()
@@ -55,11 +57,11 @@ class Memory:
                 return SinkLayer(name, container, self._options.container, kind)
         return ListLayer(name, (), kind)
 
-    def added(self, name: str) -> Layer:
+    def added(self, name: str) -> Layer[Any]:
         """Return a new layer, a list."""
         return ListLayer(name, (), "added")
 
-    def added_before(self) -> Mapping[str, Layer]:
+    def added_before(self) -> Mapping[str, Layer[Any]]:
         """Nothing was recorded before."""
         return {}
 

@@ -18,12 +18,14 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from actrec._recordings.passes import Count
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -215,14 +217,6 @@ class _Thread(threading.local):
         self.calling: list[int] = []
         self.current: int | None = None  # while it calls something
         self.handled = 0  # the id of the exception that was being handled when the pass began
-
-
-@dataclass(eq=False)
-class Count:
-    """How many passes there have been, and which of them raised."""
-
-    count: int = 0
-    raised: set[int] = field(default_factory=set)
 
 
 class Passes(Count):

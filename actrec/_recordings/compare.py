@@ -7,16 +7,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
+from typing_extensions import override
 
 from actrec._tables.rows import Rows
+from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, listed, nearest, shown
-from actrec._values.chunks import blocks, dense
+from actrec._values.difference import Difference, Mismatch, Tolerances
 from actrec._values.spec import leaves
-from actrec._values.summary import shape_of
+from actrec._values.summary import dtype_name
 from actrec.errors import OptionError, UnknownLayerError
 
 from .recording import Recording
@@ -24,7 +24,9 @@ from .recording import Recording
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from .recording import Layer
+    from torch import Tensor
+
+    from .layer import Layer
 
 __all__ = ["Comparison", "Names", "Row", "compare"]
 
@@ -115,20 +117,30 @@ class Comparison(Rows[Row]):
         facts += [f"only in b: {listed(self.only_b)}"] * bool(self.only_b)
         return "; ".join(facts)
 
-    def _columns(self) -> tuple[str, ...]:
-        return ("layer", "calls", "count", "max abs", "max rel", "cosine", "verdict", "note")
+    @override
+    def _table(self) -> Table:
+        return Table(self._title(), _COLUMNS, [_cells(row) for row in self])
 
-    def _cells(self, row: Row) -> tuple[str, ...]:
-        errors = (row.max_abs, row.max_rel)
-        return (
-            _place(row),
-            f"{row.calls:,}",
-            f"{row.count:,}",
-            *("" if math.isnan(error) else f"{error:.3g}" for error in errors),
-            "" if math.isnan(row.cosine) else f"{row.cosine:.6f}",
-            _verdict(row),
-            row.note,
-        )
+
+_COLUMNS = (
+    Column("layer"),
+    *(Column(name, is_number=True) for name in ("calls", "count", "max abs", "max rel", "cosine")),
+    Column("verdict"),
+    Column("note", is_note=True),
+)
+
+
+def _cells(row: Row) -> Cells:
+    errors = (row.max_abs, row.max_rel)
+    return (
+        _place(row),
+        f"{row.calls:,}",
+        f"{row.count:,}",
+        *("" if math.isnan(error) else f"{error:.3g}" for error in errors),
+        "" if math.isnan(row.cosine) else f"{row.cosine:.6f}",
+        _verdict(row),
+        row.note,
+    )
 
 
 def _place(row: Row) -> str:
@@ -146,8 +158,8 @@ def _verdict(row: Row) -> str:
 
 
 def compare(
-    a: Recording,
-    b: Recording,
+    a: Recording[Any],
+    b: Recording[Any],
     names: Names | None = None,
     *,
     rtol: float | None = None,
@@ -223,7 +235,7 @@ def _check(a: object, b: object, names: object, **tolerances: object) -> None:
             raise OptionError(message)
 
 
-def _pairs(a: Recording, b: Recording, names: Names | None) -> list[tuple[str, str]]:
+def _pairs(a: Recording[Any], b: Recording[Any], names: Names | None) -> list[tuple[str, str]]:
     """The layers of ``a``, in execution order, with what they are called in ``b``."""
     if isinstance(names, Mapping):
         _check_mapping(a, b, names)
@@ -231,11 +243,10 @@ def _pairs(a: Recording, b: Recording, names: Names | None) -> list[tuple[str, s
         rename: Callable[[str], str | None] = lambda name: keys.get(name, name)  # noqa: E731
     else:
         rename = names or str
-    ordered = dict.fromkeys([*a.execution_order, *a])
-    return [(name, other) for name in ordered if (other := rename(name)) is not None]
+    return [(name, other) for name in a._in_order() if (other := rename(name)) is not None]
 
 
-def _check_mapping(a: Recording, b: Recording, names: Mapping[str, str]) -> None:
+def _check_mapping(a: Recording[Any], b: Recording[Any], names: Mapping[str, str]) -> None:
     for name, other in names.items():
         for which, recording, wanted in (("a", a, name), ("b", b, other)):
             if wanted not in recording:
@@ -248,10 +259,8 @@ def _check_mapping(a: Recording, b: Recording, names: Mapping[str, str]) -> None
 
 # --- One layer ---------------------------------------------------------------------------------------
 
-Tolerances: TypeAlias = tuple[float | None, float | None]
 
-
-def _rows(a: Layer, b: Layer, tolerances: Tolerances) -> Iterator[Row]:
+def _rows(a: Layer[Any], b: Layer[Any], tolerances: Tolerances) -> Iterator[Row]:
     found: dict[str, _Tally] = {}
     for call, (x, y, number) in enumerate(zip(a, b, a.passes, strict=False)):
         xs = dict(leaves(x))
@@ -295,9 +304,8 @@ class _Tally:
     """What is known so far about one tensor of a layer."""
 
     def __init__(self) -> None:
-        self.calls = self.count = 0
-        self.max_abs = self.largest = 0.0
-        self.ab = self.aa = self.bb = 0.0  # sums of products
+        self.calls = 0
+        self.difference = Difference()
         self.equal = True
         self.different_pass: int | None = None
         self.notes: dict[str, None] = {}
@@ -312,151 +320,37 @@ class _Tally:
 
     def compare(self, x: Tensor, y: Tensor, call: int, number: int, tolerances: Tolerances) -> None:
         """Compare what call ``call`` returned here and there."""
-        if shape_of(x) != shape_of(y):
-            self.differ(number, f"call {call}: {shape_of(x)} and {shape_of(y)}")
+        try:
+            close = self.difference.add(x, y, tolerances)
+        except Mismatch as mismatch:
+            self.differ(number, f"call {call}: {mismatch}")
             return
-        parts, others = list(dense(x)), list(dense(y))
-        if [part.shape for part in parts] != [part.shape for part in others]:
-            self.differ(number, f"call {call}: nested or without data in another way")
-            return
-        if x.dtype != y.dtype:
-            self.equal = False
-            self.notes.setdefault(f"{_dtype(x)} and {_dtype(y)}")
         self.calls += 1
-        limits = _limits(x.dtype, y.dtype, tolerances)
-        far = False
-        for part, other in zip(parts, others, strict=True):
-            self.count += part.numel()
-            for one, two in blocks(part, other):
-                far = self._add(one, two, limits, known=far) or far
-        if far:
+        if x.dtype != y.dtype:
+            self.notes.setdefault(f"{dtype_name(x)} and {dtype_name(y)}")
+        if not close:
             self.differ(number)
-
-    def _add(self, x: Tensor, y: Tensor, limits: tuple[float, float], *, known: bool) -> bool:
-        """Compare two blocks, and return whether they are further apart, if that is not known yet."""
-        if x.dtype == y.dtype and _same_bits(x, y):
-            y = _wide(y, y)
-            self._sum(y, y, finite=math.isfinite(_magnitude(y)))
-            return False
-        self.equal = False
-        # Integers beyond 2**53 differ by more than float64 shows.
-        exact = x.dtype == y.dtype and not (
-            x.dtype.is_floating_point or x.dtype.is_complex or any(limits)
-        )
-        x, y = _wide(x, y), _wide(y, x)
-        error = (x - y).abs()
-        largest = error.max().item()
-        finite = math.isfinite(largest)
-        if not finite:
-            error.masked_fill_((x == y) | (x.isnan() & y.isnan()), 0.0)
-            largest = error.nan_to_num_(nan=math.inf, posinf=math.inf).max().item()
-        self.max_abs = max(self.max_abs, largest)
-        self._sum(x, y, finite=finite)
-        if math.isinf(largest) or exact:
-            return True
-        rtol, atol = limits
-        return not known and largest > atol and bool((error > y.abs() * rtol + atol).any())
-
-    def _sum(self, x: Tensor, y: Tensor, *, finite: bool) -> None:
-        same = x is y
-        if not finite:
-            both = x.isfinite() & y.isfinite()
-            x, y = x[both], y[both]
-        if not y.numel():
-            return
-        self.largest = max(self.largest, _magnitude(y))
-        if x.is_complex():
-            x, y = torch.view_as_real(x).flatten(), torch.view_as_real(y).flatten()
-        squares = y.dot(y).item()
-        self.bb += squares
-        self.aa += squares if same else x.dot(x).item()
-        self.ab += squares if same else x.dot(y).item()
 
     def row(self, layer: str, leaf: str, other: str) -> Row:
         """Return the row of a table."""
-        compared = bool(self.count)
+        found = self.difference
         return Row(
             layer,
             leaf,
             other,
             self.calls,
-            self.count,
-            self.max_abs if compared else math.nan,
-            self._max_rel() if compared else math.nan,
-            self._cosine() if compared else math.nan,
-            self.equal,
+            found.count,
+            found.max_abs,
+            found.max_rel,
+            found.cosine,
+            self.equal and found.equal,
             self.different_pass is None,
             self.different_pass,
             _first(self.notes) if self.notes or self.calls else "nothing to compare",
         )
-
-    def _max_rel(self) -> float:
-        if self.max_abs == 0:
-            return 0.0
-        return self.max_abs / self.largest if self.largest else math.inf
-
-    def _cosine(self) -> float:
-        if self.aa == self.bb == self.ab:  # equal, or zero both
-            return 1.0
-        lengths = math.sqrt(self.aa) * math.sqrt(self.bb)
-        return max(-1.0, min(1.0, self.ab / lengths)) if lengths else 0.0
 
 
 def _first(notes: Iterable[str], most: int = 2) -> str:
     notes = list(notes)
     more = [f"{len(notes) - most:,} more"] if len(notes) > most else []
     return "; ".join([*notes[:most], *more])
-
-
-def _wide(block: Tensor, other: Tensor) -> Tensor:
-    """A block in float64, or as complex numbers if it or the other block is of such."""
-    is_complex = block.is_complex() or other.is_complex()
-    return block.to(torch.complex128) if is_complex else block.double()
-
-
-def _same_bits(x: Tensor, y: Tensor) -> bool:
-    """Whether two blocks of one dtype have the same bits, compared in steps as large as they allow."""
-    size = x.element_size()
-    offsets = (size * x.numel(), size * x.storage_offset(), size * y.storage_offset())
-    step = torch.int64 if math.gcd(8, *offsets) == 8 else _INTEGERS[size]  # noqa: PLR2004  # bytes
-    # A single element may have any stride, and still count as contiguous.
-    x, y = (block.contiguous().as_strided(block.shape, (1,)) for block in (x, y))
-    return torch.equal(x.view(step), y.view(step))
-
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-def _magnitude(block: Tensor) -> float:
-    """The largest absolute value: infinite, or NaN, if an element is."""
-    if block.is_complex():
-        return float(block.abs().max())
-    low, high = block.aminmax()
-    return max(-low.item(), high.item())
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-# As torch.testing.assert_close has them. Types that are not here, of 8 bits and less, get its bfloat16.
-_DEFAULTS = {
-    torch.float64: (1e-7, 1e-7), torch.complex128: (1e-7, 1e-7),
-    torch.float32: (1.3e-6, 1e-5), torch.complex64: (1.3e-6, 1e-5),
-    torch.float16: (1e-3, 1e-5), torch.complex32: (1e-3, 1e-5),
-    torch.bfloat16: (1.6e-2, 1e-5),
-}  # fmt: skip
-_COARSE = (1.6e-2, 1e-5)
-
-
-def _limits(one: torch.dtype, two: torch.dtype, given: Tolerances) -> tuple[float, float]:
-    """The tolerances for elements of two dtypes, relative and absolute."""
-    defaults = [_default(one), _default(two)]
-    rtol, atol = (max(values) for values in zip(*defaults, strict=True))
-    return rtol if given[0] is None else given[0], atol if given[1] is None else given[1]
-
-
-def _default(dtype: torch.dtype) -> tuple[float, float]:
-    if not (dtype.is_floating_point or dtype.is_complex):
-        return 0.0, 0.0
-    return _DEFAULTS.get(dtype, _COARSE)

@@ -1,4 +1,4 @@
-"""The same tables for notebooks. Text is the truth, HTML its decoration.
+"""Tables for notebooks. Text is the truth, HTML its decoration.
 
 What is made here needs nothing else: no script, no image, no file, one small style sheet. It takes its
 colours from where it stands (text inherits, lines and shades are grey with transparency), so it follows
@@ -16,20 +16,19 @@ from typing import TYPE_CHECKING
 
 from actrec._text import count, shown
 
-from . import text as _display
-from .text import Row
+from .text import as_text
 from .tree import Node, tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from actrec._recordings.recording import Layer, Recording
+    from .table import Cells, Column, Table
 
-__all__ = ["layer_html", "recording_html", "rows_html"]
+__all__ = ["as_html", "line"]
 
-#: Up to so many layers a table is flat.
+#: Up to so many rows a table is flat.
 MOST_FLAT = 20
-#: A branch with fewer layers is written out in its parent.
+#: A branch with fewer rows is written out in its parent.
 SMALLEST_BRANCH = 6
 #: How many rows are visible before anything is unfolded, about.
 MOST_OPEN = 60
@@ -61,54 +60,49 @@ STYLE = """
 """
 
 
-def page(text: str, title: str, body: str) -> str:
-    """Put a table and the text that it decorates together."""
+def line(text: str) -> str:
+    """Return one line of text."""
+    return f'<pre style="white-space:pre-wrap;margin:0">{escape(text)}</pre>'
+
+
+def as_html(table: Table) -> str:
+    """Return a table: flat if it is small or its rows have no names, else a tree that folds.
+
+    A column of notes is left out where there are none.
+    """
+    said = [
+        place
+        for place, column in enumerate(table.columns)
+        if not column.usual or any(table.cells(place))
+    ]
+    body = _body(table.only(said))
     return (
-        f'<div class="actrec"><style>{STYLE}</style><pre class="actrec-text">{escape(text)}</pre>'
-        f'<div class="actrec-table" style="display:none"><div class="actrec-title">{escape(title)}</div>'
+        f'<div class="actrec"><style>{STYLE}</style><pre class="actrec-text">{escape(as_text(table))}</pre>'
+        f'<div class="actrec-table" style="display:none"><div class="actrec-title">{escape(table.title)}</div>'
         f"{body}</div></div>"
     )
 
 
-def layer_html(layer: Layer) -> str:
-    """Return the one line about a layer."""
-    return f'<pre style="white-space:pre-wrap;margin:0">{escape(_display.layer_line(layer))}</pre>'
+def _body(table: Table) -> str:
+    sheet = _Sheet(table.columns, table.rows)
+    if len(table.rows) <= MOST_FLAT or not table.names:
+        return sheet.framed(sheet.table([(row[0], row) for row in table.rows]))
+    rows = dict(zip(table.names, table.rows, strict=True))
+    return sheet.framed("".join(_branch(tree(rows, SMALLEST_BRANCH), rows, sheet, 0)))
 
 
-def recording_html(recording: Recording) -> str:
-    """Return the table of a recording: flat if it is small, else a tree that folds."""
-    found = _display.summary(recording)
-    rows = dict(zip(recording, found.rows, strict=True))
-    noted = any(row.note for row in rows.values())
-    columns = Row._fields if noted else Row._fields[:-1]
-    sheet = Sheet(columns, list(rows.values()))
-    if len(rows) <= MOST_FLAT:
-        body = sheet.table([(row.layer, row) for row in rows.values()])
-    else:
-        body = "".join(_branch(tree(rows, SMALLEST_BRANCH), rows, sheet, 0))
-    return page(_display.table(recording, found), found.title, sheet.framed(body))
-
-
-def rows_html(
-    text: str, title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]
-) -> str:
-    """Return a table of rows, the first cell of which is a name."""
-    sheet = Sheet(columns, rows)
-    return page(text, title, sheet.framed(sheet.table([(row[0], row) for row in rows])))
-
-
-class Sheet:
+class _Sheet:
     """Many small tables that look like one: folds cannot stand between the rows of a table."""
 
-    def __init__(self, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
-        self.columns = columns
-        cells = [columns, *rows]
-        longest = [max(len(row[place]) for row in cells) for place in range(len(columns))]
+    def __init__(self, columns: Sequence[Column], rows: Sequence[Cells]) -> None:
+        self.names = [column.name for column in columns]
+        cells = [self.names, *rows]
+        longest = [max(map(len, column)) for column in zip(*cells, strict=True)]
         self.widths = [
-            _width(length, WIDEST if place else WIDEST_NAME) for place, length in enumerate(longest)
+            _width(length, WIDEST if place else WIDEST_NAME) + 3 * columns[place].is_note
+            for place, length in enumerate(longest)
         ]
-        if columns[-1] == "note":
-            self.widths[-1] += 3  # it is bold, with a shade around it
+        self.notes = [place for place, column in enumerate(columns) if column.is_note]
         self.classes = [_class(column) for column in columns]
         self.open_rows = 0  # visible so far
 
@@ -116,13 +110,13 @@ class Sheet:
         """Put the head above, and limit how wide and how narrow all of it can be."""
         cells = "".join(
             f"<th{kind}>{column}</th>"
-            for kind, column in zip(self.classes, self.columns, strict=True)
+            for kind, column in zip(self.classes, self.names, strict=True)
         )
         head = f"<table>{self._widths()}<thead><tr>{cells}</tr></thead></table>"
         narrowest = sum(self.widths[1:]) + min(self.widths[0], NARROWEST_NAME)
         return f'<div style="max-width:{sum(self.widths)}ch;min-width:{narrowest}ch">{head}{body}</div>'
 
-    def table(self, rows: Sequence[tuple[str, tuple[str, ...]]], depth: int = 0) -> str:
+    def table(self, rows: Sequence[tuple[str, Cells]], depth: int = 0) -> str:
         """Return rows, each with its label; of very many only the first are open."""
         if not rows:
             return ""
@@ -140,10 +134,10 @@ class Sheet:
             f'<summary style="padding-left:{_indent(depth)}px">{label}{remark}</summary>{body}</details>'
         )
 
-    def _row(self, label: str, cells: tuple[str, ...], depth: int) -> str:
+    def _row(self, label: str, cells: Cells, depth: int) -> str:
         indent = f' style="padding-left:{_indent(depth)}px"' if depth else ""
         first = f'<td{indent} title="{escape(cells[0])}">{_breakable(label)}</td>'
-        rest = zip(self.classes[1:], cells[1 : len(self.columns)], strict=True)
+        rest = zip(self.classes[1:], cells[1:], strict=True)
         return f"<tr>{first}{''.join(_cell(kind, cell) for kind, cell in rest)}</tr>"
 
     def _widths(self) -> str:
@@ -155,7 +149,7 @@ _NOTE = ' class="actrec-n"'
 
 
 def _width(length: int, widest: int) -> int:
-    # Letters are narrower than the digit that CSS measures with; 3 are for the padding.
+    # Letters are narrower than the digit that CSS measures with; 3 are for the padding. (Notes are bold, in a shade.)
     return min(max(length - length // 12, NARROWEST), widest) + 3
 
 
@@ -163,10 +157,10 @@ def _indent(depth: int) -> int:
     return 7 + 16 * depth
 
 
-def _class(column: str) -> str:
-    if column in _display.RIGHT:
+def _class(column: Column) -> str:
+    if column.is_number:
         return ' class="actrec-r"'
-    return _NOTE if column == "note" else ""
+    return _NOTE if column.is_note else ""
 
 
 def _breakable(name: str) -> str:
@@ -182,25 +176,29 @@ def _cell(kind: str, text: str) -> str:
 # --- The tree ----------------------------------------------------------------------------------------
 
 
-def _branch(node: Node, rows: dict[str, Row], sheet: Sheet, depth: int) -> Iterator[str]:
+def _branch(node: Node, rows: dict[str, Cells], sheet: _Sheet, depth: int) -> Iterator[str]:
     """The rows of a branch and its folds. Of branches that are alike, the first is open."""
     met: list[object] = []
     for has_children, group in groupby(node.children.values(), lambda child: bool(child.children)):
         children = list(group)
-        own = [(_label(child), rows[child.prefix]) for child in children if child.is_layer]
+        own = [(_label(child), rows[child.prefix]) for child in children if child.is_row]
         if not has_children:
             sheet.open_rows += min(len(own), MOST_OPEN)
             yield sheet.table(own, depth)
             continue
         for child in children:
-            if child.is_layer:
+            if child.is_row:
                 yield sheet.table([(_label(child), rows[child.prefix])], depth)
             kinds = _kinds(child, rows)
             is_open = kinds not in met and sheet.open_rows < MOST_OPEN
             met.append(kinds)
             body = "".join(_branch(child, rows, sheet, depth + 1))
             yield sheet.fold(
-                escape(f"{_label(child)}.*"), _remark(child, rows), body, depth, is_open=is_open
+                escape(f"{_label(child)}.*"),
+                _remark(child, rows, sheet),
+                body,
+                depth,
+                is_open=is_open,
             )
 
 
@@ -208,16 +206,16 @@ def _label(node: Node) -> str:
     return shown(node.label)
 
 
-def _kinds(node: Node, rows: dict[str, Row]) -> object:
-    """What branches have in common that repeat one another, if with other sizes."""
-    return [(name[len(node.prefix) :], rows[name].type) for name in node.names()]
+def _kinds(node: Node, rows: dict[str, Cells]) -> object:
+    """What branches have in common that repeat one another, if with other numbers: names, and the second column."""
+    return [(name[len(node.prefix) :], rows[name][1]) for name in node.names()]
 
 
-def _remark(node: Node, rows: dict[str, Row]) -> str:
+def _remark(node: Node, rows: dict[str, Cells], sheet: _Sheet) -> str:
     """How much is in a fold, and whether something in there needs attention."""
     inside = [rows[name] for name in node.names() if name != node.prefix]
-    noted = sum(1 for row in inside if row.note)
-    remark = f"<small>{count(len(inside), 'layer')}</small>"
+    noted = sum(1 for row in inside if any(row[place] for place in sheet.notes))
+    remark = f"<small>{count(len(inside), sheet.names[0])}</small>"
     return remark + (
         f'<small class="actrec-n"><span>{count(noted, "note")}</span></small>' if noted else ""
     )

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar, overload
 
-from . import html as _html
-from . import text as _display
+from typing_extensions import override
+
+from .html import as_html
+from .text import as_text
+
+if TYPE_CHECKING:
+    from typing import SupportsIndex
+
+    from .table import Table
 
 __all__ = ["Rows"]
 
@@ -14,23 +21,29 @@ R = TypeVar("R")
 
 
 class Rows(tuple[R, ...], Generic[R]):
-    """A tuple of rows that prints as a table."""
+    """A tuple of rows that prints as a table. A slice of it is one, too."""
 
     __slots__ = ()
 
     @abstractmethod
-    def _title(self) -> str: ...
+    def _table(self) -> Table:
+        """The table that is shown."""
 
-    @abstractmethod
-    def _columns(self) -> tuple[str, ...]: ...
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> R: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> Self: ...
+    @override
+    def __getitem__(self, index: SupportsIndex | slice, /) -> R | Self:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        some = type(self)(super().__getitem__(index))
+        vars(some).update(vars(self))
+        return some
 
-    @abstractmethod
-    def _cells(self, row: R) -> tuple[str, ...]: ...
-
+    @override
     def __repr__(self) -> str:
-        cells = [self._cells(row) for row in self]
-        return "\n".join([self._title(), *_display.text_table(self._columns(), cells)])
+        return as_text(self._table())
 
     def _repr_html_(self) -> str:
-        cells = [self._cells(row) for row in self]
-        return _html.rows_html(repr(self), self._title(), self._columns(), cells)
+        return as_html(self._table())

@@ -16,16 +16,16 @@ DEEPEST = 24
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """A part of the names: a layer, what stands before the names of other layers, or both."""
+    """A part of the names: a row, what stands before the names of other rows, or both."""
 
     label: str  #: relative to the parent
     prefix: str  #: the whole name up to here
-    is_layer: bool = False
+    is_row: bool = False
     children: dict[str, Node] = field(default_factory=dict)
 
     def names(self) -> Iterator[str]:
-        """The names of the layers from here on."""
-        if self.is_layer:
+        """The names of the rows from here on."""
+        if self.is_row:
             yield self.prefix
         for child in self.children.values():
             yield from child.names()
@@ -38,7 +38,7 @@ def tree(names: Iterable[str], smallest: int = 2) -> Node:
     >>> [(node.label, list(node.children)) for node in root.children.values()]
     [('conv', []), ('blocks', ['0', '1.a'])]
 
-    Where a name has no siblings, it is one label with its parent's, and a part with fewer layers than
+    Where a name has no siblings, it is one label with its parent's, and a part with fewer rows than
     ``smallest`` is no branch of its own.
     """
     root = Node("", "")
@@ -47,7 +47,7 @@ def tree(names: Iterable[str], smallest: int = 2) -> Node:
         for segment in name.split(".", DEEPEST):
             prefix = f"{prefix}.{segment}" if node is not root else segment
             node = node.children.setdefault(segment, Node(segment, prefix))
-        node.is_layer = True
+        node.is_row = True
     for child in root.children.values():
         _join(child, smallest)
     root.children = dict(_inlined(root, smallest))
@@ -64,10 +64,10 @@ def _join(node: Node, smallest: int) -> None:
 def _inlined(node: Node, smallest: int) -> Iterator[tuple[str, Node]]:
     """The children, where a branch that is too small is replaced by its own children."""
     for label, child in node.children.items():
-        alone = len(child.children) == 1 and not child.is_layer
+        alone = len(child.children) == 1 and not child.is_row
         if child.children and (alone or sum(1 for _ in child.names()) < smallest):
-            if child.is_layer:
-                yield label, Node(label, child.prefix, is_layer=True)
+            if child.is_row:
+                yield label, Node(label, child.prefix, is_row=True)
             for inner, grandchild in child.children.items():
                 joined = f"{label}.{inner}"
                 grandchild.label = joined

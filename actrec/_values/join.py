@@ -1,9 +1,9 @@
-"""Joining the calls of a layer into one value, and saying what is wrong where they do not fit."""
+"""Joining the values of several calls into one, and saying what is wrong where they do not fit."""
 
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,65 +15,64 @@ from .memory import WORTH_IT, give_back
 from .spec import Container, Spec, flatten, tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from actrec._recordings.recording import Layer
+    from collections.abc import Callable, Iterable, Sequence
 
     from .containers import Value
 
-__all__ = ["joined"]
+__all__ = ["How", "joined"]
 
-How = Literal["cat", "stack"]
+How: TypeAlias = Literal["cat", "stack"]
 
 
-def joined(layer: Layer, how: How, dim: int, *, release: bool = False) -> Value:
-    """Return all calls of ``layer`` as one value. See :meth:`actrec.Layer.cat`."""
-    call = f"acts[{layer.name!r}].{how}(dim={dim!r})"
+def joined(
+    values: list[Value], how: How, dim: int, call: str, *, pop: Callable[[], Value] | None = None
+) -> Value:
+    """Join values of one structure, tensor by tensor, as ``torch.cat`` or ``torch.stack`` does.
+
+    >>> import torch
+    >>> joined([(torch.zeros(2), 1), (torch.ones(1), 1)], "cat", 0, "joined()")
+    (tensor([0., 0., 1.]), 1)
+
+    Args:
+        values: what is joined, at least one; with ``pop`` the list may be emptied.
+        how: along an existing dimension, or a new one.
+        dim: the number of that dimension.
+        call: who asks, for messages.
+        pop: drops the last value from where it is kept besides, and returns it. With it, plain tensors are copied and
+            dropped one after the other, the last first, so that the result and one value are held at a time.
+
+    Raises:
+        OptionError: ``dim`` is no number.
+        JoinError: the values do not fit together; nothing was dropped.
+    """
     if not hasattr(dim, "__index__"):
         message = f"{call}: expected the number of a dimension, such as 0."
         raise OptionError(message)
-    if not len(layer):
-        message = f"{call}: nothing was recorded of this layer, so there is nothing to join."
-        raise JoinError(message)
-    values = list(layer._readable())  # each call is read once: one on disk is made anew every time
-    if len(values) != len(layer):
-        message = f"{call}: the container given as into= does not keep the calls, so there is nothing to join."
-        raise JoinError(message)
-    columns = _columns(call, values)
+    spec, columns = _columns(call, values)
     for column in columns:
         _check_column(call, how, dim, column)
-    if release and _can_release(layer, columns):
-        results = [_empty_result(how, dim, column) for column in columns]
-        value = _filled(values[0], results)
-        values.clear()
-        columns.clear()
-        del column
-        _move(layer, results, how, dim)
-        return value
-    function = torch.cat if how == "cat" else torch.stack
-    value = _filled(values[0], [function(column, dim) for column in columns])
-    if release:
-        layer.clear()
-    return value
-
-
-def _filled(value: Value, results: list[Tensor]) -> Value:
-    """A value of the same structure, with the results in the places of its tensors."""
-    return flatten(value)[1].fill(results)
+    if pop is None or not all(map(_is_plain, columns)):
+        function = torch.cat if how == "cat" else torch.stack
+        return spec.fill([function(column, dim) for column in columns])
+    results = [_empty_result(how, dim, column) for column in columns]
+    count = len(values)
+    values.clear()
+    columns.clear()
+    del column  # the last one, which the loop has left
+    _move(pop, count, results, how, dim)
+    return spec.fill(results)
 
 
 # --- Checking --------------------------------------------------------------------------------------
 
 
-def _columns(call: str, values: Sequence[Value]) -> list[list[Tensor]]:
-    """For every place of a tensor in the value, the tensors of all calls."""
-    columns: list[list[Tensor]] = []
-    first: Spec | None = None
+def _columns(call: str, values: Sequence[Value]) -> tuple[Spec, list[list[Tensor]]]:
+    """The spec that all values have; and for every tensor in it, the tensors of all values."""
+    tensors, first = flatten(values[0])
+    _check_spec(call, first)
+    columns: list[list[Tensor]] = [[] for _ in tensors]
     for index, value in enumerate(values):
         found, spec = flatten(value)
-        if first is None:
-            first, columns = spec, [[] for _ in found]
-            _check_spec(call, spec)
         if spec != first:
             message = (
                 f"{call}: call {index} is {spec}, while call 0 is {first}. They can be joined "
@@ -85,7 +84,7 @@ def _columns(call: str, values: Sequence[Value]) -> list[list[Tensor]]:
     if not columns:
         message = f"{call}: the calls hold no tensors; call 0 is {first}."
         raise JoinError(message)
-    return columns
+    return first, columns
 
 
 def _check_spec(call: str, spec: Spec) -> None:
@@ -159,7 +158,7 @@ def _shapes(column: Iterable[Tensor], most: int = 6) -> str:
 
 # --- Releasing -------------------------------------------------------------------------------------
 
-#: The memory of a layer's calls is given back to the system in so many portions.
+#: The memory of the values is given back to the system in so many portions.
 _PORTIONS = 16
 
 
@@ -173,24 +172,20 @@ def _empty_result(how: How, dim: int, column: list[Tensor]) -> Tensor:
     return torch.empty(shape, dtype=column[0].dtype, device=column[0].device)
 
 
-def _can_release(layer: Any, columns: list[list[Tensor]]) -> bool:
-    """Whether calls can be copied and dropped one by one: plain tensors in a container that lets go of them."""
-    plain = all(
+def _is_plain(column: list[Tensor]) -> bool:
+    return all(
         type(t) is Tensor and t.layout is torch.strided and not (t.is_quantized or t.requires_grad)
-        for column in columns
         for t in column
     )
-    return plain and hasattr(layer, "pop")
 
 
-def _move(layer: Any, results: list[Tensor], how: How, dim: int) -> None:
-    """Copy call after call into the results, the last one first, and drop each as soon as it is copied."""
+def _move(pop: Callable[[], Value], count: int, results: list[Tensor], how: How, dim: int) -> None:
+    """Copy value after value into the results, the last one first, and drop each as soon as it is copied."""
     ends = [result.shape[dim] for result in results]
     portion = max(WORTH_IT, sum(result.nbytes for result in results) // _PORTIONS)
     freed = 0
-    while len(layer):
-        index = len(layer) - 1
-        for place, tensor in enumerate(tensors(layer.pop())):
+    for index in reversed(range(count)):
+        for place, tensor in enumerate(tensors(pop())):
             if how == "stack":
                 results[place].select(dim, index).copy_(tensor)
             else:
@@ -198,7 +193,6 @@ def _move(layer: Any, results: list[Tensor], how: How, dim: int) -> None:
                 results[place].narrow(dim, ends[place], tensor.shape[dim]).copy_(tensor)
             freed += tensor.nbytes
             del tensor
-        if freed >= portion:  # or else the results are there, and the room of the calls is too
+        if freed >= portion:  # or else the results are there, and the room of the values is too
             give_back(freed)
             freed = 0
-    layer.clear()

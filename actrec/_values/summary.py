@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import torch
 from torch import Tensor
 
+from actrec._text import shown
+
 from .spec import TENSOR, flatten
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ def shape_of(tensor: Tensor) -> tuple[Size, ...]:
     """Return the shape of a tensor of any kind; ``("nested",)`` for one that has none."""
     if tensor.is_nested and tensor.layout is torch.strided:
         return ("nested",)
-    return tuple(size if type(size) is int else str(size) for size in tensor.shape)
+    # The ragged dimension of a jagged tensor is a symbol, and another one for each tensor.
+    return tuple(size if type(size) is int else "ragged" for size in tensor.shape)
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -70,13 +73,10 @@ class Summary:
 
     def add_spec(self, spec: Spec, shapes: Sequence[Sequence[Size]]) -> None:
         """Take in the structure of a value, and the shapes of its tensors."""
-        self._add_kind(spec.kind)
+        if spec.kind not in self.kinds:
+            self.kinds["..." if len(self.kinds) >= MOST else spec.kind] = None
         if not spec.kind:
             self.add_shape(shapes[0], shapes[0])
-
-    def _add_kind(self, kind: str) -> None:
-        if kind not in self.kinds:
-            self.kinds["..." if len(self.kinds) >= MOST else kind] = None
 
     def add_shape(self, low: Sequence[Size], high: Sequence[Size]) -> None:
         """Take in the sizes of tensors that are values of their own, from least to largest."""
@@ -90,12 +90,18 @@ class Summary:
 
     def update(self, other: Summary) -> None:
         """Take in what another summary has."""
-        for kind in other.kinds:
-            self._add_kind(kind)
+        self.kinds.update(other.kinds)
         self.dtypes.update(other.dtypes)
         self.devices.update(other.devices)
         for low, high in other.shapes.values():
             self.add_shape(low, high)
+
+    @property
+    def what(self) -> str:
+        """The shapes of the values; or what the values are, if not all are tensors."""
+        if any(self.kinds):
+            return " | ".join(shown(kind or "Tensor") for kind in self.kinds)
+        return self.shape
 
     @property
     def shape(self) -> str:

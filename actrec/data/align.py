@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from actrec._recordings.recording import Layer, Recording, nth_calls
+from actrec._recordings.layer import Layer, nth_calls
+from actrec._recordings.recording import Recording
 from actrec._values.forms import form
 from actrec.errors import AlignmentError, OptionError
 from actrec.store.read_only import ChosenLayer
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
-    from actrec._recordings.recording import Moment
+    from actrec._recordings.layer import Moment
     from actrec.store.index import Group, Leaf
 
 __all__ = ["Selector", "Table", "table"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from functools import cached_property
-from typing import TYPE_CHECKING, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
-from actrec._recordings.recording import Layer, PassNumbers
-from actrec._values.join import joined
+from actrec._recordings.layer import Layer
+from actrec._recordings.passes import PassNumbers
 from actrec.errors import ActrecError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["ChosenLayer", "ReadOnlyLayer"]
 
 
-class ReadOnlyLayer(Layer):
+class ReadOnlyLayer(Layer[Any]):
     """A layer whose calls are read when they are asked for."""
 
     @abstractmethod
@@ -45,18 +45,18 @@ class ReadOnlyLayer(Layer):
 
     def cat(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""
-        return joined(self, "cat", dim)
+        return self._join("cat", dim)
 
     def stack(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
-        return joined(self, "stack", dim)
+        return self._join("stack", dim)
 
     @abstractmethod
     def _summary(self) -> Summary:
         """What the calls look like, together."""
 
-    def _seen(self) -> tuple[Summary, int]:
-        return self._summary(), self.nbytes
+    def _seen(self) -> tuple[Summary, dict[object, int]]:
+        return self._summary(), dict(self._places())
 
     def _places(self) -> Iterator[tuple[object, int]]:
         return iter([(id(self), self.nbytes)])
@@ -77,7 +77,7 @@ class ReadOnlyLayer(Layer):
 class ChosenLayer(ReadOnlyLayer):
     """Some calls of a layer on disk."""
 
-    def __init__(self, base: Layer, calls: list[int]) -> None:
+    def __init__(self, base: Layer[Any], calls: list[int]) -> None:
         self.name = base.name
         self.type = base.type
         self.base = base

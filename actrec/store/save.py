@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actrec.errors import CaptureError
 
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
-    from actrec._recordings.recording import Layer, Recording
+    from actrec._recordings.layer import Layer
+    from actrec._recordings.recording import Recording
     from actrec._values.containers import Value
 
 __all__ = ["save"]
 
 
-def save(recording: Recording, path: str | os.PathLike[str]) -> None:
+def save(recording: Recording[Any], path: str | os.PathLike[str]) -> None:
     """Write a recording to ``path``. The same as ``recording.save(path)``; see :meth:`actrec.Recording.save`."""
     layers = list(_layers(recording))
     _check(layers)
@@ -55,7 +56,7 @@ def save(recording: Recording, path: str | os.PathLike[str]) -> None:
             raise failure
 
 
-def _layers(recording: Recording) -> Iterator[tuple[Slot, Layer]]:
+def _layers(recording: Recording[Any]) -> Iterator[tuple[Slot, Layer[Any]]]:
     """The layers, each with its place in the format."""
     chosen = [layer for layer in recording.values() if layer.type != "added"]
     added = [layer for layer in recording.values() if layer.type == "added"]
@@ -69,7 +70,7 @@ def _layers(recording: Recording) -> Iterator[tuple[Slot, Layer]]:
         yield Slot("gradient", index, layer.name, layer.type), layer
 
 
-def _check(layers: list[tuple[Slot, Layer]]) -> None:
+def _check(layers: list[tuple[Slot, Layer[Any]]]) -> None:
     """Find what cannot be stored before anything is written."""
     for slot, layer in layers:
         for number, value in enumerate(layer):
@@ -85,7 +86,7 @@ def _encoded(slot: Slot, number: int, value: Value) -> Call:
     return Call(slot, number, structure, [storable(tensor) for tensor in tensors])
 
 
-def _calls(layers: list[tuple[Slot, Layer]], names: list[str]) -> Iterator[Call]:
+def _calls(layers: list[tuple[Slot, Layer[Any]]], names: list[str]) -> Iterator[Call]:
     """All calls, pass after pass, and in a pass in the order of the layers' ``names``."""
     rank = {name: number for number, name in enumerate(names)}
     order = sorted(

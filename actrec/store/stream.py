@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import time
 import weakref
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
-from actrec._recordings.recording import Layer, PassNumbers
+from actrec._recordings.layer import Layer
+from actrec._recordings.passes import PassNumbers
 from actrec.errors import ActrecError, OptionError, RecordingExistsError, WriteError
 
 from . import shard
 from .description import read_description
 from .format import DESCRIPTION, Role, Slot, corrupt
 from .index import shard_name, shard_names
-from .ledger import Ledger
+from .ledger import Heading, Ledger
 from .place import place
 from .rank import here
 from .reader import (
@@ -133,22 +133,20 @@ class Opening:
         described = [folder for folder in rank_folders(self.disk) if is_described(folder)]
         others = resume and described
         recording = read_description(described[0]).recording if others else self._named_run()
-        new = replace(new, recording=recording, ranks=self._position.ranks)
+        new = replace(new, recording=recording)
         try:
             self.own.commit(DESCRIPTION, lambda file: file.write(new.content()))
         except FileExistsError:
             raise self._taken("another run has just begun there") from None
         rank = Rank(self.own)
-        return rank, Ledger(rank.index.heading)
+        return rank, Ledger(Heading(recording, rank.number, self._position.ranks, -1, 0))
 
     def _resumed(self, rank: Rank) -> Ledger:
         """Go on after the last shard, with one that nobody else can write and that leaves out what was not completed.
 
         From there on, a run that is still alive, though no lock says so, cannot write.
         """
-        ledger = Ledger(rank.index.heading, rank.index.layers).resumed(
-            self._position.ranks, time.time_ns()
-        )
+        ledger = Ledger(rank.index.heading, rank.index.layers).resumed(self._position.ranks)
         heading = ledger.next((), ledger.heading.committed)
         write = partial(shard.write, heading=heading, layers=ledger.layers, laid=())
         try:
@@ -182,7 +180,7 @@ class Stream:
             self._before.execution_order
         )  # the layers that have calls, by the first of them
         self._stored: StoredRecording | None = None
-        self.error: str | None = "the recorder was garbage-collected before the block ended"
+        self.error: str | None = "the recorder was dropped before the block ended"
         self.closed = False
         self._passes.raised.update(ledger.heading.raised)
         self._writer = Writer(
@@ -255,7 +253,7 @@ class Stream:
         return self._writer.unseen()
 
 
-class LiveLayer(Layer):
+class LiveLayer(Layer[Any]):
     """A layer whose values go to the disk. They can be read when the block has ended."""
 
     def __init__(self, stream: Stream, slot: Slot, before: StoredLayer) -> None:
@@ -295,7 +293,7 @@ class LiveLayer(Layer):
     def __iter__(self) -> Iterator[Value]:
         return iter(self._stored)
 
-    def nth(self, number: int) -> Layer:
+    def nth(self, number: int) -> Layer[Any]:
         """Return one call of each pass. See :meth:`Layer.nth`."""
         return self._stored.nth(number)
 
@@ -314,8 +312,8 @@ class LiveLayer(Layer):
     def nbytes(self) -> int:
         return self._stored.nbytes if self._stream.closed else self._bytes
 
-    def _seen(self) -> tuple[Summary, int]:
-        return self._summary(), self.nbytes
+    def _seen(self) -> tuple[Summary, dict[object, int]]:
+        return self._summary(), dict(self._places())
 
     def _places(self) -> Iterator[tuple[object, int]]:
         return iter([(id(self), self.nbytes)])

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from actrec._recordings.recording import PassNumbers
+from actrec._recordings.passes import PassNumbers
 from actrec._values.summary import Summary
 from actrec.errors import CorruptRecordingError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from actrec._recordings.recording import Layer
+    from actrec._recordings.layer import Layer
     from actrec._values.containers import Value
     from actrec._values.spec import Spec
 
@@ -43,7 +43,7 @@ class _Call(NamedTuple):
     parts: dict[int, int]  # by rank, the recorded call
 
 
-def made_whole(layer: StoredLayer) -> Layer:
+def made_whole(layer: StoredLayer) -> Layer[Any]:
     """Return a layer whose calls are whole: ``layer`` itself, if nothing in it is in parts."""
     return WholeLayer(layer) if layer.in_parts else layer
 

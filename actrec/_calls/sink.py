@@ -1,0 +1,146 @@
+"""A layer whose calls go into a container of the user's."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from contextlib import suppress
+from functools import partial
+from itertools import islice, zip_longest
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+
+from actrec._recordings.layer import Layer
+from actrec._recordings.passes import PassNumbers
+from actrec._values.spec import tensors
+from actrec.errors import ActrecError
+
+from .clean_room import in_a_clean_room
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from actrec._values.containers import Value
+
+__all__ = ["SinkLayer"]
+
+#: Of this many calls that a bounded container has dropped, the passes may still be remembered.
+_SLACK = 64
+
+
+class SinkLayer(Layer[Any]):
+    """A layer whose calls go into a container of the user's, made by the factory given as ``into``.
+
+    Whatever else the container can do, the layer can do: ``acts["conv1"].mean`` is the container's.
+    """
+
+    def __init__(self, name: str, sink: Any, make: Callable[[], Any], kind: str) -> None:
+        self.name = name
+        self.type = kind
+        self.sink = sink
+        self._make = None if hasattr(self.sink, "clear") else make
+        self._passes: deque[int] = (
+            deque()
+        )  # of the latest calls that made it longer, or changed its end
+        self._known: dict[
+            int, tuple[weakref.ref[Any], int]
+        ] = {}  # by id: what is in it, and its pass
+
+    @property
+    def passes(self) -> PassNumbers:
+        # A bounded container has dropped the oldest calls; -1: the user has appended.
+        latest = [*self._passes][-len(self) :] if len(self) else []
+        latest += [-1] * (len(self) - len(latest))
+        if not self._known:
+            return PassNumbers(latest)
+        # It may have dropped others, or sorted them: what can be recognized is more than what can be counted.
+        found = map(self._pass_of, self._readable())
+        pairs = zip_longest(latest, islice(found, len(latest)))
+        return PassNumbers([number if known is None else known for number, known in pairs])
+
+    def keep(self, value: Value, number: int) -> None:
+        before, last = len(self), self._last()
+        devices = {tensor.device for tensor in tensors(value) if not tensor.is_cpu}
+        in_a_clean_room(self.sink.append, value, devices, grad=torch.is_grad_enabled())
+        newest = self._last()
+        grown = len(self) - before if hasattr(self.sink, "__len__") else 1
+        if grown > 0:
+            self._passes.extend([number] * grown)
+        elif newest is None or newest is not last:
+            self._passes.append(number)
+        while len(self._passes) > 2 * len(self) + _SLACK:
+            self._passes.popleft()
+        for item in (value, newest):  # which is the value, or what the container has made of it
+            if item is not last and self._pass_of(item) is None:
+                self._remember(item, number)
+
+    def _last(self) -> Value:
+        return self.sink[-1] if isinstance(self.sink, (list, deque)) and self.sink else None
+
+    def _remember(self, item: Value, number: int) -> None:
+        thing = next(iter(tensors(item)), item)
+        with suppress(TypeError):  # a number, say, cannot be recognized
+            gone = partial(_forget, self._known, id(thing))
+            self._known[id(thing)] = weakref.ref(thing, gone), number
+
+    def _pass_of(self, item: Value) -> int | None:
+        """The pass of something in the container, if it can be recognized."""
+        for thing in (item, *tensors(item)):
+            reference, number = self._known.get(id(thing), (None, -1))
+            if reference is not None and reference() is thing:
+                return number
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **vars(self),
+            "_passes": deque(self.passes),
+            "_known": {},
+        }  # no copy is the same thing
+
+    def clear(self) -> None:
+        if self._make is None:
+            self.sink.clear()
+        else:
+            self.sink = self._make()
+        self._passes.clear()
+        self._known.clear()
+
+    @overload
+    def __getitem__(self, index: int) -> Value: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Value]: ...
+    def __getitem__(self, index: int | slice) -> Value:
+        return list(self)[index] if isinstance(index, slice) else self._items()[index]
+
+    def __setitem__(self, index: int, value: Value) -> None:
+        self.sink[index] = value
+
+    def __len__(self) -> int:
+        return len(self.sink) if hasattr(self.sink, "__len__") else len(self._passes)
+
+    def __iter__(self) -> Iterator[Value]:
+        return iter(self._items())
+
+    def _readable(self) -> Iterable[Value]:
+        return self.sink if hasattr(self.sink, "__iter__") else ()
+
+    def _items(self) -> Any:
+        if not hasattr(self.sink, "__iter__"):
+            message = (
+                f"acts[{self.name!r}]: its calls went into a {type(self.sink).__name__}, from which they cannot be "
+                f"read. It is at acts[{self.name!r}].sink."
+            )
+            raise ActrecError(message)
+        return self.sink
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sink":  # while it is copied or unpickled there is none yet
+            raise AttributeError(name)
+        return getattr(self.sink, name)
+
+
+def _forget(known: dict[int, Any], key: int, _: object) -> None:
+    """What was known by ``key`` is no more."""
+    known.pop(key, None)

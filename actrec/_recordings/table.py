@@ -1,0 +1,91 @@
+"""The table of a recording: a row for each layer. It shows shapes and types, never data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from actrec._tables.table import Cells, Column, Table
+from actrec._text import count, shown, size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from .layer import Layer
+
+__all__ = ["State", "recording_table"]
+
+#: Whether the block runs, has ended, or was ended by an exception.
+State: TypeAlias = Literal["recording", "recorded", "interrupted"]
+
+_COLUMNS: Final = (
+    Column("layer"),
+    Column("type"),
+    Column("calls", is_number=True),
+    Column("shape"),
+    Column("dtype"),
+    Column("device", usual=("", "cpu")),
+    Column("memory", is_number=True),
+    Column("note", is_note=True, usual=("",)),
+)
+
+
+def recording_table(
+    title: str,
+    layers: Mapping[str, Layer[Any]],
+    state: State,
+    *,
+    passes: int,
+    raised: int,
+    beside: Mapping[str, Iterable[Layer[Any]]],
+) -> Table:
+    """Return the table of a recording, after one look at each call.
+
+    Args:
+        title: what was recorded.
+        layers: the layers by name, one for each row.
+        state: whether the recording goes on.
+        passes: how many there were.
+        raised: how many of them raised.
+        beside: what else was recorded, such as the inputs, by what it is called.
+    """
+    rows: list[Cells] = []
+    memory: dict[object, int] = {}
+    for layer in layers.values():
+        looks, held = layer._seen()
+        memory.update(held)
+        rows.append(
+            (
+                shown(layer.name),
+                shown(layer.type),
+                f"{len(layer):,}",
+                looks.what,
+                ", ".join(looks.dtypes),
+                ", ".join(looks.devices),
+                size(sum(held.values())),
+                _note(layer, state, passes - 1),
+            )
+        )
+    for others in beside.values():
+        for layer in others:
+            memory.update(layer._places())
+    facts = (
+        count(len(rows), "layer"),
+        count(passes, "pass") + (f" ({raised:,} raised)" if raised else ""),
+        size(sum(memory.values())) + (f" with {' and '.join(beside)}" if beside else ""),
+    )
+    return Table(f"{title}: {', '.join(facts)}", _COLUMNS, rows, list(layers))
+
+
+def _note(layer: Layer[Any], state: State, last_pass: int) -> str:
+    """What needs attention, if anything does."""
+    if not len(layer):
+        return "no call yet" if state == "recording" else "never called"
+    if state == "interrupted" and last_pass not in layer.passes:
+        return "not in the last pass"
+    if layer.overflows is not None and (many := sum(layer.overflows.counts().values())):
+        dtype = str(layer.overflows.dtype).removeprefix("torch.")
+        return f"{count(many, 'value')} too large for {dtype}"
+    most, passes = layer._per_pass()
+    if most > 1:
+        return f"{'' if most * passes == len(layer) else 'up to '}{most:,} per pass"
+    return ""

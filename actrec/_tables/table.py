@@ -1,0 +1,52 @@
+"""A table: a title, columns, and rows of plain cells, of which the first is a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+__all__ = ["Cells", "Column", "Table"]
+
+#: A row: one text for each column.
+Cells = tuple[str, ...]
+
+
+class Column(NamedTuple):
+    """One column of a table."""
+
+    name: str
+    is_number: bool = False
+    is_note: bool = False  #: whether its cells say what needs attention
+    usual: Collection[str] = ()  #: where all cells are of these, text leaves the column out
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What :func:`~actrec._tables.text.as_text` and :func:`~actrec._tables.html.as_html` show.
+
+    >>> from actrec._tables.text import as_text
+    >>> print(as_text(Table("2 fruits", [Column("fruit"), Column("kg", is_number=True)], [("apple", "1"), ("fig", "12")])))
+    2 fruits
+    fruit  kg
+    apple   1
+    fig    12
+    """
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Cells]
+    #: Names with dots, one for each row: many rows fold as the tree that they are. Without them, nothing folds.
+    names: Sequence[str] = ()
+
+    def only(self, places: Sequence[int]) -> Table:
+        """Return the table with the columns at these places alone."""
+        columns = [self.columns[place] for place in places]
+        rows = [tuple(row[place] for place in places) for row in self.rows]
+        return Table(self.title, columns, rows, self.names)
+
+    def cells(self, place: int) -> set[str]:
+        """Return the different cells of a column."""
+        return {row[place] for row in self.rows}
