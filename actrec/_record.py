@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from torch.compiler import is_dynamo_compiling
 from typing_extensions import override
 
-from actrec._calls.capture import Capture, Transform
+from actrec._calls.capture import Capture
 from actrec._calls.compiled import COMPILING
 from actrec._calls.destination import Destination, Memory
 from actrec._calls.gradients import Gradients
@@ -42,7 +42,8 @@ from actrec._calls.warnings import (
     warn_ungraded,
     warn_unused,
 )
-from actrec._selection.queries import Choice, Query, Selection, select, type_name
+from actrec._selection.names import type_name
+from actrec._selection.queries import Choice, Query, Selection, Transform, select
 from actrec._values.snapshot import frees_weights
 
 from .errors import ActrecError

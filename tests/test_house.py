@@ -17,7 +17,8 @@ FLOORS = [
     {"_calls", "store"},
     {"_record"},
     {"data", "plot", "testing"},
-    {"", "__main__"},
+    {""},
+    {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

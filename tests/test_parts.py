@@ -27,7 +27,7 @@ from actrec import (
     load,
     record,
 )
-from actrec._selection.queries import type_name
+from actrec._selection.names import type_name
 from actrec.data import rows, shuffled
 from actrec.store import dtensor as _parts
 from actrec.store import reader as _reader

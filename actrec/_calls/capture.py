@@ -7,9 +7,8 @@ random numbers of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -23,15 +22,13 @@ from .clean_room import in_a_clean_room
 from .device import refuse_graph_capture
 
 if TYPE_CHECKING:
+    from actrec._selection.queries import Transform
     from actrec._values.containers import Value
 
     from .overflow import Overflows
     from .transfer import Offload
 
-__all__ = ["SKIPPED", "Capture", "Transform"]
-
-#: ``value -> value``. A transform that returns ``None`` skips the call.
-Transform: TypeAlias = Callable[[Any], Any]
+__all__ = ["SKIPPED", "Capture"]
 
 #: What :class:`Capture` returns for a call that its transform skips.
 SKIPPED: Final = object()

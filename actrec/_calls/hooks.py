@@ -24,7 +24,7 @@ from actrec._calls.compiled import compiles_itself
 from actrec._calls.layer import Session, Track
 from actrec._calls.passes import is_own_call
 from actrec._calls.stop_early import when_copied
-from actrec._selection.queries import WRAPPERS, is_called
+from actrec._selection.names import WRAPPERS, is_called
 from actrec._values.snapshot import explain
 
 if TYPE_CHECKING:

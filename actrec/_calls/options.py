@@ -17,7 +17,7 @@ from actrec.errors import OptionError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .capture import Transform
+    from actrec._selection.queries import Transform
 
 __all__ = ["Options"]
 

@@ -1,0 +1,101 @@
+"""Why a module cannot be recorded, and what to write instead."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from actrec._text import listed, nearest
+from actrec.errors import UnsupportedModelError
+
+from .names import glob, is_called, type_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .names import Model, Name
+
+__all__ = ["check_model", "hookable", "layer_for_transform", "nothing", "why_not"]
+
+
+def why_not(model: Model, name: Name) -> str | None:
+    """Return why hooks on this module would never run, and what to write instead; ``None`` if they do."""
+    kind = type_name(name.module)
+    spelled = name.short or name.full
+    if name.full in model.inlined:
+        return (
+            f"the graph that holds {spelled!r} does not call it: tracing has merged its operations into "
+            "the graph. Record the original module, or torch.export.unflatten(exported_program)"
+        )
+    if isinstance(name.module, torch.jit.ScriptModule):
+        return (
+            f"{spelled!r} is a {kind}: TorchScript runs no Python hooks. Record the original module"
+        )
+    if is_called(name.module):
+        return None
+    reason = f"{spelled!r} is a {kind}, a container that is never called itself"
+    instead = f"{spelled}.*" if spelled else "*"
+    children = len(name.module._modules)
+    return f"{reason}. Write {instead!r} for its {children} children" if children else reason
+
+
+def hookable(model: Model) -> Iterator[Name]:
+    """Yield the names that hooks can run on, less PyTorch's machinery."""
+    return (n for n in model.names if not n.is_machinery and why_not(model, n) is None)
+
+
+def nothing(model: Model, query: str, *, is_glob: bool = False) -> str:
+    """Return what to say of a pattern that matches nothing."""
+    names = dict.fromkeys(name.short for name in model.names if name.short)
+    deeper = f"**.{query}"
+    if is_glob and any(map(glob(deeper).fullmatch, names)):
+        return (
+            f"record(): {query!r} matches no layer of this {model.type}. A star stays inside one segment. "
+            f"Did you mean {deeper!r}?"
+        )
+    hint = ""
+    if any(isinstance(name.module, torch.fx.GraphModule) for name in model.names):
+        hint = " It is a traced graph: record the original module, or torch.export.unflatten(exported_program)."
+    return (
+        f"record(): {query!r} matches no layer of this {model.type}. {nearest(query, names)}{hint}"
+    )
+
+
+def layer_for_transform(query: object, own: object) -> str:
+    """Return what to say of a mapping whose values are layers."""
+    shown = repr(query) if isinstance(query, str) else "a query"
+    return (
+        f"record(): the mapping gives {shown} a {type(own).__name__} of the model for its transform; its values are transforms, "
+        "not layers. To record the layers of a dict of modules: record(model, list(modules.values())). To apply a layer "
+        "of the model to what another one returns, write a function: lambda value: model.head(value)."
+    )
+
+
+def check_model(model: object) -> None:
+    """Check that hooks run in a model: it is a Python module.
+
+    Raises:
+        UnsupportedModelError: it is something else, or a form of one without Python.
+    """
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        message = f"record() cannot record a {kind}: TorchScript runs no Python hooks. Record the original module."
+        raise UnsupportedModelError(message)
+    if isinstance(model, nn.Module):
+        return
+    message = f"record() records a torch.nn.Module, not {kind}."
+    if isinstance(model, torch.export.ExportedProgram):
+        message += " torch.export.unflatten(program) makes a module whose layers are called."
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        message = f"record() records a module, not the class {model.__name__}: create one first."
+    else:
+        inside = [
+            name
+            for name, value in getattr(model, "__dict__", {}).items()
+            if isinstance(value, nn.Module)
+        ]
+        if inside:
+            message += f" It has modules inside: {listed(inside)}."
+    raise UnsupportedModelError(message)
