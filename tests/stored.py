@@ -10,19 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from actrec import Opaque
-from actrec.store.index import open_shard
-from actrec.store.reader import shard_name
 
 if TYPE_CHECKING:
     from actrec import Recording
     from actrec.store import StoredRecording
-    from actrec.store.index import Opened
+    from actrec.store.shard import Shard
 
 
-def opened_shards(acts: StoredRecording, rank: int = 0) -> list[Opened]:
+def opened_shards(acts: StoredRecording, rank: int = 0) -> list[Shard]:
     """The shards that a rank has written."""
-    found = acts._ranks[rank]
-    return [open_shard(found._disk, shard_name(number)) for number in range(found.count)]
+    index = acts._ranks[rank].index
+    return [index.shard(number) for number in range(index.count)]
 
 
 def bits(tensor: Tensor) -> bytes:

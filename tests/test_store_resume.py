@@ -84,7 +84,7 @@ def killed_after(path: Path, seconds: float, shard_bytes: int) -> bool:
     """Start the run in another process, and kill it after it has begun; whether it was still running."""
     process = subprocess.Popen([sys.executable, "-c", CHILD, str(path), str(shard_bytes)])
     until = time.monotonic() + 120
-    while not (path / "actrec.json").exists() and process.poll() is None:
+    while not (path / "rank-00000/rank.json").exists() and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.001)
     time.sleep(seconds)
@@ -133,7 +133,7 @@ def steps_of(path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | None) -> i
 
     with monkeypatch.context() as patch:
         for owner, name in (
-            (os, "open"), (os, "fsync"), (_disk._File, "write"), (_disk._File, "write_at_start"),
+            (os, "open"), (os, "fsync"), (os, "link"), (_disk.FileBeingWritten, "write"), (_disk.FileBeingWritten, "write_at_start"),
             (type(path), "replace"), (type(path), "mkdir"),
         ):  # fmt: skip
             patch.setattr(owner, name, step(getattr(owner, name)))
@@ -189,10 +189,10 @@ def test_what_is_complete_is_committed_in_time_though_no_call_follows(
 FULL = """
 import resource, sys
 from actrec import WriteError
-from actrec.store import _disk
+from actrec.store import disk as _disk
 from tests.test_store_resume import run
 
-write, written = _disk._File.write, 0
+write, written = _disk.FileBeingWritten.write, 0
 
 def until_full(file, data):
     global written
@@ -201,7 +201,7 @@ def until_full(file, data):
     if written > 600_000:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 
-_disk._File.write = until_full
+_disk.FileBeingWritten.write = until_full
 try:
     run(sys.argv[1], shard_bytes=100_000)
 except WriteError as error:
@@ -340,7 +340,7 @@ def test_transforms_are_compared_by_their_names(tmp_path: Path) -> None:
     assert load(tmp_path / "r")["a"].stack().tolist() == [[0.5], [0.5]]
 
 
-def test_parts_of_a_pass_that_was_never_completed_do_not_count_and_are_emptied(
+def test_parts_of_a_pass_that_was_never_completed_do_not_count_and_never_come_back(
     tmp_path: Path, unbroken: Any
 ) -> None:
     path = tmp_path / "r"
@@ -362,26 +362,26 @@ def test_parts_of_a_pass_that_was_never_completed_do_not_count_and_are_emptied(
             acts.add("step", {"number": step, "label": torch.tensor([step])})
     found = load(path)
     assert found.num_passes == 4
-    left = list(found._ranks[0].leftovers())
+    left = found._ranks[0].index.heading.uncounted
     assert left, "some of the fifth pass was on the disk already"
     assert_is_the_beginning(found, unbroken)
     assert actrec.verify(path) == []
     assert_same(run(path, resume=True), unbroken)
     again = load(path)
-    assert not list(again._ranks[0].leftovers())
-    for shard in left:
-        assert again._ranks[0].opened(shard.heading.shard).parts == []
+    heading = again._ranks[0].index.heading
+    assert (heading.parts, heading.void) == ((), left)
+    assert actrec.verify(path) == []
 
 
 def test_a_recording_without_its_description_is_not_overwritten(tmp_path: Path) -> None:
     run(tmp_path / "r", passes=3)
-    (tmp_path / "r/actrec.json").unlink()
-    with pytest.raises(CorruptRecordingError, match=r"actrec.json is damaged: it is missing"):
+    (tmp_path / "r/rank-00000/rank.json").unlink()
+    with pytest.raises(CorruptRecordingError, match=r"rank.json is damaged: it is missing"):
         run(tmp_path / "r", passes=3, resume=True)
-    with pytest.raises(CorruptRecordingError, match=r"actrec.json is damaged: it is missing"):
+    with pytest.raises(CorruptRecordingError, match=r"rank.json is damaged: it is missing"):
         load(tmp_path / "r")
     assert [problem.split("/")[-1] for problem in actrec.verify(tmp_path / "r")] == [
-        "actrec.json is damaged: it is missing."
+        "rank.json is damaged: it is missing."
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import subprocess
@@ -87,7 +88,7 @@ LOCKS = {
 
 @pytest.fixture(params=LOCKS)
 def _nobody_is_kept_out(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(_disk.fcntl, "flock", LOCKS[request.param])
+    monkeypatch.setattr(fcntl, "flock", LOCKS[request.param])
     said = pytest.warns(UnlockedWarning) if "none" in request.param else contextlib.nullcontext()
     with said:
         yield
@@ -171,17 +172,19 @@ def test_a_run_that_was_taken_over_learns_it_from_its_next_call_and_where_to_go(
     assert load(tmp_path / "r").complete
 
 
+@pytest.mark.usefixtures("_nobody_is_kept_out")
 def test_a_run_that_ends_after_another_has_gone_on_does_not_speak_for_it(tmp_path: Path) -> None:
     path = tmp_path / "r"
     first = Run(path, 1)
     first.one_pass()
-    first.end()
-    said = (path / "rank-00000/end.json").read_bytes()
+    first.one_pass()
+    wait_for_passes(path, 1)
     second = Run(path, 2)
     second.one_pass()
     second.one_pass()
     wait_for_passes(path, 2)
-    (path / "rank-00000/end.json").write_bytes(said)  # it was late
+    first.end()
+    assert "another run has written it" in first.error
     assert load(path).ranks[0].error == "killed or still recording"
     assert passes_of(path) == [1, 2]
     second.end()
@@ -236,19 +239,20 @@ def test_of_two_processes_that_a_lock_does_not_keep_apart_one_records_and_the_ot
 def test_the_lock_is_one_of_a_file_open_for_writing_which_network_file_systems_pass_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flock, modes = _disk.fcntl.flock, []
+    flock, modes = fcntl.flock, []
 
     def locks(fd: int, how: int) -> None:
-        modes.append(_disk.fcntl.fcntl(fd, _disk.fcntl.F_GETFL) & os.O_ACCMODE)
+        modes.append(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE)
         flock(fd, how)
 
-    monkeypatch.setattr(_disk.fcntl, "flock", locks)
+    monkeypatch.setattr(fcntl, "flock", locks)
     run = Run(tmp_path / "r", 1)
     with pytest.raises(RecordingExistsError, match="another run is recording there now"):
         Run(tmp_path / "r", 2)
     run.end()
     Run(tmp_path / "r", 3).end()
-    assert modes == [os.O_RDWR] * 3
+    assert set(modes) == {os.O_RDWR}
+    assert len(modes) >= 3
 
 
 # --- Names -------------------------------------------------------------------------------------------
@@ -291,7 +295,7 @@ def test_what_a_process_left_that_was_killed_while_it_gave_a_name_stops_nobody(
     monkeypatch.setattr(_disk, "_PATIENCE", 0.05)
     path = tmp_path / "r"
     (path / "rank-00000").mkdir(parents=True)
-    (path / "actrec.json.turn.tmp").touch()
+    (path / "rank-00000/rank.json.turn.tmp").touch()
     (path / "rank-00000/000000.safetensors.turn.tmp").touch()
     run = Run(path, 1)
     run.one_pass()
@@ -315,7 +319,7 @@ def test_a_run_that_could_not_begin_is_not_in_the_way_of_the_next(
         monkeypatch.setattr(os, "link", _no_links)
     model = nn.Identity()
     with monkeypatch.context() as patch:
-        owner = {"write": _disk._File, "link": os, "replace": Path}[fails]
+        owner = {"write": _disk.FileBeingWritten, "link": os, "replace": Path}[fails]
         patch.setattr(owner, fails, full)
         if fails == "link":
             patch.setattr(_disk, "_name_without_links", full)

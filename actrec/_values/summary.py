@@ -73,10 +73,13 @@ class Summary:
 
     def add_spec(self, spec: Spec, shapes: Sequence[Sequence[Size]]) -> None:
         """Take in the structure of a value, and the shapes of its tensors."""
-        if spec.kind not in self.kinds:
-            self.kinds["..." if len(self.kinds) >= MOST else spec.kind] = None
+        self._add_kind(spec.kind)
         if not spec.kind:
             self.add_shape(shapes[0], shapes[0])
+
+    def _add_kind(self, kind: str) -> None:
+        if kind not in self.kinds:
+            self.kinds["..." if len(self.kinds) >= MOST else kind] = None
 
     def add_shape(self, low: Sequence[Size], high: Sequence[Size]) -> None:
         """Take in the sizes of tensors that are values of their own, from least to largest."""
@@ -90,7 +93,8 @@ class Summary:
 
     def update(self, other: Summary) -> None:
         """Take in what another summary has."""
-        self.kinds.update(other.kinds)
+        for kind in other.kinds:
+            self._add_kind(kind)
         self.dtypes.update(other.dtypes)
         self.devices.update(other.devices)
         for low, high in other.shapes.values():

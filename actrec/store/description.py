@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -16,14 +17,17 @@ from .format import (
     DESCRIPTION,
     FORMAT,
     MAX_JSON,
+    MAX_RANKS,
     VERSION,
     Defect,
     corrupt,
+    integer,
     items,
     mapping,
     need,
     text,
 )
+from .ledger import Heading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +64,12 @@ class Description:
     grads: bool = False
     dtype: str | None = None
     recording: str = field(default_factory=lambda: uuid.uuid4().hex)  #: the same for all ranks
+    ranks: int = 1  #: of the run that wrote it
+    began: int = field(default_factory=time.time_ns)  #: when that run began in this rank
+
+    def heading(self, rank: int) -> Heading:
+        """Return what holds before the first shard."""
+        return Heading(self.recording, rank, self.ranks, self.began, shard=-1, committed=0)
 
     def content(self) -> bytes:
         """Return it as JSON, readable for people too."""
@@ -71,6 +81,8 @@ class Description:
             "format": FORMAT,
             "version": VERSION,
             "recording": self.recording,
+            "ranks": self.ranks,
+            "began": self.began,
             "made_by": {"actrec": _own_version(), "torch": torch.__version__},
             "model": self.model,
             "options": {"inputs": self.inputs, "grads": self.grads, "dtype": self.dtype},
@@ -155,9 +167,11 @@ def _parsed(content: Any) -> Description:
         about["version"] == VERSION,
         f"it is of version {str(about['version'])[:20]} of the format, and this actrec reads version {VERSION}",
     )
-    mapping(about, "the file", "recording", "model", "options", "layers", "names")
+    mapping(about, "the file", "recording", "ranks", "began", "model", "options", "layers", "names")
     options = mapping(about["options"], "the options", "inputs", "grads", "dtype")
     names = mapping(about["names"], "the names")
+    ranks = integer(about["ranks"], "the number of ranks", MAX_RANKS)
+    need(ranks > 0, "the number of ranks is 0")
     return Description(
         text(about["model"], "the model"),
         tuple(_layer(layer) for layer in items(about["layers"], "the layers")),
@@ -166,6 +180,8 @@ def _parsed(content: Any) -> Description:
         options["grads"] is True,
         _optional(options["dtype"], "the dtype"),
         text(about["recording"], "the identity of the recording"),
+        ranks,
+        integer(about["began"], "when it began"),
     )
 
 

@@ -36,7 +36,9 @@ ANOTHER: Final = "it is another file than when it was opened"
 MAX_HEADER: Final = 1 << 24  # bytes
 MAX_JSON: Final = 1 << 24  # bytes of a description
 MAX_DEPTH: Final = 64  # of nesting in a value
-MAX_STRUCTURE: Final = 1 << 22  # characters that describe one value
+MAX_STRUCTURE: Final = (
+    MAX_HEADER // 8
+)  # characters that describe one value; in the header they may become twice as many
 MAX_NODES: Final = 1 << 16  # containers, constants and tensors in one value
 MAX_SIZE: Final = 1 << 62  # any size or number
 MAX_RANKS: Final = 100_000

@@ -53,15 +53,12 @@ class Index:
 
     Args:
         disk: the folder of the rank.
-        recording: the identity of the recording that all of them have to have.
-        rank: the rank that they have to be of.
+        nothing: the heading where there is no shard; all shards have to be of its recording and rank.
         of: how many ranks are opened together, which share one limit of memory.
     """
 
-    def __init__(self, disk: Place, recording: str, rank: int, *, of: int = 1) -> None:
+    def __init__(self, disk: Place, nothing: Heading, *, of: int = 1) -> None:
         self.disk = disk
-        self._recording = recording
-        self._rank = rank
         self._limits = max(1, _MOST_BYTES // of), max(1, _MOST_OPEN // of)
         self._begin()
         names = shard_names(disk)
@@ -69,7 +66,7 @@ class Index:
             missing = next(n for n, name in enumerate(names) if name != shard_name(n))
             raise corrupt(disk.shown(shard_name(missing)), "it is missing")
         self.count = len(names)
-        self.heading = Heading(recording, rank, 1, -1, 0)
+        self.heading = nothing
         self.layers: dict[Slot, SoFar] = {}
         if names:
             last = self.shard(self.count - 1)
@@ -103,7 +100,7 @@ class Index:
             shard, counted = self._open.pop(number, (None, 0))
             if shard is None:
                 shard = Shard(self.disk, shard_name(number))
-                shard.check_identity(self._recording, self._rank, number)
+                shard.check_identity(self.heading, number)
             self._open[number] = shard, shard.nbytes
             self._held += shard.nbytes - counted  # it takes more once its parts were asked for
             self._shrink()
@@ -148,7 +145,7 @@ class Index:
             self._latest[role, name] = low
         shard = self.shard(low)
         part = shard.part(role, name)
-        assert part is not None  # noqa: S101  # it holds the call
+        assert part is not None  # noqa: S101  # it has calls, and so groups
         return Found(shard, *part.place(call - part.before))
 
     def _holds(self, number: int, role: Role, name: str, call: int) -> bool:

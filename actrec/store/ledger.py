@@ -8,6 +8,8 @@ stale or damaged.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from actrec._values.summary import Summary
 from .format import MAX_DIMS, Slot, integer, items, mapping, need, text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -36,6 +38,7 @@ class Heading:
     recording: str
     rank: int
     ranks: int  #: of the run that wrote it
+    began: int  #: when that run began in this rank, in nanoseconds since 1970
     shard: int
     committed: int  #: with this shard, the passes before this number are complete
     parts: tuple[
@@ -66,31 +69,25 @@ class SoFar:
     calls: int = 0
     nbytes: int = 0
     first: int = 0  #: pass
-    last: int = -1
+    last: int = 0
     passes: int = 0  #: with any call
     most: int = 0  #: calls in a pass
-    latest: int = 0  #: calls in the last pass
-    ordered: bool = True  #: whether the calls follow each other by pass
+    ordered: bool = True  #: whether the calls follow each other by pass, from shard to shard
     in_parts: bool = False  #: whether any tensor is a rank's part of a DTensor
     looks: Summary = field(default_factory=Summary)
 
-    def add(self, calls: Laid) -> None:
-        """Take in calls that count."""
-        first, last = int(calls.passes[0]), int(calls.passes[-1])
-        counts = torch.unique_consecutive(calls.passes, return_counts=True)[1]
-        if self.calls and first == self.last:  # it was written in parts
-            counts[0] += self.latest
-            self.passes -= 1
-        self.passes += len(counts)
+    def add(self, calls: Sequence[Laid]) -> None:
+        """Take in all calls of some passes, which come after those before."""
+        passes, counts = torch.unique(torch.cat([o.passes for o in calls]), return_counts=True)
+        self.first = self.first if self.calls else int(passes[0])
+        self.last = int(passes[-1])
+        self.passes += len(passes)
         self.most = max(self.most, int(counts.max()))
-        self.latest = int(counts[-1])
-        self.first = min(self.first, first) if self.calls else first
-        self.ordered = self.ordered and first >= self.last
-        self.last = max(self.last, last)
-        self.calls += len(calls.passes)
-        self.nbytes += calls.nbytes
-        self.in_parts = self.in_parts or calls.in_parts
-        self.looks.update(calls.looks)
+        self.calls += int(counts.sum())
+        for one in calls:
+            self.nbytes += one.nbytes
+            self.in_parts = self.in_parts or one.in_parts
+            self.looks.update(one.looks)
 
     def node(self) -> dict[str, Any]:
         """As it stands in the metadata."""
@@ -103,7 +100,6 @@ class SoFar:
             "last": self.last,
             "passes": self.passes,
             "most": self.most,
-            "latest": self.latest,
             "ordered": self.ordered,
             "in_parts": self.in_parts,
             "kinds": list(looks.kinds),
@@ -114,27 +110,24 @@ class SoFar:
     @classmethod
     def parsed(cls, node: Any, stored: int) -> SoFar:
         """What the metadata say, checked."""
-        numbers = ("calls", "bytes", "first", "last", "passes", "most", "latest")
+        numbers = ("calls", "bytes", "first", "last", "passes", "most")
         node = mapping(node, "what there is so far", *numbers, *_FLAGS, "kinds", "dtypes", "shapes")
         for flag in _FLAGS:
             need(type(node[flag]) is bool, f"{flag!r} is neither true nor false")
-        last = node["last"]
-        need(type(last) is int and last >= -1, "'last' so far is no pass")
         looks = Summary(
             dict.fromkeys(text(kind, "a kind") for kind in items(node["kinds"], "the kinds")),
             dict.fromkeys(text(dtype, "a dtype") for dtype in items(node["dtypes"], "the dtypes")),
             {"cpu": None} if node["dtypes"] else {},
         )
         for pair in items(node["shapes"], "the shapes"):
-            low, high = (_sizes(shape) for shape in items(pair, "the least and the largest shape"))
-            need(
-                len(low) == len(high), "the least and the largest shape differ in their dimensions"
-            )
+            ends = [_sizes(shape) for shape in items(pair, "the least and the largest shape")]
+            need(len(ends) == 2, "the least and the largest shape are not two")  # noqa: PLR2004
+            low, high = ends
+            fit = len(low) == len(high)
+            need(fit, "the least and the largest shape differ in their dimensions")
             looks.add_shape(low, high)
-        found = {key: integer(node[key], f"{key!r} so far") for key in numbers if key != "last"}
-        first, calls, nbytes = found.pop("first"), found.pop("calls"), found.pop("bytes")
-        flags = {flag: node[flag] for flag in _FLAGS}
-        return cls(stored, calls, nbytes, first, last, looks=looks, **found, **flags)
+        counted = (integer(node[key], f"{key!r} so far") for key in numbers)
+        return cls(stored, *counted, *(node[flag] for flag in _FLAGS), looks)
 
 
 _FLAGS = ("ordered", "in_parts")
@@ -164,6 +157,7 @@ class Ledger:
     heading: Heading  #: of the last shard
     layers: dict[Slot, SoFar] = field(default_factory=dict)  #: by the end of their first calls
     _waiting: list[Laid] = field(default_factory=list)  # in parts of passes that are not complete
+    _latest: dict[Slot, int] = field(default_factory=dict)  # the last pass in a shard of this run
 
     def next(
         self,
@@ -188,13 +182,16 @@ class Ledger:
         if part_of is not None:
             parts += ((shard, part_of),)
         for one in laid:
-            self.layers.setdefault(one.slot, SoFar()).stored += len(one.passes)
+            self._store(one)
             if part_of is not None:
                 self._waiting.append(one)
         complete = [one for one in self._waiting if int(one.passes[0]) < committed]
         self._waiting = [one for one in self._waiting if int(one.passes[0]) >= committed]
+        counting: dict[Slot, list[Laid]] = defaultdict(list)
         for one in [*complete, *(laid if part_of is None else ())]:
-            self.layers[one.slot].add(one)
+            counting[one.slot].append(one)
+        for slot, calls in counting.items():
+            self.layers[slot].add(calls)
         self.heading = replace(
             self.heading,
             shard=shard,
@@ -205,9 +202,21 @@ class Ledger:
         )
         return self.heading
 
-    def resumed(self, ranks: int) -> Ledger:
+    def _store(self, one: Laid) -> None:
+        so_far = self.layers.setdefault(one.slot, SoFar())
+        so_far.stored += len(one.passes)
+        latest = self._latest.get(one.slot, so_far.last)
+        so_far.ordered = so_far.ordered and int(one.passes[0]) >= latest
+        self._latest[one.slot] = max(latest, int(one.passes[-1]))
+
+    def resumed(self, ranks: int, now: int) -> Ledger:
         """Return the state of a run that goes on here: the parts of passes that were never completed are void."""
         heading = replace(
-            self.heading, ranks=ranks, parts=(), void=self.heading.uncounted, ended=None
+            self.heading,
+            ranks=ranks,
+            began=max(now, self.heading.began + 1),  # clocks may be put back
+            parts=(),
+            void=self.heading.uncounted,
+            ended=None,
         )
-        return Ledger(heading, self.layers)
+        return Ledger(heading, deepcopy(self.layers))

@@ -19,8 +19,9 @@ from actrec._recordings.passes import Count, PassNumbers
 from actrec._recordings.recording import Recording
 from actrec._text import count, shown
 from actrec._values.summary import Summary
-from actrec.errors import OptionError, RecordingNotFoundError
+from actrec.errors import CorruptRecordingError, OptionError, RecordingNotFoundError
 
+from .check import shard_problems
 from .description import read_description
 from .format import DESCRIPTION, Role, corrupt
 from .index import Found, Index, shard_names
@@ -57,6 +58,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     rank: int | None = None,
+    check: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     cache_bytes: int = 1 << 30,
 ) -> StoredRecording:
@@ -79,7 +81,7 @@ def load(
 
     Opening reads one header of each rank and no data, so it takes milliseconds however large the recording is. A
     call is read from the disk when it is asked for; one of more than a megabyte is a view of the mapped file. Writing
-    to it never changes the file, but is seen wherever this recording gives out the same bytes again; take a
+    to it never changes the file, but may be seen where this recording gives out the same bytes again; take a
     ``clone()`` to write to. ``cat()`` and ``stack()`` return new tensors.
 
     A recording that was not closed properly (the process was killed, the block left by an exception, the
@@ -92,6 +94,10 @@ def load(
     parts as they are. With ``rank=2``, nothing but the folder of that rank is opened: it can be read though
     another one is damaged.
 
+    Data is not checked when it is read: a file whose bytes were changed, by a bad disk say, gives other numbers without a
+    word. ``check=True`` reads everything once, compares the checksums, and raises for the first that does not fit;
+    :func:`verify` lists all of them.
+
     Containers come back in their structure: tuples, lists, dicts, named tuples, NumPy arrays and Python's
     numbers and strings as themselves, dataclasses and other classes as :class:`actrec.store.Fields`. No
     class that a file names is ever imported.
@@ -102,6 +108,7 @@ def load(
     Args:
         path: the folder, or the URL.
         rank: the rank whose folder alone is opened.
+        check: whether to read and check all data first, which takes as long as reading it.
         storage_options: what ``fsspec`` passes to the file system of a URL: credentials, an endpoint.
         cache_bytes: about how many bytes of what was downloaded are kept.
 
@@ -109,10 +116,14 @@ def load(
         RecordingNotFoundError: there is no recording at ``path``.
         OptionError: there is no such rank.
         CorruptRecordingError: a file is damaged; the message names it and what is wrong with it. Only
-            headers are checked: :func:`verify` also checks the data.
+            headers are checked, unless ``check=True``.
         ReadError: an object store could not be reached, or refused.
     """
-    return opened(place(path, storage_options, cache_bytes), rank=rank)
+    recording = opened(place(path, storage_options, cache_bytes), rank=rank)
+    problem = next(recording.problems(), None) if check else None
+    if problem is not None:
+        raise CorruptRecordingError(problem)
+    return recording
 
 
 def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
@@ -160,11 +171,19 @@ def rank_number(folder: str) -> int:
 
 def is_described(folder: Place) -> bool:
     """Whether a rank has begun to record there; a folder with shards and no description is damaged."""
+    if _has_description(folder):
+        return True
+    if not shard_names(folder):
+        return False
+    if not _has_description(folder):  # now: it may have begun after the first look
+        raise corrupt(folder.shown(DESCRIPTION), "it is missing")
+    return True
+
+
+def _has_description(folder: Place) -> bool:
     try:
         return folder.size(DESCRIPTION) >= 0
     except FileNotFoundError:
-        if shard_names(folder):
-            raise corrupt(folder.shown(DESCRIPTION), "it is missing") from None
         return False
 
 
@@ -174,7 +193,7 @@ class Rank:
     def __init__(self, disk: Place, *, of: int = 1) -> None:
         self.number = rank_number(disk.name)
         self.description = read_description(disk)
-        self.index = Index(disk, self.description.recording, self.number, of=of)
+        self.index = Index(disk, self.description.heading(self.number), of=of)
 
     @property
     def committed(self) -> int:
@@ -185,8 +204,11 @@ class Rank:
     def info(self) -> RankInfo:
         """How far the rank has come."""
         ended = self.index.heading.ended
-        error = "killed or still recording" if ended is None else ended and f"left by {ended}"
-        return RankInfo(self.number, self.committed, error == "", error or None)
+        if ended is None:
+            error: str | None = "killed or still recording"
+        else:  # the name of an exception, or a sentence
+            error = f"left by {ended}" if ended.isidentifier() else ended or None
+        return RankInfo(self.number, self.committed, error is None, error)
 
 
 class Source(NamedTuple):
@@ -417,14 +439,24 @@ class StoredRecording(Recording):
     def ranks(self) -> tuple[RankInfo, ...]:
         """How far each rank of the run has come, as a :class:`RankInfo`, also of those that wrote nothing.
 
-        A single process is rank 0.
+        A single process is rank 0. Where a run was gone on with by fewer ranks, those that it had before are listed, too.
         """
         there = [rank.info for rank in self._ranks]
         if self._only is not None:
             return tuple(listed_ranks(there, [self._only]))
         numbers = {info.number for info in there}
-        run = max((rank.index.heading.ranks for rank in self._ranks), default=1)
-        return tuple(listed_ranks(there, sorted({*range(run), *numbers})))
+        return tuple(listed_ranks(there, sorted({*range(self._expected), *numbers})))
+
+    @property
+    def _expected(self) -> int:
+        """How many ranks the run has that began last: those are to be closed, and no others."""
+        headings = (rank.index.heading for rank in self._ranks)
+        return max(((one.began, one.ranks) for one in headings), default=(0, 1))[1]
+
+    @property
+    def _latest(self) -> list[RankInfo]:
+        """How far the ranks have come that are to be closed."""
+        return [i for i in self.ranks if self._only is not None or i.number < self._expected]
 
     def rank(self, number: int) -> StoredRecording:
         """Return what one rank has recorded, as a recording of its own; nothing is read or copied.
@@ -449,8 +481,11 @@ class StoredRecording(Recording):
 
     @property
     def complete(self) -> bool:
-        """Whether every rank was closed properly, so that nothing is missing at the end."""
-        return all(rank.complete for rank in self.ranks) and not self._left_out
+        """Whether every rank was closed properly, so that nothing is missing at the end.
+
+        Of a recording that was gone on with by fewer ranks than before, these are the ranks that count.
+        """
+        return all(rank.complete for rank in self._latest) and not self._left_out
 
     @property
     def nbytes(self) -> int:
@@ -471,17 +506,24 @@ class StoredRecording(Recording):
             yield from () if recording is None else recording._layers.values()
 
     @property
-    def _wholes(self) -> list[WholeLayer]:
+    def wholes(self) -> list[WholeLayer]:
         """The layers whose calls are made of parts."""
         return [layer for layer in self.everything() if isinstance(layer, WholeLayer)]
+
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong with the shards, all of whose data is read, and with tensors in parts."""
+        for rank in self._ranks:
+            yield from shard_problems(rank.index.disk, rank.description.heading(rank.number))
+        for layer in self.wholes:
+            yield from layer.problems()
 
     @property
     def _left_out(self) -> int:
         """How many calls are left out, because parts of their tensors are missing."""
-        return sum(layer.left_out for layer in self._wholes)
+        return sum(layer.left_out for layer in self.wholes)
 
     def _title(self) -> str:
-        reasons = list(summary(self.ranks)) if len(self.ranks) > 1 else []
+        reasons = list(summary(self._latest)) if len(self.ranks) > 1 else []
         if self._left_out:
             reasons.append(f"{count(self._left_out, 'call')} left out for want of parts")
         why = f" (incomplete{': ' * bool(reasons)}{'; '.join(reasons)})"

@@ -137,22 +137,26 @@ class _Group:
 
     def entries(self, looks: Summary) -> Iterator[safetensors.Tensor]:
         """The tensors that are written."""
-        spec = decode(self.structure).spec
         shapes = [self.shapes(number) for number in range(len(self.columns))]
         for number, column in enumerate(self.columns):
-            looks.dtypes[_NAMES[self.dtypes[number]]] = None
             name = f"{self.key}.{number}"
             yield _data(name, self.dtypes[number], column, shapes[number])
             yield _index(f"{name}.shapes", shapes[number])
-        low = [shape.amin(0).tolist() if len(shape) else [] for shape in shapes]
-        high = [shape.amax(0).tolist() if len(shape) else [] for shape in shapes]
-        for ends in (low, high):
-            looks.add_spec(spec, ends)
+        _look(looks, decode(self.structure), self.dtypes, shapes)
 
     def node(self) -> dict[str, Any]:
         """As it stands in the metadata."""
         structure = json.loads(self.structure)
         return {"structure": structure, "dtypes": [_NAMES[dtype] for dtype in self.dtypes]}
+
+
+def _look(
+    looks: Summary, structure: Structure, dtypes: list[torch.dtype], shapes: list[Tensor]
+) -> None:
+    """Take in what the values of a group look like."""
+    looks.dtypes.update(dict.fromkeys(_NAMES[dtype] for dtype in dtypes))
+    for ends in (torch.amin, torch.amax):
+        looks.add_spec(structure.spec, [ends(shape, 0).tolist() for shape in shapes])
 
 
 def _data(
@@ -304,6 +308,16 @@ class Part:
         """Where a call of the part is: in which group, and its number there."""
         return self.groups[int(self.group[call])], int(self.within[call])
 
+    def laid(self) -> ledger.Laid:
+        """Return it as the ledger counts it."""
+        looks, nbytes = Summary(), 0
+        for group in self.groups:
+            leaves = group.leaves
+            _look(looks, group.structure, [o.dtype for o in leaves], [o.shapes for o in leaves])
+            nbytes += sum(leaf.extent(0, len(leaf.shapes))[1] for leaf in leaves)
+        in_parts = any(group.structure.parts for group in self.groups)
+        return ledger.Laid(self.slot, self.passes, nbytes, in_parts, looks)
+
 
 class Shard:
     """A shard whose header was read and checked. Its data is untouched until it is asked for."""
@@ -372,12 +386,12 @@ class Shard:
 
     # --- Layers ----------------------------------------------------------------------------------------
 
-    def check_identity(self, recording: str, rank: int, number: int) -> None:
-        """Check that the shard is what its place says, and no other file that was put there."""
+    def check_identity(self, other: Heading, number: int) -> None:
+        """Check that the shard is number ``number`` of the rank that ``other`` is of, and no other file that was put there."""
         heading = self.heading
         for what, found, expected in (
-            ("recording", heading.recording, recording),
-            ("rank", heading.rank, rank),
+            ("recording", heading.recording, other.recording),
+            ("rank", heading.rank, other.rank),
             ("shard", heading.shard, number),
         ):
             if found != expected:
@@ -433,7 +447,7 @@ class Shard:
 
     def _group(self, key: str, node: Any, calls: int) -> Group:
         node = mapping(node, "a group", "structure", "dtypes")
-        structure_text = json.dumps(node["structure"], separators=(",", ":"))
+        structure_text = _json(node["structure"])
         structure = decode(structure_text)
         dtypes = items(node["dtypes"], "the dtypes of a group")
         need(calls > 0, "a group has no calls")
@@ -442,6 +456,8 @@ class Shard:
             "a structure has other than as many tensors as its group",
         )
         leaves = [self._leaf(f"{key}.{at}", dtype, calls) for at, dtype in enumerate(dtypes)]
+        scalars = [leaves[number].shapes for number in structure.scalars]
+        need(not any(shapes.shape[1] for shapes in scalars), "a NumPy scalar has dimensions")
         return Group(structure, structure_text, leaves)
 
     def _leaf(self, name: str, dtype: Any, calls: int) -> Leaf:
@@ -477,12 +493,20 @@ class Shard:
         data = bytearray(self.disk.read(self.name, extent.begin, extent.end - extent.begin))
         need(len(data) == extent.end - extent.begin, "it became shorter while it was read")
         need(zlib.crc32(data) == extent.checksum, f"the checksum of tensor {name[:60]!r} is wrong")
-        self.nbytes += 4 * len(data)
+        self.nbytes += 2 * len(data)
         if not data:
             return torch.empty(shape, dtype=torch.int64, device="cpu")
         numbers = torch.frombuffer(data, dtype=torch.int64).view(shape)
         need(int(numbers.min()) >= 0, f"there is a negative number in tensor {name[:60]!r}")
         return numbers
+
+
+def _json(structure: Any) -> str:
+    try:
+        return json.dumps(structure, separators=(",", ":"))
+    except RecursionError:
+        message = "a value is nested too deep"
+        raise Defect(message) from None
 
 
 _SMALL: Final = (
@@ -517,7 +541,10 @@ def _contents(description: str) -> tuple[Heading, dict[tuple[Role, str], Listed]
     ended = about["ended"]
     heading = Heading(
         text(about["recording"], "the recording"),
-        *(integer(about[key], f"{key!r}") for key in ("rank", "ranks", "shard", "committed")),
+        *(
+            integer(about[key], f"{key!r}")
+            for key in ("rank", "ranks", "began", "shard", "committed")
+        ),
         tuple((integer(a, "a shard"), integer(b, "a pass")) for a, b in parts),
         tuple(integer(shard, "a shard") for shard in items(about["void"], "the void shards")),
         tuple(integer(one, "a pass") for one in items(about["raised"], "the passes that raised")),
@@ -544,6 +571,8 @@ def _listed(node: Any) -> Listed:
     before = integer(node["before"], "the calls before")
     groups = items(node["groups"], "the groups of a layer")
     calls = integer(
-        mapping(node["so_far"], "what there is so far", "stored")["stored"], "the calls"
+        mapping(node["so_far"], "what there is so far", "stored")["stored"], "the calls so far"
     )
+    fit = calls > before if groups else calls == before
+    need(fit, f"layer {slot.name[:60]!r} has other calls than it says there are so far")
     return Listed(slot, before, groups, SoFar.parsed(node["so_far"], calls))

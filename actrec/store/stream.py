@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,7 @@ from . import shard
 from .description import read_description
 from .format import DESCRIPTION, Role, Slot, corrupt
 from .index import shard_name, shard_names
-from .ledger import Heading, Ledger
+from .ledger import Ledger
 from .place import place
 from .rank import here
 from .reader import (
@@ -133,20 +134,22 @@ class Opening:
         described = [folder for folder in rank_folders(self.disk) if is_described(folder)]
         others = resume and described
         recording = read_description(described[0]).recording if others else self._named_run()
-        new = replace(new, recording=recording)
+        new = replace(new, recording=recording, ranks=self._position.ranks)
         try:
             self.own.commit(DESCRIPTION, lambda file: file.write(new.content()))
         except FileExistsError:
             raise self._taken("another run has just begun there") from None
         rank = Rank(self.own)
-        return rank, Ledger(Heading(recording, rank.number, self._position.ranks, -1, 0))
+        return rank, Ledger(rank.index.heading)
 
     def _resumed(self, rank: Rank) -> Ledger:
         """Go on after the last shard, with one that nobody else can write and that leaves out what was not completed.
 
         From there on, a run that is still alive, though no lock says so, cannot write.
         """
-        ledger = Ledger(rank.index.heading, rank.index.layers).resumed(self._position.ranks)
+        ledger = Ledger(rank.index.heading, rank.index.layers).resumed(
+            self._position.ranks, time.time_ns()
+        )
         heading = ledger.next((), ledger.heading.committed)
         write = partial(shard.write, heading=heading, layers=ledger.layers, laid=())
         try:
@@ -180,7 +183,7 @@ class Stream:
             self._before.execution_order
         )  # the layers that have calls, by the first of them
         self._stored: StoredRecording | None = None
-        self.error: str | None = "the recorder was dropped before the block ended"
+        self.error: str | None = "the recorder was garbage-collected before the block ended"
         self.closed = False
         self._passes.raised.update(ledger.heading.raised)
         self._writer = Writer(

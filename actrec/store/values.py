@@ -260,6 +260,9 @@ class Structure:
 
     spec: Spec
     parts: tuple[tuple[int, Spread], ...] = ()  #: the tensors that are a rank's part of a DTensor
+    scalars: frozenset[int] = (
+        frozenset()
+    )  #: the tensors that are a NumPy scalar, without dimensions
     joins: bool = True  #: whether the tensors of several values can be joined: not if they are arrays, or packed
 
 
@@ -279,7 +282,7 @@ def decode(structure: str) -> Structure:
     count = 1 + max(decoder.numbers, default=-1)
     need(decoder.numbers == set(range(count)), "a value does not use all of its tensors")
     spec = Spec(tuple(decoder.steps), count)
-    return Structure(spec, tuple(decoder.parts.items()), decoder.joins)
+    return Structure(spec, tuple(decoder.parts.items()), frozenset(decoder.scalars), decoder.joins)
 
 
 _DEEP: Final = f"a value is nested more than {MAX_DEPTH} deep"
@@ -325,6 +328,7 @@ class _Decoder:
         self.steps: list[Step] = []
         self.numbers: set[int] = set()
         self.parts: dict[int, Spread] = {}
+        self.scalars: set[int] = set()
         self.joins = True
 
     def add(self, node: Any, depth: int) -> None:
@@ -375,6 +379,7 @@ class _Decoder:
 
     def _scalar(self, number: Any, *_: Any) -> None:
         self._made_array(number, _scalar)
+        self.scalars.add(number)
 
     def _made_array(self, number: Any, make: Callable[[list[Value]], Value]) -> None:
         self._tensor(number)
@@ -445,8 +450,9 @@ class _Decoder:
         return tuple(keys), nodes
 
 
-def _parts(nodes: Any) -> list[Any]:
+def _parts(nodes: Any, many: int) -> list[Any]:
     """The constants that another one consists of."""
+    need(len(nodes) == many, "a constant has other parts")
     decoder = _Decoder()
     for node in items(nodes, "the parts of a constant"):
         decoder.add(node, MAX_DEPTH)
@@ -485,11 +491,11 @@ def _opaque(name: Any) -> Opaque:
 _CONSTANTS: Final[dict[str, Callable[[Any], Any]]] = {
     "int": lambda digits: int(text(digits, "an integer"), 16),
     "float": _float,
-    "complex": lambda nodes: complex(*_parts(nodes)),
+    "complex": lambda nodes: complex(*_parts(nodes, 2)),
     "bytes": lambda code: base64.b64decode(text(code, "bytes"), validate=True),
     "size": lambda sizes: torch.Size([integer(s, "a size") for s in items(sizes, "a shape")]),
-    "range": lambda nodes: range(*_parts(nodes)),
-    "slice": lambda nodes: slice(*_parts(nodes)),
+    "range": lambda nodes: range(*_parts(nodes, 3)),
+    "slice": lambda nodes: slice(*_parts(nodes, 3)),
     "ellipsis": lambda _: ...,
     "dtype": _of_torch(torch.dtype),
     "layout": _of_torch(torch.layout),

@@ -39,6 +39,7 @@ __all__ = ["Writer"]
 #: What a tensor takes in Python's memory besides its data, and in the header of a shard besides its structure, roughly.
 OVERHEAD: Final = 1024
 _PATIENCE: Final = 1.0  # seconds between two looks whether the thread is still there
+_LONGEST: Final = 3600.0  # seconds that the thread sleeps: it may have been told to wait for ever
 
 
 class _Batch(NamedTuple):
@@ -116,6 +117,8 @@ class Writer:
             call.size = tensors + len(call.structure) + OVERHEAD * (1 + len(call.tensors))
             while self.used and self.used + call.size > self._budget:
                 self._make_room()
+            if not self._pending:
+                self._changed.notify_all()  # the thread looks at the clock from now on
             self._pending.append(call)
             self.used += call.size
             self._pending_size += call.size
@@ -200,7 +203,8 @@ class Writer:
                 if self._pending and wait <= 0:
                     self._cut(self._complete(), everything=False)
                 if not self._queue:
-                    self._changed.wait(max(wait, _PATIENCE / 10) if self._pending else None)
+                    wait = min(max(wait, _PATIENCE / 10), _LONGEST)
+                    self._changed.wait(wait if self._pending else None)
             self._writing = bool(self._queue)
             return self._queue.popleft() if self._queue else None
 

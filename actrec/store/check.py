@@ -1,0 +1,143 @@
+"""What is wrong with the shards of a rank: all of their data is read, and what their headers say is counted again."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from actrec.errors import CorruptRecordingError
+
+from .format import corrupt
+from .index import shard_name, shard_names
+from .ledger import Heading, Ledger
+from .shard import Shard
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .place import Place
+    from .shard import Part
+
+__all__ = ["shard_problems"]
+
+_CHUNK: Final = 1 << 24
+
+
+def shard_problems(disk: Place, nothing: Heading | None) -> Iterator[str]:
+    """Yield what is wrong with the shards in the folder of a rank.
+
+    Args:
+        disk: the folder.
+        nothing: what holds before the first shard; ``None`` if nobody knows, so that nothing is counted.
+    """
+    ledger = None if nothing is None else Ledger(nothing)
+    for number in _expected(disk):
+        try:
+            shard = Shard(disk, shard_name(number))
+            if nothing is not None:
+                shard.check_identity(nothing, number)
+        except CorruptRecordingError as error:
+            yield str(error)
+            ledger = None
+            continue
+        problems = list(_part_problems(shard))
+        yield from problems
+        yield from _data_problems(shard)
+        if ledger is not None and not problems:
+            ledger = _resumed(ledger, shard.heading)
+            problems = [str(corrupt(shard.path, defect)) for defect in _miscounted(ledger, shard)]
+            yield from problems
+        if problems:
+            ledger = None
+
+
+def _expected(disk: Place) -> range:
+    """The numbers of all shards that there should be, judging by the last that there is."""
+    names = shard_names(disk)
+    last = int(names[-1].partition(".")[0]) if names else -1
+    # A number that is far off is a name, not a count.
+    return range(min(last, 2 * len(names)) + 1)
+
+
+def _parts(shard: Shard) -> Iterator[Part]:
+    """What a shard has of each layer."""
+    for key in shard.layers:
+        part = shard.part(*key)
+        if part is not None:
+            yield part
+
+
+def _part_problems(shard: Shard) -> Iterator[str]:
+    for key in shard.layers:
+        try:
+            shard.part(*key)
+        except CorruptRecordingError as error:
+            yield str(error)
+
+
+# --- Counting again ----------------------------------------------------------------------------------
+
+
+def _resumed(ledger: Ledger, heading: Heading) -> Ledger:
+    """The state before a shard, which may be the first of a run that went on."""
+    if heading.began == ledger.heading.began:
+        return ledger
+    return ledger.resumed(heading.ranks, heading.began)
+
+
+def _miscounted(ledger: Ledger, shard: Shard) -> Iterator[str]:
+    """What a shard says that does not follow from its calls and the shards before it."""
+    heading, before = shard.heading, ledger.heading
+    part_of = heading.parts[-1][1] if heading.is_part else None
+    laid = [part.laid() for part in _parts(shard)]
+    if heading.committed < before.committed:
+        yield "it commits fewer passes than the shard before it"
+        return
+    for one in laid:
+        first, last = int(one.passes[0]), int(one.passes[-1])
+        if last >= heading.committed if part_of is None else not first == last == part_of:
+            yield f"it has calls of layer {one.slot.name[:60]!r} of passes that it should have none of"
+    ledger.next(
+        laid,
+        heading.committed,
+        part_of=part_of,
+        raised=heading.raised[len(before.raised) :],
+        ended=heading.ended,
+    )
+    if ledger.heading != heading:
+        yield "what it says of the shards before it is not so"
+    found = {listed.slot: listed for listed in shard.layers.values()}
+    if list(found) != list(ledger.layers):
+        yield "it does not list the layers that have calls"
+        return
+    here = {one.slot: len(one.passes) for one in laid}
+    for slot, so_far in ledger.layers.items():
+        same = found[slot].before == so_far.stored - here.get(slot, 0)
+        if not same or found[slot].so_far.node() != so_far.node():
+            yield f"what it says of the calls of layer {slot.name[:60]!r} so far is not so"
+
+
+# --- Data --------------------------------------------------------------------------------------------
+
+
+def _data_problems(shard: Shard) -> Iterator[str]:
+    owners = {listed.slot.key: listed.slot.name for listed in shard.layers.values()}
+    with shard.disk.open(shard.name) as file:
+        for tensor, extent in shard.container.tensors.items():
+            file.seek(extent.begin)
+            found = _checksum(file, extent.end - extent.begin)
+            if found != extent.checksum:
+                layer = owners.get(".".join(tensor.split(".")[:2]), tensor)[:60]
+                defect = f"the checksum of the data of layer {layer!r} is {found:08x}, and should be {extent.checksum:08x}"
+                yield str(corrupt(shard.path, defect))
+
+
+def _checksum(file: BinaryIO, size: int) -> int:
+    checksum = 0
+    while size:
+        chunk = file.read(min(size, _CHUNK))
+        if not chunk:
+            break
+        checksum = zlib.crc32(chunk, checksum)
+        size -= len(chunk)
+    return checksum
