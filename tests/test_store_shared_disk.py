@@ -357,13 +357,11 @@ def test_of_two_runs_that_tidy_up_at_once_one_goes_on(
 
 def test_a_file_that_is_tidied_up_before_it_has_its_name_is_told(tmp_path: Path) -> None:
     disk = _disk.Disk(tmp_path)
-    for exclusive in (True, False):
-        unfinished = _disk.Unfinished(disk, "a", exclusive=exclusive)
-        for name in disk.names():
-            disk.remove(name)
-        with pytest.raises(FileExistsError, match="another run has taken the folder over"):
-            unfinished.finish()
-        assert disk.names() == []
+    unfinished = disk.begin("a", lambda file: file.write(b"ours"))
+    disk.sweep()
+    with pytest.raises(FileExistsError, match="another run has taken the folder over"):
+        unfinished.finish()
+    assert disk.names() == []
 
 
 def test_where_there_are_no_links_a_name_that_was_given_while_one_waited_is_taken(

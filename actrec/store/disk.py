@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 import torch
 from typing_extensions import override
 
+from actrec._values.memory import writable
 from actrec.errors import UnlockedWarning
 
 from .format import ANOTHER, UNFINISHED, need
@@ -109,20 +110,9 @@ class Disk:
         """Open a file, to read it from one end to the other."""
         return (self.path / name).open("rb")
 
-    def map(self, name: str, size: int, head: bytes) -> torch.UntypedStorage:
-        """Map a file of ``size`` bytes that begins with ``head``. Writing to the memory copies the page, and never reaches the file."""
-        path = self.path / name
-        need(path.exists(), GONE)
-        found = path.stat().st_size
-        need(found == size, f"it had {size} bytes when it was opened, and has {found} now")
-        need(self.read(name, 0, len(head)) == head, ANOTHER)
-        try:
-            storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-        except UnicodeEncodeError:  # PyTorch wants text, and the names of files need be none
-            with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-            storage = torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
-        return cast("torch.UntypedStorage", storage)
+    def map(self, name: str, size: int, head: bytes) -> _Mapped:
+        """Return the memory of a file of ``size`` bytes that begins with ``head``, mapped when a part of it is asked for."""
+        return _Mapped(self, name, size, head)
 
     def make(self) -> None:
         """Make the folder, and those that it is in; if they are there, they stay. They survive a power loss."""
@@ -199,6 +189,44 @@ def _lock(fd: int) -> None:
         msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     except PermissionError as error:  # pragma: no cover  # Windows
         raise BlockingIOError(*error.args) from error
+
+
+class _Mapped:
+    """A file in memory. Writing to the memory copies the page, and never reaches the file."""
+
+    def __init__(self, disk: Disk, name: str, size: int, head: bytes) -> None:
+        self._disk, self._name, self._size, self._head = disk, name, size, head
+        self._memory: torch.UntypedStorage | None = None
+
+    def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
+        path = self._disk.path / self._name
+        need(path.exists(), GONE)
+        found = path.stat().st_size  # to read memory behind the end of a file would end the process
+        need(
+            found == self._size,
+            f"it had {self._size} bytes when it was opened, and has {found} now",
+        )
+        if self._memory is None:
+            need(self._disk.read(self._name, 0, len(self._head)) == self._head, ANOTHER)
+            try:
+                self._memory = _map(path, self._size)
+            except RuntimeError:  # a process can have so many maps and no more
+                return self._read(part)
+        return cast("torch.UntypedStorage", self._memory[part])
+
+    def _read(self, part: slice) -> torch.UntypedStorage:
+        data = torch.empty(part.stop - part.start, dtype=torch.uint8, device="cpu")
+        self._disk.read_into(self._name, self._head, part.start, writable(data))
+        return data.untyped_storage()
+
+
+def _map(path: Path, size: int) -> torch.UntypedStorage:
+    try:
+        return torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)  # type: ignore[no-any-return]
+    except UnicodeEncodeError:  # PyTorch wants text, and the names of files need be none
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
 
 
 class Lock(AbstractContextManager[None]):

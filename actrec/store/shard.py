@@ -327,7 +327,7 @@ class Shard:
         self.name = name
         self.path = disk.shown(name)
         self._head = b""
-        self._storage: Mapped | None = None
+        self._memory: Mapped | None = None
         self._parts: dict[tuple[Role, str], Part] = {}
         try:
             self.container = safetensors.parse(disk.size(name), self._read)
@@ -362,7 +362,7 @@ class Shard:
             own = data.untyped_storage()
         else:
             # Saved with torch.save, a call must not take the whole shard along.
-            own = self._mapped()[begin : begin + nbytes]
+            own = self._mapped(slice(begin, begin + nbytes))
             if begin % leaf.dtype.itemsize:  # to read a complex128 there would end the process
                 own = own.clone()  # type: ignore[no-untyped-call]
         empty = torch.empty(0, dtype=leaf.dtype, device="cpu")
@@ -376,13 +376,13 @@ class Shard:
             except Defect as defect:
                 raise corrupt(self.path, defect) from None
 
-    def _mapped(self) -> Mapped:
-        if self._storage is None:
-            try:
-                self._storage = self.disk.map(self.name, self.container.size, self._head)
-            except Defect as defect:
-                raise corrupt(self.path, defect) from None
-        return self._storage
+    def _mapped(self, part: slice) -> torch.UntypedStorage:
+        if self._memory is None:
+            self._memory = self.disk.map(self.name, self.container.size, self._head)
+        try:
+            return self._memory[part]
+        except Defect as defect:
+            raise corrupt(self.path, defect) from None
 
     # --- Layers ----------------------------------------------------------------------------------------
 
