@@ -46,7 +46,9 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .store import load, verify
+    import os
+
+    from .store import load, save, verify
 
 __all__ = [
     "ActrecError",
@@ -78,10 +80,11 @@ __all__ = [
     "compare",
     "load",
     "record",
+    "save",
     "verify",
 ]
 
-_IN_THE_STORE = ("load", "store", "verify")
+_IN_THE_STORE = ("load", "save", "store", "verify")
 
 
 def __getattr__(name: str) -> Any:
@@ -91,6 +94,14 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(message)
     store = import_module("actrec.store")
     return store if name == "store" else getattr(store, name)
+
+
+def _write(recording: Recording[Any], path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    import_module("actrec.store").save(recording, path, overwrite=overwrite)
+
+
+# A recording can write itself, though it knows nothing of the store.
+Recording._write = staticmethod(_write)
 
 
 def __dir__() -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Generic, overload
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, overload
 
 from typing_extensions import TypeVar
 
@@ -258,28 +258,22 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
         """
         return stats(self[name] for name in self._in_order())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the recording to ``path``, a new folder or the URL of one, to be opened with :func:`actrec.load`.
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the recording to ``path``, to be opened with :func:`actrec.load`: see :func:`actrec.save`.
 
-        >>> import tempfile, torch, actrec
-        >>> model = torch.nn.Linear(4, 3)
-        >>> with actrec.record(model, "") as acts:
-        ...     output = model(torch.randn(5, 4))
-        >>> path = tempfile.mkdtemp() + "/run"
-        >>> acts.save(path)
-        >>> torch.equal(actrec.load(path)[""][0], acts[""][0])
-        True
+        Args:
+            path: a new folder, or the URL of one.
+            overwrite: whether a recording that is there may be replaced.
 
-        Tensors are stored as they are, without the graph, inputs and gradients included; what shares memory
-        is stored once. To record more than fits into memory, record into a path:
-        ``record(model, layers, into=path)``.
-
-        Raises ``RecordingExistsError`` if there is something at the path, ``CaptureError`` for a value
-        that cannot be stored, before anything is written, and ``WriteError`` if writing fails.
+        Raises:
+            RecordingExistsError: there is something at the path; it was not touched.
+            CaptureError: a value cannot be stored. Raised before anything is written.
+            WriteError: writing failed.
         """
-        from actrec.store.save import save  # noqa: PLC0415  # the store knows recordings, not they it
+        self._write(self, path, overwrite=overwrite)
 
-        save(self, path)
+    #: Writes a recording. The store, which does it, knows recordings and not they it: ``actrec`` sets this.
+    _write: ClassVar[Callable[..., None]]
 
     def _state(self) -> State:
         return "recorded"

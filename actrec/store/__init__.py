@@ -21,6 +21,7 @@ from actrec._values.containers import Fields
 from .folder import Folder
 from .ranks import RankInfo
 from .reader import StoredRecording, load
+from .save import save
 from .verify import verify
 
-__all__ = ["Fields", "Folder", "RankInfo", "StoredRecording", "load", "verify"]
+__all__ = ["Fields", "Folder", "RankInfo", "StoredRecording", "load", "save", "verify"]

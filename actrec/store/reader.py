@@ -52,6 +52,10 @@ __all__ = [
 ]
 
 _RANK: Final = re.compile(r"rank-[0-9]{5}")
+#: The folder of a rank, or a file in it.
+_INSIDE: Final = re.compile(
+    r"(?P<whole>.+)[/\\\\]rank-(?P<rank>[0-9]{5})([/\\\\][^/\\\\]+)?", re.DOTALL
+)
 
 
 def load(
@@ -131,8 +135,7 @@ def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
     folders = {rank_number(folder.name): folder for folder in rank_folders(disk)}
     described = {number: folder for number, folder in folders.items() if is_described(folder)}
     if not described:
-        there = "no rank.json in any folder in it" if disk.exists() else "no such folder"
-        message = f"load({str(disk)!r}): there is no recording there ({there})."
+        message = f"load({str(disk)!r}): {_what_is_there(disk)}."
         raise RecordingNotFoundError(message)
     if rank is None:
         ranks = [Rank(folder, of=len(described)) for folder in described.values()]
@@ -142,6 +145,21 @@ def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
     numbered = range(max(there[0].index.heading.ranks - 1, *folders) + 1)
     _check_rank(f"load({str(disk)!r}, rank={rank!r})", rank, numbered)
     return StoredRecording(disk, ranks, only=rank, model=there[0].description.model)
+
+
+def _what_is_there(disk: Place) -> str:
+    """What is at a place where there is no recording, and what to write instead."""
+    is_file = disk.is_file()
+    if not (is_file or disk.exists()):
+        return "there is no recording there (no such folder)"
+    inside = _INSIDE.fullmatch(str(disk))
+    if inside is not None and (is_file or is_described(disk)):
+        whole, number = inside["whole"], int(inside["rank"])
+        what = "a file of a recording" if is_file else f"the folder of rank {number} of a recording"
+        return f"that is {what}. Write load({whole!r}), or load({whole!r}, rank={number}) for what that rank has written"
+    if is_file:
+        return "that is a file, and a recording is a folder. What record(..., into=path) has written is opened with load(path)"
+    return "there is no recording there (no rank.json in any folder in it)"
 
 
 def _check_rank(call: str, rank: int, there: Sequence[int]) -> None:

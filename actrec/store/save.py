@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from actrec.errors import CaptureError
+from actrec.errors import CaptureError, OptionError
 
 from .description import Description, LayerInfo
+from .disk import Disk
 from .folder import Folder
 from .format import Slot
+from .place import place
+from .replace import replacing
 from .shard import Call, storable
 from .stream import Opening
 from .values import encode
@@ -25,11 +29,58 @@ if TYPE_CHECKING:
 __all__ = ["save"]
 
 
-def save(recording: Recording[Any], path: str | os.PathLike[str]) -> None:
-    """Write a recording to ``path``. The same as ``recording.save(path)``; see :meth:`actrec.Recording.save`."""
+def save(
+    recording: Recording[Any], path: str | os.PathLike[str], *, overwrite: bool = False
+) -> None:
+    """Write a recording to ``path``, a new folder or the URL of one, to be opened with :func:`actrec.load`.
+
+    >>> import tempfile, torch, actrec
+    >>> model = torch.nn.Linear(4, 3)
+    >>> with actrec.record(model, "") as acts:
+    ...     output = model(torch.randn(5, 4))
+    >>> path = tempfile.mkdtemp() + "/run"
+    >>> actrec.save(acts, path)
+    >>> actrec.save(acts, path, overwrite=True)
+    >>> torch.equal(actrec.load(path)[""][0], acts[""][0])
+    True
+
+    Tensors are stored as they are, without the graph, inputs and gradients included. To record more than fits into
+    memory, record into a path: ``record(model, layers, into=path)``.
+
+    Args:
+        recording: what is written. It may be one that was loaded, also from this very path.
+        path: a path, a URL, or a :class:`actrec.store.Folder`, which is a path with settings.
+        overwrite: whether a recording that is there may be replaced. The new one is written beside it and then takes its
+            place, so that one of them is there whatever happens. Anything but a recording is left alone. Only for a
+            path on disk.
+
+    Raises:
+        RecordingExistsError: there is something at the path already, or, with ``overwrite``, something other than a
+            recording, or one that a run is recording now. It was not touched.
+        CaptureError: a value cannot be stored. Raised before anything is written.
+        OptionError: ``overwrite`` was given with a URL at which there is something.
+        WriteError: writing failed.
+    """
     layers = list(_layers(recording))
     _check(layers)
     folder = Folder.of(path)
+    there = place(folder)
+    if not (overwrite and there.names()):
+        _write(recording, layers, folder)
+    elif isinstance(there, Disk):
+        with replacing(there) as new:
+            _write(recording, layers, replace(folder, path=new))
+    else:
+        message = (
+            f"save({str(there)!r}, overwrite=True): an object store cannot put one recording in the place of another in "
+            "one step. Delete what is there first, or choose another path."
+        )
+        raise OptionError(message)
+
+
+def _write(
+    recording: Recording[Any], layers: list[tuple[Slot, Layer[Any]]], folder: Folder
+) -> None:
     description = Description(
         recording._model,
         tuple(LayerInfo(slot.name, slot.type) for slot, _ in layers if slot.role == "output"),

@@ -1,0 +1,84 @@
+"""Replacing a recording on disk: the new one is written beside it, and then takes its place."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from actrec.errors import RecordingExistsError
+
+from .disk import LOCK, Disk
+from .format import DESCRIPTION, UNFINISHED
+from .index import shard_names
+from .reader import rank_folders
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["replacing"]
+
+
+@contextmanager
+def replacing(there: Disk) -> Iterator[Path]:
+    """Yield the path of a new folder, which takes the place of ``there`` when the block ends without an error.
+
+    Args:
+        there: a folder with a recording, which stays as it is until then.
+
+    Raises:
+        RecordingExistsError: there is something else in the folder, or a run is recording there; it was not touched.
+    """
+    path = there.path.resolve()  # a link goes on leading there
+    old = Disk(path)
+    ranks = [old / name for name in old.names()]
+    if foreign := _foreign(old, ranks):
+        raise _refused(old, f"that folder has other things in it ({foreign[:60]!r})")
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
+    with ExitStack() as locks:
+        for rank in ranks:
+            try:
+                locks.enter_context(rank.lock())
+            except BlockingIOError:
+                raise _refused(old, "a run is recording there now") from None
+        try:
+            yield new
+            _swap(path, new)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def _foreign(disk: Disk, ranks: list[Disk]) -> str | None:
+    """The name of something in a folder that is no part of a recording; ``None`` if there is none."""
+    known = {folder.name for folder in rank_folders(disk)}
+    described = False
+    for rank in ranks:
+        names = rank.names()
+        if rank.name not in known or not rank.exists():
+            return rank.name
+        described |= DESCRIPTION in names
+        own = {DESCRIPTION, LOCK, *shard_names(rank)}
+        for name in names:
+            if name not in own and not name.endswith(UNFINISHED):
+                return f"{rank.name}/{name}"
+    return None if described else ranks[0].name
+
+
+def _refused(disk: Disk, why: str) -> RecordingExistsError:
+    message = f"save({str(disk)!r}, overwrite=True): {why}. It stays as it is: choose another path."
+    return RecordingExistsError(message)
+
+
+def _swap(path: Path, new: Path) -> None:
+    """Put a folder in the place of another one, which is removed. At any time, one of them is there, whole."""
+    old = new.with_suffix(f".old{UNFINISHED}")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    Disk(path.parent).sync()
+    shutil.rmtree(old)
