@@ -504,7 +504,7 @@ def _columns(groups: list[Group]) -> list[Tensor]:
     leaves = groups[0].leaves
     rows = [sum(group.leaves[k].before[-1] for group in groups) for k in range(len(leaves))]
     found = [
-        torch.empty((many, *leaf.tail), dtype=leaf.dtype)
+        torch.empty((many, *leaf.tail), dtype=leaf.dtype, device="cpu")
         for many, leaf in zip(rows, leaves, strict=True)
     ]
     done = [0] * len(leaves)
