@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
@@ -31,33 +33,18 @@ from actrec import (
     load,
     record,
 )
-from actrec.data import (
-    Shuffled,
-    rows,
-    shuffled,
-)
-from actrec.data import (
-    columns as _columns,
-)
-from actrec.data import (
-    giving as _giving,
-)
-from actrec.data import (
-    shuffling as _shuffled,
-)
-from actrec.data import (
-    sources as _sources,
-)
-from actrec.data import (
-    window as _window,
-)
+from actrec.data import Shuffled, rows, shuffled
+from actrec.data import kept as _kept
+from actrec.data import shuffling as _shuffled
+from actrec.data import window as _window
+from actrec.data.ahead import ahead
+from actrec.data.files import Files
 from actrec.store import Folder
 from actrec.store import disk as _disk
 from tests.stored import same
-from tests.test_store_reader import rewrite
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 MIB = 2**20
@@ -123,10 +110,8 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
 def of_ranks(folder: Path) -> Case:
     """The same as if two ranks had recorded it."""
     path = folder / "ranks"
-    made(UNEVEN, Folder(path, shard_bytes=30_000))
-    shutil.copytree(path / "rank-00000", path / "rank-00001")
-    for shard in (path / "rank-00001").glob("*.safetensors"):
-        rewrite(shard, lambda about: about.update(rank=1))
+    for rank in range(2):
+        made(UNEVEN, Folder(path, shard_bytes=30_000, rank=rank, world_size=2, run="one"))
     return Case(made(UNEVEN), load(path))
 
 
@@ -275,7 +260,7 @@ def test_a_tuple_says_which_tensor_of_a_value(tmp_path: Path) -> None:
             rows(acts, "")
 
 
-def test_what_is_expanded_is_stored_once_and_has_all_its_rows(tmp_path: Path) -> None:
+def test_what_is_expanded_has_all_its_rows(tmp_path: Path) -> None:
     def expanded(module: Any, args: Any, output: Tensor) -> Tensor:
         return output[:, :, :1].expand(2, 3, 4)
 
@@ -286,7 +271,6 @@ def test_what_is_expanded_is_stored_once_and_has_all_its_rows(tmp_path: Path) ->
         model(value)
         model(value + 100)
     acts = load(tmp_path / "r")
-    assert acts[""]._groups()[0].leaves[0].expanded
     assert same(rows(acts, "")[:], acts[""].cat())
     dataset = rows(acts, "", flatten=True)
     assert same(dataset[:], acts[""].cat().reshape(-1, 4))
@@ -719,68 +703,102 @@ def stored(tmp_path: Path) -> Path:
     return tmp_path / "r"
 
 
-class Elsewhere(_disk.Disk):
-    """A folder whose files are not on this machine, say."""
-
-
-@pytest.mark.parametrize("without", ["preadv", "announcements", "both", "a disk"])
-def test_without_ways_to_read_that_a_system_may_lack_all_is_the_same(
-    stored: Path, monkeypatch: pytest.MonkeyPatch, without: str
+def test_without_announcements_all_is_the_same(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def found() -> list[Any]:
-        acts = load(stored)
-        if without == "a disk":
-            (rank,) = acts._ranks
-            for number in range(rank.count):
-                shard = rank.opened(number).shard
-                shard._disk = Elsewhere(stored / "rank-00000")
-        part = rows(acts, "hidden", "label", "id", flatten=True, mask="mask")[:]
-        chosen = Options(4, 1000, 0, masked=True, drop_last=False)
-        return [*part, *(t for batch in dataset_of(acts, chosen) for t in batch)]
-
-    with monkeypatch.context() as patch:
-        expected = found() if without != "a disk" else None
-        if without in ("preadv", "both"):
-            patch.setattr(_sources, "_preadv", None)
-        if without in ("announcements", "both"):
-            patch.setattr(_sources, "_announce", None)
-        got = found()
-    without = "nothing"
-    expected = expected or found()
-    assert all(same(a, b) for a, b in zip(got, expected, strict=True))
+    chosen = Options(4, 1000, 0, masked=True, drop_last=False)
+    expected = ids(list(dataset_of(load(stored), chosen)))
+    monkeypatch.setattr(_disk, "_announce", None)
+    assert ids(list(dataset_of(load(stored), chosen))) == expected
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_a_file_that_is_gone_or_cut_short_meanwhile_is_named(
-    stored: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool
+def test_rows_in_an_object_store_are_the_same() -> None:
+    pytest.importorskip("fsspec")
+    memory = made(UNEVEN)
+    made(UNEVEN, Folder("memory://data/rows", shard_bytes=30_000))
+    acts = load("memory://data/rows")
+    assert same(rows(acts, "hidden", flatten=True)[:], flat(memory, "hidden"))
+    assert same(rows(acts, "label")[[30, 2, 2]], memory["label"].cat()[[30, 2, 2]])
+    chosen = Options(4, 1000, 0, masked=True, drop_last=False)
+    came = [i for batch in ids(list(dataset_of(acts, chosen))) for i in batch]
+    assert sorted(came) == flat(memory, "id", masked=True).tolist()
+
+
+def test_rows_that_are_near_each_other_are_read_in_one_go_and_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset = shuffled(load(stored), "label", batch_size=4)
-    if mapped:
-        monkeypatch.setattr(_sources, "_preadv", None)
+    made([(100, 40)] * 40, tmp_path / "r")
+    dataset = rows(load(tmp_path / "r"), "hidden", "label", flatten=True)
+    whole = dataset[:]
+    read: list[int] = []
+    into = _disk.Reading.into
+
+    def watched(reading: Any, begin: int, view: memoryview) -> None:
+        read.append(len(view))
+        into(reading, begin, view)
+
+    monkeypatch.setattr(_disk.Reading, "into", watched)
+    indices = torch.tensor([159_999, 3, 4, 9, 80_000, 3])
+    for column, part in zip(dataset[indices], whole, strict=True):
+        assert same(column, part[indices])
+    assert read[:3] == [7 * WIDTH * 4, WIDTH * 4, WIDTH * 4]
+    read.clear()
+    dataset[::2]
+    assert max(read) <= MIB
+    assert sum(read) < 2 * MIB
+
+
+def test_each_file_is_opened_once_for_a_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(UNEVEN, Folder(tmp_path / "r", shard_bytes=30_000))
+    dataset = shuffled(load(tmp_path / "r"), "hidden", "label", batch_size=4)
+    opened: list[str] = []
+    monkeypatch.setattr(
+        _disk.Disk,
+        "reading",
+        lambda disk, name, head: opened.append(name) or _disk.Reading(disk.path / name, head),  # type: ignore[func-returns-value]
+    )
+    list(dataset)
+    assert len(opened) == len(set(opened)) > 3
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
+    made([(2, 2)] * 40, Folder(tmp_path / "r", seconds=0))
+    with Files() as files:
+        for column in rows(load(tmp_path / "r"), "label", "hidden")._columns:
+            column.read(0, column.empty(len(column)), files)
+            assert len(files._open) == 16
+    assert not files._open
+
+
+def test_a_file_that_is_gone_or_cut_short_meanwhile_is_named(stored: Path) -> None:
+    acts = load(stored)
+    dataset, by_number = shuffled(acts, "label", batch_size=4), rows(acts, "label")
     first = min(stored.glob("rank-00000/*.safetensors"))
     os.truncate(first, 100)
-    with pytest.raises(CorruptRecordingError, match=f"{first.name} is damaged: it (ends at|had)"):
-        list(dataset)
+    for read in (lambda: list(dataset), lambda: by_number[[0, 3]], lambda: by_number[:]):
+        with pytest.raises(
+            CorruptRecordingError,
+            match=f"{first.name} is damaged: it has become shorter: .* and has 100 now",
+        ):
+            read()
     first.unlink()
-    with pytest.raises(CorruptRecordingError, match=f"{first.name} is damaged: it was there when"):
-        list(dataset)
+    for read in (lambda: list(dataset), lambda: by_number[[0, 3]], lambda: by_number[:]):
+        with pytest.raises(
+            CorruptRecordingError, match=f"{first.name} is damaged: it was there when"
+        ):
+            read()
 
 
-@pytest.mark.parametrize("mapped", [False, True])
 def test_a_recording_that_was_made_anew_meanwhile_does_not_pass_for_the_one_that_was_opened(
-    stored: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool
+    stored: Path,
 ) -> None:
     acts = load(stored)
-    dataset = shuffled(acts, "label", batch_size=4)
-    if mapped:
-        monkeypatch.setattr(_sources, "_preadv", None)
+    dataset, by_number = shuffled(acts, "label", batch_size=4), rows(acts, "label")
     shutil.rmtree(stored)
     made(UNEVEN, stored)
-    for read in (
-        lambda: list(dataset),
-        lambda: acts["label"][0],
-        lambda: rows(acts, "label")[[1, 9]],
-    ):
+    for read in (lambda: list(dataset), lambda: acts["label"][0], lambda: by_number[[1, 9]]):
         with pytest.raises(
             CorruptRecordingError, match="it is another file than when it was opened"
         ):
@@ -789,26 +807,74 @@ def test_a_recording_that_was_made_anew_meanwhile_does_not_pass_for_the_one_that
 
 def test_the_mask_is_read_in_portions(cases: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory, acts = cases["uneven, shards"]
-    monkeypatch.setattr(_columns, "_MANY", 8)
+    monkeypatch.setattr(_kept, "_MANY", 8)
     for block in (3, 8, 1000):
-        kept = _columns.Kept(rows(acts, "id", "mask", "hidden", flatten=True)._columns[1], block)
+        mask = rows(acts, "id", "mask", "hidden", flatten=True)._columns[1]
+        with Files() as files:
+            kept = _kept.Kept(mask, block, files)
         assert kept.counts.tolist() == [
             int(part.sum()) for part in memory["mask"].cat().view(-1).split(block)
         ]
 
 
-def test_a_worker_makes_its_batches_in_shared_memory(
-    cases: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = shuffled(cases["even, shards"].acts, "hidden", batch_size=35)
-    (alone,) = list(dataset)
-    monkeypatch.setattr(_giving, "get_worker_info", mock.Mock())
-    dataset.set_epoch(0)
-    (shared,) = list(dataset)
-    assert (alone.is_shared(), shared.is_shared()) == (False, True)
-    assert same(alone, shared)
-    monkeypatch.setattr(_giving, "_new_shared", None)
-    assert not _giving.to_give(2, 3).is_shared()
+# --- Reading ahead -----------------------------------------------------------------------------------
+
+
+def counted(many: int, made: list[int], error: Exception | None = None) -> Any:
+    """Numbers; each is put into ``made`` when it is asked for."""
+    try:
+        for number in range(many):
+            made.append(number)
+            yield number
+        if error is not None:
+            raise error
+    finally:
+        made.append(-1)
+
+
+def test_what_comes_next_is_made_while_one_works_with_what_there_is() -> None:
+    made: list[int] = []
+    items = ahead(counted(5, made))
+    assert made == []  # nothing is made before it is asked for
+    for number in range(5):
+        assert next(items) == number
+        wait_until(lambda number=number: len(made) == number + 2)  # and no more than one
+    assert [*items] == []
+    assert made == [0, 1, 2, 3, 4, -1]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_an_error_comes_where_its_item_would_have_come() -> None:
+    items = ahead(counted(2, [], ValueError("third")))
+    assert (next(items), next(items)) == (0, 1)
+    with pytest.raises(ValueError, match="third"):
+        next(items)
+    assert [*items] == []
+
+
+def test_whoever_stops_early_leaves_no_thread_and_no_file(stored: Path) -> None:
+    made: list[int] = []
+    items = ahead(counted(5, made))
+    next(items)
+    items.close()
+    assert made == [0, 1, -1]
+    batches = iter(shuffled(load(stored), "label", batch_size=2))
+    next(batches)
+    assert "actrec-ahead_0" in [thread.name for thread in threading.enumerate()]
+    del batches
+    assert "actrec-ahead_0" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_batches_are_plain_tensors_whatever_mode_they_are_taken_in(stored: Path) -> None:
+    with torch.inference_mode():
+        batch = next(iter(shuffled(load(stored), "label", batch_size=2)))
+    assert not batch.is_inference()
 
 
 # --- Memory ------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from actrec import (
     record,
 )
 from actrec.data import rows, shuffled
+from actrec.data.calls import ranges
 from actrec.store import Folder
-from actrec.store import reader as _reader
+from actrec.store import index as _index
 from tests.stored import same
-from tests.test_store_reader import rewrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -303,7 +303,9 @@ def test_of_several_ranks_it_is_the_nth_call_of_each(tmp_path: Path) -> None:
     for rank in range(2):
         reused([2, 2 + rank], Folder(tmp_path / "r", rank=rank, world_size=2, run="one"))
     acts = load(tmp_path / "r")
-    assert acts["relu"].nth(-1).ranks == [0, 1, 0, 1]
+    last = acts["relu"].nth(-1)
+    assert last.ranks == [0, 1, 0, 1]
+    assert repr(last) == "Layer 'relu' (Identity): 4 calls, (3,) int64, 96 B"
     assert (
         rows(acts, acts["relu"].nth(-1), "label")[:][0].tolist()
         == rows(acts, "relu", "label", nth=-1)[:][0].tolist()
@@ -457,6 +459,8 @@ def test_a_shard_that_says_nonsense_of_what_raised_is_damaged(tmp_path: Path) ->
         ([9], "a pass raised that is not committed"),
         (3, "the passes that raised"),
     ):
+        from tests.damage import rewrite
+
         for shard in (tmp_path / "r" / "rank-00000").glob("*.safetensors"):
             rewrite(shard, lambda about, wrong=wrong: about.update(raised=wrong))  # type: ignore[misc]
         with pytest.raises(CorruptRecordingError, match=message):
@@ -501,12 +505,14 @@ def test_each_header_is_read_once_however_many_layers(
 ) -> None:
     reused([2] * 12, Folder(tmp_path / "r", shard_bytes=30_000))
     read: list[str] = []
-    opening = _reader.open_shard
-    monkeypatch.setattr(_reader, "_OPEN_BYTES", 1)
+    opening = _index.Shard
+    monkeypatch.setattr(_index, "_MOST_OPEN", 1)
     acts = load(tmp_path / "r")
     monkeypatch.setattr(
-        _reader, "open_shard", lambda disk, name: read.append(name) or opening(disk, name)
-    )  # type: ignore[func-returns-value]
+        _index,
+        "Shard",
+        lambda disk, name: read.append(name) or opening(disk, name),  # type: ignore[func-returns-value]
+    )
     rows(acts, "relu")
     once = len(read)
     assert once > 3
@@ -515,9 +521,7 @@ def test_each_header_is_read_once_however_many_layers(
 
 
 def test_calls_that_are_left_out_cut_stretches_no_smaller_than_they_must() -> None:
-    from actrec.data.align import _ranges
-
     numbers = [0, 1, 5, 6, 7, 9]
-    ranges = list(_ranges(numbers))
-    assert list(chain.from_iterable(range(*one) for one in ranges)) == numbers
-    assert all(a[1] < b[0] for a, b in pairwise(ranges))
+    found = list(ranges(numbers))
+    assert list(chain.from_iterable(range(*one) for one in found)) == numbers
+    assert all(a[1] < b[0] for a, b in pairwise(found))

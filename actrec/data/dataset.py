@@ -11,14 +11,16 @@ from torch.utils.data import Dataset
 from actrec._text import count
 
 from .align import table
-from .columns import Kept
+from .files import Files
+from .kept import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from actrec._recordings.recording import Recording
 
-    from .align import Selector, Table
+    from .align import Table
+    from .selecting import Selector
 
 __all__ = ["Rows", "rows"]
 
@@ -99,7 +101,8 @@ class Rows(Dataset[Any]):
     def __init__(self, source: Table) -> None:
         self._columns = source.columns
         self._raised = source.raised
-        self._kept = None if source.mask is None else Kept(source.mask, _BLOCK)
+        with Files() as files:
+            self._kept = None if source.mask is None else Kept(source.mask, _BLOCK, files)
         self._len = len(source if self._kept is None else self._kept)
 
     def __len__(self) -> int:
@@ -151,19 +154,20 @@ class Rows(Dataset[Any]):
         return torch.where(numbers < 0, numbers + self._len, numbers)
 
     def _take(self, numbers: Tensor) -> list[Tensor]:
-        if self._kept is not None:
-            numbers = self._kept.located(numbers)
-        return [column.dressed(column.take(numbers)) for column in self._columns]
+        with Files() as files:
+            if self._kept is not None:
+                numbers = self._kept.located(numbers, files)
+            return [column.dressed(column.take(numbers, files)) for column in self._columns]
 
     def _range(self, wanted: range) -> list[Tensor]:
         if self._kept is not None or wanted.step != 1:
             return self._take(torch.tensor(wanted, dtype=torch.int64, device="cpu"))
-        found = []
-        for column in self._columns:
-            out = column.empty(len(wanted))
-            column.read(wanted.start, out)
-            found.append(column.dressed(out))
-        return found
+        found = [column.empty(len(wanted)) for column in self._columns]
+        with Files() as files:
+            for column, out in zip(self._columns, found, strict=True):
+                column.read(wanted.start, out, files)
+        pairs = zip(self._columns, found, strict=True)
+        return [column.dressed(out) for column, out in pairs]
 
     def _as_item(self, parts: list[Tensor]) -> Any:
         return parts[0] if len(parts) == 1 else tuple(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
@@ -15,18 +16,21 @@ from torch.utils.data import IterableDataset, get_worker_info
 from actrec.errors import OptionError, ResumeError
 from actrec.store.rank import placed
 
+from .ahead import ahead
 from .align import table
-from .columns import Kept
+from .files import Files
+from .kept import Kept
 from .order import Order
 from .window import Window
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Iterator, Mapping
 
     from actrec._recordings.recording import Recording
 
-    from .align import Selector, Table
+    from .align import Table
     from .order import Piece
+    from .selecting import Selector
 
 __all__ = ["Shuffled", "shuffled"]
 
@@ -101,7 +105,8 @@ def shuffled(
     )
     width = sum(column.width for column in found.columns)
     block = max(1, min(_MEBI, buffer // _BLOCKS) // max(1, width))
-    kept = None if found.mask is None else Kept(found.mask, block)
+    with Files() as files:
+        kept = None if found.mask is None else Kept(found.mask, block, files)
     order = Order(
         counts=_even(len(found), block) if kept is None else kept.counts,
         window=max(1, buffer // (width + _NUMBERS)),
@@ -271,13 +276,20 @@ class Shuffled(IterableDataset[Any]):
             raise ResumeError(message)
         now.worker, now.workers = worker, workers
         self._now, self._next = now, _Progress(now.epoch + 1)
-        return self._batches(now)
+        return self._going_on(now)
 
-    def _batches(self, now: _Progress) -> Iterator[Any]:
-        epoch, windows = self._order.epoch(now.epoch), self._order.windows
+    def _going_on(self, now: _Progress) -> Iterator[Any]:
         first = now.first + now.worker + now.done * now.workers
         mine = range(first, self._order.batches, now.workers)
-        memory = Window(self._columns, self._kept, self._block)
+        with Files() as files, closing(ahead(self._batches(now.epoch, mine, files))) as batches:
+            for batch in batches:
+                now.done += 1
+                yield batch
+
+    def _batches(self, which: int, mine: range, files: Files) -> Generator[Any, None, None]:
+        """Make some of the batches of an epoch."""
+        epoch, windows = self._order.epoch(which), self._order.windows
+        memory = Window(self._columns, self._kept, self._block, files)
         begun: list[list[Tensor]] = []
         for number, bounds in enumerate(windows):
             cuts = self._order.cuts(bounds, mine)
@@ -295,10 +307,8 @@ class Shuffled(IterableDataset[Any]):
                 begun.append(memory.take(place, place + cut.high - cut.low))
                 place += cut.high - cut.low
                 if cut.ends:
-                    batch = self._joined(begun)
+                    yield self._joined(begun)
                     begun.clear()
-                    now.done += 1
-                    yield batch
 
     def _joined(self, parts: list[list[Tensor]]) -> Any:
         columns = [

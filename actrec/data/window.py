@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .giving import to_give
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .columns import Column, Kept
+    from .columns import Column
+    from .files import Files
+    from .kept import Kept
     from .order import Piece
 
 __all__ = ["Window"]
@@ -24,8 +24,11 @@ _AHEAD = 16
 class Window:
     """Memory that holds the rows of one window after the other."""
 
-    def __init__(self, columns: Sequence[Column], kept: Kept | None, block: int) -> None:
+    def __init__(
+        self, columns: Sequence[Column], kept: Kept | None, block: int, files: Files
+    ) -> None:
         self._columns = columns
+        self._files = files
         self._kept = kept
         self._block = block
         self._memory = [column.empty(0) for column in columns]
@@ -60,11 +63,7 @@ class Window:
 
     def take(self, low: int, high: int) -> list[Tensor]:
         """The rows that were wanted from number ``low`` to ``high``, as new tensors."""
-        slots = self._slots[low:high]
-        out = [to_give(len(slots), memory.shape[1]) for memory in self._memory]
-        for memory, rows in zip(self._memory, out, strict=True):
-            torch.index_select(memory, 0, slots, out=rows)
-        return out
+        return [memory.index_select(0, self._slots[low:high]) for memory in self._memory]
 
     def expect(self, pieces: Sequence[Piece]) -> None:
         """Announce pieces of the window that is filled next, those that follow what was announced so far."""
@@ -80,24 +79,26 @@ class Window:
                 first += piece.first
             else:
                 many = min(self._block, len(column) - first)
-            column.announce(first, many)
+            column.announce(first, many, self._files)
 
     def _read(self, piece: Piece, some: Tensor | None, low: int, high: int) -> None:
         """Read rows of a piece to their place."""
         start = piece.block * self._block
         if self._kept is not None:
-            rows = self._kept.block(piece.block)[piece.first : piece.first + piece.many]
+            rows = self._kept.block(piece.block, self._files)[
+                piece.first : piece.first + piece.many
+            ]
             rows = rows if some is None else rows[some]
         elif some is not None:
             rows = some + piece.first
         else:
             for column, memory in zip(self._columns, self._memory, strict=True):
-                column.read(start + piece.first, memory[low:high])
+                column.read(start + piece.first, memory[low:high], self._files)
             return
         first, last = int(rows[0]), int(rows[-1])
         for number, column in enumerate(self._columns):
             scratch = self._scratch[number][: last - first + 1]
-            column.read(start + first, scratch)
+            column.read(start + first, scratch, self._files)
             torch.index_select(scratch, 0, rows - first, out=self._memory[number][low:high])
 
     def _make_room(self, rows: int) -> None:

@@ -249,6 +249,10 @@ class Bucket:
                 raise Defect(GONE) from error if isinstance(error, FileNotFoundError) else error
         need(many == len(view), f"it has become shorter, and ends at byte {begin + many}")
 
+    def reading(self, name: str, head: bytes) -> _Reading:
+        """Return what reads parts of an object; it is opened when the first is asked for."""
+        return _Reading(self, name, head)
+
     def _file(self, name: str) -> BinaryIO:
         """Return an object that is open, if it is still what it was; ``fsspec`` keeps the last blocks of it."""
         fs = self.fs
@@ -426,6 +430,24 @@ class _NoLock(AbstractContextManager[None]):
     @override
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+class _Reading(NamedTuple):
+    """An object of which parts are read."""
+
+    bucket: Bucket
+    name: str
+    head: bytes
+
+    def into(self, begin: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes from ``begin`` on."""
+        self.bucket.read_into(self.name, self.head, begin, view)
+
+    def announce(self, begin: int, nbytes: int) -> None:
+        """Nothing is fetched before it is asked for."""
+
+    def close(self) -> None:
+        """The bucket closes what it has opened."""
 
 
 class _Remote:

@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
 
@@ -19,7 +19,7 @@ from typing_extensions import override
 from actrec._values.memory import writable
 from actrec.errors import UnlockedWarning
 
-from .format import ANOTHER, UNFINISHED, need
+from .format import ANOTHER, UNFINISHED, Defect, need
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,7 @@ try:
 except ImportError:  # pragma: no cover  # Windows
     fcntl = None
 
-__all__ = ["Disk", "Lock", "Unfinished"]
+__all__ = ["Disk", "Lock", "Reading", "Unfinished"]
 
 GONE: Final = "it was there when it was opened, and is gone"
 LOCK: Final = "writer.lock"
@@ -93,18 +93,12 @@ class Disk:
 
     def read_into(self, name: str, head: bytes, begin: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``begin`` on of a file that begins with ``head``."""
-        try:
-            file = (self.path / name).open("rb", buffering=0)
-        except FileNotFoundError:
-            need(condition=False, defect=GONE)
-            raise
-        with file:
-            need(file.read(len(head)) == head, ANOTHER)
-            file.seek(begin)
-            while view:
-                many = file.readinto(view)  # type: ignore[call-overload]  # it takes any buffer
-                need(many, f"it has become shorter, and ends at byte {file.tell()}")
-                view = view[many:]
+        with closing(self.reading(name, head)) as file:
+            file.into(begin, view)
+
+    def reading(self, name: str, head: bytes) -> Reading:
+        """Open a file that begins with ``head``, to read parts of it."""
+        return Reading(self.path / name, head)
 
     def open(self, name: str) -> BinaryIO:
         """Open a file, to read it from one end to the other."""
@@ -245,6 +239,42 @@ class Lock(AbstractContextManager[None]):
     @override
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+class Reading:
+    """A file of which parts are read."""
+
+    def __init__(self, path: Path, head: bytes) -> None:
+        try:
+            self._file = path.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise Defect(GONE) from None
+        if self._file.read(len(head)) != head:
+            self.close()
+            raise Defect(ANOTHER)
+
+    def into(self, begin: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes from ``begin`` on."""
+        self._file.seek(begin)
+        while view:
+            many = self._file.readinto(view)
+            if not many:
+                now = os.fstat(self._file.fileno()).st_size
+                defect = f"it has become shorter: it had more bytes when it was opened, and has {now} now"
+                raise Defect(defect)
+            view = view[many:]
+
+    def announce(self, begin: int, nbytes: int) -> None:
+        """Let the system fetch a part while we do something else."""
+        if _announce is not None:
+            _announce(self._file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+
+_announce: Any = getattr(os, "posix_fadvise", None)  # not on macOS, nor on Windows
 
 
 class Unfinished:

@@ -114,15 +114,17 @@ class Index:
 
     # --- Calls -----------------------------------------------------------------------------------------
 
+    def shards(self) -> Iterator[Shard]:
+        """Open the shards whose calls count, one after the other."""
+        left_out = set(self.heading.uncounted)
+        return (self.shard(number) for number in range(self.count) if number not in left_out)
+
     def parts(self, role: Role, name: str) -> Iterator[tuple[Shard, Part]]:
         """What each shard holds of a layer, in order, without what does not count."""
-        left_out = set(self.heading.uncounted)
-        for number in range(self.count):
-            if number not in left_out:
-                shard = self.shard(number)
-                part = shard.part(role, name)
-                if part is not None:
-                    yield shard, part
+        for shard in self.shards():
+            part = shard.part(role, name)
+            if part is not None:
+                yield shard, part
 
     def find(self, role: Role, name: str, call: int) -> Found:
         """Find call number ``call`` of a layer."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .safetensors import Writable
 
-__all__ = ["Lock", "Mapped", "Place", "Unfinished", "place"]
+__all__ = ["Lock", "Mapped", "Place", "Reading", "Unfinished", "place"]
 
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+)://(.*)", re.DOTALL)
 
@@ -60,6 +60,9 @@ class Place(Protocol):
     def read_into(self, name: str, head: bytes, begin: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``begin`` on of a file that began with ``head`` when it was opened."""
 
+    def reading(self, name: str, head: bytes) -> Reading:
+        """Open a file that began with ``head`` when the recording was opened, to read parts of it."""
+
     def open(self, name: str) -> BinaryIO:
         """Open a file, to read it from one end to the other."""
 
@@ -82,14 +85,24 @@ class Place(Protocol):
         """Remove files that were never finished."""
 
 
+class Reading(Protocol):
+    """A file of which parts are read. What is wrong with it is a ``Defect``."""
+
+    def into(self, begin: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes from ``begin`` on."""
+
+    def announce(self, begin: int, nbytes: int) -> None:
+        """Let the system fetch a part while we do something else, if it can."""
+
+    def close(self) -> None:
+        """Let go of the file."""
+
+
 class Mapped(Protocol):
     """The memory of a file, of which parts are asked for: ``CorruptRecordingError`` if it is another file by now."""
 
     def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
         """A part that may be kept."""
-
-    def view(self, begin: int, end: int) -> torch.UntypedStorage:
-        """A part that is looked at now, and not kept."""
 
 
 class Unfinished(Protocol):

@@ -6,15 +6,18 @@ from abc import abstractmethod
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
+from typing_extensions import override
+
 from actrec._recordings.layer import Layer
 from actrec._recordings.passes import PassNumbers
+from actrec._values.spec import tensors
+from actrec._values.summary import Summary
 from actrec.errors import ActrecError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from actrec._values.containers import Value
-    from actrec._values.summary import Summary
 
 __all__ = ["ChosenLayer", "ReadOnlyLayer"]
 
@@ -61,6 +64,10 @@ class ReadOnlyLayer(Layer[Any]):
     def _places(self) -> Iterator[tuple[object, int]]:
         return iter([(id(self), self.nbytes)])
 
+    @override
+    def _of(self, calls: list[int]) -> Layer[Any]:
+        return ChosenLayer(self, calls)
+
     def keep(self, value: Value, number: int) -> NoReturn:  # noqa: ARG002
         self._refuse("keep")
 
@@ -103,3 +110,15 @@ class ChosenLayer(ReadOnlyLayer):
 
     def _call(self, index: int) -> Value:
         return self.base[self.calls[index]]
+
+    @override
+    def _summary(self) -> Summary:
+        summary = Summary()
+        for value in self:
+            summary.add(value)
+        return summary
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for value in self for tensor in tensors(value))

@@ -326,7 +326,7 @@ class Shard:
         self.disk = disk
         self.name = name
         self.path = disk.shown(name)
-        self._head = b""
+        self.head = b""  #: what tells the file from any other
         self._memory: Mapped | None = None
         self._parts: dict[tuple[Role, str], Part] = {}
         try:
@@ -340,7 +340,7 @@ class Shard:
 
     def _read(self, most: int) -> bytes:
         found = self.disk.read(self.name, 0, most)
-        self._head = found[:_HEAD]
+        self.head = found[:_HEAD]
         return found
 
     # --- Data ------------------------------------------------------------------------------------------
@@ -372,13 +372,13 @@ class Shard:
         """Fill a contiguous tensor with the bytes of the file from ``begin`` on."""
         if data.nbytes:
             try:
-                self.disk.read_into(self.name, self._head, begin, writable(data))
+                self.disk.read_into(self.name, self.head, begin, writable(data))
             except Defect as defect:
                 raise corrupt(self.path, defect) from None
 
     def _mapped(self, part: slice) -> torch.UntypedStorage:
         if self._memory is None:
-            self._memory = self.disk.map(self.name, self.container.size, self._head)
+            self._memory = self.disk.map(self.name, self.container.size, self.head)
         try:
             return self._memory[part]
         except Defect as defect:
@@ -547,9 +547,11 @@ def _contents(description: str) -> tuple[Heading, dict[tuple[Role, str], Listed]
         ),
         tuple((integer(a, "a shard"), integer(b, "a pass")) for a, b in parts),
         tuple(integer(shard, "a shard") for shard in items(about["void"], "the void shards")),
-        tuple(integer(one, "a pass") for one in items(about["raised"], "the passes that raised")),
+        tuple(integer(one, "a pass that raised") for one in items(about["raised"], "the passes that raised")),
         ended if ended is None else text(ended, "how it ended"),
     )
+    raised = max(heading.raised, default=-1)
+    need(raised < heading.committed, "a pass raised that is not committed")
     layers = {}
     for node in items(about["layers"], "the layers"):
         listed = _listed(node)

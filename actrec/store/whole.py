@@ -6,10 +6,11 @@ spread in the same way. A call of which parts are missing is left out, as a pass
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from actrec._recordings.passes import PassNumbers
 from actrec._values.summary import Summary
@@ -115,15 +116,17 @@ class WholeLayer(ReadOnlyLayer):
         except Defect as defect:
             raise corrupt(first.shard.path, defect) from None
 
-    def outlines(self) -> Iterator[tuple[Spec, list[tuple[int, ...]]]]:
-        """Yield the spec of each call and the shapes of its tensors; no data is read."""
+    def outlines(self) -> Iterator[tuple[Spec, list[Tensor]]]:
+        """Yield the spec of each call and its tensors, without data: on the meta device."""
         for call in self._found[0]:
             found = self._first(call)
-            spreads = dict(call.spreads)
+            shapes = {number: spread.shape for number, spread in call.spreads}
             yield (
                 found.group.structure.spec,
                 [
-                    spreads[number].shape if number in spreads else leaf.shape(found.call)
+                    torch.empty(
+                        shapes.get(number, leaf.shape(found.call)), dtype=leaf.dtype, device="meta"
+                    )
                     for number, leaf in enumerate(found.group.leaves)
                 ],
             )
@@ -131,19 +134,13 @@ class WholeLayer(ReadOnlyLayer):
     def _summary(self) -> Summary:
         looks = self.recorded._summary()
         summary = Summary(dtypes=looks.dtypes, devices=looks.devices)
-        for spec, shapes in self.outlines():
-            summary.add_spec(spec, shapes)
+        for spec, tensors in self.outlines():
+            summary.add_spec(spec, [tensor.shape for tensor in tensors])
         return summary
 
     @property
     def nbytes(self) -> int:
-        total = 0
-        for call, (_, shapes) in zip(self._found[0], self.outlines(), strict=True):
-            leaves = self._first(call).group.leaves
-            total += sum(
-                math.prod(s) * one.dtype.itemsize for s, one in zip(shapes, leaves, strict=True)
-            )
-        return total
+        return sum(tensor.nbytes for _, tensors in self.outlines() for tensor in tensors)
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the calls whose parts do not fit together."""
