@@ -453,14 +453,14 @@ def test_a_pass_in_which_the_block_was_left_is_not_whole() -> None:
 
 
 def test_a_shard_that_says_nonsense_of_what_raised_is_damaged(tmp_path: Path) -> None:
+    from tests.damage import rewrite
+
     fragile(ValueError(), tmp_path / "r")
     for wrong, message in (
         (["x"], "a pass that raised"),
         ([9], "a pass raised that is not committed"),
         (3, "the passes that raised"),
     ):
-        from tests.damage import rewrite
-
         for shard in (tmp_path / "r" / "rank-00000").glob("*.safetensors"):
             rewrite(shard, lambda about, wrong=wrong: about.update(raised=wrong))  # type: ignore[misc]
         with pytest.raises(CorruptRecordingError, match=message):

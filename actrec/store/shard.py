@@ -547,7 +547,10 @@ def _contents(description: str) -> tuple[Heading, dict[tuple[Role, str], Listed]
         ),
         tuple((integer(a, "a shard"), integer(b, "a pass")) for a, b in parts),
         tuple(integer(shard, "a shard") for shard in items(about["void"], "the void shards")),
-        tuple(integer(one, "a pass that raised") for one in items(about["raised"], "the passes that raised")),
+        tuple(
+            integer(one, "a pass that raised")
+            for one in items(about["raised"], "the passes that raised")
+        ),
         ended if ended is None else text(ended, "how it ended"),
     )
     raised = max(heading.raised, default=-1)
