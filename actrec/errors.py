@@ -28,6 +28,8 @@ Every message names the call, the offending value, what was observed and the nea
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 __all__ = [
     "ActrecError",
     "AlignmentError",
@@ -71,6 +73,7 @@ class SelectionError(ActrecError, ValueError):
 class UnknownLayerError(ActrecError, KeyError):
     """A name that is not in the recording."""
 
+    @override
     def __str__(self) -> str:
         # KeyError would show the message in quotes, with its newlines escaped.
         return str(self.args[0])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import override
 
 from actrec._calls.hooks import Hook
 
@@ -97,6 +98,7 @@ class ConvNet(_Example):
         """Return images to call it with, the same every time."""
         return self._on_device(torch.randn(batch, 1, 16, 16, generator=_seeded(1), device="cpu"))
 
+    @override
     def forward(self, images: Tensor) -> Tensor:
         """Return ten numbers for each image."""
         shortcut = self.relu1(self.conv1(images))
@@ -128,6 +130,7 @@ class TinyTransformer(_Example):
             torch.randint(32, (batch, length), generator=_seeded(1), device="cpu")
         )
 
+    @override
     def forward(self, ids: Tensor) -> Tensor:
         """Return a number for each token that may follow, at each place."""
         places = torch.arange(ids.shape[1], device=ids.device)
@@ -147,6 +150,7 @@ class _Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
+    @override
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden + self.attention(self.norm1(hidden))
         return hidden + self.mlp(self.norm2(hidden))  # type: ignore[no-any-return]
@@ -161,6 +165,7 @@ class _Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
+    @override
     def forward(self, hidden: Tensor) -> Tensor:
         parts = [layer(hidden) for layer in (self.query, self.key, self.value)]
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
@@ -192,6 +197,7 @@ class Recurrent(_Example):
         """Return sequences to call it with, the same every time."""
         return self._on_device(torch.randn(batch, steps, 3, generator=_seeded(1), device="cpu"))
 
+    @override
     def forward(self, sequences: Tensor) -> Tensor:
         """Return two numbers for each sequence."""
         hidden, states = sequences.new_zeros(len(sequences), 4), []

@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from actrec.errors import ActrecError
 
@@ -71,6 +72,7 @@ class Eager(AbstractContextManager[None]):
     def __getattr__(self, name: str) -> Any:
         return getattr(self._before, name)
 
+    @override
     def __enter__(self) -> None:
         try:
             self._take()
@@ -86,6 +88,7 @@ class Eager(AbstractContextManager[None]):
             with suppress(RuntimeError):  # as above
                 self._take()
 
+    @override
     def __exit__(self, *_: object) -> None:
         with _taking:
             self._ended = True

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ class OwnDraws(TorchFunctionMode):
         super().__init__()
         self._seed = torch.default_generator.initial_seed()
 
+    @override
     def __torch_function__(
         self,
         func: Callable[..., Any],

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 import torch
 from torch.compiler import is_dynamo_compiling  # a constant in what the compiler reads
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from actrec._calls.clean_room import inside
 from actrec._calls.compiled import compiles_itself
@@ -64,6 +65,7 @@ class Hook(Generic[T]):
         self._target: weakref.ref[T] = weakref.ref(target)
         self._runs = _asked_by_the_compiler(self._target)
 
+    @override
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # copy() and pickle ask this.
         return getattr, (nullcontext(), "__exit__")
@@ -154,6 +156,7 @@ _uncompiled._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
 class OutputHook(LayerHook):
     """Tells what a call returned."""
 
+    @override
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self)
 
@@ -175,6 +178,7 @@ _GONE: Any = object()
 class CallHook(LayerHook):
     """Tells what a call returned to a track that also wants what it received."""
 
+    @override
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self, with_kwargs=True)
 
@@ -194,9 +198,11 @@ class CallHook(LayerHook):
 class InputHook(LayerHook):
     """Tells what a call receives."""
 
+    @override
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_pre_hook(self, with_kwargs=True)
 
+    @override
     def table(self, module: nn.Module) -> dict[int, Any]:
         return module._forward_pre_hooks
 
@@ -220,6 +226,7 @@ class BeginPass(Hook[Session]):
         self._below = below
         self._is_root = is_root
 
+    @override
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_pre_hook(self, prepend=True)
 
@@ -247,6 +254,7 @@ class BeginPass(Hook[Session]):
 class EndPass(Hook[Session]):
     """Tells that such a call ended, also by an exception."""
 
+    @override
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self, always_call=True)
 
@@ -277,6 +285,7 @@ class EndPass(Hook[Session]):
 class StopHook(Hook[Session]):
     """Ends a forward behind the last chosen layer, once all other hooks have heard of its call."""
 
+    @override
     def register(self, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(self)
 

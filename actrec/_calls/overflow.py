@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from actrec._values.chunks import blocks, dense
 from actrec._values.dtensor import is_distributed
@@ -106,6 +107,7 @@ class Overflows:
                 if many := int(answer):
                     self._add(number, many)
 
+    @override
     def __reduce__(self) -> tuple[Any, ...]:
         return _copied, (self.dtype, self.counts(), self.total)
 

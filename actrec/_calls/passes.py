@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from actrec._recordings.passes import Count
 
@@ -229,6 +230,7 @@ class Passes(Count):
         self._suspended: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
 
+    @override
     def __reduce__(self) -> tuple[type[Count], tuple[int, set[int]]]:
         return Count, (self.count, self.raised)  # a copy counts no more
 

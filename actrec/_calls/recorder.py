@@ -6,6 +6,8 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic
 
+from typing_extensions import override
+
 from actrec._recordings.layer import Layer, ListLayer, V
 from actrec._recordings.passes import Count
 from actrec._recordings.recording import Recording
@@ -63,6 +65,7 @@ class Recorder(Recording[V], Generic[V]):
         self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
         self._adding = threading.Lock()
 
+    @override
     def _deliver(self) -> None:
         self._session.deliver()
 
@@ -182,6 +185,7 @@ class Recorder(Recording[V], Generic[V]):
                             layer.overflows.clear()
         self._session.passes.restart()
 
+    @override
     def __reduce__(self) -> tuple[Callable[..., Recording[Any]], tuple[dict[str, Any]]]:
         # What is copied or pickled is what was recorded, not the recording of it.
         self._deliver()
@@ -196,6 +200,7 @@ class Recorder(Recording[V], Generic[V]):
         }
         return _copied, (state,)
 
+    @override
     def _state(self) -> State:
         if self._session.active:
             return "recording"

@@ -10,6 +10,7 @@ from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+from typing_extensions import override
 
 from actrec._recordings.layer import Layer
 from actrec._recordings.passes import PassNumbers
@@ -48,6 +49,7 @@ class SinkLayer(Layer[Any]):
         ] = {}  # by id: what is in it, and its pass
 
     @property
+    @override
     def passes(self) -> PassNumbers:
         # A bounded container has dropped the oldest calls; -1: the user has appended.
         latest = [*self._passes][-len(self) :] if len(self) else []
@@ -59,6 +61,7 @@ class SinkLayer(Layer[Any]):
         pairs = zip_longest(latest, islice(found, len(latest)))
         return PassNumbers([number if known is None else known for number, known in pairs])
 
+    @override
     def keep(self, value: Value, number: int) -> None:
         before, last = len(self), self._last()
         devices = {tensor.device for tensor in tensors(value) if not tensor.is_cpu}
@@ -92,6 +95,7 @@ class SinkLayer(Layer[Any]):
                 return number
         return None
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         return {
             **vars(self),
@@ -99,6 +103,7 @@ class SinkLayer(Layer[Any]):
             "_known": {},
         }  # no copy is the same thing
 
+    @override
     def clear(self) -> None:
         if self._make is None:
             self.sink.clear()
@@ -111,18 +116,22 @@ class SinkLayer(Layer[Any]):
     def __getitem__(self, index: int) -> Value: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Value]: ...
+    @override
     def __getitem__(self, index: int | slice) -> Value:
         return list(self)[index] if isinstance(index, slice) else self._items()[index]
 
     def __setitem__(self, index: int, value: Value) -> None:
         self.sink[index] = value
 
+    @override
     def __len__(self) -> int:
         return len(self.sink) if hasattr(self.sink, "__len__") else len(self._passes)
 
+    @override
     def __iter__(self) -> Iterator[Value]:
         return iter(self._items())
 
+    @override
     def _readable(self) -> Iterable[Value]:
         return self.sink if hasattr(self.sink, "__iter__") else ()
 

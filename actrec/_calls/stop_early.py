@@ -17,6 +17,8 @@ from functools import partial, update_wrapper
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from actrec._values.snapshot import sharded
 from actrec.errors import UnsupportedModelError
 
@@ -119,6 +121,7 @@ class StoppableForward:
         replicated = module is not None and module is not self.model and self.own is None
         return types.MethodType(type(self.model).forward, module) if replicated else self.forward
 
+    @override
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # In a pickle of the model, its forward, in words that a process without actrec knows too.
         if self.own is None:

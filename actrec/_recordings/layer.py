@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-from typing_extensions import TypeVar
+from typing_extensions import TypeVar, override
 
 from actrec._tables import html as _html
 from actrec._text import count, shown, size
@@ -243,6 +243,7 @@ class Layer(Sequence[V], Generic[V]):
         """The calls that can be looked at: all of them, unless a container of the user's keeps them."""
         return self
 
+    @override
     def __eq__(self, other: object) -> bool:
         # That of a list would ask a tensor of truth values whether it is true.
         if not isinstance(other, (list, Layer)):
@@ -274,6 +275,7 @@ class Layer(Sequence[V], Generic[V]):
         counts = Counter(number for number in self.passes if number >= 0)
         return max(counts.values(), default=0), len(counts)
 
+    @override
     def __repr__(self) -> str:
         looks, places = self._seen()
         facts = [count(len(self), "call"), f"{looks.what} {', '.join(looks.dtypes)}".strip()]
@@ -299,10 +301,12 @@ class ListLayer(list[V], Layer[V], Generic[V]):
     __repr__ = Layer.__repr__
 
     @property
+    @override
     def passes(self) -> PassNumbers:
         self._align()
         return PassNumbers(self._passes)
 
+    @override
     def keep(self, value: V, number: int) -> None:
         if len(self._passes) != len(self):
             self._align()
@@ -314,12 +318,14 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         del self._passes[len(self) :]
         self._passes += [-1] * (len(self) - len(self._passes))
 
+    @override
     def pop(self, index: SupportsIndex = -1) -> V:
         self._align()
         value = super().pop(index)
         self._passes.pop(index)
         return value
 
+    @override
     def __delitem__(self, index: SupportsIndex | slice) -> None:
         self._align()
         super().__delitem__(index)
@@ -327,6 +333,7 @@ class ListLayer(list[V], Layer[V], Generic[V]):
 
     # What follows is for users who work on the list as on any other: passes stay with their calls.
 
+    @override
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(index, slice):
             self._align()
@@ -336,19 +343,23 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         else:
             super().__setitem__(index, value)
 
+    @override
     def insert(self, index: SupportsIndex, value: V) -> None:
         self._align()
         super().insert(index, value)
         self._passes.insert(index, -1)
 
+    @override
     def remove(self, value: V) -> None:
         del self[self.index(value)]
 
+    @override
     def reverse(self) -> None:
         self._align()
         super().reverse()
         self._passes.reverse()
 
+    @override
     def sort(self, *, key: Callable[[Any], Any] | None = None, reverse: bool = False) -> None:
         keys: list[Any] = [*self] if key is None else [*map(key, self)]
         order = sorted(range(len(keys)), key=keys.__getitem__, reverse=reverse)
@@ -356,9 +367,11 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         super().__setitem__(slice(None), [calls[index] for index in order])
         self._passes[:] = [passes[index] for index in order]
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_passes": [*self.passes]}  # a copy has passes of its own
 
+    @override
     def clear(self) -> None:
         super().clear()
         self._passes = []  # who holds those of before keeps them

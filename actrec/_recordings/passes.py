@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol, overload
 
+from typing_extensions import override
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -36,6 +38,7 @@ class PassNumbers(Sequence[int]):
     def __init__(self, numbers: _Numbers) -> None:
         self._numbers = numbers
 
+    @override
     def __len__(self) -> int:
         return len(self._numbers)
 
@@ -43,14 +46,17 @@ class PassNumbers(Sequence[int]):
     def __getitem__(self, index: int) -> int: ...
     @overload
     def __getitem__(self, index: slice) -> list[int]: ...
+    @override
     def __getitem__(self, index: int | slice) -> int | list[int]:
         if isinstance(index, slice):
             return [self._numbers[at] for at in range(len(self))[index]]
         return self._numbers[range(len(self))[index]]
 
+    @override
     def __iter__(self) -> Iterator[int]:
         return iter(self._numbers)
 
+    @override
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, (list, PassNumbers)):
             return NotImplemented
@@ -58,5 +64,6 @@ class PassNumbers(Sequence[int]):
 
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
+    @override
     def __repr__(self) -> str:
         return repr([*self])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, overload
 
-from typing_extensions import TypeVar
+from typing_extensions import TypeVar, override
 
 from actrec._tables.html import as_html
 from actrec._tables.text import as_text
@@ -78,6 +78,7 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
         key = name if name in self._layers else self._aliases.get(name)  # type: ignore[call-overload]
         return key if key in self._layers else None
 
+    @override
     def __contains__(self, name: object) -> bool:
         return self._key(name) is not None
 
@@ -85,11 +86,13 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
     def get(self, name: str, /) -> Layer[V] | None: ...
     @overload
     def get(self, name: str, /, default: Layer[V] | T) -> Layer[V] | T: ...
+    @override
     def get(self, name: str, /, default: Any = None) -> Any:
         """Return a layer, or ``default`` if there is none of that name."""
         key = self._key(name)
         return default if key is None else self[key]
 
+    @override
     def __getitem__(self, name: str) -> Layer[V]:
         key = self._key(name)
         if key is None:
@@ -101,9 +104,11 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
     def _deliver(self) -> None:
         """Wait for calls that are on their way from a device. Only a :class:`Recorder` has any."""
 
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
 
+    @override
     def __len__(self) -> int:
         return len(self._layers)
 
@@ -294,6 +299,7 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
             beside={what: one.values() for what, one in beside.items() if one is not None},
         )
 
+    @override
     def __repr__(self) -> str:
         return as_text(self._table())
 

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -56,6 +57,7 @@ class Opaque:
 
     type: str
 
+    @override
     def __repr__(self) -> str:
         return f"Opaque({self.type!r})"
 
@@ -95,6 +97,7 @@ class Fields(dict[Any, Value]):
             message = f"this {kind} has no {name!r}; it has {', '.join(map(repr, self))}"
             raise AttributeError(message) from None
 
+    @override
     def __repr__(self) -> str:
         return f"{self._type.rpartition('.')[2]}({dict.__repr__(self)})"
 

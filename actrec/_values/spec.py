@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .containers import CONSTANTS, Opaque, Value, is_array, opaque, parts
 
@@ -60,14 +61,17 @@ class Constant(NamedTuple):
 
     value: Any
 
+    @override
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Constant) or type(self.value) is not type(other.value):
             return False
         return self.value is other.value or _content(self.value) == _content(other.value)
 
+    @override
     def __ne__(self, other: object) -> bool:
         return not self == other
 
+    @override
     def __hash__(self) -> int:
         return hash(type(self.value))
 
@@ -177,6 +181,7 @@ class Spec:
     steps: tuple[Step, ...] = field(repr=False)
     count: int  #: of the tensors
 
+    @override
     def __hash__(self) -> int:
         return hash((len(self.steps), self.count))
 
@@ -252,6 +257,7 @@ class Spec:
         value = last.value
         return value.type.rpartition(".")[2] if isinstance(value, Opaque) else type(value).__name__
 
+    @override
     def __str__(self) -> str:
         return repr(self.fill([_A_TENSOR] * self.count))
 
@@ -265,6 +271,7 @@ def _made(container: Container, children: list[Value]) -> Value:
 
 
 class _ATensor:
+    @override
     def __repr__(self) -> str:
         return "a tensor"
 

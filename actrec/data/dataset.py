@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from actrec._text import count
 
@@ -108,6 +109,7 @@ class Rows(Dataset[Any]):
     def __len__(self) -> int:
         return self._len
 
+    @override
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Any:
         if isinstance(index, slice):
             return self._as_item(self._range(range(self._len)[index]))
@@ -123,6 +125,7 @@ class Rows(Dataset[Any]):
         parts = [column.unbind() for column in found]
         return list(parts[0] if len(parts) == 1 else zip(*parts, strict=True))
 
+    @override
     def __repr__(self) -> str:
         each = ", ".join(
             f"{c.name} {c.shape} {str(c.dtype).removeprefix('torch.')}" for c in self._columns

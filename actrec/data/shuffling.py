@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
+from typing_extensions import override
 
 from actrec.errors import OptionError, ResumeError
 from actrec.store.rank import placed
@@ -206,6 +207,7 @@ class Shuffled(IterableDataset[Any]):
     def __len__(self) -> int:
         return self._order.batches
 
+    @override
     def __repr__(self) -> str:
         names = ", ".join(column.name for column in self._columns)
         return f"{len(self)} batches of {self._order.batch_size} shuffled rows of {names}"
@@ -264,6 +266,7 @@ class Shuffled(IterableDataset[Any]):
             progress = _Progress(progress.epoch, progress.first + progress.done)
         self._next, self._now = progress, None
 
+    @override
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)

@@ -126,6 +126,7 @@ class Bucket:
             OrderedDict()
         )  # with the blocks that fsspec keeps of each
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         # Other processes need the options, credentials or not.
         return {name: getattr(self, name) for name in ("url", "_options", "_spool", "_cache_bytes")}
@@ -137,9 +138,11 @@ class Bucket:
     def __truediv__(self, name: str) -> Bucket:
         return Bucket(self.shown(name), self._options, self._spool, self._cache_bytes)
 
+    @override
     def __str__(self) -> str:
         return self.url
 
+    @override
     def __repr__(self) -> str:
         return f"Bucket({self.url!r})"
 

@@ -49,6 +49,7 @@ class Disk:
     def __truediv__(self, name: str) -> Disk:
         return Disk(self.path / name)
 
+    @override
     def __str__(self) -> str:
         return str(self.path)
 

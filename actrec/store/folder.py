@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from typing_extensions import override
+
 from actrec.errors import OptionError
 
 from .format import MAX_RANKS
@@ -90,6 +92,7 @@ class Folder(os.PathLike[str]):
             message = f"{call}: ranks are numbered from 0, and there are at most {MAX_RANKS:,}."
             raise OptionError(message)
 
+    @override
     def __fspath__(self) -> str:
         return os.fspath(self.path)
 

@@ -11,6 +11,8 @@ import threading
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from typing_extensions import override
+
 from .format import ANOTHER, SHARD, Role, Slot, corrupt
 from .ledger import Heading, SoFar
 from .shard import Shard
@@ -83,6 +85,7 @@ class Index:
         self._held = 0
         self._latest: dict[tuple[Role, str], int] = {}  # the shard in which the last call was found
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         hidden = {"_lock", "_open", "_held", "_latest", "_skips"}
         return {name: value for name, value in vars(self).items() if name not in hidden}

@@ -33,6 +33,7 @@ class ReadOnlyLayer(Layer[Any]):
     def __getitem__(self, index: int) -> Value: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Value]: ...
+    @override
     def __getitem__(self, index: int | slice) -> Value:
         if isinstance(index, slice):
             return [self._call(at) for at in range(len(self))[index]]
@@ -43,13 +44,16 @@ class ReadOnlyLayer(Layer[Any]):
             raise IndexError(message) from None
         return self._call(at)
 
+    @override
     def __iter__(self) -> Iterator[Value]:
         return map(self._call, range(len(self)))
 
+    @override
     def cat(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""
         return self._join("cat", dim)
 
+    @override
     def stack(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
         return self._join("stack", dim)
@@ -58,9 +62,11 @@ class ReadOnlyLayer(Layer[Any]):
     def _summary(self) -> Summary:
         """What the calls look like, together."""
 
+    @override
     def _seen(self) -> tuple[Summary, dict[object, int]]:
         return self._summary(), dict(self._places())
 
+    @override
     def _places(self) -> Iterator[tuple[object, int]]:
         return iter([(id(self), self.nbytes)])
 
@@ -68,9 +74,11 @@ class ReadOnlyLayer(Layer[Any]):
     def _of(self, calls: list[int]) -> Layer[Any]:
         return ChosenLayer(self, calls)
 
+    @override
     def keep(self, value: Value, number: int) -> NoReturn:  # noqa: ARG002
         self._refuse("keep")
 
+    @override
     def clear(self) -> NoReturn:
         self._refuse("clear")
 
@@ -91,6 +99,7 @@ class ChosenLayer(ReadOnlyLayer):
         self.calls = calls
 
     @property
+    @override
     def passes(self) -> PassNumbers:
         return PassNumbers(self._numbers)
 
@@ -105,9 +114,11 @@ class ChosenLayer(ReadOnlyLayer):
         ranks = self.base.ranks  # type: ignore[attr-defined]  # layers on disk know them
         return [ranks[index] for index in self.calls]
 
+    @override
     def __len__(self) -> int:
         return len(self.calls)
 
+    @override
     def _call(self, index: int) -> Value:
         return self.base[self.calls[index]]
 

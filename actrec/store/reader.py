@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from actrec._recordings.passes import Count, PassNumbers
 from actrec._recordings.recording import Recording
@@ -274,6 +275,7 @@ class StoredLayer(ReadOnlyLayer):
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device="cpu")
 
     @property
+    @override
     def passes(self) -> PassNumbers:
         return PassNumbers(self._numbers)
 
@@ -297,9 +299,11 @@ class StoredLayer(ReadOnlyLayer):
         """Whether any tensor is a rank's part of a ``DTensor``."""
         return any(source.so_far.in_parts for source in self._sources)
 
+    @override
     def __len__(self) -> int:
         return self._starts[-1]
 
+    @override
     def _call(self, index: int) -> Value:
         found = self.find(index)
         return found.shard.value(found.group, found.call)
@@ -311,10 +315,12 @@ class StoredLayer(ReadOnlyLayer):
         at = bisect_right(self._starts, index) - 1
         return self._sources[at].find(index - self._starts[at])
 
+    @override
     def _per_pass(self) -> tuple[int, int]:
         found = [source.so_far for source in self._sources]
         return max((one.most for one in found), default=0), sum(one.passes for one in found)
 
+    @override
     def _summary(self) -> Summary:
         found = Summary()
         for source in self._sources:
@@ -322,15 +328,18 @@ class StoredLayer(ReadOnlyLayer):
         return found
 
     @property
+    @override
     def nbytes(self) -> int:
         return sum(source.so_far.nbytes for source in self._sources)
 
-    def cat(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
+    @override
+    def cat(self, dim: int = 0, *, release: bool = False) -> Value:
         """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""
         joined = self._joined(new=False) if dim == 0 else None
         return super().cat(dim) if joined is None else joined
 
-    def stack(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
+    @override
+    def stack(self, dim: int = 0, *, release: bool = False) -> Value:
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
         joined = self._joined(new=True) if dim == 0 else None
         return super().stack(dim) if joined is None else joined
@@ -446,6 +455,7 @@ class StoredRecording(Recording):
         )
 
     @property
+    @override
     def num_passes(self) -> int:
         """The number of committed passes; where several ranks have recorded, that of the rank that has most.
 
@@ -506,6 +516,7 @@ class StoredRecording(Recording):
         return all(rank.complete for rank in self._latest) and not self._left_out
 
     @property
+    @override
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.everything())
 
@@ -515,6 +526,7 @@ class StoredRecording(Recording):
         found = None if layers is None else layers._layers.get(name)
         return found.recorded if isinstance(found, WholeLayer) else found  # type: ignore[return-value]
 
+    @override
     def _raised(self) -> set[Moment]:
         return {(one.number, number) for one in self._ranks for number in one.index.heading.raised}
 
@@ -540,6 +552,7 @@ class StoredRecording(Recording):
         """How many calls are left out, because parts of their tensors are missing."""
         return sum(layer.left_out for layer in self.wholes)
 
+    @override
     def _title(self) -> str:
         reasons = list(summary(self._latest)) if len(self.ranks) > 1 else []
         if self._left_out:

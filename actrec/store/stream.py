@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
+from typing_extensions import override
+
 from actrec._recordings.layer import Layer
 from actrec._recordings.passes import PassNumbers
 from actrec.errors import ActrecError, OptionError, RecordingExistsError, WriteError
@@ -269,6 +271,7 @@ class LiveLayer(Layer[Any]):
         self._bytes = before.nbytes
         self._looks = before._summary()
 
+    @override
     def keep(self, value: Value, number: int) -> None:
         call = self._stream.keep(self._slot, value, number)
         self._new_passes.add(number)
@@ -276,11 +279,13 @@ class LiveLayer(Layer[Any]):
         self._looks.add(value)
 
     @property
+    @override
     def passes(self) -> PassNumbers:
         if self._stream.closed:
             return self._stored.passes
         return PassNumbers([*self._before.passes, *self._new_passes])
 
+    @override
     def __len__(self) -> int:
         if self._stream.closed:
             return len(self._stored)
@@ -290,20 +295,25 @@ class LiveLayer(Layer[Any]):
     def __getitem__(self, index: int) -> Value: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Value]: ...
+    @override
     def __getitem__(self, index: int | slice) -> Value:
         return self._stored[index]
 
+    @override
     def __iter__(self) -> Iterator[Value]:
         return iter(self._stored)
 
+    @override
     def nth(self, number: int) -> Layer[Any]:
         """Return one call of each pass. See :meth:`Layer.nth`."""
         return self._stored.nth(number)
 
+    @override
     def cat(self, dim: int = 0, *, release: bool = False) -> Value:
         """Join all calls along an existing dimension. See :meth:`Layer.cat`."""
         return self._stored.cat(dim, release=release)
 
+    @override
     def stack(self, dim: int = 0, *, release: bool = False) -> Value:
         """Join all calls along a new dimension. See :meth:`Layer.stack`."""
         return self._stored.stack(dim, release=release)
@@ -312,15 +322,19 @@ class LiveLayer(Layer[Any]):
         return self._stored._summary() if self._stream.closed else self._looks
 
     @property
+    @override
     def nbytes(self) -> int:
         return self._stored.nbytes if self._stream.closed else self._bytes
 
+    @override
     def _seen(self) -> tuple[Summary, dict[object, int]]:
         return self._summary(), dict(self._places())
 
+    @override
     def _places(self) -> Iterator[tuple[object, int]]:
         return iter([(id(self), self.nbytes)])
 
+    @override
     def clear(self) -> NoReturn:
         message = (
             f"acts[{self.name!r}].clear(): what was written to a path stays there. To keep only a part of a "
@@ -332,6 +346,7 @@ class LiveLayer(Layer[Any]):
     def _stored(self) -> StoredLayer:
         return self._stream.stored(self._slot)
 
+    @override
     def __reduce__(self) -> tuple[Callable[..., StoredLayer], tuple[StoredLayer]]:
         # What is copied or pickled is what was stored, not the storing of it.
         return _itself, (self._stored,)

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from typing_extensions import override
 
 from actrec._recordings.passes import PassNumbers
 from actrec._values.summary import Summary
@@ -78,6 +79,7 @@ class WholeLayer(ReadOnlyLayer):
         return self._found[1]
 
     @property
+    @override
     def passes(self) -> PassNumbers:
         return PassNumbers([call.number for call in self._found[0]])
 
@@ -86,9 +88,11 @@ class WholeLayer(ReadOnlyLayer):
         """For each call, the first rank that has recorded a part of it."""
         return [call.rank for call in self._found[0]]
 
+    @override
     def __len__(self) -> int:
         return len(self._found[0])
 
+    @override
     def _call(self, index: int) -> Value:
         return self._value(self._found[0][index])
 
@@ -131,6 +135,7 @@ class WholeLayer(ReadOnlyLayer):
                 ],
             )
 
+    @override
     def _summary(self) -> Summary:
         looks = self.recorded._summary()
         summary = Summary(dtypes=looks.dtypes, devices=looks.devices)
@@ -139,6 +144,7 @@ class WholeLayer(ReadOnlyLayer):
         return summary
 
     @property
+    @override
     def nbytes(self) -> int:
         return sum(tensor.nbytes for _, tensors in self.outlines() for tensor in tensors)
 
