@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import FrozenInstanceError
-from threading import Barrier, Event
+from threading import Barrier
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,12 +30,13 @@ from actrec import (
 )
 from actrec.store import Folder, RankInfo
 from actrec.store import rank as _rank
-from actrec.store import stream as _live
+from actrec.store.disk import Disk
 from actrec.store.rank import here
 from tests.ranked import Same, as_rank, write
 from tests.stored import assert_same, same
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 LAUNCHER = re.compile(
@@ -48,6 +49,12 @@ KILLED = "killed or still recording"
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in filter(LAUNCHER.match, list(os.environ)):
         monkeypatch.delenv(name)
+
+
+def kill(path: Path, rank: int) -> None:
+    """Take away the last shard of a rank, which says how the run ended; one with calls is left if there were two."""
+    (*_, last) = sorted((path / f"rank-0000{rank}").glob("*.safetensors"))
+    last.unlink()
 
 
 def row(*numbers: float) -> torch.Tensor:
@@ -320,8 +327,7 @@ def test_ranks_may_record_different_layers_whoever_is_first(
     assert acts.inputs["d"].ranks == [1, 1]
     assert not hasattr(acts.rank(0), "inputs")
     assert actrec.verify(path) == []
-    assert (path / "rank-00001/rank.json").exists()
-    assert not (path / f"rank-0000{order[0]}/rank.json").exists()
+    assert sorted(path.rglob("rank.json")) == [path / f"rank-0000{n}/rank.json" for n in range(3)]
 
 
 def test_every_rank_finds_its_layers_by_the_names_it_used(tmp_path: Path) -> None:
@@ -339,22 +345,28 @@ def test_a_recording_that_is_not_whole_says_which_ranks_are_not(tmp_path: Path) 
     path = tmp_path / "r"
     for rank in (0, 1, 2, 4):
         with suppress(ZeroDivisionError):
-            write(path, rank, 6, (row(1 / (rank != 1 or turn)) for turn in (1, 0)))
-    for rank in (2, 4):
-        (path / f"rank-0000{rank}/end.json").unlink()
+            write(
+                path,
+                rank,
+                6,
+                (row(1 / (rank != 1 or turn)) for turn in (1, 0)),
+                folder={"seconds": 0},
+            )
+        if rank in {2, 4}:
+            kill(path, rank)
     acts = load(path)
     assert not acts.complete
     assert [info.error for info in acts.ranks] == [None, "left by ZeroDivisionError", KILLED, "wrote nothing", KILLED, "wrote nothing"]  # fmt: skip
     assert repr(acts).splitlines()[0] == (
         "stored Same (incomplete: rank 1 left by ZeroDivisionError; ranks 2 and 4 killed or still recording; "
-        "ranks 3 and 5 wrote nothing): 1 layer, 2 passes, 24 B"
+        "ranks 3 and 5 wrote nothing): 1 layer, 2 passes, 16 B"
     )
     assert acts.rank(0).complete
     assert not acts.rank(2).complete
     assert repr(acts.rank(2)).startswith("stored Same (incomplete): ")
-    assert list(acts.rank(3)) == list(load(path, rank=3)) == ["layer"]
+    assert list(acts.rank(3)) == list(load(path, rank=3)) == []
     assert acts.rank(3).num_passes == 0
-    assert [info.num_passes for info in acts.ranks] == [2, 0, 2, 0, 2, 0]
+    assert [info.num_passes for info in acts.ranks] == [2, 0, 1, 0, 1, 0]
 
 
 def test_of_many_ranks_that_are_missing_some_are_named(tmp_path: Path) -> None:
@@ -367,12 +379,16 @@ def test_a_rank_that_has_not_written_anything_yet_is_no_obstacle(uneven: Path) -
     (uneven / "rank-00001").mkdir()
     (uneven / "rank-00001/000000.safetensors.tmp").touch()
     acts = load(uneven)
+    assert acts.ranks[1] == RankInfo(1, 0, complete=False, error="wrote nothing")
+    assert acts["layer"].ranks == [0, 2, 0, 2, 2, 2]
+    shutil.copy(uneven / "rank-00000/rank.json", uneven / "rank-00001")
+    acts = load(uneven)
     assert acts.ranks[1] == RankInfo(1, 0, complete=False, error=KILLED)
     assert acts["layer"].ranks == [0, 2, 0, 2, 2, 2]
-    shutil.rmtree(uneven / "rank-00000")
-    shutil.rmtree(uneven / "rank-00001")
-    shutil.rmtree(uneven / "rank-00002")
+    for rank in (0, 2):
+        shutil.rmtree(uneven / f"rank-0000{rank}")
     assert len(load(uneven)["layer"]) == 0
+    assert [info.error for info in load(uneven).ranks] == ["wrote nothing", KILLED, "wrote nothing"]
 
 
 def test_a_damaged_rank_is_named_and_the_others_can_be_read(uneven: Path) -> None:
@@ -398,7 +414,7 @@ def files(path: Path) -> dict[Path, int]:
         ((0, 2), (1, 3), "a run of 2 ranks records there, or has recorded, and this is another run"),
         ((0, 1), (1, 2), "a single process records there, or has recorded, and this is another run"),
         ((0, 1), (0, 2), "there is a recording already"),
-        ((1, 2), (0, 1), "there is a recording already"),
+        ((1, 2), (0, 1), "a run of 2 ranks records there, or has recorded, and this is another run"),
     ],
 )  # fmt: skip
 def test_two_runs_into_one_path_are_refused_and_nothing_is_touched(
@@ -423,54 +439,54 @@ def test_the_same_command_once_more_is_another_run(
     assert not (tmp_path / "r/rank-00001").exists()
 
 
+def at_the_last_moment(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    """Let something happen once, when a rank has looked what is there and has not yet said that it records."""
+    commit = Disk.commit
+
+    def late(disk: Disk, name: str, write: Any) -> None:
+        if name == "rank.json":
+            monkeypatch.setattr(Disk, "commit", commit)
+            happens()
+        commit(disk, name, write)
+
+    monkeypatch.setattr(Disk, "commit", late)
+
+
+@pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("other", [(1, 3), (1, 2)])
 def test_a_run_that_was_first_between_two_looks_is_found_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: tuple[int, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: tuple[int, int], *, resume: bool
 ) -> None:
     path = tmp_path / "r"
-    publish = _live.publish
-
-    def late(*args: Any, **kwargs: Any) -> Any:
-        monkeypatch.setattr(_live, "publish", publish)
-        write(path, 0, 2, [row(0)])
-        return publish(*args, **kwargs)
-
-    monkeypatch.setattr(_live, "publish", late)
+    at_the_last_moment(monkeypatch, lambda: write(path, 0, 2, [row(0)]))
     if other == (1, 2):
-        write(path, *other, [row(1)])
+        write(path, *other, [row(1)], resume=resume)
         assert load(path)["layer"].ranks == [0, 1]
     else:
         with pytest.raises(RecordingExistsError, match="this is another run"):
-            write(path, *other, [row(1)])
-        assert not (path / "rank-00001").exists()
+            write(path, *other, [row(1)], resume=resume)
+        assert os.listdir(path / "rank-00001") == ["writer.lock"]
+        assert load(path)["layer"].ranks == [0]
+        write(path, 1, 2, [row(1)])
+        assert load(path).complete
     assert actrec.verify(path) == []
 
 
-def test_a_rank_that_looks_while_another_describes_the_recording_and_writes_joins_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ranks_of_different_recordings_in_one_folder_are_named_and_can_be_read_alone(
+    tmp_path: Path,
 ) -> None:
-    path, begun, go_on = tmp_path / "r", Event(), Event()
-    publish, shard_names = _live.publish, _live.shard_names
-
-    def wait(*args: Any, **kwargs: Any) -> Any:
-        begun.set()
-        assert go_on.wait(20)
-        return publish(*args, **kwargs)
-
-    def look(disk: Any) -> list[str]:
-        monkeypatch.setattr(_live, "shard_names", shard_names)
-        go_on.set()
-        first.result(20)
-        return shard_names(disk)
-
-    monkeypatch.setattr(_live, "publish", wait)
-    with ThreadPoolExecutor(1) as thread:
-        first = thread.submit(write, path, 0, 2, [row(0)])
-        assert begun.wait(20)
-        monkeypatch.setattr(_live, "publish", publish)
-        monkeypatch.setattr(_live, "shard_names", look)
-        write(path, 1, 2, [row(1)], resume=True)
-    assert load(path)["layer"].ranks == [0, 1]
+    for rank, name in enumerate("aab"):
+        write(tmp_path / name, rank, 3, [row(rank)], folder={"run": name})
+    shutil.move(tmp_path / "b/rank-00002", tmp_path / "a")
+    told = r"ranks 0 and 2 in it belong to different recordings. load\(path, rank=...\) opens one of them"
+    with pytest.raises(CorruptRecordingError, match=told):
+        load(tmp_path / "a")
+    assert any("different recordings" in problem for problem in actrec.verify(tmp_path / "a"))
+    assert [load(tmp_path / "a", rank=n)["layer"][0].item() for n in range(3)] == [0, 1, 2]
+    with pytest.raises(
+        RecordingExistsError, match="a run of 3 ranks records there, .* another run"
+    ):
+        write(tmp_path / "a", 3, 4, [], folder={"run": "a"})
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -549,7 +565,6 @@ def test_a_new_launch_goes_on_with_more_ranks_and_with_fewer(
     acts = load(uneven)
     assert [info.error for info in acts.ranks] == [None, None, None, "wrote nothing", None]
     write(uneven, 1, 5, [row(12)], resume=True)
-    (uneven / "rank-00004/end.json").unlink()
     shutil.rmtree(uneven / "rank-00004")
     assert len(load(uneven).ranks) == 5, "rank 1 remembers that there were five"
     write(uneven, 0, 1, [row(2)], resume=True)
@@ -566,10 +581,17 @@ def test_fewer_ranks_than_before_complete_a_recording_and_keep_what_the_others_h
     path = tmp_path / "r"
     for rank in (0, 1, 2):  # and rank 3 wrote nothing
         with suppress(ZeroDivisionError):
-            write(path, rank, 4, (row(rank, 1 / (rank != 1 or turn)) for turn in (1, 0)))
-    (path / "rank-00002/end.json").unlink()
+            write(
+                path,
+                rank,
+                4,
+                (row(rank, 1 / (rank != 1 or turn)) for turn in (1, 0)),
+                folder={"seconds": 0},
+            )
+    kill(path, 2)
     assert "rank 2 killed or still recording; rank 3 wrote nothing" in repr(load(path))
     before = load(path)["layer"].cat().tolist()
+    assert [info.num_passes for info in load(path).ranks] == [2, 0, 1, 0]
     write(path, first, 2, [row(8, 8)], resume=True)
     acts = load(path)
     assert acts.complete == (first == 1), "rank 0 was closed, and rank 1 was not"
@@ -619,7 +641,7 @@ def test_a_rank_that_was_killed_before_it_wrote_anything_begins_anew(tmp_path: P
     path = tmp_path / "r"
     write(path, 0, 2, [row(0)])
     (path / "rank-00001").mkdir()
-    (path / "rank-00001/actrec.json.tmp").write_text("{")
+    (path / "rank-00001/rank.json.tmp").write_text("{")
     write(path, 1, 2, [row(1)], model=Stage("x"), layers=None, resume=True)
     acts = load(path)
     assert (list(acts), acts.complete) == (["layer", "x"], True)
@@ -629,12 +651,17 @@ def test_a_rank_that_was_killed_before_it_wrote_anything_begins_anew(tmp_path: P
 def test_a_recording_without_its_description_is_not_begun_anew_by_another_rank(
     uneven: Path,
 ) -> None:
-    (uneven / "actrec.json").unlink()
-    shutil.rmtree(uneven / "rank-00000")
-    with pytest.raises(CorruptRecordingError, match=r"actrec.json is damaged: it is missing"):
-        write(uneven, 0, 3, [row(0)], resume=True)
-    with pytest.raises(CorruptRecordingError, match=r"actrec.json is damaged: it is missing"):
+    (uneven / "rank-00001/rank.json").unlink()
+    shutil.rmtree(uneven / "rank-00002")
+    for rank in (1, 2):
+        with pytest.raises(CorruptRecordingError, match=r"1/rank.json is damaged: it is missing"):
+            write(uneven, rank, 3, [row(0)])
+    with pytest.raises(CorruptRecordingError, match=r"1/rank.json is damaged: it is missing"):
+        write(uneven, 1, 3, [row(0)], resume=True)
+    with pytest.raises(CorruptRecordingError, match=r"1/rank.json is damaged: it is missing"):
         load(uneven)
+    assert any("1/rank.json is damaged" in problem for problem in actrec.verify(uneven))
+    assert len(load(uneven, rank=0)["layer"]) == 2
 
 
 def test_a_rank_is_recorded_by_one_process_at_a_time(tmp_path: Path) -> None:
@@ -656,7 +683,7 @@ def test_a_rank_is_recorded_by_one_process_at_a_time(tmp_path: Path) -> None:
     [
         ("[", "it is no JSON"),
         ("[]", "the file is [], which is no object"),
-        ({"recording": "x"}, "it belongs to another recording"),
+        ({"recording": "x"}, "it says that it belongs to recording"),
         ({"recording": None}, "the file has no 'recording'"),
         ({"ranks": None}, "the file has no 'ranks'"),
         ({"ranks": 0}, "the number of ranks is 0"),
@@ -668,19 +695,20 @@ def test_a_rank_is_recorded_by_one_process_at_a_time(tmp_path: Path) -> None:
         ({"options": {"inputs": True}}, "the options has no 'grads'"),
         ({"layers": {}}, "the layers is {}, which is no list"),
         ({"layers": [{"name": "a"}]}, "a layer has no 'type'"),
-        ({"layers": [0] * 200_000}, "the layers are 200000, and 131072 is the limit"),
+        ({"layers": [0] * 200_000}, "a layer is 0, which is no object"),
+        ("{" + " " * (1 << 24) + "}", "it has 16777218 bytes, and 16777216 is the limit"),
         ({"names": None}, "the file has no 'names'"),
         ({"names": {"a": 1}}, "a name is 1, which is no text"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["rank.json", "actrec.json"])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_damaged_description_of_a_rank_is_named(
-    tmp_path: Path, change: Any, told: str, name: str
+    tmp_path: Path, change: Any, told: str, rank: int
 ) -> None:
     path = tmp_path / "r"
-    for rank in range(2):
-        write(path, rank, 2, [row(rank)], model=Stage("ab"[rank]), layers=None)
-    (file,) = path.rglob(name)
+    for number in range(2):
+        write(path, number, 2, [row(number)], model=Stage("ab"[number]), layers=None)
+    file = path / f"rank-0000{rank}/rank.json"
     if isinstance(change, dict):
         content = json.loads(file.read_text()) | change
         change = json.dumps({key: value for key, value in content.items() if value is not None})
@@ -696,11 +724,11 @@ def test_every_damaged_rank_is_listed(tmp_path: Path) -> None:
     path = tmp_path / "r"
     for rank in range(3):
         write(path, rank, 3, [row(rank)], model=Stage("abc"[rank]), layers=None)
-        (path / f"rank-0000{rank}/end.json").write_text("{}")
-    for file in path.rglob("rank.json"):
-        file.write_text("")
+        (path / f"rank-0000{rank}/000000.safetensors").write_text("{}")
+    for rank in (1, 2):
+        (path / f"rank-0000{rank}/rank.json").write_text("")
     problems = "\n".join(actrec.verify(path))
-    for file in ("rank-00001/rank.json", "rank-00002/rank.json", "rank-00000/end.json", "rank-00001/end.json"):  # fmt: skip
+    for file in ("rank-00001/rank.json", "rank-00002/rank.json", "rank-00000/000000.safetensors", "rank-00001/000000.safetensors"):  # fmt: skip
         assert f"{file} is damaged" in problems
 
 

@@ -127,6 +127,10 @@ class Disk:
         unfinished.write(write)
         return unfinished
 
+    def remove(self, name: str) -> None:
+        """Remove a file that this process has written, and that nobody has any use for."""
+        (self.path / name).unlink()
+
     def sweep(self) -> None:
         """Remove files that were never finished."""
         for name in self.names():

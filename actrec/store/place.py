@@ -81,6 +81,9 @@ class Place(Protocol):
     def begin(self, name: str, write: Callable[[Writable], object]) -> Unfinished:
         """Write a new file, so that all that is left to do is to ``finish()`` it."""
 
+    def remove(self, name: str) -> None:
+        """Remove a file that this process has written, and that nobody has any use for."""
+
     def sweep(self) -> None:
         """Remove files that were never finished."""
 

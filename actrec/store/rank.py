@@ -18,7 +18,10 @@ from .format import MAX_RANKS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Position", "here", "placed"]
+__all__ = ["ANY_RUN", "Position", "here", "placed"]
+
+#: Stands for the run of ranks that nothing names, and that were told to go on with whatever is there: they are one run.
+ANY_RUN: Final = "0" * 32
 
 #: Where launchers besides torchrun name a launch, alike for all its processes: PMIx (Open MPI, PRRTE, Slurm), Open MPI
 #: before that, Intel MPI, PMI (MPICH, Slurm), PALS, Flux, and Slurm itself.

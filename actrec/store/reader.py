@@ -132,20 +132,20 @@ def load(
 
 
 def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
-    """Open what is at a place."""
+    """Open what is at a place; of a ``rank`` that is there, nothing else is looked at."""
     folders = {rank_number(folder.name): folder for folder in rank_folders(disk)}
-    described = {number: folder for number, folder in folders.items() if is_described(folder)}
+    if type(rank) is int and rank in folders and is_described(folders[rank]):
+        return StoredRecording(disk, [Rank(folders[rank])], only=rank)
+    described = [folder for folder in folders.values() if is_described(folder)]
     if not described:
         message = f"load({str(disk)!r}): {_what_is_there(disk)}."
         raise RecordingNotFoundError(message)
     if rank is None:
-        ranks = [Rank(folder, of=len(described)) for folder in described.values()]
-        return StoredRecording(disk, ranks)
-    ranks = [Rank(described[rank])] if rank in described else []
-    there = ranks or [Rank(next(iter(described.values())))]
-    numbered = range(max(there[0].index.heading.ranks - 1, *folders) + 1)
+        return StoredRecording(disk, [Rank(folder, of=len(described)) for folder in described])
+    first = Rank(described[0])
+    numbered = range(max(first.index.heading.ranks - 1, *folders) + 1)
     _check_rank(f"load({str(disk)!r}, rank={rank!r})", rank, numbered)
-    return StoredRecording(disk, ranks, only=rank, model=there[0].description.model)
+    return StoredRecording(disk, [], only=rank, model=first.description.model)
 
 
 def _what_is_there(disk: Place) -> str:

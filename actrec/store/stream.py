@@ -17,11 +17,11 @@ from actrec.errors import ActrecError, OptionError, RecordingExistsError, WriteE
 
 from . import shard
 from .description import read_description
-from .format import DESCRIPTION, Role, Slot, corrupt
-from .index import shard_name, shard_names
+from .format import DESCRIPTION, Role, Slot
+from .index import shard_name
 from .ledger import Ledger
 from .place import place
-from .rank import here
+from .rank import ANY_RUN, here
 from .reader import (
     Rank,
     StoredLayer,
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from .description import Description
     from .folder import Folder
-    from .place import Place
 
 __all__ = ["LiveLayer", "Opening", "Stream"]
 
@@ -79,7 +78,11 @@ class Opening:
         position = here(0, 1) if alone else here(folder.rank, folder.world_size, folder.run)
         self._position = position
         self.own = self.disk / rank_folder(position.rank)
-        self._check_path(resume=resume)
+        if not resume:
+            self._check_named()
+        self._check_path()
+        if not resume:
+            self._check_new(position.run)
         self.own.make()
         try:
             self.lock = self.own.lock()
@@ -92,22 +95,9 @@ class Opening:
             self.lock.release()
             raise
 
-    def _check_path(self, *, resume: bool) -> None:
-        """Check that what is there is this run's, or nothing; nothing is touched."""
-        if self.disk.is_file():
-            raise self._taken("that is a file")
-        names = self.disk.names()
-        ranks = rank_folders(self.disk)
-        if names and not ranks:
-            raise self._taken(f"that folder has other things in it ({names[0][:60]!r})")
-        described = [folder for folder in ranks if is_described(folder)]
-        if not (resume and described):
-            self._named_run()
-        if not resume:
-            self._check_run(described)
+    # --- What is there ---------------------------------------------------------------------------------
 
-    def _named_run(self) -> str:
-        """The identity of the run that begins."""
+    def _check_named(self) -> None:
         rank, ranks, run = self._position
         if run is None:
             message = (
@@ -116,14 +106,35 @@ class Opening:
                 "other run has: record(..., into=Folder(path, run='2026-11-28-a')), or torchrun --rdzv-id=NAME."
             )
             raise OptionError(message)
-        return run
 
-    def _check_run(self, described: list[Place]) -> None:
-        for folder in described:
-            if folder.name == self.own.name:
-                raise self._taken("there is a recording already", _GO_ON)
-            if read_description(folder).recording != self._position.run:
-                raise self._taken("another run records there, or has recorded", _GO_ON)
+    def _check_path(self) -> None:
+        """Check that what is there is a recording, or nothing."""
+        if self.disk.is_file():
+            raise self._taken("that is a file")
+        names = self.disk.names()
+        if names and not rank_folders(self.disk):
+            raise self._taken(f"that folder has other things in it ({names[0][:60]!r})")
+
+    def _check_new(self, run: str | None) -> None:
+        """Check that this rank has not recorded yet, and that all others which have are of the same run."""
+        if is_described(self.own):
+            raise self._taken("there is a recording already", _GO_ON)
+        self._check_others(run)
+
+    def _check_others(self, run: str | None) -> None:
+        for other in self._others():
+            if other.recording != run:
+                many = "a single process" if other.ranks == 1 else f"a run of {other.ranks} ranks"
+                why = f"{many} records there, or has recorded, and this is another run"
+                raise self._taken(why, _GO_ON)
+
+    def _others(self) -> Iterator[Description]:
+        """What other ranks record there."""
+        for folder in rank_folders(self.disk):
+            if folder.name != self.own.name and is_described(folder):
+                yield read_description(folder)
+
+    # --- Beginning -------------------------------------------------------------------------------------
 
     def _begun(self, new: Description, *, resume: bool) -> tuple[Rank, Ledger]:
         """Describe what is recorded, if that was not done before; return what there is."""
@@ -131,18 +142,23 @@ class Opening:
             rank = Rank(self.own)
             rank.description.check_same(self.disk, new)
             return rank, self._resumed(rank)
-        if shard_names(self.own):
-            raise corrupt(self.own.shown(DESCRIPTION), "it is missing")
-        described = [folder for folder in rank_folders(self.disk) if is_described(folder)]
-        others = resume and described
-        recording = read_description(described[0]).recording if others else self._named_run()
-        new = replace(new, recording=recording, ranks=self._position.ranks)
+        run = self._position.run or ANY_RUN
+        other = next(self._others(), None) if resume else None
+        recording = run if other is None else other.recording
+        self._describe(replace(new, recording=recording, ranks=self._position.ranks))
+        rank = Rank(self.own)
+        return rank, Ledger(rank.index.heading)
+
+    def _describe(self, new: Description) -> None:
         try:
             self.own.commit(DESCRIPTION, lambda file: file.write(new.content()))
         except FileExistsError:
             raise self._taken("another run has just begun there") from None
-        rank = Rank(self.own)
-        return rank, Ledger(rank.index.heading)
+        try:  # of two runs that began at the same moment, the later one sees the other
+            self._check_others(new.recording)
+        except BaseException:
+            self.own.remove(DESCRIPTION)
+            raise
 
     def _resumed(self, rank: Rank) -> Ledger:
         """Go on after the last shard, with one that nobody else can write and that leaves out what was not completed.
@@ -155,7 +171,7 @@ class Opening:
         heading = ledger.next((), ledger.heading.committed)
         write = partial(shard.write, heading=heading, layers=ledger.layers, laid=())
         try:
-            self.own.begin(shard_name(heading.shard), write).finish()
+            self.own.commit(shard_name(heading.shard), write)
         except FileExistsError:
             raise self._taken(_NOW) from None
         return ledger
