@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+class _Reader(AbstractBufferedFile):
+    """An object that is open for reading; each block is one request."""
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return self.fs.cat_file(self.path, start=start, end=end)  # type: ignore[no-any-return]
 
 
 class Stand(MemoryFileSystem):
@@ -69,6 +77,12 @@ class Stand(MemoryFileSystem):
     def rm_file(self, path: str) -> None:
         with self._asked("rm", path):
             super().rm_file(path)
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        """Read in blocks, as file systems of object stores do."""
+        if mode == "rb":
+            return _Reader(self, path, mode, **options)
+        return super()._open(path, mode, **options)
 
     def exists(self, path: str, **options: Any) -> bool:
         path = self._strip_protocol(path)

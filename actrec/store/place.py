@@ -8,8 +8,11 @@ from urllib.request import url2pathname
 
 from actrec.errors import OptionError
 
+from .blocks import CACHE_BYTES, Blocks
+from .bucket import Bucket
 from .disk import Disk
 from .folder import Folder
+from .objects import Objects
 
 if TYPE_CHECKING:
     import os
@@ -138,7 +141,7 @@ class Lock(Protocol):
 def place(
     path: str | os.PathLike[str],
     storage_options: Mapping[str, Any] | None = None,
-    cache_bytes: int | None = None,
+    cache_bytes: float = CACHE_BYTES,
 ) -> Place:
     """Where ``path`` leads: a URL, which a ``pathlib.Path`` never is, to an object store; a path to the disk."""
     folder = Folder.of(path)
@@ -150,11 +153,8 @@ def place(
     if not url[2].strip("/"):
         message = f"{text!r}: there is nothing behind the ://. Name a bucket and a folder, as in 's3://bucket/run'."
         raise OptionError(message)
-    from .bucket import Bucket  # noqa: PLC0415  # fsspec is imported for a URL alone
-
     options = {**(folder.storage_options or {}), **(storage_options or {})}
-    more = {} if cache_bytes is None else {"cache_bytes": cache_bytes}
-    return Bucket(text, options, folder.spool, **more)
+    return Bucket(Objects(text, options), folder.spool, Blocks(cache_bytes))
 
 
 def _path_of(url: str, rest: str) -> str:

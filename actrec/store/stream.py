@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from .description import Description
     from .folder import Folder
+    from .safetensors import Writable
 
 __all__ = ["LiveLayer", "Opening", "Stream"]
 
@@ -110,15 +111,18 @@ class Opening:
     def _check_path(self) -> None:
         """Check that what is there is a recording, or nothing."""
         if self.disk.is_file():
-            raise self._taken("that is a file")
+            why = "that is a file"
+            raise self._taken(why)
         names = self.disk.names()
         if names and not rank_folders(self.disk):
-            raise self._taken(f"that folder has other things in it ({names[0][:60]!r})")
+            why = f"that folder has other things in it ({names[0][:60]!r})"
+            raise self._taken(why)
 
     def _check_new(self, run: str | None) -> None:
         """Check that this rank has not recorded yet, and that all others which have are of the same run."""
         if is_described(self.own):
-            raise self._taken("there is a recording already", _GO_ON)
+            why = "there is a recording already"
+            raise self._taken(why, _GO_ON)
         self._check_others(run)
 
     def _check_others(self, run: str | None) -> None:
@@ -150,10 +154,7 @@ class Opening:
         return rank, Ledger(rank.index.heading)
 
     def _describe(self, new: Description) -> None:
-        try:
-            self.own.commit(DESCRIPTION, lambda file: file.write(new.content()))
-        except FileExistsError:
-            raise self._taken("another run has just begun there") from None
+        self._commit(DESCRIPTION, lambda file: file.write(new.content()), _BEGUN)
         try:  # of two runs that began at the same moment, the later one sees the other
             self._check_others(new.recording)
         except BaseException:
@@ -170,16 +171,23 @@ class Opening:
         )
         heading = ledger.next((), ledger.heading.committed)
         write = partial(shard.write, heading=heading, layers=ledger.layers, laid=())
-        try:
-            self.own.commit(shard_name(heading.shard), write)
-        except FileExistsError:
-            raise self._taken(_NOW) from None
+        self._commit(shard_name(heading.shard), write, _NOW)
         return ledger
+
+    def _commit(self, name: str, write: Callable[[Writable], object], taken: str) -> None:
+        try:
+            self.own.commit(name, write)
+        except FileExistsError:
+            raise self._taken(taken) from None
+        except OSError as error:
+            message = f"{self._call}: {self.own.shown(name)} could not be written: {error}."
+            raise WriteError(message) from error
 
     def _taken(self, why: str, what_to_do: str = "Choose another path.") -> RecordingExistsError:
         return RecordingExistsError(f"{self._call}: {why}. {what_to_do}")
 
 
+_BEGUN = "another run has just begun there"
 _NOW = "another run is recording there now"
 _GO_ON = "Go on with it: record(..., resume=True); or delete it, or choose another path."
 
