@@ -299,7 +299,7 @@ def test_opening_reads_one_header_of_each_rank_however_many_shards_there_are(
             net(torch.randn(1, 4))
     shards = [name for name in objects(url) if name.endswith(".safetensors")]
     assert len(shards) >= 10
-    for head in (_bucket._HEAD, 64):  # what is known of a long header is not fetched again
+    for head in (_bucket._HEAD, 64):  # which is shorter than a header
         monkeypatch.setattr(_bucket, "_HEAD", head)
         Stand.begin()
         found = load(url)
