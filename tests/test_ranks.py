@@ -465,7 +465,7 @@ def test_a_run_that_was_first_between_two_looks_is_found_out(
     else:
         with pytest.raises(RecordingExistsError, match="this is another run"):
             write(path, *other, [row(1)], resume=resume)
-        assert os.listdir(path / "rank-00001") == ["writer.lock"]
+        assert [file.name for file in (path / "rank-00001").iterdir()] == ["writer.lock"]
         assert load(path)["layer"].ranks == [0]
         write(path, 1, 2, [row(1)])
         assert load(path).complete
@@ -484,7 +484,7 @@ def test_ranks_of_different_recordings_in_one_folder_are_named_and_can_be_read_a
     assert any("different recordings" in problem for problem in actrec.verify(tmp_path / "a"))
     assert [load(tmp_path / "a", rank=n)["layer"][0].item() for n in range(3)] == [0, 1, 2]
     with pytest.raises(
-        RecordingExistsError, match="a run of 3 ranks records there, .* another run"
+        RecordingExistsError, match=r"a run of 3 ranks records there, .* another run"
     ):
         write(tmp_path / "a", 3, 4, [], folder={"run": "a"})
 
