@@ -64,9 +64,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types, strictly."""
+    """Check the types, strictly; what a user's editor says of them, by another checker too."""
     install(session, "types", "-e", ".")
     session.run("mypy", *session.posargs)
+    session.run("pyright")
 
 
 @nox.session

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from actrec._recordings.layer import Layer
+    from actrec._recordings.layer import Layer, V
 
     from .store.format import Role
 
@@ -75,7 +75,7 @@ def record(
     stop_early: bool = False,
     into: Callable[[], Any] | str | os.PathLike[str] = list,
     resume: bool = False,
-) -> AbstractContextManager[Recorder]:
+) -> AbstractContextManager[Recorder[V]]:
     r"""Record what the chosen layers of ``model`` return while the ``with`` block runs.
 
     >>> import torch
@@ -225,7 +225,7 @@ def record(
     return _Block(model, selection, options)
 
 
-class _Block(AbstractContextManager[Recorder]):
+class _Block(AbstractContextManager[Recorder[Any]]):
     """What ``with record(...)`` enters, once."""
 
     def __init__(self, model: nn.Module, selection: Selection, options: Options) -> None:
@@ -245,7 +245,7 @@ class _Block(AbstractContextManager[Recorder]):
         self._yielded: Recorder | None = None  # which also keeps it, where the user does not
 
     @override
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Recorder[Any]:
         if self._yielded is not None:
             message = "record(): this block was entered before. Call record() again for another recording."
             raise ActrecError(message)
@@ -325,7 +325,7 @@ class _Block(AbstractContextManager[Recorder]):
         folder = Folder.of(self._options.path)
         return Stream(folder, description, self._session.passes, resume=self._options.resume)
 
-    def _recorder(self) -> Recorder:
+    def _recorder(self) -> Recorder[Any]:
         """Make what keeps the calls: a layer for each choice, and the track that leads to it."""
         layers = self._layers("output")
         inputs = self._layers("input") if self._options.inputs else {}
@@ -351,14 +351,18 @@ class _Block(AbstractContextManager[Recorder]):
         self._session.order.update(dict.fromkeys(self._destination.order))
         return recorder
 
-    def _layers(self, role: Role) -> dict[str, Layer]:
+    def _layers(self, role: Role) -> dict[str, Layer[Any]]:
         return {
             choice.key: self._destination.layer(role, at, choice.key, type_name(choice.module))
             for at, choice in enumerate(self._selection.choices)
         }
 
     def _track(
-        self, choice: Choice, outputs: Layer, inputs: Layer | None, grads: Layer | None
+        self,
+        choice: Choice,
+        outputs: Layer[Any],
+        inputs: Layer[Any] | None,
+        grads: Layer[Any] | None,
     ) -> Track:
         offload = self._session.offload
         capture = replace(
@@ -376,7 +380,7 @@ class _Block(AbstractContextManager[Recorder]):
             track.grads = Gradients(self._counting(what, grads), grads, track.lock)
         return track
 
-    def _counting(self, capture: Capture, layer: Layer) -> Capture:
+    def _counting(self, capture: Capture, layer: Layer[Any]) -> Capture:
         """The same capture, which counts what does not fit into the dtype, for ``layer`` to say."""
         if capture.dtype is None:
             return capture

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["distributions", "drift", "feature_maps", "similarity"]
 
 #: A recording, or some layers of one: ``{name: acts[name] for name in chosen}``.
-Layers: TypeAlias = Mapping[str, Layer]
+Layers: TypeAlias = Mapping[str, Layer[Any]]
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
 MOST_CALLS = 256
@@ -286,7 +286,7 @@ def distributions(acts: Layers, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def _sample(layer: Layer) -> Array:
+def _sample(layer: Layer[Any]) -> Array:
     """Some finite elements of a layer, spread over its calls."""
     calls = _spread(len(layer), MOST_CALLS)
     generator = torch.Generator("cpu").manual_seed(0)
@@ -371,7 +371,7 @@ def drift(acts: Layers) -> Array:
     return result
 
 
-def _course(layer: Layer) -> tuple[list[int], Array]:
+def _course(layer: Layer[Any]) -> tuple[list[int], Array]:
     """The passes of some calls, and their means, standard deviations and shares of zeros."""
     passes, calls = layer.passes, _spread(len(layer), MOST_CALLS)
     points = []
@@ -462,7 +462,7 @@ class _Table(NamedTuple):
     features: int
 
 
-def _table(layer: Layer) -> _Table | None:
+def _table(layer: Layer[Any]) -> _Table | None:
     first = [next((tensor for _, tensor in leaves(value)), None) for value in layer]
     shapes = [() if tensor is None or tensor.is_meta else shape_of(tensor) for tensor in first]
     rest = {shape[1:] for shape in shapes}
@@ -485,7 +485,7 @@ def _some_rows(total: int, most: int) -> list[int]:
     return rows
 
 
-def _gram(layer: Layer, table: _Table, chosen: list[int]) -> Tensor:
+def _gram(layer: Layer[Any], table: _Table, chosen: list[int]) -> Tensor:
     """The products of all pairs of samples, the mean of every feature taken off."""
     gram = torch.zeros(len(chosen), len(chosen), dtype=torch.float64, device="cpu")
     step = max(1, GRAM_BLOCK // len(chosen))
@@ -496,7 +496,7 @@ def _gram(layer: Layer, table: _Table, chosen: list[int]) -> Tensor:
     return gram
 
 
-def _columns(layer: Layer, chosen: list[int], features: slice) -> Iterator[Tensor]:
+def _columns(layer: Layer[Any], chosen: list[int], features: slice) -> Iterator[Tensor]:
     """Some features of the chosen samples, call by call."""
     begin, wanted = 0, torch.tensor(chosen, device="cpu")
     for value in layer:

@@ -40,6 +40,9 @@ class Recorder(Recording[V], Generic[V]):
     1
 
     When the block has ended it remains, as a recording.
+
+    To type checkers and editors the values are tensors. Where a layer returns something else, say so with
+    ``block: AbstractContextManager[Recorder[MyOutput]] = record(model)``, or ``Recorder[Any]``.
     """
 
     def __init__(

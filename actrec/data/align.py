@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class Table:
 
 def table(
     call: str,
-    recording: Recording,
+    recording: Recording[Any],
     selectors: Sequence[Selector],
     *,
     flatten: bool,

@@ -30,7 +30,7 @@ _BLOCK = 4096
 
 
 def rows(
-    recording: Recording,
+    recording: Recording[Any],
     *layers: Selector,
     flatten: bool = False,
     mask: Selector | Tensor | None = None,

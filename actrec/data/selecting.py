@@ -88,7 +88,7 @@ def is_plain(value: Any) -> bool:
     )
 
 
-def select(call: str, recording: Recording, selector: Selector) -> Selected:
+def select(call: str, recording: Recording[Any], selector: Selector) -> Selected:
     """Return the layer that a selector means."""
     layer, *steps = selector if selector and isinstance(selector, tuple) else (selector,)
     if isinstance(layer, str):

@@ -44,7 +44,7 @@ _NUMBERS: Final = 32
 
 
 def shuffled(
-    recording: Recording,
+    recording: Recording[Any],
     *layers: Selector,
     batch_size: int,
     seed: int = 0,

@@ -10,12 +10,13 @@ import re
 from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from actrec._recordings.layer import V
 from actrec._recordings.passes import Count, PassNumbers
 from actrec._recordings.recording import Recording
 from actrec._text import count, shown
@@ -66,7 +67,7 @@ def load(
     check: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     cache_bytes: int = 1 << 30,
-) -> StoredRecording:
+) -> StoredRecording[V]:
     """Open a stored recording.
 
     >>> import tempfile, torch, actrec
@@ -131,7 +132,7 @@ def load(
     return recording
 
 
-def opened(disk: Place, *, rank: int | None = None) -> StoredRecording:
+def opened(disk: Place, *, rank: int | None = None) -> StoredRecording[Any]:
     """Open what is at a place; of a ``rank`` that is there, nothing else is looked at."""
     folders = {rank_number(folder.name): folder for folder in rank_folders(disk)}
     if type(rank) is int and rank in folders and is_described(folders[rank]):
@@ -417,7 +418,7 @@ class _JoinPlan:
 # --- Recordings --------------------------------------------------------------------------------------
 
 
-class StoredRecording(Recording):
+class StoredRecording(Recording[V], Generic[V]):
     """A recording on disk, as :func:`actrec.load` opens it.
 
     Args:
@@ -486,7 +487,7 @@ class StoredRecording(Recording):
         """How far the ranks have come that are to be closed."""
         return [i for i in self.ranks if self._only is not None or i.number < self._expected]
 
-    def rank(self, number: int) -> StoredRecording:
+    def rank(self, number: int) -> StoredRecording[V]:
         """Return what one rank has recorded, as a recording of its own; nothing is read or copied.
 
         >>> import tempfile, torch, actrec

@@ -202,13 +202,15 @@ class Stream:
         rank, ledger = self._opening.rank, self._opening.ledger
         self._passes = passes
         self._passes.count = rank.committed
-        self._before = StoredRecording(self._opening.disk, [rank], only=rank.number)
+        self._before: StoredRecording[Any] = StoredRecording(
+            self._opening.disk, [rank], only=rank.number
+        )
         self._chosen = len(description.layers)
         self._added = [slot.name for slot in ledger.layers if slot.role == "added"]
         self.order = (
             self._before.execution_order
         )  # the layers that have calls, by the first of them
-        self._stored: StoredRecording | None = None
+        self._stored: StoredRecording[Any] | None = None
         self.error: str | None = "the recorder was garbage-collected before the block ended"
         self.closed = False
         self._passes.raised.update(ledger.heading.raised)
@@ -253,7 +255,7 @@ class Stream:
             self._stored = opened(self._opening.disk, rank=self._opening.rank.number)
         return self._found(self._stored, slot)
 
-    def _found(self, recording: StoredRecording, slot: Slot) -> StoredLayer:
+    def _found(self, recording: StoredRecording[Any], slot: Slot) -> StoredLayer:
         return recording.layer(slot.role, slot.name) or StoredLayer(slot.name, slot.type)
 
     # --- Ending ----------------------------------------------------------------------------------------

@@ -12,17 +12,19 @@ from collections.abc import ItemsView, Iterator, KeysView, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, assert_type
+from typing import TYPE_CHECKING, Any, NamedTuple, assert_type
 
 import torch
 from torch import Tensor, nn
 
 import actrec
 from actrec import (
+    Comparison,
     Layer,
     Opaque,
     Recorder,
     Recording,
+    Stats,
     UnusedLayerWarning,
     record,
 )
@@ -52,13 +54,15 @@ def what_record_returns() -> None:
         assert_type(acts.clear(), None)
         with acts.pause() as nothing:
             assert_type(nothing, None)
-    assert_type(acts.inputs, Recording)
+    assert_type(acts.inputs, Recording[dict[str, Any]])
+    assert_type(acts.inputs["0"][0]["input"], Any)
+    assert_type(acts.grads, Recording)
 
 
 def a_block_that_returns_is_left_by_its_return() -> Tensor:
     with record(model) as acts:
         model(batch)
-        return acts["0"].cat()  # type: ignore[no-any-return]  # values are Any, see below
+        return acts["0"].cat()
 
 
 def every_kind_of_query() -> None:
@@ -107,12 +111,13 @@ def what_a_recording_is(acts: Recording) -> None:
 
 
 def what_a_layer_is(layer: Layer) -> None:
-    # What a layer returns depends on the layer: a tensor, or any nesting of them.
-    assert_type(layer[0], Any)
-    assert_type(layer.cat(), Any)
-    assert_type(layer.stack(dim=1, release=True), Any)
-    assert_type(layer[1:], Sequence[Any])
-    assert_type(iter(layer), Iterator[Any])
+    # What most layers return. Who knows better says so: see below.
+    assert_type(layer[0], Tensor)
+    assert_type(layer.cat(), Tensor)
+    assert_type(layer.stack(dim=1, release=True), Tensor)
+    assert_type(layer.nth(0), Layer)
+    assert_type(layer[1:], Sequence[Tensor])
+    assert_type(iter(layer), Iterator[Tensor])
     assert_type(len(layer), int)
     assert_type(layer.passes, Sequence[int])
     assert_type(layer.nbytes, int)
@@ -121,8 +126,46 @@ def what_a_layer_is(layer: Layer) -> None:
     assert_type(layer.clear(), None)
     values: Sequence[Tensor] = layer
     torch.cat(list(values))
-    tensor: Tensor = layer.cat()
-    assert_type(tensor, Tensor)
+    torch.cat([value.mean(1) for value in layer])
+
+
+class Output(NamedTuple):
+    """What the layers of another model return."""
+
+    hidden: Tensor
+    weights: Tensor | None
+
+
+def what_a_user_knows_better() -> None:
+    block: AbstractContextManager[Recorder[Output]] = record(model)
+    with block as acts:
+        assert_type(acts["0"], Layer[Output])
+    assert_type(acts["0"][0].hidden, Tensor)
+    assert_type(acts["0"].cat().weights, Tensor | None)
+    assert_type([*acts["0"]], list[Output])
+    stored: StoredRecording[Output] = actrec.load("runs/a")
+    assert_type(stored["0"].nth(-1)[0], Output)
+    assert_type(stored.rank(1)["0"].stack(), Output)
+    assert_type(hidden(acts), Tensor)
+    anything: AbstractContextManager[Recorder[Any]] = record(model)
+    with anything as acts_of_any_kind:
+        assert_type(acts_of_any_kind["0"][0], Any)
+    assert_type(hidden(acts_of_any_kind), Tensor)
+
+
+def hidden(acts: Recording[Output]) -> Tensor:
+    return torch.cat([output.hidden for output in acts["0"]])
+
+
+def what_takes_any_recording(acts: Recorder[Output], other: StoredRecording) -> None:
+    comparison = actrec.compare(acts, other)
+    assert_type(comparison, Comparison)
+    assert_type(comparison[:3], Comparison)
+    assert_type(comparison[0].max_abs, float)
+    assert_type(acts.stats()[1:], Stats)
+    assert_type(acts.stats()[-1].mean, float)
+    assert_type(actrec.save(acts, "runs/b"), None)
+    assert_type(actrec.save(other, "runs/b", overwrite=True), None)
 
 
 def recording_to_the_disk() -> None:
@@ -141,6 +184,7 @@ def recording_to_the_disk() -> None:
     assert_type(actrec.verify(Path("runs/a")), list[str])
     recording: Recording = stored
     assert_type(recording.save("runs/b"), None)
+    assert_type(recording.save(Path("runs/b"), overwrite=True), None)
 
 
 def a_recorder_is_a_recording(acts: Recorder) -> Recording:
