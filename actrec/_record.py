@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
     from actrec._recordings.layer import Layer, V
 
-    from .store.format import Role
+    from ._recordings.layer import Role
 
 __all__ = ["record"]
 
@@ -208,6 +208,11 @@ def record(
     """
     if is_dynamo_compiling() or is_tracing():
         raise ActrecError(COMPILING)
+    if isinstance(into, (str, os.PathLike)):
+        # Who records into memory does not wait for the store to be imported.
+        from .store.folder import Folder  # noqa: PLC0415
+
+        into = Folder.of(into)
     options = Options(
         transform=transform,
         inputs=inputs,
@@ -310,7 +315,6 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         """Open what the values go to, before anything happens to the model."""
         if self._options.path is None:
             return Memory(self._options)
-        # Who records into memory does not wait for the store to be imported.
         from .store.description import Description, LayerInfo, named  # noqa: PLC0415
         from .store.folder import Folder  # noqa: PLC0415
         from .store.stream import Stream  # noqa: PLC0415

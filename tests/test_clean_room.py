@@ -24,9 +24,9 @@ from actrec import (
     OptionError,
     TransformError,
     UnusedLayerWarning,
-    _draws,
     record,
 )
+from actrec._calls import draws as _draws
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import pytest
 import torch
-from actrec._values.nested import rebuild
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from actrec import Opaque, load, record
+from actrec._values.spec import rebuild
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,7 +11,7 @@ from .sink import SinkLayer
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from actrec.store.format import Role
+    from actrec._recordings.layer import Role
 
     from .options import Options
 

@@ -88,10 +88,7 @@ class Options:
                 message = f"record(into={into!r}, resume=True): only a recording into a path can be resumed."
                 raise OptionError(message)
             return
-        # Who records into memory does not wait for the store to be imported.
-        from actrec.store.folder import Folder  # noqa: PLC0415
-
-        call = f"record(into={os.fspath(Folder.of(self.path))!r}"
+        call = f"record(into={os.fspath(self.path)!r}"
         if not self.detach:
             message = f"{call}, detach=False): a graph cannot be stored. Record into memory."
             raise OptionError(message)

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,7 +25,11 @@ from .passes import PassNumbers
 if TYPE_CHECKING:
     from typing import SupportsIndex
 
-__all__ = ["Layer", "ListLayer", "Moment", "Overflows", "V", "nth_calls"]
+__all__ = ["Layer", "ListLayer", "Moment", "Overflows", "Role", "V", "nth_calls"]
+
+#: What the values of a layer are: what it returned, what it received, what reached it backwards, or what the user added.
+Role: TypeAlias = Literal["output", "input", "gradient", "added"]
+
 
 #: What each call of a layer returned: a tensor, unless the user says otherwise.
 V = TypeVar("V", default=Tensor)

@@ -304,15 +304,21 @@ def _node(value: Any) -> Parts | None:
         keys, items = _node_keys(node, value, children)
 
         kinds = list(map(_kind, children))
-        make = partial(_make_node, type(value), node.unflatten_fn, context, keys, kinds)
+        unflatten = partial(_unflattened, node.unflatten_fn, context)
+        make = partial(_make_node, type(value), unflatten, keys, kinds)
         return Parts(children, keys, items, make)
     return None
 
 
+def _unflattened(unflatten: Any, context: Any, children: list[Value]) -> Value:
+    with suppress(Exception):  # what cannot be copied is passed as it is
+        context = copy.deepcopy(context)
+    return unflatten(children, context)
+
+
 def _make_node(
     kind: type,
-    unflatten: Any,
-    context: Any,
+    unflatten: Callable[[list[Value]], Value],
     keys: Sequence[Any],
     kinds: list[type],
     new: list[Value],
@@ -320,7 +326,7 @@ def _make_node(
     # In the place of a tensor, anything else may be refused, or silently taken for something else.
     if kinds == list(map(_kind, new)):
         with suppress(Exception):
-            made = unflatten(new, copy.deepcopy(context))
+            made = unflatten(new)
             if type(made) is kind:
                 return made
     return _stand_in(kind, keys, new)

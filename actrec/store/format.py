@@ -5,10 +5,11 @@ The format itself is described in ``docs/reference/format.md``, which is normati
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import torch
 
+from actrec._recordings.layer import Role
 from actrec.errors import CorruptRecordingError
 
 __all__ = [
@@ -45,7 +46,6 @@ MAX_RANKS: Final = 100_000
 MAX_DIMS: Final = 64  # of a tensor, and of a mesh
 
 #: What a layer's values are: what it returned, what it received, or what the user added.
-Role: TypeAlias = Literal["output", "input", "gradient", "added"]
 ROLES: Final[tuple[Role, ...]] = ("output", "input", "gradient", "added")
 
 

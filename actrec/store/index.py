@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from typing_extensions import override
 
 from .format import ANOTHER, SHARD, Role, Slot, corrupt
-from .ledger import Heading, SoFar
 from .shard import Shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .ledger import Heading, SoFar
     from .place import Place
     from .shard import Group, Part
 

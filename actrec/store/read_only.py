@@ -49,12 +49,12 @@ class ReadOnlyLayer(Layer[Any]):
         return map(self._call, range(len(self)))
 
     @override
-    def cat(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
+    def cat(self, dim: int = 0, *, release: bool = False) -> Value:
         """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""
         return self._join("cat", dim)
 
     @override
-    def stack(self, dim: int = 0, *, release: bool = False) -> Value:  # noqa: ARG002
+    def stack(self, dim: int = 0, *, release: bool = False) -> Value:
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
         return self._join("stack", dim)
 
@@ -75,7 +75,7 @@ class ReadOnlyLayer(Layer[Any]):
         return ChosenLayer(self, calls)
 
     @override
-    def keep(self, value: Value, number: int) -> NoReturn:  # noqa: ARG002
+    def keep(self, value: Value, number: int) -> NoReturn:
         self._refuse("keep")
 
     @override

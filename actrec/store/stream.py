@@ -7,7 +7,7 @@ import time
 import weakref
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
 
 from typing_extensions import override
 
@@ -39,7 +39,6 @@ from .writer import Writer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from actrec._calls.passes import Passes
     from actrec._values.containers import Value
     from actrec._values.summary import Summary
 
@@ -190,6 +189,16 @@ class Opening:
 _BEGUN = "another run has just begun there"
 _NOW = "another run is recording there now"
 _GO_ON = "Go on with it: record(..., resume=True); or delete it, or choose another path."
+
+
+class Passes(Protocol):
+    """What numbers the passes of the block."""
+
+    count: int
+    raised: set[int]
+
+    def complete(self) -> int:
+        """Return how many passes are complete: nothing is going to be recorded of those before this number."""
 
 
 class Stream:

@@ -353,6 +353,7 @@ class _Decoder:
         depth: int,
         make: Callable[[list[Value]], Value],
         keys: Sequence[Any] | None = None,
+        *,
         attributes: Sequence[str] = (),
     ) -> None:
         """Add the steps of the children, and that of a container with them."""
@@ -404,13 +405,13 @@ class _Decoder:
         fit = len(fields) == len(items(nodes, "the items of a named tuple")) <= 1000  # noqa: PLR2004
         need(fit, "a named tuple has not as many values as fields")
         kind = _named_tuple(text(node["name"], "the name of a named tuple"), fields)
-        self._close(kind, nodes, depth, partial(tuple.__new__, kind), (), kind._fields)
+        self._close(kind, nodes, depth, partial(tuple.__new__, kind), (), attributes=kind._fields)
 
     def _packed_sequence(self, nodes: Any, _: Any, depth: int) -> None:
         need(len(nodes) == _PACKED, "a PackedSequence has other than four parts")
         self.joins = False
         make = partial(tuple.__new__, PackedSequence)
-        self._close(PackedSequence, nodes, depth, make, (), PackedSequence._fields)
+        self._close(PackedSequence, nodes, depth, make, (), attributes=PackedSequence._fields)
 
     def _return_type(self, nodes: Any, node: Any, depth: int) -> None:
         known = {kind.__name__: kind for kind in torch.return_types.all_return_types}
@@ -433,7 +434,7 @@ class _Decoder:
             fit = _may_be_set(name) and name != "_type"
             need(fit, "an attribute of a value has an impossible name")
         make = partial(_fields, text(node["name"], "the type of a value"), keys, more)
-        self._close(Fields, [*nodes, *attributes], depth, make, keys, more)
+        self._close(Fields, [*nodes, *attributes], depth, make, keys, attributes=more)
 
     def _pairs(self, pairs: Any, depth: int) -> tuple[tuple[Any, ...], list[Any]]:
         """The keys, and the nodes of what they lead to."""

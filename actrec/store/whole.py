@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from typing_extensions import override
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from .dtensor import Spread
     from .index import Found
-    from .reader import StoredLayer
 
 __all__ = ["WholeLayer", "made_whole"]
 
@@ -45,7 +44,31 @@ class _Call(NamedTuple):
     parts: dict[int, int]  # by rank, the recorded call
 
 
-def made_whole(layer: StoredLayer) -> Layer[Any]:
+class Recorded(Protocol):
+    """A layer on disk as the ranks have recorded it."""
+
+    name: str
+    type: str
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether any tensor is a rank's part of a ``DTensor``."""
+
+    @property
+    def passes(self) -> PassNumbers:
+        """For each call, its pass."""
+
+    @property
+    def ranks(self) -> list[int]:
+        """For each call, the rank that has recorded it."""
+
+    def find(self, index: int) -> Found:
+        """Find a call."""
+
+    def _summary(self) -> Summary: ...
+
+
+def made_whole(layer: Recorded) -> Layer[Any]:
     """Return a layer whose calls are whole: ``layer`` itself, if nothing in it is in parts."""
     return WholeLayer(layer) if layer.in_parts else layer
 
@@ -53,7 +76,7 @@ def made_whole(layer: StoredLayer) -> Layer[Any]:
 class WholeLayer(ReadOnlyLayer):
     """A layer on disk whose calls are made of what several ranks have recorded."""
 
-    def __init__(self, recorded: StoredLayer) -> None:
+    def __init__(self, recorded: Recorded) -> None:
         self.name = recorded.name
         self.type = recorded.type
         self.recorded = recorded
