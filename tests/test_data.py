@@ -741,7 +741,7 @@ def test_rows_that_are_near_each_other_are_read_in_one_go_and_others_alone(
     indices = torch.tensor([159_999, 3, 4, 9, 80_000, 3])
     for column, part in zip(dataset[indices], whole, strict=True):
         assert same(column, part[indices])
-    assert read[:3] == [7 * WIDTH * 4, WIDTH * 4, WIDTH * 4]
+    assert read[:3] == [7 * WIDTH * 4, WIDTH * 4, WIDTH * 4]  # 3, 3, 4 and 9; 80000; 159999
     read.clear()
     dataset[::2]
     assert max(read) <= MIB
@@ -850,8 +850,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_an_error_comes_where_its_item_would_have_come() -> None:
-    items = ahead(counted(2, [], ValueError("third")))
+@pytest.mark.parametrize("many", [1, 2, 3])
+def test_an_error_comes_where_its_item_would_have_come(many: int) -> None:
+    items = ahead(counted(2, [], ValueError("third")), many)
     assert (next(items), next(items)) == (0, 1)
     with pytest.raises(ValueError, match="third"):
         next(items)

@@ -74,17 +74,19 @@ class Column:
         if not self.width or not len(indices):
             return self.empty(len(indices))
         runs = torch.searchsorted(self._ends, indices, right=True)
-        rows = indices - self._begins(runs)
-        begins = self._start[runs] + rows // self._repeat[runs] * self.width
+        begins = (
+            self._start[runs] + (indices - self._begins(runs)) // self._repeat[runs] * self.width
+        )
         sources = self._source[runs]
-        used, counts = torch.unique(sources, return_counts=True)
-        if len(used) == 1:
-            return self._sources[int(used)].take(begins, self.width, files)
-        order = sources.argsort()
-        parts = torch.split(begins[order], counts.tolist())
-        pairs = zip(used.tolist(), parts, strict=True)
-        found = [self._sources[number].take(part, self.width, files) for number, part in pairs]
-        return torch.cat(found).index_select(0, order.argsort())
+        order = begins.argsort()
+        order = order[sources[order].argsort(stable=True)]
+        used, counts = torch.unique_consecutive(sources[order], return_counts=True)
+        rows = self.empty(len(indices))
+        many = counts.tolist()
+        parts = zip(torch.split(begins[order], many), torch.split(rows, many), strict=True)
+        for number, (some, out) in zip(used.tolist(), parts, strict=True):
+            self._sources[number].take(some, out, files)
+        return rows.index_select(0, order.argsort())
 
     def _at(self, run: int) -> tuple[Source, int, int]:
         source = self._sources[int(self._source[run])]

@@ -114,7 +114,9 @@ class Rows(Dataset[Any]):
         if isinstance(index, slice):
             return self._as_item(self._range(range(self._len)[index]))
         if isinstance(index, int):
-            number = int(self._checked(torch.tensor([index], device="cpu")))
+            if not -self._len <= index < self._len:
+                raise self._outside(index)
+            number = index % self._len
             return self._as_item([part[0] for part in self._range(range(number, number + 1))])
         numbers = self._numbers(index)
         found = self._take(self._checked(numbers.view(-1)))
@@ -152,9 +154,11 @@ class Rows(Dataset[Any]):
     def _checked(self, numbers: Tensor) -> Tensor:
         outside = (numbers < -self._len) | (numbers >= self._len)
         if bool(outside.any()):
-            message = f"dataset[{int(numbers[outside][0])}]: there are {self._len} rows."
-            raise IndexError(message)
+            raise self._outside(int(numbers[outside][0]))
         return torch.where(numbers < 0, numbers + self._len, numbers)
+
+    def _outside(self, index: int) -> IndexError:
+        return IndexError(f"dataset[{index}]: there are {self._len} rows.")
 
     def _take(self, numbers: Tensor) -> list[Tensor]:
         with Files() as files:

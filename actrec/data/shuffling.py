@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
@@ -39,6 +38,8 @@ _MEBI: Final = 1 << 20
 _BUFFER: Final = 256 * _MEBI
 #: A block is at most this share of the buffer, so that a window has rows of that many places at least.
 _BLOCKS: Final = 64
+#: So many small batches, up to a mebibyte of them, are made at a time.
+_TOGETHER: Final = 64
 #: What the number of a row takes while a window is permuted, in bytes.
 _NUMBERS: Final = 32
 
@@ -284,8 +285,10 @@ class Shuffled(IterableDataset[Any]):
     def _going_on(self, now: _Progress) -> Iterator[Any]:
         first = now.first + now.worker + now.done * now.workers
         mine = range(first, self._order.batches, now.workers)
-        with Files() as files, closing(ahead(self._batches(now.epoch, mine, files))) as batches:
-            for batch in batches:
+        width = sum(column.width for column in self._columns)
+        many = min(_TOGETHER, max(1, _MEBI // max(1, width * self._order.batch_size)))
+        with Files() as files:
+            for batch in ahead(self._batches(now.epoch, mine, files), many):
                 now.done += 1
                 yield batch
 

@@ -33,8 +33,8 @@ class Source(Protocol):
     def read(self, begin: int, out: Tensor, files: Files) -> None:
         """Copy bytes from number ``begin`` on into ``out``, as many as it has place for."""
 
-    def take(self, begins: Tensor, width: int, files: Files) -> Tensor:
-        """Return a copy of the rows of ``width`` bytes that begin there: ``(N,) -> (N, width)``."""
+    def take(self, begins: Tensor, out: Tensor, files: Files) -> None:
+        """Copy the rows that begin there, in order, into ``out``: ``(N,) -> (N, width)``."""
 
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
         """Say that a part will be read soon."""
@@ -52,8 +52,9 @@ class _InMemory(Source):
         out.view(-1).copy_(self.bytes()[begin : begin + out.nbytes])
 
     @override
-    def take(self, begins: Tensor, width: int, files: Files) -> Tensor:
-        return self.bytes().view(-1, width).index_select(0, begins // width)
+    def take(self, begins: Tensor, out: Tensor, files: Files) -> None:
+        width = out.shape[1]
+        torch.index_select(self.bytes().view(-1, width), 0, begins // width, out=out)
 
     @override
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
@@ -106,14 +107,11 @@ class Stored(Source):
         files.read(self._file, self._begin + begin, out)
 
     @override
-    def take(self, begins: Tensor, width: int, files: Files) -> Tensor:
-        places, which = torch.unique(begins, return_inverse=True)
-        rows = torch.empty((len(places), width), dtype=torch.uint8, device="cpu")
-        files.read_each(self._file, self._parts(places, rows))
-        return rows.index_select(0, which)
+    def take(self, begins: Tensor, out: Tensor, files: Files) -> None:
+        files.read_each(self._file, self._parts(begins, out))
 
     def _parts(self, places: Tensor, rows: Tensor) -> Iterator[tuple[int, memoryview]]:
-        """What to read to have the rows that begin at some places, in order."""
+        """What to read to have the rows that begin at some places."""
         width, out = rows.shape[1], writable(rows)
         # Rows that are near each other come with what is between them.
         apart = places[1:] - places[:-1] > width + _GAP
