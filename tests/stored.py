@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from actrec import Opaque
+from actrec.store.description import Description, LayerInfo
+from actrec.store.format import Slot
+from actrec.store.ledger import Ledger
+from actrec.store.shard import Call, lay_out
+from actrec.store.shard import write as write_shard
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
     from actrec import Recording
     from actrec.store import StoredRecording
     from actrec.store.shard import Shard
@@ -91,3 +99,52 @@ def batches(count: int, size: int = 16) -> list[Tensor]:
     """The same images at every call."""
     images = torch.randn(count * size, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     return list(images.split(size))
+
+
+class Shards:
+    """Writes shards without a model, a thread or a disk that is waited for: a rank's folder, as a writer would leave it.
+
+    Args:
+        path: of the recording.
+        layers: the names of its layers.
+    """
+
+    def __init__(self, path: Path, layers: Sequence[str], *, rank: int = 0, ranks: int = 1) -> None:
+        self.folder = path / f"rank-{rank:05d}"
+        self.folder.mkdir(parents=True)
+        self.slots = [Slot("output", at, name, "Identity") for at, name in enumerate(layers)]
+        info = tuple(LayerInfo(slot.name, slot.type) for slot in self.slots)
+        described = Description("Model", info, recording="0" * 32, ranks=ranks, began=1)
+        (self.folder / "rank.json").write_bytes(described.content())
+        self.ledger = Ledger(described.heading(rank))
+
+    def write(
+        self,
+        calls: Iterable[tuple[int, int, Tensor]],
+        committed: int,
+        structure: str = '{"tensor":0}',
+        **more: Any,
+    ) -> Path:
+        """Write a shard of calls: the number of the layer, that of the pass, and the tensor of the value."""
+        made = [Call(self.slots[at], number, structure, [t]) for at, number, t in calls]
+        laid = lay_out(made)
+        heading = self.ledger.next(laid, committed, **more)
+        path = self.folder / f"{heading.shard:06d}.safetensors"
+        with path.open("wb") as file:
+            write_shard(_Plain(file), heading, self.ledger.layers, laid)
+        return path
+
+    def resume(self) -> None:
+        """Go on as another run would."""
+        self.ledger = self.ledger.resumed(1, 1)
+        self.write([], self.ledger.heading.committed)
+
+
+class _Plain:
+    def __init__(self, file: Any) -> None:
+        self.write = file.write
+        self._file = file
+
+    def write_at_start(self, data: bytes) -> None:
+        self._file.seek(0)
+        self._file.write(data)

@@ -539,7 +539,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "parts": (put("parts", 1), "the parts is 1, which is no list"),
     "part": (put("parts", [[1]]), "a part is not shard and pass"),
     "void": (put("void", [-1]), "a shard is -1"),
-    "raised": (put("raised", ["x"]), "a pass is 'x'"),
+    "raised": (put("raised", ["x"]), "a pass that raised is 'x'"),
     "ended": (put("ended", 3), "how it ended is 3, which is no text"),
     "began": (put("began", True), "'began' is True"),
     "recording": (put("recording", "x"), "it says that it belongs to recording x, not"),
