@@ -113,15 +113,14 @@ class Stored(Source):
     def _parts(self, places: Tensor, rows: Tensor) -> Iterator[tuple[int, memoryview]]:
         """What to read to have the rows that begin at some places."""
         width, out = rows.shape[1], writable(rows)
+        steps = places[1:] - places[:-1]
         # Rows that are near each other come with what is between them.
-        apart = places[1:] - places[:-1] > width + _GAP
-        apart |= places[1:] // _MOST != places[:-1] // _MOST
+        apart = (steps > width + _GAP) | (places[1:] // _MOST != places[:-1] // _MOST)
         bounds = [0, *(apart.nonzero()[:, 0] + 1).tolist(), len(places)]
         begins = places.tolist()
         for low, high in pairwise(bounds):
-            begin, many = begins[low], high - low
-            nbytes = begins[high - 1] + width - begin
-            if nbytes == many * width:
+            begin, nbytes = begins[low], begins[high - 1] + width - begins[low]
+            if high - low == 1 or bool((steps[low : high - 1] == width).all()):
                 yield self._begin + begin, out[low * width : high * width]
             else:
                 found = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
