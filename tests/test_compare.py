@@ -449,6 +449,18 @@ def test_it_prints_as_a_table() -> None:
     assert "<span>float32 and float16</span>" in result._repr_html_()
 
 
+def test_a_slice_is_a_comparison_too() -> None:
+    a, b = recording(a=[torch.ones(2)], b=[torch.ones(1)], only=[]), recording(a=[], b=[])
+    some = compare(a, b)[:2]
+    assert isinstance(some, Comparison)
+    assert some.only_a == ("only",)
+    assert [row.layer for row in some] == ["a", "b"]
+    assert repr(some[1:]).splitlines()[0] == (
+        "compared 1 tensor of 1 layer: 1 different; first difference in b, pass 0; only in a: 'only'"
+    )
+    assert some[0].layer == "a"
+
+
 def test_nothing_in_common_is_a_table_too() -> None:
     assert (
         repr(compare(recording(), recording())).splitlines()[0] == "compared 0 tensors of 0 layers"

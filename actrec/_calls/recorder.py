@@ -122,11 +122,16 @@ class Recorder(Recording[V], Generic[V]):
         >>> acts["label"].cat()
         tensor([0, 1, 2, 3, 4])
 
-        Call it after the forward that the value belongs to. Tensors are detached, copied as a layer's
-        values are and moved to ``device``; anything else is kept as it is. In :meth:`pause` it does nothing.
+        Call it after the forward that the value belongs to. In :meth:`pause` it does nothing.
 
-        Raises ``ActrecError`` if ``name`` is that of a layer, if there was no pass yet, or if the block
-        has ended.
+        Args:
+            name: the key in the recording, which no layer has.
+            value: tensors are detached, copied as a layer's values are and moved to ``device``; anything else is kept as
+                it is.
+
+        Raises:
+            ActrecError: ``name`` is that of a layer, there was no pass yet, or the block has ended.
+            CaptureError: the value cannot be kept.
         """
         if not self._session.active:
             message = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -19,6 +18,7 @@ from actrec._values.spec import leaves
 from actrec._values.summary import dtype_name
 from actrec.errors import OptionError, UnknownLayerError
 
+from .alike import named_alike
 from .recording import Recording
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def _rows(a: Layer[Any], b: Layer[Any], tolerances: Tolerances) -> Iterator[Row]
     found: dict[str, _Tally] = {}
     for call, (x, y, number) in enumerate(zip(a, b, a.passes, strict=False)):
         xs = dict(leaves(x))
-        ys = _named_alike(xs, dict(leaves(y)))
+        ys = named_alike(xs, dict(leaves(y)))
         for path in dict.fromkeys([*xs, *ys]):
             tally = found.setdefault(path, _Tally())
             if path in xs and path in ys:
@@ -278,26 +278,6 @@ def _rows(a: Layer[Any], b: Layer[Any], tolerances: Tolerances) -> Iterator[Row]
             tally.differ(longer.passes[len(shorter)], f"{len(a):,} and {count(len(b), 'call')}")
     for path, tally in found.items():
         yield tally.row(a.name, path, b.name)
-
-
-def _named_alike(xs: Mapping[str, Tensor], ys: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """``ys`` under the names that ``xs`` has, where what was loaded has another name for the same.
-
-    A field of a dataclass is an item there as well, and for a key that is an enum member or a class there is an ``Opaque``.
-    """
-    if xs.keys() == ys.keys():
-        return ys
-    known = {_plain(path): path for path in xs}
-    return {path if path in xs else known.get(_plain(path), path): ys[path] for path in ys}
-
-
-def _plain(path: str) -> str:
-    path = _KEY.sub(lambda key: f"[{'.'.join(key[1].split('.')[-2:])}]", path)
-    return _ITEM.sub(r".\1", path)
-
-
-_ITEM = re.compile(r"\['([^\W\d]\w*)'\]")
-_KEY = re.compile(r"\[(?:<class '|Opaque\('|<)([\w.]+)(?:'>|'\)|: [^>]*>)\]")
 
 
 class _Tally:

@@ -18,14 +18,14 @@ from actrec._values.join import How, joined
 from actrec._values.memory import held
 from actrec._values.spec import same, tensors
 from actrec._values.summary import Summary
-from actrec.errors import JoinError, OptionError
+from actrec.errors import JoinError
 
-from .passes import PassNumbers
+from .passes import Moment, PassNumbers, nth_calls
 
 if TYPE_CHECKING:
     from typing import SupportsIndex
 
-__all__ = ["Layer", "ListLayer", "Moment", "Overflows", "Role", "V", "nth_calls"]
+__all__ = ["Layer", "ListLayer", "Overflows", "Role", "V"]
 
 #: What the values of a layer are: what it returned, what it received, what reached it backwards, or what the user added.
 Role: TypeAlias = Literal["output", "input", "gradient", "added"]
@@ -33,33 +33,6 @@ Role: TypeAlias = Literal["output", "input", "gradient", "added"]
 
 #: What each call of a layer returned: a tensor, unless the user says otherwise.
 V = TypeVar("V", default=Tensor)
-
-#: Which rank a call is of, ``None`` if its layer does not know, and of which pass.
-Moment: TypeAlias = tuple[int | None, int]
-
-
-def nth_calls(
-    call: str, title: str, moments: Sequence[Moment], nth: int, among: Iterable[int]
-) -> list[int]:
-    """The n-th call of each pass, among some calls; all of them, if none of the passes has more than one."""
-    given: object = nth
-    if isinstance(given, bool) or not isinstance(given, int):
-        message = (
-            f"{call}: expected a whole number: 0 for the first call of each pass, -1 for the last."
-        )
-        raise OptionError(message)
-    passes: dict[Moment, list[int]] = {}
-    among = list(among)
-    for index in among:
-        passes.setdefault(moments[index], []).append(index)
-    most = max(map(len, passes.values()), default=0)
-    if most < 2:  # noqa: PLR2004
-        return among
-    found = [calls[nth] for calls in passes.values() if -len(calls) <= nth < len(calls)]
-    if not found:
-        message = f"{call}: no pass has that many calls of layer {title}, which was called up to {most} times in each."
-        raise OptionError(message)
-    return sorted(found)
 
 
 class Overflows(Protocol):
@@ -154,8 +127,16 @@ class Layer(Sequence[V], Generic[V]):
         inputs and labels of the pass, row by row. Passes that have fewer calls are left out. A layer that has no more
         than one call in any pass is returned as it is, for any number.
 
-        Values are not copied; a stored layer reads them when they are asked for. Raises ``OptionError`` if no pass has
-        so many calls.
+        Values are not copied; a stored layer reads them when they are asked for.
+
+        Args:
+            number: which call of each pass.
+
+        Returns:
+            A layer of these calls.
+
+        Raises:
+            OptionError: no pass has so many calls, or ``number`` is no whole number.
         """
         moments = self._moments()
         call = f"acts[{self.name!r}].nth({number!r})"
@@ -187,8 +168,6 @@ class Layer(Sequence[V], Generic[V]):
         >>> acts[""].cat().shape
         torch.Size([10, 3])
 
-        Values that nest tensors are joined tensor by tensor, and come back nested in the same way.
-
         The result is a new tensor; the calls stay as they are, so for a moment a layer is in memory
         twice. With ``release=True`` each call is dropped as soon as it is copied, and the layer is empty
         in the end: the result and one call is all that is held at a time.
@@ -196,8 +175,17 @@ class Layer(Sequence[V], Generic[V]):
         >>> acts[""].cat(release=True).shape, len(acts[""])
         (torch.Size([10, 3]), 0)
 
-        Raises ``JoinError`` if there are no calls, or if their structures, dtypes or sizes in other
-        dimensions differ; it names what differs, and nothing is released.
+        Args:
+            dim: the dimension in which sizes may differ.
+            release: whether the calls are dropped. A stored layer ignores it.
+
+        Returns:
+            ``(N_1, *), ..., (N_k, *) -> (N_1 + ... + N_k, *)``. Values that nest tensors are joined tensor by tensor, and
+            come back nested in the same way.
+
+        Raises:
+            JoinError: there are no calls, or their structures, dtypes or sizes in other dimensions differ; it names what
+                differs, and nothing is released.
         """
         return self._join("cat", dim, release=release)
 
@@ -214,7 +202,15 @@ class Layer(Sequence[V], Generic[V]):
         >>> acts[""].stack().shape
         torch.Size([2, 3])
 
-        All calls must have the same shape. Otherwise as :meth:`cat`.
+        Args:
+            dim: where the new dimension goes.
+            release: as for :meth:`cat`.
+
+        Returns:
+            ``k`` calls of ``(*)`` ``-> (k, *)``, nested as the calls are.
+
+        Raises:
+            JoinError: as for :meth:`cat`, and where the calls do not all have the same shape.
         """
         return self._join("stack", dim, release=release)
 

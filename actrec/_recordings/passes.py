@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol, overload
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, overload
 
 from typing_extensions import override
+
+from actrec.errors import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Count", "PassNumbers"]
+__all__ = ["Count", "Moment", "PassNumbers", "nth_calls"]
 
 
 @dataclass(eq=False)
@@ -67,3 +69,31 @@ class PassNumbers(Sequence[int]):
     @override
     def __repr__(self) -> str:
         return repr([*self])
+
+
+#: Which rank a call is of, ``None`` if its layer does not know, and of which pass.
+Moment: TypeAlias = tuple[int | None, int]
+
+
+def nth_calls(
+    call: str, title: str, moments: Sequence[Moment], nth: int, among: Iterable[int]
+) -> list[int]:
+    """The n-th call of each pass, among some calls; all of them, if none of the passes has more than one."""
+    given: object = nth
+    if isinstance(given, bool) or not isinstance(given, int):
+        message = (
+            f"{call}: expected a whole number: 0 for the first call of each pass, -1 for the last."
+        )
+        raise OptionError(message)
+    passes: dict[Moment, list[int]] = {}
+    among = list(among)
+    for index in among:
+        passes.setdefault(moments[index], []).append(index)
+    most = max(map(len, passes.values()), default=0)
+    if most < 2:  # noqa: PLR2004
+        return among
+    found = [calls[nth] for calls in passes.values() if -len(calls) <= nth < len(calls)]
+    if not found:
+        message = f"{call}: no pass has that many calls of layer {title}, which was called up to {most} times in each."
+        raise OptionError(message)
+    return sorted(found)

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
     from actrec._tables.table import Table
 
-    from .layer import Moment
-    from .passes import Count
+    from .passes import Count, Moment
 
 __all__ = ["Recording"]
 

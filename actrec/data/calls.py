@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from actrec._recordings.layer import Moment
+    from actrec._recordings.passes import Moment
     from actrec.store.index import Index
     from actrec.store.shard import Leaf, Part
 

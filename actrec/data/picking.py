@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from actrec._recordings.layer import nth_calls
+from actrec._recordings.passes import nth_calls
 from actrec.errors import AlignmentError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from collections.abc import Set as AbstractSet
 
-    from actrec._recordings.layer import Moment
+    from actrec._recordings.passes import Moment
 
     from .calls import Calls, Stretch
     from .selecting import Selected

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from actrec._recordings.layer import Layer, Moment
+    from actrec._recordings.layer import Layer
+    from actrec._recordings.passes import Moment
     from actrec._values.containers import Value
 
     from .ledger import SoFar
