@@ -41,7 +41,8 @@ class Options:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        if self.transform is not None and not callable(self.transform):
+        given: object = self.transform
+        if not (given is None or callable(given)):
             message = (
                 f"record(transform={self.transform!r}): a transform is a function of the value, such as "
                 "lambda t: t.mean(1)."

@@ -82,9 +82,9 @@ def _content(value: Any) -> object:
 
 
 class Again(NamedTuple):
-    """A step that gives once more what the step number ``index`` made."""
+    """A step that gives once more what the step number ``step`` made."""
 
-    index: int
+    step: int
 
 
 @dataclass(slots=True)
@@ -204,12 +204,12 @@ class Spec:
         made: list[T] = []
         open_steps: list[T] = []
         for step in self.steps:
-            if type(step) is int:
+            if isinstance(step, int):
                 new = tensor(step)
-            elif type(step) is Constant:
+            elif isinstance(step, Constant):
                 new = constant(step)
-            elif type(step) is Again:
-                new = made[step.index]
+            elif isinstance(step, Again):
+                new = made[step.step]
             else:
                 at = len(open_steps) - len(step.keys)
                 new = container(step, open_steps[at:])

@@ -221,7 +221,8 @@ class _Mapped:
 
 def _map(path: Path, size: int) -> torch.UntypedStorage:
     try:
-        return torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)  # type: ignore[no-any-return]
+        storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+        return cast("torch.UntypedStorage", storage)
     except UnicodeEncodeError:  # PyTorch wants text, and the names of files need be none
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)

@@ -126,8 +126,11 @@ class SoFar:
             fit = len(low) == len(high)
             need(fit, "the least and the largest shape differ in their dimensions")
             looks.add_shape(low, high)
-        counted = (integer(node[key], f"{key!r} so far") for key in numbers)
-        return cls(stored, *counted, *(node[flag] for flag in _FLAGS), looks)
+        calls, nbytes, first, last, passes, most = (
+            integer(node[key], f"{key!r} so far") for key in numbers
+        )
+        facts = calls, nbytes, first, last, passes, most
+        return cls(stored, *facts, node["ordered"], node["in_parts"], looks)
 
 
 _FLAGS = ("ordered", "in_parts")

@@ -283,7 +283,7 @@ class StoredLayer(ReadOnlyLayer):
 
     @cached_property
     def _numbers(self) -> list[int]:
-        return self._stored_passes.sort().values.tolist()  # type: ignore[no-any-return]
+        return self._stored_passes.sort().values.tolist()
 
     @property
     def ranks(self) -> list[int]:
@@ -565,9 +565,8 @@ class StoredRecording(Recording[V], Generic[V]):
 
 def _check_same_recording(disk: Place, ranks: Sequence[Rank]) -> None:
     """Refuse ranks that different runs have begun."""
-    first, *others = ranks or [None]
-    for other in others:
-        if first is not None and other.description.recording != first.description.recording:
+    for first, other in pairwise(ranks):
+        if other.description.recording != first.description.recording:
             message = (
                 f"ranks {first.number} and {other.number} in it belong to different recordings. load(path, rank=...) "
                 "opens one of them"

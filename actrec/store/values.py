@@ -364,9 +364,9 @@ class _Decoder:
         self.steps.append(Container(kind, [*keys, *attributes], len(keys), make))
 
     def _number(self, number: Any) -> int:
-        number = integer(number, "the number of a tensor", MAX_NODES)
-        self.numbers.add(number)
-        return number
+        found = integer(number, "the number of a tensor", MAX_NODES)
+        self.numbers.add(found)
+        return found
 
     def _tensor(self, number: Any, *_: Any) -> None:
         self.steps.append(self._number(number))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from typing_extensions import override
@@ -70,7 +70,7 @@ class Recorded(Protocol):
 
 def made_whole(layer: Recorded) -> Layer[Any]:
     """Return a layer whose calls are whole: ``layer`` itself, if nothing in it is in parts."""
-    return WholeLayer(layer) if layer.in_parts else layer
+    return WholeLayer(layer) if layer.in_parts else cast("Layer[Any]", layer)
 
 
 class WholeLayer(ReadOnlyLayer):
