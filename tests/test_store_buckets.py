@@ -36,6 +36,7 @@ from actrec import (
     verify,
 )
 from actrec.__main__ import main
+from actrec.data import rows, shuffled
 from actrec.store import Folder
 from actrec.store import blocks as _blocks
 from actrec.store import bucket as _bucket
@@ -464,6 +465,15 @@ def test_damaged_and_missing_objects_are_named(url: str) -> None:
         load(url + "/nothing")
 
 
+def test_an_object_that_is_empty_is_damaged(url: str) -> None:
+    run(url)
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.rm_file(path + "/rank-00000/rank.json")
+    fs.pipe_file(path + "/rank-00000/rank.json", b"")
+    with pytest.raises(CorruptRecordingError, match=r"rank.json is damaged: it is empty"):
+        load(url)
+
+
 def test_a_shard_that_goes_between_listing_and_opening_is_missing(url: str) -> None:
     run(url)
 
@@ -537,6 +547,15 @@ def test_a_read_that_fails_is_told_and_nothing_is_the_worse_for_it(url: str, who
         assert all(map(same, values, whole[name]))
     assert len(told) == len(failed) > 8
     assert all("could not be read: ConnectionError: reset" in text for text in told)
+
+
+def test_rows_of_an_object_store_are_those_in_memory(url: str, whole: Any) -> None:
+    run(small(url))
+    dataset = rows(load(url), "0")
+    assert same(dataset[:], whole["0"].cat())
+    batches = shuffled(load(url), "0", batch_size=5, buffer=7)
+    found = torch.cat(list(batches))
+    assert sorted(found.tolist()) == sorted(whole["0"].cat().tolist())
 
 
 # --- Other processes ---------------------------------------------------------------------------------

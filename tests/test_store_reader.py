@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
@@ -58,6 +58,7 @@ from actrec.store import (
 from actrec.store import (
     values as _tree,
 )
+from tests.damage import MUTATIONS, many_mutations, mutated, rewrite, sign, use
 from tests.stored import Net, assert_same, batches, opened_shards, same
 
 if TYPE_CHECKING:
@@ -361,9 +362,9 @@ def test_inputs_that_were_not_recorded_are_not_there(tmp_path: Path) -> None:
 def test_a_shard_that_is_gone_or_cut_off_after_opening_is_named(path: Path, change: Any) -> None:
     found = load(path)
     change(shards(path)[0])
-    for use in (lambda layer: layer[0], lambda layer: layer.cat()):
+    for read in (lambda layer: layer[0], lambda layer: layer.cat()):
         with pytest.raises(CorruptRecordingError, match=r"000000.safetensors is damaged: it"):
-            use(found["conv"])
+            read(found["conv"])
 
 
 def test_a_path_without_a_recording_is_named(tmp_path: Path) -> None:
@@ -466,30 +467,6 @@ def test_a_path_that_is_no_text_is_read_as_any_other(tmp_path: Path) -> None:
 
 
 # --- Damage ------------------------------------------------------------------------------------------
-
-
-def rewrite(
-    shard: Path, change: Callable[[dict[str, Any]], object], *, table: Any = None, data: Any = None
-) -> None:
-    """Change what a shard says, and sign it: this is no accident, but somebody who knows the format."""
-    content = shard.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    about = json.loads(header["__metadata__"]["actrec"])
-    changed = change(about)
-    about = about if changed is None else changed
-    header["__metadata__"]["actrec"] = json.dumps(about)
-    if table is not None:
-        header = table(header)
-    sign(shard, json.dumps(header, separators=(",", ":")).encode(), content[8 + length :])
-
-
-def sign(shard: Path, header: bytes, data: bytes) -> None:
-    before, mark, rest = header.partition(b'"header_crc32":"')
-    if mark:
-        checksum = zlib.crc32(before + mark + b"00000000" + rest[8:])
-        header = before + mark + f"{checksum:08x}".encode() + rest[8:]
-    shard.write_bytes(struct.pack("<Q", len(header)) + header + data)
 
 
 def put(*keys: Any) -> Callable[[dict[str, Any]], None]:
@@ -1005,69 +982,6 @@ def test_a_recording_that_is_checked_when_it_is_opened_is_whole_wherever_a_bit_w
 
 
 # --- Fuzzing -----------------------------------------------------------------------------------------
-
-MUTATIONS = st.lists(
-    st.one_of(
-        st.tuples(st.just("flip"), st.integers(0, 10**9), st.integers(0, 7)),
-        st.tuples(st.just("set"), st.integers(0, 10**9), st.integers(0, 255)),
-        st.tuples(st.just("cut"), st.integers(0, 10**9), st.just(0)),
-        st.tuples(st.just("drop"), st.integers(0, 10**9), st.integers(1, 64)),
-        st.tuples(st.just("double"), st.integers(0, 10**9), st.integers(1, 64)),
-        st.tuples(st.just("digit"), st.integers(0, 10**9), st.integers(0, 9)),
-    ),
-    min_size=1,
-    max_size=4,
-)
-
-
-#: How many; "nox -s crash" asks for thousands, and for others each time.
-MANY = int(os.environ.get("ACTREC_MUTATIONS", "120"))
-many_mutations = settings(
-    max_examples=MANY, deadline=None, derandomize=MANY == 120,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
-
-
-def mutated(content: bytes, mutations: list[tuple[str, int, int]], within: int) -> bytes:
-    """The content with some bytes changed, most of them in its first part."""
-    changed = bytearray(content)
-    for kind, place, amount in mutations:
-        if not changed:
-            break
-        at = place % min(len(changed), within)
-        match kind:
-            case "flip":
-                changed[at] ^= 1 << amount
-            case "set":
-                changed[at] = amount
-            case "cut":
-                del changed[at:]
-            case "drop":
-                del changed[at : at + amount]
-            case "double":
-                changed[at:at] = changed[at : at + amount]
-            case "digit":
-                digits = [i for i, byte in enumerate(changed[:within]) if chr(byte).isdigit()]
-                if digits:
-                    changed[digits[place % len(digits)]] = ord(str(amount))
-    return bytes(changed)
-
-
-def use(path: Path) -> bool:
-    """Do everything that can be done with a recording; whether it was found to be damaged."""
-    try:
-        acts = load(path)
-        repr(acts)
-        for recording in (acts, acts.inputs):
-            for layer in recording.values():
-                for value in layer:
-                    for tensor in tensors(value):
-                        tensor.numel() < 10**6 and tensor.clone()
-    except CorruptRecordingError:
-        return True
-    except AttributeError as error:  # "inputs" may have become false
-        assert "inputs were not recorded" in str(error)  # noqa: PT017
-    return False
 
 
 @pytest.fixture(scope="module")

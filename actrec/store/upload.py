@@ -92,14 +92,14 @@ class Upload:
             self._path.unlink()
 
     def _try_for_long(self) -> None:
-        for wait in (*WAITS, None):
+        for wait in WAITS:
             try:
                 return self._try()
             except Exception as error:  # file systems raise whatever their libraries do
-                if wait is None or _is_final(error):
+                if _is_final(error):
                     raise
             time.sleep(wait)
-        return None
+        return self._try()
 
     def _try(self) -> None:
         """Create the object, unless an earlier try has, and check that all of it has arrived."""
