@@ -1,9 +1,9 @@
-"""A ``DTensor``: each rank keeps its own part, and none communicates."""
+"""A ``DTensor``: each rank keeps its local shard, and none communicates."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,22 +13,28 @@ from actrec.errors import CaptureError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
 __all__ = ["cloned", "detached", "is_distributed", "on_part"]
 
 
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a ``DTensor``, of which each rank has a part."""
+def is_distributed(tensor: Tensor) -> TypeIs[DTensor]:
+    """Return whether ``tensor`` is a ``DTensor``, of which each rank has a shard."""
     if type(tensor) is Tensor:
         return False
     module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def on_part(tensor: Any, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return a ``DTensor`` like this one, whose part here is ``change(part)``. Nobody communicates.
+def on_part(tensor: DTensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a ``DTensor`` like this one, whose local shard is ``change(shard)``. No rank communicates.
 
-    Its own operators may: by the version of PyTorch, ``clone()`` or ``detach()`` adds up what is yet to be
-    added up, or forgets about kinds of that.
+    Its own operators may: by the version of PyTorch, ``clone()`` or ``detach()`` reduces partial sums, or loses the kind
+    of a partial placement.
+
+    Raises:
+        CaptureError: it is sharded in another order than that of its mesh.
     """
     if not _in_order_of_mesh(tensor):
         message = (
@@ -38,12 +44,17 @@ def on_part(tensor: Any, change: Callable[[Tensor], Tensor]) -> Tensor:
         raise CaptureError(message)
     with torch.no_grad():
         part = change(tensor.to_local())
-    spread = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-    made = type(tensor).from_local(part, tensor.device_mesh, tensor.placements, **spread)
-    return cast("Tensor", made)
+    return type(tensor).from_local(
+        part,
+        tensor.device_mesh,
+        tensor.placements,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+        run_check=False,
+    )
 
 
-def _in_order_of_mesh(tensor: Any) -> bool:
+def _in_order_of_mesh(tensor: DTensor) -> bool:
     """Whether a dimension that is sharded several times is so in the order of the mesh's dimensions."""
     # Private, and only in some versions of PyTorch: in the others, another order has a placement of its own.
     order = getattr(getattr(tensor, "_spec", None), "shard_order", None) or ()
@@ -52,12 +63,12 @@ def _in_order_of_mesh(tensor: Any) -> bool:
 
 
 def detached(tensor: Tensor) -> Tensor:
-    """``tensor.detach()``, without a word to other ranks."""
+    """Return ``tensor.detach()``. No rank communicates."""
     return on_part(tensor, Tensor.detach) if is_distributed(tensor) else tensor.detach()
 
 
 def cloned(tensor: Tensor) -> Tensor:
-    """A clone, made without a word to other ranks."""
+    """Return a clone. No rank communicates."""
     if not is_distributed(tensor):
         return tensor.clone()
     if tensor.requires_grad and torch.is_grad_enabled():  # where the graph is kept

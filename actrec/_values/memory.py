@@ -20,7 +20,7 @@ _data_address = getattr(torch._C, "_data_address", None)
 
 
 def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
-    """The memory that a tensor holds: where it is, and how many bytes. Equal places are shared memory."""
+    """Yield the memory that a tensor holds: where it is, and how many bytes. Equal places are shared memory."""
     if tensor.layout is torch.sparse_coo:
         parts = [tensor._indices(), tensor._values()]
     elif tensor.layout in {torch.sparse_csr, torch.sparse_bsr}:
@@ -35,7 +35,7 @@ def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
 
 
 def address(tensor: Tensor) -> object:
-    """What is equal for tensors in the same memory."""
+    """Return what is equal for tensors in the same memory."""
     # data_ptr() would end the sharing that it is asked about.
     plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
     return (
@@ -59,7 +59,7 @@ _memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 
 
 def memory(tensor: Tensor) -> tuple[Tensor, memoryview]:
-    """The memory of a contiguous tensor on the CPU, to be read as long as the tensor that comes with it lives.
+    """Return the memory of a contiguous tensor on the CPU, to be read as long as the tensor that comes with it lives.
 
     A pointer that could be written through, as ``data_ptr()`` gives, would end the sharing with the
     model, by a copy. Reading a shared tensor is safe while the model writes to its side: the model's side
@@ -78,7 +78,7 @@ _WRITABLE = 0x200  # PyBUF_WRITE
 
 
 def writable(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, to be written to as long as the tensor lives."""
+    """Return the memory of a contiguous tensor on the CPU, to be written to as long as the tensor lives."""
     view: memoryview = _memory_at(tensor.data_ptr(), tensor.nbytes, _WRITABLE)
     return view.cast("B")
 
@@ -105,6 +105,6 @@ _trim = _found()
 
 
 def give_back(kept: int) -> None:
-    """Give back the holes between values of so many bytes."""
+    """Give the unused memory between values of ``kept`` bytes back to the system, if it is worth the time."""
     if kept >= WORTH_IT:
         _trim(0)
