@@ -59,6 +59,10 @@ def rows(
     torch.Size([4, 3]) tensor([4, 5, 6, 7])
     torch.Size([2, 3]) tensor([8, 9])
 
+    Rows are numbered as ``acts[name].cat()`` has them: in the order of the passes, and within a pass of the
+    ranks. Passes that raised are left out (``acts.failed_passes``). To go through a large recording in random order,
+    :func:`shuffled` is many times faster.
+
     A layer is named, or given, such as ``acts.inputs["mlp"]``. Where a call returns several tensors, a tuple
     says which: ``("lstm", 0)``. With one layer an item is a tensor, with several a tuple in their order.
 
@@ -77,12 +81,13 @@ def rows(
         nth: Of layers that are called several times in a pass, such as a ReLU that is used twice in a block, take one
             call of each pass: 0 the first, -1 the last, as :meth:`actrec.Layer.nth` does.
 
-    Rows are numbered as ``acts[name].cat()`` has them: in the order of the passes, and within a pass of the
-    ranks. Passes that raised are left out (``acts.failed_passes``). To go through a large recording in random order,
-    :func:`shuffled` is many times faster.
+    Returns:
+        A map-style dataset.
 
-    Raises ``AlignmentError`` if the layers do not have the same calls with the same number of rows, if rows
-    differ in shape or dtype, or if values are not tensors.
+    Raises:
+        AlignmentError: the layers do not have the same calls with the same number of rows, rows differ in shape or
+            dtype, or values are no tensors.
+        OptionError: a layer or ``nth`` says nothing that there is.
     """
     return Rows(table("rows", recording, layers, flatten=flatten, mask=mask, nth=nth))
 
@@ -95,8 +100,8 @@ class Rows(Dataset[Any]):
     a batch in one go. It need not be taken apart and joined again, which is fastest:
     ``DataLoader(dataset, batch_size=None, sampler=BatchSampler(...))``.
 
-    All that it returns are copies, on the CPU, in the dtype of the recording. From a stored recording nothing but
-    the rows asked for is read. It is sent to worker processes without data, unless the recording is in memory.
+    All that it returns are copies, on the CPU, in the dtype of the recording. From a stored recording little but
+    the rows asked for is read, and no file is mapped. It is sent to worker processes without data, unless the recording is in memory.
     """
 
     def __init__(self, source: Table) -> None:

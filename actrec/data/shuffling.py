@@ -75,8 +75,8 @@ def shuffled(
     (4, 3) 4
     (2, 3) 2
 
-    Batches come ready, so a ``DataLoader`` gets ``batch_size=None``, and as many workers as one likes:
-    ``DataLoader(dataset, batch_size=None, num_workers=4)``.
+    Batches come ready, so a ``DataLoader`` gets ``batch_size=None``. While the program works with a batch, a thread makes the
+    next one, so no workers are needed; there may be any number of them: ``DataLoader(dataset, batch_size=None, num_workers=4)``.
 
     The recording is cut into blocks of about a mebibyte. Each epoch permutes the blocks; as many as fit into
     the buffer are read, in the order in which they lie on the disk, and their rows are permuted. Every row comes
@@ -88,8 +88,8 @@ def shuffled(
         *layers: As in :func:`rows`. One gives batches that are a tensor, several a tuple of tensors.
         batch_size: Rows in a batch; the last batch may have fewer.
         seed: Another seed gives another order.
-        buffer: The bytes of rows held in memory, in all workers together, beside the batch that is made. The more it is, the better
-            rows are mixed.
+        buffer: The bytes of rows held in memory, in all workers together, beside the batch that is taken and the next one.
+            The more it is, the better rows are mixed.
         flatten: A row for each position, as in :func:`rows`.
         mask: What says which rows to leave out, as in :func:`rows`. It is read once when this is called.
         nth: Which call of each pass, as in :func:`rows`.
@@ -98,7 +98,12 @@ def shuffled(
             initialised, or the variables ``RANK`` and ``WORLD_SIZE`` of ``torchrun``.
         world_size: The number of ranks. Their parts do not overlap, and are equal but for one row.
 
-    Raises ``AlignmentError`` as :func:`rows` does, and ``OptionError`` for a size that cannot be.
+    Returns:
+        A dataset for ``torch.utils.data.DataLoader(dataset, batch_size=None)``, or to be iterated over as it is.
+
+    Raises:
+        AlignmentError: the layers do not have the same rows, as in :func:`rows`.
+        OptionError: a size is none, or there is no such rank.
     """
     rank, world_size = _place(rank, world_size)
     _check(batch_size=batch_size, buffer=buffer)
@@ -180,7 +185,7 @@ class Shuffled(IterableDataset[Any]):
     does both by itself, in its workers too. With workers of a plain ``DataLoader``, say how many batches of the epoch you
     have had: ``state_dict(batches=step)``.
 
-    **Memory.** The buffer and a batch, whatever the size of the recording. A stored recording is read, not
+    **Memory.** The buffer and two batches, whatever the size of the recording. A stored recording is read, not
     mapped; what the system keeps of the files it gives up when memory is needed.
 
     ``len(dataset)`` is the number of batches in an epoch, for this rank.
@@ -252,7 +257,11 @@ class Shuffled(IterableDataset[Any]):
         A state at the end of an epoch leaves nothing of it: the iteration has no batches, and the one after it is
         the next epoch.
 
-        Raises ``ResumeError`` if the state is of another recording or of other options, and says which.
+        Args:
+            state: what :meth:`state_dict` has returned.
+
+        Raises:
+            ResumeError: the state is of another recording or of other options; the message says which.
         """
         for name, own in self._identity.items():
             if name not in state or state[name] != own:

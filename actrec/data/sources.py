@@ -5,6 +5,7 @@ A source is bytes. Every dtype can be selected from and joined as bytes, also th
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
@@ -43,9 +44,9 @@ class Source(Protocol):
 class _InMemory(Source):
     """Bytes of a tensor."""
 
+    @abstractmethod
     def bytes(self) -> Tensor:
-        """All of them; not to be written to."""
-        raise NotImplementedError
+        """Return all of them; not to be written to."""
 
     @override
     def read(self, begin: int, out: Tensor, files: Files) -> None:

@@ -132,8 +132,10 @@ class Mapped(Dataset):
     """The rows of the same files, by ``np.memmap``."""
 
     def __init__(self, path: Path, advice: int | None) -> None:
-        groups = load(path)[""]._groups()
-        self.places = [(g.shard.path, g.leaves[0].begin, g.leaves[0].nbytes) for g in groups]
+        self.places = []
+        for shard, part in load(path)[""]._read():
+            leaf = part.groups[0].leaves[0]
+            self.places.append((shard.path, *leaf.extent(0, len(part))))
         self.advice = advice
         rows = [nbytes // (4 * WIDTH) for _, _, nbytes in self.places]
         self.ends = np.cumsum(rows)
