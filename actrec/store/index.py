@@ -42,6 +42,20 @@ def shard_names(disk: Place) -> list[str]:
     return [shard_name(number) for number in numbers]
 
 
+def _count(disk: Place) -> int:
+    """How many shards there are, without a gap."""
+    there = [name for name in disk.names() if name.endswith(SHARD)]
+    longest = max(map(len, there), default=0)
+    last = max((name for name in there if len(name) == longest), default="")
+    if last == shard_name(len(there) - 1):
+        return len(there)  # of a million names, none is taken apart
+    names = shard_names(disk)
+    for number, name in enumerate(names):
+        if name != shard_name(number):
+            raise corrupt(disk.shown(shard_name(number)), "it is missing")
+    return len(names)
+
+
 class Found(NamedTuple):
     """Where a call is."""
 
@@ -63,14 +77,10 @@ class Index:
         self.disk = disk
         self._limits = max(1, _MOST_BYTES // of), max(1, _MOST_OPEN // of)
         self._begin()
-        names = shard_names(disk)
-        if names and names[-1] != shard_name(len(names) - 1):
-            missing = next(n for n, name in enumerate(names) if name != shard_name(n))
-            raise corrupt(disk.shown(shard_name(missing)), "it is missing")
-        self.count = len(names)
+        self.count = _count(disk)
         self.heading = nothing
         self.layers: dict[Slot, SoFar] = {}
-        if names:
+        if self.count:
             last = self.shard(self.count - 1)
             self.heading = last.heading
             self.layers = {listed.slot: listed.so_far for listed in last.layers.values()}
