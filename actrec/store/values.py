@@ -43,7 +43,7 @@ from .format import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = ["Encoded", "Structure", "decode", "encode"]
 
@@ -78,7 +78,11 @@ def encode(value: Value, *, parts: bool = False) -> Encoded:
     if len(spec.steps) > MAX_NODES:
         raise CaptureError(_TOO_LARGE)
     encoder = _Encoder(tensors, parts=parts)
-    node, _ = spec.fold(encoder.tensor, encoder.constant, encoder.container)
+    node = spec.fold(encoder.tensor, encoder.constant, encoder.container).content
+    numbers = sorted(set(_numbers(node)))  # an attribute that no stand-in can have is left out
+    if len(numbers) < len(encoder.tensors):
+        node = _renumbered(node, {number: at for at, number in enumerate(numbers)})
+        encoder.tensors = [encoder.tensors[number] for number in numbers]
     structure = json.dumps(node, separators=(",", ":"), allow_nan=False)
     if len(structure) + _ENTRIES * len(encoder.tensors) > MAX_STRUCTURE:
         raise CaptureError(_TOO_LARGE)
@@ -106,8 +110,12 @@ def _refuse(value: object) -> Opaque:
     raise CaptureError(message)
 
 
-#: A node of the structure, and how deep what is in it is nested.
-_Node = tuple[Any, int]
+class _Node(NamedTuple):
+    """A node of the structure, and how deep what is in it is nested."""
+
+    content: Any
+    depth: int = 0
+    has_data: bool = False  # whether there is a tensor or an array in it
 
 
 class _Encoder:
@@ -123,8 +131,8 @@ class _Encoder:
         if self._parts and number not in self._spreads and is_distributed(self.tensors[number]):
             self._take_part(number)
         if number in self._spreads:
-            return {"dtensor": number, **self._spreads[number].node()}, 0
-        return {"tensor": number}, 0
+            return _Node({"dtensor": number, **self._spreads[number].node()}, 0, has_data=True)
+        return _Node({"tensor": number}, 0, has_data=True)
 
     def _take_part(self, number: int) -> None:
         found = self._spreads[number] = spread(self.tensors[number])
@@ -139,12 +147,12 @@ class _Encoder:
     def constant(self, constant: Constant) -> _Node:
         value = constant.value
         if is_array(value):
-            return self._array(value), 0
+            return _Node(self._array(value), 0, has_data=True)
         known, node = _constant(value)
         if not known:
             message = f"a value of type {qualified(type(value))} cannot be stored; take out of it what you need"
             raise CaptureError(message)
-        return node, 0
+        return _Node(node)
 
     def _array(self, value: Any) -> Any:
         numpy = sys.modules["numpy"]
@@ -161,28 +169,47 @@ class _Encoder:
         return {kind: len(self.tensors) - 1}
 
     def container(self, container: Container, children: list[_Node]) -> _Node:
-        depth = 1 + max((depth for _, depth in children), default=0)
+        depth = 1 + max((child.depth for child in children), default=0)
         if depth > MAX_DEPTH:
             raise CaptureError(_TOO_DEEP)
-        return _node(container, [node for node, _ in children]), depth
+        many = _items(container)
+        nodes = [child.content for child in children]
+        is_plain = not any(child.has_data for child in children[many:])
+        node = _plain_node(container, nodes[:many]) if is_plain else None
+        has_data = any(child.has_data for child in children)
+        return _Node(node or _object_node(container, many, nodes), depth, has_data)
 
 
-def _node(container: Container, nodes: list[Any]) -> dict[str, Any]:
-    """The node of a container, of those of its children."""
-    kind, keys, items = container.type, container.keys, container.items
+def _items(container: Container) -> int:
+    """How many of the children of a container are items as they are stored; the others are attributes."""
+    kind = container.type
+    if issubclass(kind, tuple) and not container.items:
+        return len(getattr(kind, "_fields", ()))
+    if issubclass(kind, (tuple, list, deque, UserList, Mapping)):
+        return container.items
+    # What has attributes and no items comes back as Fields, of which they are the items.
+    return len(container.keys)
+
+
+def _plain_node(container: Container, nodes: list[Any]) -> dict[str, Any] | None:
+    """The node of a sequence or a dict of Python's own; ``None`` for a container of another kind."""
+    kind = container.type
     if issubclass(kind, tuple):
         return _tuple_node(container, nodes)
     if issubclass(kind, deque):
-        return {"deque": nodes[:items], "maxlen": container.maxlen}
+        return {"deque": nodes, "maxlen": container.maxlen}
     if issubclass(kind, (list, UserList)):
-        return {"list": nodes[:items]}
-    # What has attributes and no items comes back as Fields, of which they are the items.
-    many = items if issubclass(kind, Mapping) else len(keys)
+        return {"list": nodes}
+    if kind is dict or kind is OrderedDict or kind.__name__ == "defaultdict":
+        pairs = [[_key(key), node] for key, node in zip(container.keys, nodes, strict=False)]
+        return {"ordered_dict" if kind is OrderedDict else "dict": pairs}
+    return None
+
+
+def _object_node(container: Container, many: int, nodes: list[Any]) -> dict[str, Any]:
+    """The node of a container with attributes, which comes back as Fields."""
+    kind, keys = container.type, container.keys
     pairs = [[_key(key), node] for key, node in zip(keys[:many], nodes[:many], strict=True)]
-    if kind is dict or kind.__name__ == "defaultdict":
-        return {"dict": pairs}
-    if kind is OrderedDict:
-        return {"ordered_dict": pairs}
     attributes = dict(zip(keys[many:], nodes[many:], strict=True))
     name = attributes.pop("_type") if kind is Fields else qualified(kind)
     more = [[k, n] for k, n in attributes.items() if k not in keys[:many] and _may_be_set(k)]
@@ -196,7 +223,32 @@ def _key(key: object) -> Any:
         message = "a dict with a tensor for a key cannot be stored"
         raise CaptureError(message)
     encoder = _Encoder([], parts=False)
-    return spec.fold(encoder.tensor, encoder.constant, encoder.container)[0]
+    return spec.fold(encoder.tensor, encoder.constant, encoder.container).content
+
+
+_DATA: Final = ("tensor", "dtensor", "array", "scalar")
+
+
+def _numbers(node: Any) -> Iterator[int]:
+    """The numbers of the tensors in a node."""
+    if isinstance(node, dict):
+        yield from (node[kind] for kind in _DATA if kind in node)
+        node = list(node.values())
+    for child in node if isinstance(node, list) else ():
+        if isinstance(child, (dict, list)):
+            yield from _numbers(child)
+
+
+def _renumbered(node: Any, numbers: Mapping[int, int]) -> Any:
+    """The node with other numbers for its tensors."""
+    if isinstance(node, list):
+        return [_renumbered(child, numbers) for child in node]
+    if isinstance(node, dict):
+        return {
+            key: numbers[child] if key in _DATA else _renumbered(child, numbers)
+            for key, child in node.items()
+        }
+    return node
 
 
 def _may_be_set(name: object) -> bool:
@@ -210,9 +262,13 @@ def _tuple_node(container: Container, nodes: list[Any]) -> dict[str, Any]:
         return {"packed_sequence": nodes}
     if kind.__module__ == "torch.return_types":
         return {"return_type": nodes, "name": kind.__name__}
-    if not container.items and container.keys:
-        return {"named_tuple": nodes, "name": kind.__name__, "fields": list(container.keys)}
-    return {"tuple": nodes[: container.items]}
+    if not container.items and nodes:
+        return {
+            "named_tuple": nodes,
+            "name": kind.__name__,
+            "fields": list(container.keys[: len(nodes)]),
+        }
+    return {"tuple": nodes}
 
 
 def _constant(value: Any) -> tuple[bool, Any]:  # noqa: C901, PLR0911, PLR0912  # a table, in effect
