@@ -21,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -625,15 +626,14 @@ def test_sizes_that_cannot_be_are_refused(
 
 
 def test_ranks_are_those_of_torch_distributed_or_of_torchrun(
-    cases: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    cases: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     acts = cases["even, in memory"].acts
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "5")
     assert sum(map(len, shuffled(acts, "label", batch_size=2))) == 7
     assert sum(map(len, shuffled(acts, "label", batch_size=2, rank=0, world_size=1))) == 35
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         assert sum(map(len, shuffled(acts, "label", batch_size=2))) == 35
     finally:

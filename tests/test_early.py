@@ -23,7 +23,7 @@ from actrec import (
     record,
 )
 from tests.conftest import own_hooks
-from tests.test_grads import process_group
+from tests.test_grads import distributed, process_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -409,7 +409,7 @@ def _compiled_in_place(backend: Callable[..., Any]) -> nn.Module:
 @pytest.mark.parametrize("stopped", ["wrapper", "inside"])
 def test_distributed_data_parallel_trains_on_afterwards(stopped: str) -> None:
     with process_group():
-        net = nn.parallel.DistributedDataParallel(Plain())
+        net = distributed(Plain())
         plain = copy.deepcopy(net.module)
         for grad in (True, False, True):
             with (
