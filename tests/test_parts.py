@@ -298,6 +298,19 @@ def test_several_calls_in_a_pass_are_matched_in_their_order(tmp_path: Path) -> N
     assert found == [[1] * 4, [2] * 4, [0], [1], [2] * 4, [1] * 4]
 
 
+def test_each_row_of_a_grid_of_ranks_has_passes_of_its_own(tmp_path: Path) -> None:
+    whole = torch.ones(4, 1)
+
+    def work(rank: int) -> None:
+        mesh = mesh_of((2, 2), ("dp", "tp"))["tp"]
+        write(tmp_path / "r", rank, 4, [distributed(whole[:2], whole, mesh, [shard(0)])] * 3)
+
+    on_every_rank(4, work)
+    acts = load(tmp_path / "r")
+    assert acts["layer"].ranks == [0, 2, 0, 2, 0, 2]
+    assert "per pass" not in repr(acts)
+
+
 def test_calls_of_which_parts_are_missing_are_left_out_and_the_recording_says_so(
     tmp_path: Path,
 ) -> None:

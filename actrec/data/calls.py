@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from actrec.store.reader import StoredLayer
+from actrec.store.layers import StoredLayer
 from actrec.store.whole import WholeLayer
 
 from .files import File

@@ -11,8 +11,8 @@ from torch import Tensor
 from actrec._recordings.layer import Layer
 from actrec._values.spec import flatten
 from actrec.errors import AlignmentError, OptionError
+from actrec.store.layers import StoredLayer
 from actrec.store.read_only import ChosenLayer
-from actrec.store.reader import StoredLayer
 from actrec.store.stream import LiveLayer
 from actrec.store.whole import WholeLayer
 

@@ -12,7 +12,7 @@ from actrec.errors import RecordingExistsError
 from .disk import LOCK, Disk
 from .format import DESCRIPTION, UNFINISHED
 from .index import shard_names
-from .reader import rank_folders
+from .rank_folder import rank_folders
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

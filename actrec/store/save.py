@@ -11,10 +11,10 @@ from .description import Description, LayerInfo
 from .disk import Disk
 from .folder import Folder
 from .format import Slot
+from .opening import Opening
 from .place import place
 from .replace import replacing
 from .shard import Call, storable
-from .stream import Opening
 from .values import encode
 from .writer import Writer
 

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import os
-import time
 import weakref
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
 
 from typing_extensions import override
 
 from actrec._recordings.layer import Layer
 from actrec._recordings.passes import PassNumbers
-from actrec.errors import ActrecError, OptionError, RecordingExistsError, WriteError
+from actrec.errors import ActrecError, WriteError
 
-from . import shard
-from .description import read_description
-from .format import DESCRIPTION, Role, Slot
-from .index import shard_name
-from .ledger import Ledger
-from .place import place
-from .rank import ANY_RUN, here
-from .reader import (
-    Rank,
-    StoredLayer,
-    StoredRecording,
-    is_described,
-    opened,
-    rank_folder,
-    rank_folders,
-)
+from .format import Role, Slot
+from .layers import StoredLayer
+from .opening import Opening
+from .reader import StoredRecording, opened
 from .runs import PassRuns
 from .shard import Call, storable
 from .values import encode
@@ -44,151 +29,8 @@ if TYPE_CHECKING:
 
     from .description import Description
     from .folder import Folder
-    from .safetensors import Writable
 
-__all__ = ["LiveLayer", "Opening", "Stream"]
-
-
-class Opening:
-    """The folder of a rank, taken by this process for as long as it records there.
-
-    Args:
-        call: who asks, for messages.
-        folder: the path and its settings.
-        new: what is going to be recorded.
-        resume: whether what is there may be gone on with.
-        alone: whether this process is the only one, whatever launched it.
-
-    Raises:
-        RecordingExistsError: there is something at the path that this run has no part in; it was not touched.
-        ResumeError: what is there was recorded with other layers or options.
-    """
-
-    def __init__(
-        self,
-        call: str,
-        folder: Folder,
-        new: Description,
-        *,
-        resume: bool = False,
-        alone: bool = False,
-    ) -> None:
-        self.disk = place(folder)
-        self._call = call.format(path=str(self.disk))
-        position = here(0, 1) if alone else here(folder.rank, folder.world_size, folder.run)
-        self._position = position
-        self.own = self.disk / rank_folder(position.rank)
-        if not resume:
-            self._check_named()
-        self._check_path()
-        if not resume:
-            self._check_new(position.run)
-        self.own.make()
-        try:
-            self.lock = self.own.lock()
-        except BlockingIOError:
-            raise self._taken(_NOW) from None
-        try:
-            self.rank, self.ledger = self._begun(new, resume=resume)
-            self.own.sweep()
-        except BaseException:
-            self.lock.release()
-            raise
-
-    # --- What is there ---------------------------------------------------------------------------------
-
-    def _check_named(self) -> None:
-        rank, ranks, run = self._position
-        if run is None:
-            message = (
-                f"{self._call}: this process is rank {rank} of {ranks}, and nothing says of which run, as its launcher has given "
-                "it no name. Ranks of different runs could end up in one recording. Give all ranks of this run a name that no "
-                "other run has: record(..., into=Folder(path, run='2026-11-28-a')), or torchrun --rdzv-id=NAME."
-            )
-            raise OptionError(message)
-
-    def _check_path(self) -> None:
-        """Check that what is there is a recording, or nothing."""
-        if self.disk.is_file():
-            why = "that is a file"
-            raise self._taken(why)
-        names = self.disk.names()
-        if names and not rank_folders(self.disk):
-            why = f"that folder has other things in it ({names[0][:60]!r})"
-            raise self._taken(why)
-
-    def _check_new(self, run: str | None) -> None:
-        """Check that this rank has not recorded yet, and that all others which have are of the same run."""
-        if is_described(self.own):
-            why = "there is a recording already"
-            raise self._taken(why, _GO_ON)
-        self._check_others(run)
-
-    def _check_others(self, run: str | None) -> None:
-        for other in self._others():
-            if other.recording != run:
-                many = "a single process" if other.ranks == 1 else f"a run of {other.ranks} ranks"
-                why = f"{many} records there, or has recorded, and this is another run"
-                raise self._taken(why, _GO_ON)
-
-    def _others(self) -> Iterator[Description]:
-        """What other ranks record there."""
-        for folder in rank_folders(self.disk):
-            if folder.name != self.own.name and is_described(folder):
-                yield read_description(folder)
-
-    # --- Beginning -------------------------------------------------------------------------------------
-
-    def _begun(self, new: Description, *, resume: bool) -> tuple[Rank, Ledger]:
-        """Describe what is recorded, if that was not done before; return what there is."""
-        if resume and is_described(self.own):
-            rank = Rank(self.own)
-            rank.description.check_same(self.disk, new)
-            return rank, self._resumed(rank)
-        run = self._position.run or ANY_RUN
-        other = next(self._others(), None) if resume else None
-        recording = run if other is None else other.recording
-        self._describe(replace(new, recording=recording, ranks=self._position.ranks))
-        rank = Rank(self.own)
-        return rank, Ledger(rank.index.heading)
-
-    def _describe(self, new: Description) -> None:
-        self._commit(DESCRIPTION, lambda file: file.write(new.content()), _BEGUN)
-        try:  # of two runs that began at the same moment, the later one sees the other
-            self._check_others(new.recording)
-        except BaseException:
-            self.own.remove(DESCRIPTION)
-            raise
-
-    def _resumed(self, rank: Rank) -> Ledger:
-        """Go on after the last shard, with one that nobody else can write and that leaves out what was not completed.
-
-        From there on, a run that is still alive, though no lock says so, cannot write.
-        """
-        ledger = Ledger(rank.index.heading, rank.index.layers).resumed(
-            self._position.ranks, time.time_ns()
-        )
-        heading = ledger.next((), ledger.heading.committed)
-        write = partial(shard.write, heading=heading, layers=ledger.layers, laid=())
-        self._commit(shard_name(heading.shard), write, _NOW)
-        return ledger
-
-    def _commit(self, name: str, write: Callable[[Writable], object], taken: str) -> None:
-        try:
-            self.own.commit(name, write)
-        except FileExistsError:
-            raise self._taken(taken) from None
-        except OSError as error:
-            message = f"{self._call}: {self.own.shown(name)} could not be written: {error}."
-            raise WriteError(message) from error
-
-    def _taken(self, why: str, what_to_do: str = "Choose another path.") -> RecordingExistsError:
-        return RecordingExistsError(f"{self._call}: {why}. {what_to_do}")
-
-
-_BEGUN = "another run has just begun there"
-_NOW = "another run is recording there now"
-_GO_ON = "Go on with it: record(..., resume=True); or delete it, or choose another path."
+__all__ = ["LiveLayer", "Stream"]
 
 
 class Passes(Protocol):

@@ -9,7 +9,8 @@ from actrec.errors import CorruptRecordingError
 from .check import shard_problems
 from .description import read_description
 from .place import place
-from .reader import opened, rank_folders, rank_number
+from .rank_folder import rank_folders, rank_number
+from .reader import opened
 
 if TYPE_CHECKING:
     import os

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from typing_extensions import override
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from .dtensor import Spread
     from .index import Found
+    from .layers import StoredLayer
 
 __all__ = ["WholeLayer", "made_whole"]
 
@@ -44,39 +45,15 @@ class _Call(NamedTuple):
     parts: dict[int, int]  # by rank, the recorded call
 
 
-class Recorded(Protocol):
-    """A layer on disk as the ranks have recorded it."""
-
-    name: str
-    type: str
-
-    @property
-    def in_parts(self) -> bool:
-        """Whether any tensor is a rank's part of a ``DTensor``."""
-
-    @property
-    def passes(self) -> PassNumbers:
-        """For each call, its pass."""
-
-    @property
-    def ranks(self) -> list[int]:
-        """For each call, the rank that has recorded it."""
-
-    def find(self, index: int) -> Found:
-        """Find a call."""
-
-    def _summary(self) -> Summary: ...
-
-
-def made_whole(layer: Recorded) -> Layer[Any]:
+def made_whole(layer: StoredLayer) -> Layer[Any]:
     """Return a layer whose calls are whole: ``layer`` itself, if nothing in it is in parts."""
-    return WholeLayer(layer) if layer.in_parts else cast("Layer[Any]", layer)
+    return WholeLayer(layer) if layer.in_parts else layer
 
 
 class WholeLayer(ReadOnlyLayer):
     """A layer on disk whose calls are made of what several ranks have recorded."""
 
-    def __init__(self, recorded: Recorded) -> None:
+    def __init__(self, recorded: StoredLayer) -> None:
         self.name = recorded.name
         self.type = recorded.type
         self.recorded = recorded
@@ -110,6 +87,13 @@ class WholeLayer(ReadOnlyLayer):
     def ranks(self) -> list[int]:
         """For each call, the first rank that has recorded a part of it."""
         return [call.rank for call in self._found[0]]
+
+    @override
+    def _per_pass(self) -> tuple[int, int]:
+        counts = Counter(
+            (call.number, call.rank) for call in self._found[0]
+        )  # each rank has its own
+        return max(counts.values(), default=0), len(counts)
 
     @override
     def __len__(self) -> int:

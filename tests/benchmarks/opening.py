@@ -24,7 +24,8 @@ from actrec.store.disk import Disk
 from actrec.store.format import Slot
 from actrec.store.index import shard_name
 from actrec.store.ledger import Ledger, SoFar
-from actrec.store.reader import Rank, StoredRecording
+from actrec.store.rank_folder import Rank
+from actrec.store.reader import StoredRecording
 from actrec.store.shard import Call, lay_out, write
 
 from .memory import anonymous, printed_by

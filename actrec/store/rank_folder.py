@@ -1,0 +1,75 @@
+"""The folder of a rank: what it is called, whether it is described, and what is in it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+from .description import read_description
+from .format import DESCRIPTION, corrupt
+from .index import Index, shard_names
+from .ranks import RankInfo
+
+if TYPE_CHECKING:
+    from .place import Place
+
+__all__ = ["Rank", "is_described", "rank_folder", "rank_folders", "rank_number"]
+
+_RANK: Final = re.compile(r"rank-[0-9]{5}")
+
+
+def rank_folder(rank: int) -> str:
+    """Return the name of the folder of a rank."""
+    return f"rank-{rank:05d}"
+
+
+def rank_folders(disk: Place) -> list[Place]:
+    """Return the folders of all ranks, in order."""
+    return [disk / name for name in disk.names() if _RANK.fullmatch(name)]
+
+
+def rank_number(folder: str) -> int:
+    """Return the rank that a folder is of."""
+    return int(folder.partition("-")[2])
+
+
+def is_described(folder: Place) -> bool:
+    """Whether a rank has begun to record there; a folder with shards and no description is damaged."""
+    if _has_description(folder):
+        return True
+    if not shard_names(folder):
+        return False
+    if not _has_description(folder):  # now: it may have begun after the first look
+        raise corrupt(folder.shown(DESCRIPTION), "it is missing")
+    return True
+
+
+def _has_description(folder: Place) -> bool:
+    try:
+        return folder.size(DESCRIPTION) >= 0
+    except FileNotFoundError:
+        return False
+
+
+class Rank:
+    """What one rank has written: the folder ``rank-00000``, say, of ``of`` folders that are opened together."""
+
+    def __init__(self, disk: Place, *, of: int = 1) -> None:
+        self.number = rank_number(disk.name)
+        self.description = read_description(disk)
+        self.index = Index(disk, self.description.heading(self.number), of=of)
+
+    @property
+    def committed(self) -> int:
+        """How many passes there are."""
+        return self.index.heading.committed
+
+    @property
+    def info(self) -> RankInfo:
+        """How far the rank has come."""
+        ended = self.index.heading.ended
+        if ended is None:
+            error: str | None = "killed or still recording"
+        else:  # the name of an exception, or a sentence
+            error = f"left by {ended}" if ended.isidentifier() else ended or None
+        return RankInfo(self.number, self.committed, error is None, error)
