@@ -232,7 +232,7 @@ class StoredRecording(Recording[V], Generic[V]):
         >>> path = tempfile.mkdtemp() + "/run"
         >>> model = torch.nn.Linear(4, 3)
         >>> for rank in range(2):  # torchrun would start two processes, and say which is which
-        ...     folder = actrec.store.Folder(path, rank=rank, world_size=2)
+        ...     folder = actrec.store.Folder(path, rank=rank, world_size=2, run="a")
         ...     with actrec.record(model, "", into=folder):
         ...         output = model(torch.randn(5 + rank, 4))
         >>> acts = actrec.load(path)
