@@ -52,6 +52,7 @@ nitpick_ignore_regex = [
     ("py:class", r"nn\.Module|AbstractContextManager|Callable\[.*|.*\b(Query|Transform|Value)\b.*"),
     (
         "py:class",
-        r"(Axes|Layers|Recording|Selector|numpy\.ndarray|actrec\._(rows|stats|compare)\.\w+)(\[.*)?",
+        r"(Axes|Layers|Recording|Selector|Tensor|V|numpy\.ndarray|actrec\.store\.(reader|whole)\.\w+)(\[.*)?",
     ),
+    ("py:.*", r"actrec\._.*"),
 ]

@@ -74,7 +74,7 @@ class Recorder(Recording[V], Generic[V]):
 
     @property
     def transfers(self) -> dict[str, str]:
-        """How values have come from each GPU into memory: while the model went on, or while it waited.
+        """How values have come from each GPU into memory, while the model went on or while it waited.
 
         ``{"cuda:0": "asynchronous"}``, or ``"blocking"`` for a GPU on which the self-test of asynchronous copies has
         failed. Other devices, and GPUs of which nothing was moved, are not in it; with ``detach=False``, none is.

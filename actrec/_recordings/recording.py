@@ -120,7 +120,7 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
 
     @property
     def failed_passes(self) -> list[int]:
-        """The passes that raised, or were interrupted: layers behind the place where it happened have no call in them.
+        """The passes that raised or were interrupted. Layers behind the place where it happened have no call in them.
 
         >>> import torch
         >>> from torch import nn
@@ -184,7 +184,7 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
         It lines up with ``acts[name]`` and is nested in the same way, with ``None`` for what no gradient has
         reached. It belongs to the value as the layer returned it, also where a layer behind it works in
         place. (Where it cannot be told, it stays ``None``, and a warning names the layer: see
-        :class:`actrec.MissingGradientWarning`.) ``backward()`` may come inside the block or after it. A second one through the same forward adds
+        :class:`actrec.errors.MissingGradientWarning`.) ``backward()`` may come inside the block or after it. A second one through the same forward adds
         to what is there, as it does for the ``.grad`` of a parameter; so does ``torch.autograd.grad``.
 
         Gradients are copied as values are, and moved and cast by ``device`` and ``dtype``. A ``transform`` is
