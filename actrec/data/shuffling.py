@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import pairwise
 from operator import index
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from typing_extensions import override
 
@@ -18,18 +17,20 @@ from actrec.store.rank import placed
 
 from .ahead import ahead
 from .align import table
+from .batches import batches
 from .files import Files
 from .kept import Kept
 from .order import Order
 from .window import Window
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
 
     from actrec._recordings.recording import Recording
 
     from .align import Table
-    from .order import Piece
     from .selecting import Selector
 
 __all__ = ["Shuffled", "shuffled"]
@@ -297,47 +298,12 @@ class Shuffled(IterableDataset[Any]):
         width = sum(column.width for column in self._columns)
         many = min(_TOGETHER, max(1, _MEBI // max(1, width * self._order.batch_size)))
         with Files() as files:
-            for batch in ahead(self._batches(now.epoch, mine, files), many):
-                now.done += 1
-                yield batch
-
-    def _batches(self, which: int, mine: range, files: Files) -> Generator[Any, None, None]:
-        """Make some of the batches of an epoch."""
-        epoch, windows = self._order.epoch(which), self._order.windows
-        memory = Window(self._columns, self._kept, self._block, files)
-        begun: list[list[Tensor]] = []
-        for number, bounds in enumerate(windows):
-            cuts = self._order.cuts(bounds, mine)
-            if not cuts:
-                continue
-            rows = epoch.permutation(number, bounds)
-            memory.fill(epoch.pieces(bounds), torch.cat([rows[cut.low : cut.high] for cut in cuts]))
-            del rows
-            coming = [
-                piece for after in windows[number + 1 : number + 2] for piece in epoch.pieces(after)
-            ]
-            place = 0
-            for cut, pieces in zip(cuts, _spread(coming, len(cuts)), strict=True):
-                memory.expect(pieces)
-                begun.append(memory.take(place, place + cut.high - cut.low))
-                place += cut.high - cut.low
-                if cut.ends:
-                    yield self._joined(begun)
-                    begun.clear()
-
-    def _joined(self, parts: list[list[Tensor]]) -> Any:
-        columns = [
-            column[0] if len(column) == 1 else torch.cat(column)
-            for column in zip(*parts, strict=True)
-        ]
-        dressed = [own.dressed(rows) for own, rows in zip(self._columns, columns, strict=True)]
-        return dressed[0] if len(dressed) == 1 else tuple(dressed)
-
-
-def _spread(pieces: list[Piece], many: int) -> Iterator[list[Piece]]:
-    """The pieces in so many portions, one after the other."""
-    bounds = [len(pieces) * i // many for i in range(many + 1)]
-    return (pieces[low:high] for low, high in pairwise(bounds))
+            window = Window(self._columns, self._kept, self._block, files)
+            made = batches(self._columns, window, self._order, now.epoch, mine)
+            with closing(ahead(made, many)) as coming:
+                for batch in coming:
+                    now.done += 1
+                    yield batch
 
 
 def _identity(source: Table) -> str:
