@@ -97,10 +97,11 @@ class _File:
 
 
 def measure(*, quick: bool) -> Iterator[Row]:
-    for count in (10, 20) if quick else SIZES:
+    sizes = (10, 20) if quick else SIZES
+    for count in sizes:
         opening, call, table, memory = printed_by(__name__, f"print_measured({count})")
         what = f"{count:,} shards of {LAYERS} layers"
-        target = TARGET if count == SIZES[-1] else None
+        target = TARGET if count == sizes[-1] else None
         yield Row.of(
             f"{what}: opening, a call and the table", [opening + call + table], target, "ms"
         )
