@@ -40,6 +40,7 @@ from actrec import (
 from actrec.__main__ import main
 from actrec._recordings.layer import ListLayer
 from actrec._values.spec import tensors
+from actrec.data import rows
 from actrec.store import (
     Folder,
 )
@@ -460,7 +461,7 @@ def test_a_path_that_is_no_text_is_read_as_any_other(tmp_path: Path) -> None:
         output = model(torch.randn(4, 3))
     assert torch.equal(acts[""][0], output)
     assert torch.equal(load(path)[""].cat(), output)
-    assert torch.equal(actrec.data.rows(load(path), "")[[1, 3]], output[[1, 3]])
+    assert torch.equal(rows(load(path), "")[[1, 3]], output[[1, 3]])
     written = load(path)
     written[""][0].zero_()
     assert torch.equal(load(path)[""][0], output)
@@ -518,11 +519,11 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "void": (put("void", [-1]), "a shard is -1"),
     "raised": (put("raised", ["x"]), "a pass that raised is 'x'"),
     "ended": (put("ended", 3), "how it ended is 3, which is no text"),
-    "began": (put("began", True), "'began' is True"),
+    "began": (put("began", True), "began is True"),
     "recording": (put("recording", "x"), "it says that it belongs to recording x, not"),
     "rank": (put("rank", 7), "it says that it belongs to rank 7, not 0"),
     "shard": (put("shard", 0), "it says that it belongs to shard 0, not "),
-    "negative": (put("committed", -1), "'committed' is -1"),
+    "negative": (put("committed", -1), "the number of committed passes is -1"),
     "huge number": (put("committed", 10**400), "which is no number from 0 to"),
     "no layers": (lambda about: about.pop("layers") and None, "has no 'layers'"),
     "twice": (lambda about: about["layers"].append(about["layers"][0]), "it lists a layer twice"),
