@@ -424,3 +424,26 @@ def test_a_call_is_the_same_whoever_reads_it_first(path: Path) -> None:
     forward = [acts["relu"][at] for at in range(len(acts["relu"]))]
     backward = [again["relu"][at] for at in reversed(range(len(again["relu"])))]
     assert all(map(same, forward, reversed(backward)))
+
+
+def test_a_call_of_a_pass_that_its_shard_does_not_commit_is_found_out_by_verify(
+    tmp_path: Path,
+) -> None:
+    shards = Shards(tmp_path / "r", ["a"])
+    shards.write([(0, 5, torch.ones(1))], 1)
+    (problem,) = actrec.verify(tmp_path / "r")
+    assert "it has calls of layer 'a' of passes that it should have none of" in problem
+
+
+def test_a_structure_that_python_cannot_write_again_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many(tmp_path / "r", 1)
+    acts = load(tmp_path / "r")
+
+    def too_deep(*_: object, **__: object) -> str:
+        raise RecursionError
+
+    monkeypatch.setattr(json, "dumps", too_deep)
+    with pytest.raises(CorruptRecordingError, match="a value is nested too deep"):
+        acts["a"][0]

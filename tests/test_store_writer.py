@@ -820,7 +820,7 @@ def test_of_two_runs_that_begin_together_one_is_refused(
                     patch.setattr(fcntl, "flock", lambda *_: None)
                 with (
                     pytest.raises(
-                        RecordingExistsError, match="another run|there is a recording already"
+                        RecordingExistsError, match=r"another run|there is a recording already"
                     ),
                     record(net, "", into=tmp_path / "r"),
                 ):
