@@ -52,7 +52,7 @@ nitpick_ignore_regex = [
     ("py:class", r"nn\.Module|AbstractContextManager|Callable\[.*|.*\b(Query|Transform|Value)\b.*"),
     (
         "py:class",
-        r"(Axes|Layers|Recording|Selector|Tensor|V|numpy\.ndarray|actrec\.store\.(reader|whole)\.\w+)(\[.*)?",
+        r"(Axes|Layers|Recording|Role|Selector|StoredLayer|Tensor|V|numpy\.ndarray|actrec\.store\.(reader|layers|whole)\.\w+)(\[.*)?",
     ),
     ("py:.*", r"actrec\._.*"),
 ]
