@@ -35,7 +35,7 @@ X = torch.ones(2, 4)
 
 # --- Random numbers ----------------------------------------------------------------------------------
 
-LSTM = nn.LSTM(4, 4, num_layers=2, dropout=0.5)
+LSTM = nn.LSTM(4, 64, num_layers=2, dropout=0.5)
 
 DRAWS: dict[str, Callable[[Tensor], Any]] = {
     "randperm": lambda t: torch.randperm(t.numel() * 8),

@@ -189,7 +189,7 @@ def test_the_processes_of_one_torchrun_know_each_other_by_it(
     assert first == run_of(monkeypatch, **said)
     parent = os.getppid()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "getppid", lambda: 1)
+        patch.setattr(os, "getppid", os.getpid)  # some other process that there is
         assert run_of(monkeypatch, **said) not in {None, first}
         patch.setattr(os, "getppid", lambda: parent)
         assert run_of(monkeypatch, **said) == first
@@ -537,7 +537,7 @@ def test_of_two_runs_that_begin_at_the_same_moment_at_most_one_records(tmp_path:
         recorded = {text for text in done if text.startswith("run of")}
         assert len(recorded) <= 1
         assert all("Go on with it" in text or "Choose another" in text for text in done if text not in recorded)  # fmt: skip
-        assert actrec.verify(path) == []
+        assert not recorded or actrec.verify(path) == []
         outcomes += recorded
     assert outcomes, "as a rule, one of them gets there"
 
