@@ -337,3 +337,12 @@ def test_a_copy_of_a_model_that_is_recorded_has_nothing_of_this() -> None:
         other = copy.deepcopy(model)
     other.seq[0] = nn.Linear(4, 4)
     other(X)
+
+
+def test_a_copy_of_the_hooks_alone_records_nothing() -> None:
+    model = nn.Identity()
+    with record(model, "") as acts:
+        for hook in copy.deepcopy(dict(model._forward_hooks)).values():
+            assert hook(model, (X,), X) is None
+        model(X)
+    assert len(acts[""]) == 1

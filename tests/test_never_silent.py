@@ -525,3 +525,17 @@ def test_pytorchs_error_about_shared_memory_that_grew_says_what_it_is_about() ->
             model(torch.ones(2, 4))
     assert ["clone()" in note for note in caught.value.__notes__] == [True]
     assert len(acts["0"]) == 1
+
+
+def test_a_layer_that_only_a_checkpoint_of_before_the_block_called_is_said() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Tanh())
+    output = checkpoint(model, torch.ones(2, 4, requires_grad=True), use_reentrant=False)
+    with (
+        pytest.warns(
+            UnusedLayerWarning,
+            match="inside backward\\(\\), where activation checkpointing recomputes what was recorded before",
+        ),
+        record(model, ["0", "1"]) as acts,
+    ):
+        output.sum().backward()
+    assert len(acts["0"]) == 0

@@ -1158,3 +1158,12 @@ def test_every_part_of_a_recording_can_be_copied(copied: Any, inside: bool) -> N
             assert other[name].passes == layer.passes[: len(other[name])]
     if copied is not copy.copy:
         assert [other.num_passes for other in copies] == [1 if inside else 2] * 3
+
+
+def test_shapes_of_many_kinds_are_counted_and_not_listed() -> None:
+    model = nn.Identity()
+    with record(model, "") as acts:
+        for dimensions in range(1, 6):
+            model(torch.ones((2,) * dimensions))
+    assert "5 kinds of shapes" in str(acts)
+    assert "5 kinds of shapes" in str(acts[""])

@@ -454,11 +454,12 @@ def test_the_command_line_prints_what_the_terminal_has_no_letters_for(tmp_path: 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names of files are text")
-def test_a_path_that_is_no_text_is_read_as_any_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [4, 150_000], ids=["read", "mapped"])
+def test_a_path_that_is_no_text_is_read_as_any_other(tmp_path: Path, size: int) -> None:
     path = tmp_path / os.fsdecode(b"l\xe4ufe")
     model = nn.Linear(3, 2)
     with record(model, "", into=path) as acts:
-        output = model(torch.randn(4, 3))
+        output = model(torch.randn(size, 3))
     assert torch.equal(acts[""][0], output)
     assert torch.equal(load(path)[""].cat(), output)
     assert torch.equal(rows(load(path), "")[[1, 3]], output[[1, 3]])
@@ -595,6 +596,11 @@ HOSTILE_CALLS: dict[str, tuple[Callable[[Path], None], str]] = {
     "impossible": (table(SHAPES, (0, 1 << 40), (1, 1 << 40)), "has an impossible shape"),
     "overflow": (table(SHAPES, (0, 0), (1, 1 << 62), (2, 1 << 62)), "has an impossible shape"),
 }  # fmt: skip
+
+
+def test_verify_finds_a_shard_that_commits_fewer_passes_than_the_one_before_it(path: Path) -> None:
+    rewrite(shards(path)[-1], put("committed", 0))
+    assert any("it commits fewer passes than the shard before it" in told for told in actrec.verify(path))
 
 
 @pytest.mark.parametrize("name", HOSTILE_CALLS)

@@ -502,3 +502,22 @@ def test_a_shape_comes_back_as_a_shape(tmp_path: Path) -> None:
     shape = load(tmp_path / "r")[""][0][1]
     assert type(shape) is torch.Size
     assert shape == (2, 3)
+
+
+class Extended(dict[str, Any]):
+    """A dict with attributes of its own."""
+
+
+def test_an_attribute_that_no_stand_in_can_have_is_left_out_with_its_tensor() -> None:
+    value = Extended(first=torch.ones(2))
+    value.items = torch.zeros(3)  # type: ignore[method-assign,assignment]  # the name of a method
+    value.more = torch.full((4,), 2.0)  # type: ignore[attr-defined]
+    (found,) = there_and_back(value)
+    assert torch.equal(found["first"], torch.ones(2))
+    assert torch.equal(found.more, torch.full((4,), 2.0))
+    assert callable(found.items)
+
+
+def test_a_dict_with_a_tensor_for_a_key_is_refused() -> None:
+    with pytest.raises(CaptureError, match="a dict with a tensor for a key cannot be stored"):
+        _tree.encode({torch.ones(1): 1})

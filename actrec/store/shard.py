@@ -541,11 +541,11 @@ def _contents(description: str) -> tuple[Heading, dict[tuple[Role, str], Listed]
     ended = about["ended"]
     heading = Heading(
         text(about["recording"], "the recording"),
-        integer(about["rank"], "'rank'"),
-        integer(about["ranks"], "'ranks'"),
-        integer(about["began"], "'began'"),
-        integer(about["shard"], "'shard'"),
-        integer(about["committed"], "'committed'"),
+        integer(about["rank"], "the rank"),
+        integer(about["ranks"], "the number of ranks"),
+        integer(about["began"], "when the run began"),
+        integer(about["shard"], "the number of the shard"),
+        integer(about["committed"], "the number of committed passes"),
         tuple((integer(a, "a shard"), integer(b, "a pass")) for a, b in parts),
         tuple(integer(shard, "a shard") for shard in items(about["void"], "the void shards")),
         tuple(
