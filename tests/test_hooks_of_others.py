@@ -158,9 +158,10 @@ def test_a_hook_that_a_forward_adds_further_in_is_seen_in_that_forward(
         assert same(acts[name], model.get_submodule(name).returned)
 
 
+@pytest.mark.parametrize("options", [{}, {"inputs": True}], ids=str)
 @pytest.mark.parametrize("hook", ["steer", "steer in place", "look"])
 def test_a_hook_that_comes_too_late_to_be_seen_is_said_and_seen_from_the_next_call_on(
-    hook: str,
+    hook: str, options: dict[str, Any]
 ) -> None:
     def before(module: Told) -> None:
         if len(module.received) == 2:
@@ -172,7 +173,7 @@ def test_a_hook_that_comes_too_late_to_be_seen_is_said_and_seen_from_the_next_ca
             IncompleteLayerWarning,
             match=r"1 of 1 layer of this Told.\n  'inner.0': .*of 1 forward,",
         ) as caught,
-        record(model, "inner.0") as acts,
+        record(model, "inner.0", **options) as acts,
     ):
         for _ in range(4):
             model(X.clone())
@@ -339,9 +340,25 @@ def test_a_copy_of_a_model_that_is_recorded_has_nothing_of_this() -> None:
     other(X)
 
 
-def test_a_copy_of_the_hooks_alone_records_nothing() -> None:
+@pytest.mark.parametrize("inputs", [False, True])
+def test_a_hook_that_comes_too_late_inside_a_pause_is_nothing_to_say(inputs: bool) -> None:
+    def before(module: Told) -> None:
+        if len(module.received) == 2:
+            HOOKS["look"](module.inner[0])
+
+    model = Told(Told(), before=before)
+    with record(model, "inner.0", inputs=inputs) as acts:
+        model(X.clone())
+        with acts.pause():
+            model(X.clone())
+        model(X.clone())
+    assert len(acts["inner.0"]) == 2
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_a_copy_of_the_hooks_alone_records_nothing(inputs: bool) -> None:
     model = nn.Identity()
-    with record(model, "") as acts:
+    with record(model, "", inputs=inputs) as acts:
         for hook in copy.deepcopy(dict(model._forward_hooks)).values():
             assert hook(model, (X,), X) is None
         model(X)
