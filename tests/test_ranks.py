@@ -29,6 +29,7 @@ from actrec import (
     record,
 )
 from actrec.store import Folder, RankInfo
+from actrec.store import opening as _opening
 from actrec.store import rank as _rank
 from actrec.store.disk import Disk
 from actrec.store.rank import here
@@ -540,6 +541,18 @@ def test_of_two_runs_that_begin_at_the_same_moment_at_most_one_records(tmp_path:
         assert not recorded or actrec.verify(path) == []
         outcomes += recorded
     assert outcomes, "as a rule, one of them gets there"
+
+
+def test_a_run_that_has_taken_back_its_beginning_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "r", 1, 3, [row(1)])
+
+    def taken_back(_: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(_opening, "read_description", taken_back)
+    assert write(tmp_path / "r", 0, 2, [row(0)]).num_passes == 1
 
 
 def _no_links(*_: object) -> None:

@@ -600,7 +600,9 @@ HOSTILE_CALLS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 def test_verify_finds_a_shard_that_commits_fewer_passes_than_the_one_before_it(path: Path) -> None:
     rewrite(shards(path)[-1], put("committed", 0))
-    assert any("it commits fewer passes than the shard before it" in told for told in actrec.verify(path))
+    assert any(
+        "it commits fewer passes than the shard before it" in told for told in actrec.verify(path)
+    )
 
 
 @pytest.mark.parametrize("name", HOSTILE_CALLS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -114,7 +115,10 @@ class Opening:
         """What other ranks record there."""
         for folder in rank_folders(self.disk):
             if folder.name != self.own.name and is_described(folder):
-                yield read_description(folder)
+                with suppress(
+                    FileNotFoundError
+                ):  # a run that has just begun, and takes it back for another
+                    yield read_description(folder)
 
     # --- Beginning -------------------------------------------------------------------------------------
 
