@@ -521,3 +521,23 @@ def test_an_attribute_that_no_stand_in_can_have_is_left_out_with_its_tensor() ->
 def test_a_dict_with_a_tensor_for_a_key_is_refused() -> None:
     with pytest.raises(CaptureError, match="a dict with a tensor for a key cannot be stored"):
         _tree.encode({torch.ones(1): 1})
+
+
+def test_a_stored_value_has_the_paths_that_it_had() -> None:
+    value = {"a": np.ones(3), "h": [torch.ones(2), np.float32(1), torch.ones(3)]}
+    spec = _tree.decode(_tree.encode(value).structure).spec
+    assert list(spec.paths) == ["['h'][0]", "['h'][2]"]
+
+
+def test_what_stands_for_an_object_comes_back() -> None:
+    value = [torch.ones(2), Opaque("lib.Cache")]
+    (found,) = there_and_back(value)
+    assert found[1] == Opaque("lib.Cache")
+
+
+def test_a_structure_that_is_nested_too_deep_is_a_defect() -> None:
+    deep: Any = None
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(_container.Defect, match="nested too deep"):
+        _shard._json(deep)

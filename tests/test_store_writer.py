@@ -989,3 +989,13 @@ def test_saving_keeps_what_a_bounded_container_has_kept(tmp_path: Path) -> None:
     acts.save(tmp_path / "r")
     assert load(tmp_path / "r")[""].passes == [3, 4]
     assert [len(t) for t in load(tmp_path / "r")[""]] == [4, 5]
+
+
+def test_folders_above_that_this_process_may_not_open_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    model = nn.Identity()
+    with record(model, "", into=tmp_path / "r"):
+        model(torch.ones(2))
+    assert torch.equal(load(tmp_path / "r")[""].cat(), torch.ones(2))
