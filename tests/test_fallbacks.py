@@ -180,10 +180,13 @@ class TestWhatTheCompilerReads:
         answers = itertools.cycle([True, False])  # the second time it runs what it had read
         monkeypatch.setattr(_hooks, "is_dynamo_compiling", lambda: next(answers))
 
-    @pytest.mark.parametrize("options", [{}, {"inputs": True}, {"stop_early": True}])
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"inputs": True}, {"stop_early": True}, {"layers": ["0", "1"], "stop_early": True}],
+    )
     def test_it_runs_the_hooks_that_it_comes_across(self, options: dict[str, Any]) -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-        with record(model, "0", **options) as acts:
+        with record(model, **{"layers": "0", **options}) as acts:
             model(X)
             model(X)
         assert acts["0"].passes == [0, 1]

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -101,9 +101,7 @@ _TOO_DEEP: Final = f"it is nested more than {MAX_DEPTH} deep"
 _TOO_LARGE: Final = "it has too many parts. Many numbers are better stored as one tensor"
 
 
-def _refuse(value: object) -> Opaque:
-    if isinstance(value, Opaque):
-        return value
+def _refuse(value: object) -> NoReturn:
     message = (
         f"a value of type {qualified(type(value))} cannot be stored; take out of it what you need"
     )
