@@ -77,13 +77,11 @@ def warn_unused(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
         return
     there = {id(module) for module in model.modules()}
     causes = {key: _cause(there, *item) for key, item in unused.items()}
-    kind = type(model).__name__
     if any(track.session.passes.count or track.elsewhere() for _, track in tracks.values()):
-        what = f"nothing was recorded of {_share(causes, tracks)} of this {kind}"
-        message = _explained(f"record(): {what}.", causes)
+        message = _explained("nothing was recorded of", causes, model, tracks)
     else:
         message = (
-            f"record(): nothing was recorded, this {kind} was not called inside the with block{_outside(tracks)}."
+            f"record(): nothing was recorded, this {type(model).__name__} was not called inside the with block{_outside(tracks)}."
             f" {_why(tracks)}"
         )
     warnings.warn(message, UnusedLayerWarning, stacklevel=stacklevel + 1)
@@ -100,12 +98,8 @@ def warn_ungraded(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None
     """Warn once about all layers whose calls have no gradient, or no graph, though it was asked for."""
     causes = {key: cause for key, (_, track) in tracks.items() if (cause := _no_graph(track))}
     if causes:
-        what = f"no gradient can reach {_share(causes, tracks)} of this {type(model).__name__}"
-        warnings.warn(
-            _explained(f"record(): {what}.", causes),
-            MissingGradientWarning,
-            stacklevel=stacklevel + 1,
-        )
+        message = _explained("no gradient can reach", causes, model, tracks)
+        warnings.warn(message, MissingGradientWarning, stacklevel=stacklevel + 1)
 
 
 def warn_incomplete(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
@@ -116,12 +110,8 @@ def warn_incomplete(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> No
         if track.kept and (cause := _incomplete(choice, track))
     }
     if causes:
-        what = f"not all is right that was recorded of {_share(causes, tracks)} of this {type(model).__name__}"
-        warnings.warn(
-            _explained(f"record(): {what}.", causes),
-            IncompleteLayerWarning,
-            stacklevel=stacklevel + 1,
-        )
+        message = _explained("not all is right that was recorded of", causes, model, tracks)
+        warnings.warn(message, IncompleteLayerWarning, stacklevel=stacklevel + 1)
 
 
 def warn_overflow(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
@@ -200,16 +190,14 @@ def warn_not_stopped(model: nn.Module, stop: EarlyStop | None, *, stacklevel: in
         warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 
 
-def _share(causes: dict[str, str], tracks: _Tracks) -> str:
-    return f"{len(causes)} of {len(tracks)} layer{'s' if len(tracks) != 1 else ''}"
-
-
-def _explained(title: str, causes: dict[str, str]) -> str:
-    """The title, and a line for each cause with the layers that it explains."""
+def _explained(what: str, causes: dict[str, str], model: nn.Module, tracks: _Tracks) -> str:
+    """What is wrong with how many of the layers, and a line for each cause with the layers that it explains."""
+    many = f"{len(causes)} of {_times(len(tracks), 'layer')}"
     layers: dict[str, list[str]] = {}
     for key, cause in causes.items():
         layers.setdefault(cause, []).append(key)
-    return "\n".join([title, *(f"  {listed(keys)}: {cause}." for cause, keys in layers.items())])
+    lines = [f"  {listed(keys)}: {cause}." for cause, keys in layers.items()]
+    return "\n".join([f"record(): {what} {many} of this {type(model).__name__}.", *lines])
 
 
 def _no_graph(track: Track) -> str | None:

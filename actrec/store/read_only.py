@@ -1,4 +1,4 @@
-"""What the layers on disk have in common: they are read call by call, and cannot be written to."""
+"""What the layers on disk have in common; most are read call by call, and cannot be written to."""
 
 from __future__ import annotations
 
@@ -19,10 +19,26 @@ if TYPE_CHECKING:
 
     from actrec._values.containers import Value
 
-__all__ = ["ChosenLayer", "ReadOnlyLayer"]
+__all__ = ["ChosenLayer", "LayerOnDisk", "ReadOnlyLayer"]
 
 
-class ReadOnlyLayer(Layer[Any]):
+class LayerOnDisk(Layer[Any]):
+    """A layer whose calls are on disk. What they look like is known without reading them."""
+
+    @abstractmethod
+    def _summary(self) -> Summary:
+        """What the calls look like, together."""
+
+    @override
+    def _seen(self) -> tuple[Summary, dict[object, int]]:
+        return self._summary(), dict(self._places())
+
+    @override
+    def _places(self) -> Iterator[tuple[object, int]]:
+        return iter([(id(self), self.nbytes)])
+
+
+class ReadOnlyLayer(LayerOnDisk):
     """A layer whose calls are read when they are asked for."""
 
     @abstractmethod
@@ -57,18 +73,6 @@ class ReadOnlyLayer(Layer[Any]):
     def stack(self, dim: int = 0, *, release: bool = False) -> Value:
         """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
         return self._join("stack", dim)
-
-    @abstractmethod
-    def _summary(self) -> Summary:
-        """What the calls look like, together."""
-
-    @override
-    def _seen(self) -> tuple[Summary, dict[object, int]]:
-        return self._summary(), dict(self._places())
-
-    @override
-    def _places(self) -> Iterator[tuple[object, int]]:
-        return iter([(id(self), self.nbytes)])
 
     @override
     def _of(self, calls: list[int]) -> Layer[Any]:

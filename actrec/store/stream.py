@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
 
 from typing_extensions import override
 
-from actrec._recordings.layer import Layer
 from actrec._recordings.passes import PassNumbers
 from actrec.errors import ActrecError, WriteError
 
 from .format import Role, Slot
 from .layers import StoredLayer
 from .opening import Opening
+from .read_only import LayerOnDisk
 from .reader import StoredRecording, opened
 from .runs import PassRuns
 from .shard import Call, storable
@@ -24,6 +24,7 @@ from .writer import Writer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from actrec._recordings.layer import Layer
     from actrec._values.containers import Value
     from actrec._values.summary import Summary
 
@@ -135,7 +136,7 @@ class Stream:
         return self._writer.unseen()
 
 
-class LiveLayer(Layer[Any]):
+class LiveLayer(LayerOnDisk):
     """A layer whose values go to the disk. They can be read when the block has ended."""
 
     def __init__(self, stream: Stream, slot: Slot, before: StoredLayer) -> None:
@@ -195,6 +196,7 @@ class LiveLayer(Layer[Any]):
         """Join all calls along a new dimension. See :meth:`Layer.stack`."""
         return self._stored.stack(dim, release=release)
 
+    @override
     def _summary(self) -> Summary:
         return self._stored._summary() if self._stream.closed else self._looks
 
@@ -202,14 +204,6 @@ class LiveLayer(Layer[Any]):
     @override
     def nbytes(self) -> int:
         return self._stored.nbytes if self._stream.closed else self._bytes
-
-    @override
-    def _seen(self) -> tuple[Summary, dict[object, int]]:
-        return self._summary(), dict(self._places())
-
-    @override
-    def _places(self) -> Iterator[tuple[object, int]]:
-        return iter([(id(self), self.nbytes)])
 
     @override
     def clear(self) -> NoReturn:
