@@ -184,6 +184,14 @@ def test_every_nox_session_that_a_page_names_exists(page):
     assert set(named) <= nox_sessions()
 
 
+def test_the_contributing_page_names_every_nox_session_and_only_files_that_exist():
+    text = (ROOT / "docs/contributing.md").read_text()
+    assert set(re.findall(r"`nox -s ([\w-]+)", text)) == nox_sessions()
+    named = re.findall(r"`((?:actrec|docs|tests)/[\w./-]+)`", text)
+    assert [path for path in named if not (ROOT / path).exists()] == []
+    assert len(named) >= 10
+
+
 def test_the_readme_names_the_versions_that_the_package_requires():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python = project["requires-python"].removeprefix(">=")
