@@ -81,12 +81,11 @@ class Column:
         order = begins.argsort()
         order = order[sources[order].argsort(stable=True)]
         used, counts = torch.unique_consecutive(sources[order], return_counts=True)
-        rows = self.empty(len(indices))
-        many = counts.tolist()
-        parts = zip(torch.split(begins[order], many), torch.split(rows, many), strict=True)
-        for number, (some, out) in zip(used.tolist(), parts, strict=True):
-            self._sources[number].take(some, out, files)
-        return rows.index_select(0, order.argsort())
+        rows, many = self.empty(len(indices)), counts.tolist()
+        parts = zip(torch.split(begins[order], many), torch.split(order, many), strict=True)
+        for number, (some, places) in zip(used.tolist(), parts, strict=True):
+            self._sources[number].take(some, rows, places, files)
+        return rows
 
     def _at(self, run: int) -> tuple[Source, int, int]:
         source = self._sources[int(self._source[run])]

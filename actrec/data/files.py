@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
-from actrec._values.memory import writable
 from actrec.store.format import Defect, corrupt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch import Tensor
+    from collections.abc import Iterator
 
     from actrec.store.place import Place, Reading
 
@@ -44,17 +41,11 @@ class Files(AbstractContextManager["Files"]):
         while self._open:
             self._open.popitem()[1].close()
 
-    def read(self, file: File, begin: int, out: Tensor) -> None:
-        """Fill a contiguous tensor with the bytes of a file from ``begin`` on."""
-        if out.nbytes:
-            self.read_each(file, [(begin, writable(out))])
-
-    def read_each(self, file: File, parts: Iterable[tuple[int, memoryview]]) -> None:
-        """Fill each view with the bytes of a file from a place on."""
+    @contextmanager
+    def opened(self, file: File) -> Iterator[Reading]:
+        """Read parts of a file; what is wrong with it is a ``CorruptRecordingError``."""
         try:
-            reading = self._opened(file)
-            for begin, view in parts:
-                reading.into(begin, view)
+            yield self._opened(file)
         except Defect as defect:
             raise corrupt(file.place.shown(file.name), defect) from None
 

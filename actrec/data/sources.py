@@ -16,7 +16,7 @@ from typing_extensions import override
 from actrec._values.memory import writable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from .files import File, Files
 
@@ -34,8 +34,8 @@ class Source(Protocol):
     def read(self, begin: int, out: Tensor, files: Files) -> None:
         """Copy bytes from number ``begin`` on into ``out``, as many as it has place for."""
 
-    def take(self, begins: Tensor, out: Tensor, files: Files) -> None:
-        """Copy the rows that begin there, in order, into ``out``: ``(N,) -> (N, width)``."""
+    def take(self, begins: Tensor, out: Tensor, places: Tensor, files: Files) -> None:
+        """Copy the rows that begin there, in ascending order, to these places in ``out``: ``(N,), (M, width), (N,)``."""
 
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
         """Say that a part will be read soon."""
@@ -53,9 +53,10 @@ class _InMemory(Source):
         out.view(-1).copy_(self.bytes()[begin : begin + out.nbytes])
 
     @override
-    def take(self, begins: Tensor, out: Tensor, files: Files) -> None:
+    def take(self, begins: Tensor, out: Tensor, places: Tensor, files: Files) -> None:
         width = out.shape[1]
-        torch.index_select(self.bytes().view(-1, width), 0, begins // width, out=out)
+        rows = self.bytes().view(-1, width).index_select(0, begins // width)
+        out.index_copy_(0, places, rows)
 
     @override
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
@@ -105,29 +106,29 @@ class Stored(Source):
 
     @override
     def read(self, begin: int, out: Tensor, files: Files) -> None:
-        files.read(self._file, self._begin + begin, out)
+        if out.nbytes:
+            with files.opened(self._file) as reading:
+                reading.into(self._begin + begin, writable(out))
 
     @override
-    def take(self, begins: Tensor, out: Tensor, files: Files) -> None:
-        files.read_each(self._file, self._parts(begins, out))
-
-    def _parts(self, places: Tensor, rows: Tensor) -> Iterator[tuple[int, memoryview]]:
-        """What to read to have the rows that begin at some places."""
-        width, out = rows.shape[1], writable(rows)
-        steps = places[1:] - places[:-1]
-        # Rows that are near each other come with what is between them.
-        apart = (steps > width + _GAP) | (places[1:] // _MOST != places[:-1] // _MOST)
-        bounds = [0, *(apart.nonzero()[:, 0] + 1).tolist(), len(places)]
-        begins = places.tolist()
-        for low, high in pairwise(bounds):
-            begin, nbytes = begins[low], begins[high - 1] + width - begins[low]
-            if high - low == 1 or bool((steps[low : high - 1] == width).all()):
-                yield self._begin + begin, out[low * width : high * width]
-            else:
-                found = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-                yield self._begin + begin, writable(found)
-                each = found.unfold(0, width, 1)
-                torch.index_select(each, 0, places[low:high] - begin, out=rows[low:high])
+    def take(self, begins: Tensor, out: Tensor, places: Tensor, files: Files) -> None:
+        width, memory = out.shape[1], writable(out)
+        # Rows that are near each other come with what is between them, up to a mebibyte.
+        apart = (begins.diff() > width + _GAP) | ((begins // _MOST).diff() > 0)
+        bounds = [0, *(apart.nonzero()[:, 0] + 1).tolist(), len(begins)]
+        starts, targets = begins.tolist(), places.tolist()
+        with files.opened(self._file) as reading:
+            for low, high in pairwise(bounds):
+                start, to = starts[low], targets[low] * width
+                if high - low == 1:
+                    reading.into(self._begin + start, memory[to : to + width])
+                    continue
+                found = torch.empty(
+                    starts[high - 1] + width - start, dtype=torch.uint8, device="cpu"
+                )
+                reading.into(self._begin + start, writable(found))
+                rows = found.unfold(0, width, 1).index_select(0, begins[low:high] - start)
+                out.index_copy_(0, places[low:high], rows)
 
     @override
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
