@@ -19,7 +19,7 @@ from actrec._recordings.compare import Comparison, compare
 from actrec._recordings.layer import Layer
 from actrec._recordings.recording import Recording
 from actrec._recordings.stats import Stats
-from actrec._values.containers import Opaque
+from actrec._values.stand_ins import Opaque
 
 from ._record import record
 from .errors import (

@@ -24,9 +24,9 @@ from actrec._calls.passes import (
     is_recomputing,
     is_tracing,
 )
-from actrec._values.containers import Opaque
 from actrec._values.snapshot import snapshot
 from actrec._values.spec import Constant, flatten
+from actrec._values.stand_ins import Opaque
 from actrec.errors import CaptureError, TransformError, WriteError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@
 >>> spec.fill([t + 1 for t in tensors])
 (tensor([1., 1.]), {'h': tensor([2., 2., 2.])})
 >>> spec.paths
-('[0]', "[1]['h']")
+(('[0]', 0), ("[1]['h']", 1))
 
 Every use of a nested value is a case of this: a recorded value is ``spec.fill(map(keep, tensors))``, joined
 calls are ``spec.fill(map(cat, zip(*calls)))`` where the specs are equal, a table prints the spec, and the
@@ -24,7 +24,9 @@ containers that contain themselves. What is registered there is taken apart as i
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
@@ -32,10 +34,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .containers import CONSTANTS, Opaque, Value, is_array, opaque, parts
+from . import containers, nodes
+from .containers import Container, Value
+from .stand_ins import Opaque, opaque
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
 __all__ = [
     "TENSOR",
@@ -44,6 +48,7 @@ __all__ = [
     "Container",
     "Spec",
     "flatten",
+    "is_array",
     "leaves",
     "rebuild",
     "same",
@@ -54,6 +59,13 @@ T = TypeVar("T")
 
 
 # --- Steps -------------------------------------------------------------------------------------------
+
+# Immutable, or as good as: kept as they are.
+_CONSTANTS: Final = (
+    type(None), bool, int, float, complex, str, bytes, slice, range, type(...), type, Enum,
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+    Opaque,
+)  # fmt: skip
 
 
 class Constant(NamedTuple):
@@ -81,30 +93,21 @@ def _content(value: Any) -> object:
     return (value.shape, value.dtype, value.tobytes()) if is_array(value) else repr(value)
 
 
+def is_array(value: Any) -> bool:
+    """Return whether ``value`` is a NumPy array, or a scalar of NumPy's, that holds nothing but numbers."""
+    numpy = sys.modules.get("numpy")  # whoever has an array has imported it
+    if numpy is None or not isinstance(value, (numpy.ndarray, numpy.generic)):
+        return False
+    return not value.dtype.hasobject
+
+
 class Again(NamedTuple):
     """A step that gives once more what the step number ``step`` made."""
 
     step: int
 
 
-@dataclass(slots=True)
-class Container:
-    """A step that makes a container of what the last open steps made, as many as it has keys."""
-
-    type: type
-    keys: Sequence[Any]
-    items: int  #: so many are keys of items, the others are names of attributes
-    make: Callable[[list[Value]], Value] = field(compare=False, repr=False)
-    maxlen: int | None = None  #: of a deque
-
-    @property
-    def paths(self) -> list[str]:
-        """What one writes behind the container to reach each child."""
-        items = (f"[{key!r}]" for key in self.keys[: self.items])
-        return [*items, *(f".{name}" for name in self.keys[self.items :])]
-
-
-#: A step that gives tensor number ``k`` is the ``int`` itself.
+#: The ``int`` ``k`` is the step that gives tensor number ``k``; a container is made of what the last open steps made.
 Step: TypeAlias = int | Constant | Again | Container
 
 
@@ -157,20 +160,19 @@ def flatten(
             if number == len(found):
                 found.append(item)
             steps.append(number)  # type: ignore[arg-type]  # a tensor always has a number
-        elif isinstance(item, CONSTANTS):
+        elif isinstance(item, _CONSTANTS):
             steps.append(Constant(item))
         elif id(item) in met:
             at = met[id(item)]
             steps.append(Constant(opaque(item)) if at is None else Again(at))
-        elif (taken := parts(item)) is None or not (taken.is_own or stand_ins):
-            steps.append(Constant(copy.copy(item) if is_array(item) else unknown(item)))
-        else:
+        elif taken := containers.parts(item) or nodes.parts(item, stand_ins=stand_ins):
             met[id(item)] = None
             kept.append(item)
-            facts = taken.keys, taken.items, taken.make, taken.maxlen
-            container = Container(type(item), *facts)
+            container, children = taken
             pending.append(_Close(container, item))
-            pending += taken.children[::-1]
+            pending += children[::-1]
+        else:
+            steps.append(Constant(copy.copy(item) if is_array(item) else unknown(item)))
     return found, Spec(tuple(steps), len(found))
 
 
@@ -219,20 +221,14 @@ class Spec:
         return made[-1]
 
     @cached_property
-    def paths(self) -> tuple[str, ...]:
-        """For each tensor, what one writes behind the value to reach it where it stands first: ``"[1]['h']"``."""
-        first = {number: path for path, number in reversed(self.places)}
-        return tuple(first[number] for number in sorted(first))
-
-    @cached_property
-    def places(self) -> tuple[tuple[str, int], ...]:
-        """All places of tensors, in order: the path, and the number of the tensor.
+    def paths(self) -> tuple[tuple[str, int], ...]:
+        """Where tensors stand, in order: what one writes behind the value to reach it, and the number of the tensor.
 
         A field of a ``ModelOutput`` is an item and an attribute at the same time, and counts as the item.
         """
-        Places: TypeAlias = tuple[tuple[str, int], ...]
+        Paths: TypeAlias = tuple[tuple[str, int], ...]
 
-        def joined(container: Container, children: list[Places]) -> Places:
+        def joined(container: Container, children: list[Paths]) -> Paths:
             items = children[: container.items]
             return tuple(
                 (step + path, number)
@@ -299,7 +295,7 @@ def leaves(value: Value) -> list[tuple[str, Tensor]]:
     if type(value) is Tensor:
         return [("", value)]
     found, spec = flatten(value)
-    return [(path, found[number]) for path, number in spec.places]
+    return [(path, found[number]) for path, number in spec.paths]
 
 
 def same(one: Value, other: Value) -> bool:

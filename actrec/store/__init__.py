@@ -16,7 +16,7 @@ What is recorded into a path is written by a thread while the model goes on. The
 a folder, described on a page of its own in the documentation.
 """
 
-from actrec._values.containers import Fields
+from actrec._values.stand_ins import Fields
 
 from .folder import Folder
 from .ranks import RankInfo

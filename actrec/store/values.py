@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import override
 
-from actrec._values.containers import Fields, Opaque, Value, is_array, qualified
+from actrec._values.containers import Container, Value
 from actrec._values.dtensor import is_distributed
-from actrec._values.spec import TENSOR, Constant, Container, Spec, Step, flatten
+from actrec._values.spec import TENSOR, Constant, Spec, Step, flatten, is_array
+from actrec._values.stand_ins import Fields, Opaque, qualified
 from actrec.errors import CaptureError
 
 from .dtensor import Spread, local, spread

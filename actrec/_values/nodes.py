@@ -1,0 +1,94 @@
+"""Containers that only their own class can take apart: nodes of PyTorch's pytree, and mappings of any kind.
+
+Their methods are the model's code. What these raise is not for the model to hear, and where they make no container
+again of other children, a :class:`Fields` stands for it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils import _pytree
+
+from .containers import Container
+from .stand_ins import Fields, qualified
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .containers import Value
+
+__all__ = ["parts"]
+
+# Private PyTorch: the classes that were registered with its pytree, by whoever wrote them.
+_NODES: Mapping[type, Any] = getattr(_pytree, "SUPPORTED_NODES", {})
+
+
+def parts(value: Value, *, stand_ins: bool) -> tuple[Container, list[Value]] | None:
+    """Return the container without its children, and the children; ``None`` if it says nothing of them.
+
+    Args:
+        value: any object.
+        stand_ins: whether to take a ``Mapping`` apart, of which nothing but stand-ins can be made.
+    """
+    with suppress(Exception):
+        if type(value) in _NODES:
+            return _node(value)
+        if stand_ins and isinstance(value, Mapping):
+            keys = list(value)
+            make = partial(_stand_in, type(value), keys)
+            return Container(type(value), keys, len(keys), make), [value[key] for key in keys]
+    return None
+
+
+def _stand_in(kind: type, keys: Sequence[Any], children: list[Value]) -> Fields:
+    return Fields(qualified(kind), zip(keys, children, strict=True))
+
+
+def _node(value: Any) -> tuple[Container, list[Value]]:
+    registered = _NODES[type(value)]
+    children, context = registered.flatten_fn(value)
+    children = list(children)
+    keys, items = _keys(registered, value, children)
+    types = list(map(_type, children))
+    make = partial(_make, registered, context, keys, types)
+    return Container(type(value), keys, items, make), children
+
+
+def _make(
+    registered: Any, context: Any, keys: Sequence[Any], types: list[type], children: list[Value]
+) -> Value:
+    # In the place of a tensor, anything else may be refused, or silently taken for something else.
+    if types == list(map(_type, children)):
+        with suppress(Exception):  # what cannot be copied is passed as it is
+            context = copy.deepcopy(context)
+        with suppress(Exception):
+            made = registered.unflatten_fn(children, context)
+            if type(made) is registered.type:
+                return made
+    return _stand_in(registered.type, keys, children)
+
+
+def _type(child: Value) -> type:
+    return Tensor if isinstance(child, Tensor) else type(child)
+
+
+def _keys(registered: Any, value: Any, children: list[Value]) -> tuple[Sequence[Any], int]:
+    """The keys of the children of a node, and how many of them are keys of items."""
+    number = len(children)
+    entries: list[Any] = []
+    with suppress(Exception):  # it may have none, or not the function that tells them
+        entries = [entry for entry, _ in registered.flatten_with_keys_fn(value)[0]]
+    names = [entry.name for entry in entries if hasattr(entry, "name")]
+    if not entries:
+        held = {id(item): name for name, item in getattr(value, "__dict__", {}).items()}
+        names = [held[id(child)] for child in children if id(child) in held]
+    if len(set(names)) == number:
+        return names, 0
+    keys = [getattr(entry, "key", getattr(entry, "idx", None)) for entry in entries]
+    return keys if len(set(map(repr, keys))) == number else range(number), number
