@@ -20,10 +20,9 @@ from typing_extensions import override
 from actrec._calls.hooks import Hook
 
 from ._text import listed
+from ._torch import hook_tables
 
 __all__ = ["ConvNet", "Recurrent", "TinyTransformer", "assert_unhooked"]
-
-_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def assert_unhooked(model: nn.Module) -> None:
@@ -50,8 +49,7 @@ def assert_unhooked(model: nn.Module) -> None:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    tables = [getattr(module, table) for table in _TABLES]
-    return any(isinstance(hook, Hook) for table in tables for hook in table.values())
+    return any(isinstance(hook, Hook) for table in hook_tables(module) for hook in table.values())
 
 
 class _Example(nn.Module):

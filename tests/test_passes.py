@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from actrec import load, record
+from actrec import _torch, load, record
 from actrec._calls import passes as _passes
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def test_what_checkpointing_recomputes_is_not_recorded_again(
 def test_the_public_fallback_finds_recomputation_too(
     call: Callable[[nn.Module, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_passes, "backward_number", _passes._is_recomputing)
+    monkeypatch.setattr(_passes, "backward_number", _torch.recomputing_number)
     model = Stack(call)
     with record(model, "**") as acts:
         model(X.clone().requires_grad_()).sum().backward()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from actrec._torch import version
 from actrec._values.dtensor import cloned, detached, is_distributed, on_part
 from actrec._values.snapshot import check, normal_mode, snapshot, twin, unseen
 from actrec._values.spec import rebuild
@@ -155,11 +156,11 @@ class _Loan:
         if alias.is_cpu:  # NumPy could write to an alias, and nobody would notice
             return snapshot(alias)
         if not alias.is_inference():  # torch itself refuses to write to those in place
-            self.aliases.append((alias, alias._version))
+            self.aliases.append((alias, version(alias)))
         return alias
 
     def check_untouched(self) -> None:
-        if any(alias._version != version for alias, version in self.aliases):
+        if any(version(alias) != before for alias, before in self.aliases):
             message = (
                 "it wrote in place to a tensor that the model still uses; let it write to a clone()"
             )

@@ -16,7 +16,6 @@ of its hooks, whichever comes first after the import.
 
 from __future__ import annotations
 
-import sys
 import threading
 from contextlib import AbstractContextManager, suppress
 from typing import Any
@@ -24,21 +23,20 @@ from typing import Any
 import torch
 from typing_extensions import override
 
+from actrec._torch import (
+    compiles_itself,
+    is_compiler_loaded,
+    stance,
+    stance_setter,
+)
 from actrec.errors import ActrecError
 
-__all__ = ["COMPILING", "Eager", "compiles_itself"]
+__all__ = ["COMPILING", "Eager"]
 
 COMPILING = (
     "record() was called inside a function that torch.compile is compiling, where hooks do not run. "
     "Open the block outside of the compiled function."
 )
-
-
-def compiles_itself() -> bool:
-    """Whether an operator of PyTorch that compiles itself is doing so in this thread."""
-    operators = sys.modules.get("torch._higher_order_ops.utils")  # whoever uses one has imported it
-    is_compiling_itself = getattr(operators, "_in_hop_compile", None)  # private
-    return is_compiling_itself is not None and is_compiling_itself()
 
 
 #: The compiler has one stance, and the blocks of several threads take it and give it back.
@@ -55,6 +53,7 @@ class Eager(AbstractContextManager[None]):
     def __init__(self) -> None:
         self._before: Any = None
         self._public: Any = None
+        self._set: Any = None
         self._ended = False
         self.replaced = False  # by one that the user has set inside the block
         self.made_way = False  # for an operator that compiles itself
@@ -84,7 +83,7 @@ class Eager(AbstractContextManager[None]):
 
     def hold(self) -> None:
         """Take the stance now, if the compiler was not there when the block began."""
-        if self._before is None and "torch._dynamo" in sys.modules:
+        if self._before is None and is_compiler_loaded():
             with suppress(RuntimeError):  # as above
                 self._take()
 
@@ -92,39 +91,30 @@ class Eager(AbstractContextManager[None]):
     def __exit__(self, *_: object) -> None:
         with _taking:
             self._ended = True
-            frames = _frames()
             if self._public is not None:
                 self._public.__exit__(None, None, None)
-            elif frames is not None and frames._stance is self:
+            elif self._before is None:
+                return
+            elif stance() is self:
                 with suppress(RuntimeError):  # as above
-                    frames._set_stance(_running(self._before))
-            elif self._before is not None:
-                self.replaced = not isinstance(frames._stance, Eager)
+                    self._set(_running(self._before))
+            else:
+                self.replaced = not isinstance(stance(), Eager)
 
     def _take(self) -> None:
-        frames = _frames()
         with _taking:
-            if frames is None or self._before is not None:
+            if self._before is not None or not is_compiler_loaded():
                 return
-            if not hasattr(frames, "_set_stance"):
-                # That one is private. The public one is for every operator, and undoes what the user sets inside.
+            self._set = stance_setter()
+            if self._set is None:
                 self._before = self._public = torch.compiler.set_stance("force_eager")
                 return
-            self._before = _running(frames._stance)
+            self._before = _running(stance())
             try:
-                frames._set_stance(self)
+                self._set(self)
             except BaseException:
                 self._before = None
                 raise
-
-
-def _frames() -> Any:
-    """The part of the compiler that has the stance, once somebody has imported all of it.
-
-    Nobody waits for another thread that is importing it.
-    """
-    compiler: Any = sys.modules.get("torch._dynamo")
-    return compiler.eval_frame if hasattr(compiler, "set_stance") else None
 
 
 def _running(stance: Any) -> Any:

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
+from actrec._torch import PRIVATE_DRAWS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -31,8 +33,8 @@ __all__ = ["OwnDraws"]
 _WITH_GENERATOR: Final = frozenset({
     "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial",
     "rrelu", "rrelu_", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_",
-    "random_", "uniform_", "_standard_gamma", "_sample_dirichlet", "rand_like", "randn_like", "randint_like",
-})  # fmt: skip
+    "random_", "uniform_", "rand_like", "randn_like", "randint_like",
+}) | PRIVATE_DRAWS  # fmt: skip
 
 #: What may draw from the global generators, and cannot be told otherwise.
 _GLOBAL_ONLY: Final = frozenset({

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from actrec._torch import backward_number, base_of, checkpoint_frames
 from actrec._values.spec import rebuild, tensors
 from actrec.errors import CaptureError, MissingGradientWarning
 
 from .capture import SKIPPED
-from .passes import backward_number, checkpoint_frames
 from .views import View
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ class Gradients:
             arrival = _Arrival(self, ticket, index, view)
             handle: RemovableHandle = tensor.register_hook(arrival)  # type: ignore[no-untyped-call]
             if view is not None:
-                tensor._base.register_hook(arrival.at_base)  # type: ignore[union-attr]
+                base_of(tensor).register_hook(arrival.at_base)  # type: ignore[union-attr]
             elif tensor.is_leaf:
                 self._watch_leaf(tensor, number, arrival, handle)
 

@@ -21,11 +21,19 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from actrec._calls.clean_room import inside
-from actrec._calls.compiled import compiles_itself
 from actrec._calls.layer import Session, Track
 from actrec._calls.passes import is_own_call
 from actrec._calls.stop_early import when_copied
 from actrec._selection.names import WRAPPERS, is_called
+from actrec._torch import (
+    as_constant,
+    children_of,
+    compiles_itself,
+    forward_hooks,
+    forward_pre_hooks,
+    hook_tables,
+    never_compiled,
+)
 from actrec._values.snapshot import explain
 
 if TYPE_CHECKING:
@@ -101,7 +109,7 @@ class LayerHook(Hook[Track]):
 
     def table(self, module: nn.Module) -> dict[int, Any]:
         """The hooks of ``module`` that this one is among."""
-        return module._forward_hooks
+        return forward_hooks(module)
 
     def is_settled(self) -> bool:
         """Whether nobody has registered a hook, on any module or tensor, since this one came last."""
@@ -119,6 +127,7 @@ class LayerHook(Hook[Track]):
 def _asked_by_the_compiler(target: Callable[[], Track | Session | None]) -> Callable[[], bool]:
     """Return what the compiler calls while it reads a hook: whether the hook has to run, uncompiled."""
 
+    @as_constant
     def runs() -> bool:
         found = target()
         if found is None or torch.compiler.is_exporting():  # which is no call of the model's own
@@ -131,7 +140,6 @@ def _asked_by_the_compiler(target: Callable[[], Track | Session | None]) -> Call
             return False
         return session.recording
 
-    runs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch._dynamo.assume_constant_result
     return runs
 
 
@@ -141,16 +149,12 @@ def _compiled(hook: Hook[Any], *args: Any) -> None:
         _uncompiled(hook, *args)
 
 
-def _uncompiled(hook: Any, *args: Any) -> None:
-    torch.compiler.disable(hook.__call__)(*args)  # type: ignore[no-untyped-call]
-
-
-# As torch.compiler.disable() does, which would import the compiler.
-_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]
-_uncompiled._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+@never_compiled(
     "actrec records a layer in it, and torch was not told so before: its compiler was imported inside the block. "
     "Call it once more, or import torch._dynamo before the block"
 )
+def _uncompiled(hook: Any, *args: Any) -> None:
+    torch.compiler.disable(hook.__call__)(*args)  # type: ignore[no-untyped-call]
 
 
 class OutputHook(LayerHook):
@@ -204,7 +208,7 @@ class InputHook(LayerHook):
 
     @override
     def table(self, module: nn.Module) -> dict[int, Any]:
-        return module._forward_pre_hooks
+        return forward_pre_hooks(module)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = _GONE) -> None:
         if is_dynamo_compiling():
@@ -303,7 +307,7 @@ class Below:
 
     def __init__(self, module: nn.Module, hooks: Mapping[nn.Module, Iterable[LayerHook]]) -> None:
         owners = [*_containers(module)]
-        self._children = [(owner, dict(owner._modules)) for owner in owners]
+        self._children = [(owner, dict(children_of(owner))) for owner in owners]
         inside = {
             child for _, known in self._children for child in known.values() if child is not None
         }
@@ -318,13 +322,13 @@ class Below:
             if not hook.is_settled():
                 hook.settle(module)
         for owner, known in self._children:
-            if owner._modules != known:
+            if children_of(owner) != known:
                 for segment, child in known.items():
-                    other = owner._modules.get(segment)
+                    other = children_of(owner).get(segment)
                     if child is not None and other is not None and not _holds(other, child):
                         session.replace(child)
                 known.clear()
-                known.update(owner._modules)
+                known.update(children_of(owner))
 
 
 class Hooks:
@@ -341,7 +345,7 @@ class Hooks:
             for module, hook in plan:
                 hook.module = weakref.ref(module)
                 self._placed.append((module, hook, hook.register(module)))
-                if len(module._forward_hooks) > 1:
+                if len(forward_hooks(module)) > 1:
                     _put_stops_last(module)
         except BaseException:
             self.remove()
@@ -371,13 +375,9 @@ class Hooks:
             raise failures[0]
 
 
-def _tables(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    return module._forward_hooks, module._forward_pre_hooks
-
-
 def _delete(module: nn.Module, hook: Hook[Any]) -> None:
     """Delete ``hook`` where its handle cannot reach it: somebody replaced the module's table of hooks."""
-    for table in _tables(module):
+    for table in hook_tables(module):
         # Of a copy, made in one step: other threads place and remove hooks too.
         for key in [key for key, found in [*table.items()] if found is hook]:
             del table[key]
@@ -385,7 +385,7 @@ def _delete(module: nn.Module, hook: Hook[Any]) -> None:
 
 def _delete_inert(module: nn.Module) -> None:
     """Delete what stands for our hooks in a copy of a module."""
-    for table in _tables(module):
+    for table in hook_tables(module):
         for key in [key for key, found in [*table.items()] if found is _INERT]:
             for one in vars(
                 module
@@ -400,20 +400,20 @@ def _put_last(module: nn.Module) -> None:
     Other threads may be calling the module. After a call, no order that they see on the way has a hook of ours behind
     one that ends a pass or a forward: so it is those of others that are moved.
     """
-    for key, hook in [*module._forward_pre_hooks.items()]:
+    for key, hook in [*forward_pre_hooks(module).items()]:
         if isinstance(hook, InputHook):
-            _move(module._forward_pre_hooks, key, last=True)
-    hooks = [*module._forward_hooks.items()]
+            _move(forward_pre_hooks(module), key, last=True)
+    hooks = [*forward_hooks(module).items()]
     for key, hook in reversed(hooks):
         if not isinstance(hook, Hook):
-            _move(module._forward_hooks, key, last=False)
+            _move(forward_hooks(module), key, last=False)
 
 
 def _put_stops_last(module: nn.Module) -> None:
     """Where a block around this one stops early, what was hooked now still hears of the last call."""
-    for key, hook in [*module._forward_hooks.items()]:
+    for key, hook in [*forward_hooks(module).items()]:
         if isinstance(hook, StopHook):
-            _move(module._forward_hooks, key, last=True)
+            _move(forward_hooks(module), key, last=True)
 
 
 def _move(table: Any, key: int, *, last: bool) -> None:
@@ -431,7 +431,7 @@ def _is_overtaken(hook: Hook[Any], table: dict[int, Any]) -> bool:
 def _containers(module: nn.Module) -> Iterator[nn.Module]:
     """The module, and the containers inside it that are never called: what its calls look up modules in."""
     yield module
-    for child in module._modules.values():
+    for child in children_of(module).values():
         if child is not None and child is not module and not is_called(child):
             yield from _containers(child)
 
@@ -439,8 +439,8 @@ def _containers(module: nn.Module) -> Iterator[nn.Module]:
 def _holds(other: nn.Module | None, module: nn.Module) -> bool:
     """Whether ``other`` is ``module``, or wraps it."""
     while other is not module and other is not None:
-        wrapped = [child for segment, child in other._modules.items() if segment in WRAPPERS]
-        other = wrapped[0] if len(wrapped) == len(other._modules) and wrapped else None
+        wrapped = [child for segment, child in children_of(other).items() if segment in WRAPPERS]
+        other = wrapped[0] if len(wrapped) == len(children_of(other)) and wrapped else None
     return other is module
 
 
@@ -450,7 +450,7 @@ def _reserve_ids(modules: Iterable[nn.Module]) -> None:
     A model that was pickled with hooks brings their ids into a process that counts from 0, and a handle
     that gets the same id would replace another library's hook.
     """
-    used = [key for module in modules for table in _tables(module) for key in [*table]]
+    used = [key for module in modules for table in hook_tables(module) for key in [*table]]
     lowest = max(used, default=-1) + 1
     # No call in between, as in max(): it would set back what another thread has counted on meanwhile.
     if lowest > RemovableHandle.next_id:  # noqa: PLR1730

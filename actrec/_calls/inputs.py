@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from actrec._torch import version
 from actrec._values.spec import tensors
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ Arrival: TypeAlias = (
 
 def versions(values: Value) -> dict[int, int | None]:
     """How often each tensor (by id) has been written to; of those that do not count it, ``None``."""
-    return {id(t): None if t.is_inference() else t._version for t in tensors(values)}
+    return {id(t): None if t.is_inference() else version(t) for t in tensors(values)}
 
 
 @dataclass(frozen=True, slots=True)

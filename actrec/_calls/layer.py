@@ -14,16 +14,8 @@ from actrec._calls.capture import SKIPPED
 from actrec._calls.clean_room import depth, inside
 from actrec._calls.compiled import Eager
 from actrec._calls.inputs import Arrival, Arrivals, Parameters, versions
-from actrec._calls.passes import (
-    Passes,
-    backward_number,
-    checking,
-    count_function_modes,
-    is_jit_tracing,
-    is_own_call,
-    is_recomputing,
-    is_tracing,
-)
+from actrec._calls.passes import Passes, checking, is_own_call, is_tracing
+from actrec._torch import backward_number, count_function_modes, is_jit_tracing, is_recomputing
 from actrec._values.snapshot import snapshot
 from actrec._values.spec import Constant, flatten
 from actrec._values.stand_ins import Opaque

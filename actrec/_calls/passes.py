@@ -22,79 +22,36 @@ from dataclasses import dataclass
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
 from typing_extensions import override
 
 from actrec._recordings.passes import Count
+from actrec._torch import (
+    CALL_CODE,
+    backward_number,
+    count_dispatch_modes,
+    count_function_modes,
+    is_jit_comparing,
+    is_jit_tracing,
+    is_read,
+    is_replica,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from types import FrameType
 
+    from torch import nn
+
 __all__ = [
     "Count",
     "Passes",
-    "backward_number",
     "checking",
-    "checkpoint_frames",
-    "count_function_modes",
-    "is_jit_tracing",
     "is_own_call",
-    "is_recomputing",
     "is_tracing",
 ]
 
 
-# --- Private PyTorch: the running backward, the running trace, and the frame of a module's call ----
-
-
-def checkpoint_frames() -> Iterator[tuple[str, FrameType]]:
-    """What activation checkpointing is doing in this thread, from the inside out.
-
-    ``"forward"`` and ``"backward"`` run a region of reentrant checkpointing for the first time, and again;
-    ``"unpack_hook"`` runs a non-reentrant one again.
-    """
-    checkpoint = sys.modules.get("torch.utils.checkpoint")  # whoever does it has imported it
-    file = getattr(checkpoint, "__file__", None)
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename == file and code.co_name in _CHECKPOINT_FRAMES:
-            yield code.co_name, frame
-        frame = frame.f_back
-
-
-_CHECKPOINT_FRAMES = {"forward", "backward", "unpack_hook"}
-
-
-def is_recomputing() -> bool:
-    """Whether activation checkpointing is running calls of this thread again."""
-    return any(name != "forward" for name, _ in checkpoint_frames())
-
-
-def _is_recomputing() -> int:
-    """Stands in for the number of the running backward: -1 unless a checkpoint is being recomputed."""
-    return 0 if is_recomputing() else -1
-
-
-backward_number = getattr(torch._C, "_current_graph_task_id", _is_recomputing)
-_CALL_CODE = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
-is_jit_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
-# The stacks of dispatch modes and of function modes, those of this thread.
-_count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_dispatch_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
-count_function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
-_function_at: Any = getattr(torch._C, "_get_function_stack_at", None)
-
-#: The modes in which PyTorch reads a model, by the module that whoever does it has imported.
-_READING = {
-    "torch.fx.experimental.proxy_tensor": (
-        "ProxyTorchDispatchMode",
-        "PreDispatchTorchFunctionMode",
-    ),
-    "torch._subclasses.functional_tensor": ("FunctionalTensorMode",),
-}
+# --- Calls that are none of the model's own ---------------------------------------------------------
 
 #: The threads that torch.jit.trace may be checking its trace in.
 checking: set[int] = set()
@@ -119,38 +76,17 @@ def is_tracing() -> bool:
     if is_jit_tracing():
         checking.add(threading.get_ident())
         return True
-    if (_count_dispatch_modes() or count_function_modes()) and _is_read():
+    if (count_dispatch_modes() or count_function_modes()) and is_read():
         return True
     return bool(checking) and _is_checked()
-
-
-def _is_read() -> bool:
-    guards = sys.modules.get("torch._guards")
-    context = getattr(guards, "TracingContext", None)
-    if context is not None and context.try_get() is not None:
-        return True
-    kinds = tuple(
-        kind
-        for module, names in _READING.items()
-        for name in names
-        if (kind := getattr(sys.modules.get(module), name, None)) is not None
-    )
-    modes = [_dispatch_at(at) for at in range(_count_dispatch_modes())]
-    modes += [_function_at(at) for at in range(count_function_modes())]
-    return any(isinstance(mode, kinds) for mode in modes)
 
 
 def _is_checked() -> bool:
     """Whether torch.jit.trace is comparing its trace with the model, behind a trace in this thread."""
     if threading.get_ident() not in checking:
         return False
-    file = torch.jit._trace.__file__
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "_check_trace" and code.co_filename == file:
-            return True
-        frame = frame.f_back
+    if is_jit_comparing():
+        return True
     checking.discard(threading.get_ident())
     return False
 
@@ -160,10 +96,10 @@ def _is_running(modules: Collection[int]) -> bool:
     frame: FrameType | None = sys._getframe(1)
     calls = 0
     while frame is not None:
-        if frame.f_code is _CALL_CODE and id(frame.f_locals["self"]) in modules:
+        if frame.f_code is CALL_CODE and id(frame.f_locals["self"]) in modules:
             calls += 1
         frame = frame.f_back
-    return calls > 1 or _CALL_CODE is None
+    return calls > 1 or CALL_CODE is None
 
 
 # --- Which pass a call belongs to that no call around it in its thread tells ------------------------
@@ -208,7 +144,7 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 def _calls(frame: FrameType | None) -> set[int]:
     """The modules (ids) that this thread is calling. What others are doing cannot be looked at while they do it."""
-    return {id(one.f_locals["self"]) for one in _frames(frame) if one.f_code is _CALL_CODE}
+    return {id(one.f_locals["self"]) for one in _frames(frame) if one.f_code is CALL_CODE}
 
 
 class _Thread(threading.local):
@@ -313,7 +249,7 @@ class Passes(Count):
                 if id(_frame(suspended)) in frames:
                     return number
         # The replicas of DataParallel are no modules of the model's, and have threads of their own.
-        if self._open and getattr(module, "_is_replica", False):
+        if self._open and is_replica(module):
             return self._open[-1].number
         if threading.current_thread() is threading.main_thread():
             return None

@@ -11,12 +11,20 @@ view is cut from the base, is that of the view, if nothing but the view has used
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from actrec._torch import (
+    base_of,
+    is_writable_view,
+    next_number,
+    number_of,
+    owners,
+    owners_of_one_view,
+    version,
+)
 from actrec._values.snapshot import check, unseen
 from actrec._values.spec import tensors
 
@@ -30,37 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["View"]
 
 
-# --- Private PyTorch: where a name is missing, every base counts as used elsewhere ----------------------
-
-_meta_of: Any = getattr(torch._C._autograd, "_get_creation_meta", None)
-_DEFAULT = getattr(getattr(torch._C._autograd, "CreationMeta", None), "DEFAULT", None)
-_next_number: Any = getattr(torch.autograd, "_get_sequence_nr", None)
-
-
-def _owners(base: Any) -> tuple[int, int]:
-    """How many references there are to ``base`` from Python, and from anywhere."""
-    return sys.getrefcount(base), base._use_count()
-
-
-def _owners_of_one_view() -> tuple[int, int]:
-    """Return :func:`_owners` of a base that is referred to by one view, and by a variable of the caller."""
-    try:
-        with torch.inference_mode(mode=False), torch.enable_grad():
-            view = torch.ones(2, device="cpu", requires_grad=True).exp().view(1, 2)
-            base: Any = view._base
-            known = _meta_of(view) == _DEFAULT and _next_number() == _number(view.grad_fn) + 1
-            return _owners(base) if known else (0, 0)
-    except (AttributeError, TypeError):
-        return 0, 0
-
-
-def _number(node: Any) -> int:
-    """The number of a node: each thread counts those that it makes. Those of leaves are the highest."""
-    number: int = node._sequence_nr()
-    return number
-
-
-_FROM_PYTHON, _FROM_ANYWHERE = _owners_of_one_view()
+_FROM_PYTHON, _FROM_ANYWHERE = owners_of_one_view()
 
 #: If a layer made more nodes than this between the base and its end, nobody looks at what they read.
 _MOST = 64
@@ -124,7 +102,7 @@ class View:
         self._others = [_Cut.of(other, base) for other in others]
         self._alone = False
         self._direct: Tensor | None = None
-        self._probe, self._version = probe, tensor._version
+        self._probe, self._version = probe, version(tensor)
 
     @classmethod
     def of(cls, tensor: Tensor, output: Collection[Tensor], kept: Value) -> View | None:
@@ -132,12 +110,12 @@ class View:
 
         What was ``kept`` of the output may be part of the graph, too.
         """
-        base = tensor._base
+        base = base_of(tensor)
         if base is None or base.is_leaf or not tensor.numel():
             return None
         # Where PyTorch forbids to write to a view (one of several outputs of an operation, or that of a function
         # of the user's), nothing can use it after a write.
-        if _meta_of is not None and _meta_of(tensor) != _DEFAULT:
+        if not is_writable_view(tensor):
             return None
         try:
             with unseen():
@@ -145,15 +123,15 @@ class View:
                 probe.data = tensor.new_empty(0)  # and none of the memory
         except RuntimeError:  # a kind of tensor that has no empty ones, such as a nested one
             return None
-        views = [other for other in output if other._base is base]
+        views = [other for other in output if base_of(other) is base]
         view = cls(tensor, probe, base, [other for other in views if other is not tensor])
-        if _owners(base) == (_FROM_PYTHON, _FROM_ANYWHERE + len(view._others)):
+        if owners(base) == (_FROM_PYTHON, _FROM_ANYWHERE + len(view._others)):
             view._alone = _is_read_by_nothing_else(base, views, [*output, *tensors(kept)])
         return view
 
     def is_written(self) -> bool:
         """Whether it, or anything else that shares its memory, was written in place since."""
-        return self._probe._version != self._version
+        return version(self._probe) != self._version
 
     def uses(self, grad: Tensor) -> None:
         """In a backward, ``grad`` is what comes from the uses before a write."""
@@ -202,7 +180,7 @@ def _is_read_by_nothing_else(
     Their nodes are found on the ways from ``results``, and their numbers tell whether one is missing.
     """
     made: Any = base.grad_fn
-    numbers = range(_number(made) + 1, _next_number())
+    numbers = range(number_of(made) + 1, next_number())
     if len(numbers) > _MOST:
         return False
     inner: set[tuple[Node | None, int]] = {(made, base.output_nr)}  # what only the views may read
@@ -210,7 +188,7 @@ def _is_read_by_nothing_else(
     for view in views:
         node: Any = view.grad_fn
         while node is not made and node not in chains:
-            if _number(node) not in numbers:  # older, or of another thread
+            if number_of(node) not in numbers:  # older, or of another thread
                 return False
             chains.add(node)
             inner.add(node.next_functions[0])
@@ -220,9 +198,9 @@ def _is_read_by_nothing_else(
     ways += [node for node, _ in made.next_functions]  # views that were written get new nodes late
     while ways:
         node = ways.pop()
-        if node is None or _number(node) not in missing:
+        if node is None or number_of(node) not in missing:
             continue
-        missing.discard(_number(node))
+        missing.discard(number_of(node))
         if node not in chains and not inner.isdisjoint(node.next_functions):
             return False
         ways += [node for node, _ in node.next_functions]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from actrec._text import listed
+from actrec._torch import DROPOUTS
 from actrec._values.spec import tensors
 from actrec.errors import (
     IncompleteLayerWarning,
@@ -261,6 +262,6 @@ def _not_called(there: Collection[int], choice: Choice, track: Track) -> str:
         )
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weights without calling it. Record the attention module instead"
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, DROPOUTS):
         return f"{_NEVER_CALLED}; attention often does its dropout itself, fused (scaled_dot_product_attention) or with F.dropout"
     return f"{_NEVER_CALLED}, or {_IN_A_BODY}" if track.session.eager.made_way else _NEVER_CALLED

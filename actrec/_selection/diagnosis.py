@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from actrec._text import listed, nearest
+from actrec._torch import children_of
 from actrec.errors import UnsupportedModelError
 
 from .names import glob, is_called, type_name
@@ -37,7 +38,7 @@ def why_not(model: Model, name: Name) -> str | None:
         return None
     reason = f"{spelled!r} is a {kind}, a container that is never called itself"
     instead = f"{spelled}.*" if spelled else "*"
-    children = len(name.module._modules)
+    children = len(children_of(name.module))
     return f"{reason}. Write {instead!r} for its {children} children" if children else reason
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from actrec._torch import children_of, is_export_guard
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -57,8 +59,7 @@ class Name(NamedTuple):
     @property
     def is_machinery(self) -> bool:
         """Whether no pattern should find it: what computes a parametrized weight, or checks an exported input."""
-        guards = type(self.module).__module__ == "torch.export._unlift"
-        return guards or "parametrizations" in self.full.split(".")
+        return is_export_guard(self.module) or "parametrizations" in self.full.split(".")
 
 
 #: So many names of a module lead to the modules inside it; those are found under further names only by spelling one out.
@@ -77,7 +78,7 @@ def _walk(root: nn.Module) -> list[Name]:
 
 def _visit(name: Name, names: list[Name], met: Counter[int], above: set[int]) -> None:
     names.append(name)
-    children, identity = name.module._modules, id(name.module)
+    children, identity = children_of(name.module), id(name.module)
     if children and met[identity] < _MOST_NAMES:
         met[identity] += 1
         above.add(identity)
@@ -96,10 +97,10 @@ def _child(name: Name, segment: str, child: nn.Module) -> Name:
 
 def _is_wrapped(name: Name, segment: str, child: nn.Module) -> bool:
     """Whether a wrapper at ``name`` has added ``segment`` to the names of what it wraps."""
-    children = name.module._modules
+    children = children_of(name.module)
     outer, inner = _PEFT
     if segment == outer:
-        return len(children) == 1 and [*child._modules] == [inner]
+        return len(children) == 1 and [*children_of(child)] == [inner]
     if segment == inner and len(children) == 1:
         return _last(name.full) == outer != _last(name.short)
     return segment in WRAPPERS and children.keys() <= WRAPPERS
@@ -171,7 +172,7 @@ class Model:
         """The module at a path that was not walked."""
         name = self.names[0]
         for segment in full.split("."):
-            child = name.module._modules.get(segment)
+            child = children_of(name.module).get(segment)
             if child is None:
                 return None
             name = _child(name, segment, child)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from actrec._text import listed
+from actrec._torch import children_of
 from actrec.errors import OptionError, SelectionError
 
 from .diagnosis import check_model, hookable, layer_for_transform, nothing, why_not
@@ -132,7 +133,7 @@ def _leaves(model: Model) -> list[Name]:
 def _is_leaf(name: Name) -> bool:
     return not any(
         child is not None and key != "parametrizations"
-        for key, child in name.module._modules.items()
+        for key, child in children_of(name.module).items()
     )
 
 

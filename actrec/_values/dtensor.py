@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from actrec._torch import shard_order
 from actrec.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -56,10 +57,7 @@ def on_part(tensor: DTensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 def _in_order_of_mesh(tensor: DTensor) -> bool:
     """Whether a dimension that is sharded several times is so in the order of the mesh's dimensions."""
-    # Private, and only in some versions of PyTorch: in the others, another order has a placement of its own.
-    order = getattr(getattr(tensor, "_spec", None), "shard_order", None) or ()
-    dims = [list(getattr(entry, "mesh_dims", ())) for entry in order]
-    return all(one == sorted(one) for one in dims)
+    return all(dims == sorted(dims) for dims in shard_order(tensor))
 
 
 def detached(tensor: Tensor) -> Tensor:

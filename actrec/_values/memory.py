@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
+from actrec._torch import data_address, sparse_parts
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 __all__ = ["WORTH_IT", "address", "give_back", "held", "memory", "writable"]
-
-# Private PyTorch.
-_data_address = getattr(torch._C, "_data_address", None)
 
 # --- Where it lies, and how many bytes -------------------------------------------------------------
 
@@ -22,7 +21,7 @@ _data_address = getattr(torch._C, "_data_address", None)
 def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
     """Yield the memory that a tensor holds: where it is, and how many bytes. Equal places are shared memory."""
     if tensor.layout is torch.sparse_coo:
-        parts = [tensor._indices(), tensor._values()]
+        parts = sparse_parts(tensor)
     elif tensor.layout in {torch.sparse_csr, torch.sparse_bsr}:
         parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     elif tensor.layout in {torch.sparse_csc, torch.sparse_bsc}:
@@ -39,9 +38,7 @@ def address(tensor: Tensor) -> object:
     # data_ptr() would end the sharing that it is asked about.
     plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
     return (
-        (tensor.device, _data_address(tensor))
-        if plain and _data_address is not None
-        else id(tensor)
+        (tensor.device, data_address(tensor)) if plain and data_address is not None else id(tensor)
     )
 
 
@@ -67,10 +64,10 @@ def memory(tensor: Tensor) -> tuple[Tensor, memoryview]:
     """
     if tensor.nbytes == 0:
         return tensor, memoryview(b"")
-    if _data_address is None:
+    if data_address is None:
         tensor = tensor.clone()
         return tensor, _memory_at(tensor.data_ptr(), tensor.nbytes, _READ_ONLY)
-    start = _data_address(tensor) + tensor.storage_offset() * tensor.element_size()
+    start = data_address(tensor) + tensor.storage_offset() * tensor.element_size()
     return tensor, _memory_at(start, tensor.nbytes, _READ_ONLY)
 
 

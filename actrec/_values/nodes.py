@@ -13,7 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils import _pytree
+
+from actrec._torch import PYTREE_NODES
 
 from .containers import Container
 from .stand_ins import Fields, qualified
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["parts"]
 
-# Private PyTorch: the classes that were registered with its pytree, by whoever wrote them.
-_NODES: Mapping[type, Any] = getattr(_pytree, "SUPPORTED_NODES", {})
-
 
 def parts(value: Value, *, stand_ins: bool) -> tuple[Container, list[Value]] | None:
     """Return the container without its children, and the children; ``None`` if it says nothing of them.
@@ -37,7 +35,7 @@ def parts(value: Value, *, stand_ins: bool) -> tuple[Container, list[Value]] | N
         stand_ins: whether to take a ``Mapping`` apart, of which nothing but stand-ins can be made.
     """
     with suppress(Exception):
-        if type(value) in _NODES:
+        if type(value) in PYTREE_NODES:
             return _node(value)
         if stand_ins and isinstance(value, Mapping):
             keys = list(value)
@@ -51,7 +49,7 @@ def _stand_in(kind: type, keys: Sequence[Any], children: list[Value]) -> Fields:
 
 
 def _node(value: Any) -> tuple[Container, list[Value]]:
-    registered = _NODES[type(value)]
+    registered = PYTREE_NODES[type(value)]
     children, context = registered.flatten_fn(value)
     children = list(children)
     keys, items = _keys(registered, value, children)

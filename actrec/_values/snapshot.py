@@ -27,6 +27,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from actrec._torch import (
+    InferenceMode,
+    count_dispatch_modes,
+    dispatch_mode_at,
+    is_batch,
+    is_caching,
+    is_wrapped,
+    lazy_clone,
+    pop_dispatch_mode,
+    push_dispatch_mode,
+)
 from actrec.errors import CaptureError
 
 from .dtensor import cloned, detached, is_distributed
@@ -48,34 +59,7 @@ __all__ = [
 ]
 
 
-# --- Private PyTorch: each name in one place, tested when actrec is imported -----------------------
-
-_functorch = getattr(torch._C, "_functorch", None)
-_is_wrapped = getattr(_functorch, "is_functorch_wrapped_tensor", lambda _: False)
-_is_batch = getattr(_functorch, "is_legacy_batchedtensor", lambda _: False)
-_InferenceMode = getattr(torch._C, "_InferenceMode", torch.inference_mode)
-_OFF, _ON = False, True
-# The stack of dispatch modes.
-_count_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_mode_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
-_pop_mode: Any = getattr(torch._C, "_pop_torch_dispatch_stack", None)
-_push_mode: Any = getattr(torch._C, "_push_on_torch_dispatch_stack", None)
-
-
-def _sharing_works() -> bool:
-    """Whether this PyTorch shares memory copy-on-write correctly."""
-    try:
-        original = torch.zeros(2, device="cpu")
-        shared = original._lazy_clone()
-        original.add_(1)
-    except (AttributeError, RuntimeError):
-        return False
-    return shared.tolist() == [0, 0] and original.tolist() == [1, 1]
-
-
-_SHARING = _sharing_works()
-
-
+_OFF = False
 _AS_IT_IS = nullcontext()
 
 
@@ -84,7 +68,7 @@ def normal_mode() -> AbstractContextManager[object]:
 
     Enter it at once: PyTorch's guard takes effect when it is made.
     """
-    return _InferenceMode(_OFF) if torch.is_inference_mode_enabled() else _AS_IT_IS
+    return InferenceMode(_OFF) if torch.is_inference_mode_enabled() else _AS_IT_IS
 
 
 def unseen() -> AbstractContextManager[object]:
@@ -93,16 +77,10 @@ def unseen() -> AbstractContextManager[object]:
     It counts the operations of a forward, and gives those that ``backward()`` runs again the results that it
     kept by number. One more, and it would hand out results of other operations.
     """
-    number = _count_modes()
-    if number and any(_is_caching(_mode_at(at)) for at in range(number)):
+    number = count_dispatch_modes()
+    if number and any(is_caching(dispatch_mode_at(at)) for at in range(number)):
         return _without_caching()
     return _AS_IT_IS
-
-
-def _is_caching(mode: object) -> bool:
-    """Whether it is the mode that selective activation checkpointing runs a region's forward in."""
-    checkpoint = sys.modules.get("torch.utils.checkpoint")  # whoever does it has imported it
-    return isinstance(mode, getattr(checkpoint, "_CachingTorchDispatchMode", ()))
 
 
 @contextmanager
@@ -110,18 +88,18 @@ def _without_caching() -> Iterator[None]:
     modes = _popped()
     try:
         for mode in modes:
-            if not _is_caching(mode):
-                _push_mode(mode)
+            if not is_caching(mode):
+                push_dispatch_mode(mode)
         yield
     finally:
         _popped()
         for mode in modes:
-            _push_mode(mode)
+            push_dispatch_mode(mode)
 
 
 def _popped() -> list[Any]:
     """Take all modes off the stack; the lowest is the first."""
-    return [_pop_mode(None) for _ in range(_count_modes())][::-1]
+    return [pop_dispatch_mode(None) for _ in range(count_dispatch_modes())][::-1]
 
 
 # --- Sharing and cloning ---------------------------------------------------------------------------
@@ -138,13 +116,13 @@ def twin(tensor: Tensor) -> Tensor | None:
         tensor.dim() > 1
         and tensor.is_cpu
         and type(tensor) is Tensor
-        and _SHARING
+        and lazy_clone is not None
         and not tensor.is_quantized
     ):
         try:
             storage = tensor.untyped_storage()
             if storage.nbytes() == tensor.nbytes and storage.resizable():
-                return tensor._lazy_clone()
+                return lazy_clone(tensor)
         except (
             RuntimeError
         ):  # there is no storage, or it is not the allocator's own: shared, foreign
@@ -167,13 +145,13 @@ def explain(error: BaseException) -> None:
 
 def check(tensor: Tensor) -> None:
     """Raise ``CaptureError`` for a tensor that means nothing outside of a ``torch.func`` transform."""
-    if _is_wrapped(tensor):
+    if is_wrapped(tensor):
         message = (
             "inside torch.func (vmap, grad, jvp) a tensor stands for many, or for a step of a derivative, and cannot "
             "be kept. Record a call of the model outside of it"
         )
         raise CaptureError(message)
-    if _is_batch(tensor):
+    if is_batch(tensor):
         message = (
             "it is a batch of gradients at once (is_grads_batched=True, jacobian(vectorize=True)), and cannot be kept. "
             "Take them one by one, or outside of the block"
@@ -204,18 +182,16 @@ def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tens
     leaves the other as it was. With ``detach=False`` it is part of the autograd graph. With ``share=False``
     it is a clone, for models of which :func:`frees_weights` is true.
     """
-    # PyTorch's guard acts from when it is made until it is gone; "with" would only add time.
-    guard = _InferenceMode(_OFF) if torch.is_inference_mode_enabled() else None
-    try:
-        if detach and (tensor.requires_grad or type(tensor) is not Tensor):
-            tensor = tensor.detach() if type(tensor) is Tensor else detached(tensor)
-        if not share:
-            _refuse_freed(tensor)
-            return _clone(tensor)
-        copy = twin(tensor)
-        return _clone(tensor) if copy is None else copy
-    finally:
-        del guard
+    if torch.is_inference_mode_enabled():
+        with normal_mode():
+            return snapshot(tensor, detach=detach, share=share)
+    if detach and (tensor.requires_grad or type(tensor) is not Tensor):
+        tensor = tensor.detach() if type(tensor) is Tensor else detached(tensor)
+    if not share:
+        _refuse_freed(tensor)
+        return _clone(tensor)
+    copy = twin(tensor)
+    return _clone(tensor) if copy is None else copy
 
 
 def frees_weights(model: nn.Module) -> bool:

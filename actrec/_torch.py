@@ -1,0 +1,293 @@
+"""Every private name of PyTorch that actrec uses, what it is for, and what happens in a version that lacks it.
+
+No other module of actrec uses one, and ``tests/test_private_names.py`` notices when one of them changes what it does.
+"""
+
+from __future__ import annotations
+
+import sys
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from types import FrameType
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+def _of(module: str, name: str) -> Any:
+    """What ``module`` calls ``name``, if somebody has imported it; ``None`` if not, or if it is gone."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+# --- The memory of tensors -------------------------------------------------------------------------
+
+
+def sharing() -> Callable[[Tensor], Tensor] | None:
+    """What makes a tensor that shares the memory of another one copy-on-write; ``None`` if it does not work.
+
+    Without it every value is cloned.
+    """
+    share = getattr(Tensor, "_lazy_clone", None)
+    try:
+        original = torch.zeros(2, device="cpu")
+        shared = share(original)  # type: ignore[misc]  # None raises, as below
+        original.add_(1)
+    except (TypeError, RuntimeError):
+        return None
+    return share if shared.tolist() == [0, 0] and original.tolist() == [1, 1] else None
+
+
+lazy_clone: Final = sharing()
+
+#: The address of a storage, without ending its sharing as ``data_ptr()`` does. Without it no memory counts as shared.
+data_address: Callable[[Tensor], int] | None = getattr(torch._C, "_data_address", None)
+
+#: How often a tensor was written in place. It is in the documentation of autograd, and has no other name.
+version: Final[Callable[[Tensor], int]] = attrgetter("_version")
+
+#: The tensor whose memory a view shares, or ``None``. It is in the documentation of views, and has no other name.
+base_of: Final[Callable[[Tensor], Tensor | None]] = attrgetter("_base")
+
+
+def sparse_parts(tensor: Tensor) -> list[Tensor]:
+    """The indices and values of a COO tensor, which the public names refuse to tell before it is coalesced."""
+    return [tensor._indices(), tensor._values()]
+
+
+def shard_order(tensor: Tensor) -> list[list[int]]:
+    """For each sharded dimension of a ``DTensor``, the dimensions of the mesh in the order in which they shard it.
+
+    Only some versions tell; in the others, an order that is not that of the mesh has a placement of its own.
+    """
+    order = getattr(getattr(tensor, "_spec", None), "shard_order", None) or ()
+    return [list(getattr(entry, "mesh_dims", ())) for entry in order]
+
+
+# --- Modes -------------------------------------------------------------------------------------------
+
+#: A guard that turns inference mode on or off while it lives, in half the time of the public one.
+InferenceMode: Final[Any] = getattr(torch._C, "_InferenceMode", torch.inference_mode)
+
+# The stack of dispatch modes of this thread: without it, none are seen.
+count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+dispatch_mode_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
+pop_dispatch_mode: Any = getattr(torch._C, "_pop_torch_dispatch_stack", None)
+push_dispatch_mode: Any = getattr(torch._C, "_push_on_torch_dispatch_stack", None)
+
+# That of function modes, the same.
+count_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
+function_mode_at: Any = getattr(torch._C, "_get_function_stack_at", None)
+
+_functorch = getattr(torch._C, "_functorch", None)
+
+#: Whether a tensor stands for many, or for a step of a derivative, in a transform of ``torch.func``. Without it, no.
+is_wrapped: Callable[[Tensor], bool] = getattr(
+    _functorch, "is_functorch_wrapped_tensor", lambda _: False
+)
+
+#: Whether a tensor is a batch of gradients at once (``is_grads_batched=True``). Without it, no.
+is_batch: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda _: False)
+
+
+def is_caching(mode: object) -> bool:
+    """Whether it is the mode in which selective activation checkpointing runs a region's forward."""
+    kind = _of("torch.utils.checkpoint", "_CachingTorchDispatchMode")
+    return kind is not None and isinstance(mode, kind)
+
+
+# --- Modules -------------------------------------------------------------------------------------------
+
+# The tables of a module, which documentation and other libraries use by these names.
+children_of: Final[Callable[[nn.Module], dict[str, nn.Module | None]]] = attrgetter("_modules")
+forward_hooks: Final[Callable[[nn.Module], dict[int, Any]]] = attrgetter("_forward_hooks")
+forward_pre_hooks: Final[Callable[[nn.Module], dict[int, Any]]] = attrgetter("_forward_pre_hooks")
+
+
+def hook_tables(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    """The tables of what is called before and behind ``module``."""
+    return forward_hooks(module), forward_pre_hooks(module)
+
+
+#: The code that calls a module, by which its calls are found on Python's stack. Without it, none are.
+CALL_CODE: Final = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
+
+#: The dropout modules. Without their base, a layer that was not called has one likely cause less.
+DROPOUTS: Final[tuple[type, ...]] = tuple(
+    filter(None, [getattr(nn.modules.dropout, "_DropoutNd", None)])
+)
+
+#: The classes that were registered with PyTorch's pytree. Without it, such objects are opaque.
+PYTREE_NODES: Mapping[type, Any] = getattr(_pytree, "SUPPORTED_NODES", {})
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether ``DataParallel`` made it, to run in a thread of its own. Without the mark, its calls are passes."""
+    return getattr(module, "_is_replica", False)
+
+
+def is_export_guard(module: nn.Module) -> bool:
+    """Whether it is what checks the inputs of an exported model. Without the name, queries select it too."""
+    return type(module).__module__ == "torch.export._unlift"
+
+
+# --- The graph of autograd -------------------------------------------------------------------------
+
+_creation: Any = getattr(torch._C._autograd, "_get_creation_meta", None)
+_DEFAULT = getattr(getattr(torch._C._autograd, "CreationMeta", None), "DEFAULT", None)
+
+#: The number of the next node that this thread makes.
+next_number: Any = getattr(torch.autograd, "_get_sequence_nr", None)
+
+
+def number_of(node: Any) -> int:
+    """The number of a node: each thread counts those that it makes. Those of leaves are the highest."""
+    number: int = node._sequence_nr()
+    return number
+
+
+def is_writable_view(tensor: Tensor) -> bool:
+    """Whether PyTorch lets one write to a view: not to one of several outputs of an operation. Without it, yes."""
+    return _creation is None or _creation(tensor) == _DEFAULT
+
+
+def owners(base: Any) -> tuple[int, int]:
+    """How many references there are to ``base`` from Python, and from anywhere."""
+    return sys.getrefcount(base), base._use_count()
+
+
+def owners_of_one_view() -> tuple[int, int]:
+    """Return :func:`owners` of a base that is referred to by one view, and by a variable of the caller.
+
+    Where this version lacks one of the names, ``(0, 0)``: no base has so few, so each counts as used elsewhere.
+    """
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            view = torch.ones(2, device="cpu", requires_grad=True).exp().view(1, 2)
+            base = base_of(view)
+            known = _creation(view) == _DEFAULT and next_number() == number_of(view.grad_fn) + 1
+            return owners(base) if known else (0, 0)
+    except (AttributeError, TypeError):
+        return 0, 0
+
+
+# --- What this thread is doing -----------------------------------------------------------------------
+
+_CHECKPOINT_FRAMES = {"forward", "backward", "unpack_hook"}
+
+
+def _frames() -> Iterator[FrameType]:
+    """The frames of this thread, from the inside out."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def checkpoint_frames() -> Iterator[tuple[str, FrameType]]:
+    """What activation checkpointing is doing in this thread, from the inside out.
+
+    ``"forward"`` and ``"backward"`` run a region of reentrant checkpointing for the first time, and again; the
+    variable ``ctx`` in them is the region's. ``"unpack_hook"`` runs a non-reentrant one again.
+    """
+    file = _of("torch.utils.checkpoint", "__file__")
+    for frame in _frames():
+        code = frame.f_code
+        if code.co_filename == file and code.co_name in _CHECKPOINT_FRAMES:
+            yield code.co_name, frame
+
+
+def is_recomputing() -> bool:
+    """Whether activation checkpointing is running calls of this thread again."""
+    return any(name != "forward" for name, _ in checkpoint_frames())
+
+
+def recomputing_number() -> int:
+    """Stands in for the number of the running backward: -1 unless a checkpoint is being recomputed."""
+    return 0 if is_recomputing() else -1
+
+
+#: The number of the backward that this thread is running, or -1.
+backward_number: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", recomputing_number)
+
+#: Whether ``torch.jit.trace`` is running in this thread; the public name asks the same, a little slower.
+is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
+
+
+def is_jit_comparing() -> bool:
+    """Whether ``torch.jit.trace`` is comparing its trace with the model in this thread, which it does behind it."""
+    file = _of("torch.jit._trace", "__file__")
+    return any(
+        frame.f_code.co_name == "_check_trace" and frame.f_code.co_filename == file
+        for frame in _frames()
+    )
+
+
+#: The modes in which PyTorch reads a model, by the module that whoever does it has imported.
+_READING = (
+    ("torch.fx.experimental.proxy_tensor", "ProxyTorchDispatchMode"),
+    ("torch.fx.experimental.proxy_tensor", "PreDispatchTorchFunctionMode"),
+    ("torch._subclasses.functional_tensor", "FunctionalTensorMode"),
+)
+
+
+def is_read() -> bool:
+    """Whether ``make_fx``, AOT autograd or ``torch.export`` is reading what runs in this thread."""
+    context = _of("torch._guards", "TracingContext")
+    if context is not None and context.try_get() is not None:
+        return True
+    kinds = tuple(kind for module, name in _READING if (kind := _of(module, name)) is not None)
+    modes = [dispatch_mode_at(at) for at in range(count_dispatch_modes())]
+    modes += [function_mode_at(at) for at in range(count_function_modes())]
+    return any(isinstance(mode, kinds) for mode in modes)
+
+
+# --- The compiler --------------------------------------------------------------------------------------
+
+
+def compiles_itself() -> bool:
+    """Whether an operator of PyTorch that compiles itself is doing so in this thread. Without it, never."""
+    asked = _of("torch._higher_order_ops.utils", "_in_hop_compile")
+    return asked is not None and asked()
+
+
+def is_compiler_loaded() -> bool:
+    """Whether somebody has imported all of the compiler. Nobody waits for another thread that is importing it."""
+    return _of("torch._dynamo", "set_stance") is not None
+
+
+def stance() -> Any:
+    """What the compiler, which is loaded, asks before it runs anything that is compiled."""
+    return _of("torch._dynamo.eval_frame", "_stance")
+
+
+def stance_setter() -> Callable[[Any], Any] | None:
+    """What replaces that. The public one takes no object that answers by itself, and undoes what a user sets behind it."""
+    setter: Callable[[Any], Any] | None = _of("torch._dynamo.eval_frame", "_set_stance")
+    return setter
+
+
+def as_constant(function: F) -> F:
+    """Mark a function that the compiler calls while it reads, as ``torch._dynamo.assume_constant_result`` does."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def never_compiled(reason: str) -> Callable[[F], F]:
+    """Mark a function as ``torch.compiler.disable()`` does, which would import the compiler."""
+
+    def mark(function: F) -> F:
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+#: What ``torch.distributions`` draws with.
+PRIVATE_DRAWS: Final = frozenset({"_standard_gamma", "_sample_dirichlet"})
