@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every promise holds for tensors that are shared copy-on-write, and for those that are cloned."""
     if request.param == "cloned":
-        monkeypatch.setattr(_snapshot, "_SHARING", False)
+        monkeypatch.setattr(_snapshot, "lazy_clone", None)
 
 
 def _set_item(t: Tensor) -> object:

@@ -241,8 +241,9 @@ class Case:
 
     @contextmanager
     def snapshots(self) -> Iterator[None]:
-        name, value = ("_SHARING", self.shared)
-        with mock.patch.object(_snapshot, name, value):
+        with mock.patch.object(
+            _snapshot, "lazy_clone", _snapshot.lazy_clone if self.shared else None
+        ):
             yield
 
 

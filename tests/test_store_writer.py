@@ -205,7 +205,7 @@ def test_reading_memory_does_not_end_the_sharing() -> None:
 def test_without_the_private_address_memory_is_a_copy_of_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(actrec._values.memory, "_data_address", None)
+    monkeypatch.setattr(actrec._values.memory, "data_address", None)
     original = torch.randn(128, 128)
     owner, view = memory(snapshot(original))
     assert bytes(view) == bits(original)
