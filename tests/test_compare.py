@@ -25,7 +25,7 @@ from actrec import (
 )
 from actrec._recordings.layer import ListLayer
 from actrec._values import chunks as _blocks
-from actrec.testing import ConvNet, TinyTransformer
+from tests.models import ConvNet, TinyTransformer
 
 if TYPE_CHECKING:
     from actrec._recordings.compare import Row

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _device
 
 import actrec
-from actrec import compare, data, load, record, testing, verify
+from actrec import compare, data, load, record, verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -119,9 +119,3 @@ def test_a_recording_is_made_and_read_as_without_a_default_device(
         found = {name: plain(ask(acts)) for name, acts in recordings(tmp_path / "b").items()}
         assert verify(tmp_path / "b" / "into") == verify(tmp_path / "b" / "saved") == []
     assert found == expected
-
-
-def test_the_example_models_run_on_the_default_device() -> None:
-    with torch.device("meta"):
-        for model in (testing.ConvNet(), testing.TinyTransformer(), testing.Recurrent()):
-            assert model(model.example()).is_meta

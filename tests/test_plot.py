@@ -23,7 +23,7 @@ from torch import nn
 from actrec import OptionError, Recording, plot, record
 from actrec._recordings.layer import ListLayer
 from actrec.plot import distributions, drift, feature_maps, similarity
-from actrec.testing import ConvNet, TinyTransformer
+from tests.models import ConvNet, TinyTransformer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,6 @@ import ray
 import torch
 
 import actrec
-from actrec.testing import ConvNet
 from tests.recipes.pages import blocks, run
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
 @pytest.fixture(scope="module")
 def expected(recipe: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What plain hooks see, in batches of eight."""
-    model = ConvNet().eval()
+    model = recipe["ConvNet"]().eval()
     seen: dict[str, list[torch.Tensor]] = {"conv1": [], "conv2": [], "head": []}
     for name, values in seen.items():
         keep = values.append
