@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 from actrec.errors import JoinError, OptionError
 
+from .containers import Container
 from .memory import WORTH_IT, give_back
-from .spec import Container, Spec, flatten, tensors
+from .spec import Spec, flatten, tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from .containers import Value
 
@@ -49,8 +50,7 @@ def joined(
         message = f"{call}: expected the number of a dimension, such as 0."
         raise OptionError(message)
     spec, columns = _columns(call, values)
-    for column in columns:
-        _check_column(call, how, dim, column)
+    _check(call, how, dim, columns)
     if pop is None or not all(map(_is_plain, columns)):
         function = torch.cat if how == "cat" else torch.stack
         return spec.fill([function(column, dim) for column in columns])
@@ -58,7 +58,6 @@ def joined(
     count = len(values)
     values.clear()
     columns.clear()
-    del column  # the last one, which the loop has left
     _move(pop, count, results, how, dim)
     return spec.fill(results)
 
@@ -66,81 +65,58 @@ def joined(
 # --- Checking --------------------------------------------------------------------------------------
 
 
-def _columns(call: str, values: Sequence[Value]) -> tuple[Spec, list[list[Tensor]]]:
+def _columns(call: str, values: list[Value]) -> tuple[Spec, list[list[Tensor]]]:
     """The spec that all values have; and for every tensor in it, the tensors of all values."""
-    tensors, first = flatten(values[0])
-    _check_spec(call, first)
-    columns: list[list[Tensor]] = [[] for _ in tensors]
-    for index, value in enumerate(values):
-        found, spec = flatten(value)
+    flat = [flatten(value) for value in values]
+    tensors, first = flat[0]
+    for index, (_, spec) in enumerate(flat):
         if spec != first:
             message = (
                 f"{call}: call {index} is {spec}, while call 0 is {first}. They can be joined "
                 "by hand: acts[name][i]."
             )
             raise JoinError(message)
-        for column, tensor in zip(columns, found, strict=True):
-            column.append(tensor)
-    if not columns:
-        message = f"{call}: the calls hold no tensors; call 0 is {first}."
-        raise JoinError(message)
-    return first, columns
-
-
-def _check_spec(call: str, spec: Spec) -> None:
-    if any(isinstance(step, Container) and step.type is PackedSequence for step in spec.steps):
+    if any(isinstance(step, Container) and step.type is PackedSequence for step in first.steps):
         message = (
             f"{call}: the calls are packed sequences, which hold several batches in one tensor. Unpack them first, "
             "with torch.nn.utils.rnn.pad_packed_sequence."
         )
         raise JoinError(message)
+    if not tensors:
+        message = f"{call}: the calls hold no tensors; call 0 is {first}."
+        raise JoinError(message)
+    return first, [list(column) for column in zip(*(row for row, _ in flat), strict=True)]
 
 
-def _check_column(call: str, how: How, dim: int, column: list[Tensor]) -> None:
+def _check(call: str, how: How, dim: int, columns: list[list[Tensor]]) -> None:
+    for column in columns:
+        for problem in _problems(how, dim, column):
+            message = f"{call}: the calls {problem}"
+            raise JoinError(message)
+
+
+def _problems(how: How, dim: int, column: list[Tensor]) -> Iterator[str]:
+    """Yield what keeps tensors from being joined, the first of all first."""
     if any(tensor.is_nested for tensor in column):
-        message = (
-            f"{call}: the calls are nested tensors. They can be used one by one: acts[name][i]."
-        )
-        raise JoinError(message)
-    dtypes = {tensor.dtype for tensor in column}
+        yield "are nested tensors. They can be used one by one: acts[name][i]."
+    dtypes = sorted({str(tensor.dtype) for tensor in column})
     if len(dtypes) > 1:
-        message = (
-            f"{call}: the calls have several dtypes, {', '.join(sorted(map(str, dtypes)))}. Cast them first, or record "
-            "with dtype=."
-        )
-        raise JoinError(message)
-    devices = {tensor.device for tensor in column}
+        several = ", ".join(dtypes)
+        yield f"have several dtypes, {several}. Cast them first, or record with dtype=."
+    devices = sorted({str(tensor.device) for tensor in column})
     if len(devices) > 1:
-        message = (
-            f"{call}: the calls are on several devices, {', '.join(sorted(map(str, devices)))}."
-        )
-        raise JoinError(message)
-    dimensions = column[0].dim() + (how == "stack")
-    if how == "cat" and dimensions == 0:
-        message = (
-            f"{call}: the calls are single numbers, without a dimension to join along. Use stack()."
-        )
-        raise JoinError(message)
+        yield f"are on several devices, {', '.join(devices)}."
+    shape = tuple(column[0].shape)
+    dimensions = len(shape) + (how == "stack")
+    if dimensions == 0:
+        yield "are single numbers, without a dimension to join along. Use stack()."
     if not -dimensions <= dim < dimensions:
-        message = (
-            f"{call}: there is no dimension {dim}; the calls have shape {tuple(column[0].shape)}."
-        )
-        raise JoinError(message)
-    rest = {_fixed(tensor.shape, how, dim) for tensor in column}
+        yield f"have no dimension {dim}; the calls have shape {shape}."
+    joined_at = dim % dimensions if how == "cat" else None
+    rest = {(t.dim(), *(n for at, n in enumerate(t.shape) if at != joined_at)) for t in column}
     if len(rest) > 1:
-        must = (
-            "agree in every dimension" if how == "stack" else f"agree in every dimension but {dim}"
-        )
-        message = f"{call}: the calls do not {must}: {_shapes(column)}. They can be used one by one: acts[name][i]."
-        raise JoinError(message)
-
-
-def _fixed(shape: torch.Size, how: How, dim: int) -> tuple[int, ...]:
-    """The sizes that have to be the same in all calls (and how many there are)."""
-    if how == "stack":
-        return tuple(shape)
-    dim %= max(len(shape), 1)
-    return (len(shape), *shape[:dim], *shape[dim + 1 :])
+        where = "every dimension" if how == "stack" else f"every dimension but {dim}"
+        yield f"do not agree in {where}: {_shapes(column)}. They can be used one by one: acts[name][i]."
 
 
 def _shapes(column: Iterable[Tensor], most: int = 6) -> str:
@@ -151,25 +127,14 @@ def _shapes(column: Iterable[Tensor], most: int = 6) -> str:
         one = len(indices) == 1
         which = f"call {indices[0]} is" if one else f"calls {indices[0]}-{indices[-1]} are"
         runs.append(f"{which} {shape}")
-    return ", ".join(runs[:most]) + (
-        f", and {len(runs) - most} more changes" if len(runs) > most else ""
-    )
+    more = f", and {len(runs) - most} more changes" if len(runs) > most else ""
+    return ", ".join(runs[:most]) + more
 
 
 # --- Releasing -------------------------------------------------------------------------------------
 
 #: The memory of the values is given back to the system in so many portions.
-_PORTIONS = 16
-
-
-def _empty_result(how: How, dim: int, column: list[Tensor]) -> Tensor:
-    """Where the tensors of a column will be joined."""
-    shape = list(column[0].shape)
-    if how == "stack":
-        shape.insert(dim % (len(shape) + 1), len(column))
-    else:
-        shape[dim] = sum(tensor.shape[dim] for tensor in column)
-    return torch.empty(shape, dtype=column[0].dtype, device=column[0].device)
+_PORTIONS: Final = 16
 
 
 def _is_plain(column: list[Tensor]) -> bool:
@@ -179,20 +144,31 @@ def _is_plain(column: list[Tensor]) -> bool:
     )
 
 
+def _piece(tensor: Tensor, how: How, dim: int) -> Tensor:
+    """What becomes of a tensor in the result: to stack is to join along a new dimension of size 1."""
+    return tensor if how == "cat" else tensor.unsqueeze(dim)
+
+
+def _empty_result(how: How, dim: int, column: list[Tensor]) -> Tensor:
+    """Where the tensors of a column will be joined."""
+    shapes = [_piece(tensor, how, dim).shape for tensor in column]
+    shape = list(shapes[0])
+    shape[dim] = sum(shape[dim] for shape in shapes)
+    return torch.empty(shape, dtype=column[0].dtype, device=column[0].device)
+
+
 def _move(pop: Callable[[], Value], count: int, results: list[Tensor], how: How, dim: int) -> None:
     """Copy value after value into the results, the last one first, and drop each as soon as it is copied."""
     ends = [result.shape[dim] for result in results]
     portion = max(WORTH_IT, sum(result.nbytes for result in results) // _PORTIONS)
     freed = 0
-    for index in reversed(range(count)):
-        for place, tensor in enumerate(tensors(pop())):
-            if how == "stack":
-                results[place].select(dim, index).copy_(tensor)
-            else:
-                ends[place] -= tensor.shape[dim]
-                results[place].narrow(dim, ends[place], tensor.shape[dim]).copy_(tensor)
+    for _ in range(count):
+        for at, tensor in enumerate(tensors(pop())):
+            piece = _piece(tensor, how, dim)
+            ends[at] -= piece.shape[dim]
+            results[at].narrow(dim, ends[at], piece.shape[dim]).copy_(piece)
             freed += tensor.nbytes
-            del tensor
+            del tensor, piece
         if freed >= portion:  # or else the results are there, and the room of the values is too
             give_back(freed)
             freed = 0
