@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from actrec import CaptureError, IncompleteLayerWarning, Opaque, load, record
-from actrec._values.spec import Constant, leaves
+from actrec._values.constants import Constant
+from actrec._values.spec import leaves
 from actrec.store import Fields
 
 LAW = settings(derandomize=True, max_examples=60, deadline=None, database=None)
@@ -446,7 +447,6 @@ def test_nothing_is_said_where_a_transform_took_out_what_is_needed() -> None:
 
 def test_constants_are_equal_if_their_types_and_contents_are() -> None:
     assert Constant(float("nan")) == Constant(float("nan"))
-    assert hash(Constant(1)) == hash(Constant(1))
     for one, other in [(1, True), (1, 1.0), (1, 2), (None, False)]:
         assert Constant(one) != Constant(other)
     assert Constant(1) != 1

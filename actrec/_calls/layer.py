@@ -16,8 +16,9 @@ from actrec._calls.compiled import Eager
 from actrec._calls.inputs import Arrival, Arrivals, Parameters, versions
 from actrec._calls.passes import Passes, checking, is_own_call, is_tracing
 from actrec._torch import backward_number, count_function_modes, is_jit_tracing, is_recomputing
+from actrec._values.constants import Constant
 from actrec._values.snapshot import snapshot
-from actrec._values.spec import Constant, flatten
+from actrec._values.spec import flatten
 from actrec._values.stand_ins import Opaque
 from actrec.errors import CaptureError, TransformError, WriteError
 

@@ -24,81 +24,29 @@ containers that contain themselves. What is registered there is taken apart as i
 from __future__ import annotations
 
 import copy
-import sys
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from . import containers, nodes
+from .constants import CONSTANTS, Constant, is_array
 from .containers import Container, Value
 from .stand_ins import Opaque, opaque
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = [
-    "TENSOR",
-    "Again",
-    "Constant",
-    "Container",
-    "Spec",
-    "flatten",
-    "is_array",
-    "leaves",
-    "rebuild",
-    "same",
-    "tensors",
-]
+__all__ = ["TENSOR", "Again", "Spec", "Step", "flatten", "leaves", "rebuild", "same", "tensors"]
 
 T = TypeVar("T")
 
 
-# --- Steps -------------------------------------------------------------------------------------------
-
-# Immutable, or as good as: kept as they are.
-_CONSTANTS: Final = (
-    type(None), bool, int, float, complex, str, bytes, slice, range, type(...), type, Enum,
-    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
-    Opaque,
-)  # fmt: skip
-
-
-class Constant(NamedTuple):
-    """A step that makes no tensor and no container. Equal constants have one type and one content."""
-
-    value: Any
-
-    @override
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Constant) or type(self.value) is not type(other.value):
-            return False
-        return self.value is other.value or _content(self.value) == _content(other.value)
-
-    @override
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    @override
-    def __hash__(self) -> int:
-        return hash(type(self.value))
-
-
-def _content(value: Any) -> object:
-    """What tells constants of one type apart; NaN is equal to itself here."""
-    return (value.shape, value.dtype, value.tobytes()) if is_array(value) else repr(value)
-
-
-def is_array(value: Any) -> bool:
-    """Return whether ``value`` is a NumPy array, or a scalar of NumPy's, that holds nothing but numbers."""
-    numpy = sys.modules.get("numpy")  # whoever has an array has imported it
-    if numpy is None or not isinstance(value, (numpy.ndarray, numpy.generic)):
-        return False
-    return not value.dtype.hasobject
+# --- The structure -------------------------------------------------------------------------------------
 
 
 class Again(NamedTuple):
@@ -111,69 +59,13 @@ class Again(NamedTuple):
 Step: TypeAlias = int | Constant | Again | Container
 
 
-# --- Taking apart and making again ---------------------------------------------------------------------
+class _ATensor:
+    @override
+    def __repr__(self) -> str:
+        return "a tensor"
 
 
-@dataclass(frozen=True, slots=True)
-class _Close:
-    """Waits until the children of a container were taken apart."""
-
-    container: Container
-    value: Value
-
-
-def flatten(
-    value: Value, unknown: Callable[[object], object] = opaque, *, stand_ins: bool = True
-) -> tuple[list[Tensor], Spec]:
-    """Take ``value`` apart into its tensors, each once and in order, and the rest.
-
-    >>> import torch
-    >>> tensors, spec = flatten([torch.zeros(2), None, {"h": torch.zeros(3)}])
-    >>> [t.shape for t in tensors], spec.count
-    ([torch.Size([2]), torch.Size([3])], 2)
-
-    Args:
-        value: a tensor, or containers of tensors and constants, nested to any depth.
-        unknown: what stands for an object that is neither, such as an open file; by default an
-            :class:`Opaque`. It is never asked about tensors, containers, constants and NumPy arrays.
-        stand_ins: whether :class:`Fields` stand for a ``Mapping`` that only its own class could make. Otherwise
-            it is unknown.
-
-    Returns:
-        The tensors themselves, not copies, and the spec. NumPy arrays are copied into it.
-    """
-    if type(value) is Tensor:
-        return [value], TENSOR
-    found: list[Tensor] = []
-    steps: list[Step] = []
-    # By id: the number of a tensor, the step of a container, or None while it is being taken apart.
-    met: dict[int, int | None] = {}
-    kept: list[Value] = []  # so that no id is used twice while this runs
-    pending: list[Value] = [value]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, _Close):
-            met[id(item.value)] = len(steps)
-            steps.append(item.container)
-        elif isinstance(item, Tensor):
-            number = met.setdefault(id(item), len(found))
-            if number == len(found):
-                found.append(item)
-            steps.append(number)  # type: ignore[arg-type]  # a tensor always has a number
-        elif isinstance(item, _CONSTANTS):
-            steps.append(Constant(item))
-        elif id(item) in met:
-            at = met[id(item)]
-            steps.append(Constant(opaque(item)) if at is None else Again(at))
-        elif taken := containers.parts(item) or nodes.parts(item, stand_ins=stand_ins):
-            met[id(item)] = None
-            kept.append(item)
-            container, children = taken
-            pending.append(_Close(container, item))
-            pending += children[::-1]
-        else:
-            steps.append(Constant(copy.copy(item) if is_array(item) else unknown(item)))
-    return found, Spec(tuple(steps), len(found))
+_A_TENSOR: Final = _ATensor()
 
 
 @dataclass(frozen=True)
@@ -194,7 +86,7 @@ class Spec:
         places does so again.
         """
         new = tensors if type(tensors) is list else list(tensors)
-        return self.fold(new.__getitem__, _value_of, _made)
+        return self.fold(new.__getitem__, attrgetter("value"), lambda one, parts: one.make(parts))
 
     def fold(
         self,
@@ -228,17 +120,14 @@ class Spec:
         """
         Paths: TypeAlias = tuple[tuple[str, int], ...]
 
-        def joined(container: Container, children: list[Paths]) -> Paths:
-            items = children[: container.items]
-            return tuple(
-                (step + path, number)
-                # What has no step is no tensor of the value, such as the data of an array that was stored.
-                for at, (step, child) in enumerate(zip(container.paths, children, strict=False))
-                if at < len(items) or child not in items
-                for path, number in child
-            )
+        def behind(container: Container, children: list[Paths]) -> Paths:
+            items, attributes = children[: container.items], children[container.items :]
+            children = items + [() if child in items else child for child in attributes]
+            # What has no step is no tensor of the value, such as the data of an array that was stored.
+            steps = zip(container.paths, children, strict=False)
+            return tuple((step + path, number) for step, child in steps for path, number in child)
 
-        return self.fold(lambda number: (("", number),), lambda _: (), joined)
+        return self.fold(lambda number: (("", number),), lambda _: (), behind)
 
     @property
     def kind(self) -> str:
@@ -258,24 +147,76 @@ class Spec:
         return repr(self.fill([_A_TENSOR] * self.count))
 
 
-def _value_of(constant: Constant) -> Value:
-    return constant.value
-
-
-def _made(container: Container, children: list[Value]) -> Value:
-    return container.make(children)
-
-
-class _ATensor:
-    @override
-    def __repr__(self) -> str:
-        return "a tensor"
-
-
-_A_TENSOR: Final = _ATensor()
-
 #: The spec of a value that is a tensor and nothing else.
 TENSOR: Final = Spec((0,), 1)
+
+
+# --- Taking apart --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Close:
+    """Waits until the children of a container were taken apart."""
+
+    container: Container
+    value: Value
+
+
+def flatten(
+    value: Value, unknown: Callable[[object], object] = opaque, *, stand_ins: bool = True
+) -> tuple[list[Tensor], Spec]:
+    """Take ``value`` apart into its tensors, each once and in order, and the rest.
+
+    >>> import torch
+    >>> tensors, spec = flatten([torch.zeros(2), None, {"h": torch.zeros(3)}])
+    >>> [t.shape for t in tensors], spec.count
+    ([torch.Size([2]), torch.Size([3])], 2)
+
+    Args:
+        value: a tensor, or containers of tensors and constants, nested to any depth.
+        unknown: what stands for an object that is neither, such as an open file; by default an
+            :class:`Opaque`. It is never asked about tensors, containers, constants and NumPy arrays.
+        stand_ins: whether :class:`Fields` stand for a ``Mapping`` that only its own class could make. Otherwise
+            it is unknown.
+
+    Returns:
+        The tensors themselves, not copies, and the spec. NumPy arrays are copied into it.
+    """
+    if type(value) is Tensor:
+        return [value], TENSOR
+    found: list[Tensor] = []
+    numbers: dict[int, int] = {}  # of tensors, by id
+    steps: list[Step] = []
+    met: dict[int, int | None] = {}  # the steps of containers, by id; None while one is taken apart
+    kept: list[Value] = []  # so that no id is used twice while this runs
+    pending: list[Value] = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, _Close):
+            met[id(item.value)] = len(steps)
+            steps.append(item.container)
+        elif isinstance(item, Tensor):
+            number = numbers.setdefault(id(item), len(found))
+            if number == len(found):
+                found.append(item)
+            steps.append(number)
+        elif isinstance(item, CONSTANTS):
+            steps.append(Constant(item))
+        elif id(item) in met:
+            at = met[id(item)]
+            steps.append(Constant(opaque(item)) if at is None else Again(at))
+        elif taken := containers.parts(item) or nodes.parts(item, stand_ins=stand_ins):
+            met[id(item)] = None
+            kept.append(item)
+            container, children = taken
+            pending.append(_Close(container, item))
+            pending += children[::-1]
+        else:
+            steps.append(Constant(copy.copy(item) if is_array(item) else unknown(item)))
+    return found, Spec(tuple(steps), len(found))
+
+
+# --- Ways to use it ------------------------------------------------------------------------------------
 
 
 def tensors(value: Value) -> list[Tensor]:

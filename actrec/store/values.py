@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import override
 
+from actrec._values.constants import Constant, is_array
 from actrec._values.containers import Container, Value
 from actrec._values.dtensor import is_distributed
-from actrec._values.spec import TENSOR, Constant, Spec, Step, flatten, is_array
+from actrec._values.spec import TENSOR, Spec, Step, flatten
 from actrec._values.stand_ins import Fields, Opaque, qualified
 from actrec.errors import CaptureError
 

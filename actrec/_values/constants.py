@@ -1,0 +1,48 @@
+"""What is neither a tensor nor a container, and is kept as it is: numbers, words, types, NumPy arrays, placeholders."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+import torch
+from typing_extensions import override
+
+from .stand_ins import Opaque
+
+__all__ = ["CONSTANTS", "Constant", "is_array"]
+
+#: Immutable, or as good as.
+CONSTANTS: Final = (
+    type(None), bool, int, float, complex, str, bytes, slice, range, type(...), type, Enum,
+    torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
+    Opaque,
+)  # fmt: skip
+
+
+@dataclass(slots=True, eq=False)
+class Constant:
+    """A constant in a value. It equals those of the same type and content, so that NaN equals NaN."""
+
+    value: Any
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Constant) or type(self.value) is not type(other.value):
+            return False
+        return self.value is other.value or self._content() == other._content()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _content(self) -> object:
+        value = self.value
+        return (value.shape, value.dtype, value.tobytes()) if is_array(value) else repr(value)
+
+
+def is_array(value: Any) -> bool:
+    """Return whether ``value`` is a NumPy array, or a scalar of NumPy's, that holds nothing but numbers."""
+    numpy = sys.modules.get("numpy")  # whoever has an array has imported it
+    is_numpy = numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic))
+    return is_numpy and not value.dtype.hasobject
