@@ -40,8 +40,8 @@ from actrec.data import rows, shuffled
 from actrec.store import Folder
 from actrec.store import blocks as _blocks
 from actrec.store import bucket as _bucket
-from actrec.store import disk as _disk
 from actrec.store import objects as _objects
+from actrec.store import unfinished as _unfinished
 from actrec.store import upload as _upload
 from actrec.store.bucket import Bucket
 from actrec.store.disk import Disk
@@ -317,7 +317,7 @@ def test_opening_reads_one_header_of_each_rank_however_many_shards_there_are(
 
 @pytest.fixture
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_bucket, "BLOCK", 4096)
+    monkeypatch.setattr(_objects, "BLOCK", 4096)
     monkeypatch.setitem(_blocks.CACHED, "block_size", 4096)
 
 
@@ -361,7 +361,7 @@ def test_what_is_kept_has_a_limit_and_values_outlive_it(url: str) -> None:
 def test_what_is_large_is_fetched_in_few_steps_and_not_kept(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_bucket, "_MOST", 1 << 19)
+    monkeypatch.setattr(_objects, "_MOST", 1 << 19)
     values = [torch.randn(size) for size in (50_000, 400_000)]
     added(*values).save(url)
     found = load(url)
@@ -879,7 +879,7 @@ def test_a_spool_without_room_is_told_and_nothing_stays_in_it(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_disk.FileBeingWritten, "write", full)
+        patch.setattr(_unfinished.FileBeingWritten, "write", full)
         failure = failing(lambda *_: None, url)
     assert failure is not None
     assert "No space left on device. Folder(..., spool=...) puts it elsewhere" in failure

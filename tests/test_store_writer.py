@@ -40,7 +40,8 @@ from actrec._values.memory import memory
 from actrec._values.snapshot import snapshot
 from actrec.store import Folder
 from actrec.store import disk as _disk
-from actrec.store import stream as _live
+from actrec.store import lock as _lock
+from actrec.store import unfinished as _unfinished
 from actrec.store import writer as _writer
 from tests.conftest import own_hooks
 from tests.stored import Net, assert_same, batches, bits, opened_shards
@@ -68,13 +69,13 @@ def recorded(count: int, **options: Any) -> Any:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that takes its time."""
-    write, finish = _disk.Unfinished.write, _disk.Unfinished.finish
+    write, finish = _unfinished.Unfinished.write, _unfinished.Unfinished.finish
 
     def slowly(function: Callable[..., None]) -> Callable[..., None]:
         return lambda *args: (time.sleep(0.005), function(*args))[1]
 
-    monkeypatch.setattr(_disk.Unfinished, "write", slowly(write))
-    monkeypatch.setattr(_disk.Unfinished, "finish", slowly(finish))
+    monkeypatch.setattr(_unfinished.Unfinished, "write", slowly(write))
+    monkeypatch.setattr(_unfinished.Unfinished, "finish", slowly(finish))
 
 
 class Gate:
@@ -444,7 +445,7 @@ def test_a_shard_is_written_while_the_disk_has_yet_to_confirm_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     second = threading.Event()
-    finish, write = _disk.Unfinished.finish, _writer.shard.write
+    finish, write = _unfinished.Unfinished.finish, _writer.shard.write
 
     def confirm(unfinished: Any) -> None:
         if unfinished._name == "000000.safetensors":
@@ -457,7 +458,7 @@ def test_a_shard_is_written_while_the_disk_has_yet_to_confirm_the_one_before(
             assert load(tmp_path / "r").num_passes == 0
             second.set()
 
-    monkeypatch.setattr(_disk.Unfinished, "finish", confirm)
+    monkeypatch.setattr(_unfinished.Unfinished, "finish", confirm)
     monkeypatch.setattr(_writer.shard, "write", written)
     net = nn.Linear(4, 3)
     with record(net, "", into=Folder(tmp_path / "r", seconds=0)):
@@ -897,7 +898,7 @@ def test_a_forked_process_lets_go_of_locks(tmp_path: Path) -> None:
         own = _disk.Disk(tmp_path / "r/rank-00000")
         with pytest.raises(BlockingIOError):
             own.lock()
-        _live._release_all()  # what runs in the child
+        _lock._release_all()  # what runs in the child
         own.lock().release()
 
 
@@ -916,7 +917,7 @@ def test_closing_twice_does_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "method"), [(_writer.Writer, "_write"), (_disk.Unfinished, "finish")]
+    ("owner", "method"), [(_writer.Writer, "_write"), (_unfinished.Unfinished, "finish")]
 )
 def test_a_block_that_the_writers_own_threads_collect_is_closed_without_a_deadlock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, method: str

@@ -1,30 +1,151 @@
-"""The objects below a URL, as ``fsspec`` has them: what is asked of an object store, and how it says that it cannot."""
+"""The objects below a URL, as ``fsspec`` has them: asking for them, and reading parts of one.
+
+Small parts are read from blocks that are kept, large ones in one request.
+"""
 
 from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar, cast
 
 from typing_extensions import override
 
-from actrec.errors import OptionError, ReadError, WriteError
+from actrec.errors import OptionError, ReadError
 
-from .format import Defect
+from .blocks import BLOCK, CACHED
+from .disk import GONE, copied
+from .format import ANOTHER, Defect, need
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import torch
+
+    from .blocks import Blocks
+
 T = TypeVar("T")
 
-__all__ = ["About", "Objects", "said"]
+__all__ = ["Object", "Objects", "said"]
+
+_MOST: Final = 1 << 26  # bytes of a large part that are downloaded at a time
 
 
-class About(NamedTuple):
-    """What the store says of an object."""
+class Objects:
+    """The objects below a URL. A name is what stands behind it; the empty one is the URL itself.
 
-    kind: str  #: ``"file"``, for it may be a folder
-    size: int
+    Args:
+        url: where they are.
+        options: what ``fsspec`` passes to the file system: credentials, an endpoint.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        self.url = url.rstrip("/")
+        self.options = dict(options)
+        self._connect()
+
+    def _connect(self) -> None:
+        self._pid = os.getpid()
+        self._fs, self._root = _filesystem(self.url, self.options)
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Objects, (self.url, self.options)  # others need them, credentials or not
+
+    def shown(self, name: str) -> str:
+        """Return the URL of an object."""
+        return f"{self.url}/{name}" if name else self.url
+
+    @property
+    def fs(self) -> Any:
+        """The file system; in a forked process another one, for connections are not inherited."""
+        if self._pid != os.getpid():
+            self._connect()
+        return self._fs
+
+    def at(self, name: str) -> str:
+        """Return the path of an object, as the file system knows it."""
+        return f"{self._root}/{name}" if name else self._root
+
+    def ask(self, name: str, request: Callable[[], T]) -> T:
+        """Ask for something; ``FileNotFoundError`` if it is not there, ``ReadError`` for everything else."""
+        try:
+            return request()
+        except (FileNotFoundError, NotADirectoryError, Defect, ReadError):
+            raise
+        except Exception as error:  # file systems raise whatever their libraries do
+            message = f"{self.shown(name)} could not be read: {said(error)}."
+            raise ReadError(message) from error
+
+    def info(self, name: str) -> dict[str, Any]:
+        """Return what the store says of an object now: its ``size``, and its ``type``, for it may be a folder."""
+        return dict(self.ask(name, lambda: self.fs.info(self.at(name))))
+
+    def download(self, name: str, begin: int, end: int) -> bytes:
+        """Return the bytes of an object from ``begin`` to ``end``, which it has."""
+        if begin >= end:
+            return b""
+        return bytes(self.ask(name, lambda: self.fs.cat_file(self.at(name), start=begin, end=end)))
+
+    def open(self, name: str, **options: Any) -> BinaryIO:
+        """Open an object, with options of ``fsspec``."""
+        opened = self.ask(name, lambda: self.fs.open(self.at(name), "rb", **options))
+        return cast("BinaryIO", opened)
+
+
+class Object:
+    """An object that began with ``head`` when the recording was opened. What is wrong with it is a ``Defect``."""
+
+    def __init__(self, objects: Objects, name: str, head: bytes, blocks: Blocks) -> None:
+        self._objects, self._name, self._head, self._blocks = objects, name, head, blocks
+
+    def into(self, begin: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes from ``begin`` on."""
+        read = self._read_at_once if len(view) > BLOCK else self._read_blocks
+        end = begin + len(view)
+        try:
+            found = begin + read(begin, view)
+        except FileNotFoundError:
+            raise Defect(GONE) from None
+        except ReadError:
+            # That it is shorter by now says more than how the store puts it.
+            found = self._objects.info(self._name)["size"]
+            if found >= end:
+                raise
+        need(found >= end, f"it has become shorter, and ends at byte {found}")
+
+    def _read_at_once(self, begin: int, view: memoryview) -> int:
+        self._check()
+        done = 0
+        for at in range(0, len(view), _MOST):
+            end = begin + min(at + _MOST, len(view))
+            part = self._objects.download(self._name, begin + at, end)
+            view[at : at + len(part)] = part
+            done += len(part)
+        return done
+
+    def _read_blocks(self, begin: int, view: memoryview) -> int:
+        def opened() -> BinaryIO:
+            self._check()
+            return self._objects.open(self._name, **CACHED)
+
+        def read() -> int:
+            return self._blocks.read_into(self._objects.shown(self._name), opened, begin, view)
+
+        return self._objects.ask(self._name, read)
+
+    def _check(self) -> None:
+        need(self._objects.download(self._name, 0, len(self._head)) == self._head, ANOTHER)
+
+    def announce(self, begin: int, nbytes: int) -> None:
+        """Nothing is fetched before it is asked for."""
+
+    def close(self) -> None:
+        """What is open is closed once other objects are read."""
+
+    def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
+        """Return a part, downloaded."""
+        return copied(self.into, part)
 
 
 def said(error: Exception) -> str:
@@ -44,90 +165,3 @@ def _filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         message = f"{url!r} with storage_options {sorted(options)}: fsspec says: {error}."
         raise OptionError(message) from error
     return fs, str(path).rstrip("/")
-
-
-class Objects:
-    """The objects below a URL. A name is what stands behind it; the empty one is the URL itself.
-
-    Args:
-        url: where they are.
-        options: what ``fsspec`` passes to the file system: credentials, an endpoint.
-    """
-
-    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        self.url = url.rstrip("/")
-        self._options = dict(options)
-        self._connect()
-
-    def _connect(self) -> None:
-        self._pid = os.getpid()
-        self._fs, self._root = _filesystem(self.url, self._options)
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "_options": self._options}  # others need them, credentials or not
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._connect()
-
-    def below(self, name: str) -> Objects:
-        """Return the objects below a name."""
-        return Objects(self.shown(name), self._options)
-
-    def shown(self, name: str) -> str:
-        """Return the URL of an object."""
-        return f"{self.url}/{name}" if name else self.url
-
-    def at(self, name: str) -> str:
-        """Return the path of an object, as the file system knows it."""
-        return f"{self._root}/{name}" if name else self._root
-
-    @property
-    def fs(self) -> Any:
-        """The file system; in a forked process another one, for connections are not inherited."""
-        if self._pid != os.getpid():
-            self._connect()
-        return self._fs
-
-    def ask(self, name: str, request: Callable[[], T]) -> T:
-        """Ask for something; ``FileNotFoundError`` if it is not there, ``ReadError`` for everything else."""
-        try:
-            return request()
-        except (FileNotFoundError, NotADirectoryError, Defect, ReadError):
-            raise
-        except Exception as error:  # file systems raise whatever their libraries do
-            message = f"{self.shown(name)} could not be read: {said(error)}."
-            raise ReadError(message) from error
-
-    def about(self, name: str) -> About:
-        """Return what the store says of an object now."""
-        info = self.ask(name, lambda: self.fs.info(self.at(name)))
-        return About(info["type"], int(info["size"] or 0))
-
-    def names(self) -> list[str]:
-        """Return the names of what is there, sorted, as if there were folders."""
-        try:
-            found = self.ask("", lambda: self.fs.ls(self._root, detail=False))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        paths = {str(path).rstrip("/") for path in found} - {self._root}
-        return sorted(path.rpartition("/")[2] for path in paths)
-
-    def download(self, name: str, begin: int, end: int) -> bytes:
-        """Return the bytes of an object from ``begin`` to ``end``, which it has."""
-        if begin >= end:
-            return b""
-        return bytes(self.ask(name, lambda: self.fs.cat_file(self.at(name), start=begin, end=end)))
-
-    def open(self, name: str, **options: Any) -> Any:
-        """Open an object, with options of ``fsspec``."""
-        return self.ask(name, lambda: self.fs.open(self.at(name), "rb", **options))
-
-    def remove(self, name: str) -> None:
-        """Remove an object."""
-        try:
-            self.fs.rm_file(self.at(name))
-        except Exception as error:
-            message = f"{self.shown(name)} could not be removed: {said(error)}."
-            raise WriteError(message) from error

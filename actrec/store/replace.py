@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from actrec.errors import RecordingExistsError
 
-from .disk import LOCK, Disk
+from .disk import Disk
 from .format import DESCRIPTION, UNFINISHED
 from .index import shard_names
+from .lock import LOCK
 from .rank_folder import rank_folders
+from .unfinished import sync
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,5 +82,5 @@ def _swap(path: Path, new: Path) -> None:
     except BaseException:
         old.rename(path)
         raise
-    Disk(path.parent).sync()
+    sync(path.parent)
     shutil.rmtree(old)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import weakref
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
 
 from typing_extensions import override
@@ -69,7 +67,6 @@ class Stream:
         self._writer = Writer(
             self._opening.own, ledger, folder, passes.complete, self._passes.raised
         )
-        _open.add(self)
 
     # --- Layers ----------------------------------------------------------------------------------------
 
@@ -119,17 +116,12 @@ class Stream:
     def close(self) -> None:
         """Commit what is complete. May be called again."""
         self.closed = True
-        _open.discard(self)
         try:
             passes = self._passes.count if self.error is None else self._passes.complete()
             self._writer.close(passes, self.error)
             self._passes.count = self._writer.committed
         finally:
-            self.release()
-
-    def release(self) -> None:
-        """Let others have the folder."""
-        self._opening.lock.release()
+            self._opening.lock.release()
 
     def failure(self) -> WriteError | None:
         """Return the error of the writer that no call has raised."""
@@ -225,18 +217,3 @@ class LiveLayer(LayerOnDisk):
 
 def _itself(layer: StoredLayer) -> StoredLayer:
     return layer
-
-
-# --- Forked processes --------------------------------------------------------------------------------
-
-_open: weakref.WeakSet[Stream] = weakref.WeakSet()
-
-
-def _release_all() -> None:
-    """Let go, in a forked process, of its parent's locks."""
-    for stream in _open:
-        stream.release()
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows
-    os.register_at_fork(after_in_child=_release_all)

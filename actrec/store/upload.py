@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from actrec.errors import ReadError, WriteError
 
-from .disk import FileBeingWritten
 from .objects import said
+from .unfinished import FileBeingWritten
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,7 +112,7 @@ class Upload:
                 taken = isinstance(error, FileExistsError) or not _is_final(error)
                 if not (taken and self._is_there()):
                     raise
-        sent, arrived = self._path.stat().st_size, self._objects.about(self._name).size
+        sent, arrived = self._path.stat().st_size, self._objects.info(self._name)["size"]
         if sent != arrived:
             message = f"{sent} bytes were sent, and {arrived} have arrived"
             raise OSError(errno.EIO, message)
@@ -125,7 +125,7 @@ class Upload:
         with self._path.open("rb") as file:
             own = file.read(_HEAD)
         try:
-            size = self._objects.about(self._name).size
+            size = self._objects.info(self._name)["size"]
             found = self._objects.download(self._name, 0, min(len(own), size))
         except FileNotFoundError:
             return False

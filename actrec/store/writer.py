@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
     from .folder import Folder
     from .ledger import Ledger
-    from .place import Place, Unfinished
+    from .place import Place
     from .shard import Call
+    from .unfinished import Unfinished
+    from .upload import Upload
 
 __all__ = ["Writer"]
 
@@ -214,7 +216,7 @@ class Writer:
             self._writing = False
             self._changed.notify_all()
 
-    def _write(self, batch: _Batch) -> Unfinished:
+    def _write(self, batch: _Batch) -> Unfinished | Upload:
         laid = shard.lay_out(batch.calls)
         heading = self._ledger.next(
             laid,
@@ -226,7 +228,7 @@ class Writer:
         write = partial(shard.write, heading=heading, layers=self._ledger.layers, laid=laid)
         return self._disk.begin(shard_name(heading.shard), write)
 
-    def _hand_over(self, unfinished: Unfinished, committed: int) -> None:
+    def _hand_over(self, unfinished: Unfinished | Upload, committed: int) -> None:
         """Let another thread wait for the disk, once it has the shard before."""
         self._settle()
         if self._failed:  # to put this one into the folder would leave a gap
@@ -237,7 +239,7 @@ class Writer:
         )
         self._finishing.start()
 
-    def _finish(self, unfinished: Unfinished, committed: int) -> None:
+    def _finish(self, unfinished: Unfinished | Upload, committed: int) -> None:
         try:
             unfinished.finish()
             self._finished += 1

@@ -1,0 +1,95 @@
+"""The lock of a rank's folder: a file that is open for writing, which network file systems lock on all machines.
+
+This is own code rather than ``filelock``: that falls back to files which outlive a killed process, where a disk without
+locks is only warned about here, and what it does in a forked process depends on its version.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+import weakref
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Final
+
+from typing_extensions import override
+
+from actrec.errors import UnlockedWarning
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # pragma: no cover  # Windows
+    fcntl = None
+
+__all__ = ["LOCK", "Lock", "locked"]
+
+LOCK: Final = "writer.lock"
+_NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+class Lock(AbstractContextManager[None]):
+    """A folder is locked until this is released, or the process ends. Without a file, nothing is locked."""
+
+    def __init__(self, fd: int | None = None) -> None:
+        self._fd = fd
+        _held.add(self)
+
+    def release(self) -> None:
+        """Let others have the folder. May be called again."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    @override
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def locked(folder: Path) -> Lock:
+    """Lock a folder; ``BlockingIOError`` if somebody else has. Where there are no locks, warn."""
+    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(fd)
+    except OSError as error:
+        os.close(fd)
+        if error.errno not in _NO_LOCKS:
+            raise
+        message = (
+            f"{folder} cannot be locked: {error}. Nothing keeps another run from recording there at the same time. If one "
+            "does, what is committed stays whole, and the run that comes second with a file ends with a WriteError."
+        )
+        warnings.warn(message, UnlockedWarning, stacklevel=2)
+        return Lock()
+    return Lock(fd)
+
+
+def _lock(fd: int) -> None:
+    if fcntl is not None:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    import msvcrt  # noqa: PLC0415  # pragma: no cover  # Windows
+
+    try:  # pragma: no cover  # Windows
+        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except PermissionError as error:  # pragma: no cover  # Windows
+        raise BlockingIOError(*error.args) from error
+
+
+# --- Forked processes --------------------------------------------------------------------------------
+
+_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+
+
+def _release_all() -> None:
+    """Close a forked process's copies: to unlock the file would end the lock of its parent."""
+    for lock in _held:
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows
+    os.register_at_fork(after_in_child=_release_all)

@@ -1,0 +1,144 @@
+"""A file that is being written: it gets its name when it is on the disk for certain, and never that of another file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+import uuid
+from typing import TYPE_CHECKING, Final
+
+from .format import UNFINISHED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from .safetensors import Buffer, Writable
+
+__all__ = ["FileBeingWritten", "Unfinished", "sync"]
+
+_PATIENCE = 2.0  # seconds that another process may take to give a file its name
+_TAKEN: Final = "another run has written it"
+_TAKEN_OVER: Final = (
+    "the unfinished file is gone: another run has taken the folder over, or somebody has removed it"
+)
+
+
+class Unfinished:
+    """A file that is written, but has neither reached the disk for certain nor got its name."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self._name = name
+        # Several processes may write the same name: each has a file of its own until one has won.
+        self._path = folder / f"{name}.{uuid.uuid4().hex}{UNFINISHED}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+        self._fd = os.open(self._path, flags, 0o666)
+
+    def write(self, write: Callable[[Writable], object]) -> None:
+        """Let ``write`` write all that it is."""
+        try:
+            write(FileBeingWritten(self._fd))
+        except BaseException:
+            self.discard()
+            raise
+
+    def finish(self) -> None:
+        """Put it onto the disk, and then into the folder; ``FileExistsError`` if there is a file of its name."""
+        try:
+            try:
+                os.fsync(self._fd)
+            finally:
+                os.close(self._fd)
+            _name(self._path, self._folder / self._name)
+        except FileNotFoundError as error:
+            raise FileExistsError(errno.EEXIST, _TAKEN_OVER, str(self._folder)) from error
+        finally:
+            self._unlink()
+        sync(self._folder)
+
+    def discard(self) -> None:
+        """Take it away."""
+        os.close(self._fd)
+        self._unlink()
+
+    def _unlink(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
+class FileBeingWritten:
+    """A file that is being written."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def write(self, data: Buffer) -> None:
+        """Append."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.fd, view) :]
+
+    def write_at_start(self, data: Buffer) -> None:
+        """Write over the beginning."""
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        self.write(data)
+
+
+def sync(folder: Path) -> None:
+    """Make what names there are in a folder survive a power loss."""
+    if not hasattr(os, "O_DIRECTORY"):  # pragma: no cover  # Windows does this itself
+        return
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# --- Names -------------------------------------------------------------------------------------------
+
+
+def _name(path: Path, name: Path) -> None:
+    """Give a file a name that no other file has: ``FileExistsError`` if one has."""
+    try:
+        os.link(path, name)
+    except OSError as error:
+        if name.exists():
+            if name.samefile(path):  # it was done, though the file server's answer was lost
+                return
+            raise FileExistsError(errno.EEXIST, _TAKEN, str(name)) from error
+        _name_without_links(path, name)
+
+
+def _name_without_links(path: Path, name: Path) -> None:
+    """Rename a file while nobody else gives that name: whoever does makes a file beside it first, which only one can."""
+    turn = name.with_name(name.name + ".turn" + UNFINISHED)
+    _take(turn)
+    try:
+        if name.exists():
+            raise FileExistsError(errno.EEXIST, _TAKEN, str(name))
+        path.replace(name)
+    finally:
+        turn.unlink(missing_ok=True)
+
+
+def _take(turn: Path) -> None:
+    """Make a file that is not there; wait while it is, unless it stays for so long that who made it must be dead."""
+    seen: object = None
+    since = time.monotonic()
+    while True:
+        try:
+            os.close(os.open(turn, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                about = turn.stat()
+                if (about.st_ino, about.st_mtime_ns) != seen:
+                    seen, since = (about.st_ino, about.st_mtime_ns), time.monotonic()
+                elif time.monotonic() > since + _PATIENCE:
+                    turn.unlink()
+            time.sleep(_PATIENCE / 200)
+        else:
+            return
