@@ -201,3 +201,10 @@ def test_the_readme_names_the_versions_that_the_package_requires():
     assert f"Python {python} or newer and PyTorch {torch} or newer" in README.read_text()
     version = project["version"].rpartition(".")[0]
     assert f"Version {version} " in README.read_text()
+
+
+def test_the_citation_names_the_version_and_the_licence_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"version: {project['version']}\n" in citation
+    assert f"license: {project['license']}\n" in citation
