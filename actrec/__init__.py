@@ -15,7 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from actrec._calls.recorder import Recorder
-from actrec._recordings.compare import Comparison, compare
+from actrec._recordings.compare import compare
+from actrec._recordings.comparison import Comparison
 from actrec._recordings.layer import Layer
 from actrec._recordings.recording import Recording
 from actrec._recordings.stats import Stats

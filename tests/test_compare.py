@@ -23,12 +23,12 @@ from actrec import (
     compare,
     record,
 )
-from actrec._recordings.layer import ListLayer
+from actrec._recordings.in_memory import ListLayer
 from actrec._values import chunks as _blocks
 from tests.models import ConvNet, TinyTransformer
 
 if TYPE_CHECKING:
-    from actrec._recordings.compare import Row
+    from actrec._recordings.comparison import Row
 
 NAN, INF = math.nan, math.inf
 

@@ -13,6 +13,7 @@ import inspect
 import io
 import pkgutil
 import re
+import textwrap
 import tomllib
 from itertools import pairwise
 from pathlib import Path
@@ -157,6 +158,45 @@ def test_every_public_function_and_class_shows_an_example(name):
         shown = doctest.DocTestFinder().find(public, name)
         assert any(test.examples for test in shown)
     assert inspect.getdoc(public)
+
+
+def public_functions() -> dict[str, object]:
+    """The functions of ``actrec.__all__``, and the methods and properties of its classes."""
+    internal = {"Layer.keep"}  # whoever implements a layer needs it, its users do not
+    found: dict[str, object] = {}
+    for name in actrec.__all__:
+        public = getattr(actrec, name)
+        if inspect.isfunction(public):
+            found[name] = public
+        elif not issubclass(public, (Exception, Warning)):
+            members = {key: m for key, m in vars(public).items() if not key.startswith("_")}
+            members = {key: m for key, m in members.items() if callable(m) or hasattr(m, "fget")}
+            found |= {f"{name}.{key}": member for key, member in members.items()}
+    return {name: member for name, member in found.items() if name not in internal}
+
+
+PUBLIC = public_functions()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_function_says_what_it_takes_returns_and_raises_after_an_example(name):
+    is_property = isinstance(PUBLIC[name], property)
+    public = PUBLIC[name].fget if is_property else PUBLIC[name]
+    text = inspect.getdoc(public)
+    signature = inspect.signature(public)
+    code = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(public))))
+    sections = {
+        "Args:": set(signature.parameters) - {"self"},
+        "Returns:": not is_property and signature.return_annotation != "None",
+        "Raises:": any(isinstance(node, ast.Raise) for node in ast.walk(code)),
+    }
+    wanted = [section for section, is_wanted in sections.items() if is_wanted]
+    places = [text.find(f"\n{section}\n") for section in wanted]
+    example = 0 if is_property else text.find(">>>")
+    assert min([example, *places]) >= 0, wanted
+    assert [example, *places] == sorted([example, *places])
+    described = re.findall(r"^    (\w+): ", text, re.MULTILINE)
+    assert sections["Args:"] <= set(described)
 
 
 # --- Facts that stand in two places ----------------------------------------------------------------

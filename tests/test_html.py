@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actrec import Opaque, Recording, UnusedLayerWarning, _text, record
-from actrec._recordings.layer import ListLayer
+from actrec._recordings.in_memory import ListLayer
 from actrec._tables.html import as_html
 from actrec._tables.table import Column, Table
 from actrec._tables.tree import tree
@@ -112,9 +112,9 @@ def test_a_recording_shows_a_row_for_each_layer() -> None:
     acts = recorded(nn.Sequential(nn.Linear(4, 3), nn.ReLU()))
     page = Page(acts._repr_html_())
     assert page.rows == [
-        ["layer", "type", "calls", "shape", "dtype", "device", "memory"],
-        ["0", "Linear", "1", "(2, 3)", "float32", "cpu", "24 B"],
-        ["1", "ReLU", "1", "(2, 3)", "float32", "cpu", "24 B"],
+        ["layer", "type", "calls", "shape", "dtype", "memory"],
+        ["0", "Linear", "1", "(2, 3)", "float32", "24 B"],
+        ["1", "ReLU", "1", "(2, 3)", "float32", "24 B"],
     ]
 
 
@@ -183,8 +183,9 @@ def test_layers_that_an_interrupted_pass_did_not_reach_are_noted() -> None:
     assert [row[-1] for row in Page(acts._repr_html_()).rows[1:]] == ["", "not in the last pass"]
 
 
-def test_the_text_has_a_device_column_where_something_is_not_on_the_cpu() -> None:
+def test_there_is_a_device_column_where_something_is_not_on_the_cpu() -> None:
     acts = made(["a"], [torch.empty(2, device="meta")])
+    assert Page(acts._repr_html_()).rows[1][5] == "meta"
     assert repr(acts).splitlines()[1:] == [
         "layer  type    calls  shape  dtype    device  memory",
         "a      Linear      1  (2,)   float32  meta       0 B",

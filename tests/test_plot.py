@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from actrec import OptionError, Recording, plot, record
-from actrec._recordings.layer import ListLayer
+from actrec._recordings.in_memory import ListLayer
 from actrec.plot import distributions, drift, feature_maps, similarity
 from tests.models import ConvNet, TinyTransformer
 

@@ -34,7 +34,7 @@ from actrec import (
 )
 from actrec._recordings import layer as _layer
 from actrec._recordings import recording as _recording
-from actrec._recordings.layer import ListLayer
+from actrec._recordings.in_memory import ListLayer
 from actrec._text import count as count_of
 from actrec._text import size
 from actrec._values import join as _join

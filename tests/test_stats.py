@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actrec import ActrecError, Recording, Stats, UnusedLayerWarning, load, record
-from actrec._recordings.layer import ListLayer
+from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.stats import Row
 from actrec._values import chunks as _blocks
 from actrec._values.moments import Moments

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import actrec
 from actrec import Recording
-from actrec._recordings.layer import ListLayer
+from actrec._recordings.in_memory import ListLayer
 from actrec.store import Folder
 from tests.stored import same
 

@@ -38,7 +38,7 @@ from actrec import (
     record,
 )
 from actrec.__main__ import main
-from actrec._recordings.layer import ListLayer
+from actrec._recordings.in_memory import ListLayer
 from actrec._values.spec import tensors
 from actrec.data import rows
 from actrec.store import (

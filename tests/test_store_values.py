@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import actrec
 from actrec import CaptureError, Opaque, Recording, load, record
-from actrec._recordings.layer import ListLayer
+from actrec._recordings.in_memory import ListLayer
 from actrec.store import (
     Fields,
 )

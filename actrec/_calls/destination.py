@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from actrec._recordings.layer import Layer, ListLayer
+from actrec._recordings.in_memory import ListLayer
 
 from .sink import SinkLayer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from actrec._recordings.layer import Role
+    from actrec._recordings.layer import Layer, Role
 
     from .options import Options
 

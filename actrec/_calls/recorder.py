@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from typing_extensions import override
 
-from actrec._recordings.layer import Layer, ListLayer, V
+from actrec._recordings.in_memory import ListLayer
+from actrec._recordings.layer import Layer, V
 from actrec._recordings.passes import Count
 from actrec._recordings.recording import Recording
 from actrec.errors import ActrecError, CaptureError, OptionError
@@ -100,6 +101,9 @@ class Recorder(Recording[V], Generic[V]):
         (1, 1)
 
         It holds for all threads. The hooks stay on the model.
+
+        Returns:
+            A context manager. Pauses nest: recording goes on after the outermost.
         """
         self._deliver()
         self._session.pause(by=1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from typing_extensions import override
 
+from actrec._recordings.in_memory import chosen
 from actrec._recordings.layer import Layer
 from actrec._recordings.passes import PassNumbers
 from actrec._values.spec import tensors
@@ -130,6 +131,10 @@ class SinkLayer(Layer[Any]):
     @override
     def __iter__(self) -> Iterator[Value]:
         return iter(self._items())
+
+    @override
+    def _of(self, calls: list[int]) -> Layer[Any]:
+        return chosen(self, calls)
 
     @override
     def _readable(self) -> Iterable[Value]:

@@ -1,24 +1,19 @@
-"""Two recordings, layer by layer: where a port, a new kernel or a smaller dtype goes another way."""
+"""Comparing two recordings layer by layer, to find where a port, a new kernel or a smaller dtype first differs."""
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from typing_extensions import override
-
-from actrec._tables.rows import Rows
-from actrec._tables.table import Cells, Column, Table
-from actrec._text import count, listed, nearest, shown
+from actrec._text import count, nearest
 from actrec._values.difference import Difference, Mismatch, Tolerances
 from actrec._values.spec import leaves
 from actrec._values.summary import dtype_name
 from actrec.errors import OptionError, UnknownLayerError
 
-from .alike import named_alike
+from .comparison import Comparison, Row
 from .recording import Recording
 
 if TYPE_CHECKING:
@@ -28,133 +23,10 @@ if TYPE_CHECKING:
 
     from .layer import Layer
 
-__all__ = ["Comparison", "Names", "Row", "compare"]
+__all__ = ["Names", "compare"]
 
-#: How the layers of the first recording are called in the second.
+#: The names that layers of the first recording have in the second.
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One tensor that a layer returns, over all calls: see :class:`Comparison`."""
-
-    layer: str
-    leaf: str
-    other: str
-    calls: int
-    count: int
-    max_abs: float
-    max_rel: float
-    cosine: float
-    equal: bool
-    close: bool
-    different_pass: int | None
-    note: str
-
-
-class Comparison(Rows[Row]):
-    """What :func:`compare` found: a tuple of rows, in execution order, that prints as a table.
-
-    >>> import torch
-    >>> from actrec import compare, record
-    >>> model = torch.nn.Linear(4, 3)
-    >>> with record(model, "") as acts:
-    ...     output = model(torch.randn(5, 4))
-    >>> [row.equal for row in compare(acts, acts)]
-    [True]
-
-    ===================  ==========================================================================
-    ``layer``            the name of the layer in the first recording, ``a``
-    ``leaf``             which of its tensors: what one writes behind ``a[layer][i]``, such as
-                         ``[0]`` or ``['hidden']``; empty if the layer returns one tensor
-    ``other``            the name of the layer in the second recording, ``b``
-    ``calls``            how many calls were compared
-    ``count``            how many elements
-    ``max_abs``          the largest absolute difference, ``max |a - b|``
-    ``max_rel``          that, divided by the largest finite magnitude in ``b``, ``max |b|``
-    ``cosine``           of the angle between all of ``a`` and all of ``b``, seen as two vectors
-    ``equal``            same calls, shapes, dtypes and bits
-    ``close``            within the tolerances, in every element of every call
-    ``different_pass``   the pass of ``a`` with the first difference beyond them, or ``None``
-    ``note``             what does not match: numbers of calls, shapes, dtypes, structures
-    ===================  ==========================================================================
-
-    The relative error is relative to the layer, not to each element: next to zero, where the elements of
-    ReLUs live, a relative difference of elements says nothing.
-
-    NaN agrees with NaN, an infinity with an infinity of its sign. Where only one of the two is finite, or
-    only one is NaN, ``max_abs`` is infinite. The cosine is that of the elements that are finite in both.
-    What cannot be computed, of no element, is NaN. Of complex numbers the modulus of the difference
-    counts, and the real part of the product.
-    """
-
-    #: The layers of ``a`` that ``b`` does not have, and those of ``b`` that nothing was compared with.
-    only_a: tuple[str, ...] = ()
-    only_b: tuple[str, ...] = ()
-
-    @property
-    def first_difference(self) -> Row | None:
-        """The row where the recordings first differ by more than the tolerances.
-
-        That is in the earliest pass of ``a``, and there in execution order. ``None`` if they do not differ.
-        """
-        found = [(row.different_pass, row) for row in self if row.different_pass is not None]
-        return min(found, key=lambda pair: pair[0])[1] if found else None
-
-    def _title(self) -> str:
-        verdicts = [_verdict(row) for row in self if row.calls or not row.close]
-        numbers = [
-            f"{verdicts.count(verdict):,} {verdict}"
-            for verdict in ("equal", "close", "different")
-            if verdict in verdicts
-        ]
-        layers = count(len({row.layer for row in self}), "layer")
-        what = f"compared {count(len(self), 'tensor')} of {layers}"
-        facts = [f"{what}: {', '.join(numbers)}" if numbers else what]
-        if (first := self.first_difference) is not None:
-            facts.append(f"first difference in {_place(first)}, pass {first.different_pass}")
-        facts += [f"only in a: {listed(self.only_a)}"] * bool(self.only_a)
-        facts += [f"only in b: {listed(self.only_b)}"] * bool(self.only_b)
-        return "; ".join(facts)
-
-    @override
-    def _table(self) -> Table:
-        return Table(self._title(), _COLUMNS, [_cells(row) for row in self])
-
-
-_COLUMNS = (
-    Column("layer"),
-    *(Column(name, is_number=True) for name in ("calls", "count", "max abs", "max rel", "cosine")),
-    Column("verdict"),
-    Column("note", is_note=True),
-)
-
-
-def _cells(row: Row) -> Cells:
-    errors = (row.max_abs, row.max_rel)
-    return (
-        _place(row),
-        f"{row.calls:,}",
-        f"{row.count:,}",
-        *("" if math.isnan(error) else f"{error:.3g}" for error in errors),
-        "" if math.isnan(row.cosine) else f"{row.cosine:.6f}",
-        _verdict(row),
-        row.note,
-    )
-
-
-def _place(row: Row) -> str:
-    name, other = shown(row.layer), shown(row.other)
-    leaf = shown(row.leaf) if row.leaf else ""
-    return name + leaf + (f" -> {other}" if other != name else "")
-
-
-def _verdict(row: Row) -> str:
-    if not row.calls and row.close:
-        return ""
-    if row.equal:
-        return "equal"
-    return "close" if row.close else "different"
 
 
 def compare(
@@ -180,17 +52,16 @@ def compare(
     >>> compare(a, b).first_difference.layer
     '1'
 
-    Nothing is raised for what does not match: numbers of calls, shapes, dtypes and structures are told in
-    the rows, and the layers that only one of the two has in ``only_a`` and ``only_b``. The recordings may
-    lie in memory or on disk, on different devices, and have different dtypes: numbers are compared in
-    float64. Only tensors are compared. Both are read call after call in blocks, so besides them it needs a
-    few megabytes, and nothing is changed.
+    A mismatch is reported, never raised: numbers of calls, shapes, dtypes and structures in the rows, layers that only one
+    recording has in ``only_a`` and ``only_b``. The recordings may be in memory or on disk, on different devices, and of
+    different dtypes: elements are compared in float64. Only tensors are compared. Both recordings are read call by call in
+    blocks of a few megabytes, and not changed.
 
     Args:
         a: a recording.
-        b: the recording to compare it with: the one that is right, if one is.
-        names: how a layer of ``a`` is called in ``b``, where the names differ: a mapping (what is not in
-            it keeps its name), or a function that returns the name, or ``None`` to leave the layer out.
+        b: the recording to compare it with, which the relative errors refer to.
+        names: the name in ``b`` of a layer of ``a``, where they differ: a mapping (a name that is not in it is the same
+            in both), or a function that returns the name, or ``None`` to leave the layer out.
         rtol: elements are close if ``|a - b| <= atol + rtol * |b|``. By default the tolerances are those
             of ``torch.testing.assert_close`` for the less precise of the two dtypes: ``1.3e-6`` and
             ``1e-5`` for float32, ``1e-3`` and ``1e-5`` for float16, ``1.6e-2`` and ``1e-5`` for bfloat16,
@@ -202,8 +73,8 @@ def compare(
         ``pandas.DataFrame(compare(a, b))`` makes a data frame of it.
 
     Raises:
-        OptionError: ``a`` or ``b`` is no recording, or another argument cannot be meant.
-        UnknownLayerError: a name in the mapping ``names`` is in neither recording.
+        OptionError: an argument is of the wrong type, or a tolerance is negative.
+        UnknownLayerError: a key of the mapping ``names`` is not a layer of ``a``, or its value not one of ``b``.
     """
     _check(a, b, names, rtol=rtol, atol=atol)
     pairs = _pairs(a, b, names)
@@ -212,9 +83,9 @@ def compare(
     result = Comparison(
         row for name, other in compared for row in _rows(a[name], b[other], tolerances)
     )
-    met = {b[other].name for _, other in compared}
+    matched = {b[other].name for _, other in compared}
     result.only_a = tuple(name for name, other in pairs if other not in b)
-    result.only_b = tuple(name for name in b if name not in met)
+    result.only_b = tuple(name for name in b if name not in matched)
     return result
 
 
@@ -236,7 +107,7 @@ def _check(a: object, b: object, names: object, **tolerances: object) -> None:
 
 
 def _pairs(a: Recording[Any], b: Recording[Any], names: Names | None) -> list[tuple[str, str]]:
-    """The layers of ``a``, in execution order, with what they are called in ``b``."""
+    """Return the names of the layers of ``a``, in execution order, with their names in ``b``."""
     if isinstance(names, Mapping):
         _check_mapping(a, b, names)
         keys = {a[name].name: other for name, other in names.items()}
@@ -264,7 +135,7 @@ def _rows(a: Layer[Any], b: Layer[Any], tolerances: Tolerances) -> Iterator[Row]
     found: dict[str, _Tally] = {}
     for call, (x, y, number) in enumerate(zip(a, b, a.passes, strict=False)):
         xs = dict(leaves(x))
-        ys = named_alike(xs, dict(leaves(y)))
+        ys = _with_names_of(xs, dict(leaves(y)))
         for path in dict.fromkeys([*xs, *ys]):
             tally = found.setdefault(path, _Tally())
             if path in xs and path in ys:
@@ -281,7 +152,7 @@ def _rows(a: Layer[Any], b: Layer[Any], tolerances: Tolerances) -> Iterator[Row]
 
 
 class _Tally:
-    """What is known so far about one tensor of a layer."""
+    """Counts and differences of one tensor of a layer, over the calls compared so far."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -291,7 +162,7 @@ class _Tally:
         self.notes: dict[str, None] = {}
 
     def differ(self, number: int, note: str = "") -> None:
-        """Take down that pass ``number`` differs by more than the tolerances."""
+        """Note that pass ``number`` differs by more than the tolerances."""
         self.equal = False
         if self.different_pass is None or number < self.different_pass:
             self.different_pass = number
@@ -299,7 +170,7 @@ class _Tally:
             self.notes.setdefault(note)
 
     def compare(self, x: Tensor, y: Tensor, call: int, number: int, tolerances: Tolerances) -> None:
-        """Compare what call ``call`` returned here and there."""
+        """Compare the tensor in call ``call`` of both recordings."""
         try:
             close = self.difference.add(x, y, tolerances)
         except Mismatch as mismatch:
@@ -312,7 +183,7 @@ class _Tally:
             self.differ(number)
 
     def row(self, layer: str, leaf: str, other: str) -> Row:
-        """Return the row of a table."""
+        """Return the result as a row."""
         found = self.difference
         return Row(
             layer,
@@ -334,3 +205,25 @@ def _first(notes: Iterable[str], most: int = 2) -> str:
     notes = list(notes)
     more = [f"{len(notes) - most:,} more"] if len(notes) > most else []
     return "; ".join([*notes[:most], *more])
+
+
+# --- Paths in loaded values -----------------------------------------------------------------------------
+
+_ITEM: Final = re.compile(r"\['([^\W\d]\w*)'\]")
+_KEY: Final = re.compile(r"\[(?:<class '|Opaque\('|<)([\w.]+)(?:'>|'\)|: [^>]*>)\]")
+
+
+def _with_names_of(xs: Mapping[str, Tensor], ys: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return ``ys`` under the paths of ``xs``: a loaded value has another path to the same tensor in two cases.
+
+    A field of a dataclass was loaded as an item of a dict, and a key that is an enum member or a class as an ``Opaque``.
+    """
+    if xs.keys() == ys.keys():
+        return ys
+    known = {_plain(path): path for path in xs}
+    return {path if path in xs else known.get(_plain(path), path): ys[path] for path in ys}
+
+
+def _plain(path: str) -> str:
+    path = _KEY.sub(lambda key: f"[{'.'.join(key[1].split('.')[-2:])}]", path)
+    return _ITEM.sub(r".\1", path)

@@ -1,4 +1,4 @@
-"""The passes of a recording: how many there have been, and which one each call belongs to."""
+"""The passes of a recording: how many there are, and which one each call belongs to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Count", "Moment", "PassNumbers", "nth_calls"]
 
 @dataclass(eq=False)
 class Count:
-    """How many passes there have been, and which of them raised."""
+    """The number of passes, and which of them raised."""
 
     count: int = 0
     raised: set[int] = field(default_factory=set)
@@ -33,7 +33,7 @@ class _Numbers(Protocol):
 
 
 class PassNumbers(Sequence[int]):
-    """The pass of each call: a view, which follows its layer until that is cleared. It equals a list of the same numbers."""
+    """The pass of each call: a read-only view that grows with its layer until that is cleared. Equal to a list of the same numbers."""
 
     __slots__ = ("_numbers",)
 
@@ -71,14 +71,14 @@ class PassNumbers(Sequence[int]):
         return repr([*self])
 
 
-#: Which rank a call is of, ``None`` if its layer does not know, and of which pass.
+#: The rank of a call, ``None`` in memory, and its pass.
 Moment: TypeAlias = tuple[int | None, int]
 
 
 def nth_calls(
     call: str, title: str, moments: Sequence[Moment], nth: int, among: Iterable[int]
 ) -> list[int]:
-    """The n-th call of each pass, among some calls; all of them, if none of the passes has more than one."""
+    """Return the n-th call of each pass, among some calls; all of them, if no pass has more than one."""
     given: object = nth
     if isinstance(given, bool) or not isinstance(given, int):
         message = (

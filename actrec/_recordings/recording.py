@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, overload
 
 from typing_extensions import TypeVar, override
 
-from actrec._tables.html import as_html
-from actrec._tables.text import as_text
+from actrec._tables.rows import Shown
 from actrec._text import nearest, shown
 from actrec.errors import UnknownLayerError
 
 from .layer import Layer, V
+from .passes import Count
 from .stats import Stats, stats
 from .table import State, recording_table
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from actrec._tables.table import Table
 
-    from .passes import Count, Moment
+    from .passes import Moment
 
 __all__ = ["Recording"]
 
 T = TypeVar("T")
 
 
-class Recording(Mapping[str, Layer[V]], Generic[V]):
+class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
     """What was recorded: a read-only mapping from layer name to :class:`Layer`.
 
     >>> import torch
@@ -45,13 +45,20 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
     0      Linear      1  (5, 3)  float32    60 B
     1      ReLU        1  (5, 3)  float32    60 B
 
-    The keys are the names of the chosen layers in the order of the queries, without what wrappers add to them,
-    then the names given to :meth:`Recorder.add`. A layer that has several names (a module used in two places, a name with or
-    without ``module.``) is found under each of them, and listed once.
+    The keys are the names of the chosen layers in the order of the queries, without wrapper segments such as ``module.``,
+    then the names given to :meth:`Recorder.add`. A layer that has several names (a module used in two places, a name with
+    wrapper segments) is listed once, and each of its names is accepted.
+
+    Args:
+        model: the type of the recorded model.
+        layers: the layers by name.
+        aliases: further names, each with the one that is listed.
+        order: names in the order in which the layers ran, as far as it is known.
+        passes: how many passes there were; by default those that the calls belong to are counted.
+        inputs: likewise, what the calls received.
+        grads: likewise, the gradients.
     """
 
-    #: ``model`` is the type of the recorded model, ``order`` what is known of the execution order, ``passes``
-    #: what counts the passes; without it, they are counted by those that calls belong to.
     def __init__(
         self,
         model: str,
@@ -67,13 +74,14 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
         self._layers = dict(layers)
         self._aliases = aliases
         self._order = order
-        self._passes = passes
-        more = (aliases, order, passes)
+        last = (index for layer in self._layers.values() for index in layer.passes)
+        self._passes = Count(max(last, default=-1) + 1) if passes is None else passes
+        more = (aliases, order, self._passes)
         self._inputs = Recording(model, inputs, *more) if inputs else None
         self._grads = Recording(model, grads, *more) if grads else None
 
     def _key(self, name: object) -> str | None:
-        """The name under which a layer is listed; ``None`` if there is none."""
+        """Return the listed name of a layer; ``None`` if there is no such layer."""
         key = name if name in self._layers else self._aliases.get(name)  # type: ignore[call-overload]
         return key if key in self._layers else None
 
@@ -87,7 +95,23 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
     def get(self, name: str, /, default: Layer[V] | T) -> Layer[V] | T: ...
     @override
     def get(self, name: str, /, default: Any = None) -> Any:
-        """Return a layer, or ``default`` if there is none of that name."""
+        """Return a layer, or a default where there is none of that name.
+
+        >>> import torch
+        >>> from actrec import record
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     output = model(torch.randn(5, 4))
+        >>> print(acts.get("head"))
+        None
+
+        Args:
+            name: the name of a layer.
+            default: what is returned where there is no such layer.
+
+        Returns:
+            The layer, or ``default``.
+        """
         key = self._key(name)
         return default if key is None else self[key]
 
@@ -101,7 +125,7 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
         return self._layers[key]
 
     def _deliver(self) -> None:
-        """Wait for calls that are on their way from a device. Only a :class:`Recorder` has any."""
+        """Wait for copies from a device. Only a :class:`Recorder` has any."""
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -113,14 +137,12 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
 
     @property
     def num_passes(self) -> int:
-        """The number of passes so far, those in which no chosen layer was called included."""
-        if self._passes is not None:
-            return self._passes.count
-        return max((index for layer in self.values() for index in layer.passes), default=-1) + 1
+        """The number of passes so far, including those in which no chosen layer was called."""
+        return self._passes.count
 
     @property
     def failed_passes(self) -> list[int]:
-        """The passes that raised or were interrupted. Layers behind the place where it happened have no call in them.
+        """The passes that raised or were interrupted. Layers that would have run later have no call in them.
 
         >>> import torch
         >>> from torch import nn
@@ -135,13 +157,13 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
         >>> acts.failed_passes, acts["0"].passes
         ([1], [0, 2])
 
-        What was recorded of them is there; :func:`actrec.data.rows` leaves it out.
+        The calls before the error are kept; :func:`actrec.data.rows` leaves them out.
         """
         return sorted({number for _, number in self._raised()})
 
     def _raised(self) -> set[Moment]:
-        """The passes that raised, each with its rank, if it has one."""
-        return {(None, number) for number in list(self._passes.raised)} if self._passes else set()
+        """Return the rank (``None`` in memory) and the number of each pass that raised."""
+        return {(None, number) for number in list(self._passes.raised)}
 
     @property
     def inputs(self) -> Recording[dict[str, Any]]:
@@ -156,8 +178,11 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
         >>> acts.inputs[""][0]["input"].shape
         torch.Size([5, 4])
 
-        It lines up with ``acts[name][i]`` and holds what the call was given, not the defaults; ``None``
-        for a call that had begun before the block. Needs ``record(..., inputs=True)``.
+        Call ``i`` is that of ``acts[name][i]``. Parameters that were left at their defaults are not in the dict; the
+        value is ``None`` for a call that began before the block. Values were copied before the call ran.
+
+        Raises:
+            AttributeError: inputs were not recorded. Record them with ``record(..., inputs=True)``.
         """
         if self._inputs is None:
             message = "acts.inputs: inputs were not recorded. Ask for them: record(model, layers, inputs=True)."
@@ -181,17 +206,18 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
         >>> acts.grads["0"][0].shape
         torch.Size([5, 3])
 
-        It lines up with ``acts[name]`` and is nested in the same way, with ``None`` for what no gradient has
-        reached. It belongs to the value as the layer returned it, also where a layer behind it works in
-        place. (Where it cannot be told, it stays ``None``, and a warning names the layer: see
-        :class:`actrec.errors.MissingGradientWarning`.) ``backward()`` may come inside the block or after it. A second one through the same forward adds
-        to what is there, as it does for the ``.grad`` of a parameter; so does ``torch.autograd.grad``.
+        Call ``i`` is that of ``acts[name][i]``, nested in the same way, with ``None`` where no gradient has arrived. It is
+        the gradient of the value as the layer returned it, also where a later layer writes to that value in place. Where
+        that gradient is not defined it stays ``None``, and :class:`actrec.errors.MissingGradientWarning` names the layer.
 
-        Gradients are copied as values are, and moved and cast by ``device`` and ``dtype``. A ``transform`` is
-        applied to each as it arrives, with zeros in the place of what did not: what it selects or averages of
-        a value, it selects or averages of the gradient. Gradients of a scaled loss are scaled.
+        ``backward()`` may be called inside the block or after it. Calling it again for the same forward accumulates, as
+        in the ``.grad`` of a parameter; so does ``torch.autograd.grad``. Gradients of a scaled loss are scaled.
 
-        Needs ``record(..., grads=True)``.
+        Gradients are copied as values are, and moved and cast by ``device`` and ``dtype``. A ``transform`` is applied to
+        each when it arrives, with zeros for tensors of the value that have no gradient.
+
+        Raises:
+            AttributeError: gradients were not recorded. Record them with ``record(..., grads=True)``.
         """
         if self._grads is None:
             message = "acts.grads: gradients were not recorded. Ask for them: record(model, layers, grads=True)."
@@ -202,14 +228,15 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
     def nbytes(self) -> int:
         """The bytes of memory that the recording holds, inputs and gradients included.
 
-        What several calls share counts once: what one layer returned and the next one received, mostly. A value that the model did not overwrite is shared with the model copy-on-write, so after a
-        forward that goes on this is an upper bound of what recording has cost.
+        Memory that several calls share counts once, such as the output of one layer that is the input of the next. A value
+        that the model has not overwritten is shared with the model copy-on-write, so while the model still holds it, this is
+        an upper bound of the memory that recording adds.
         """
-        held = [
-            recording for recording in (self, self._inputs, self._grads) if recording is not None
-        ]
-        places = (place for one in held for layer in one.values() for place in layer._places())
-        return sum(dict(places).values())
+        held: dict[object, int] = {}
+        for recording in (self, self._inputs, self._grads):
+            for layer in () if recording is None else recording.values():
+                held.update(layer._seen()[1])
+        return sum(held.values())
 
     @property
     def execution_order(self) -> list[str]:
@@ -224,19 +251,18 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
         >>> list(acts), acts.execution_order
         (['1', '', '0'], ['0', '1', ''])
 
-        A module that contains others ends after them. The iteration order of the recording is that of
-        the queries.
+        The call of a module ends after those of the modules in it. The recording itself is in the order of the queries.
         """
         self._deliver()
         known = [name for name in self._order if name in self._layers]
         return [name for name in dict.fromkeys([*known, *self]) if len(self._layers[name])]
 
     def _in_order(self) -> Iterable[str]:
-        """All names, in execution order; last those of the layers without calls."""
+        """Return all names in execution order, those of layers without calls last."""
         return dict.fromkeys([*self.execution_order, *self])
 
     def stats(self) -> Stats:
-        """Return statistics of every layer, over all its calls: one row for each tensor it returns.
+        """Compute statistics of every layer over all its calls, with one row for each tensor that it returns.
 
         >>> import torch
         >>> from torch import nn
@@ -250,20 +276,22 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
         0          4     1  1.826   -1    3    25%    0    0    16 B
         1          4  1.25    1.5    0    3    50%    0    0    16 B
 
-        The rows are in execution order, so this is the first layer that returned a NaN or an infinity,
-        or ``None``:
+        Calls are read one after the other in blocks of a few megabytes, and not changed. It may be called inside the block.
 
-        >>> acts.stats().first_nonfinite
-
-        ``pandas.DataFrame(acts.stats())`` makes a data frame of them. See :class:`Stats` for the columns.
-
-        It reads call after call in blocks, so besides the recording it needs a few megabytes. Nothing is
-        changed. It may be called inside the block.
+        Returns:
+            :class:`Stats`: a tuple of rows in execution order, which prints as a table. ``pandas.DataFrame(acts.stats())``
+            makes a data frame of it.
         """
         return stats(self[name] for name in self._in_order())
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the recording to ``path``, to be opened with :func:`actrec.load`: see :func:`actrec.save`.
+        """Write the recording to ``path``, to be opened with :func:`actrec.load`: :func:`actrec.save` as a method.
+
+        >>> import tempfile, torch, actrec
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with actrec.record(model, "") as acts:
+        ...     output = model(torch.randn(5, 4))
+        >>> acts.save(tempfile.mkdtemp() + "/run")
 
         Args:
             path: a new folder, or the URL of one.
@@ -276,7 +304,7 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
         """
         self._write(self, path, overwrite=overwrite)
 
-    #: Writes a recording. The store, which does it, knows recordings and not they it: ``actrec`` sets this.
+    #: ``actrec.save``, which ``actrec/__init__.py`` sets: the store imports recordings, not the other way round.
     _write: ClassVar[Callable[..., None]]
 
     def _state(self) -> State:
@@ -287,23 +315,17 @@ class Recording(Mapping[str, Layer[V]], Generic[V]):
         head = f"{'recording' if state == 'recording' else 'recorded'} {shown(self._model)}"
         return head + (" (interrupted, partial)" if state == "interrupted" else "")
 
+    @override
     def _table(self) -> Table:
         beside = {"inputs": self._inputs, "gradients": self._grads}
         return recording_table(
             self._title(),
-            {name: self[name] for name in self},
+            [*self.values()],
             self._state(),
             passes=self.num_passes,
             raised=len(self.failed_passes),
-            beside={what: one.values() for what, one in beside.items() if one is not None},
+            beside={what: [*one.values()] for what, one in beside.items() if one is not None},
         )
-
-    @override
-    def __repr__(self) -> str:
-        return as_text(self._table())
-
-    def _repr_html_(self) -> str:
-        return as_html(self._table())
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self)

@@ -56,10 +56,10 @@ class Stats(Rows[Row]):
 
     ==================  ===========================================================================
     ``layer``           the name of the layer
-    ``leaf``            which of its tensors: what one writes behind ``acts[layer][i]``, such as
-                        ``[0]`` or ``['hidden']``; empty if the layer returns one tensor
+    ``leaf``            which of its tensors, as an index of ``acts[layer][i]``, such as ``[0]`` or
+                        ``['hidden']``; empty if the layer returns one tensor
     ``count``           the number of elements
-    ``mean``, ``std``   of the finite elements; ``std`` is that of a sample, as ``torch.std`` has it
+    ``mean``, ``std``   of the finite elements; ``std`` with Bessel's correction, as ``torch.std``
     ``min``, ``max``    of the finite elements
     ``zeros``           the share of elements that are zero, from 0 to 1
     ``nan``, ``inf``    how many elements are NaN, and how many infinite
@@ -67,19 +67,17 @@ class Stats(Rows[Row]):
     ``nonfinite_pass``  the first pass in which the layer returned a NaN or an infinity, or ``None``
     ==================  ===========================================================================
 
-    Everything is computed in float64, to which the smaller types convert exactly. Complex numbers count
-    with their modulus, bools as 0 and 1, quantized tensors with the numbers that they stand for. What
-    cannot be computed, of no finite element, is NaN. Tensors without data (on the meta device) count 0.
+    Statistics are computed in float64: of the moduli of complex numbers, of bools as 0 and 1, of the dequantized values
+    of quantized tensors. Without finite elements they are NaN. Tensors on the meta device have 0 elements.
     """
 
     @property
     def first_nonfinite(self) -> Row | None:
-        """The row of the layer that was the first to return a NaN or an infinity.
+        """The row of the layer that was the first to return a NaN or an infinity, or ``None``.
 
-        That is in the earliest pass, and there in execution order. ``None`` if there are none.
+        It is the first in execution order of the earliest pass that has any.
         """
-        bad = [(row.nonfinite_pass, row) for row in self if row.nonfinite_pass is not None]
-        return min(bad, key=lambda pair: pair[0])[1] if bad else None
+        return self._earliest("nonfinite_pass")
 
     @override
     def _table(self) -> Table:
@@ -114,29 +112,24 @@ def _rows(layer: Layer[Any]) -> Iterator[Row]:
     for value, number in zip(layer, layer.passes, strict=False):
         for path, tensor in leaves(value):
             bad = found.setdefault(path, Moments()).add(tensor)
-            cast = min(
-                bad, by_cast.get(number, 0)
-            )  # so many are the work of the cast, not of the layer
+            # So many come from the cast to dtype=, not from the layer.
+            cast = min(bad, by_cast.get(number, 0))
             if cast:
                 by_cast[number] -= cast
             if bad > cast:
                 nonfinite.setdefault(path, number)
     for path, moments in (found or {"": Moments()}).items():
-        yield _row(layer.name, path, moments, nonfinite.get(path))
-
-
-def _row(layer: str, leaf: str, found: Moments, nonfinite_pass: int | None) -> Row:
-    return Row(
-        layer,
-        leaf,
-        found.count,
-        found.mean,
-        found.std,
-        found.min,
-        found.max,
-        found.zero_share,
-        found.nan,
-        found.inf,
-        found.nbytes,
-        nonfinite_pass,
-    )
+        yield Row(
+            layer.name,
+            path,
+            moments.count,
+            moments.mean,
+            moments.std,
+            moments.min,
+            moments.max,
+            moments.zero_share,
+            moments.nan,
+            moments.inf,
+            moments.nbytes,
+            nonfinite.get(path),
+        )

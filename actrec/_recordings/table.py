@@ -8,7 +8,7 @@ from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, shown, size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
     from .layer import Layer
 
@@ -31,26 +31,26 @@ _COLUMNS: Final = (
 
 def recording_table(
     title: str,
-    layers: Mapping[str, Layer[Any]],
+    layers: Sequence[Layer[Any]],
     state: State,
     *,
     passes: int,
     raised: int,
-    beside: Mapping[str, Iterable[Layer[Any]]],
+    beside: Mapping[str, Sequence[Layer[Any]]],
 ) -> Table:
     """Return the table of a recording, after one look at each call.
 
     Args:
         title: what was recorded.
-        layers: the layers by name, one for each row.
-        state: whether the recording goes on.
+        layers: one for each row.
+        state: whether the block is running.
         passes: how many there were.
         raised: how many of them raised.
-        beside: what else was recorded, such as the inputs, by what it is called.
+        beside: the layers of inputs and of gradients, where they were recorded.
     """
     rows: list[Cells] = []
     memory: dict[object, int] = {}
-    for layer in layers.values():
+    for layer in layers:
         looks, held = layer._seen()
         memory.update(held)
         rows.append(
@@ -67,13 +67,13 @@ def recording_table(
         )
     for others in beside.values():
         for layer in others:
-            memory.update(layer._places())
+            memory.update(layer._seen()[1])
     facts = (
         count(len(rows), "layer"),
         count(passes, "pass") + (f" ({raised:,} raised)" if raised else ""),
         size(sum(memory.values())) + (f" with {' and '.join(beside)}" if beside else ""),
     )
-    return Table(f"{title}: {', '.join(facts)}", _COLUMNS, rows, list(layers))
+    return Table(f"{title}: {', '.join(facts)}", _COLUMNS, rows, [layer.name for layer in layers])
 
 
 def _note(layer: Layer[Any], state: State, last_pass: int) -> str:

@@ -66,20 +66,11 @@ def line(text: str) -> str:
 
 
 def as_html(table: Table) -> str:
-    """Return a table: flat if it is small or its rows have no names, else a tree that folds.
-
-    A column of notes is left out where there are none.
-    """
-    said = [
-        place
-        for place, column in enumerate(table.columns)
-        if not column.usual or any(table.cells(place))
-    ]
-    body = _body(table.only(said))
+    """Return a table: flat if it is small or its rows have no names, else a tree that folds."""
     return (
         f'<div class="actrec"><style>{STYLE}</style><pre class="actrec-text">{escape(as_text(table))}</pre>'
         f'<div class="actrec-table" style="display:none"><div class="actrec-title">{escape(table.title)}</div>'
-        f"{body}</div></div>"
+        f"{_body(table.without_usual())}</div></div>"
     )
 
 

@@ -1,4 +1,4 @@
-"""Results that are rows: a tuple for programs, a table for people."""
+"""What prints as a table, and results that are rows: a tuple for programs, a table for people."""
 
 from __future__ import annotations
 
@@ -15,19 +15,37 @@ if TYPE_CHECKING:
 
     from .table import Table
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "Shown"]
 
 R = TypeVar("R")
 
 
-class Rows(tuple[R, ...], Generic[R]):
-    """A tuple of rows that prints as a table. A slice of it is one, too."""
+class Shown:
+    """Prints as a table, and shows as one in a notebook."""
 
     __slots__ = ()
 
     @abstractmethod
     def _table(self) -> Table:
         """The table that is shown."""
+
+    @override
+    def __repr__(self) -> str:
+        return as_text(self._table())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._table())
+
+
+class Rows(Shown, tuple[R, ...], Generic[R]):
+    """A tuple of rows that prints as a table. A slice of it is one, too."""
+
+    __slots__ = ()
+
+    def _earliest(self, column: str) -> R | None:
+        """Return the row with the smallest number in a column, the first of several; ``None`` if all are ``None``."""
+        found = [(number, row) for row in self if (number := getattr(row, column)) is not None]
+        return min(found, key=lambda pair: pair[0])[1] if found else None
 
     @overload
     def __getitem__(self, index: SupportsIndex, /) -> R: ...
@@ -40,10 +58,3 @@ class Rows(tuple[R, ...], Generic[R]):
         some = type(self)(super().__getitem__(index))
         vars(some).update(vars(self))
         return some
-
-    @override
-    def __repr__(self) -> str:
-        return as_text(self._table())
-
-    def _repr_html_(self) -> str:
-        return as_html(self._table())

@@ -20,7 +20,7 @@ class Column(NamedTuple):
     name: str
     is_number: bool = False
     is_note: bool = False  #: whether its cells say what needs attention
-    usual: Collection[str] = ()  #: where all cells are of these, text leaves the column out
+    usual: Collection[str] = ()  #: where all cells are of these, the column is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,13 @@ class Table:
     #: Names with dots, one for each row: many rows fold as the tree that they are. Without them, nothing folds.
     names: Sequence[str] = ()
 
-    def only(self, places: Sequence[int]) -> Table:
-        """Return the table with the columns at these places alone."""
+    def without_usual(self) -> Table:
+        """Return the table without the columns in which every cell is a usual one."""
+        places = [
+            place
+            for place, column in enumerate(self.columns)
+            if not column.usual or any(row[place] not in column.usual for row in self.rows)
+        ]
         columns = [self.columns[place] for place in places]
         rows = [tuple(row[place] for place in places) for row in self.rows]
         return Table(self.title, columns, rows, self.names)
-
-    def cells(self, place: int) -> set[str]:
-        """Return the different cells of a column."""
-        return {row[place] for row in self.rows}

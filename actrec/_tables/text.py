@@ -1,4 +1,4 @@
-"""Tables as text: columns are aligned, and of many rows those that repeat others stand for one line."""
+"""Tables as text: columns are aligned, and branches of long tables that repeat the one before are one line."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["as_text"]
 
-#: Of more rows, those that fold are folded.
+#: A table with more rows is folded.
 MOST_ROWS: Final = 60
-#: Where that is not enough, so many are shown at the end.
+#: Where that is not enough, so many rows are shown at the end.
 LAST_ROWS: Final = 10
 
 
@@ -31,21 +31,11 @@ class _Fold(NamedTuple):
 def as_text(table: Table) -> str:
     """Return a table as lines: the title, the head and the rows.
 
-    A column that says nothing but the usual is left out. Where the rows have names and are many, branches of the tree
-    of names that are alike are shown once; of more still, the first and the last rows.
+    Of more than ``MOST_ROWS`` rows that have names, branches of the tree of names that repeat the one before are one
+    line. If there are still more lines, those in the middle are one line.
     """
-    lines = _folded(table)
-    columns = enumerate(table.columns)
-    places = [
-        place
-        for place, column in columns
-        if not column.usual or table.cells(place).difference(column.usual)
-    ]
-    lines = [
-        line if isinstance(line, _Fold) else tuple(line[place] for place in places)
-        for line in lines
-    ]
-    return "\n".join([table.title, *_aligned([table.columns[place] for place in places], lines)])
+    table = table.without_usual()
+    return "\n".join([table.title, *_aligned(table.columns, _folded(table))])
 
 
 def _aligned(columns: Sequence[Column], lines: Iterable[Cells | _Fold]) -> Iterator[str]:
@@ -65,7 +55,7 @@ def _aligned(columns: Sequence[Column], lines: Iterable[Cells | _Fold]) -> Itera
 
 
 def _folded(table: Table) -> list[Cells | _Fold]:
-    """The rows to show, and what stands for the others."""
+    """Return the rows to show, and a fold in place of the others."""
     if len(table.rows) <= MOST_ROWS or not table.names:
         return [*table.rows]
     noun = f"more {table.columns[0].name}"
@@ -80,7 +70,7 @@ def _folded(table: Table) -> list[Cells | _Fold]:
 
 
 def _branch(node: Node, by_name: Mapping[str, Cells], noun: str) -> Iterator[Cells | _Fold]:
-    """The rows of a branch; of neighbours that are alike only the first."""
+    """Yield the rows of a branch; of adjacent branches that are alike only the first."""
     if node.is_row:
         yield by_name[node.prefix]
     alike: list[Node] = []
@@ -97,7 +87,7 @@ def _branch(node: Node, by_name: Mapping[str, Cells], noun: str) -> Iterator[Cel
 
 
 def _signature(node: Node, by_name: Mapping[str, Cells]) -> object:
-    """What two branches have in common that differ in nothing but their names."""
+    """Return what is equal for two branches that differ only in their prefix."""
     return [(name[len(node.prefix) :], by_name[name][1:]) for name in node.names()]
 
 

@@ -1,4 +1,4 @@
-"""Names with dots, as the tree that they are."""
+"""Names with dots as a tree, which long tables fold along."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEEPEST = 24
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """A part of the names: a row, what stands before the names of other rows, or both."""
+    """A prefix of names: a row, the parent of other rows, or both."""
 
     label: str  #: relative to the parent
     prefix: str  #: the whole name up to here
@@ -32,7 +32,7 @@ class Node:
 
 
 def tree(names: Iterable[str], smallest: int = 2) -> Node:
-    """Return the root of the tree that ``names`` are.
+    """Return the root of the tree of ``names``.
 
     >>> root = tree(["conv", "blocks.0.a", "blocks.0.b", "blocks.1.a"])
     >>> [(node.label, list(node.children)) for node in root.children.values()]
@@ -48,9 +48,7 @@ def tree(names: Iterable[str], smallest: int = 2) -> Node:
             prefix = f"{prefix}.{segment}" if node is not root else segment
             node = node.children.setdefault(segment, Node(segment, prefix))
         node.is_row = True
-    for child in root.children.values():
-        _join(child, smallest)
-    root.children = dict(_inlined(root, smallest))
+    _join(root, smallest)
     return root
 
 

@@ -31,11 +31,7 @@ class LayerOnDisk(Layer[Any]):
 
     @override
     def _seen(self) -> tuple[Summary, dict[object, int]]:
-        return self._summary(), dict(self._places())
-
-    @override
-    def _places(self) -> Iterator[tuple[object, int]]:
-        return iter([(id(self), self.nbytes)])
+        return self._summary(), {id(self): self.nbytes}
 
 
 class ReadOnlyLayer(LayerOnDisk):

@@ -103,6 +103,9 @@ def load(
         storage_options: what ``fsspec`` passes to the file system of a URL: credentials, an endpoint.
         cache_bytes: about how many bytes of what was downloaded are kept.
 
+    Returns:
+        A :class:`actrec.Recording` whose layers are lazy. It also has ``complete``, ``ranks`` and ``rank()``.
+
     Raises:
         RecordingNotFoundError: there is no recording at ``path``.
         OptionError: there is no such rank.

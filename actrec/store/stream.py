@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from actrec._recordings.layer import Layer
+    from actrec._recordings.passes import Moment
     from actrec._values.containers import Value
     from actrec._values.summary import Summary
 
@@ -174,9 +175,12 @@ class LiveLayer(LayerOnDisk):
         return iter(self._stored)
 
     @override
-    def nth(self, number: int) -> Layer[Any]:
-        """Return one call of each pass. See :meth:`Layer.nth`."""
-        return self._stored.nth(number)
+    def _moments(self) -> list[Moment]:
+        return self._stored._moments()
+
+    @override
+    def _of(self, calls: list[int]) -> Layer[Any]:
+        return self._stored._of(calls)
 
     @override
     def cat(self, dim: int = 0, *, release: bool = False) -> Value:

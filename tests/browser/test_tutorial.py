@@ -140,11 +140,11 @@ def test_the_rows_of_the_first_table_are_visible(seen: Any) -> None:
     first = seen["tables"][0]
     assert first["title"].startswith("recorded Net: 4 layers, 6 passes")
     assert first["rows"] == [
-        ["layer", "type", "calls", "shape", "dtype", "device", "memory"],
-        ["conv1", "Conv2d", "6", "(99-100, 8, 8, 8)", "float32", "cpu", "1.2 MB"],
-        ["conv2", "Conv2d", "6", "(99-100, 16, 8, 8)", "float32", "cpu", "2.5 MB"],
-        ["head", "Linear", "6", "(99-100, 10)", "float32", "cpu", "24.0 kB"],
-        ["label", "added", "6", "(99-100,)", "int64", "cpu", "4.8 kB"],
+        ["layer", "type", "calls", "shape", "dtype", "memory"],
+        ["conv1", "Conv2d", "6", "(99-100, 8, 8, 8)", "float32", "1.2 MB"],
+        ["conv2", "Conv2d", "6", "(99-100, 16, 8, 8)", "float32", "2.5 MB"],
+        ["head", "Linear", "6", "(99-100, 10)", "float32", "24.0 kB"],
+        ["label", "added", "6", "(99-100,)", "int64", "4.8 kB"],
     ]
 
 

@@ -1,0 +1,119 @@
+"""A layer in memory: a ``list``, whose passes stay with its calls however the list is changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
+
+from typing_extensions import override
+
+from .layer import Layer, V
+from .passes import PassNumbers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import SupportsIndex
+
+__all__ = ["ListLayer", "chosen"]
+
+
+def chosen(layer: Layer[V], calls: list[int]) -> ListLayer[V]:
+    """Return a layer in memory of some calls of another."""
+    passes = layer.passes
+    found = ListLayer(layer.name, [layer[index] for index in calls], layer.type)
+    found._passes = [passes[index] for index in calls]
+    return found
+
+
+class ListLayer(list[V], Layer[V], Generic[V]):
+    """A layer in memory: a real ``list``."""
+
+    def __init__(self, name: str, values: Iterable[V] = (), kind: str = "Tensor") -> None:
+        super().__init__(values)
+        self.name = name
+        self.type = kind
+        self._passes = list(range(len(self)))
+
+    __eq__ = Layer.__eq__
+    __ne__ = Layer.__ne__
+    __hash__: ClassVar[None] = None
+    __repr__ = Layer.__repr__
+
+    @override
+    def _of(self, calls: list[int]) -> Layer[V]:
+        return chosen(self, calls)
+
+    @property
+    @override
+    def passes(self) -> PassNumbers:
+        self._align()
+        return PassNumbers(self._passes)
+
+    @override
+    def keep(self, value: V, number: int) -> None:
+        if len(self._passes) != len(self):
+            self._align()
+        self._passes.append(number)
+        self.append(value)
+
+    def _align(self) -> None:
+        """Make as many passes as calls, after an interrupt in keep() or an append() by the user (pass -1)."""
+        del self._passes[len(self) :]
+        self._passes += [-1] * (len(self) - len(self._passes))
+
+    @override
+    def pop(self, index: SupportsIndex = -1) -> V:
+        self._align()
+        value = super().pop(index)
+        self._passes.pop(index)
+        return value
+
+    @override
+    def __delitem__(self, index: SupportsIndex | slice) -> None:
+        self._align()
+        super().__delitem__(index)
+        del self._passes[index]
+
+    # Users may change the list as any other: passes stay with their calls.
+
+    @override
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(index, slice):
+            self._align()
+            value = list(value)
+            super().__setitem__(index, value)
+            self._passes[index] = [-1] * len(value)
+        else:
+            super().__setitem__(index, value)
+
+    @override
+    def insert(self, index: SupportsIndex, value: V) -> None:
+        self._align()
+        super().insert(index, value)
+        self._passes.insert(index, -1)
+
+    @override
+    def remove(self, value: V) -> None:
+        del self[self.index(value)]
+
+    @override
+    def reverse(self) -> None:
+        self._align()
+        super().reverse()
+        self._passes.reverse()
+
+    @override
+    def sort(self, *, key: Callable[[Any], Any] | None = None, reverse: bool = False) -> None:
+        keys: list[Any] = [*self] if key is None else [*map(key, self)]
+        order = sorted(range(len(keys)), key=keys.__getitem__, reverse=reverse)
+        calls, passes = [*self], self.passes
+        super().__setitem__(slice(None), [calls[index] for index in order])
+        self._passes[:] = [passes[index] for index in order]
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_passes": [*self.passes]}  # a copy has passes of its own
+
+    @override
+    def clear(self) -> None:
+        super().clear()
+        self._passes = []  # a view of the old passes keeps them
