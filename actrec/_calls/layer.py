@@ -244,7 +244,7 @@ class Track:
                     if self.grads is not None:
                         ticket = self.grads.reserve(output, value, number)
             if self.grads is not None:
-                self.grads.expect(output, value, ticket, number)
+                self.grads.expect(output, value, ticket)
         except Exception as error:  # from the disk, or the user's container
             self._failed(error, call)
             raise
