@@ -113,7 +113,6 @@ def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
 
 _lock = threading.RLock()
 _generators: dict[torch.device, torch.Generator] = {}
-_seeds: dict[torch.device, int] = {}
 
 #: What the seeds differ in from those of the global generators, which would give the same numbers.
 _OTHER: Final = 0x9E3779B97F4A7C15
@@ -121,16 +120,17 @@ _OTHER: Final = 0x9E3779B97F4A7C15
 
 def _own(device: torch.device) -> torch.Generator | None:
     """The generator that stands in for the global one of ``device``; ``None`` if nothing can be drawn there."""
-    seed = torch.default_generator.initial_seed()
+    seed = torch.default_generator.initial_seed() ^ _OTHER
     with _lock:
-        if _seeds.get(device) != seed:
+        generator = _generators.get(device)
+        if generator is None:
             try:
-                generator = _generators.setdefault(device, torch.Generator(device))
+                generator = _generators[device] = torch.Generator(device)
             except RuntimeError:  # a device without numbers, such as "meta"
                 return None
-            generator.manual_seed(seed ^ _OTHER)
-            _seeds[device] = seed
-        return _generators[device]
+        if generator.initial_seed() != seed:
+            generator.manual_seed(seed)
+        return generator
 
 
 def _global(device: torch.device) -> torch.Generator | None:

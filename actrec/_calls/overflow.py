@@ -1,9 +1,8 @@
-"""Values that ``dtype=`` cannot hold: finite ones, larger than the largest of the type they are cast to.
+"""Values that ``dtype=`` cannot hold: finite ones, of which the cast makes infinities, NaN or the largest value there is.
 
-A cast makes infinities of them, or NaN, or the largest value there is, by the type. So they are counted, of
-what is about to be cast, and where the type holds less than that of the tensor. On the CPU that is a
-search for the minimum and the maximum, a fraction of the time of the cast. A device is asked for the number of them, and
-nobody waits for its answer until somebody wants to know.
+They are counted before the cast, where the new type holds less than that of the tensor. On the CPU a search for the
+minimum and the maximum, a fraction of the time of the cast, mostly shows that there are none. A device is asked for
+their number, and nobody waits for its answer until somebody wants to know.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import math
 import threading
 from collections import deque
 from contextlib import suppress
-from functools import cache
 from typing import Any, Final
 
 import torch
@@ -37,7 +35,9 @@ class Overflows:
 
     def __init__(self, dtype: torch.dtype, passes: Passes) -> None:
         self.dtype = dtype
-        self.largest, self.saturates = _range(dtype)
+        self.largest = torch.finfo(dtype).max
+        #: Whether a cast makes the largest value of larger ones, also of infinity.
+        self.saturates = bool(torch.tensor(math.inf, device="cpu").to(dtype).float().isfinite())
         self._total = 0  # of all passes, those that were cleared included
         self._passes = passes
         self._counts: dict[int, int] = {}
@@ -46,7 +46,7 @@ class Overflows:
 
     def look(self, tensor: Any) -> None:
         """``tensor`` is about to be cast."""
-        if _fits(tensor.dtype, self.dtype):
+        if torch.finfo(tensor.dtype).max <= self.largest:
             return
         if is_distributed(tensor):
             tensor = tensor.to_local()
@@ -86,14 +86,21 @@ class Overflows:
         self._counts.clear()
 
     def _counted(self, part: Tensor) -> int:
-        low, high = _widened(part, 1).aminmax()
+        # PyTorch compares no numbers of one byte.
+        low, high = (part if part.element_size() > 1 else part.float()).aminmax()
         if low.item() >= -self.largest and high.item() <= self.largest:
             return 0
         return sum(int(self._too_large(block)) for (block,) in blocks(part))
 
     def _too_large(self, part: Tensor) -> Tensor:
-        part = _widened(part, 2)  # or PyTorch would round what it is compared with
-        return ((part > self.largest).logical_or_(part < -self.largest) & part.isfinite()).sum()
+        """The number of finite elements that the cast changes beyond rounding."""
+        if part.element_size() < torch.float32.itemsize:
+            part = part.float()  # or PyTorch would round what it is compared with
+        if self.saturates:
+            lost = part.abs() > self.largest
+        else:
+            lost = part.to(self.dtype).float().isfinite().logical_not_()
+        return (lost & part.isfinite()).sum()
 
     def _add(self, number: int, many: int) -> None:
         with self._lock:
@@ -120,38 +127,3 @@ def _copied(dtype: torch.dtype, counts: dict[int, int], total: int) -> Overflows
 
 def _answers_at_once(tensor: Tensor) -> bool:
     return tensor.is_cpu
-
-
-def _widened(tensor: Tensor, size: int) -> Tensor:
-    """The tensor in float32 if its elements are of ``size`` bytes, or less."""
-    return tensor.float() if tensor.element_size() <= size else tensor
-
-
-@cache
-def _fits(source: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether ``dtype`` can hold all numbers of ``source``, once they are rounded."""
-    return torch.finfo(source).max <= _range(dtype)[0]
-
-
-@cache
-def _range(dtype: torch.dtype) -> tuple[float, bool]:
-    """The largest number that ``dtype`` can hold, once it is rounded; and whether larger ones become the largest."""
-    largest = torch.finfo(dtype).max
-    too_large = min(2 * largest, torch.finfo(torch.float32).max)
-    if _holds(math.inf, dtype):
-        return largest, True
-    while (middle := _single((largest + too_large) / 2)) not in {largest, too_large}:
-        if _holds(middle, dtype):
-            largest = middle
-        else:
-            too_large = middle
-    return largest, False
-
-
-def _holds(number: float, dtype: torch.dtype) -> bool:
-    cast = torch.tensor(number, dtype=torch.float32, device="cpu").to(dtype)
-    return bool(cast.float().isfinite())
-
-
-def _single(number: float) -> float:
-    return torch.tensor(number, dtype=torch.float32, device="cpu").item()
