@@ -21,6 +21,16 @@ def own_hooks(module: nn.Module) -> list[object]:
     return [hook for table in tables for hook in table.values() if isinstance(hook, Hook)]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _only_present_devices_are_seeded() -> Iterator[None]:
+    """Make ``torch.manual_seed`` fast: for each device that is absent, it formats and keeps the traceback of every call."""
+    with pytest.MonkeyPatch.context() as patch:
+        for device in (torch.cuda, torch.xpu, torch.mtia):
+            if not device.is_available():
+                patch.setattr(device, "manual_seed_all", lambda _seed: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -53,7 +53,7 @@ DATABASE = {info.formatted_name.removeprefix("nn_"): info for info in module_db}
 
 
 #: Of one module, in one dtype and mode.
-MOST_SAMPLES = 40
+MOST_SAMPLES = 20
 
 
 class Sample(NamedTuple):
