@@ -34,7 +34,7 @@ from actrec._calls.overflow import Overflows
 from actrec._calls.passes import is_tracing
 from actrec._calls.recorder import Recorder
 from actrec._calls.self_test import offload_for
-from actrec._calls.stop_early import EarlyStop, StoppableForward, refuse_sharded
+from actrec._calls.stop_early import EarlyStop, refuse_sharded
 from actrec._calls.warnings import (
     warn_incomplete,
     warn_not_stopped,
@@ -262,9 +262,8 @@ class _Block(AbstractContextManager[Recorder[Any]]):
             recorder = self._recorder()
             stack.enter_context(self._session.eager)
             if self._session.stop is not None:
-                forward = StoppableForward(self._model, self._session.stop)
-                stack.callback(forward.remove)
-                forward.place()
+                stack.callback(self._session.stop.remove)
+                self._session.stop.place(self._model)
             stack.callback(hooks.remove)
             hooks.place(self._plan())
             for _, track in self._tracks.values():
