@@ -44,7 +44,7 @@ from actrec._calls.warnings import (
 )
 from actrec._selection.names import type_name
 from actrec._selection.queries import Choice, Query, Selection, Transform, select
-from actrec._values.snapshot import frees_weights
+from actrec._values.fsdp import frees_weights
 
 from .errors import ActrecError
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from actrec._torch import version
 from actrec._values.dtensor import cloned, detached, is_distributed, on_part
-from actrec._values.snapshot import check, normal_mode, snapshot, twin, unseen
+from actrec._values.modes import normal_mode, unseen
+from actrec._values.snapshot import check, snapshot, twin
 from actrec._values.spec import rebuild
 from actrec.errors import CaptureError, TransformError
 

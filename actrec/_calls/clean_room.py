@@ -14,7 +14,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from actrec._calls.draws import OwnDraws
-from actrec._values.snapshot import normal_mode
+from actrec._values.modes import normal_mode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from actrec._values.snapshot import normal_mode, unseen
+from actrec._values.modes import normal_mode, unseen
 
 from .device import CUDA, Cuda
 from .passes import Passes

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from actrec._values.snapshot import sharded
+from actrec._values.fsdp import sharded
 from actrec.errors import UnsupportedModelError
 
 if TYPE_CHECKING:

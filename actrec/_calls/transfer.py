@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from actrec._values.snapshot import normal_mode, snapshot, unseen
+from actrec._values.modes import normal_mode, unseen
+from actrec._values.snapshot import snapshot
 from actrec.errors import CaptureError
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from actrec._torch import (
     owners_of_one_view,
     version,
 )
-from actrec._values.snapshot import check, unseen
+from actrec._values.modes import unseen
+from actrec._values.snapshot import check
 from actrec._values.spec import tensors
 
 if TYPE_CHECKING:

@@ -20,89 +20,19 @@ nowhere else. A tensor is shared only if all of this holds, and is cloned otherw
 
 from __future__ import annotations
 
-import sys
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from actrec._torch import (
-    InferenceMode,
-    count_dispatch_modes,
-    dispatch_mode_at,
-    is_batch,
-    is_caching,
-    is_wrapped,
-    lazy_clone,
-    pop_dispatch_mode,
-    push_dispatch_mode,
-)
+from actrec._torch import is_batch, is_wrapped, lazy_clone
 from actrec.errors import CaptureError
 
 from .dtensor import cloned, detached, is_distributed
+from .fsdp import refuse_freed
+from .modes import normal_mode, unseen
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import nn
-
-__all__ = [
-    "check",
-    "explain",
-    "frees_weights",
-    "normal_mode",
-    "sharded",
-    "snapshot",
-    "twin",
-    "unseen",
-]
-
-
-_OFF = False
-_AS_IT_IS = nullcontext()
-
-
-def normal_mode() -> AbstractContextManager[object]:
-    """Tensors made in here are normal ones, also under ``inference_mode``: a probe can train on them.
-
-    Enter it at once: PyTorch's guard takes effect when it is made.
-    """
-    return InferenceMode(_OFF) if torch.is_inference_mode_enabled() else _AS_IT_IS
-
-
-def unseen() -> AbstractContextManager[object]:
-    """Operations in here are none of the model's, to selective activation checkpointing either.
-
-    It counts the operations of a forward, and gives those that ``backward()`` runs again the results that it
-    kept by number. One more, and it would hand out results of other operations.
-    """
-    number = count_dispatch_modes()
-    if number and any(is_caching(dispatch_mode_at(at)) for at in range(number)):
-        return _without_caching()
-    return _AS_IT_IS
-
-
-@contextmanager
-def _without_caching() -> Iterator[None]:
-    modes = _popped()
-    try:
-        for mode in modes:
-            if not is_caching(mode):
-                push_dispatch_mode(mode)
-        yield
-    finally:
-        _popped()
-        for mode in modes:
-            push_dispatch_mode(mode)
-
-
-def _popped() -> list[Any]:
-    """Take all modes off the stack; the lowest is the first."""
-    return [pop_dispatch_mode(None) for _ in range(count_dispatch_modes())][::-1]
-
-
-# --- Sharing and cloning ---------------------------------------------------------------------------
+__all__ = ["check", "explain", "snapshot", "twin"]
 
 
 def twin(tensor: Tensor) -> Tensor | None:
@@ -123,14 +53,47 @@ def twin(tensor: Tensor) -> Tensor | None:
             storage = tensor.untyped_storage()
             if storage.nbytes() == tensor.nbytes and storage.resizable():
                 return lazy_clone(tensor)
-        except (
-            RuntimeError
-        ):  # there is no storage, or it is not the allocator's own: shared, foreign
-            pass
+        except RuntimeError:
+            pass  # there is no storage, or it is not the allocator's own: shared, foreign
     return None
 
 
-_RESIZED = (
+def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tensor:
+    """Return ``tensor`` as it is now, whatever is written to it later.
+
+    The result has the same values, shape, dtype and device. It is a normal tensor (never an inference
+    tensor), holds no more memory than its content, and never aliases ``tensor``: writing to either
+    leaves the other as it was. With ``detach=False`` it is part of the autograd graph. With ``share=False``
+    it is a clone, for models of which :func:`frees_weights` is true.
+    """
+    if torch.is_inference_mode_enabled():
+        with normal_mode():
+            return snapshot(tensor, detach=detach, share=share)
+    if detach and (tensor.requires_grad or type(tensor) is not Tensor):
+        tensor = tensor.detach() if type(tensor) is Tensor else detached(tensor)
+    if not share:
+        refuse_freed(tensor)
+        return _clone(tensor)
+    copy = twin(tensor)
+    return _clone(tensor) if copy is None else copy
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """A clone that is as small as its content: dimensions that were expanded stay expanded."""
+    check(tensor)
+    with unseen():
+        if is_distributed(tensor):
+            return cloned(tensor)
+        if tensor.layout is torch.strided and not tensor.is_nested and 0 in tensor.stride():
+            stored = tensor[tuple(slice(1 if stride == 0 else None) for stride in tensor.stride())]
+            return stored.clone().expand(tensor.shape)
+        return tensor.clone()
+
+
+# --- What goes wrong ---------------------------------------------------------------------------------
+
+
+_RESIZED: Final = (
     "A tensor that a recorded layer returned was made larger in place, by resize_() or out=, and PyTorch cannot write "
     "to it any more, for actrec shares its memory copy-on-write. Let the layer return a clone() of it"
 )
@@ -155,68 +118,5 @@ def check(tensor: Tensor) -> None:
         message = (
             "it is a batch of gradients at once (is_grads_batched=True, jacobian(vectorize=True)), and cannot be kept. "
             "Take them one by one, or outside of the block"
-        )
-        raise CaptureError(message)
-
-
-def _clone(tensor: Tensor) -> Tensor:
-    """A clone that is as small as its content: dimensions that were expanded stay expanded."""
-    check(tensor)
-    with unseen():
-        if is_distributed(tensor):
-            return cloned(tensor)
-        if tensor.layout is torch.strided and not tensor.is_nested and 0 in tensor.stride():
-            stored = tensor
-            for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
-                if stride == 0 and size > 1:
-                    stored = stored.narrow(dim, 0, 1)
-            return stored.clone().expand(tensor.shape)
-        return tensor.clone()
-
-
-def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tensor:
-    """Return ``tensor`` as it is now, whatever is written to it later.
-
-    The result has the same values, shape, dtype and device. It is a normal tensor (never an inference
-    tensor), holds no more memory than its content, and never aliases ``tensor``: writing to either
-    leaves the other as it was. With ``detach=False`` it is part of the autograd graph. With ``share=False``
-    it is a clone, for models of which :func:`frees_weights` is true.
-    """
-    if torch.is_inference_mode_enabled():
-        with normal_mode():
-            return snapshot(tensor, detach=detach, share=share)
-    if detach and (tensor.requires_grad or type(tensor) is not Tensor):
-        tensor = tensor.detach() if type(tensor) is Tensor else detached(tensor)
-    if not share:
-        _refuse_freed(tensor)
-        return _clone(tensor)
-    copy = twin(tensor)
-    return _clone(tensor) if copy is None else copy
-
-
-def frees_weights(model: nn.Module) -> bool:
-    """Whether FSDP frees the storages of weights of ``model``, or of a model that it is a part of."""
-    return "torch.distributed.fsdp" in sys.modules and (  # whoever shards a model has imported it
-        bool([*sharded(model)]) or any(map(is_distributed, model.parameters()))
-    )
-
-
-def sharded(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that FSDP shards, with their names."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    names = ("FullyShardedDataParallel", "FSDPModule")
-    kinds = tuple(filter(None, (getattr(fsdp, name, None) for name in names)))
-    for name, module in model.named_modules():
-        if isinstance(module, kinds):
-            yield name, module
-
-
-def _refuse_freed(tensor: Tensor) -> None:
-    """Raise ``CaptureError`` for a weight that FSDP has freed: reading it would end the process."""
-    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
-    if plain and tensor.nbytes and not tensor.untyped_storage().nbytes():
-        message = (
-            "its memory is freed. FSDP does so with the weights of a module behind its call; let the module that uses "
-            "them be sharded, not the one that returns them"
         )
         raise CaptureError(message)

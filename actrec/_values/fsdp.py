@@ -1,0 +1,48 @@
+"""FSDP frees the storages of weights between their uses, and allocates them again: a tensor may lie in one."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from actrec.errors import CaptureError
+
+from .dtensor import is_distributed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+__all__ = ["frees_weights", "refuse_freed", "sharded"]
+
+
+def frees_weights(model: nn.Module) -> bool:
+    """Return whether FSDP frees the storages of weights of ``model``, or of a model that it is a part of."""
+    return "torch.distributed.fsdp" in sys.modules and (  # whoever shards a model has imported it
+        any(sharded(model)) or any(map(is_distributed, model.parameters()))
+    )
+
+
+def sharded(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that FSDP shards, with their names."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    names = ("FullyShardedDataParallel", "FSDPModule")
+    kinds = tuple(filter(None, (getattr(fsdp, name, None) for name in names)))
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            yield name, module
+
+
+def refuse_freed(tensor: Tensor) -> None:
+    """Raise ``CaptureError`` for a weight that FSDP has freed: reading it would end the process."""
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+    if plain and tensor.nbytes and not tensor.untyped_storage().nbytes():
+        message = (
+            "its memory is freed. FSDP does so with the weights of a module behind its call; let the module that uses "
+            "them be sharded, not the one that returns them"
+        )
+        raise CaptureError(message)

@@ -1,0 +1,64 @@
+"""What PyTorch does with tensors that are made while a model runs, put aside: inference mode, selective checkpointing."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from actrec._torch import (
+    InferenceMode,
+    count_dispatch_modes,
+    dispatch_mode_at,
+    is_caching,
+    pop_dispatch_mode,
+    push_dispatch_mode,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["normal_mode", "unseen"]
+
+_OFF = False
+_AS_IT_IS = nullcontext()
+
+
+def normal_mode() -> AbstractContextManager[object]:
+    """Tensors made in here are normal ones, also under ``inference_mode``: a probe can train on them.
+
+    Enter it at once: PyTorch's guard takes effect when it is made.
+    """
+    return InferenceMode(_OFF) if torch.is_inference_mode_enabled() else _AS_IT_IS
+
+
+def unseen() -> AbstractContextManager[object]:
+    """Hide operations in this block from selective activation checkpointing.
+
+    It counts the operations of a forward, and gives those that ``backward()`` runs again the results that it
+    kept by number. One more, and it would hand out results of other operations.
+    """
+    number = count_dispatch_modes()
+    if number and any(is_caching(dispatch_mode_at(at)) for at in range(number)):
+        return _without_caching()
+    return _AS_IT_IS
+
+
+@contextmanager
+def _without_caching() -> Iterator[None]:
+    modes = _popped()
+    try:
+        for mode in modes:
+            if not is_caching(mode):
+                push_dispatch_mode(mode)
+        yield
+    finally:
+        _popped()
+        for mode in modes:
+            push_dispatch_mode(mode)
+
+
+def _popped() -> list[Any]:
+    """Take all modes off the stack; the lowest is the first."""
+    return [pop_dispatch_mode(None) for _ in range(count_dispatch_modes())][::-1]
