@@ -3,25 +3,26 @@
 .. code-block:: text
 
     ActrecError                     catch this one to catch them all
-    ├── UnsupportedModelError       also TypeError: hooks cannot run inside this model
-    ├── OptionError                 also ValueError: an argument that a call cannot work with
-    ├── SelectionError              also ValueError: a query that selects nothing that can be recorded
+    ├── UnsupportedModelError       also TypeError: a model that hooks cannot run in
+    ├── OptionError                 also ValueError: an invalid argument
+    ├── SelectionError              also ValueError: a query without a layer that can be recorded
     ├── UnknownLayerError           also KeyError: a name that is not in the recording
     ├── TransformError              also RuntimeError: the user's transform raised
-    ├── CaptureError                also RuntimeError: a value that cannot be kept
-    ├── JoinError                   also ValueError: calls that do not fit together
-    ├── AlignmentError              also ValueError: layers whose rows do not line up
-    ├── RecordingExistsError        also FileExistsError: a path that is taken, and stays as it is
+    ├── CaptureError                also RuntimeError: a value that cannot be recorded or stored
+    ├── JoinError                   also ValueError: calls that cannot be joined
+    ├── AlignmentError              also ValueError: layers that cannot be cut into the same rows
+    ├── RecordingExistsError        also FileExistsError: a path that is not empty
     ├── RecordingNotFoundError      also FileNotFoundError: a path without a recording
-    ├── ResumeError                 also ValueError: a recording or loader that cannot go on like this
-    ├── WriteError                  also OSError: what was recorded could not be written
-    ├── ReadError                   also OSError: an object store that could not be read
-    └── CorruptRecordingError       also ValueError: a stored recording that is damaged
+    ├── ResumeError                 also ValueError: a recording or state of other layers or options
+    ├── WriteError                  also OSError: writing a recording failed
+    ├── ReadError                   also OSError: an object store could not be read
+    └── CorruptRecordingError       also ValueError: a stored recording is damaged
 
-    UnusedLayerWarning              a chosen layer of which nothing was recorded
-    IncompleteLayerWarning          a chosen layer of which calls are missing, or may be other than it returned
-    MissingGradientWarning          a chosen layer that no gradient can reach, or none that is known to be right
-    OverflowWarning                 values that the dtype they were cast to cannot hold
+    UnusedLayerWarning              nothing was recorded of a chosen layer
+    IncompleteLayerWarning          calls of a chosen layer are missing, or may differ from what it returned
+    MissingGradientWarning          a gradient of a chosen layer cannot arrive, or is not defined
+    OverflowWarning                 values overflowed in the cast to ``dtype``
+    UnlockedWarning                 a folder that is recorded into cannot be locked
 
 Every message names the call, the offending value, what was observed and the nearest fix.
 """
@@ -55,23 +56,23 @@ __all__ = [
 
 
 class ActrecError(Exception):
-    """The root of everything that actrec raises on its own account."""
+    """The base class of all errors that actrec raises."""
 
 
 class UnsupportedModelError(ActrecError, TypeError):
-    """The model is not a module, or a form of one whose layers run no hooks."""
+    """The model is not a module, or of a kind whose layers run no hooks, such as a TorchScript module."""
 
 
 class OptionError(ActrecError, ValueError):
-    """An argument that cannot be meant, found before anything has happened."""
+    """An invalid argument. Raised before any side effect."""
 
 
 class SelectionError(ActrecError, ValueError):
-    """A layer query that selects nothing, or nothing that is ever called."""
+    """A layer query selects nothing, or only modules that are never called; the message names close matches."""
 
 
 class UnknownLayerError(ActrecError, KeyError):
-    """A name that is not in the recording."""
+    """A name is not in the recording; the message names close matches."""
 
     @override
     def __str__(self) -> str:
@@ -84,19 +85,19 @@ class TransformError(ActrecError, RuntimeError):
 
 
 class CaptureError(ActrecError, RuntimeError):
-    """A value that cannot be kept, such as one inside a ``torch.func`` transform."""
+    """A value cannot be recorded, such as one inside a ``torch.func`` transform, or cannot be stored."""
 
 
 class JoinError(ActrecError, ValueError):
-    """Calls of a layer that cannot be joined into one tensor."""
+    """Calls of a layer cannot be joined: their structures, dtypes or shapes differ, or there are none."""
 
 
 class AlignmentError(ActrecError, ValueError):
-    """Layers that cannot be cut into rows that belong together; the message names the call."""
+    """Layers cannot be cut into rows that correspond; the message names the call that differs."""
 
 
 class RecordingExistsError(ActrecError, FileExistsError):
-    """There is something at the path already. It was not touched."""
+    """There is something at the path already. It was not changed."""
 
 
 class RecordingNotFoundError(ActrecError, FileNotFoundError):
@@ -104,39 +105,36 @@ class RecordingNotFoundError(ActrecError, FileNotFoundError):
 
 
 class ResumeError(ActrecError, ValueError):
-    """What is there, a stored recording or a state, is of other layers or options; the message says which."""
+    """A stored recording, or the state of a dataset, is of other layers or options; the message says which."""
 
 
 class WriteError(ActrecError, OSError):
-    """What was recorded could not be written; the original error is the ``__cause__``.
-
-    What was committed before is on disk, and stays.
-    """
+    """Writing a recording failed; the original error is the ``__cause__``. Committed passes stay on disk."""
 
 
 class ReadError(ActrecError, OSError):
-    """An object store could not be reached, or refused; the original error is the ``__cause__``."""
+    """An object store could not be reached, or refused a request; the original error is the ``__cause__``."""
 
 
 class CorruptRecordingError(ActrecError, ValueError):
-    """A stored recording is damaged; the message names the file and the defect."""
+    """A file of a stored recording is damaged; the message names the file and the defect."""
 
 
 class IncompleteLayerWarning(UserWarning):
-    """Not every call of a chosen layer was recorded, or not surely as it returned; the message says why."""
+    """Calls of a chosen layer were not recorded, or may differ from what it returned; the message says why."""
 
 
 class MissingGradientWarning(UserWarning):
-    """No gradient can reach a layer, or none that is known to be right, though gradients were asked for; the message says why."""
+    """With ``grads=True``, a gradient of a layer cannot arrive, or is not defined; the message says why."""
 
 
 class OverflowWarning(UserWarning):
-    """Finite values are too large for the dtype that they were cast to; the message says of which layers."""
+    """Finite values overflowed in the cast to ``dtype``; the message names the layers."""
 
 
 class UnusedLayerWarning(UserWarning):
-    """Nothing was recorded of a chosen layer; the message says why that may be."""
+    """Nothing was recorded of a chosen layer; the message gives the likely cause."""
 
 
 class UnlockedWarning(UserWarning):
-    """A folder that is recorded into cannot be locked, so another run may record there at the same time."""
+    """A folder that is recorded into cannot be locked, so nothing stops another run from recording there too."""
