@@ -103,7 +103,7 @@ class Recorder(Recording[V], Generic[V]):
         It holds for all threads. The hooks stay on the model.
 
         Returns:
-            A context manager. Pauses nest: recording goes on after the outermost.
+            A context manager. Pauses nest, and recording goes on after the outermost.
         """
         self._deliver()
         self._session.pause(by=1)

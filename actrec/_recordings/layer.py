@@ -99,7 +99,7 @@ class Layer(Sequence[V], Generic[V]):
     @property
     @abstractmethod
     def passes(self) -> Sequence[int]:
-        """The index of each call's pass: a read-only view that grows with the layer.
+        """The index of each call's pass, in a read-only view that grows with the layer.
 
         >>> import torch
         >>> from torch import nn
@@ -183,7 +183,7 @@ class Layer(Sequence[V], Generic[V]):
             release: whether the calls are dropped. A stored layer ignores it.
 
         Returns:
-            A new tensor: ``(N_1, *), ..., (N_k, *) -> (N_1 + ... + N_k, *)``. Nested values are concatenated tensor by
+            A new tensor, ``(N_1, *), ..., (N_k, *) -> (N_1 + ... + N_k, *)``. Nested values are concatenated tensor by
             tensor, and the result is nested in the same way.
 
         Raises:
@@ -211,7 +211,7 @@ class Layer(Sequence[V], Generic[V]):
             release: as for :meth:`cat`.
 
         Returns:
-            A new tensor, for ``k`` calls: ``(*), ..., (*) -> (k, *)``, nested as the calls are.
+            A new tensor, ``(*), ..., (*) -> (k, *)`` for ``k`` calls, nested as the calls are.
 
         Raises:
             JoinError: as for :meth:`cat`, and where the calls do not all have the same shape.
