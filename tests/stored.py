@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from actrec import Opaque
 from actrec.store.description import Description, LayerInfo
 from actrec.store.format import Slot
+from actrec.store.layout import Call, lay_out
+from actrec.store.layout import write as write_shard
 from actrec.store.ledger import Ledger
-from actrec.store.shard import Call, lay_out
-from actrec.store.shard import write as write_shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -127,11 +127,11 @@ class Shards:
     ) -> Path:
         """Write a shard of calls: the number of the layer, that of the pass, and the tensor of the value."""
         made = [Call(self.slots[at], number, structure, [t]) for at, number, t in calls]
-        laid = lay_out(made)
-        heading = self.ledger.next(laid, committed, **more)
+        parts, tensors = lay_out(made)
+        heading = self.ledger.next(parts, committed, **more)
         path = self.folder / f"{heading.shard:06d}.safetensors"
         with path.open("wb") as file:
-            write_shard(_Plain(file), heading, self.ledger.layers, laid)
+            write_shard(_Plain(file), heading, self.ledger.layers, parts, tensors)
         return path
 
     def resume(self) -> None:

@@ -31,9 +31,10 @@ from actrec._selection.names import type_name
 from actrec._values.spec import tensors
 from actrec.store import dtensor as _parts
 from actrec.store import index as _index
+from actrec.store.decoding import decode
 from actrec.store.dtensor import Spread
+from actrec.store.encoding import encode
 from actrec.store.format import Defect
-from actrec.store.values import decode, encode
 from tests.damage import MUTATIONS, many_mutations, mutated, rewrite, use
 from tests.ranked import (
     Communication,
@@ -507,25 +508,25 @@ NODE = {
 HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"dtensor": -1}, "the number of a tensor is -1"),
     ({"dtensor": 7}, "a value does not use all of its tensors"),
-    ({"shape": 3}, "the shape of a tensor in parts is 3"),
-    ({"shape": [-1]}, "the shape of a tensor in parts is -1"),
+    ({"shape": 3}, "a tensor in parts.shape is 3"),
+    ({"shape": [-1]}, "a tensor in parts.shape[0] is -1"),
     ({"shape": [1 << 40, 1 << 40]}, "a tensor in parts has an impossible shape"),
     ({"shape": None}, "a tensor in parts has no 'shape'"),
-    ({"placements": [["shard", 2]]}, "the dimension of a shard is 2"),
+    ({"placements": [["shard", 2]]}, "the unknown placement ['shard', 2]"),
     ({"placements": [["shard"]]}, "the unknown placement ['shard']"),
     ({"placements": [["partial", "xor"]]}, "the unknown placement ['partial', 'xor']"),
     ({"placements": [["partial", ["sum"]]]}, "the unknown placement ['partial', ['sum']]"),
     ({"placements": [3]}, "the unknown placement 3"),
     ({"placements": []}, "a mesh has not as many placements as dimensions"),
     ({"names": []}, "a mesh has not as many names as dimensions"),
-    ({"names": [3]}, "the name of a dimension is 3"),
+    ({"names": [3]}, "names[0] is 3"),
     ({"mesh": [3]}, "a mesh has other than as many ranks as its shape says"),
     (
         {"mesh": [2, *[1] * 5000], "placements": [["replicate"]] * 5001, "names": ["x"] * 5001},
         "a mesh has 5001 dimensions",
     ),
     ({"ranks": [1, 1]}, "a mesh has other than as many ranks as its shape says"),
-    ({"ranks": [0, 10**6]}, "the ranks of a mesh is 1000000"),
+    ({"ranks": [0, 10**6]}, "a mesh has a rank 1000000"),
     ({"shape": [5, 3]}, "the parts of a tensor of shape [5, 3] make another one"),
     ({"placements": [["shard", 1]]}, "the parts of a tensor of shape [4, 3] make another one"),
 ]

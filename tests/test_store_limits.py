@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +18,13 @@ from actrec.store import (
     Folder,
 )
 from actrec.store import (
+    encoding as _encoding,
+)
+from actrec.store import (
     format as _format,
+)
+from actrec.store import (
+    layout as _layout,
 )
 from actrec.store import (
     runs as _runs,
@@ -30,9 +37,6 @@ from actrec.store import (
 )
 from actrec.store import (
     stream as _live,
-)
-from actrec.store import (
-    values as _values_,
 )
 from actrec.store import (
     writer as _writer,
@@ -85,8 +89,8 @@ def test_a_header_takes_little_more_than_twice_what_was_counted_for_its_calls(
     slot = Slot("gradient", 99_999, "layer", "Module")
     calls, counted = [], 0
     for number, value in enumerate(values):
-        structure, tensors = _values_.encode(value)
-        calls.append(_shard.Call(slot, 10**6 + 2 * number, structure, tensors))
+        structure, tensors = _encoding.encode(value)
+        calls.append(_layout.Call(slot, 10**6 + 2 * number, structure, tensors))
         counted += len(structure) + _writer.OVERHEAD * len(tensors)
     written = bytearray()
 
@@ -97,15 +101,15 @@ def test_a_header_takes_little_more_than_twice_what_was_counted_for_its_calls(
             pass
 
     ledger = Ledger(Heading("0" * 32, 99_999, 100_000, 10**18, 10**6, 10**7))
-    laid = _shard.lay_out(calls)
-    _shard.write(File(), ledger.next(laid, 10**7), ledger.layers, laid)
+    parts, entries = _layout.lay_out(calls)
+    _layout.write(File(), ledger.next(parts, 10**7), ledger.layers, parts, entries)
     assert int.from_bytes(written[:8], "little") <= 2 * counted + 4096
 
 
 def test_what_would_not_fit_into_a_header_is_refused_when_it_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_values_, "MAX_STRUCTURE", 10_000)
+    monkeypatch.setattr(_encoding, "MAX_STRUCTURE", 10_000)
     net = nn.Identity()
     with record(net, "", into=tmp_path / "r") as acts:
         net(torch.ones(1))
@@ -175,6 +179,21 @@ def test_a_run_keeps_nothing_of_its_calls_but_what_waits_to_be_written(tmp_path:
             tracemalloc.stop()
     assert seen[2] - seen[0] < 4000, "of 6000 calls"
     assert acts["number"].passes == list(range(3000))
+
+
+def test_of_a_pass_that_is_written_in_parts_no_value_is_kept_until_it_is_committed() -> None:
+    ledger = Ledger(Heading("0" * 32, 0, 1, 1, shard=-1, committed=0))
+    value = torch.ones(3)
+    kept = weakref.ref(value)
+    calls = [_layout.Call(Slot("output", 0, "a", "A"), 0, '{"tensor":0}', [value])]
+    parts, _ = _layout.lay_out(calls)
+    ledger.next(parts, 0, part_of=0)
+    del calls, value, _
+    gc.collect()
+    assert kept() is None
+    assert ledger.next([], 1).committed == 1
+    (so_far,) = ledger.layers.values()
+    assert (so_far.calls, so_far.nbytes) == (1, 12)
 
 
 @given(calls=st.lists(st.integers(0, 5), max_size=60), ordered=st.booleans())

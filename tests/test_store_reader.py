@@ -48,6 +48,9 @@ from actrec.store import (
     check as _check,
 )
 from actrec.store import (
+    decoding as _decoding,
+)
+from actrec.store import (
     disk as _disk,
 )
 from actrec.store import (
@@ -55,9 +58,6 @@ from actrec.store import (
 )
 from actrec.store import (
     safetensors as _container,
-)
-from actrec.store import (
-    values as _tree,
 )
 from tests.damage import MUTATIONS, many_mutations, mutated, rewrite, sign, use
 from tests.stored import Net, assert_same, batches, opened_shards, same
@@ -515,35 +515,35 @@ def hidden(about: dict[str, Any]) -> None:
 HOSTILE: dict[str, tuple[Any, str]] = {
     "list": (lambda _: [1], "the description is [1], which is no object"),
     "version": (put("version", 3), "it is of another version of the format"),
-    "parts": (put("parts", 1), "the parts is 1, which is no list"),
-    "part": (put("parts", [[1]]), "a part is not shard and pass"),
-    "void": (put("void", [-1]), "a shard is -1"),
-    "raised": (put("raised", ["x"]), "a pass that raised is 'x'"),
-    "ended": (put("ended", 3), "how it ended is 3, which is no text"),
+    "parts": (put("parts", 1), "the description.parts is 1, which is no list"),
+    "part": (put("parts", [[1]]), "parts[0] has 1 items, and should have 2"),
+    "void": (put("void", [-1]), "void[0] is -1"),
+    "raised": (put("raised", ["x"]), "raised[0] is 'x'"),
+    "ended": (put("ended", 3), "ended is 3, which is no text"),
     "began": (put("began", True), "began is True"),
     "recording": (put("recording", "x"), "it says that it belongs to recording x, not"),
     "rank": (put("rank", 7), "it says that it belongs to rank 7, not 0"),
     "shard": (put("shard", 0), "it says that it belongs to shard 0, not "),
-    "negative": (put("committed", -1), "the number of committed passes is -1"),
+    "negative": (put("committed", -1), "committed is -1"),
     "huge number": (put("committed", 10**400), "which is no number from 0 to"),
     "no layers": (lambda about: about.pop("layers") and None, "has no 'layers'"),
     "twice": (lambda about: about["layers"].append(about["layers"][0]), "it lists a layer twice"),
     "role": (put(*LAYER, "role", "x"), "a layer is of an unknown role"),
-    "name": (put(*LAYER, "name", 3), "the name of a layer is 3, which is no text"),
-    "number": (put(*LAYER, "number", 1.5), "the number of a layer is 1.5"),
-    "before": (put(*LAYER, "before", "x"), "the calls before is 'x'"),
+    "name": (put(*LAYER, "name", 3), "layers[0].name is 3, which is no text"),
+    "number": (put(*LAYER, "number", 1.5), "layers[0].number is 1.5"),
+    "before": (put(*LAYER, "before", "x"), "layers[0].before is 'x'"),
     "hidden": (hidden, "has other calls than it says there are so far"),
     "no calls": (put(*LAYER, "before", 10**9), "has other calls than it says there are so far"),
-    "so far": (put(*LAYER, "so_far", 1), "what there is so far is 1, which is no object"),
-    "stored": (put(*SO_FAR, "stored", []), "the calls so far is []"),
-    "calls": (put(*SO_FAR, "calls", -1), "'calls' so far is -1"),
-    "last": (put(*SO_FAR, "last", "x"), "'last' so far is 'x'"),
-    "ordered": (put(*SO_FAR, "ordered", 1), "'ordered' is neither true nor false"),
-    "kinds": (put(*SO_FAR, "kinds", [1]), "a kind is 1, which is no text"),
-    "dtypes": (put(*SO_FAR, "dtypes", {}), "the dtypes is {}, which is no list"),
+    "so far": (put(*LAYER, "so_far", 1), "layers[0].so_far is 1, which is no object"),
+    "stored": (put(*SO_FAR, "stored", []), "so_far.stored is []"),
+    "calls": (put(*SO_FAR, "calls", -1), "so_far.calls is -1"),
+    "last": (put(*SO_FAR, "last", "x"), "so_far.last is 'x'"),
+    "ordered": (put(*SO_FAR, "ordered", 1), "ordered is 1, which is no truth value"),
+    "kinds": (put(*SO_FAR, "kinds", [1]), "kinds[0] is 1, which is no text"),
+    "dtypes": (put(*SO_FAR, "dtypes", {}), "dtypes is {}, which is no list"),
     "shapes": (put(*SO_FAR, "shapes", [[[1], [1, 2]]]), "differ in their dimensions"),
-    "two shapes": (put(*SO_FAR, "shapes", [[[1]]]), "not two"),
-    "dimensions": (put(*SO_FAR, "shapes", [[[1] * 100] * 2]), "a shape has 100 dimensions"),
+    "two shapes": (put(*SO_FAR, "shapes", [[[1]]]), "shapes[0] has 1 items, and should have 2"),
+    "dimensions": (put(*SO_FAR, "shapes", [[[1] * 100] * 2]), "or have too many"),
 }  # fmt: skip
 
 
@@ -584,7 +584,7 @@ HOSTILE_CALLS: dict[str, tuple[Callable[[Path], None], str]] = {
     "group": (lambda shard: rewrite(shard, put(*GROUP, 1)), "a group is 1, which is no object"),
     "idle": (lambda shard: rewrite(shard, idle_group), "a group has no calls"),
     "dtype": (lambda shard: rewrite(shard, put(*GROUP, "dtypes", ["qint8"])), "has an unknown dtype"),
-    "dtype list": (lambda shard: rewrite(shard, put(*GROUP, "dtypes", [[]])), "has an unknown dtype"),
+    "dtype list": (lambda shard: rewrite(shard, put(*GROUP, "dtypes", [[]])), "dtypes[0] is [], which is no text"),
     "other dtype": (lambda shard: rewrite(shard, put(*GROUP, "dtypes", ["int32"])), "is not of dtype int32"),
     "dtypes": (lambda shard: rewrite(shard, more_dtypes), "other than as many tensors as its group"),
     "tensor": (lambda shard: rewrite(shard, put(*LAYER, "number", 9)), "there is no tensor 'output.00009.calls'"),
@@ -645,14 +645,14 @@ TABLES: dict[str, tuple[Any, str]] = {
     "impossible": (entry(shape=[1 << 40, 1 << 40]), "has the impossible shape"),
     "overlap": (entry(data_offsets=[8, 8 + 4 * 8]), ""),
     "backwards": (entry(data_offsets=[8, 0]), "its offsets span -8"),
-    "three offsets": (entry(data_offsets=[0, 1, 2]), "has 3 offsets"),
+    "three offsets": (entry(data_offsets=[0, 1, 2]), "data_offsets has 3 items"),
     "dtype": (entry(dtype="X"), "is of the unknown dtype 'X'"),
     "dimensions": (entry(shape=[1] * 70), "has 70 dimensions"),
-    "negative": (entry(shape=[-1]), "a dimension of tensor"),
+    "negative": (entry(shape=[-1]), "shape[0] is -1"),
     "no object": (lambda header: {**header, "x": []}, "checksums for"),
     "checksum": (said("data_crc32", lambda old: "z" + old[1:]), "is no number"),
     "no checksums": (said("data_crc32", lambda _: ""), "0 checksums for"),
-    "metadata": (said("x", lambda _: 1), "'x' in the metadata is 1"),
+    "metadata": (said("x", lambda _: 1), "__metadata__.x is 1"),
     "no metadata": (lambda _: {}, "the header has no '__metadata__'"),
     "no description": (said("actrec", lambda _: "null"), "the description is None"),
     "description": (said("actrec", lambda _: "{"), "its description is no JSON"),
@@ -693,7 +693,7 @@ STRUCTURES = {
     "deep": (json.loads('{"list":[' * 100 + "]}" * 100), "nested more than 64 deep"),
     "key": ({"dict": [[{"list": []}, 1]]}, "cannot be made of its description"),
     "tensor key": ({"dict": [[{"tensor": 0}, 1]]}, "a tensor is the key of an item"),
-    "pair": ({"dict": [[1]]}, "cannot be made of its description"),
+    "pair": ({"dict": [[1]]}, "[0] has 1 items"),
     "named": ({"named_tuple": [], "name": "x", "fields": ["a"]}, "not as many values as fields"),
     "packed": ({"packed_sequence": [1]}, "other than four parts"),
     "return": ({"return_type": [1], "name": "__import__"}, "an unknown return type"),
@@ -710,7 +710,7 @@ STRUCTURES = {
     "slice": ({"slice": [1]}, "a constant has other parts"),
     "int": ({"int": "zz"}, "cannot be made of its description"),
     "maxlen": ({"deque": [], "maxlen": -1}, "a maxlen is -1"),
-    "size": ({"size": [-1]}, "a size is -1"),
+    "size": ({"size": [-1]}, "a size[0] is -1"),
     "range": ({"range": [1, 2, 0]}, "cannot be made of its description"),
 }
 
@@ -719,7 +719,7 @@ def test_a_name_in_a_file_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch, "__getattr__", importlib.import_module)
     for name in ("this", "antigravity"):
         with pytest.raises(_format.Defect, match="an unknown constant of PyTorch"):
-            _tree.decode(f'{{"dtype":"{name}"}}')
+            _decoding.decode(f'{{"dtype":"{name}"}}')
         assert name not in sys.modules
 
 
@@ -741,7 +741,7 @@ def test_what_describes_no_value_is_refused_when_the_value_is_asked_for(
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"list":[' + "1" * 5000 + "]}"])
 def test_a_structure_that_is_no_json_is_refused(text: str) -> None:
     with pytest.raises(_format.Defect, match=r"cannot be made of its description|nested more than"):
-        _tree.decode(text)
+        _decoding.decode(text)
 
 
 def test_a_scalar_that_has_dimensions_is_refused_when_it_is_asked_for(tmp_path: Path) -> None:
@@ -753,7 +753,7 @@ def test_a_scalar_that_has_dimensions_is_refused_when_it_is_asked_for(tmp_path: 
 
 
 def test_a_named_tuple_of_impossible_names_becomes_a_harmless_one() -> None:
-    made = _tree.decode(
+    made = _decoding.decode(
         '{"named_tuple":[1,2,3],"name":"__import__(\'os\')","fields":["a b","x","x"]}'
     ).spec.fill([])
     assert made == (1, 2, 3)
@@ -870,11 +870,11 @@ def _raised(problems: list[str]) -> None:
         ("rank.json", b"\xff", "it is no JSON"),
         ("rank.json", ("format", "zip"), "it does not describe a recording of actrec"),
         ("rank.json", ("version", 99), "it is of version 99 of the format, and this actrec reads"),
-        ("rank.json", ("layers", 3), "the layers is 3, which is no list"),
-        ("rank.json", ("layers", [{"name": 1}]), "a layer has no 'type'"),
-        ("rank.json", ("began", -1), "when it began is -1"),
-        ("rank.json", ("ranks", 0), "the number of ranks is 0"),
-        ("rank.json", ("names", {"a": 1}), "a name is 1, which is no text"),
+        ("rank.json", ("layers", 3), "layers is 3, which is no list"),
+        ("rank.json", ("layers", [{"name": 1}]), "layers[0] has no 'type'"),
+        ("rank.json", ("began", -1), "began is -1"),
+        ("rank.json", ("ranks", 0), "it is of a run of 0 ranks"),
+        ("rank.json", ("names", {"a": 1}), "names.a is 1, which is no text"),
     ],
 )  # fmt: skip
 def test_damaged_descriptions_are_named(path: Path, name: str, change: Any, told: str) -> None:

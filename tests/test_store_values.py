@@ -28,16 +28,22 @@ from actrec.store import (
     Fields,
 )
 from actrec.store import (
+    decoding as _decoding,
+)
+from actrec.store import (
+    encoding as _encoding,
+)
+from actrec.store import (
     format as _format,
+)
+from actrec.store import (
+    layout as _layout,
 )
 from actrec.store import (
     safetensors as _container,
 )
 from actrec.store import (
     shard as _shard,
-)
-from actrec.store import (
-    values as _tree,
 )
 from tests.stored import assert_same, opened_shards, same
 
@@ -112,9 +118,9 @@ def test_every_tensor_is_aligned_to_its_elements_or_else_reading_complex128_ends
 def test_a_tensor_that_a_file_has_at_an_odd_place_is_copied_to_where_it_can_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = _shard._data
+    data = _layout._data
     monkeypatch.setattr(
-        _shard, "_data", lambda *args: dataclasses.replace(data(*args), alignment=1)
+        _layout, "_data", lambda *args: dataclasses.replace(data(*args), alignment=1)
     )
     values = [
         random(torch.complex128, rows) for rows in (3, 70_000, 1)
@@ -159,7 +165,7 @@ def test_small_and_large_pieces_keep_their_order(monkeypatch: Any) -> None:
 
 
 def test_a_large_transposed_tensor_is_written_a_few_rows_at_a_time(monkeypatch: Any) -> None:
-    monkeypatch.setattr(_shard, "_PIECE", 100)
+    monkeypatch.setattr(_layout, "_PIECE", 100)
     value = torch.randn(50, 30).t()
     assert same(*there_and_back(value), value)
 
@@ -194,11 +200,11 @@ UNSTORABLE = {
     "object": (lambda: [object()], "a value of type object cannot be stored"),
     "array": (lambda: np.array(["text"]), "a NumPy array of dtype <U4 cannot be stored"),
     "masked array": (lambda: np.ma.masked_array([1.0, 2.0], [True, False]), "a masked NumPy array"),
-    "slice": (lambda: slice(object(), 1), "a value of type slice cannot be stored"),
+    "slice": (lambda: slice(object(), 1), "a value of type object cannot be stored"),
     "many": (lambda: [0] * 70_000, "it has too many parts"),
     "long": (lambda: "long" * 2_000_000, "it has too many parts"),
     "fields": (lambda: _WIDE(*range(1001)), "a named tuple has not as many values as fields"),
-    "no size": (lambda: torch.Size([-1, 3]), "a size is -1"),
+    "no size": (lambda: torch.Size([-1, 3]), r"a size\[0\] is -1"),
     "equal keys": (lambda: {_class(): 1, _class(): 2}, "two keys are equal once they are read"),
     "dimensions": (lambda: torch.zeros([1] * 65), "a tensor of 65 dimensions cannot be stored"),
     "complex": (lambda: torch.zeros([1] * 64).to(torch.complex128), "a tensor of 64 dimensions"),
@@ -249,9 +255,9 @@ def test_nested_tensors_and_tensors_that_are_no_plain_ones_are_refused(tmp_path:
 
     wrapper = torch.Tensor._make_wrapper_subclass(Wrapper, (2,))  # type: ignore[attr-defined]
     with pytest.raises(CaptureError, match="a Wrapper cannot be stored"):
-        _shard.storable(wrapper)
+        _encoding.storable(wrapper)
     with pytest.raises(CaptureError, match="a nested tensor cannot be stored"):
-        _shard.storable(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+        _encoding.storable(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
 
 
 def test_a_subclass_without_a_mind_of_its_own_comes_back_as_the_tensor_that_it_is() -> None:
@@ -267,7 +273,7 @@ def test_values_nested_too_deep_are_refused() -> None:
     for _ in range(70):
         value = [value]
     with pytest.raises(CaptureError, match="nested more than 64 deep"):
-        _tree.encode(value)
+        _encoding.encode(value)
 
 
 # --- Structures --------------------------------------------------------------------------------------
@@ -520,12 +526,12 @@ def test_an_attribute_that_no_stand_in_can_have_is_left_out_with_its_tensor() ->
 
 def test_a_dict_with_a_tensor_for_a_key_is_refused() -> None:
     with pytest.raises(CaptureError, match="a dict with a tensor for a key cannot be stored"):
-        _tree.encode({torch.ones(1): 1})
+        _encoding.encode({torch.ones(1): 1})
 
 
 def test_a_stored_value_has_the_paths_that_it_had() -> None:
     value = {"a": np.ones(3), "h": [torch.ones(2), np.float32(1), torch.ones(3)]}
-    spec = _tree.decode(_tree.encode(value).structure).spec
+    spec = _decoding.decode(_encoding.encode(value).structure).spec
     assert [path for path, _ in spec.paths] == ["['h'][0]", "['h'][2]"]
 
 

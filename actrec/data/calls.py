@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from actrec._recordings.passes import Moment
     from actrec.store.index import Index
-    from actrec.store.shard import Leaf, Part
+    from actrec.store.part import Leaf, Part
 
     from .selecting import Selected
 

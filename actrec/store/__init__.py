@@ -19,8 +19,9 @@ a folder, described on a page of its own in the documentation.
 from actrec._values.stand_ins import Fields
 
 from .folder import Folder
+from .load import load
 from .ranks import RankInfo
-from .reader import StoredRecording, load
+from .reader import StoredRecording
 from .save import save
 from .verify import verify
 

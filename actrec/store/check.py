@@ -15,8 +15,8 @@ from .shard import Shard
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .part import Part
     from .place import Place
-    from .shard import Part
 
 __all__ = ["shard_problems"]
 
@@ -40,13 +40,13 @@ def shard_problems(disk: Place, nothing: Heading | None) -> Iterator[str]:
             yield str(error)
             ledger = None
             continue
-        problems = list(_part_problems(shard))
-        yield from problems
-        yield from _data_problems(shard)
+        parts, problems = _parts(shard)
         if ledger is not None and not problems:
             ledger = _resumed(ledger, shard.heading)
-            problems = [str(corrupt(shard.path, defect)) for defect in _miscounted(ledger, shard)]
-            yield from problems
+            defects = _miscounted(ledger, shard, parts)
+            problems = [str(corrupt(shard.path, defect)) for defect in defects]
+        yield from problems
+        yield from _data_problems(shard)
         if problems:
             ledger = None
 
@@ -59,20 +59,17 @@ def _expected(disk: Place) -> range:
     return range(min(last, 2 * len(names)) + 1)
 
 
-def _parts(shard: Shard) -> Iterator[Part]:
-    """What a shard has of each layer."""
-    for key in shard.layers:
-        part = shard.part(*key)
-        if part is not None:
-            yield part
-
-
-def _part_problems(shard: Shard) -> Iterator[str]:
+def _parts(shard: Shard) -> tuple[list[Part], list[str]]:
+    """What a shard has of each layer, and what is wrong with it."""
+    parts, problems = [], []
     for key in shard.layers:
         try:
-            shard.part(*key)
+            part = shard.part(*key)
         except CorruptRecordingError as error:
-            yield str(error)
+            problems.append(str(error))
+        else:
+            parts += [] if part is None else [part]
+    return parts, problems
 
 
 # --- Counting again ----------------------------------------------------------------------------------
@@ -85,20 +82,19 @@ def _resumed(ledger: Ledger, heading: Heading) -> Ledger:
     return ledger.resumed(heading.ranks, heading.began)
 
 
-def _miscounted(ledger: Ledger, shard: Shard) -> Iterator[str]:
+def _miscounted(ledger: Ledger, shard: Shard, parts: list[Part]) -> Iterator[str]:
     """What a shard says that does not follow from its calls and the shards before it."""
     heading, before = shard.heading, ledger.heading
     part_of = heading.parts[-1][1] if heading.is_part else None
-    laid = [part.laid() for part in _parts(shard)]
     if heading.committed < before.committed:
         yield "it commits fewer passes than the shard before it"
         return
-    for one in laid:
+    for one in parts:
         first, last = int(one.passes[0]), int(one.passes[-1])
         if last >= heading.committed if part_of is None else not first == last == part_of:
             yield f"it has calls of layer {one.slot.name[:60]!r} of passes that it should have none of"
     ledger.next(
-        laid,
+        parts,
         heading.committed,
         part_of=part_of,
         raised=heading.raised[len(before.raised) :],
@@ -110,10 +106,10 @@ def _miscounted(ledger: Ledger, shard: Shard) -> Iterator[str]:
     if list(found) != list(ledger.layers):
         yield "it does not list the layers that have calls"
         return
-    here = {one.slot: len(one.passes) for one in laid}
+    here = {one.slot: len(one.passes) for one in parts}
     for slot, so_far in ledger.layers.items():
-        same = found[slot].before == so_far.stored - here.get(slot, 0)
-        if not same or found[slot].so_far.node() != so_far.node():
+        stored = so_far.stored - here.get(slot, 0)
+        if found[slot].before != stored or found[slot].so_far.node() != so_far.node():
             yield f"what it says of the calls of layer {slot.name[:60]!r} so far is not so"
 
 

@@ -7,26 +7,14 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from actrec.errors import ResumeError
 
-from .format import (
-    DESCRIPTION,
-    FORMAT,
-    MAX_JSON,
-    MAX_RANKS,
-    VERSION,
-    Defect,
-    corrupt,
-    integer,
-    items,
-    mapping,
-    need,
-    text,
-)
+from .format import DESCRIPTION, FORMAT, MAX_JSON, MAX_RANKS, VERSION, Defect, corrupt, need
+from .forms import Maybe, checked
 from .ledger import Heading
 
 if TYPE_CHECKING:
@@ -35,6 +23,18 @@ if TYPE_CHECKING:
     from .place import Place
 
 __all__ = ["Description", "LayerInfo", "named", "read_description"]
+
+_LAYER: Final = {"name": str, "type": str, "transform": Maybe(str)}
+#: What is in the file, besides the version.
+_FORM: Final = {
+    "recording": str,
+    "ranks": int,
+    "began": int,
+    "model": str,
+    "options": {"inputs": bool, "grads": bool, "dtype": Maybe(str)},
+    "layers": [_LAYER],
+    "names": {str: str},
+}
 
 
 def named(transform: Callable[..., Any] | None) -> str | None:
@@ -73,10 +73,6 @@ class Description:
 
     def content(self) -> bytes:
         """Return it as JSON, readable for people too."""
-        layers = [
-            {"name": layer.name, "type": layer.type, "transform": layer.transform}
-            for layer in self.layers
-        ]
         about = {
             "format": FORMAT,
             "version": VERSION,
@@ -86,7 +82,7 @@ class Description:
             "made_by": {"actrec": _own_version(), "torch": torch.__version__},
             "model": self.model,
             "options": {"inputs": self.inputs, "grads": self.grads, "dtype": self.dtype},
-            "layers": layers,
+            "layers": [{key: getattr(layer, key) for key in _LAYER} for layer in self.layers],
             "names": {name: key for name, key in self.names.items() if name != key},
         }
         return json.dumps(about, indent=1).encode()
@@ -161,38 +157,25 @@ def _json(data: bytes) -> Any:
 
 
 def _parsed(content: Any) -> Description:
-    about = mapping(content, "the file", "format", "version")
+    about = checked(content, {"format": str, "version": None}, "the file")
     need(about["format"] == FORMAT, "it does not describe a recording of actrec")
     need(
         about["version"] == VERSION,
         f"it is of version {str(about['version'])[:20]} of the format, and this actrec reads version {VERSION}",
     )
-    mapping(about, "the file", "recording", "ranks", "began", "model", "options", "layers", "names")
-    options = mapping(about["options"], "the options", "inputs", "grads", "dtype")
-    names = mapping(about["names"], "the names")
-    ranks = integer(about["ranks"], "the number of ranks", MAX_RANKS)
-    need(ranks > 0, "the number of ranks is 0")
+    checked(about, _FORM, "the file")
+    need(
+        0 < about["ranks"] <= MAX_RANKS,
+        f"it is of a run of {about['ranks']} ranks, and there are from 1 to {MAX_RANKS}",
+    )
     return Description(
-        text(about["model"], "the model"),
-        tuple(_layer(layer) for layer in items(about["layers"], "the layers")),
-        {name: text(key, "a name") for name, key in names.items()},
-        options["inputs"] is True,
-        options["grads"] is True,
-        _optional(options["dtype"], "the dtype"),
-        text(about["recording"], "the identity of the recording"),
-        ranks,
-        integer(about["began"], "when it began"),
+        about["model"],
+        tuple(LayerInfo(*(layer[key] for key in _LAYER)) for layer in about["layers"]),
+        about["names"],
+        about["options"]["inputs"],
+        about["options"]["grads"],
+        about["options"]["dtype"],
+        about["recording"],
+        about["ranks"],
+        about["began"],
     )
-
-
-def _layer(layer: Any) -> LayerInfo:
-    layer = mapping(layer, "a layer", "name", "type", "transform")
-    return LayerInfo(
-        text(layer["name"], "the name of a layer"),
-        text(layer["type"], "the type of a layer"),
-        _optional(layer["transform"], "the transform of a layer"),
-    )
-
-
-def _optional(value: Any, what: str) -> str | None:
-    return None if value is None else text(value, what)

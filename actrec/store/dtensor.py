@@ -16,7 +16,8 @@ from torch import Tensor
 
 from actrec.errors import CaptureError
 
-from .format import MAX_DIMS, MAX_RANKS, MAX_SIZE, Defect, integer, items, mapping, need, text
+from .format import MAX_DIMS, MAX_RANKS, MAX_SIZE, Defect, need
+from .forms import Maybe, checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -33,6 +34,15 @@ _REDUCE: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
 }  # fmt: skip
 
 
+_FORM: Final = {
+    "shape": [int],
+    "placements": list,
+    "mesh": [int],
+    "names": Maybe([str]),
+    "ranks": [int],
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Spread:
     """How a tensor is spread over ranks."""
@@ -45,35 +55,21 @@ class Spread:
 
     def node(self) -> dict[str, Any]:
         """As it stands in a structure."""
-        return {
-            "shape": self.shape,
-            "placements": self.placements,
-            "mesh": self.mesh,
-            "names": self.names,
-            "ranks": self.ranks,
-        }
+        return {key: getattr(self, key) for key in _FORM}
 
     @classmethod
     def parsed(cls, node: Any) -> Spread:
         """What a structure says, checked; ``Defect`` if that cannot be."""
-        node = mapping(node, "a tensor in parts", "shape", "placements", "mesh", "names", "ranks")
-        shape = _sizes(node["shape"], "the shape of a tensor in parts")
-        mesh = _sizes(node["mesh"], "the shape of a mesh")
-        ranks = _sizes(node["ranks"], "the ranks of a mesh", MAX_RANKS)
-        placements = tuple(
-            _placement(placement, len(shape))
-            for placement in items(node["placements"], "placements")
-        )
-        names = node["names"]
-        if names is not None:
-            names = tuple(text(name, "the name of a dimension") for name in items(names, "names"))
-            need(len(names) == len(mesh), "a mesh has not as many names as dimensions")
+        node = checked(node, _FORM, "a tensor in parts")
+        shape, mesh, ranks = (tuple(node[key]) for key in ("shape", "mesh", "ranks"))
+        placements = tuple(_placement(one, len(shape)) for one in node["placements"])
+        names = None if node["names"] is None else tuple(node["names"])
+        need(names is None or len(names) == len(mesh), "a mesh has not as many names as dimensions")
         need(len(mesh) <= MAX_DIMS, f"a mesh has {len(mesh)} dimensions")
         need(len(placements) == len(mesh), "a mesh has not as many placements as dimensions")
-        need(
-            math.prod(mesh) == len(set(ranks)) == len(ranks),
-            "a mesh has other than as many ranks as its shape says",
-        )
+        fit = math.prod(mesh) == len(set(ranks)) == len(ranks)
+        need(fit, "a mesh has other than as many ranks as its shape says")
+        need(max(ranks, default=0) <= MAX_RANKS, f"a mesh has a rank {max(ranks, default=0)}")
         most = math.prod(max(1, size) for size in shape) * torch.complex128.itemsize
         need(most <= MAX_SIZE, "a tensor in parts has an impossible shape")
         return cls(shape, placements, mesh, names, ranks)
@@ -122,16 +118,12 @@ def _joined(placement: Placement, parts: list[Tensor]) -> Tensor:
     return (whole / len(parts)).to(whole.dtype) if how == "avg" else whole
 
 
-def _sizes(sizes: Any, what: str, most: int = MAX_SIZE) -> tuple[int, ...]:
-    return tuple(integer(size, what, most) for size in items(sizes, what))
-
-
 def _placement(placement: Any, dims: int) -> Placement:
     match placement:
         case ["replicate"]:
             return ("replicate",)
-        case ["shard", dim]:
-            return ("shard", integer(dim, "the dimension of a shard", dims - 1))
+        case ["shard", dim] if type(dim) is int and 0 <= dim < dims:
+            return ("shard", dim)
         case ["partial", how] if type(how) is str and how in _REDUCE:
             return ("partial", how)
     message = f"a tensor in parts has the unknown placement {str(placement)[:60]}"

@@ -5,7 +5,7 @@ The format itself is described in ``docs/reference/format.md``, which is normati
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
@@ -19,11 +19,7 @@ __all__ = [
     "Slot",
     "Stored",
     "corrupt",
-    "integer",
-    "items",
-    "mapping",
     "need",
-    "text",
 ]
 
 FORMAT: Final = "actrec"
@@ -37,9 +33,8 @@ ANOTHER: Final = "it is another file than when it was opened"
 MAX_HEADER: Final = 1 << 24  # bytes
 MAX_JSON: Final = 1 << 24  # bytes of a description
 MAX_DEPTH: Final = 64  # of nesting in a value
-MAX_STRUCTURE: Final = (
-    MAX_HEADER // 8
-)  # characters that describe one value; in the header they may become twice as many
+#: Characters that describe one value; in the header they may become twice as many.
+MAX_STRUCTURE: Final = MAX_HEADER // 8
 MAX_NODES: Final = 1 << 16  # containers, constants and tensors in one value
 MAX_SIZE: Final = 1 << 62  # any size or number
 MAX_RANKS: Final = 100_000
@@ -67,31 +62,27 @@ class Stored(NamedTuple):
     """How safetensors holds a dtype of PyTorch."""
 
     code: str
-    itemsize: int
     pair: bool = False  # a complex number as two real ones, in one more dimension
 
 
-_CODES = {
+_CODES: Final = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
     "uint64": "U64", "int64": "I64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
     "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2",
     "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0", "float4_e2m1fn_x2": "U8",
     "complex32": "F16", "complex128": "F64",
 }  # fmt: skip
-_PAIRS = {"complex32", "complex128"}
+_PAIRS: Final = {"complex32", "complex128"}
 
 #: The dtypes that can be stored, by their name without ``torch.``; PyTorch decides which of them there are.
 DTYPES: Final[dict[str, tuple[torch.dtype, Stored]]] = {
-    name: (
-        dtype,
-        Stored(code, dtype.itemsize // 2 if name in _PAIRS else dtype.itemsize, name in _PAIRS),
-    )
+    name: (dtype, Stored(code, name in _PAIRS))
     for name, code in _CODES.items()
     if (dtype := getattr(torch, name, None)) is not None
 }
 
 
-# --- Checking what a file claims -------------------------------------------------------------------
+# --- What is wrong with a file -----------------------------------------------------------------------
 
 
 class Defect(Exception):  # noqa: N818  # not an error yet: whoever knows the file makes one of it
@@ -107,47 +98,3 @@ def need(condition: object, defect: str) -> None:
     """Raise ``Defect`` unless ``condition`` holds."""
     if not condition:
         raise Defect(defect)
-
-
-def _shown(value: object, most: int = 60) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= most else f"{shown[:most]}..."
-
-
-# Every number in every header comes by here, so a message is made only where it is needed.
-
-
-def integer(value: Any, what: str, most: int = MAX_SIZE) -> int:
-    """Return ``value`` if it is an integer from 0 to ``most``."""
-    if type(value) is int and 0 <= value <= most:
-        return value
-    message = f"{what} is {_shown(value)}, which is no number from 0 to {most}"
-    raise Defect(message)
-
-
-def text(value: Any, what: str) -> str:
-    """Return ``value`` if it is text."""
-    if type(value) is str:
-        return value
-    message = f"{what} is {_shown(value)}, which is no text"
-    raise Defect(message)
-
-
-def items(value: Any, what: str) -> list[Any]:
-    """Return ``value`` if it is a list."""
-    if type(value) is list:
-        return value
-    message = f"{what} is {_shown(value)}, which is no list"
-    raise Defect(message)
-
-
-def mapping(value: Any, what: str, *keys: str) -> dict[str, Any]:
-    """Return ``value`` if it is an object with (at least) these keys."""
-    if type(value) is not dict:
-        message = f"{what} is {_shown(value)}, which is no object"
-        raise Defect(message)
-    for key in keys:
-        if key not in value:
-            message = f"{what} has no {key!r}"
-            raise Defect(message)
-    return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_right
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from .ledger import Heading, SoFar
+    from .part import Group, Part
     from .place import Place
-    from .shard import Group, Part
 
 __all__ = ["Found", "Index", "shard_name", "shard_names"]
 
@@ -144,34 +145,23 @@ class Index:
         for begin, many in self._skips(role, name):
             if call >= begin:
                 call += many
-        low = self._latest.get((role, name), 0)
-        if not self._holds(low, role, name, call):
-            low, high = 0, self.count
-            while (
-                high - low > 1
-            ):  # the calls before shard `low` are at most `call`, those before `high` are more
-                middle = (low + high) // 2
-                if self.shard(middle).before(role, name) <= call:
-                    low = middle
-                else:
-                    high = middle
-            if not self._holds(low, role, name, call):
-                raise corrupt(self.shard(low).path, ANOTHER)
-            self._latest[role, name] = low
-        shard = self.shard(low)
+        at = self._latest.get((role, name), 0)
+        if call not in self._span(at, role, name):
+            numbers = range(self.count)
+            after = bisect_right(numbers, call, key=lambda n: self._span(n, role, name).start)
+            at = max(0, after - 1)
+            if call not in self._span(at, role, name):
+                raise corrupt(self.shard(at).path, ANOTHER)
+            self._latest[role, name] = at
+        shard = self.shard(at)
         part = shard.part(role, name)
         assert part is not None  # noqa: S101  # it has calls, and so groups
-        return Found(shard, *part.place(call - part.before))
+        return Found(shard, *part.place(call - shard.span(role, name).start))
 
-    def _holds(self, number: int, role: Role, name: str, call: int) -> bool:
-        shard = self.shard(number)
-        return shard.before(role, name) <= call < shard.so_far(role, name).stored
+    def _span(self, number: int, role: Role, name: str) -> range:
+        return self.shard(number).span(role, name)
 
     def _find_skips(self, role: Role, name: str) -> list[tuple[int, int]]:
         """Where calls stand that do not count: how many calls are before them, and how many they are."""
-        skips = []
-        for number in self.heading.uncounted:
-            part = self.shard(number).part(role, name)
-            if part is not None:
-                skips.append((part.before, len(part)))
-        return skips
+        spans = (self._span(number, role, name) for number in self.heading.uncounted)
+        return [(span.start, len(span)) for span in spans if span]

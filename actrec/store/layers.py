@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from actrec._values.containers import Value
+    from actrec._values.join import How
 
     from .format import Role
     from .index import Found
     from .ledger import SoFar
+    from .part import Group, Leaf, Part
     from .rank_folder import Rank
-    from .shard import Group, Part, Shard
+    from .shard import Shard
 
 __all__ = ["Source", "StoredLayer"]
 
@@ -130,82 +132,72 @@ class StoredLayer(ReadOnlyLayer):
         return sum(source.so_far.nbytes for source in self._sources)
 
     @override
-    def cat(self, dim: int = 0, *, release: bool = False) -> Value:
-        """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""
-        joined = self._joined(new=False) if dim == 0 else None
-        return super().cat(dim) if joined is None else joined
-
-    @override
-    def stack(self, dim: int = 0, *, release: bool = False) -> Value:
-        """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
-        joined = self._joined(new=True) if dim == 0 else None
-        return super().stack(dim) if joined is None else joined
-
-    def _joined(self, *, new: bool) -> Value | None:
-        """Join the calls shard by shard, each read into its place; ``None`` where that is not possible."""
-        if self._order is not None or not len(self):
-            return None
-        plan = _JoinPlan(new=new)
-        if not all(plan.fits(part) for part in self._parts()):
-            return None
-        results = plan.results()
+    def _join(self, how: How, dim: int, *, release: bool = False) -> Value:
+        columns = self._columns(new=how == "stack") if dim == 0 and self._order is None else []
+        if not columns:
+            return super()._join(how, dim)
         for shard, part in self._read():
-            plan.read(shard, part, results)
-        return plan.value(results)
+            for column, leaf in zip(columns, part.groups[0].leaves, strict=True):
+                column.read(shard, leaf)
+        _, part = next(self._read())
+        return part.groups[0].structure.spec.fill([column.rows for column in columns])
+
+    def _columns(self, *, new: bool) -> list[_Column]:
+        """The tensors of all calls, to be joined by copying bytes; none where that is not possible."""
+        first: Group | None = None
+        columns: list[_Column] = []
+        for _, part in self._read():
+            group, *others = part.groups
+            if first is None:
+                first = group
+                columns = [_Column(leaf, new=new) for leaf in group.leaves]
+            same = not others and group.text == first.text and group.structure.joins
+            if not same or not all(map(_Column.add, columns, group.leaves)):
+                return []
+        return columns
 
     def _read(self) -> Iterator[tuple[Shard, Part]]:
         return chain.from_iterable(source.parts() for source in self._sources)
 
-    def _parts(self) -> Iterator[Part]:
-        return (part for _, part in self._read())
 
+class _Column:
+    """One tensor of the values of a layer, joined: the rows of all calls, one behind the other.
 
-class _JoinPlan:
-    """How calls that lie behind each other in the shards become one value."""
+    Args:
+        like: this tensor in the first shard.
+        new: whether each call is a row of a new dimension.
+    """
 
-    def __init__(self, *, new: bool) -> None:
-        self._new = new  # dimension
-        self._first: Group | None = None
-        self._rows: list[int] = []
-        self._at: list[int] = []
+    def __init__(self, like: Leaf, *, new: bool) -> None:
+        self._dtype = like.dtype
+        self._new = new
+        self._shape = self._sizes(like)[0] if like.shapes.shape[1] or new else None
+        self._many = 0
+        self._filled = 0
 
-    def fits(self, part: Part) -> bool:
-        """Take in a part, and return whether its calls can be joined with those before by copying bytes."""
-        group, *others = part.groups
-        if self._first is None:
-            self._first = group
-            self._rows = [0] * len(group.leaves)
-            self._at = [0] * len(group.leaves)
-        if others or group.text != self._first.text or not group.structure.joins:
+    def _sizes(self, leaf: Leaf) -> Tensor:
+        return leaf.shapes if self._new else leaf.shapes[:, 1:]
+
+    def _rows_of(self, leaf: Leaf) -> int:
+        return len(leaf.shapes) if self._new else int(leaf.shapes[:, 0].sum())
+
+    def add(self, leaf: Leaf) -> bool:
+        """Count the rows that a shard has, and return whether they are of one shape and dtype with those before."""
+        sizes = self._sizes(leaf)
+        if self._shape is None or leaf.dtype != self._dtype or sizes.shape[1:] != self._shape.shape:
             return False
-        for number, (leaf, first) in enumerate(zip(group.leaves, self._first.leaves, strict=True)):
-            sizes, like = (one.shapes if self._new else one.shapes[:, 1:] for one in (leaf, first))
-            dims = leaf.shapes.shape[1]
-            same = leaf.dtype == first.dtype and sizes.shape[1] == like.shape[1]
-            if not same or not bool((sizes == like[0]).all()) or not (dims or self._new):
-                return False
-            self._rows[number] += len(leaf.shapes) if self._new else int(leaf.shapes[:, 0].sum())
-        return bool(group.leaves)
+        self._many += self._rows_of(leaf)
+        return bool((sizes == self._shape).all())
 
-    def results(self) -> list[Tensor]:
-        """Memory for the joined tensors."""
-        assert self._first is not None  # noqa: S101  # there are calls
-        shapes = [leaf.shape(0) if self._new else leaf.shape(0)[1:] for leaf in self._first.leaves]
-        return [
-            torch.empty((rows, *shape), dtype=leaf.dtype, device="cpu")
-            for rows, shape, leaf in zip(self._rows, shapes, self._first.leaves, strict=True)
-        ]
+    @cached_property
+    def rows(self) -> Tensor:
+        """All rows."""
+        assert self._shape is not None  # noqa: S101  # or else they cannot be joined
+        shape = (self._many, *self._shape.tolist())
+        return torch.empty(shape, dtype=self._dtype, device="cpu")
 
-    def read(self, shard: Shard, part: Part, results: list[Tensor]) -> None:
-        """Read what a shard has."""
-        (group,) = part.groups
-        for number, (leaf, result) in enumerate(zip(group.leaves, results, strict=True)):
-            rows = len(leaf.shapes) if self._new else int(leaf.shapes[:, 0].sum())
-            at = self._at[number]
-            self._at[number] = at + rows
-            shard.read_into(leaf.extent(0, len(leaf.shapes))[0], result[at : at + rows])
-
-    def value(self, results: list[Tensor]) -> Value:
-        """The joined value."""
-        assert self._first is not None  # noqa: S101  # likewise
-        return self._first.structure.spec.fill(results)
+    def read(self, shard: Shard, leaf: Leaf) -> None:
+        """Read the rows that a shard has."""
+        end = self._filled + self._rows_of(leaf)
+        shard.read_into(leaf.begin, self.rows[self._filled : end])
+        self._filled = end

@@ -11,20 +11,44 @@ from __future__ import annotations
 from collections import defaultdict
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from actrec._values.summary import Summary
 
-from .format import MAX_DIMS, Slot, integer, items, mapping, need, text
+from .format import MAX_DIMS, MAX_RANKS, need
+from .forms import Maybe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from torch import Tensor
+    from .format import Slot
+    from .part import Part
 
-__all__ = ["Heading", "Laid", "Ledger", "SoFar"]
+__all__ = ["HEADING", "SO_FAR", "Heading", "Ledger", "SoFar"]
+
+#: The forms in which they stand in the header of a shard.
+HEADING: Final = {
+    "recording": str,
+    "rank": int,
+    "ranks": int,
+    "began": int,
+    "shard": int,
+    "committed": int,
+    "parts": [(int, int)],
+    "void": [int],
+    "raised": [int],
+    "ended": Maybe(str),
+}
+SO_FAR: Final = {
+    **dict.fromkeys(("stored", "calls", "bytes", "first", "last", "passes", "most"), int),
+    "ordered": bool,
+    "in_parts": bool,
+    "kinds": [str],
+    "dtypes": [str],
+    "shapes": [([int], [int])],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +65,24 @@ class Heading:
     began: int  #: when that run began in this rank, in nanoseconds since 1970
     shard: int
     committed: int  #: with this shard, the passes before this number are complete
-    parts: tuple[
-        tuple[int, int], ...
-    ] = ()  #: shards with calls of passes that are not: shard and pass
+    #: Shards with calls of passes that are not complete: shard and pass.
+    parts: tuple[tuple[int, int], ...] = ()
     void: tuple[int, ...] = ()  #: shards whose calls do not count
     raised: tuple[int, ...] = ()  #: passes that raised, of those that are complete
-    ended: str | None = (
-        None  #: ``""`` if the run was closed properly with this shard, or what it was left by
-    )
+    #: ``""`` if the run was closed properly with this shard, or what it was left by.
+    ended: str | None = None
+
+    @classmethod
+    def of(cls, about: dict[str, Any]) -> Heading:
+        """What a header says, which has the form ``HEADING``."""
+        heading = cls(*(_tuple(about[key]) for key in HEADING))
+        need(
+            heading.ranks <= MAX_RANKS,
+            f"it is of a run of {heading.ranks} ranks, and {MAX_RANKS} is the limit",
+        )
+        raised = max(heading.raised, default=-1)
+        need(raised < heading.committed, "a pass raised that is not committed")
+        return heading
 
     @property
     def is_part(self) -> bool:
@@ -59,6 +93,10 @@ class Heading:
     def uncounted(self) -> tuple[int, ...]:
         """The shards whose calls do not count if this is the last one."""
         return tuple(sorted({*self.void, *(shard for shard, _ in self.parts)}))
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 @dataclass(slots=True)
@@ -76,7 +114,7 @@ class SoFar:
     in_parts: bool = False  #: whether any tensor is a rank's part of a DTensor
     looks: Summary = field(default_factory=Summary)
 
-    def add(self, calls: Sequence[Laid]) -> None:
+    def add(self, calls: Sequence[Part]) -> None:
         """Take in all calls of some passes, which come after those before."""
         passes, counts = torch.unique(torch.cat([o.passes for o in calls]), return_counts=True)
         self.first = self.first if self.calls else int(passes[0])
@@ -87,11 +125,10 @@ class SoFar:
         for one in calls:
             self.nbytes += one.nbytes
             self.in_parts = self.in_parts or one.in_parts
-            self.looks.update(one.looks)
+            self.looks.update(one.summary())
 
     def node(self) -> dict[str, Any]:
-        """As it stands in the metadata."""
-        looks = self.looks
+        """As it stands in the metadata, in the form ``SO_FAR``."""
         return {
             "stored": self.stored,
             "calls": self.calls,
@@ -102,55 +139,26 @@ class SoFar:
             "most": self.most,
             "ordered": self.ordered,
             "in_parts": self.in_parts,
-            "kinds": list(looks.kinds),
-            "dtypes": list(looks.dtypes),
-            "shapes": [[*pair] for pair in looks.shapes.values()],
+            "kinds": list(self.looks.kinds),
+            "dtypes": list(self.looks.dtypes),
+            "shapes": [[*pair] for pair in self.looks.shapes.values()],
         }
 
     @classmethod
-    def parsed(cls, node: Any, stored: int) -> SoFar:
-        """What the metadata say, checked."""
-        numbers = ("calls", "bytes", "first", "last", "passes", "most")
-        node = mapping(node, "what there is so far", *numbers, *_FLAGS, "kinds", "dtypes", "shapes")
-        for flag in _FLAGS:
-            need(type(node[flag]) is bool, f"{flag!r} is neither true nor false")
-        looks = Summary(
-            dict.fromkeys(text(kind, "a kind") for kind in items(node["kinds"], "the kinds")),
-            dict.fromkeys(text(dtype, "a dtype") for dtype in items(node["dtypes"], "the dtypes")),
-            {"cpu": None} if node["dtypes"] else {},
-        )
-        for pair in items(node["shapes"], "the shapes"):
-            ends = [_sizes(shape) for shape in items(pair, "the least and the largest shape")]
-            need(len(ends) == 2, "the least and the largest shape are not two")  # noqa: PLR2004
-            low, high = ends
-            fit = len(low) == len(high)
-            need(fit, "the least and the largest shape differ in their dimensions")
+    def of(cls, node: Any) -> SoFar:
+        """What the metadata say, which have the form ``SO_FAR``."""
+        *facts, kinds, dtypes, shapes = (node[key] for key in SO_FAR)
+        devices = {"cpu": None} if dtypes else {}
+        looks = Summary(dict.fromkeys(kinds), dict.fromkeys(dtypes), devices)
+        for low, high in shapes:
+            fit = len(low) == len(high) <= MAX_DIMS
+            need(
+                fit, "the least and the largest shape differ in their dimensions, or have too many"
+            )
             looks.add_shape(low, high)
-        calls, nbytes, first, last, passes, most = (
-            integer(node[key], f"{key!r} so far") for key in numbers
-        )
-        facts = calls, nbytes, first, last, passes, most
-        return cls(stored, *facts, node["ordered"], node["in_parts"], looks)
-
-
-_FLAGS = ("ordered", "in_parts")
-
-
-def _sizes(shape: Any) -> list[int]:
-    shape = items(shape, "a shape")
-    need(len(shape) <= MAX_DIMS, f"a shape has {len(shape)} dimensions")
-    return [integer(size, "a size") for size in shape]
-
-
-@dataclass(frozen=True, slots=True)
-class Laid:
-    """The calls of one layer in one shard, as far as the ledger counts them."""
-
-    slot: Slot
-    passes: Tensor  #: (calls,)
-    nbytes: int
-    in_parts: bool  #: whether any tensor is a rank's part of a DTensor
-    looks: Summary
+        found = cls(*facts)
+        found.looks = looks
+        return found
 
 
 @dataclass(slots=True)
@@ -159,12 +167,12 @@ class Ledger:
 
     heading: Heading  #: of the last shard
     layers: dict[Slot, SoFar] = field(default_factory=dict)  #: by the end of their first calls
-    _waiting: list[Laid] = field(default_factory=list)  # in parts of passes that are not complete
+    _waiting: list[Part] = field(default_factory=list)  # in parts of passes that are not complete
     _latest: dict[Slot, int] = field(default_factory=dict)  # the last pass in a shard of this run
 
     def next(
         self,
-        laid: Iterable[Laid],
+        laid: Iterable[Part],
         committed: int,
         *,
         part_of: int | None = None,
@@ -190,7 +198,7 @@ class Ledger:
                 self._waiting.append(one)
         complete = [one for one in self._waiting if int(one.passes[0]) < committed]
         self._waiting = [one for one in self._waiting if int(one.passes[0]) >= committed]
-        counting: dict[Slot, list[Laid]] = defaultdict(list)
+        counting: dict[Slot, list[Part]] = defaultdict(list)
         for one in [*complete, *(laid if part_of is None else ())]:
             counting[one.slot].append(one)
         for slot, calls in counting.items():
@@ -205,7 +213,7 @@ class Ledger:
         )
         return self.heading
 
-    def _store(self, one: Laid) -> None:
+    def _store(self, one: Part) -> None:
         so_far = self.layers.setdefault(one.slot, SoFar())
         so_far.stored += len(one.passes)
         latest = self._latest.get(one.slot, so_far.last)

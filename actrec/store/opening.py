@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from actrec.errors import OptionError, RecordingExistsError, WriteError
 
-from . import shard
 from .description import read_description
 from .format import DESCRIPTION
 from .index import shard_name
+from .layout import write
 from .ledger import Ledger
 from .place import place
 from .rank import ANY_RUN, here
@@ -152,8 +152,8 @@ class Opening:
             self._position.ranks, time.time_ns()
         )
         heading = ledger.next((), ledger.heading.committed)
-        write = partial(shard.write, heading=heading, layers=ledger.layers, laid=())
-        self._commit(shard_name(heading.shard), write, _NOW)
+        first = partial(write, heading=heading, layers=ledger.layers)
+        self._commit(shard_name(heading.shard), first, _NOW)
         return ledger
 
     def _commit(self, name: str, write: Callable[[Writable], object], taken: str) -> None:

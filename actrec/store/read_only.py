@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from actrec._values.containers import Value
+    from actrec._values.join import How
 
 __all__ = ["ChosenLayer", "LayerOnDisk", "ReadOnlyLayer"]
 
@@ -61,14 +62,8 @@ class ReadOnlyLayer(LayerOnDisk):
         return map(self._call, range(len(self)))
 
     @override
-    def cat(self, dim: int = 0, *, release: bool = False) -> Value:
-        """Join all calls along an existing dimension. See :meth:`Layer.cat`; nothing is released."""
-        return self._join("cat", dim)
-
-    @override
-    def stack(self, dim: int = 0, *, release: bool = False) -> Value:
-        """Join all calls along a new dimension. See :meth:`Layer.stack`; nothing is released."""
-        return self._join("stack", dim)
+    def _join(self, how: How, dim: int, *, release: bool = False) -> Value:
+        return super()._join(how, dim)  # nothing is held that could be released
 
     @override
     def _of(self, calls: list[int]) -> Layer[Any]:

@@ -18,7 +18,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-from .format import MAX_DIMS, MAX_HEADER, MAX_SIZE, Defect, integer, items, mapping, need, text
+from .format import MAX_DIMS, MAX_HEADER, MAX_SIZE, Defect, need
+from .forms import checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +38,11 @@ _SIZES: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+
+
+#: What a header says, in the words of ``forms``.
+_METADATA: Final = {"header_crc32": str, "data_crc32": str, str: str}
+_ENTRY: Final = {"dtype": str, "shape": [int], "data_offsets": (int, int)}
 
 
 class Writable(Protocol):
@@ -206,16 +212,11 @@ def parse(size: int, read: Callable[[int], bytes]) -> Container:
     content = read(_LENGTH + length)[_LENGTH:]
     need(len(content) == length, "it became shorter while it was read")
     try:
-        table = mapping(json.loads(content), "the header", "__metadata__")
+        table = checked(json.loads(content), {"__metadata__": _METADATA}, "the header")
     except (ValueError, RecursionError) as error:
         message = f"the header is no JSON ({error})"
         raise Defect(message) from error
-    metadata = {
-        key: text(value, f"{key!r} in the metadata")
-        for key, value in mapping(
-            table.pop("__metadata__"), "the metadata", "header_crc32", "data_crc32"
-        ).items()
-    }
+    metadata = table.pop("__metadata__")
     _check_header(content, metadata["header_crc32"])
     extents = _extents(table, metadata["data_crc32"], _LENGTH + length, size)
     return Container(metadata, extents, size, length)
@@ -249,25 +250,14 @@ def _extents(table: dict[str, Any], checksums: str, start: int, size: int) -> di
 
 def _extent(name: str, entry: Any, checksum: str, start: int) -> Extent:
     what = f"tensor {name!r}"
-    entry = mapping(entry, what, "dtype", "shape", "data_offsets")
-    code = text(entry["dtype"], f"the dtype of {what}")
+    entry = checked(entry, _ENTRY, what)
+    code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     need(code in _SIZES, f"{what} is of the unknown dtype {code[:60]!r}")
-    shape = tuple(
-        integer(size, f"a dimension of {what}")
-        for size in items(entry["shape"], f"the shape of {what}")
-    )
     need(len(shape) <= MAX_DIMS, f"{what} has {len(shape)} dimensions")
-    offsets = items(entry["data_offsets"], f"the offsets of {what}")
-    need(len(offsets) == 2, f"{what} has {len(offsets)} offsets")  # noqa: PLR2004
-    begin, end = (integer(offset, f"an offset of {what}") for offset in offsets)
     nbytes = math.prod(shape) * _SIZES[code]
     need(nbytes <= MAX_SIZE, f"{what} has the impossible shape {list(shape)}"[:200])
-    need(
-        end - begin == nbytes,
-        f"{what} of shape {list(shape)} takes {nbytes} bytes, and its offsets span {end - begin}"[
-            :300
-        ],
-    )
+    spanned = f"takes {nbytes} bytes, and its offsets span {end - begin}"
+    need(end - begin == nbytes, f"{what} of shape {list(shape)}"[:200] + f" {spanned}")
     try:
         return Extent(code, shape, start + begin, start + end, int(checksum, 16))
     except ValueError as error:

@@ -11,11 +11,10 @@ from .description import Description, LayerInfo
 from .disk import Disk
 from .folder import Folder
 from .format import Slot
+from .layout import Call
 from .opening import Opening
 from .place import place
 from .replace import replacing
-from .shard import Call, storable
-from .values import encode
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
 
     from actrec._recordings.layer import Layer
     from actrec._recordings.recording import Recording
-    from actrec._values.containers import Value
+
+    from .format import Role
 
 __all__ = ["save"]
 
@@ -109,16 +109,17 @@ def _write(
 
 def _layers(recording: Recording[Any]) -> Iterator[tuple[Slot, Layer[Any]]]:
     """The layers, each with its place in the format."""
-    chosen = [layer for layer in recording.values() if layer.type != "added"]
-    added = [layer for layer in recording.values() if layer.type == "added"]
-    for index, layer in enumerate(chosen):
-        yield Slot("output", index, layer.name, layer.type), layer
-    for index, layer in enumerate(added, len(chosen)):
-        yield Slot("added", index, layer.name, layer.type), layer
-    for index, layer in enumerate((recording._inputs or {}).values()):
-        yield Slot("input", index, layer.name, layer.type), layer
-    for index, layer in enumerate((recording._grads or {}).values()):
-        yield Slot("gradient", index, layer.name, layer.type), layer
+    layers = sorted(recording.values(), key=lambda layer: layer.type == "added")
+    for index, layer in enumerate(layers):
+        role: Role = "added" if layer.type == "added" else "output"
+        yield Slot(role, index, layer.name, layer.type), layer
+    more: tuple[tuple[Role, Any], ...] = (
+        ("input", recording._inputs),
+        ("gradient", recording._grads),
+    )
+    for role, found in more:
+        for index, layer in enumerate((found or {}).values()):
+            yield Slot(role, index, layer.name, layer.type), layer
 
 
 def _check(layers: list[tuple[Slot, Layer[Any]]]) -> None:
@@ -126,15 +127,10 @@ def _check(layers: list[tuple[Slot, Layer[Any]]]) -> None:
     for slot, layer in layers:
         for number, value in enumerate(layer):
             try:
-                _encoded(slot, 0, value)
+                Call.of(slot, 0, value)
             except CaptureError as error:
                 message = f"save(): call {number} of {slot.name!r} cannot be stored: {error}."
                 raise CaptureError(message) from error
-
-
-def _encoded(slot: Slot, number: int, value: Value) -> Call:
-    structure, tensors = encode(value)
-    return Call(slot, number, structure, [storable(tensor) for tensor in tensors])
 
 
 def _calls(layers: list[tuple[Slot, Layer[Any]]], names: list[str]) -> Iterator[Call]:
@@ -147,4 +143,4 @@ def _calls(layers: list[tuple[Slot, Layer[Any]]], names: list[str]) -> Iterator[
     )
     for number, _, at, call in order:
         slot, layer = layers[at]
-        yield _encoded(slot, number, layer[call])
+        yield Call.of(slot, number, layer[call])

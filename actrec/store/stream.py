@@ -11,12 +11,12 @@ from actrec.errors import ActrecError, WriteError
 
 from .format import Role, Slot
 from .layers import StoredLayer
+from .layout import Call
+from .load import opened
 from .opening import Opening
 from .read_only import LayerOnDisk
-from .reader import StoredRecording, opened
+from .reader import StoredRecording
 from .runs import PassRuns
-from .shard import Call, storable
-from .values import encode
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ class Stream:
 
     def keep(self, slot: Slot, value: Value, number: int) -> Call:
         """Write a value of a pass, sooner or later; return it as it is written."""
-        structure, tensors = encode(value, parts=True)
-        call = Call(slot, number, structure, [storable(tensor) for tensor in tensors])
+        call = Call.of(slot, number, value, parts=True)
         self._writer.keep(call)
         return call
 

@@ -8,9 +8,9 @@ from actrec.errors import CorruptRecordingError
 
 from .check import shard_problems
 from .description import read_description
+from .load import opened
 from .place import place
 from .rank_folder import rank_folders, rank_number
-from .reader import opened
 
 if TYPE_CHECKING:
     import os

@@ -70,7 +70,11 @@ class WholeLayer(ReadOnlyLayer):
             key = (number, counts[owner], spreads) if spreads else index
             calls.setdefault(key, _Call(number, rank, spreads, {})).parts[rank] = index
             counts[owner] += 1
-        whole = [call for call in calls.values() if _is_whole(call)]
+        whole = [
+            call
+            for call in calls.values()
+            if all(spread.enough(call.parts) for _, spread in call.spreads)
+        ]
         return whole, len(calls) - len(whole)
 
     @property
@@ -90,9 +94,8 @@ class WholeLayer(ReadOnlyLayer):
 
     @override
     def _per_pass(self) -> tuple[int, int]:
-        counts = Counter(
-            (call.number, call.rank) for call in self._found[0]
-        )  # each rank has its own
+        # Each rank has passes of its own.
+        counts = Counter((call.number, call.rank) for call in self._found[0])
         return max(counts.values(), default=0), len(counts)
 
     @override
@@ -101,23 +104,18 @@ class WholeLayer(ReadOnlyLayer):
 
     @override
     def _call(self, index: int) -> Value:
-        return self._value(self._found[0][index])
-
-    def _value(self, call: _Call) -> Value:
-        found = self._first(call)
+        call = self._found[0][index]
+        first = self._first(call)
         spreads = dict(call.spreads)
         tensors = [
-            self._whole(found, call, number, spreads[number])
+            self._whole(call, number, spreads[number])
             if number in spreads
-            else found.shard.tensor(leaf, found.call)
-            for number, leaf in enumerate(found.group.leaves)
+            else first.shard.tensor(leaf, first.call)
+            for number, leaf in enumerate(first.group.leaves)
         ]
-        return found.group.structure.spec.fill(tensors)
+        return first.group.structure.spec.fill(tensors)
 
-    def _first(self, call: _Call) -> Found:
-        return self.recorded.find(call.parts[call.rank])
-
-    def _whole(self, first: Found, call: _Call, number: int, spread: Spread) -> Tensor:
+    def _whole(self, call: _Call, number: int, spread: Spread) -> Tensor:
         def part(rank: int) -> Tensor:
             found = self.recorded.find(call.parts[rank])
             return found.shard.tensor(found.group.leaves[number], found.call)
@@ -125,22 +123,24 @@ class WholeLayer(ReadOnlyLayer):
         try:
             return spread.whole(call.parts, part)
         except Defect as defect:
-            raise corrupt(first.shard.path, defect) from None
+            raise corrupt(self._first(call).shard.path, defect) from None
+
+    def _first(self, call: _Call) -> Found:
+        return self.recorded.find(call.parts[call.rank])
 
     def outlines(self) -> Iterator[tuple[Spec, list[Tensor]]]:
         """Yield the spec of each call and its tensors, without data: on the meta device."""
         for call in self._found[0]:
-            found = self._first(call)
+            first = self._first(call)
             shapes = {number: spread.shape for number, spread in call.spreads}
-            yield (
-                found.group.structure.spec,
-                [
-                    torch.empty(
-                        shapes.get(number, leaf.shape(found.call)), dtype=leaf.dtype, device="meta"
-                    )
-                    for number, leaf in enumerate(found.group.leaves)
-                ],
-            )
+            leaves = enumerate(first.group.leaves)
+            tensors = [
+                torch.empty(
+                    shapes.get(number, leaf.shape(first.call)), dtype=leaf.dtype, device="meta"
+                )
+                for number, leaf in leaves
+            ]
+            yield first.group.structure.spec, tensors
 
     @override
     def _summary(self) -> Summary:
@@ -157,12 +157,8 @@ class WholeLayer(ReadOnlyLayer):
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the calls whose parts do not fit together."""
-        for call in self._found[0]:
+        for index in range(len(self)):
             try:
-                self._value(call)
+                self._call(index)
             except CorruptRecordingError as error:
                 yield str(error)
-
-
-def _is_whole(call: _Call) -> bool:
-    return all(spread.enough(call.parts) for _, spread in call.spreads)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from actrec._values.memory import give_back
 from actrec.errors import WriteError
 
-from . import shard
+from . import layout
 from .format import MAX_HEADER
 from .index import shard_name
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from .folder import Folder
+    from .layout import Call
     from .ledger import Ledger
     from .place import Place
-    from .shard import Call
     from .unfinished import Unfinished
     from .upload import Upload
 
@@ -217,15 +217,16 @@ class Writer:
             self._changed.notify_all()
 
     def _write(self, batch: _Batch) -> Unfinished | Upload:
-        laid = shard.lay_out(batch.calls)
+        parts, tensors = layout.lay_out(batch.calls)
         heading = self._ledger.next(
-            laid,
+            parts,
             batch.committed,
             part_of=batch.part_of,
             raised=batch.raised,
             ended=batch.ended,
         )
-        write = partial(shard.write, heading=heading, layers=self._ledger.layers, laid=laid)
+        layers = self._ledger.layers
+        write = partial(layout.write, heading=heading, layers=layers, parts=parts, tensors=tensors)
         return self._disk.begin(shard_name(heading.shard), write)
 
     def _hand_over(self, unfinished: Unfinished | Upload, committed: int) -> None:

@@ -23,10 +23,10 @@ from actrec.store.description import Description, LayerInfo
 from actrec.store.disk import Disk
 from actrec.store.format import Slot
 from actrec.store.index import shard_name
+from actrec.store.layout import Call, lay_out, write
 from actrec.store.ledger import Ledger, SoFar
 from actrec.store.rank_folder import Rank
 from actrec.store.reader import StoredRecording
-from actrec.store.shard import Call, lay_out, write
 
 from .memory import anonymous, printed_by
 from .timing import Row
@@ -74,16 +74,16 @@ class Written(Disk):
         so_far = SoFar(before, before, 32 * before, 0, before - 1, before, 1, looks=looks)
         heading = replace(self.description.heading(0), shard=number - 1, committed=before)
         ledger = Ledger(heading, {slot: copy(so_far) for slot in self.slots} if number else {})
-        laid = lay_out(
+        parts, tensors = lay_out(
             Call(slot, before + at, '{"tensor":0}', [torch.full((2, 4), float(before + at))])
             for at in range(PASSES)
             for slot in self.slots
         )
         last = number == self.count - 1
-        heading = ledger.next(laid, before + PASSES, ended="" if last else None)
+        heading = ledger.next(parts, before + PASSES, ended="" if last else None)
         (self.path / name).unlink()
         with (self.path / name).open("wb") as file:
-            write(_File(file), heading, ledger.layers, laid)
+            write(_File(file), heading, ledger.layers, parts, tensors)
 
 
 class _File:

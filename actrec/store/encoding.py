@@ -1,0 +1,246 @@
+"""Values as JSON and tensors: a number stands in the place of every tensor. Reading them is in ``decoding.py``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import OrderedDict, UserList, deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from actrec._values.constants import is_array
+from actrec._values.dtensor import is_distributed
+from actrec._values.spec import flatten
+from actrec._values.stand_ins import Fields, qualified
+from actrec.errors import CaptureError
+
+from .constants import node_of, refused
+from .decoding import TENSOR_ALONE, TOO_DEEP, decode, may_be_set
+from .dtensor import local, spread
+from .format import DTYPES, MAX_DIMS, MAX_NODES, MAX_STRUCTURE, Defect
+
+if TYPE_CHECKING:
+    from actrec._values.constants import Constant
+    from actrec._values.containers import Container, Value
+
+__all__ = ["Encoded", "encode", "storable"]
+
+_ENTRIES: Final = 512  # bytes that a tensor takes in the header of a shard, at most
+_STORED: Final = dict(DTYPES.values())
+_TOO_LARGE: Final = "it has too many parts. Many numbers are better stored as one tensor"
+
+
+class Encoded(NamedTuple):
+    """A value as it is written."""
+
+    structure: str  #: JSON
+    tensors: list[Tensor]
+
+
+def encode(value: Value, *, parts: bool = False) -> Encoded:
+    """Return ``value`` as JSON and tensors.
+
+    Args:
+        value: what a layer returned, or the user has added.
+        parts: whether of a ``DTensor`` this rank's local shard is stored, and its placement.
+
+    Raises:
+        CaptureError: there is something in it that cannot be stored.
+    """
+    if type(value) is Tensor:
+        return Encoded(TENSOR_ALONE, [storable(value)])
+    found, spec = flatten(value, unknown=_refuse)
+    if len(spec.steps) > MAX_NODES:
+        raise CaptureError(_TOO_LARGE)
+    leaves = _leaves(found, parts=parts)
+    node = spec.fold(leaves.__getitem__, _constant, _container).content
+    structure, tensors = _numbered(node)
+    if len(structure) + _ENTRIES * len(tensors) > MAX_STRUCTURE:
+        raise CaptureError(_TOO_LARGE)
+    try:
+        decode(structure)
+    except Defect as defect:
+        message = f"it could not be read again: {defect}"
+        raise CaptureError(message) from None
+    return Encoded(structure, [storable(tensor) for tensor in tensors])
+
+
+def _numbered(node: Any) -> tuple[str, list[Tensor]]:
+    """The JSON of a node in which tensors stand for themselves, and these tensors, each once."""
+    tensors: list[Tensor] = []
+    numbers: dict[int, int] = {}
+
+    def number(tensor: Tensor) -> int:
+        if id(tensor) not in numbers:
+            numbers[id(tensor)] = len(tensors)
+            tensors.append(tensor)
+        return numbers[id(tensor)]
+
+    try:
+        structure = json.dumps(node, default=number, separators=(",", ":"), allow_nan=False)
+    except RecursionError:
+        raise CaptureError(TOO_DEEP) from None
+    return structure, tensors
+
+
+def _refuse(value: object) -> NoReturn:
+    raise refused(value)
+
+
+class _Node(NamedTuple):
+    """A node of the structure, in which tensors stand for themselves."""
+
+    content: Any
+    has_data: bool = True  # whether there is a tensor or an array in it
+
+
+# --- Tensors -----------------------------------------------------------------------------------------
+
+
+def _leaves(tensors: list[Tensor], *, parts: bool) -> list[_Node]:
+    """The nodes of the tensors of a value."""
+    nodes = []
+    meshes = set()
+    for tensor in tensors:
+        if parts and is_distributed(tensor):
+            found = spread(tensor)
+            meshes.add(found.ranks)
+            nodes.append(_Node({"dtensor": local(tensor), **found.node()}))
+        else:
+            nodes.append(_Node({"tensor": tensor}))
+    if len(meshes) > 1:
+        message = "its tensors are spread over different ranks. Let a transform take one of them"
+        raise CaptureError(message)
+    return nodes
+
+
+def storable(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` as it can be written; ``CaptureError`` if it cannot be."""
+    if type(tensor) is not Tensor and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        tensor = tensor.as_subclass(Tensor)  # without a mind of its own
+    what = _unplain(tensor)
+    if what is not None:
+        fix = "Let a transform make plain tensors of it, with to_dense() say"
+        message = f"a {what} cannot be stored. {fix}"
+        raise CaptureError(message)
+    if not tensor.is_cpu:  # pragma: no cover  # needs another device
+        tensor = tensor.cpu()
+    # Each would make another tensor, also of one that is plain already, as nearly all are.
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    return tensor
+
+
+def _unplain(tensor: Tensor) -> str | None:
+    """What a tensor is that cannot be written; ``None`` for one that can."""
+    if type(tensor) is not Tensor:
+        return type(tensor).__name__
+    if tensor.is_meta:
+        return "tensor on the meta device"
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return (
+            "nested tensor"
+            if tensor.is_nested
+            else f"{str(tensor.layout).removeprefix('torch.')} tensor"
+        )
+    if tensor.dtype not in _STORED:
+        return f"tensor of dtype {tensor.dtype}"
+    if tensor.dim() + _STORED[tensor.dtype].pair > MAX_DIMS:
+        return f"tensor of {tensor.dim()} dimensions"
+    return None
+
+
+def _constant(constant: Constant) -> _Node:
+    value = constant.value
+    return _Node(_array(value)) if is_array(value) else _Node(node_of(value), has_data=False)
+
+
+def _array(value: Any) -> dict[str, Tensor]:
+    numpy = sys.modules["numpy"]
+    if isinstance(value, numpy.ma.MaskedArray):  # or else it would come back without its mask
+        message = "a masked NumPy array cannot be stored"
+        raise CaptureError(message)
+    try:
+        tensor = torch.from_numpy(numpy.array(value))
+    except (TypeError, ValueError) as error:
+        message = f"a NumPy array of dtype {value.dtype} cannot be stored"
+        raise CaptureError(message) from error
+    return {"array" if isinstance(value, numpy.ndarray) else "scalar": tensor}
+
+
+# --- Containers --------------------------------------------------------------------------------------
+
+
+def _container(container: Container, children: list[_Node]) -> _Node:
+    many = _items(container)
+    nodes = [child.content for child in children]
+    has_data = any(child.has_data for child in children)
+    plain = None
+    if not any(child.has_data for child in children[many:]):
+        plain = _plain_node(container, nodes[:many])
+    return _Node(plain or _object_node(container, many, nodes), has_data)
+
+
+def _items(container: Container) -> int:
+    """How many of the children of a container are items as they are stored; the others are attributes."""
+    kind = container.type
+    if issubclass(kind, tuple) and not container.items:
+        return len(getattr(kind, "_fields", ()))
+    if issubclass(kind, (tuple, list, deque, UserList, Mapping)):
+        return container.items
+    # What has attributes and no items comes back as Fields, of which they are the items.
+    return len(container.keys)
+
+
+def _plain_node(container: Container, nodes: list[Any]) -> dict[str, Any] | None:
+    """The node of a sequence or a dict of Python's own; ``None`` for a container of another kind."""
+    kind = container.type
+    if issubclass(kind, tuple):
+        return _tuple_node(container, nodes)
+    if issubclass(kind, deque):
+        return {"deque": nodes, "maxlen": container.maxlen}
+    if issubclass(kind, (list, UserList)):
+        return {"list": nodes}
+    if kind is dict or kind is OrderedDict or kind.__name__ == "defaultdict":
+        pairs = [[_key(key), node] for key, node in zip(container.keys, nodes, strict=False)]
+        return {"ordered_dict" if kind is OrderedDict else "dict": pairs}
+    return None
+
+
+def _tuple_node(container: Container, nodes: list[Any]) -> dict[str, Any]:
+    kind = container.type
+    if kind is PackedSequence:
+        return {"packed_sequence": nodes}
+    if kind.__module__ == "torch.return_types":
+        return {"return_type": nodes, "name": kind.__name__}
+    if not container.items and nodes:
+        names = list(container.keys[: len(nodes)])
+        return {"named_tuple": nodes, "name": kind.__name__, "fields": names}
+    return {"tuple": nodes}
+
+
+def _object_node(container: Container, many: int, nodes: list[Any]) -> dict[str, Any]:
+    """The node of a container with attributes, which comes back as Fields."""
+    kind, keys = container.type, container.keys
+    pairs = [[_key(key), node] for key, node in zip(keys[:many], nodes[:many], strict=True)]
+    attributes = dict(zip(keys[many:], nodes[many:], strict=True))
+    name = attributes.pop("_type") if kind is Fields else qualified(kind)
+    # An attribute that no stand-in can have is left out, and its tensors with it.
+    more = [[k, n] for k, n in attributes.items() if k not in keys[:many] and may_be_set(k)]
+    return {"object": pairs, "name": name, "more": more}
+
+
+def _key(key: object) -> Any:
+    """The node of a key of a dict."""
+    tensors, spec = flatten(key, unknown=_refuse)
+    if tensors:
+        message = "a dict with a tensor for a key cannot be stored"
+        raise CaptureError(message)
+    no_tensors: list[_Node] = []
+    return spec.fold(no_tensors.__getitem__, _constant, _container).content

@@ -1,0 +1,99 @@
+"""What a file may say: the form of a value of JSON, checked before anything is made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, Final
+
+from .format import MAX_SIZE, Defect
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Maybe", "checked"]
+
+_NAMES: Final = {
+    int: f"number from 0 to {MAX_SIZE}",
+    str: "text",
+    bool: "truth value",
+    list: "list",
+    dict: "object",
+}
+_SHOWN: Final = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Maybe:
+    """What may be null."""
+
+    form: Any
+
+
+def checked(value: Any, form: Any, what: str) -> Any:
+    """Return ``value`` if it has a form, which is written as JSON with types in the place of values.
+
+    >>> checked({"name": "a", "shape": [2, 3]}, {"name": str, "shape": [int]}, "a layer")
+    {'name': 'a', 'shape': [2, 3]}
+    >>> checked({"name": "a", "shape": [2, -3]}, {"name": str, "shape": [int]}, "a layer")
+    Traceback (most recent call last):
+    actrec.store.format.Defect: a layer.shape[1] is -3, which is no number from 0 to 4611686018427387904
+
+    Args:
+        value: what was read.
+        form: a type, or ``None`` for anything. ``[form]`` is a list of any length, ``(form, form)`` a list of two,
+            ``{"key": form}`` an object with these keys and perhaps others, ``{str: form}`` one with any keys, and
+            ``Maybe(form)`` may be null.
+        what: what it is, for the message.
+
+    Raises:
+        Defect: it has another form; the message says where.
+    """
+    misfit = _misfit(value, form)
+    if misfit is not None:
+        where, why = misfit
+        message = f"{what}{where[:200]} {why}"
+        raise Defect(message)
+    return value
+
+
+def _misfit(value: Any, form: Any) -> tuple[str, str] | None:
+    """Where in a value something has another form, and why."""
+    if isinstance(form, Maybe):
+        return None if value is None else _misfit(value, form.form)
+    why = None if form is None else _why_not(value, form)
+    if why is not None:
+        return "", why
+    for key, inner in _children(value, form):
+        found = _misfit(value[key], inner)
+        if found is not None:
+            where = f".{key}" if isinstance(value, dict) else f"[{key}]"
+            return where + found[0], found[1]
+    return None
+
+
+def _why_not(value: Any, form: Any) -> str | None:
+    """Why a value does not have a form, without a look at what is in it."""
+    kind: Any = form if isinstance(form, type) else dict if isinstance(form, dict) else list
+    if type(value) is not kind or (kind is int and not 0 <= value <= MAX_SIZE):
+        shown = repr(value)
+        shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+        return f"is {shown}, which is no {_NAMES[kind]}"
+    if isinstance(form, tuple) and len(value) != len(form):
+        return f"has {len(value)} items, and should have {len(form)}"
+    if isinstance(form, dict):
+        return next(
+            (f"has no {key!r}" for key in form if key is not str and key not in value), None
+        )
+    return None
+
+
+def _children(value: Any, form: Any) -> Iterable[tuple[Any, Any]]:
+    """The keys of what is in an object or a list, each with its form."""
+    if isinstance(form, tuple):
+        return enumerate(form)
+    if isinstance(form, list):
+        return zip(range(len(value)), repeat(form[0]), strict=False)
+    if isinstance(form, dict):
+        return [(key, form[str]) for key in value] if str in form else form.items()
+    return ()

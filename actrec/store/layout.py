@@ -1,0 +1,186 @@
+"""Writing a shard: some calls of a rank become one safetensors file. Reading it is in ``shard.py``.
+
+All calls of a layer whose values have one structure, one dtype and one number of dimensions for each tensor
+are a *group*, and each tensor of a group is one tensor of the file: the elements of all calls, one behind the
+other. Beside it stand the shapes. So ten thousand small calls are three entries in the header, joining them
+again is one copy, and whoever has the safetensors library has the data.
+
+For a layer with the key ``output.00003`` the file has
+
+========================  ============  ==================  =====================================================
+``output.00003.calls``    int64         ``(calls, 2)``      for each call, its pass and its group
+``output.00003.0.1``      of the layer  any                 the elements of tensor 1 of all calls of group 0
+``….0.1.shapes``          int64         ``(calls, dims)``   the shape of that tensor in each call of the group
+========================  ============  ==================  =====================================================
+
+and the metadata say the rest: see ``docs/reference/format.md``, which is normative.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from actrec._values.memory import memory
+
+from . import safetensors
+from .decoding import decode
+from .encoding import encode
+from .format import DTYPES, VERSION, Slot
+from .part import Group, Leaf, Part
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from actrec._values.containers import Value
+
+    from .ledger import Heading, SoFar
+
+__all__ = ["Call", "lay_out", "write"]
+
+_PIECE: Final = 1 << 24  # bytes that are made contiguous at a time
+_STORED: Final = dict(DTYPES.values())
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A value that waits to be written."""
+
+    slot: Slot
+    number: int  #: of its pass
+    structure: str
+    tensors: list[Tensor]
+    size: int = 0  #: the bytes that it counts against the budget
+
+    @classmethod
+    def of(cls, slot: Slot, number: int, value: Value, *, parts: bool = False) -> Call:
+        """Return a value as it is written. See :func:`encode`."""
+        return cls(slot, number, *encode(value, parts=parts))
+
+
+# --- What the calls become -----------------------------------------------------------------------------
+
+
+def lay_out(calls: Iterable[Call]) -> tuple[list[Part], list[safetensors.Tensor]]:
+    """Sort calls, which come as they ended, into layers, by the first call of each, and these into groups.
+
+    Returns:
+        What the shard holds of each layer, without the data; and the tensors of the file.
+    """
+    by_slot: dict[Slot, list[Call]] = defaultdict(list)
+    for call in calls:
+        by_slot[call.slot].append(call)
+    parts, tensors = [], []
+    for slot, some in by_slot.items():
+        part, entries = _laid_out(slot, sorted(some, key=attrgetter("number")))
+        parts.append(part)
+        tensors += entries
+    return parts, tensors
+
+
+def _laid_out(slot: Slot, calls: list[Call]) -> tuple[Part, list[safetensors.Tensor]]:
+    alike: dict[object, list[Call]] = defaultdict(list)
+    numbers: dict[object, int] = {}
+    lines = []
+    for call in calls:
+        key = call.structure, *((tensor.dtype, tensor.dim()) for tensor in call.tensors)
+        alike[key].append(call)
+        lines.append((call.number, numbers.setdefault(key, len(numbers))))
+    table = torch.tensor(lines, dtype=torch.int64, device="cpu")
+    groups = []
+    entries = [_index(f"{slot.key}.calls", table)]
+    for number, some in enumerate(alike.values()):
+        columns = list(zip(*(call.tensors for call in some), strict=True))
+        leaves = [Leaf(column[0].dtype, _shapes(column)) for column in columns]
+        for at, (leaf, column) in enumerate(zip(leaves, columns, strict=True)):
+            name = f"{slot.key}.{number}.{at}"
+            entries += [_data(name, leaf, column), _index(f"{name}.shapes", leaf.shapes)]
+        groups.append(Group(some[0].structure, decode(some[0].structure), leaves))
+    return Part(slot, groups, *table.unbind(1)), entries
+
+
+def _shapes(column: Sequence[Tensor]) -> Tensor:
+    """The shape of one tensor in each call, ``(calls, dims)``."""
+    shapes = [list(tensor.shape) for tensor in column]
+    table = torch.tensor(shapes, dtype=torch.int64, device="cpu")
+    return table.view(len(column), column[0].dim())
+
+
+def _data(name: str, leaf: Leaf, column: Sequence[Tensor]) -> safetensors.Tensor:
+    """The elements of all calls; as rows, where all calls have rows of one shape."""
+    stored = _STORED[leaf.dtype]
+    shapes, tails = leaf.shapes, leaf.shapes[:, 1:]
+    if shapes.shape[1] and bool((tails == tails[0]).all()):
+        shape = [int(shapes[:, 0].sum()), *tails[0].tolist()]
+    else:
+        shape = [int(leaf.starts[-1])]
+    shape += [2] * stored.pair
+    size = leaf.dtype.itemsize
+    return safetensors.Tensor(
+        name, stored.code, tuple(shape), leaf.nbytes, lambda: _views(column), size
+    )
+
+
+def _index(name: str, numbers: Tensor) -> safetensors.Tensor:
+    shape = tuple(numbers.shape)
+    return safetensors.Tensor(
+        name, "I64", shape, numbers.nbytes, lambda: iter([memory(numbers)]), 8, index=True
+    )
+
+
+def _views(tensors: Iterable[Tensor]) -> Iterator[safetensors.Piece]:
+    for tensor in tensors:
+        yield from map(memory, [tensor] if tensor.is_contiguous() else _made_contiguous(tensor))
+
+
+def _made_contiguous(tensor: Tensor) -> Iterator[Tensor]:
+    """A few rows at a time, so that no second copy of a large tensor comes into being."""
+    rows = max(1, _PIECE * len(tensor) // tensor.nbytes) if tensor.nbytes else 1
+    for part in torch.split(tensor, rows):
+        yield part.contiguous()
+
+
+# --- The file ------------------------------------------------------------------------------------------
+
+
+def write(
+    file: safetensors.Writable,
+    heading: Heading,
+    layers: Mapping[Slot, SoFar],
+    parts: Sequence[Part] = (),
+    tensors: Sequence[safetensors.Tensor] = (),
+) -> None:
+    """Write a shard.
+
+    Args:
+        file: what is written to.
+        heading: what it says of itself.
+        layers: what there is of each layer with this shard, which ``heading`` counts.
+        parts: what it holds of the layers that have calls in it.
+        tensors: their tensors.
+    """
+    here = {part.slot: part for part in parts}
+    nodes = [_node(slot, so_far, here.get(slot)) for slot, so_far in layers.items()]
+    about = {"version": VERSION, **asdict(heading), "layers": nodes}
+    metadata = {"actrec": json.dumps(about, separators=(",", ":"))}
+    safetensors.write(file, metadata, tensors)
+
+
+def _node(slot: Slot, so_far: SoFar, part: Part | None) -> dict[str, Any]:
+    """What the metadata say of a layer."""
+    groups = [
+        {
+            "structure": json.loads(group.text),
+            "dtypes": [leaf.dtype_name for leaf in group.leaves],
+        }
+        for group in (part.groups if part is not None else ())
+    ]
+    before = so_far.stored - (len(part) if part is not None else 0)
+    return {**slot._asdict(), "before": before, "groups": groups, "so_far": so_far.node()}

@@ -1,0 +1,107 @@
+"""What a shard holds of one layer: its calls, sorted into groups whose values differ in their numbers and shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from actrec._values.summary import Summary
+
+if TYPE_CHECKING:
+    from .decoding import Structure
+    from .format import Slot
+
+__all__ = ["Group", "Leaf", "Part"]
+
+
+@dataclass(slots=True, eq=False)
+class Leaf:
+    """One tensor of the values of a group: the elements of all calls lie behind each other in the file."""
+
+    dtype: torch.dtype
+    shapes: Tensor  #: (calls, dims)
+    begin: int = 0  #: byte in the file
+    starts: Tensor = field(init=False)  #: (calls + 1,), the elements before each call
+
+    def __post_init__(self) -> None:
+        self.starts = torch.zeros(len(self.shapes) + 1, dtype=torch.int64, device="cpu")
+        torch.cumsum(self.shapes.prod(1), 0, out=self.starts[1:])
+
+    def shape(self, call: int) -> tuple[int, ...]:
+        """The shape of the tensor in a call."""
+        return tuple(self.shapes[call].tolist())
+
+    def extent(self, first: int, many: int = 1) -> tuple[int, int]:
+        """Where the bytes of some calls begin in the file, and how many they are."""
+        begin, end = self.starts[first].item(), self.starts[first + many].item()
+        size = self.dtype.itemsize
+        return self.begin + int(begin) * size, int(end - begin) * size
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype without ``torch.``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all calls."""
+        return self.extent(0, len(self.shapes))[1]
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """Calls of a layer that are alike."""
+
+    text: str  #: the structure as JSON, equal for equal structures
+    structure: Structure
+    leaves: list[Leaf]
+
+
+@dataclass(eq=False)
+class Part:
+    """What a shard holds of one layer. What else is said of each call has its place beside ``passes``."""
+
+    slot: Slot
+    groups: list[Group]
+    passes: Tensor  #: (calls,)
+    group: Tensor  #: (calls,), which group each call is in
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    @cached_property
+    def within(self) -> Tensor:
+        """For each call its number in its group, ``(calls,)``."""
+        order = self.group.argsort(stable=True)
+        before = torch.bincount(self.group).cumsum(0) - torch.bincount(self.group)
+        within = torch.empty_like(self.group)
+        within[order] = torch.arange(len(order), device="cpu") - before[self.group[order]]
+        return within
+
+    def place(self, call: int) -> tuple[Group, int]:
+        """In which group a call is, and its number there."""
+        return self.groups[int(self.group[call])], int(self.within[call])
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(leaf.nbytes for group in self.groups for leaf in group.leaves)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether any tensor is a rank's part of a ``DTensor``."""
+        return any(group.structure.parts for group in self.groups)
+
+    def summary(self) -> Summary:
+        """What the values look like, without the device."""
+        found = Summary()
+        for group in self.groups:
+            found.dtypes.update(dict.fromkeys(leaf.dtype_name for leaf in group.leaves))
+            for ends in (torch.amin, torch.amax):
+                shapes = [ends(leaf.shapes, 0).tolist() for leaf in group.leaves]
+                found.add_spec(group.structure.spec, shapes)
+        return found
