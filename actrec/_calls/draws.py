@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -29,23 +28,17 @@ if TYPE_CHECKING:
 
 __all__ = ["OwnDraws"]
 
-#: What draws, and takes a ``generator`` (where it is not written in Python; ``rand_like`` only in new versions).
-_WITH_GENERATOR: Final = frozenset({
+#: What may draw from the global generators. Some of it takes a ``generator``, by the version of PyTorch.
+_DRAWING: Final = PRIVATE_DRAWS | {
     "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial",
     "rrelu", "rrelu_", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_",
-    "random_", "uniform_", "rand_like", "randn_like", "randint_like",
-}) | PRIVATE_DRAWS  # fmt: skip
-
-#: What may draw from the global generators, and cannot be told otherwise.
-_GLOBAL_ONLY: Final = frozenset({
+    "random_", "uniform_", "rand_like", "randn_like", "randint_like", "kaiming_uniform_", "kaiming_normal_",
     "dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "alpha_dropout_",
     "feature_dropout", "feature_dropout_", "feature_alpha_dropout", "feature_alpha_dropout_", "native_dropout",
     "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "gumbel_softmax",
     "multi_head_attention_forward", "fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices",
-    "kaiming_uniform_", "kaiming_normal_",
-})  # fmt: skip
+}  # fmt: skip
 
-_DRAWING: Final = _WITH_GENERATOR | _GLOBAL_ONLY
 _PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
 
 
@@ -69,12 +62,11 @@ class OwnDraws(TorchFunctionMode):
         # A generator that was seeded in here, inside fork_rng(), is to be used.
         if name not in _DRAWING or self.was_seeded() or _has_generator(args, kwargs):
             return func(*args, **kwargs)
-        takes_generator = name in _WITH_GENERATOR and not isinstance(func, FunctionType)
-        if takes_generator and _PLAIN.issuperset(types):
+        if _PLAIN.issuperset(types):
             own = _own(_device(args, kwargs))
             try:
                 return func(*args, **{**kwargs, "generator": own})
-            except TypeError:  # not in this version of PyTorch, or not with these arguments
+            except TypeError:  # it takes none, in this version or with these arguments
                 pass
         with _instead_of_global(args, kwargs):
             return func(*args, **kwargs)
