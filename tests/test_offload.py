@@ -687,7 +687,7 @@ def test_what_the_writer_raises_comes_out_of_the_pass(tmp_path: Any, monkeypatch
     full = pytest.raises(WriteError, match="No space left")
     with full, record(net, ["a", "tail"], into=tmp_path / "run"):
         net(X)
-        monkeypatch.setattr("actrec.store.shard.write", broken)
+        monkeypatch.setattr("actrec.store.layout.write", broken)
         net(X)
 
 
