@@ -43,7 +43,7 @@ from actrec._calls.warnings import (
     warn_unused,
 )
 from actrec._selection.names import type_name
-from actrec._selection.queries import Choice, Query, Selection, Transform, select
+from actrec._selection.selection import Choice, Selection, select
 from actrec._values.fsdp import frees_weights
 
 from .errors import ActrecError
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from actrec._recordings.layer import Layer, V
+    from actrec._selection.queries import Query, Transform
 
     from ._recordings.layer import Role
 

@@ -23,7 +23,7 @@ from actrec import (
     UnsupportedModelError,
     record,
 )
-from actrec._selection.queries import select
+from actrec._selection.selection import select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from typing import TypeAlias
 
-    from actrec._selection.queries import Choice
+    from actrec._selection.selection import Choice
 
     from .layer import Track
     from .overflow import Overflows

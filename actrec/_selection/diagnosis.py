@@ -11,7 +11,8 @@ from actrec._text import listed, nearest
 from actrec._torch import children_of
 from actrec.errors import UnsupportedModelError
 
-from .names import glob, is_called, type_name
+from .globs import glob
+from .names import is_called, type_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

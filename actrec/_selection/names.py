@@ -6,7 +6,6 @@ A model is a tree of names over a graph of modules: one module may have several 
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter
 from functools import cached_property
@@ -20,7 +19,7 @@ from actrec._torch import children_of, is_export_guard
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["WRAPPERS", "Model", "Name", "glob", "is_called", "type_name", "upwards"]
+__all__ = ["WRAPPERS", "Model", "Name", "is_called", "type_name", "upwards"]
 
 #: Segments that wrappers add to the names of what they wrap. They have no other children.
 WRAPPERS = frozenset(
@@ -190,17 +189,3 @@ def _leaves_out_wrappers(query: str, full: str) -> bool:
     """Whether ``query`` is ``full`` less some of its segments (which the caller knows to be wrappers)."""
     segments = iter(full.split("."))
     return all(segment in segments for segment in query.split("."))
-
-
-# --- Globs ---------------------------------------------------------------------------------------------
-
-
-def glob(pattern: str) -> re.Pattern[str]:
-    """``*`` stays inside one segment; ``**`` crosses dots, and as a whole segment may also be nothing."""
-    *front, last = pattern.split(".")
-    parts = [r"(?:[^.]+\.)*" if segment == "**" else _segment(segment) + r"\." for segment in front]
-    return re.compile("".join(parts) + (".+" if last == "**" else _segment(last)))
-
-
-def _segment(text: str) -> str:
-    return ".*".join(r"[^.]*".join(map(re.escape, part.split("*"))) for part in text.split("**"))
