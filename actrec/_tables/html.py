@@ -1,11 +1,10 @@
-"""Tables for notebooks. Text is the truth, HTML its decoration.
+"""Tables as HTML, for notebooks.
 
-What is made here needs nothing else: no script, no image, no file, one small style sheet. It takes its
-colours from where it stands (text inherits, lines and shades are grey with transparency), so it follows
-light and dark themes without knowing which one is on. Where a page takes HTML or styles away, the plain
-text is left: it comes first, and only the style sheet puts the table in its place.
+The HTML is self-contained: no script, no image, no file, one small style sheet. Text inherits its colour, lines and shades
+are transparent grey, so it fits light and dark themes. The plain text comes first and is hidden by the style sheet alone:
+where a page strips HTML or styles, it is shown.
 
-Everything that comes from a model or a user goes through :func:`html.escape`.
+Everything that comes from a model or a user is escaped with :func:`html.escape`.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["as_html", "line"]
 
-#: Up to so many rows a table is flat.
+#: A table with more rows folds along the tree of its names.
 MOST_FLAT = 20
-#: A branch with fewer rows is written out in its parent.
+#: A branch with fewer rows is part of its parent.
 SMALLEST_BRANCH = 6
-#: How many rows are visible before anything is unfolded, about.
+#: So many rows of a branch are visible at once.
 MOST_OPEN = 60
 #: The columns are as wide as their widest cell, in characters, within these limits.
 NARROWEST, WIDEST = 5, 26
@@ -83,7 +82,7 @@ def _body(table: Table) -> str:
 
 
 class _Sheet:
-    """Many small tables that look like one: folds cannot stand between the rows of a table."""
+    """Makes many small tables with the same columns, since a fold cannot be inside a table."""
 
     def __init__(self, columns: Sequence[Column], rows: Sequence[Cells]) -> None:
         self.names = [column.name for column in columns]
@@ -95,10 +94,9 @@ class _Sheet:
         ]
         self.notes = [place for place, column in enumerate(columns) if column.is_note]
         self.classes = [_class(column) for column in columns]
-        self.open_rows = 0  # visible so far
 
     def framed(self, body: str) -> str:
-        """Put the head above, and limit how wide and how narrow all of it can be."""
+        """Return the head and a body, with a largest and a smallest width."""
         cells = "".join(
             f"<th{kind}>{column}</th>"
             for kind, column in zip(self.classes, self.names, strict=True)
@@ -108,7 +106,7 @@ class _Sheet:
         return f'<div style="max-width:{sum(self.widths)}ch;min-width:{narrowest}ch">{head}{body}</div>'
 
     def table(self, rows: Sequence[tuple[str, Cells]], depth: int = 0) -> str:
-        """Return rows, each with its label; of very many only the first are open."""
+        """Return rows, each with its label; those after the first ``MOST_OPEN`` are folded."""
         if not rows:
             return ""
         body = "".join(self._row(label, cells, depth) for label, cells in rows[:MOST_OPEN])
@@ -119,7 +117,7 @@ class _Sheet:
         return table + self.fold(f"{len(rest):,} more", "", self.table(rest, depth), depth)
 
     def fold(self, label: str, remark: str, body: str, depth: int, *, is_open: bool = False) -> str:
-        """Return what is visible as one line until it is unfolded."""
+        """Return a fold: one line, until it is unfolded."""
         return (
             f"<details{' open' if is_open else ''}>"
             f'<summary style="padding-left:{_indent(depth)}px">{label}{remark}</summary>{body}</details>'
@@ -140,7 +138,7 @@ _NOTE = ' class="actrec-n"'
 
 
 def _width(length: int, widest: int) -> int:
-    # Letters are narrower than the digit that CSS measures with; 3 are for the padding. (Notes are bold, in a shade.)
+    # Letters are narrower than the digit that is the unit "ch" of CSS; 3 are for the padding.
     return min(max(length - length // 12, NARROWEST), widest) + 3
 
 
@@ -155,7 +153,7 @@ def _class(column: Column) -> str:
 
 
 def _breakable(name: str) -> str:
-    """A name that is broken behind its dots and underscores, before it is broken anywhere else."""
+    """Return a name that lines preferably break after dots and underscores."""
     return escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
@@ -168,42 +166,28 @@ def _cell(kind: str, text: str) -> str:
 
 
 def _branch(node: Node, rows: dict[str, Cells], sheet: _Sheet, depth: int) -> Iterator[str]:
-    """The rows of a branch and its folds. Of branches that are alike, the first is open."""
-    met: list[object] = []
+    """Yield the rows of a branch and a fold for each branch in it, of which the first is open."""
+    is_first = True
     for has_children, group in groupby(node.children.values(), lambda child: bool(child.children)):
         children = list(group)
-        own = [(_label(child), rows[child.prefix]) for child in children if child.is_row]
         if not has_children:
-            sheet.open_rows += min(len(own), MOST_OPEN)
-            yield sheet.table(own, depth)
+            yield sheet.table([(_label(child), rows[child.prefix]) for child in children], depth)
             continue
         for child in children:
             if child.is_row:
                 yield sheet.table([(_label(child), rows[child.prefix])], depth)
-            kinds = _kinds(child, rows)
-            is_open = kinds not in met and sheet.open_rows < MOST_OPEN
-            met.append(kinds)
+            label = escape(f"{_label(child)}.*")
             body = "".join(_branch(child, rows, sheet, depth + 1))
-            yield sheet.fold(
-                escape(f"{_label(child)}.*"),
-                _remark(child, rows, sheet),
-                body,
-                depth,
-                is_open=is_open,
-            )
+            yield sheet.fold(label, _remark(child, rows, sheet), body, depth, is_open=is_first)
+            is_first = False
 
 
 def _label(node: Node) -> str:
     return shown(node.label)
 
 
-def _kinds(node: Node, rows: dict[str, Cells]) -> object:
-    """What branches have in common that repeat one another, if with other numbers: names, and the second column."""
-    return [(name[len(node.prefix) :], rows[name][1]) for name in node.names()]
-
-
 def _remark(node: Node, rows: dict[str, Cells], sheet: _Sheet) -> str:
-    """How much is in a fold, and whether something in there needs attention."""
+    """Return how many rows and notes a fold has."""
     inside = [rows[name] for name in node.names() if name != node.prefix]
     noted = sum(1 for row in inside if any(row[place] for place in sheet.notes))
     remark = f"<small>{count(len(inside), sheet.names[0])}</small>"
