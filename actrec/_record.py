@@ -98,11 +98,16 @@ def record(
     0      Conv2d      4  (16, 8, 6, 6)  float32  73.7 kB
     3      Linear      4  (16, 10)       float32   2.6 kB
 
-    The values are **exactly** what the layers returned: the ReLU above overwrites its input, and the
-    recorded output of the convolution keeps its negative numbers. The model computes what it would have
-    computed unrecorded, and when the block ends, however it ends, its hooks are as they were.
+    The recorded values are **exactly** what the layers returned: the in-place ReLU above overwrites its input, and the
+    recorded output of the convolution keeps its negative numbers. The model computes what it would have computed
+    unrecorded. When the block ends, also by an exception, the hooks are removed.
 
-    **Which layers.** ``layers`` is a query, several in a list, or ``None`` for every leaf module:
+    A CPU tensor of two dimensions or more that occupies its whole storage is shared with the model copy-on-write;
+    anything else is copied at once, and a slice never keeps a larger storage alive. Recorded tensors are normal tensors, also
+    under ``torch.inference_mode()``, and writing to them does not change the model. Containers are rebuilt; objects
+    that actrec does not take apart, such as key-value caches, become an :class:`Opaque`.
+
+    ``layers`` is a query, several in a list, or ``None`` for every leaf module:
 
     ===========================================  ====================================================
     ``"layer1.0.conv1"``                         that module, by exact name; ``""`` is the model itself
@@ -114,98 +119,67 @@ def record(
     ``{query: transform}``                       as above, each with a transform of its own
     ===========================================  ====================================================
 
-    Names may leave out what wrappers add (``module.``, ``_orig_mod.``, ``_fsdp_wrapped_module.``,
-    ``_checkpoint_wrapped_module.``, ``_forward_module.``, ``_module.``, ``base_model.model.``). The keys of the
-    recording are without it, and either name finds the layer. A module that is used under several names is recorded once, and
-    found under each of them. Where queries overlap, a layer that is spelled out goes before a pattern;
-    otherwise the first query counts.
+    Names may leave out the segments that wrappers add, such as ``module.`` and ``_orig_mod.``; the keys of the recording
+    are without them. A module with several names is recorded once and found under each of them. Where queries overlap,
+    a layer that is named or given as an object takes precedence over a pattern, otherwise the first query does.
 
     Args:
         model: any ``torch.nn.Module``. Compiled models run eagerly inside the block.
         layers: the layer queries.
         transform: ``value -> value``, applied to what a layer returns before it is copied or moved, such
-            as ``lambda t: t.mean((2, 3))``. It runs where the tensor is, without gradients, autocast and
-            inference mode, on a value of its own. What it calls in the model is not recorded. What it draws from PyTorch's
-            global generators differs from call to call and leaves the model's random numbers as they are; those of NumPy
-            and ``random`` it shares with the model. A call for which it returns ``None`` is skipped.
+            as ``lambda t: t.mean((2, 3))``. It runs on the tensor's device, without gradients, autocast and inference mode, on
+            a value that is independent of the model's. Layers that it calls are not recorded, and what it draws from PyTorch's global
+            generators leaves the random numbers of the model as they are. A call for which it returns ``None`` is skipped.
         inputs: also record what each call received, as ``acts.inputs[name][i]``: a dict from parameter
-            name to value, taken before the call runs. ``transform`` is not applied to inputs.
+            name to value, copied before the call runs. ``transform`` is not applied to inputs.
         grads: also record the gradient of the loss with respect to each value, as ``acts.grads[name][i]``:
-            nested as the value, ``None`` until ``backward()`` reaches it, in the block or after it. See
-            :attr:`Recording.grads`.
+            nested as the value is, ``None`` until ``backward()`` reaches it, in the block or after it. See
+            :attr:`Recording.grads`. Not supported when recording to a path.
         detach: ``False`` keeps the autograd graph, for losses on activations, and with it the graph's
-            memory. The values are still safe from in-place writes.
-        device: where values are kept; ``None`` leaves them where they are.
-        dtype: cast floating-point values to this dtype. Integer, bool and complex values stay. Finite values that are too
-            large for it are counted: a warning at the end and the table say how many, and ``acts.stats()`` does not take
-            them for infinities of the layer.
-        stop_early: end each forward as soon as every chosen layer has run in it (once, if it is called
-            several times): nothing behind them is computed, and the call of the model returns ``None``. A
-            forward in which one of them does not run goes on to its end and returns its result. With
-            ``grads=True`` it goes only if ``detach=False``, for a loss of what was recorded.
-        into: makes the container for the calls of a layer; anything with ``append`` will do, such as
-            ``functools.partial(collections.deque, maxlen=10)``. Or a path, or a
-            :class:`actrec.store.Folder`, which is a path with settings: the recording is written there while
-            the block runs, and never takes more memory than a budget (1 GiB); see below. The path may be the
-            URL of an object store, such as ``"s3://bucket/run"``.
-        resume: with a path: go on after the last committed pass of the recording that is there, if there is
-            one. ``acts.num_passes`` says how many passes that are.
+            memory. Values are still independent of in-place writes. ``False`` is not supported when recording to a path.
+        device: where values are kept; ``None`` leaves them on their device. From a GPU, values are copied asynchronously if
+            a self-test on that GPU has passed. A call is in its layer when its values have arrived: at the latest at the
+            end of the pass, and earlier if ``acts[name]`` is read.
+        dtype: cast floating-point values to this dtype. Integer, bool and complex values keep theirs. Finite values that overflow
+            are counted: a warning and the table say how many, and ``acts.stats()`` does not count them as infinities of the
+            layer.
+        stop_early: end each forward as soon as every chosen layer has run in it once: later layers are not computed, and
+            the call of the model returns ``None``. A forward in which one of them does not run is not ended. With
+            ``grads=True`` it needs ``detach=False``.
+        into: a factory of the container for the calls of a layer, which needs ``append``, such as
+            ``functools.partial(collections.deque, maxlen=10)``. Or a path, a URL such as ``"s3://bucket/run"``, or a
+            :class:`actrec.store.Folder`, which is a path with settings: values are written while the block runs, within a
+            budget of memory (1 GiB), and committed pass by pass. Committed passes survive a crash of the process or the machine and
+            a full disk. Under ``torchrun``, all ranks record into the same path.
+        resume: with a path: continue after the last committed pass of the recording that is there, if any.
+            ``acts.num_passes`` is the number of committed passes.
 
     Returns:
-        A context manager that yields the :class:`Recorder`, a mapping from layer name to :class:`Layer`.
-
-    **What is copied.** A tensor on the CPU that fills its memory is shared with the model copy-on-write:
-    nothing is copied unless the model writes to it. Anything else is copied at once, and never takes more
-    memory than its content: a slice does not keep the tensor that it is a slice of. Recorded values never
-    alias the model, also under ``torch.inference_mode()``, where they are normal tensors that a probe can
-    train on. Containers are rebuilt; objects that actrec does not take apart, such as key-value caches,
-    become an :class:`Opaque`.
-
-    **From a GPU.** With ``device="cpu"``, the default, a value is copied on the GPU, and moved into memory while the model
-    goes on. It is in its layer when it has arrived: at the latest when the pass ends, and inside a pass when you ask for
-    ``acts[name]``. At most 512 MiB are on their way at a time. A GPU on which the self-test of these copies fails is not
-    trusted with them: its values are moved while the model waits. :attr:`Recorder.transfers` says which way they came.
-
-    **Recording to disk.** With ``into=path`` the values are written by a thread while the model goes on, a
-    quarter of a gigabyte at a time, and read after the block, or with :func:`actrec.load`. What waits to be
-    written, and what is on its way, never exceeds a budget: where the disk is too slow, the model waits.
-    A pass is committed, all layers at once, when the next one has begun; what was committed survives
-    a crash of the process, of the machine and a full disk. If the block is left by an exception, the
-    last pass is not committed, as it may not be whole. To go on, pass ``resume=True`` and begin with the
-    batch of number ``acts.num_passes``. An error of the writer is raised once: from the next recorded
-    call, or at the end of the block. ``detach=False``, ``grads=True`` and ``acts.clear()`` do not go with
-    a path.
-
-    **Several processes.** Under ``torchrun``, every rank may record into the same path, and needs no option for it: each
-    writes a folder of its own, without a word to the others, so that ranks may record different layers and different numbers
-    of passes, or die. Of a ``DTensor``, each rank writes its part. :func:`actrec.load` reads what all of
-    them have written as one recording. Two runs into one path are refused.
-
-    **What counts as a call.** Every call of the module is one item, also of a module that is called
-    several times in a forward. What activation checkpointing recomputes is not recorded again.
-    ``Layer.passes`` says which forward a call belongs to.
+        A context manager that yields the :class:`Recorder`, a mapping from layer name to :class:`Layer`. Each call of a module
+        is one item of its layer, except for what activation checkpointing recomputes.
 
     Raises:
-        UnsupportedModelError: ``model`` is no module, or a form of one in which hooks never run.
-        SelectionError: a query matches nothing, or only containers that are never called; it names what
-            comes close. It is raised before any hook is placed.
-        TransformError: the transform raised; from the call of the model, with layer and call number. The
-            block keeps what was recorded before.
-        CaptureError: a value cannot be kept, such as one inside ``torch.func.vmap`` or while a CUDA graph is
-            captured, or cannot be stored, or not be moved.
-        RecordingExistsError: there is something at the path already; it was not touched.
-        ResumeError: what is there was recorded with other layers or options; the message says which.
-        WriteError: writing failed; what was committed stays.
+        UnsupportedModelError: ``model`` is not a module, or of a kind in which hooks never run.
+        OptionError: an argument is invalid, or not supported with another one.
+        SelectionError: a query matches nothing, or only containers that are never called; the message names close
+            matches. Like all errors above, it is raised before any hook is placed.
+        TransformError: the transform raised. Raised from the call of the model, with layer and call number; earlier calls
+            stay recorded.
+        CaptureError: a value cannot be recorded, such as one inside ``torch.func.vmap`` or while a CUDA graph is
+            captured, or cannot be stored or moved.
+        RecordingExistsError: there is something at the path already; it was not changed.
+        ResumeError: the recording at the path is of other layers or options; the message says which.
+        WriteError: writing failed; committed passes stay. Raised once, from the next recorded call or at the end of the block.
 
     Warns:
-        UnusedLayerWarning: at the end of the block, if nothing was recorded of a layer, and why that may be.
-        OverflowWarning: at the end of the block, if finite values are too large for ``dtype``.
-        MissingGradientWarning: at the end of the block, if gradients were asked for (or ``detach=False``) and
-            none can reach a layer, because nothing that it returned requires grad. From ``backward()``, if a
-            gradient is left out: the layer returned a view of what the model may have used elsewhere, and one of
-            them was written in place.
-        IncompleteLayerWarning: at the end of the block, if calls of a layer were not recorded, or perhaps not as it
-            returned them: another module was put in its place, or hooks were added to it in the middle of a forward.
+        UnusedLayerWarning: nothing was recorded of a layer; the message gives the likely cause. Like the following, at the end
+            of the block.
+        OverflowWarning: finite values overflowed in the cast to ``dtype``.
+        MissingGradientWarning: gradients were asked for, or ``detach=False``, and nothing that a layer returned requires grad.
+            From ``backward()``: a gradient is left out, because the layer returned a view of what the model may have used
+            elsewhere, and one of them was written in place.
+        IncompleteLayerWarning: calls of a layer are missing, or may differ from what it returned: the module was replaced, or
+            hooks were added to it in the middle of a forward.
     """
     if is_dynamo_compiling() or is_tracing():
         raise ActrecError(COMPILING)
