@@ -24,6 +24,9 @@ from actrec.store import (
     format as _format,
 )
 from actrec.store import (
+    held as _held,
+)
+from actrec.store import (
     layout as _layout,
 )
 from actrec.store import (
@@ -37,9 +40,6 @@ from actrec.store import (
 )
 from actrec.store import (
     stream as _live,
-)
-from actrec.store import (
-    writer as _writer,
 )
 from actrec.store.disk import Disk
 from actrec.store.format import Slot
@@ -91,7 +91,7 @@ def test_a_header_takes_little_more_than_twice_what_was_counted_for_its_calls(
     for number, value in enumerate(values):
         structure, tensors = _encoding.encode(value)
         calls.append(_layout.Call(slot, 10**6 + 2 * number, structure, tensors))
-        counted += len(structure) + _writer.OVERHEAD * len(tensors)
+        counted += len(structure) + _held.OVERHEAD * len(tensors)
     written = bytearray()
 
     class File:
@@ -208,7 +208,7 @@ def test_the_passes_of_calls_are_those_that_were_added(calls: list[int], *, orde
 def test_shards_are_read_again_that_were_cut_for_their_headers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_writer, "MAX_HEADER", 48_000)
+    monkeypatch.setattr(_held, "MAX_HEADER", 48_000)
     values = [[torch.full((1,), i) for i in range(number % 12)] for number in range(60)]
     net = nn.Identity()
     with record(net, "", into=tmp_path / "r") as acts:

@@ -40,6 +40,7 @@ from actrec._values.memory import memory
 from actrec._values.snapshot import snapshot
 from actrec.store import Folder
 from actrec.store import disk as _disk
+from actrec.store import held as _held
 from actrec.store import lock as _lock
 from actrec.store import unfinished as _unfinished
 from actrec.store import writer as _writer
@@ -298,15 +299,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     keep = _writer.Writer.keep
 
     def watch(writer: Any, call: Any) -> None:
-        before = writer._is_due
-
-        def due() -> bool:
-            seen.append((writer.used, call.size))
-            return bool(before())
-
-        writer._is_due = due
+        add = writer._held.add
+        writer._held.add = lambda call: (add(call), seen.append((writer.used, call.size)))
         keep(writer, call)
-        del writer._is_due
+        del writer._held.add
 
     monkeypatch.setattr(_writer.Writer, "keep", watch)
     return seen
@@ -397,7 +393,7 @@ def test_what_is_complete_is_committed_after_a_while_however_little_it_is(tmp_pa
 def test_very_many_calls_are_cut_into_shards_that_can_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_writer, "MAX_HEADER", 10_000)
+    monkeypatch.setattr(_held, "MAX_HEADER", 10_000)
     net = nn.Identity()
     with record(net, "", into=tmp_path / "r") as acts:
         for step in range(100):
@@ -611,18 +607,25 @@ def test_a_failed_writer_lets_go_of_the_values(
         gc.enable()
 
 
-def test_a_writer_whose_thread_has_died_does_not_make_the_model_wait_for_ever(
+def test_an_interrupt_while_calls_become_a_shard_is_told_as_a_failure_of_the_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_writer, "_PATIENCE", 0.01)
-    monkeypatch.setattr(_writer.Writer, "_run", lambda writer: None)
-    net = nn.Identity()
+    def interrupt(_: int) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    net = nn.Linear(4, 3)
     with (
-        pytest.raises(WriteError, match="the thread that writes has died"),
-        record(net, "", into=Folder(tmp_path / "r", 1, 10_000)),
+        pytest.raises(KeyboardInterrupt) as caught,
+        record(net, "", into=Folder(tmp_path / "r", shard_bytes=1)),
     ):
-        for _ in range(1000):
-            net(torch.ones(1000))
+        net(torch.ones(2, 4))
+        monkeypatch.setattr(_writer, "give_back", interrupt)
+        net(torch.ones(2, 4))
+    assert "could not be written: KeyboardInterrupt" in caught.value.__notes__[0]
+    found = load(tmp_path / "r")
+    assert (found.num_passes, found.complete) == (0, False)
+    assert actrec.verify(tmp_path / "r") == []
 
 
 def test_an_error_outside_of_the_system_reaches_the_caller_too(

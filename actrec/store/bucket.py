@@ -74,11 +74,6 @@ class Bucket:
         """The last part of the URL."""
         return str(self).rpartition("/")[2]
 
-    @property
-    def parent(self) -> str:
-        """The URL without that part."""
-        return str(self).rpartition("/")[0]
-
     def shown(self, name: str) -> str:
         """Return the URL of an object in it."""
         return self._objects.shown(name)

@@ -44,11 +44,6 @@ class Disk:
         """The last part of the path."""
         return self.path.name
 
-    @property
-    def parent(self) -> str:
-        """The path of the folder that it is in."""
-        return str(self.path.parent)
-
     def shown(self, name: str) -> str:
         """Return the path of a file in it, for a message."""
         return str(self.path / name)

@@ -70,7 +70,7 @@ class ReadOnlyLayer(LayerOnDisk):
         return ChosenLayer(self, calls)
 
     @override
-    def keep(self, value: Value, number: int) -> NoReturn:
+    def keep(self, value: Value, number: int) -> None:
         self._refuse("keep")
 
     @override

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from typing_extensions import override
 
@@ -14,17 +14,18 @@ from .layers import StoredLayer
 from .layout import Call
 from .load import opened
 from .opening import Opening
-from .read_only import LayerOnDisk
+from .read_only import ReadOnlyLayer
 from .reader import StoredRecording
 from .runs import PassRuns
 from .writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable
 
     from actrec._recordings.layer import Layer
     from actrec._recordings.passes import Moment
     from actrec._values.containers import Value
+    from actrec._values.join import How
     from actrec._values.summary import Summary
 
     from .description import Description
@@ -53,28 +54,23 @@ class Stream:
         rank, ledger = self._opening.rank, self._opening.ledger
         self._passes = passes
         self._passes.count = rank.committed
-        self._before: StoredRecording[Any] = StoredRecording(
-            self._opening.disk, [rank], only=rank.number
-        )
+        self._passes.raised.update(ledger.heading.raised)
+        self.disk = disk = self._opening.disk
+        self._before: StoredRecording[Any] = StoredRecording(disk, [rank], only=rank.number)
+        self._after: StoredRecording[Any] | None = None
         self._chosen = len(description.layers)
         self._added = [slot.name for slot in ledger.layers if slot.role == "added"]
-        self.order = (
-            self._before.execution_order
-        )  # the layers that have calls, by the first of them
-        self._stored: StoredRecording[Any] | None = None
+        #: The layers that have calls, by the first of them.
+        self.order = self._before.execution_order
         self.error: str | None = "the recorder was garbage-collected before the block ended"
         self.closed = False
-        self._passes.raised.update(ledger.heading.raised)
-        self._writer = Writer(
-            self._opening.own, ledger, folder, passes.complete, self._passes.raised
-        )
+        self._writer = Writer(self._opening.own, ledger, folder, passes.complete, passes.raised)
 
     # --- Layers ----------------------------------------------------------------------------------------
 
     def layer(self, role: Role, index: int, name: str, kind: str) -> LiveLayer:
         """Return the layer that stands for a chosen one."""
-        slot = Slot(role, index, name, kind)
-        return LiveLayer(self, slot, self._found(self._before, slot))
+        return LiveLayer(self, Slot(role, index, name, kind))
 
     def added(self, name: str) -> LiveLayer:
         """Return the layer that stands for values that are added by a name."""
@@ -93,18 +89,10 @@ class Stream:
         return call
 
     def stored(self, slot: Slot) -> StoredLayer:
-        """Return what is on the disk of a layer, after the end."""
-        if not self.closed:
-            message = (
-                f"acts[{slot.name!r}]: its values are being written to {self._opening.disk}. "
-                "Read them after the with block, or from another process with actrec.load()."
-            )
-            raise ActrecError(message)
-        if self._stored is None:
-            self._stored = opened(self._opening.disk, rank=self._opening.rank.number)
-        return self._found(self._stored, slot)
-
-    def _found(self, recording: StoredRecording[Any], slot: Slot) -> StoredLayer:
+        """Return what is on the disk of a layer: before the block and in it, what was there when it began."""
+        if self.closed and self._after is None:
+            self._after = opened(self.disk, rank=self._opening.rank.number)
+        recording = self._before if self._after is None else self._after
         return recording.layer(slot.role, slot.name) or StoredLayer(slot.name, slot.type)
 
     # --- Ending ----------------------------------------------------------------------------------------
@@ -128,25 +116,39 @@ class Stream:
         return self._writer.unseen()
 
 
-class LiveLayer(LayerOnDisk):
+class LiveLayer(ReadOnlyLayer):
     """A layer whose values go to the disk. They can be read when the block has ended."""
 
-    def __init__(self, stream: Stream, slot: Slot, before: StoredLayer) -> None:
+    def __init__(self, stream: Stream, slot: Slot) -> None:
         self.name = slot.name
         self.type = slot.type
         self._stream = stream
         self._slot = slot
-        self._before = before
+        self._before = before = stream.stored(slot)
         self._new_passes = PassRuns()
         self._bytes = before.nbytes
         self._looks = before._summary()
+        self._latest: object = None  # what the last call looked like
 
     @override
     def keep(self, value: Value, number: int) -> None:
         call = self._stream.keep(self._slot, value, number)
         self._new_passes.add(number)
         self._bytes += sum(tensor.nbytes for tensor in call.tensors)
-        self._looks.add(value)
+        look = call.structure, [(tensor.dtype, tensor.shape) for tensor in call.tensors]
+        if look != self._latest:
+            self._latest = look
+            self._looks.add(value)
+
+    @property
+    def _stored(self) -> StoredLayer:
+        if self._stream.closed:
+            return self._stream.stored(self._slot)
+        message = (
+            f"acts[{self.name!r}]: its values are being written to {self._stream.disk}. "
+            "Read them after the with block, or from another process with actrec.load()."
+        )
+        raise ActrecError(message)
 
     @property
     @override
@@ -161,17 +163,9 @@ class LiveLayer(LayerOnDisk):
             return len(self._stored)
         return len(self._before) + len(self._new_passes)
 
-    @overload
-    def __getitem__(self, index: int) -> Value: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Value]: ...
     @override
-    def __getitem__(self, index: int | slice) -> Value:
-        return self._stored[index]
-
-    @override
-    def __iter__(self) -> Iterator[Value]:
-        return iter(self._stored)
+    def _call(self, index: int) -> Value:
+        return self._stored._call(index)
 
     @override
     def _moments(self) -> list[Moment]:
@@ -182,14 +176,9 @@ class LiveLayer(LayerOnDisk):
         return self._stored._of(calls)
 
     @override
-    def cat(self, dim: int = 0, *, release: bool = False) -> Value:
-        """Join all calls along an existing dimension. See :meth:`Layer.cat`."""
-        return self._stored.cat(dim, release=release)
-
-    @override
-    def stack(self, dim: int = 0, *, release: bool = False) -> Value:
-        """Join all calls along a new dimension. See :meth:`Layer.stack`."""
-        return self._stored.stack(dim, release=release)
+    def _join(self, how: How, dim: int, *, release: bool = False) -> Value:
+        stored = self._stored
+        return stored.cat(dim) if how == "cat" else stored.stack(dim)
 
     @override
     def _summary(self) -> Summary:
@@ -207,10 +196,6 @@ class LiveLayer(LayerOnDisk):
             "run, record that part: acts.pause() records nothing."
         )
         raise ActrecError(message)
-
-    @property
-    def _stored(self) -> StoredLayer:
-        return self._stream.stored(self._slot)
 
     @override
     def __reduce__(self) -> tuple[Callable[..., StoredLayer], tuple[StoredLayer]]:

@@ -4,9 +4,7 @@ A shard counts when it has reached the disk for certain, which takes the disk as
 processor. So while the thread writes a shard, another one waits for the disk to have the shard before it.
 
 What waits counts against a budget of bytes. A call that does not fit waits until there is room, and with
-it the forward that it belongs to. A pass is committed only when no call can be added to it any more: when
-it and all passes before it have ended, and a later one has begun. A pass that is larger than a shard is
-written in parts, which count when the shard that commits the pass is there.
+it the forward that it belongs to. What becomes a shard, :class:`~actrec.store.held.Held` says.
 """
 
 from __future__ import annotations
@@ -17,19 +15,20 @@ import time
 import traceback
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from actrec._values.memory import give_back
 from actrec.errors import WriteError
 
 from . import layout
-from .format import MAX_HEADER
+from .held import OVERHEAD, Held
 from .index import shard_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterable
 
     from .folder import Folder
+    from .held import Batch
     from .layout import Call
     from .ledger import Ledger
     from .place import Place
@@ -38,21 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Writer"]
 
-#: What a tensor takes in Python's memory besides its data, and in the header of a shard besides its structure, roughly.
-OVERHEAD: Final = 1024
-_PATIENCE: Final = 1.0  # seconds between two looks whether the thread is still there
-_LONGEST: Final = 3600.0  # seconds that the thread sleeps: it may have been told to wait for ever
-
-
-class _Batch(NamedTuple):
-    """What becomes one shard."""
-
-    calls: list[Call]
-    committed: int
-    part_of: int | None = None
-    raised: tuple[int, ...] = ()
-    ended: str | None = None
-    size: int = 0
+_SHORTEST: Final = 0.1  # seconds that the thread sleeps, where calls wait for others of their pass
+_LONGEST: Final = 3600.0  # for it may have been told to wait for ever
 
 
 class Writer:
@@ -77,31 +63,29 @@ class Writer:
         self._disk = disk
         self._ledger = ledger
         self._complete = complete
-        self._raised = raised
-        self._finishing: threading.Thread | None = None
         self._budget = folder.budget
-        self._limit = min(folder.shard_bytes, max(folder.budget // 2, 1))
         self._seconds = folder.seconds
         self._finished = ledger.heading.shard + 1  # shards on the disk
         self.committed = ledger.heading.committed  # passes, on the disk
-        self._cut_at = self.committed  # and in the queue
-        self._parted: set[int] = (
-            set()
-        )  # passes of which there are parts that no shard has committed
-        self.used = 0  # bytes pending, queued or being written
-        self._pending: list[Call] = []
-        self._pending_size = 0
-        self._kinds: dict[object, int] = {}  # of pending values, with what they take in a header
-        self._queue: deque[_Batch] = deque()
+        limit = min(folder.shard_bytes, max(folder.budget // 2, 1))
+        self._held = Held(self.committed, limit, raised)
+        self._queue: deque[Batch] = deque()
+        self._away = 0  # bytes in the queue or being written
         self._writing = False
+        self._finishing: threading.Thread | None = None
         self._closed = False
-        self._error: WriteError | None = None
+        self._error: WriteError | None = None  # until it is raised
         self._failed = False
         self._changed = threading.Condition(threading.RLock())
         self._last_cut = time.monotonic()
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="actrec-writer", daemon=True)
         self._thread.start()
+
+    @property
+    def used(self) -> int:
+        """The bytes that wait or are on their way."""
+        return self._held.size + self._away
 
     # --- Taking calls ----------------------------------------------------------------------------------
 
@@ -111,73 +95,47 @@ class Writer:
         Raises:
             WriteError: the writer has failed. Raised once; after that, calls are dropped.
         """
+        tensors = sum(tensor.nbytes for tensor in call.tensors)
+        call.size = tensors + len(call.structure) + OVERHEAD * (1 + len(call.tensors))
         with self._changed:
-            self._check()
+            self._raise()
+            while self.used and self.used + call.size > self._budget and not self._failed:
+                self._make_room()
             if self._failed or self._closed:
                 return
-            tensors = sum(tensor.nbytes for tensor in call.tensors)
-            call.size = tensors + len(call.structure) + OVERHEAD * (1 + len(call.tensors))
-            while self.used and self.used + call.size > self._budget:
-                self._make_room()
-            if not self._pending:
+            if not self._held:
                 self._changed.notify_all()  # the thread looks at the clock from now on
-            self._pending.append(call)
-            self.used += call.size
-            self._pending_size += call.size
-            kind = call.slot, call.structure, *(tensor.dim() for tensor in call.tensors)
-            self._kinds[kind] = len(call.structure) + OVERHEAD * len(call.tensors)
-            if self._is_due():
-                self._cut(self._complete(), everything=self._is_full())
+            self._held.add(call)
+            if self._held.is_full():
+                self._cut(self._held.everything(self._complete()))
+            elif time.monotonic() - self._last_cut >= self._seconds:
+                self._cut(self._held.whole(self._complete()))
 
-    def _check(self) -> None:
-        error, self._error = self._error, None
+    def _raise(self) -> None:
+        error = self.unseen()
         if error is not None:
             raise error
 
     def _make_room(self) -> None:
         if not self._queue and not self._writing:
-            self._cut(self._complete(), everything=True)
-        self._changed.wait(_PATIENCE)
-        if not self._thread.is_alive() and not self._failed:
-            self._fail(RuntimeError("the thread that writes has died"))
-        self._check()
+            self._cut(self._held.everything(self._complete()))
+        self._changed.wait(1.0)  # or else Windows would not let an interrupt through
+        self._raise()
 
-    def _is_full(self) -> bool:
-        # A kind of value has entries in the header of a shard, however many values there are of it.
-        full = len(self._kinds) > 1 and sum(self._kinds.values()) >= MAX_HEADER // 4
-        return self._pending_size >= self._limit or full
-
-    def _is_due(self) -> bool:
-        return self._is_full() or time.monotonic() - self._last_cut >= self._seconds
-
-    def _cut(self, complete: int, *, everything: bool) -> None:
-        """Queue what is complete as a shard and, of ``everything``, each pass that is not as a part."""
-        complete = max(complete, self._cut_at)
-        done = [call for call in self._pending if call.number < complete]
-        rest = [call for call in self._pending if call.number >= complete]
-        if done or any(number < complete for number in self._parted):
-            self._commit(done, complete)
-        if everything and sum(call.size for call in rest) >= (0 if not done else self._limit):
-            for number in sorted({call.number for call in rest}):
-                part = [call for call in rest if call.number == number]
-                self._enqueue(_Batch(part, self._cut_at, part_of=number))
-                self._parted.add(number)
-            rest = []
-        self._pending = rest
-        self._pending_size = sum(call.size for call in rest)
-        self._kinds.clear()
+    def _cut(self, batches: Iterable[Batch]) -> None:
+        try:
+            for batch in batches:
+                self._enqueue(batch)
+        except BaseException as error:  # an interrupt, by which a batch may be lost
+            self._fail(error)
+            raise
         self._last_cut = time.monotonic()
 
-    def _commit(self, calls: list[Call], complete: int, ended: str | None = None) -> None:
-        raised = sorted(one for one in list(self._raised) if self._cut_at <= one < complete)
-        self._cut_at = complete
-        self._parted = {number for number in self._parted if number >= complete}
-        self._enqueue(_Batch(calls, complete, raised=tuple(raised), ended=ended))
-
-    def _enqueue(self, batch: _Batch) -> None:
-        size = sum(call.size for call in batch.calls)
+    def _enqueue(self, batch: Batch) -> None:
+        size = batch.size
         give_back(size)
-        self._queue.append(batch._replace(size=size))
+        self._away += size
+        self._queue.append(batch)
         self._changed.notify_all()
 
     # --- Writing ---------------------------------------------------------------------------------------
@@ -198,25 +156,25 @@ class Writer:
             self._fail(error)
         self._settle()
 
-    def _next(self) -> _Batch | None:
+    def _next(self) -> Batch | None:
         with self._changed:
             while not self._queue and not self._closed and not self._failed:
                 wait = self._last_cut + self._seconds - time.monotonic()
-                if self._pending and wait <= 0:
-                    self._cut(self._complete(), everything=False)
+                if self._held and wait <= 0:
+                    self._cut(self._held.whole(self._complete()))
                 if not self._queue:
-                    wait = min(max(wait, _PATIENCE / 10), _LONGEST)
-                    self._changed.wait(wait if self._pending else None)
+                    wait = min(max(wait, _SHORTEST), _LONGEST)
+                    self._changed.wait(wait if self._held else None)
             self._writing = bool(self._queue)
             return self._queue.popleft() if self._queue else None
 
     def _written(self, size: int) -> None:
         with self._changed:
-            self.used = max(self.used - size, 0)
+            self._away = max(self._away - size, 0)
             self._writing = False
             self._changed.notify_all()
 
-    def _write(self, batch: _Batch) -> Unfinished | Upload:
+    def _write(self, batch: Batch) -> Unfinished | Upload:
         parts, tensors = layout.lay_out(batch.calls)
         heading = self._ledger.next(
             parts,
@@ -264,15 +222,14 @@ class Writer:
                 else "record(..., resume=True) goes on after them."
             )
             failure = WriteError(
-                f"recording into {self._disk.parent}: {shard_name(self._finished)} could not be written: {error}. "
+                f"{self._disk.shown(shard_name(self._finished))} could not be written: {str(error) or type(error).__name__}. "
                 f"The {self.committed} passes that were committed are safe. {what_now}"
             )
             failure.__cause__ = error
             self._error, self._failed = failure, True
             self._queue.clear()
-            self._pending.clear()
-            self._kinds.clear()
-            self.used = 0
+            self._held.clear()
+            self._away = 0
             self._writing = False
             self._changed.notify_all()
 
@@ -287,19 +244,13 @@ class Writer:
             return
         with self._changed:
             if not self._closed:
-                self._close(max(passes, self._cut_at), error or "")
+                self._closed = True
+                if not self._failed:
+                    self._enqueue(self._held.close(passes, error or ""))
+                self._changed.notify_all()
         if threading.current_thread() in {self._thread, self._finishing}:
             return  # it collects garbage, a dropped block among it: it cannot wait for itself
         self._thread.join()
-
-    def _close(self, passes: int, ended: str) -> None:
-        if not self._failed:
-            done = [call for call in self._pending if call.number < passes]
-            self._commit(done, passes, ended)
-        self.used -= sum(call.size for call in self._pending if call.number >= passes)
-        self._pending.clear()
-        self._closed = True
-        self._changed.notify_all()
 
     def unseen(self) -> WriteError | None:
         """Return the error that no call has raised; from then on it counts as seen."""

@@ -1,0 +1,111 @@
+"""The calls that wait for a shard, by pass: a pass is held back until it is whole.
+
+It is whole when no call can be added to it any more: when it and all passes before it have ended, and a later one has
+begun. A pass for which there is no room is handed out in parts, which count when the shard that commits the pass is there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from .format import MAX_HEADER
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+
+    from .layout import Call
+
+__all__ = ["OVERHEAD", "Batch", "Held"]
+
+#: What a tensor takes in Python's memory besides its data, and in the header of a shard besides its structure, roughly.
+OVERHEAD: Final = 1024
+
+
+class Batch(NamedTuple):
+    """What becomes one shard."""
+
+    calls: list[Call]
+    committed: int  # with this shard, the passes before this number are complete
+    part_of: int | None = None  # the pass that all calls are of, if it is not
+    raised: tuple[int, ...] = ()  # the passes that raised, of those that it commits
+    ended: str | None = None  # how the run ended
+
+    @property
+    def size(self) -> int:
+        """The bytes that it counts against the budget."""
+        return sum(call.size for call in self.calls)
+
+
+class Held:
+    """Calls by pass.
+
+    Args:
+        committed: the number of passes that are committed.
+        limit: about how many bytes become a shard.
+        raised: the passes that raised; it grows.
+    """
+
+    def __init__(self, committed: int, limit: int, raised: Collection[int]) -> None:
+        self.size = 0
+        self.committed = committed  # passes, with what was handed out
+        self._limit = limit
+        self._raised = raised
+        self._passes: dict[int, list[Call]] = {}
+        self._parted: set[int] = set()  # passes of which parts were handed out
+        self._kinds: dict[object, int] = {}  # of values, with what they take in a header
+
+    def __bool__(self) -> bool:
+        return bool(self._passes)
+
+    def add(self, call: Call) -> None:
+        """Take a call."""
+        self._passes.setdefault(call.number, []).append(call)
+        self.size += call.size
+        kind = call.slot, call.structure, *(tensor.dim() for tensor in call.tensors)
+        self._kinds[kind] = len(call.structure) + OVERHEAD * len(call.tensors)
+
+    def is_full(self) -> bool:
+        """Whether there is as much as a shard should hold."""
+        # A kind of value has entries in the header of a shard, however many values there are of it.
+        full = len(self._kinds) > 1 and sum(self._kinds.values()) >= MAX_HEADER // 4
+        return self.size >= self._limit or full
+
+    def whole(self, complete: int) -> Iterator[Batch]:
+        """Hand out the passes before ``complete``, if there is anything to commit."""
+        complete = max(complete, self.committed)
+        if any(number < complete for number in (*self._passes, *self._parted)):
+            yield self._commit(complete)
+
+    def everything(self, complete: int) -> Iterator[Batch]:
+        """Hand out the passes before ``complete``, and the others in parts, unless that has made room enough."""
+        many = 0
+        for batch in self.whole(complete):
+            many = self._limit
+            yield batch
+        if self.size >= many:
+            for number in sorted(self._passes):
+                self._parted.add(number)
+                yield Batch(self._take([number]), self.committed, part_of=number)
+
+    def close(self, passes: int, ended: str) -> Batch:
+        """Hand out the passes before ``passes``, for the last shard, and forget the others."""
+        batch = self._commit(max(passes, self.committed), ended)
+        self.clear()
+        return batch
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        self._take(list(self._passes))
+
+    def _commit(self, complete: int, ended: str | None = None) -> Batch:
+        raised = sorted(one for one in list(self._raised) if self.committed <= one < complete)
+        self.committed = complete
+        self._parted = {number for number in self._parted if number >= complete}
+        calls = self._take([number for number in self._passes if number < complete])
+        return Batch(calls, complete, None, tuple(raised), ended)
+
+    def _take(self, numbers: Iterable[int]) -> list[Call]:
+        calls = [call for number in numbers for call in self._passes.pop(number)]
+        self.size -= sum(call.size for call in calls)
+        self._kinds.clear()
+        return calls
