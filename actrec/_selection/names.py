@@ -65,25 +65,19 @@ class Name(NamedTuple):
 _MOST_NAMES = 256
 
 
-def _walk(root: nn.Module) -> list[Name]:
+def _walk(name: Name, met: Counter[int], above: set[int]) -> Iterator[Name]:
     """The paths to every module, in the order of ``named_modules()``, without going in circles.
 
     Where modules are registered in several others, and those in several others, a model has exponentially many paths.
     """
-    names: list[Name] = []
-    _visit(Name("", "", root), names, Counter(), set())
-    return names
-
-
-def _visit(name: Name, names: list[Name], met: Counter[int], above: set[int]) -> None:
-    names.append(name)
+    yield name
     children, identity = children_of(name.module), id(name.module)
     if children and met[identity] < _MOST_NAMES:
         met[identity] += 1
         above.add(identity)
         for segment, child in children.items():
             if child is not None and id(child) not in above:
-                _visit(_child(name, segment, child), names, met, above)
+                yield from _walk(_child(name, segment, child), met, above)
         above.discard(identity)
 
 
@@ -142,7 +136,7 @@ class Model:
 
     def __init__(self, model: nn.Module) -> None:
         self.type = type_name(model)
-        self.names = _walk(model)
+        self.names = list(_walk(Name("", "", model), Counter(), set()))
         self.by_full = {name.full: name for name in self.names}
         self.of: dict[int, list[Name]] = {}
         for name in self.names:
@@ -161,10 +155,10 @@ class Model:
         """The module of that name, where wrapper segments may be left out."""
         if query in self.by_full:
             return self.by_full[query]
-        candidates: list[Name] = self.by_short.get(query, [])
-        for name in candidates + self.by_short.get(_stripped(query), []):
-            if query == name.short or _leaves_out_wrappers(query, name.full):
-                return name
+        for short in (query, _stripped(query)):
+            for name in self.by_short.get(short, []):
+                if _leaves_out_wrappers(query, name.full):
+                    return name
         return self._at(query)
 
     def _at(self, full: str) -> Name | None:

@@ -1,4 +1,4 @@
-"""What the calls of a layer look like, all together: types, dtypes, devices and shapes. Tables are made of it.
+"""What the calls of a layer have in common: types, dtypes, devices and the range of their shapes, for tables.
 
 A summary is as large as the differences between the calls, however many there are, and reads no element of a tensor.
 """
@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
-from torch import Tensor
 
 from actrec._text import shown
 
-from .spec import TENSOR, flatten
+from .spec import flatten
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
 
     from .containers import Value
     from .spec import Spec
@@ -59,13 +60,11 @@ class Summary:
     dtypes: dict[str, None] = field(default_factory=dict)
     devices: dict[str, None] = field(default_factory=dict)
     #: The least and the largest shape, by the names among the sizes (``None`` for a number).
-    shapes: dict[tuple[str | None, ...], tuple[list[Size], list[Size]]] = field(
-        default_factory=dict
-    )
+    shapes: dict[tuple[str | None, ...], tuple[list[Any], list[Any]]] = field(default_factory=dict)
 
     def add(self, value: Value) -> None:
         """Take in a value."""
-        tensors, spec = ([value], TENSOR) if type(value) is Tensor else flatten(value)
+        tensors, spec = flatten(value)
         self.add_spec(spec, [shape_of(t) for t in tensors])
         for tensor in tensors:
             self.dtypes[dtype_name(tensor)] = None
@@ -73,8 +72,9 @@ class Summary:
 
     def add_spec(self, spec: Spec, shapes: Sequence[Sequence[Size]]) -> None:
         """Take in the structure of a value, and the shapes of its tensors."""
-        self._add_kind(spec.kind)
-        if not spec.kind:
+        kind = spec.kind
+        self._add_kind(kind)
+        if not kind:
             self.add_shape(shapes[0], shapes[0])
 
     def _add_kind(self, kind: str) -> None:
@@ -88,8 +88,10 @@ class Summary:
         if known is None:
             self.shapes[names] = list(low), list(high)
         else:
-            known[0][:] = map(_min, known[0], low)
-            known[1][:] = map(_max, known[1], high)
+            known[0][:] = map(
+                min, known[0], low
+            )  # names are equal, and the least and the largest, too
+            known[1][:] = map(max, known[1], high)
 
     def update(self, other: Summary) -> None:
         """Take in what another summary has."""
@@ -116,14 +118,6 @@ class Summary:
 
 
 _SHOWN: Final = 3
-
-
-def _min(a: Any, b: Any) -> Any:
-    return a if isinstance(a, str) else min(a, b)
-
-
-def _max(a: Any, b: Any) -> Any:
-    return a if isinstance(a, str) else max(a, b)
 
 
 def _range(low: Iterable[Size], high: Iterable[Size]) -> str:
