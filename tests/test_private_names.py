@@ -112,7 +112,7 @@ def test_every_private_name_that_is_asked_for_is_one_that_pytorch_has() -> None:
     for name, function in vars(_torch).items():
         is_fallback = getattr(function, "__name__", "") == "<lambda>"
         assert not is_fallback, name
-    assert _torch.InferenceMode is not torch.inference_mode
+    assert _torch.InferenceMode is not _torch.PublicInferenceMode
     assert _torch.backward_number is not _torch.recomputing_number
 
 
@@ -179,10 +179,15 @@ def test_the_parts_of_a_sparse_tensor_that_is_not_coalesced() -> None:
 # --- Modes -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [_torch.InferenceMode, torch.inference_mode])
-def test_a_guard_ends_inference_mode(mode: Any) -> None:
+@pytest.mark.parametrize("kind", [_torch.InferenceMode, _torch.PublicInferenceMode])
+def test_a_guard_ends_inference_mode_while_it_lives(kind: Any) -> None:
+    off = False
     with torch.inference_mode():
-        with mode(False):
+        guard = kind(off)
+        assert not torch.ones(2).is_inference()
+        del guard
+        assert torch.ones(2).is_inference()
+        with kind(off):
             assert not torch.ones(2).is_inference()
         assert torch.ones(2).is_inference()
 

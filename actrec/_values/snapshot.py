@@ -66,16 +66,18 @@ def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tens
     leaves the other as it was. With ``detach=False`` it is part of the autograd graph. With ``share=False``
     it is a clone, for models of which :func:`frees_weights` is true.
     """
-    if torch.is_inference_mode_enabled():
-        with normal_mode():
-            return snapshot(tensor, detach=detach, share=share)
-    if detach and (tensor.requires_grad or type(tensor) is not Tensor):
-        tensor = tensor.detach() if type(tensor) is Tensor else detached(tensor)
-    if not share:
-        refuse_freed(tensor)
-        return _clone(tensor)
-    copy = twin(tensor)
-    return _clone(tensor) if copy is None else copy
+    # The mode ends when this is made, until it is gone; "with" would only add time.
+    guard = normal_mode() if torch.is_inference_mode_enabled() else None
+    try:
+        if detach and (tensor.requires_grad or type(tensor) is not Tensor):
+            tensor = tensor.detach() if type(tensor) is Tensor else detached(tensor)
+        if not share:
+            refuse_freed(tensor)
+            return _clone(tensor)
+        copy = twin(tensor)
+        return _clone(tensor) if copy is None else copy
+    finally:
+        del guard
 
 
 def _clone(tensor: Tensor) -> Tensor:
