@@ -268,9 +268,10 @@ def test_a_subclass_without_a_mind_of_its_own_comes_back_as_the_tensor_that_it_i
     assert same(found, torch.ones(2, 3))
 
 
-def test_values_nested_too_deep_are_refused() -> None:
+@pytest.mark.parametrize("depth", [70, 20_000])
+def test_values_nested_too_deep_are_refused(depth: int) -> None:
     value: Any = torch.ones(1)
-    for _ in range(70):
+    for _ in range(depth):
         value = [value]
     with pytest.raises(CaptureError, match="nested more than 64 deep"):
         _encoding.encode(value)

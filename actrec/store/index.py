@@ -85,16 +85,15 @@ class Index:
             last = self.shard(self.count - 1)
             self.heading = last.heading
             self.layers = {listed.slot: listed.so_far for listed in last.layers.values()}
-        self._skips = cache(self._find_skips)
 
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._open: dict[
-            int, tuple[Shard, int]
-        ] = {}  # with its bytes; the one used last is the last
+        # Each with its bytes. The one that was used last is the last.
+        self._open: dict[int, tuple[Shard, int]] = {}
         self._held = 0
         self._latest: dict[tuple[Role, str], int] = {}  # the shard in which the last call was found
+        self._skips = cache(self._find_skips)
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -103,7 +102,6 @@ class Index:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._skips = cache(self._find_skips)
         self._begin()
 
     def shard(self, number: int) -> Shard:

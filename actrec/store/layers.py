@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .format import Role
     from .index import Found
     from .ledger import SoFar
-    from .part import Group, Leaf, Part
+    from .part import Part
     from .rank_folder import Rank
     from .shard import Shard
 
@@ -133,71 +134,39 @@ class StoredLayer(ReadOnlyLayer):
 
     @override
     def _join(self, how: How, dim: int, *, release: bool = False) -> Value:
-        columns = self._columns(new=how == "stack") if dim == 0 and self._order is None else []
-        if not columns:
+        new = how == "stack"
+        results = self._room(new=new) if dim == 0 and self._order is None else []
+        if not results:
             return super()._join(how, dim)
+        rest = list(results)
         for shard, part in self._read():
-            for column, leaf in zip(columns, part.groups[0].leaves, strict=True):
-                column.read(shard, leaf)
-        _, part = next(self._read())
-        return part.groups[0].structure.spec.fill([column.rows for column in columns])
+            for at, leaf in enumerate(part.groups[0].leaves):
+                many = leaf.count(new=new)
+                shard.read_into(leaf.begin, rest[at][:many])
+                rest[at] = rest[at][many:]
+        return part.groups[0].structure.spec.fill(results)
 
-    def _columns(self, *, new: bool) -> list[_Column]:
-        """The tensors of all calls, to be joined by copying bytes; none where that is not possible."""
-        first: Group | None = None
-        columns: list[_Column] = []
+    def _room(self, *, new: bool) -> list[Tensor]:
+        """Memory for the tensors of all calls, joined; none where that takes more than copying bytes."""
+        known: tuple[str, list[tuple[torch.dtype, list[int] | None]]] | None = None
+        counts: Counter[int] = Counter()
         for _, part in self._read():
             group, *others = part.groups
-            if first is None:
-                first = group
-                columns = [_Column(leaf, new=new) for leaf in group.leaves]
-            same = not others and group.text == first.text and group.structure.joins
-            if not same or not all(map(_Column.add, columns, group.leaves)):
+            rows = [leaf.row(new=new) for leaf in group.leaves]
+            look = (
+                group.text,
+                [(leaf.dtype, row) for leaf, row in zip(group.leaves, rows, strict=True)],
+            )
+            known = known or look
+            if others or look != known or None in rows or not group.structure.joins:
                 return []
-        return columns
+            for at, leaf in enumerate(group.leaves):
+                counts[at] += leaf.count(new=new)
+        kinds = known[1] if known else []
+        return [
+            torch.empty((counts[at], *(shape or ())), dtype=dtype, device="cpu")
+            for at, (dtype, shape) in enumerate(kinds)
+        ]
 
     def _read(self) -> Iterator[tuple[Shard, Part]]:
         return chain.from_iterable(source.parts() for source in self._sources)
-
-
-class _Column:
-    """One tensor of the values of a layer, joined: the rows of all calls, one behind the other.
-
-    Args:
-        like: this tensor in the first shard.
-        new: whether each call is a row of a new dimension.
-    """
-
-    def __init__(self, like: Leaf, *, new: bool) -> None:
-        self._dtype = like.dtype
-        self._new = new
-        self._shape = self._sizes(like)[0] if like.shapes.shape[1] or new else None
-        self._many = 0
-        self._filled = 0
-
-    def _sizes(self, leaf: Leaf) -> Tensor:
-        return leaf.shapes if self._new else leaf.shapes[:, 1:]
-
-    def _rows_of(self, leaf: Leaf) -> int:
-        return len(leaf.shapes) if self._new else int(leaf.shapes[:, 0].sum())
-
-    def add(self, leaf: Leaf) -> bool:
-        """Count the rows that a shard has, and return whether they are of one shape and dtype with those before."""
-        sizes = self._sizes(leaf)
-        if self._shape is None or leaf.dtype != self._dtype or sizes.shape[1:] != self._shape.shape:
-            return False
-        self._many += self._rows_of(leaf)
-        return bool((sizes == self._shape).all())
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """All rows."""
-        assert self._shape is not None  # noqa: S101  # or else they cannot be joined
-        shape = (self._many, *self._shape.tolist())
-        return torch.empty(shape, dtype=self._dtype, device="cpu")
-
-    def read(self, shard: Shard, leaf: Leaf) -> None:
-        """Read the rows that a shard has."""
-        end = self._filled + self._rows_of(leaf)
-        shard.read_into(leaf.begin, self.rows[self._filled : end])
-        self._filled = end

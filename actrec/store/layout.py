@@ -116,11 +116,8 @@ def _shapes(column: Sequence[Tensor]) -> Tensor:
 def _data(name: str, leaf: Leaf, column: Sequence[Tensor]) -> safetensors.Tensor:
     """The elements of all calls; as rows, where all calls have rows of one shape."""
     stored = _STORED[leaf.dtype]
-    shapes, tails = leaf.shapes, leaf.shapes[:, 1:]
-    if shapes.shape[1] and bool((tails == tails[0]).all()):
-        shape = [int(shapes[:, 0].sum()), *tails[0].tolist()]
-    else:
-        shape = [int(leaf.starts[-1])]
+    row = leaf.row(new=False)
+    shape = [int(leaf.starts[-1])] if row is None else [leaf.count(new=False), *row]
     shape += [2] * stored.pair
     size = leaf.dtype.itemsize
     return safetensors.Tensor(

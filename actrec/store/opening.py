@@ -62,7 +62,9 @@ class Opening:
             self._check_named()
         self._check_path()
         if not resume:
-            self._check_new(position.run)
+            if is_described(self.own):
+                raise self._taken(_DONE, _GO_ON)
+            self._check_others(position.run)
         self.own.make()
         try:
             self.lock = self.own.lock()
@@ -97,14 +99,8 @@ class Opening:
             why = f"that folder has other things in it ({names[0][:60]!r})"
             raise self._taken(why)
 
-    def _check_new(self, run: str | None) -> None:
-        """Check that this rank has not recorded yet, and that all others which have are of the same run."""
-        if is_described(self.own):
-            why = "there is a recording already"
-            raise self._taken(why, _GO_ON)
-        self._check_others(run)
-
     def _check_others(self, run: str | None) -> None:
+        """Check that all other ranks that have recorded there are of the same run."""
         for other in self._others():
             if other.recording != run:
                 many = "a single process" if other.ranks == 1 else f"a run of {other.ranks} ranks"
@@ -115,9 +111,8 @@ class Opening:
         """What other ranks record there."""
         for folder in rank_folders(self.disk):
             if folder.name != self.own.name and is_described(folder):
-                with suppress(
-                    FileNotFoundError
-                ):  # a run that has just begun, and takes it back for another
+                # A run that has just begun may take its description back for another one.
+                with suppress(FileNotFoundError):
                     yield read_description(folder)
 
     # --- Beginning -------------------------------------------------------------------------------------
@@ -169,6 +164,7 @@ class Opening:
         return RecordingExistsError(f"{self._call}: {why}. {what_to_do}")
 
 
+_DONE = "there is a recording already"
 _BEGUN = "another run has just begun there"
 _NOW = "another run is recording there now"
 _GO_ON = "Go on with it: record(..., resume=True); or delete it, or choose another path."

@@ -41,6 +41,16 @@ class Leaf:
         size = self.dtype.itemsize
         return self.begin + int(begin) * size, int(end - begin) * size
 
+    def row(self, *, new: bool) -> list[int] | None:
+        """The shape of a row, a call if there is a ``new`` dimension of calls; ``None`` if there are several, or no rows."""
+        shapes = self.shapes if new else self.shapes[:, 1:]
+        alike = (new or self.shapes.shape[1]) and bool((shapes == shapes[0]).all())
+        return shapes[0].tolist() if alike else None
+
+    def count(self, *, new: bool) -> int:
+        """How many rows all calls have."""
+        return len(self.shapes) if new else int(self.shapes[:, 0].sum())
+
     @property
     def dtype_name(self) -> str:
         """The dtype without ``torch.``."""
