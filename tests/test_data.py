@@ -202,7 +202,7 @@ def test_a_number_too_many_is_an_index_error_so_that_iterating_ends(cases: Any) 
     wanted[[3, 9]] = True
     for mask in (wanted, wanted.numpy(), wanted.tolist()):
         assert dataset[mask].tolist() == [3, 9]
-        with pytest.raises(IndexError, match="34 answers for 35 rows"):
+        with pytest.raises(IndexError, match="the mask has 34 elements, and there are 35 rows"):
             dataset[mask[:34]]
     for index in (2.7, [0.0, 1.5], torch.tensor([1.5]), "label", None, [None]):
         with pytest.raises(TypeError, match="rows are numbered by integers"):
@@ -368,8 +368,8 @@ z = torch.zeros
 A = [z(4, 3), z(4, 3)]
 REFUSED: dict[str, tuple[Any, list[Any], dict[str, Any], type[Exception], str]] = {
     "none": ({"a": A}, [], {}, OptionError, r"no layer was named. rows\(recording, ''\), say"),
-    "number": ({"a": A}, [3], {}, OptionError, "3 is no layer. Give the name of one"),
-    "nothing": ({"a": A}, [()], {}, OptionError, r"\(\) is no layer. Give the name of one"),
+    "number": ({"a": A}, [3], {}, OptionError, "3 is not a layer. Give the name of one"),
+    "nothing": ({"a": A}, [()], {}, OptionError, r"\(\) is not a layer. Give the name of one"),
     "calls": ({"a": A, "b": A[:1]}, ["a", "b"], {}, AlignmentError, "'a' has 2, 'b' has 1, and call 1 is in pass 1 of 'a' and missing of 'b'"),
     "rows": ({"a": A, "b": [z(4), z(5)]}, ["a", "b"], {}, AlignmentError, r"call 1 \(pass 1\) of 'b' has shape \(5,\).* those of \(4,\).*transform"),
     "lead": ({"a": A, "b": [z(5), z(5)]}, ["a", "b"], {"flatten": True}, AlignmentError, r"call 0 .* first dimensions have to be the same"),

@@ -971,7 +971,7 @@ def test_a_name_or_a_dimension_of_another_kind_is_refused() -> None:
     with record(model, "") as acts:
         model(torch.zeros(2))
         with pytest.raises(
-            OptionError, match=r"acts\.add\(5, \.\.\.\): the name is to be a string"
+            OptionError, match=r"acts\.add\(5, \.\.\.\): expected a string as the name"
         ):
             acts.add(5, 1)  # type: ignore[arg-type]
     for dim in ("batch", None, 1.0):

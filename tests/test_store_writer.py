@@ -868,7 +868,7 @@ def test_options_that_make_no_sense_with_a_path_are_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize("path", [None, 3, b"runs/a", ["runs/a"], ""])
 def test_what_is_no_path_is_refused_by_name(path: Any) -> None:
     for use in (actrec.load, actrec.verify, actrec.Recording("Net", {}, {}).save, Folder):
-        with pytest.raises(OptionError, match=re.escape(f"{path!r} is no path")):
+        with pytest.raises(OptionError, match=re.escape(f"{path!r} is not a path")):
             use(path)
 
 

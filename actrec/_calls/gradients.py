@@ -245,7 +245,7 @@ class Gradients:
             message = (
                 f"record(grads=True): a gradient of layer {self.capture.layer!r} is left out. The layer returned a view "
                 "of a tensor that the model may have used elsewhere too, and then one of them was written in place, so "
-                "that what came from where cannot be told. Let the operation that writes make a new tensor "
+                "that their gradients cannot be separated. Let the operation that writes make a new tensor "
                 "(y = y + x, ReLU(inplace=False)), or the layer return a clone()."
             )
             warnings.warn(message, MissingGradientWarning, stacklevel=2)

@@ -89,7 +89,7 @@ class Hook(Generic[T]):
         # torch.jit.script asks this first of every hook, and would compile it.
         message = (
             "torch.jit.script() compiles the hooks of a model, and this one is actrec's, of a record() block that is open. "
-            "Script the model before the block or behind it"
+            "Script the model before the block or after it"
         )
         raise AttributeError(message)
 

@@ -27,7 +27,7 @@ class Options:
     """What :func:`actrec.record` was asked for, besides the model and the layers: see there.
 
     Raises:
-        OptionError: an option cannot be meant, or does not go with another one.
+        OptionError: an option is invalid, or not supported with another one.
     """
 
     transform: Transform | None = None

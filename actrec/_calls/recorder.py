@@ -144,7 +144,7 @@ class Recorder(Recording[V], Generic[V]):
             raise ActrecError(message)
         given: object = name
         if not isinstance(given, str):
-            message = f"acts.add({given!r}, ...): the name is to be a string, such as 'label'."
+            message = f"acts.add({given!r}, ...): expected a string as the name, such as 'label'."
             raise OptionError(message)
         if name in self._chosen:
             message = (

@@ -111,7 +111,7 @@ def warn_incomplete(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> No
         if track.kept and (cause := _incomplete(choice, track))
     }
     if causes:
-        message = _explained("not all is right that was recorded of", causes, model, tracks)
+        message = _explained("calls are missing or may be wrong in", causes, model, tracks)
         warnings.warn(message, IncompleteLayerWarning, stacklevel=stacklevel + 1)
 
 

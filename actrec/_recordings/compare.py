@@ -92,7 +92,7 @@ def compare(
 def _check(a: object, b: object, names: object, **tolerances: object) -> None:
     for recording in (a, b):
         if not isinstance(recording, Recording):
-            message = f"compare(a, b): expected two recordings, got {type(recording).__name__!r}."
+            message = f"compare(a, b): expected two recordings, such as those of record() and load(), got {type(recording).__name__!r}."
             raise OptionError(message)
     if not (names is None or isinstance(names, Mapping) or callable(names)):
         message = (

@@ -94,6 +94,6 @@ def nth_calls(
         return among
     found = [calls[nth] for calls in passes.values() if -len(calls) <= nth < len(calls)]
     if not found:
-        message = f"{call}: no pass has that many calls of layer {title}, which was called up to {most} times in each."
+        message = f"{call}: no pass has that many calls of layer {title}, which was called at most {most} times in a pass."
         raise OptionError(message)
     return sorted(found)

@@ -42,7 +42,7 @@ def refuse_freed(tensor: Tensor) -> None:
     plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
     if plain and tensor.nbytes and not tensor.untyped_storage().nbytes():
         message = (
-            "its memory is freed. FSDP does so with the weights of a module behind its call; let the module that uses "
+            "its memory is freed. FSDP does so with the weights of a module after its call; let the module that uses "
             "them be sharded, not the one that returns them"
         )
         raise CaptureError(message)

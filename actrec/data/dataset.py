@@ -152,7 +152,7 @@ class Rows(Dataset[Any]):
         if numbers.dtype != torch.bool:
             return numbers.to(torch.int64)
         if numbers.shape != (self._len,):
-            message = f"dataset[mask]: it has {numbers.numel()} answers for {self._len} rows."
+            message = f"dataset[mask]: the mask has {numbers.numel()} elements, and there are {self._len} rows."
             raise IndexError(message)
         return numbers.nonzero()[:, 0]
 

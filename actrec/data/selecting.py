@@ -95,7 +95,7 @@ def select(call: str, recording: Recording[Any], selector: Selector) -> Selected
         layer = recording[layer]
     if not isinstance(layer, Layer):
         message = (
-            f"{call}: {selector!r} is no layer. Give the name of one, a layer such as acts.inputs['conv1'], or a "
+            f"{call}: {selector!r} is not a layer. Give the name of one, a layer such as acts.inputs['conv1'], or a "
             "tuple of either and what leads to a tensor in its values: ('lstm', 0)."
         )
         raise OptionError(message)

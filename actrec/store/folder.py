@@ -57,7 +57,7 @@ class Folder(os.PathLike[str]):
         path: object = self.path
         text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
         if not isinstance(text, str) or not text:  # which would be the current folder
-            message = f"{path!r} is no path. Give text, such as 'runs/a' or 's3://bucket/run', or a pathlib.Path."
+            message = f"{path!r} is not a path. Give a string, such as 'runs/a' or 's3://bucket/run', or a pathlib.Path."
             raise OptionError(message)
         if _PASSWORD.match(text):
             message = (
