@@ -25,9 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
         commands.add_parser(name, help=text, description=text).add_argument("path")
     options = parser.parse_args(arguments)
     try:
-        problems = _show(options.path) if options.command == "show" else _verify(options.path)
-    except BrokenPipeError:  # whoever reads has seen enough, as "| head" has
-        # Or else what is left would be written at exit, and fail once more.
+        if options.command == "show":
+            print(load(options.path), flush=True)  # noqa: T201
+            return 0
+        problems = verify(options.path)
+        if not problems:
+            print(f"{options.path}: no problems found", flush=True)  # noqa: T201
+    except BrokenPipeError:  # the reader has stopped, such as "| head"
+        # Otherwise the rest would be written at exit, and fail again.
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         return 0
     except (ActrecError, OSError) as error:
@@ -37,19 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def _show(path: str) -> list[str]:
-    print(load(path), flush=True)  # noqa: T201
-    return []
-
-
-def _verify(path: str) -> list[str]:
-    problems = verify(path)
-    if not problems:
-        print(f"{path}: no problems found", flush=True)  # noqa: T201
-    return problems
-
-
 if __name__ == "__main__":  # pragma: no cover  # in a process of its own
-    if isinstance(sys.stdout, TextIOWrapper):  # as stderr is: names can have any letters
+    if isinstance(sys.stdout, TextIOWrapper):  # as stderr does: names can have any characters
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, overload
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, overload
 
 from typing_extensions import override
 
@@ -24,20 +24,12 @@ class Count:
     raised: set[int] = field(default_factory=set)
 
 
-class _Numbers(Protocol):
-    """Numbers in order."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> int: ...
-    def __iter__(self) -> Iterator[int]: ...
-
-
 class PassNumbers(Sequence[int]):
     """The pass of each call: a read-only view that grows with its layer until that is cleared. Equal to a list of the same numbers."""
 
     __slots__ = ("_numbers",)
 
-    def __init__(self, numbers: _Numbers) -> None:
+    def __init__(self, numbers: list[int]) -> None:
         self._numbers = numbers
 
     @override
@@ -50,9 +42,7 @@ class PassNumbers(Sequence[int]):
     def __getitem__(self, index: slice) -> list[int]: ...
     @override
     def __getitem__(self, index: int | slice) -> int | list[int]:
-        if isinstance(index, slice):
-            return [self._numbers[at] for at in range(len(self))[index]]
-        return self._numbers[range(len(self))[index]]
+        return self._numbers[index]
 
     @override
     def __iter__(self) -> Iterator[int]:
