@@ -11,29 +11,21 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 from torch.compiler import is_dynamo_compiling
 from typing_extensions import override
 
+from actrec._calls.caller import Caller
 from actrec._calls.capture import Capture
 from actrec._calls.compiled import COMPILING
 from actrec._calls.destination import Destination, Memory
 from actrec._calls.gradients import Gradients
-from actrec._calls.hooks import (
-    BeginPass,
-    Below,
-    CallHook,
-    EndPass,
-    Hook,
-    Hooks,
-    InputHook,
-    LayerHook,
-    OutputHook,
-    StopHook,
-)
-from actrec._calls.inputs import Parameters
-from actrec._calls.layer import Session, Track
+from actrec._calls.hooks import Event, Hook
+from actrec._calls.inputs import Inputs
+from actrec._calls.layer import Track
 from actrec._calls.options import Options
 from actrec._calls.overflow import Overflows
-from actrec._calls.passes import is_tracing
+from actrec._calls.own_calls import is_tracing
+from actrec._calls.placing import Hooks
 from actrec._calls.recorder import Recorder
 from actrec._calls.self_test import offload_for
+from actrec._calls.session import Session
 from actrec._calls.stop_early import EarlyStop, refuse_sharded
 from actrec._calls.warnings import (
     warn_incomplete,
@@ -349,9 +341,8 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         track = Track(self._session, self._counting(capture, outputs), outputs)
         track.kept = len(outputs)  # in a run that is resumed
         if inputs is not None:
-            track.inputs = inputs
-            track.parameters = Parameters.of(choice.module)
-            track.receives = self._counting(capture, inputs)
+            capture_inputs = self._counting(replace(capture, transform=None), inputs)
+            track.inputs = Inputs.of(choice.module, inputs, capture_inputs)
         if grads is not None:
             # A backward has no end at which it could be delivered: a gradient is moved at once.
             what = replace(capture, what="the gradient of call", offload=None)
@@ -370,25 +361,22 @@ class _Block(AbstractContextManager[Recorder[Any]]):
 
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""
-        parents = self._selection.parents
-        hooks: dict[nn.Module, list[LayerHook]] = {
-            choice.module: [InputHook(track), CallHook(track)]
-            if self._options.inputs
-            else [OutputHook(track)]
-            for choice, track in self._tracks.values()
-        }
+        hooks: dict[nn.Module, list[Hook[Track]]] = {}
+        for choice, track in self._tracks.values():
+            hooks[choice.module] = [Hook(Event.RETURN, track, Track.returns)]
+            if track.inputs is not None:
+                hooks[choice.module].insert(0, Hook(Event.RECEIVE, track, Track.receives))
+        session, parents = self._session, self._selection.parents
         for module in parents:
-            yield (
-                module,
-                BeginPass(self._session, Below(module, hooks), is_root=module is self._model),
-            )
+            caller = Caller(module, hooks, is_root=module is self._model)
+            yield module, Hook(Event.ENTER, session, caller.enters)
         for module, its_hooks in hooks.items():
             yield from ((module, hook) for hook in its_hooks)
         for module in parents:
-            yield module, EndPass(self._session)
-        if self._session.stop is not None:
-            for choice in self._selection.choices:
-                yield choice.module, StopHook(self._session)
+            yield module, Hook(Event.LEAVE, session, Caller.leaves)
+        if session.stop is not None:
+            for module in hooks:
+                yield module, Hook(Event.STOP, session, Session.may_stop)
 
 
 _FORGOTTEN = (

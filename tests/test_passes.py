@@ -19,7 +19,8 @@ from torch.utils.checkpoint import (
 )
 
 from actrec import _torch, load, record
-from actrec._calls import passes as _passes
+from actrec._calls import layer as _layer
+from actrec._calls import own_calls as _own_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,7 +104,8 @@ def test_what_checkpointing_recomputes_is_not_recorded_again(
 def test_the_public_fallback_finds_recomputation_too(
     call: Callable[[nn.Module, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_passes, "backward_number", _torch.recomputing_number)
+    for module in (_layer, _own_calls):
+        monkeypatch.setattr(module, "backward_number", _torch.recomputing_number)
     model = Stack(call)
     with record(model, "**") as acts:
         model(X.clone().requires_grad_()).sum().backward()

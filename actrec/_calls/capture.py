@@ -7,7 +7,7 @@ random numbers of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -49,21 +49,24 @@ class Capture:
     what: str = "call"  # for messages: what is captured, before its number
     offload: Offload | None = None  # moves values while the model goes on
     overflows: Overflows | None = None  # counts what does not fit into the dtype
+    _direct: bool = field(init=False)  # is_direct(), which never changes
 
-    def __call__(self, value: Value, call: int) -> Value:
-        """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
-        if self.transform is None:
-            return rebuild(value, self.keep)
-        with unseen():
-            value = self._transformed(self.transform, value, call)
-        # What the user's own function made is kept, also where it is no tensor.
-        return SKIPPED if value is None else rebuild(value, self.keep, unknown=_itself)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_direct", self.is_direct())
 
     def is_direct(self) -> bool:
         """Whether a tensor on the CPU is kept just as it is."""
         moved = self.device is not None and self.device.type != "cpu"
-        plain = self.transform is None and self.dtype is None
-        return plain and self.detach and self.share and not moved
+        return self.dtype is None and self.detach and self.share and not moved
+
+    def __call__(self, value: Value, call: int) -> Value:
+        """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
+        if self.transform is None:
+            return self.keep(value) if type(value) is Tensor else rebuild(value, self.keep)
+        with unseen():
+            value = self._transformed(self.transform, value, call)
+        # What the user's own function made is kept, also where it is no tensor.
+        return SKIPPED if value is None else rebuild(value, self.keep, unknown=_itself)
 
     def received(self, given: dict[str, Value]) -> dict[str, Value]:
         """Return what is kept of what a call received."""
@@ -78,6 +81,8 @@ class Capture:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Return one tensor snapshotted, moved and cast as asked."""
+        if self._direct and tensor.is_cpu:
+            return snapshot(tensor)
         if tensor.is_cuda:
             refuse_graph_capture()
         move = self.device is not None and tensor.device != self.device and not tensor.is_meta

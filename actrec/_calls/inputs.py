@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actrec._torch import version
 from actrec._values.spec import tensors
@@ -15,20 +15,23 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from actrec._recordings.layer import Layer
     from actrec._values.containers import Value
 
-__all__ = ["Arrival", "Arrivals", "Parameters", "versions"]
+    from .capture import Capture
+
+__all__ = ["Inputs"]
 
 
 @dataclass(frozen=True, slots=True)
-class Parameters:
+class _Parameters:
     """The parameters of a module's ``forward`` that can be given by position."""
 
     positional: tuple[str, ...] = ()
     rest: str = "args"
 
     @classmethod
-    def of(cls, module: nn.Module) -> Parameters:
+    def of(cls, module: nn.Module) -> _Parameters:
         """Read them from the signature, where there is one."""
         try:
             parameters = inspect.signature(module.forward).parameters.values()
@@ -47,42 +50,66 @@ class Parameters:
         return given
 
 
-#: A call that began and has not ended yet: the number of its pass, its kwargs, its inputs, and if hooks of others
-#: were still to come, its args and the versions of the tensors in them. Python makes the kwargs anew for every call, so they identify this one. (A named tuple
-#: would take as long as all of this.)
-Arrival: TypeAlias = (
-    "tuple[int, object, Value, tuple[tuple[Any, ...], dict[int, int | None]] | None]"
-)
+class _Arrival(NamedTuple):
+    """A call that has begun and not ended yet."""
+
+    number: int  # of its pass
+    kwargs: object  # Python makes them anew for every call, so they identify this one
+    inputs: Value
+    #: If hooks of others were still to come: its args, and the versions of its tensors.
+    late: tuple[tuple[Any, ...], dict[int, int | None]] | None
 
 
-def versions(values: Value) -> dict[int, int | None]:
-    """How often each tensor (by id) has been written to; of those that do not count it, ``None``."""
-    return {id(t): None if t.is_inference() else version(t) for t in tensors(values)}
+@dataclass(eq=False, slots=True)
+class Inputs:
+    """What the calls of one layer received: a stack of calls for each thread, for a module may call itself."""
 
+    calls: Layer[Any]
+    capture: Capture
+    _parameters: _Parameters
+    _stacks: dict[int, list[_Arrival]] = field(default_factory=dict)
 
-@dataclass(frozen=True, slots=True)
-class Arrivals:
-    """The calls of one layer that have begun: a stack for each thread, for a module may call itself."""
+    @classmethod
+    def of(cls, module: nn.Module, calls: Layer[Any], capture: Capture) -> Inputs:
+        """Return those of ``module``, which are captured by ``capture`` and go to ``calls``."""
+        return cls(calls, capture, _Parameters.of(module))
 
-    _stacks: dict[int, list[Arrival]] = field(default_factory=dict)
-
-    def push(self, arrival: Arrival) -> None:
-        """A call begins. Those of earlier passes that never ended have raised: they are forgotten."""
+    def take(
+        self, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_late: bool
+    ) -> None:
+        """A call of pass ``number`` begins. If hooks that come behind ours may replace what it receives, ``is_late``."""
+        inputs = self.capture.received(self._parameters.named(args, kwargs))
+        late = (args, _versions((args, kwargs))) if is_late else None
         stack = self._stacks.setdefault(get_ident(), [])
-        if stack:
-            stack[:] = [earlier for earlier in stack if earlier[0] == arrival[0]]
-        stack.append(arrival)
+        if stack:  # calls of earlier passes that never ended have raised
+            stack[:] = [earlier for earlier in stack if earlier.number == number]
+        stack.append(_Arrival(number, kwargs, inputs, late))
 
-    def pop(self, kwargs: object) -> Arrival | None:
+    def pop(self, kwargs: object) -> _Arrival | None:
         """The call with these ``kwargs`` ends; ``None`` if it began before it was hooked.
 
         A pre-hook that ran after ours may have replaced ``kwargs``: then it is the last call to begin.
         """
         stack = self._stacks.get(get_ident(), [])
-        if stack and stack[-1][1] is kwargs:
-            return stack.pop()
-        same = [at for at, earlier in enumerate(stack) if earlier[1] is kwargs]
+        same = [at for at, earlier in enumerate(stack) if earlier.kwargs is kwargs]
         at = same[-1] if same else len(stack) - 1
         arrival = stack[at] if stack else None
         del stack[max(at, 0) :]
         return arrival
+
+    def received(self, arrival: _Arrival, args: tuple[Any, ...], kwargs: Any) -> tuple[Value, bool]:
+        """What the call received of hooks that may have replaced what ours was told, and whether that is sure."""
+        if arrival.late is None:
+            return arrival.inputs, True
+        args_before, before = arrival.late
+        now = _versions((args, kwargs))
+        # Written to: by such a hook, or later, by forward.
+        written = any(version is None or version != before.get(t, 0) for t, version in now.items())
+        if not written and args is args_before and kwargs is arrival.kwargs:
+            return arrival.inputs, True
+        return self.capture.received(self._parameters.named(args, kwargs)), not written
+
+
+def _versions(values: Value) -> dict[int, int | None]:
+    """How often each tensor (by id) has been written to; of those that do not count it, ``None``."""
+    return {id(t): None if t.is_inference() else version(t) for t in tensors(values)}

@@ -62,7 +62,7 @@ class Overflows:
 
     def _number(self) -> int:
         """The number of the pass that this thread is in."""
-        number = self._passes.thread.current
+        number = self._passes.current
         return max(0, self._passes.count - 1) if number is None else number
 
     @property

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from actrec._values.containers import Value
 
     from .capture import Capture
-    from .layer import Session, Track
+    from .layer import Track
+    from .session import Session
 
 __all__ = ["Recorder"]
 

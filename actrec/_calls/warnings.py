@@ -21,13 +21,14 @@ from actrec.errors import (
     UnusedLayerWarning,
 )
 
+from .layer import Track, Unrecorded
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from typing import TypeAlias
 
     from actrec._selection.selection import Choice
 
-    from .layer import Track
     from .overflow import Overflows
     from .stop_early import EarlyStop
 
@@ -78,7 +79,7 @@ def warn_unused(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
         return
     there = {id(module) for module in model.modules()}
     causes = {key: _cause(there, *item) for key, item in unused.items()}
-    if any(track.session.passes.count or track.elsewhere() for _, track in tracks.values()):
+    if any(track.session.passes.count or track.unrecorded.total() for _, track in tracks.values()):
         message = _explained("nothing was recorded of", causes, model, tracks)
     else:
         message = (
@@ -142,7 +143,7 @@ _MOST_LINES = 8
 def _overflows(track: Track) -> Iterator[tuple[str, Overflows]]:
     captures = {"": track.capture}
     if track.inputs is not None:
-        captures["the input of "] = track.receives
+        captures["the input of "] = track.inputs.capture
     if track.grads is not None:
         captures["the gradient of "] = track.grads.capture
     for what, capture in captures.items():
@@ -157,8 +158,8 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
             f"from pass {since} on another module stood in its place, whose calls are not recorded. Change the model before "
             "the block, or open another block after that"
         )
-    if track.backward:
-        return f"{_times(track.backward, 'call')} of it ran inside backward(), {_BACKWARD}"
+    if track.unrecorded[Unrecorded.BACKWARD]:
+        return f"{_times(track.unrecorded[Unrecorded.BACKWARD], 'call')} of it ran inside backward(), {_BACKWARD}"
     if track.overtaken:
         return (
             f"hooks were added to it in the middle of {_times(track.overtaken, 'forward')}, and ran behind those of actrec: "
@@ -230,17 +231,17 @@ def _cause(there: Collection[int], choice: Choice, track: Track) -> str:
 
 def _elsewhere(track: Track) -> str | None:
     """Where a layer was called, if that is where no call is recorded."""
-    calls = _times(track.elsewhere(), "call")
-    if track.paused:
+    calls = _times(track.unrecorded.total(), "call")
+    if track.unrecorded[Unrecorded.PAUSED]:
         return f"all of its {calls} ran inside acts.pause()"
-    if track.backward:
+    if track.unrecorded[Unrecorded.BACKWARD]:
         return f"all of its {calls} ran inside backward(), {_BACKWARD}"
-    if track.recomputed:
+    if track.unrecorded[Unrecorded.RECOMPUTED]:
         return (
             f"all of its {calls} ran inside backward(), where activation checkpointing recomputes what was recorded "
             "before"
         )
-    if track.traced:
+    if track.unrecorded[Unrecorded.TRACED]:
         return (
             f"all of its {calls} were made by something that reads the model (torch.jit.trace, make_fx, torch.export), "
             "which are no calls of the model's own"

@@ -1,0 +1,57 @@
+"""Hooks of others: those of actrec come behind them, to hear what they have replaced."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.hooks import RemovableHandle
+
+from actrec._torch import forward_hooks, forward_pre_hooks
+
+from .hooks import Event, Hook
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["is_overtaken", "put_stops_last"]
+
+
+def is_overtaken(hook: Hook[Any], module: nn.Module) -> bool:
+    """Whether hooks of others come behind this one. They do not any more from the next call on."""
+    if RemovableHandle.next_id == hook.looked:  # nobody has registered one since
+        return False
+    hook.looked = RemovableHandle.next_id
+    is_first = hook.event is Event.RECEIVE
+    hooks = [*(forward_pre_hooks(module) if is_first else forward_hooks(module)).values()]
+    place = next((place for place, found in enumerate(hooks) if found is hook), len(hooks))
+    if all(isinstance(other, Hook) for other in hooks[place:]):
+        return False
+    _put_last(module)
+    return True
+
+
+def _put_last(module: nn.Module) -> None:
+    """Put the hooks of all open blocks behind those of others.
+
+    Other threads may be calling the module. After a call, no order that they see on the way has a hook of ours behind
+    one that ends a pass or a forward: so it is those of others that are moved.
+    """
+    for key, hook in [*forward_pre_hooks(module).items()]:
+        if isinstance(hook, Hook) and hook.event is Event.RECEIVE:
+            _move(forward_pre_hooks(module), key, last=True)
+    for key, hook in reversed([*forward_hooks(module).items()]):
+        if not isinstance(hook, Hook):
+            _move(forward_hooks(module), key, last=False)
+
+
+def put_stops_last(module: nn.Module) -> None:
+    """Where a block around this one stops early, what was hooked now still hears of the last call."""
+    for key, hook in [*forward_hooks(module).items()]:
+        if isinstance(hook, Hook) and hook.event is Event.STOP:
+            _move(forward_hooks(module), key, last=True)
+
+
+def _move(table: Any, key: int, *, last: bool) -> None:
+    with suppress(KeyError):  # another thread has taken it off
+        table.move_to_end(key, last=last)

@@ -1,0 +1,74 @@
+"""Whether a call is one of the model's own: neither repeated by checkpointing nor made to write down what the model does."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from torch import Tensor, fx
+
+from actrec._torch import (
+    backward_number,
+    count_dispatch_modes,
+    count_function_modes,
+    is_jit_comparing,
+    is_jit_tracing,
+    is_read,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from actrec._values.containers import Value
+
+__all__ = ["is_own_call", "is_symbolic", "is_tracing", "is_written_down"]
+
+#: The threads that torch.jit.trace may be comparing its trace with the model in.
+_comparing: set[int] = set()
+
+
+def is_own_call() -> bool:
+    """Whether the call that is running is one of the model's own.
+
+    Activation checkpointing calls modules again while ``backward()`` runs, to recompute what it did not
+    keep, and :func:`is_tracing` says what else calls them.
+    """
+    return backward_number() == -1 and not is_tracing()
+
+
+def is_tracing() -> bool:
+    """Whether this thread is running the model only to write down what it does.
+
+    ``torch.jit.trace`` does, and calls the model again to compare it with the trace. So do ``make_fx``, AOT
+    autograd and ``torch.export``, with tensors that have no values. What other threads compile or export
+    meanwhile is not asked: ``torch.compiler.is_compiling()`` would tell that too.
+    """
+    if is_jit_tracing():
+        _comparing.add(threading.get_ident())
+        return True
+    if (count_dispatch_modes() or count_function_modes()) and is_read():
+        return True
+    return bool(_comparing) and _is_compared()
+
+
+def _is_compared() -> bool:
+    """Whether torch.jit.trace is comparing its trace with the model, behind a trace in this thread."""
+    if threading.get_ident() not in _comparing:
+        return False
+    if is_jit_comparing():
+        return True
+    _comparing.discard(threading.get_ident())
+    return False
+
+
+def is_written_down(args: tuple[Value, ...], output: Value) -> bool:
+    """Whether the call that returned ``output`` was made only to write down what the model does."""
+    if type(output) is Tensor:
+        # Dispatch modes do it with tensors of their own.
+        return bool(is_jit_tracing() or count_function_modes() or _comparing) and is_tracing()
+    return is_tracing() or is_symbolic((*args, output))
+
+
+def is_symbolic(values: Iterable[Value]) -> bool:
+    """Whether ``torch.fx`` is reading the model: no tensor has a value then."""
+    return any(isinstance(value, fx.Proxy) for value in values)

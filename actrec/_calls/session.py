@@ -1,0 +1,145 @@
+"""What the hooks of one ``with`` block share: whether they record, and where a pass begins and ends."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from actrec._torch import compiles_itself
+from actrec._values.snapshot import explain
+
+from .clean_room import depth, inside
+from .compiled import Eager
+from .own_calls import is_own_call
+from .passes import Passes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .stop_early import EarlyStop
+    from .transfer import Offload
+
+__all__ = ["Session"]
+
+
+_pausing = threading.Lock()
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class Session:
+    """What the hooks of one ``with`` block share."""
+
+    stop: EarlyStop | None = None
+    offload: Offload | None = None  # what moves values from a GPU into memory
+    passes: Passes = field(default_factory=Passes)
+    eager: Eager = field(default_factory=Eager)  # what keeps compiled code from running
+    recording: bool = False  # active, and not paused
+    active: bool = False
+    interrupted: bool = False
+    pauses: int = 0
+    was_paused: bool = False
+    depth: int = 0  # how deep in code of the user's, which the recorder runs, the block was begun
+    #: The layers, by the end of their first call.
+    order: dict[str, None] = field(default_factory=dict)
+    #: Modules (ids) that others have replaced in the model, and the pass that found out.
+    replaced: dict[int, int] = field(default_factory=dict)
+    error: Exception | None = None  # the first one that capturing a value raised
+    surfaced: bool = False  # that error left the model (or else the model swallowed it)
+    unseen: Exception | None = None  # what went wrong with the last values from a device
+
+    # --- The block -------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """The block begins."""
+        self.depth = depth()
+        self.active = self.recording = True
+
+    def end(self, *, interrupted: bool) -> None:
+        """The block ends; hooks that are still somewhere do nothing from now on."""
+        self.active = self.recording = False
+        self.interrupted = interrupted
+        if interrupted:
+            self.passes.abandon()
+
+    def pause(self, by: int) -> None:
+        """Pause once more (1) or once less (-1)."""
+        with _pausing:
+            self.pauses += by
+            self.was_paused = True
+            self.recording = self.active and not self.pauses
+
+    def listens(self) -> bool:
+        """Whether the calls of this thread are recorded now: those of a transform or a container's ``append()`` are not."""
+        return self.recording and not (inside and depth() > self.depth)
+
+    def runs_uncompiled(self) -> bool:
+        """Whether a hook that the compiler has come across has to run, uncompiled."""
+        if torch.compiler.is_exporting():  # which is no call of the model's own
+            return False
+        self.eager.hold()
+        # An operator that compiles itself could not do with a hook that is not compiled.
+        return self.recording and not compiles_itself()
+
+    # --- A pass ------------------------------------------------------------------------------------------------
+
+    def enter(self, module: nn.Module, *, is_root: bool) -> bool:
+        """A call of the root, or of a module on the way to a chosen layer, begins. Return whether it is recorded."""
+        if not (self.listens() and is_own_call()):
+            return False
+        if is_root:
+            self.eager.hold()
+            if self.offload is not None and self.passes.running:
+                self.offload.finish()  # a pass that was interrupted may be about to be closed
+        self.passes.begin(module, is_root=is_root)
+        if is_root and self.stop is not None:
+            self.stop.enters(module)
+        return True
+
+    def leave(self, module: nn.Module, output: object) -> None:
+        """Such a call has ended, also by an exception."""
+        if not is_own_call() or (inside and depth() > self.depth):
+            return
+        error = sys.exc_info()[1]
+        try:
+            if self.offload is not None and self.passes.opened_by(module):
+                self.offload.finish()  # before the pass counts as complete
+                if error is None:  # PyTorch would drop a second one
+                    self.offload.deliver()
+        except Exception as failure:
+            error = failure
+            raise
+        finally:
+            self.passes.end(module, output, error)
+        if error is not None:
+            explain(error)
+            if error is self.error:
+                self.surfaced = not self.passes.running
+
+    def may_stop(self, *_: object) -> None:
+        """All hooks have heard of a call of a layer: the forward ends if no chosen layer is missing."""
+        if self.stop is not None:
+            self.stop.when_done()
+
+    # --- What goes wrong -----------------------------------------------------------------------------------------
+
+    def failed(self, error: Exception) -> None:
+        """Remember the first error, in case the model swallows it."""
+        if self.error is None:
+            self.error = error
+            self.surfaced = not self.passes.running
+
+    def deliver(self) -> None:
+        """Wait for the values that are on their way from a device, and raise what went wrong."""
+        if self.offload is not None:
+            self.offload.deliver()
+
+    def close(self) -> None:
+        """Wait for the last of them. What goes wrong now, the block raises."""
+        try:
+            self.deliver()
+        except Exception as error:  # noqa: BLE001  # kept until all hooks are off
+            self.unseen = error
