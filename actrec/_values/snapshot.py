@@ -25,14 +25,16 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from actrec._torch import is_batch, is_wrapped, lazy_clone
+from actrec._torch import InferenceMode, is_batch, is_wrapped, lazy_clone
 from actrec.errors import CaptureError
 
 from .dtensor import cloned, detached, is_distributed
 from .fsdp import refuse_freed
-from .modes import normal_mode, unseen
+from .modes import unseen
 
 __all__ = ["check", "explain", "snapshot", "twin"]
+
+_OFF: Final = False
 
 
 def twin(tensor: Tensor) -> Tensor | None:
@@ -67,7 +69,7 @@ def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tens
     it is a clone, for models of which :func:`frees_weights` is true.
     """
     # The mode ends when this is made, until it is gone; "with" would only add time.
-    guard = normal_mode() if torch.is_inference_mode_enabled() else None
+    guard = InferenceMode(_OFF) if torch.is_inference_mode_enabled() else None
     try:
         if detach and (tensor.requires_grad or type(tensor) is not Tensor):
             tensor = tensor.detach() if type(tensor) is Tensor else detached(tensor)
