@@ -20,9 +20,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import nn
 
-from actrec import OptionError, Recording, plot, record
+from actrec import OptionError, Recording, record
 from actrec._recordings.in_memory import ListLayer
-from actrec.plot import distributions, drift, feature_maps, similarity
+from actrec.plot import cka, distributions, drift, feature_maps, grid, shared, similarity
 from tests.models import ConvNet, TinyTransformer
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ def test_without_matplotlib_the_import_says_what_to_install() -> None:
 
 def test_a_copy_of_the_module_says_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [name for name in sys.modules if name.startswith("actrec.plot.")]:
+        monkeypatch.delitem(sys.modules, name)
     spec = importlib.util.find_spec("actrec.plot")
     assert spec is not None
     assert spec.loader is not None
@@ -143,7 +145,7 @@ def test_many_layers_with_long_names_can_be_drawn(draw: Any, many: Recording) ->
     labels = [
         label.get_text() for ax in axes for label in (*ax.get_yticklabels(), *ax.get_xticklabels())
     ]
-    assert all(len(label) <= plot.LONGEST_NAME for label in labels)
+    assert all(len(label) <= shared.LONGEST_NAME for label in labels)
 
 
 @pytest.mark.parametrize("draw", [distributions, drift, similarity])
@@ -154,7 +156,7 @@ def test_nothing_to_draw_is_an_error(draw: Any) -> None:
 
 @given(st.integers(1, 300), st.integers(1, 100))
 def test_what_is_left_of_many_is_evenly_spread(number: int, most: int) -> None:
-    places = plot._spread(number, most)
+    places = shared.spread(number, most)
     assert len(places) == len(set(places)) == min(number, most)
     assert places[0] == 0
     assert places == sorted(places)
@@ -277,7 +279,7 @@ def test_a_picture_of_nothing_is_an_error(most: int) -> None:
 @settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 300), st.integers(1, 300))
 def test_a_grid_has_room_for_all(number: int, height: int, width: int) -> None:
-    rows, columns = plot._grid(number, height, width)
+    rows, columns = grid._grid(number, height, width)
     assert (rows - 1) * columns < number <= rows * columns
 
 
@@ -334,7 +336,7 @@ def test_drift_draws_the_statistics_of_each_call() -> None:
 
 def test_drift_draws_some_of_very_many_calls() -> None:
     line = drift(recording(a=[torch.ones(1)] * 1000))[0].lines[0]
-    assert len(line.get_xdata()) == plot.MOST_CALLS
+    assert len(line.get_xdata()) == shared.MOST_CALLS
     assert (line.get_xdata()[0], line.get_xdata()[-1]) == (0, 999)
 
 
@@ -349,7 +351,7 @@ def test_few_layers_have_a_legend_and_many_a_bar(acts: Recording, many: Recordin
 # --- Similarity --------------------------------------------------------------------------------------
 
 
-def cka(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
+def linear_cka(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float:
     """As it is written in the paper."""
     x, y = x - x.mean(0), y - y.mean(0)
     norm = np.linalg.norm
@@ -363,9 +365,9 @@ def matrix(ax: Axes) -> np.ndarray[Any, Any]:
 def test_it_is_the_linear_cka_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(50, 4, 3).double(), torch.randn(50, 7).double()
     acts = recording(x=list(x.split(20)), y=list(y.split(20)))
-    expected = cka(x.flatten(1).numpy(), y.numpy())
+    expected = linear_cka(x.flatten(1).numpy(), y.numpy())
     assert matrix(similarity(acts)) == pytest.approx(np.array([[1, expected], [expected, 1]]))
-    monkeypatch.setattr(plot, "GRAM_BLOCK", 100)  # two features at a time
+    monkeypatch.setattr(cka, "_GRAM_BLOCK", 100)  # two features at a time
     assert matrix(similarity(acts)) == pytest.approx(np.array([[1, expected], [expected, 1]]))
 
 

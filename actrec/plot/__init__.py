@@ -1,0 +1,26 @@
+"""Pictures of recordings, with matplotlib: feature maps, distributions, drift, similarity.
+
+>>> import torch
+>>> from actrec import plot, record
+>>> model = torch.nn.Conv2d(1, 8, 3)
+>>> with record(model, "") as acts:
+...     output = model(torch.randn(4, 1, 16, 16))
+>>> axes = plot.feature_maps(acts[""][0])
+
+Install it with ``pip install actrec[plot]``. Every function returns the ``Axes`` that it has drawn on (or
+an array of them) and never shows a figure: a notebook does that, elsewhere call ``plt.show()`` or
+``axes.figure.savefig(...)``. Recordings are only read, at most a few calls at a time. Where there is more
+than a picture can show a sample is drawn, always the same one, and the random stream of PyTorch is left
+alone.
+"""
+
+try:
+    from .cka import similarity
+    from .course import drift
+    from .grid import feature_maps
+    from .percentiles import distributions
+except ImportError as error:
+    message = f"actrec.plot needs matplotlib ({error}). Install it with: pip install actrec[plot]"
+    raise ImportError(message) from error
+
+__all__ = ["distributions", "drift", "feature_maps", "similarity"]

@@ -1,0 +1,104 @@
+"""How the statistics of layers go over the passes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+
+from actrec._values.moments import Moments
+from actrec._values.spec import leaves
+from actrec.errors import OptionError
+
+from .shared import FEW, MOST_CALLS, ordered, short, spread
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from actrec._recordings.layer import Layer
+
+    from .shared import Array, Layers
+
+__all__ = ["drift"]
+
+_MOST_IN_LEGEND: Final = 10
+
+
+def drift(acts: Layers) -> Array:
+    """Draw the mean, the standard deviation and the share of zeros of each layer, over the passes.
+
+    >>> import torch
+    >>> from actrec import record
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    >>> with record(model) as acts:
+    ...     for batch in torch.randn(20, 4, 8):
+    ...         output = model(batch)
+    >>> [axes.get_ylabel() for axes in drift(acts)]
+    ['mean', 'std', 'zeros']
+
+    Each point is one call; of more than 256 calls of a layer, as many are drawn, evenly spread. The
+    numbers are exact, as in :meth:`actrec.Recording.stats`.
+
+    Args:
+        acts: a recording, or some layers of one in a dict.
+
+    Returns:
+        An array of three ``Axes``, one below the other.
+
+    Raises:
+        OptionError: no layer was called.
+    """
+    names = ordered("drift", acts)
+    if not names:
+        message = "drift(): there is nothing to draw, no layer was called."
+        raise OptionError(message)
+    figure, axes = plt.subplots(3, 1, sharex=True, figsize=(8, 6.5), layout="constrained")
+    colours = _colours(len(names))
+    for name, colour in zip(names, colours, strict=True):
+        numbers, points = _course(acts[name])
+        marker = "o" if len(numbers) <= FEW else ""
+        for ax, values in zip(axes, points.T, strict=True):
+            ax.plot(
+                numbers, values, marker=marker, markersize=3, linewidth=1.2, color=colour,
+                label=short(name),
+            )  # fmt: skip
+    for ax, label in zip(axes, ("mean", "std", "zeros"), strict=True):
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.25)
+    axes[2].set_ylim(-0.03, 1.03)
+    axes[2].yaxis.set_major_formatter("{x:.0%}")
+    axes[2].set_xlabel("pass")
+    axes[2].xaxis.get_major_locator().set_params(integer=True)
+    if len(names) <= _MOST_IN_LEGEND:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    else:
+        scale = ScalarMappable(Normalize(0, len(names) - 1), "viridis")
+        bar = figure.colorbar(scale, ax=axes, pad=0.01, aspect=40)
+        ends = [0, len(names) // 2, len(names) - 1]
+        bar.set_ticks(ends, labels=[short(names[end]) for end in ends])
+        bar.ax.tick_params(labelsize=7)
+        bar.set_label("layer, in execution order", fontsize=8)
+    result: Array = axes
+    return result
+
+
+def _course(layer: Layer[Any]) -> tuple[list[int], Array]:
+    """The passes of some calls, and their means, standard deviations and shares of zeros."""
+    passes, calls = layer.passes, spread(len(layer), MOST_CALLS)
+    points = []
+    for call in calls:
+        moments = Moments()
+        for _, tensor in leaves(layer[call]):
+            moments.add(tensor)
+        points.append((moments.mean, moments.std, moments.zero_share))
+    return [passes[call] for call in calls], np.array(points)
+
+
+def _colours(number: int) -> Sequence[Any]:
+    if number <= _MOST_IN_LEGEND:
+        return [f"C{index}" for index in range(number)]
+    return [plt.get_cmap("viridis")(index / (number - 1)) for index in range(number)]

@@ -1,0 +1,76 @@
+"""What the pictures share: which layers and calls are drawn, numbers as arrays, and names as labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from actrec._recordings.layer import Layer
+from actrec._recordings.recording import Recording
+from actrec._text import shown
+from actrec._values.chunks import dense
+from actrec.errors import OptionError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+__all__ = [
+    "FEW",
+    "LONGEST_NAME",
+    "MOST_CALLS",
+    "Array",
+    "Layers",
+    "numbers",
+    "ordered",
+    "short",
+    "spread",
+]
+
+#: A recording, or some layers of one: ``{name: acts[name] for name in chosen}``.
+Layers: TypeAlias = Mapping[str, Layer[Any]]
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+MOST_CALLS: Final = 256
+LONGEST_NAME: Final = 40
+#: Up to so many layers or points are drawn with room between them.
+FEW: Final = 30
+
+
+def ordered(call: str, acts: Layers) -> list[str]:
+    """The names of the layers that were called, in execution order if it is known."""
+    if isinstance(acts, Recording):
+        return acts.execution_order
+    given: object = acts
+    if not isinstance(given, Mapping):
+        message = (
+            f"{call}(): expected a recording, or some layers of one in a dict such as {{name: acts[name]}}, got "
+            f"{type(given).__name__}."
+        )
+        raise OptionError(message)
+    return [name for name, layer in acts.items() if len(layer)]
+
+
+def spread(number: int, most: int) -> list[int]:
+    """Up to ``most`` of ``number`` places, evenly spread, the first and the last among them."""
+    if number <= most:
+        return list(range(number))
+    if most == 1:
+        return [0]
+    return [round(index * (number - 1) / (most - 1)) for index in range(most)]
+
+
+def short(name: str) -> str:
+    """A name as a label; what is long loses its middle, and matplotlib's own signs their meaning."""
+    name = shown(name)
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME // 2 - 2]}...{name[-LONGEST_NAME // 2 + 1 :]}"
+    return name.replace("$", r"\$")
+
+
+def numbers(tensor: Tensor) -> Array:
+    """Return the elements as float64; of complex ones, how large they are."""
+    (plain,) = dense(tensor)
+    plain = plain.abs() if plain.is_complex() else plain
+    array: Array = plain.cpu().double().numpy()
+    return array
