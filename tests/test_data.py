@@ -39,7 +39,7 @@ from actrec.data import kept as _kept
 from actrec.data import shuffling as _shuffled
 from actrec.data import window as _window
 from actrec.data.ahead import ahead
-from actrec.data.files import Files
+from actrec.data.sources import Files
 from actrec.store import Folder
 from actrec.store import disk as _disk
 from tests.stored import same
@@ -227,7 +227,7 @@ def test_a_stored_dataset_is_small_when_it_is_sent(tmp_path: Path) -> None:
     made([(10, 10)] * 200, tmp_path / "r")
     acts = load(tmp_path / "r")
     by_number = rows(acts, "hidden", "id", flatten=True)
-    by_number[[0, 1]]  # the file is mapped now
+    by_number[[0, 1]]
     batches = shuffled(acts, "hidden", batch_size=4)
     next(iter(batches))
     for dataset in (by_number, batches):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +19,6 @@ from actrec import (
     record,
 )
 from actrec.data import rows, shuffled
-from actrec.data.calls import ranges
 from actrec.store import Folder
 from actrec.store import index as _index
 from tests.stored import same
@@ -518,10 +516,3 @@ def test_each_header_is_read_once_however_many_layers(
     assert once > 3
     rows(acts, "relu", (acts.inputs["relu"], "input"), mask=("relu",))
     assert len(read) == 2 * once
-
-
-def test_calls_that_are_left_out_cut_stretches_no_smaller_than_they_must() -> None:
-    numbers = [0, 1, 5, 6, 7, 9]
-    found = list(ranges(numbers))
-    assert list(chain.from_iterable(range(*one) for one in found)) == numbers
-    assert all(a[1] < b[0] for a, b in pairwise(found))

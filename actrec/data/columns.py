@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,29 +12,43 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from .files import Files
-    from .sources import Shape, Source
+    from .sources import Files, Shape, Source
 
-__all__ = ["Column", "coalesced"]
+__all__ = ["Column", "Runs", "columns"]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Rows of a layer that lie behind each other, a run for each call."""
+
+    name: str
+    shape: Shape  #: of a row
+    dtype: torch.dtype
+    sources: Sequence[Source]
+    #: (runs, 4): how many rows, the number of the source, the byte there that they begin with, and how many of the rows are
+    #: one row of the source.
+    lines: Tensor
+
+    @property
+    def width(self) -> int:
+        """The bytes of a row."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Column:
     """The rows of a layer.
 
-    It is as large as the number of *runs*, which are rows that lie behind each other: one for each shard, however many
-    calls there are, or one for each call of a recording in memory. A run is a line of ``runs``: how many rows it has, the
-    number of its source, where it begins there, in bytes, and how many rows of the column are one row of the source.
+    It is as large as the number of its runs: one for each shard, however many calls there are, or one for each call of a
+    recording in memory.
     """
 
-    def __init__(
-        self, name: str, dtype: torch.dtype, shape: Shape, sources: Sequence[Source], runs: Tensor
-    ) -> None:
-        self.name = name
-        self.dtype = dtype
-        self.shape = shape
-        self.width = math.prod(shape) * dtype.itemsize
-        self._sources = sources
-        rows, self._source, self._start, self._repeat = runs.unbind(1)
+    def __init__(self, runs: Runs, lines: Tensor) -> None:
+        self.name = runs.name
+        self.dtype = runs.dtype
+        self.shape = runs.shape
+        self.width = runs.width
+        self._sources = runs.sources
+        rows, self._source, self._start, self._repeat = lines.unbind(1)
         self._ends = rows.cumsum(0)
 
     def __len__(self) -> int:
@@ -108,34 +123,31 @@ class Column:
             place, run = place + rows, run + 1
 
 
-def coalesced(columns: list[Tensor], widths: list[int]) -> list[Tensor]:
-    """Return the runs of several columns side by side, as they lie in the files, and as few as possible.
+def columns(runs: Sequence[Runs], *, as_stored: bool) -> list[Column]:
+    """Return columns side by side, in the order of the calls or in that in which the rows of the first one lie."""
+    lines = [one.lines for one in runs]
+    lines = _coalesced(_by_place(lines) if as_stored else lines, [one.width for one in runs])
+    return [Column(one, found) for one, found in zip(runs, lines, strict=True)]
 
-    Where ranks took turns, say, calls that follow each other in a file are runs of their own.
 
-    Args:
-        columns: the runs of each, as many: ``(N, 4)``.
-        widths: the bytes of a row of each.
+def _by_place(lines: list[Tensor]) -> list[Tensor]:
+    """The lines of columns side by side, in the order in which the rows of the first one lie."""
+    _, source, begin, _ = lines[0].unbind(1)
+    order = begin.argsort(stable=True)
+    order = order[source[order].argsort(stable=True)]
+    return [column[order] for column in lines]
 
-    Returns:
-        Runs of the same rows in another order: ``(M, 4)``.
-    """
-    first = columns[0]
-    by_start = first[:, 2].argsort(stable=True)
-    order = by_start[first[by_start, 1].argsort(stable=True)]
-    columns = [runs[order] for runs in columns]
-    if not len(order):
-        return columns
-    goes_on = torch.ones(len(order) - 1, dtype=torch.bool, device="cpu")
-    for runs, width in zip(columns, widths, strict=True):
-        rows, source, start, repeat = runs.unbind(1)
+
+def _coalesced(lines: list[Tensor], widths: list[int]) -> list[Tensor]:
+    """Join lines of columns side by side where in all columns the next rows lie behind those before: ``(N, 4) -> (M, 4)``."""
+    many = lines[0][:, 0]
+    goes_on = torch.ones(max(0, len(many) - 1), dtype=torch.bool, device="cpu")
+    for runs, width in zip(lines, widths, strict=True):
+        rows, source, begin, repeat = runs.unbind(1)
         whole = rows[:-1] % repeat[:-1] == 0
-        next_to = start[:-1] + rows[:-1] // repeat[:-1] * width == start[1:]
-        goes_on &= whole & next_to & (source[:-1] == source[1:]) & (repeat[:-1] == repeat[1:])
-    heads = torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), ~goes_on]).nonzero()[:, 0]
-    into = torch.zeros(len(order), dtype=torch.int64, device="cpu")
-    into[heads[1:]] = 1
-    rows = torch.zeros(len(heads), dtype=torch.int64, device="cpu").index_add_(
-        0, into.cumsum(0), columns[0][:, 0]
-    )
-    return [torch.cat([rows[:, None], runs[heads, 1:]], 1) for runs in columns]
+        next_to = begin[:-1] + rows[:-1] // repeat[:-1] * width == begin[1:]
+        goes_on &= whole & next_to & (source.diff() == 0) & (repeat.diff() == 0)
+    heads = torch.cat([goes_on.new_ones(min(1, len(many))), ~goes_on])
+    into = heads.cumsum(0) - 1
+    sums = torch.zeros(int(heads.sum()), dtype=torch.int64, device="cpu").index_add_(0, into, many)
+    return [torch.cat([sums[:, None], runs[heads, 1:]], 1) for runs in lines]

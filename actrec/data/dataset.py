@@ -12,8 +12,8 @@ from typing_extensions import override
 from actrec._text import count
 
 from .align import table
-from .files import Files
 from .kept import Kept
+from .sources import Files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from itertools import takewhile
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
+    from .calls import Look
     from .sources import Shape
 
-__all__ = ["MERGED", "Reading", "Readings", "has_width", "lead", "read"]
+__all__ = ["MERGED", "Reading", "has_width", "lead", "read", "readings"]
 
 #: Reads a layer whose first dimension is all positions, as mixtures of experts have it: ``(batch * tokens, experts)``.
 MERGED: Final = 0
@@ -31,25 +32,7 @@ def has_width(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def read(shape: Shape, rows: Shape, taken: int) -> Reading | None:
-    """Read a call, where the rows are those of the positions ``rows``, and its first ``taken`` dimensions are positions.
-
-    ``None`` if they are not. In a tensor that has all dimensions of the positions and one more, a dimension of size 1
-    stands for all its positions, where those after it do so too.
-    """
-    if taken == MERGED:
-        return Reading(shape[1:], 1) if shape[0] == math.prod(rows) else None
-    front = shape[:taken]
-    if front != rows[:taken]:
-        pairs = zip(front, rows, strict=False)
-        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        if not same or taken != len(rows) or len(shape) <= taken or set(front[same:]) != {1}:
-            return None
-        return Reading(shape[len(rows) :], max(1, math.prod(rows[same:])))
-    return Reading(shape[taken:], max(1, math.prod(rows[taken:])))
-
-
-def lead(layers: Sequence[tuple[Shape, torch.dtype]], mask: Shape | None) -> Shape:
+def lead(layers: Sequence[Look], mask: Shape | None) -> Shape:
     """Return the dimensions whose positions are the rows: those of the layer that has most, or of the mask."""
     found = [_positions(*layer) for layer in layers]
     most = max(map(len, found))
@@ -65,33 +48,45 @@ def _positions(shape: Shape, dtype: torch.dtype) -> Shape:
     return shape if alone else shape[:-1]
 
 
-Pairs: TypeAlias = "Sequence[tuple[Shape, Shape]]"
+def read(shape: Shape, rows: Shape, taken: int) -> Reading | None:
+    """Read a call, where the rows are those of the positions ``rows``, and its first ``taken`` dimensions are positions.
+
+    ``None`` if they are not. In a tensor that has all dimensions of the positions and one more, a dimension of size 1
+    stands for all its positions, where those after it do so too.
+    """
+    if taken == MERGED:
+        return Reading(shape[1:], 1) if shape[0] == math.prod(rows) else None
+    front = shape[:taken]
+    if front == rows[:taken]:
+        return Reading(shape[taken:], max(1, math.prod(rows[taken:])))
+    pairs = zip(front, rows, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if not same or taken != len(rows) or len(shape) <= taken or set(front[same:]) != {1}:
+        return None
+    return Reading(shape[taken:], max(1, math.prod(rows[same:])))
 
 
-class Readings:
-    """The ways in which all calls of a layer can be read.
+def readings(calls: Sequence[tuple[Shape, Shape]], *, is_sure: bool) -> list[int]:
+    """Return the ways to read a layer that fit all of its calls and differ, the most likely first.
 
     Args:
-        calls: the shape of each call, and the positions that are the rows beside it.
-        is_sure: whether as many dimensions are positions as there are, so that fewer are not tried.
-    """
+        calls: The shape of each call, and the positions that are the rows beside it.
+        is_sure: Whether as many dimensions are positions as there are, so that fewer are not tried.
 
-    def __init__(self, calls: Pairs, *, is_sure: bool) -> None:
-        dims, positions = len(calls[0][0]), len(calls[0][1])
-        choices = [min(dims, positions), *([] if is_sure else range(dims - 1, 0, -1)), MERGED]
-        found = {taken: [read(*pair, taken) for pair in calls] for taken in choices}
-        fitting = {taken: reads for taken, reads in found.items() if None not in reads}
-        #: Of each way that fits, how many dimensions are positions, the most likely one first.
-        self.different: list[int] = []
-        if not fitting:
-            self.best = max(choices, key=lambda taken: found[taken].index(None))
-            return
-        alike = [
-            taken for taken, reads in fitting.items() if len({r and r.shape for r in reads}) == 1
-        ]
-        alike = alike or [*fitting]
-        rows = [number for number, (_, positions) in enumerate(calls) if math.prod(positions)]
-        ways = {tuple(fitting[taken][at] for at in rows): taken for taken in reversed(alike)}
-        self.different = [*ways.values()][::-1]
-        #: The most likely one; where none fits, the one that goes furthest: where it ends, the error is.
-        self.best = alike[0]
+    Returns:
+        How many dimensions are positions. Where no way fits, the one that goes furthest: where it ends, the error is.
+    """
+    dims, positions = len(calls[0][0]), len(calls[0][1])
+    choices = [min(dims, positions), *([] if is_sure else range(dims - 1, 0, -1)), MERGED]
+    found = {taken: [read(*pair, taken) for pair in calls] for taken in choices}
+    fitting = {taken: reads for taken, reads in found.items() if None not in reads}
+    if not fitting:
+        return [max(choices, key=lambda taken: found[taken].index(None))]
+    one_shape = {
+        t: reads for t, reads in fitting.items() if len({r and r.shape for r in reads}) == 1
+    }
+    rows = [number for number, (_, rows) in enumerate(calls) if math.prod(rows)]
+    ways: dict[object, int] = {}
+    for taken, reads in (one_shape or fitting).items():
+        ways.setdefault(tuple(reads[number] for number in rows), taken)
+    return [*ways.values()]

@@ -17,11 +17,10 @@ from actrec.store.rank import placed
 
 from .ahead import ahead
 from .align import table
-from .batches import batches
-from .files import Files
 from .kept import Kept
 from .order import Order
-from .window import Window
+from .sources import Files
+from .window import Window, batches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

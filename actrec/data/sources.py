@@ -1,4 +1,4 @@
-"""What rows lie in: a tensor in memory, a part of a file, or a tensor that is made when it is asked for.
+"""What rows lie in: a tensor in memory, a file, or a tensor that is made when it is asked for.
 
 A source is bytes. Every dtype can be selected from and joined as bytes, also those that PyTorch cannot compute with.
 """
@@ -6,6 +6,8 @@ A source is bytes. Every dtype can be selected from and joined as bytes, also th
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
@@ -14,18 +16,23 @@ from torch import Tensor
 from typing_extensions import override
 
 from actrec._values.memory import writable
+from actrec.store.format import Defect, corrupt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from .files import File, Files
+    from actrec.store.place import Place, Reading
 
-__all__ = ["Held", "Made", "Shape", "Source", "Stored"]
+__all__ = ["Files", "Held", "Made", "Shape", "Source", "Stored"]
 
 Shape: TypeAlias = tuple[int, ...]
 
-_GAP: Final = 1 << 14  # bytes between two rows, at most, that are read rather than skipped
-_MOST: Final = 1 << 20  # bytes that are read in one go to pick rows from
+#: Bytes between two rows, at most, that are read rather than skipped.
+_GAP: Final = 1 << 14
+#: Bytes that are read in one go to pick rows from.
+_MOST: Final = 1 << 20
+#: Files that are open at a time. Rows come in the order in which they lie, so those before are read to their end.
+_MOST_OPEN: Final = 16
 
 
 class Source(Protocol):
@@ -39,6 +46,9 @@ class Source(Protocol):
 
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
         """Say that a part will be read soon."""
+
+
+# --- In memory ---------------------------------------------------------------------------------------
 
 
 class _InMemory(Source):
@@ -68,13 +78,12 @@ class Held(_InMemory):
 
     def __init__(self, tensor: Tensor) -> None:
         # A view costs nothing, and is ready. A copy would cost memory as long as this lives.
-        is_view = tensor.device.type == "cpu" and tensor.is_contiguous()
-        self._tensor = _bytes(tensor) if is_view else tensor
-        self._ready = is_view
+        self._is_view = tensor.device.type == "cpu" and tensor.is_contiguous()
+        self._tensor = _bytes(tensor) if self._is_view else tensor
 
     @override
     def bytes(self) -> Tensor:
-        return self._tensor if self._ready else _bytes(self._tensor)
+        return self._tensor if self._is_view else _bytes(self._tensor)
 
 
 class Made(_InMemory):
@@ -97,39 +106,76 @@ def _bytes(tensor: Tensor) -> Tensor:
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
-class Stored(Source):
-    """The bytes of a file from one on."""
+# --- Files -------------------------------------------------------------------------------------------
 
-    def __init__(self, file: File, begin: int) -> None:
-        self._file = file
-        self._begin = begin
+
+@dataclass(frozen=True, eq=False)
+class Stored(Source):
+    """A file of a recording; it is sent to another process as its name alone."""
+
+    place: Place
+    name: str
+    head: bytes = field(repr=False)  #: what it began with when the recording was opened
 
     @override
     def read(self, begin: int, out: Tensor, files: Files) -> None:
         if out.nbytes:
-            with files.opened(self._file) as reading:
-                reading.into(self._begin + begin, writable(out))
+            with files.opened(self) as reading:
+                reading.into(begin, writable(out))
 
     @override
     def take(self, begins: Tensor, out: Tensor, places: Tensor, files: Files) -> None:
+        # Read, not mapped: on a disk that has to be asked, a map reads for each row as much around it as the system likes.
         width, memory = out.shape[1], writable(out)
-        # Rows that are near each other come with what is between them, up to a mebibyte.
+        # Rows that are near each other come with what is between them.
         apart = (begins.diff() > width + _GAP) | ((begins // _MOST).diff() > 0)
         bounds = [0, *(apart.nonzero()[:, 0] + 1).tolist(), len(begins)]
         starts, targets = begins.tolist(), places.tolist()
-        with files.opened(self._file) as reading:
+        with files.opened(self) as reading:
             for low, high in pairwise(bounds):
                 start, to = starts[low], targets[low] * width
                 if high - low == 1:
-                    reading.into(self._begin + start, memory[to : to + width])
+                    reading.into(start, memory[to : to + width])
                     continue
-                found = torch.empty(
-                    starts[high - 1] + width - start, dtype=torch.uint8, device="cpu"
-                )
-                reading.into(self._begin + start, writable(found))
+                nbytes = starts[high - 1] + width - start
+                found = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+                reading.into(start, writable(found))
                 rows = found.unfold(0, width, 1).index_select(0, begins[low:high] - start)
                 out.index_copy_(0, places[low:high], rows)
 
     @override
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
-        files.announce(self._file, self._begin + begin, nbytes)
+        try:
+            files.reading(self).announce(begin, nbytes)
+        except Defect:
+            return  # reading it says what is wrong
+
+
+class Files(AbstractContextManager["Files"]):
+    """The files that are open: each is opened once, and few at a time."""
+
+    def __init__(self) -> None:
+        self._open: dict[Stored, Reading] = {}  # the one used last is the last
+
+    @override
+    def __exit__(self, *_: object) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    @contextmanager
+    def opened(self, file: Stored) -> Iterator[Reading]:
+        """Read parts of a file; what is wrong with it is a ``CorruptRecordingError``."""
+        try:
+            yield self.reading(file)
+        except Defect as defect:
+            raise corrupt(file.place.shown(file.name), defect) from None
+
+    def reading(self, file: Stored) -> Reading:
+        """Return a file, open; what is wrong with it is a ``Defect``."""
+        found = self._open.pop(file, None)
+        if found is None:
+            found = file.place.reading(file.name, file.head)
+        self._open[file] = found
+        if len(self._open) > _MOST_OPEN:
+            self._open.pop(next(iter(self._open))).close()
+        return found

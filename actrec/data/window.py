@@ -1,110 +1,126 @@
-"""The rows of one window, read into memory: those that one worker needs, and each of them once."""
+"""Windows of rows, read into memory one after the other, and the batches that are cut out of their permuted rows."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from .columns import Column
-    from .files import Files
     from .kept import Kept
-    from .order import Piece
+    from .order import Order, Piece
+    from .sources import Files
 
-__all__ = ["Window"]
+__all__ = ["Window", "batches"]
 
 #: So many blocks are announced to the system before one is read.
-_AHEAD = 16
+_AHEAD: Final = 16
 
 
 class Window:
-    """Memory that holds the rows of one window after the other."""
+    """Memory that holds rows of one window after the other: those that are wanted, each of them once."""
 
     def __init__(
         self, columns: Sequence[Column], kept: Kept | None, block: int, files: Files
     ) -> None:
         self._columns = columns
-        self._files = files
         self._kept = kept
         self._block = block
+        self._files = files
         self._memory = [column.empty(0) for column in columns]
-        self._scratch = [column.empty(0) for column in columns]
+        self._scratch = [column.empty(min(block, len(column))) for column in columns]
         self._slots = torch.empty(0, dtype=torch.int64, device="cpu")
         self._announced = 0
 
     def fill(self, pieces: Sequence[Piece], wanted: Tensor) -> None:
-        """Read rows, in the order in which they lie; ``wanted`` has their numbers in any order, each once.
-
-        What was not announced before is announced a few blocks ahead.
-        """
-        rows = sum(piece.many for piece in pieces)
-        if len(wanted) == rows:
-            ordered, self._slots = None, wanted
-            bounds = [piece.place for piece in pieces] + [rows]
-        else:
-            ordered, order = wanted.sort()
-            self._slots = torch.empty_like(order)
-            self._slots[order] = torch.arange(len(order), device="cpu")
-            places = torch.tensor([piece.place for piece in pieces], device="cpu")
-            bounds = [*torch.searchsorted(ordered, places).tolist(), len(ordered)]
+        """Read rows, in the order in which they lie; ``wanted`` has their numbers in any order, each once."""
+        is_wanted = torch.zeros(sum(piece.many for piece in pieces), dtype=torch.bool, device="cpu")
+        is_wanted[wanted] = True
+        self._slots = (is_wanted.cumsum(0) - 1)[wanted]
         self._make_room(len(wanted))
+        at = 0
         for number, piece in enumerate(pieces):
-            if number + _AHEAD > self._announced:
-                self.expect(pieces[self._announced : number + 2 * _AHEAD])
-            low, high = bounds[number : number + 2]
-            if high > low:
-                some = None if ordered is None else ordered[low:high] - piece.place
-                self._read(piece, some, low, high)
+            self.announce(pieces, number + _AHEAD)
+            rows = is_wanted[piece.place : piece.place + piece.many].nonzero()[:, 0] + piece.first
+            if len(rows):
+                self._read(piece.block, rows, at)
+            at += len(rows)
         self._announced = 0
+
+    def announce(self, pieces: Sequence[Piece], until: int) -> None:
+        """Say that the blocks up to number ``until`` of the window that is filled next, or now, will be read soon."""
+        for piece in pieces[self._announced : until]:
+            first = piece.block * self._block
+            for column in self._columns:
+                column.announce(first, min(self._block, len(column) - first), self._files)
+        self._announced = max(self._announced, until)
 
     def take(self, low: int, high: int) -> list[Tensor]:
         """The rows that were wanted from number ``low`` to ``high``, as new tensors."""
         return [memory.index_select(0, self._slots[low:high]) for memory in self._memory]
 
-    def expect(self, pieces: Sequence[Piece]) -> None:
-        """Announce pieces of the window that is filled next, those that follow what was announced so far."""
-        for piece in pieces:
-            self.announce(piece)
-        self._announced += len(pieces)
-
-    def announce(self, piece: Piece) -> None:
-        """Say that a piece will be read soon."""
-        for column in self._columns:
-            first, many = piece.block * self._block, piece.many
-            if self._kept is None:
-                first += piece.first
-            else:
-                many = min(self._block, len(column) - first)
-            column.announce(first, many, self._files)
-
-    def _read(self, piece: Piece, some: Tensor | None, low: int, high: int) -> None:
-        """Read rows of a piece to their place."""
-        start = piece.block * self._block
+    def _read(self, block: int, rows: Tensor, at: int) -> None:
+        """Read rows of a block, in ascending order, to their place."""
         if self._kept is not None:
-            rows = self._kept.block(piece.block, self._files)[
-                piece.first : piece.first + piece.many
-            ]
-            rows = rows if some is None else rows[some]
-        elif some is not None:
-            rows = some + piece.first
-        else:
-            for column, memory in zip(self._columns, self._memory, strict=True):
-                column.read(start + piece.first, memory[low:high], self._files)
-            return
-        first, last = int(rows[0]), int(rows[-1])
-        for number, column in enumerate(self._columns):
-            scratch = self._scratch[number][: last - first + 1]
-            column.read(start + first, scratch, self._files)
-            torch.index_select(scratch, 0, rows - first, out=self._memory[number][low:high])
+            rows = self._kept.block(block, self._files)[rows]
+        first, many = int(rows[0]), int(rows[-1] - rows[0]) + 1
+        start = block * self._block + first
+        for column, memory, scratch in zip(self._columns, self._memory, self._scratch, strict=True):
+            out = memory[at : at + len(rows)]
+            if many == len(rows):
+                column.read(start, out, self._files)
+            else:
+                column.read(start, scratch[:many], self._files)
+                torch.index_select(scratch, 0, rows - first, out=out)
 
     def _make_room(self, rows: int) -> None:
         for number, column in enumerate(self._columns):
             if len(self._memory[number]) < rows:
                 self._memory[number] = column.empty(0)  # before there is more
                 self._memory[number] = column.empty(rows)
-            if not len(self._scratch[number]):
-                self._scratch[number] = column.empty(min(self._block, len(column)))
+
+
+def batches(
+    columns: Sequence[Column], window: Window, order: Order, epoch: int, mine: range
+) -> Generator[Any, None, None]:
+    """Make some of the batches of an epoch.
+
+    Args:
+        columns: The layers.
+        window: What holds the rows of one window after the other.
+        order: How the recording is cut up.
+        epoch: Its number.
+        mine: The numbers of the batches.
+
+    Yields:
+        A tensor, or a tuple of tensors where there are several layers.
+    """
+    rows_of, windows = order.epoch(epoch), order.windows
+    begun: list[list[Tensor]] = []  # parts of a batch that goes on in the next window
+    for number, bounds in enumerate(windows):
+        cuts = order.cuts(bounds, mine)
+        if not cuts:
+            continue
+        rows = rows_of.permutation(number, bounds)
+        window.fill(rows_of.pieces(bounds), torch.cat([rows[cut.low : cut.high] for cut in cuts]))
+        del rows
+        coming = rows_of.pieces(windows[number + 1]) if number + 1 < len(windows) else []
+        place = 0
+        for had, cut in enumerate(cuts, start=1):
+            # The disk works on the next window meanwhile, evenly.
+            window.announce(coming, len(coming) * had // len(cuts))
+            begun.append(window.take(place, place + cut.high - cut.low))
+            place += cut.high - cut.low
+            if cut.ends:
+                yield _joined(columns, begun)
+                begun.clear()
+
+
+def _joined(columns: Sequence[Column], parts: list[list[Tensor]]) -> Any:
+    found = [part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True)]
+    dressed = [column.dressed(rows) for column, rows in zip(columns, found, strict=True)]
+    return dressed[0] if len(dressed) == 1 else tuple(dressed)
