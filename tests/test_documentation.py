@@ -161,15 +161,21 @@ def test_every_public_function_and_class_shows_an_example(name):
 
 
 def public_functions() -> dict[str, object]:
-    """The functions of ``actrec.__all__``, and the methods and properties of its classes."""
-    internal = {"Layer.keep"}  # whoever implements a layer needs it, its users do not
+    """The functions that are exported, and the methods and properties of the classes that are."""
+    # The package calls these, its users do not.
+    internal = {
+        "Layer.keep",
+        *map("StoredRecording.{}".format, ("everything", "layer", "problems")),
+    }
     found: dict[str, object] = {}
-    for name in actrec.__all__:
-        public = getattr(actrec, name)
+    modules = [actrec, actrec.store, importlib.import_module("actrec.data"), actrec.testing]
+    for name, public in ((name, getattr(m, name)) for m in modules for name in m.__all__):
         if inspect.isfunction(public):
             found[name] = public
-        elif not issubclass(public, (Exception, Warning)):
+        elif inspect.isclass(public) and not issubclass(public, (Exception, Warning)):
+            inherited = {key for base in public.__mro__[1:] for key in vars(base)}
             members = {key: m for key, m in vars(public).items() if not key.startswith("_")}
+            members = {key: m for key, m in members.items() if m.__doc__ or key not in inherited}
             members = {key: m for key, m in members.items() if callable(m) or hasattr(m, "fget")}
             found |= {f"{name}.{key}": member for key, member in members.items()}
     return {name: member for name, member in found.items() if name not in internal}
@@ -195,7 +201,7 @@ def test_a_public_function_says_what_it_takes_returns_and_raises_after_an_exampl
     example = 0 if is_property else text.find(">>>")
     assert min([example, *places]) >= 0, wanted
     assert [example, *places] == sorted([example, *places])
-    described = re.findall(r"^    (\w+): ", text, re.MULTILINE)
+    described = re.findall(r"^    \*?(\w+): ", text, re.MULTILINE)
     assert sections["Args:"] <= set(described)
 
 

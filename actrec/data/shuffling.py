@@ -219,9 +219,21 @@ class Shuffled(IterableDataset[Any]):
         return f"{len(self)} batches of {self._order.batch_size} shuffled rows of {names}"
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration that of this epoch.
+        """Make the next iteration that of an epoch.
 
-        If that is the epoch which a loaded state is in, it goes on where the state was taken.
+        >>> import torch
+        >>> from actrec import record
+        >>> from actrec.data import shuffled
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     output = model(torch.randn(10, 4))
+        >>> dataset = shuffled(acts, "", batch_size=2)
+        >>> dataset.set_epoch(1)
+        >>> dataset.state_dict()["epoch"]
+        1
+
+        Args:
+            epoch: the number of the epoch. If a loaded state is in this epoch, the iteration continues after it.
         """
         epoch = index(epoch)  # of NumPy's numbers, the order would be another one
         if self._next.epoch != epoch:
@@ -245,6 +257,12 @@ class Shuffled(IterableDataset[Any]):
         >>> again.load_state_dict(state)
         >>> torch.equal(next(iter(again)), next(batches))
         True
+
+        Args:
+            batches: how many batches of the epoch were used; by default those that this process has returned.
+
+        Returns:
+            A dict for :meth:`load_state_dict`, which can be stored as JSON.
         """
         progress = self._now or self._next
         if batches is not None:
@@ -252,10 +270,20 @@ class Shuffled(IterableDataset[Any]):
         return {**vars(progress), **self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on, at the next iteration, where a state was taken.
+        """Continue, at the next iteration, after the batches of a state.
 
-        A state at the end of an epoch leaves nothing of it: the iteration has no batches, and the one after it is
-        the next epoch.
+        >>> import torch
+        >>> from actrec import record
+        >>> from actrec.data import shuffled
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     output = model(torch.randn(10, 4))
+        >>> dataset = shuffled(acts, "", batch_size=2)
+        >>> dataset.load_state_dict(dataset.state_dict(batches=3))
+        >>> len(list(dataset))
+        2
+
+        After a state at the end of an epoch the iteration has no batches, and the one after it is the next epoch.
 
         Args:
             state: what :meth:`state_dict` has returned.

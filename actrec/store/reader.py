@@ -120,8 +120,15 @@ class StoredRecording(Recording[V], Generic[V]):
         >>> len(acts[""]), acts[""].ranks, acts.rank(1)[""][0].shape
         (2, [0, 1], torch.Size([6, 3]))
 
-        Of a ``DTensor`` it has that rank's local part, as a plain tensor. Raises ``OptionError`` if the run had no
-        such rank; of one that wrote nothing, there are no calls.
+        Args:
+            number: the number of the rank.
+
+        Returns:
+            A recording, without calls if the rank wrote nothing. Of a ``DTensor`` it has that rank's local part, as a plain
+            tensor.
+
+        Raises:
+            OptionError: the run had no such rank.
         """
         check_rank(f"acts.rank({number!r})", number, [info.number for info in self.ranks])
         found = [rank for rank in self._ranks if rank.number == number]
