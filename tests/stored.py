@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from actrec import Opaque
+from actrec.store.call import Call, Look
 from actrec.store.description import Description, LayerInfo
 from actrec.store.format import Slot
-from actrec.store.layout import Call, lay_out
+from actrec.store.layout import lay_out
 from actrec.store.layout import write as write_shard
 from actrec.store.ledger import Ledger
 
@@ -126,7 +127,10 @@ class Shards:
         **more: Any,
     ) -> Path:
         """Write a shard of calls: the number of the layer, that of the pass, and the tensor of the value."""
-        made = [Call(self.slots[at], number, structure, [t]) for at, number, t in calls]
+        made = [
+            Call(self.slots[at], number, [t], Look(structure, [(t.dtype, t.shape)]))
+            for at, number, t in calls
+        ]
         parts, tensors = lay_out(made)
         heading = self.ledger.next(parts, committed, **more)
         path = self.folder / f"{heading.shard:06d}.safetensors"

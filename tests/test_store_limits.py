@@ -41,6 +41,7 @@ from actrec.store import (
 from actrec.store import (
     stream as _live,
 )
+from actrec.store.call import Call
 from actrec.store.disk import Disk
 from actrec.store.format import Slot
 from actrec.store.ledger import Heading, Ledger
@@ -89,9 +90,8 @@ def test_a_header_takes_little_more_than_twice_what_was_counted_for_its_calls(
     slot = Slot("gradient", 99_999, "layer", "Module")
     calls, counted = [], 0
     for number, value in enumerate(values):
-        structure, tensors = _encoding.encode(value)
-        calls.append(_layout.Call(slot, 10**6 + 2 * number, structure, tensors))
-        counted += len(structure) + _held.OVERHEAD * len(tensors)
+        calls.append(Call.of(slot, 10**6 + 2 * number, value))
+        counted += calls[-1].look.header
     written = bytearray()
 
     class File:
@@ -185,7 +185,7 @@ def test_of_a_pass_that_is_written_in_parts_no_value_is_kept_until_it_is_committ
     ledger = Ledger(Heading("0" * 32, 0, 1, 1, shard=-1, committed=0))
     value = torch.ones(3)
     kept = weakref.ref(value)
-    calls = [_layout.Call(Slot("output", 0, "a", "A"), 0, '{"tensor":0}', [value])]
+    calls = [Call.of(Slot("output", 0, "a", "A"), 0, value)]
     parts, _ = _layout.lay_out(calls)
     ledger.next(parts, 0, part_of=0)
     del calls, value, _

@@ -300,7 +300,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     def watch(writer: Any, call: Any) -> None:
         add = writer._held.add
-        writer._held.add = lambda call: (add(call), seen.append((writer.used, call.size)))
+        writer._held.add = lambda call: (add(call), seen.append((writer.used, call.look.size)))
         keep(writer, call)
         del writer._held.add
 

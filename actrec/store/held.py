@@ -6,19 +6,16 @@ begun. A pass for which there is no room is handed out in parts, which count whe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .format import MAX_HEADER
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
-    from .layout import Call
+    from .call import Call
 
-__all__ = ["OVERHEAD", "Batch", "Held"]
-
-#: What a tensor takes in Python's memory besides its data, and in the header of a shard besides its structure, roughly.
-OVERHEAD: Final = 1024
+__all__ = ["Batch", "Held"]
 
 
 class Batch(NamedTuple):
@@ -33,7 +30,7 @@ class Batch(NamedTuple):
     @property
     def size(self) -> int:
         """The bytes that it counts against the budget."""
-        return sum(call.size for call in self.calls)
+        return sum(call.look.size for call in self.calls)
 
 
 class Held:
@@ -52,7 +49,7 @@ class Held:
         self._raised = raised
         self._passes: dict[int, list[Call]] = {}
         self._parted: set[int] = set()  # passes of which parts were handed out
-        self._kinds: dict[object, int] = {}  # of values, with what they take in a header
+        self._groups: dict[object, int] = {}  # with what they take in a header
 
     def __bool__(self) -> bool:
         return bool(self._passes)
@@ -60,14 +57,13 @@ class Held:
     def add(self, call: Call) -> None:
         """Take a call."""
         self._passes.setdefault(call.number, []).append(call)
-        self.size += call.size
-        kind = call.slot, call.structure, *(tensor.dim() for tensor in call.tensors)
-        self._kinds[kind] = len(call.structure) + OVERHEAD * len(call.tensors)
+        self.size += call.look.size
+        self._groups[call.slot, call.look.group] = call.look.header
 
     def is_full(self) -> bool:
         """Whether there is as much as a shard should hold."""
-        # A kind of value has entries in the header of a shard, however many values there are of it.
-        full = len(self._kinds) > 1 and sum(self._kinds.values()) >= MAX_HEADER // 4
+        # A group has entries in the header of a shard, however many calls there are in it.
+        full = len(self._groups) > 1 and sum(self._groups.values()) >= MAX_HEADER // 4
         return self.size >= self._limit or full
 
     def whole(self, complete: int) -> Iterator[Batch]:
@@ -106,6 +102,6 @@ class Held:
 
     def _take(self, numbers: Iterable[int]) -> list[Call]:
         calls = [call for number in numbers for call in self._passes.pop(number)]
-        self.size -= sum(call.size for call in calls)
-        self._kinds.clear()
+        self.size -= sum(call.look.size for call in calls)
+        self._groups.clear()
         return calls

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
+from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,7 +32,6 @@ from actrec._values.memory import memory
 
 from . import safetensors
 from .decoding import decode
-from .encoding import encode
 from .format import DTYPES, VERSION, Slot
 from .part import Group, Leaf, Part
 
@@ -39,30 +40,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from actrec._values.containers import Value
-
+    from .call import Call
     from .ledger import Heading, SoFar
 
-__all__ = ["Call", "lay_out", "write"]
+__all__ = ["lay_out", "write"]
 
+_SMALL: Final = 1 << 16  # bytes
+_TOGETHER: Final = 64  # so many small tensors are joined
 _PIECE: Final = 1 << 24  # bytes that are made contiguous at a time
 _STORED: Final = dict(DTYPES.values())
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """A value that waits to be written."""
-
-    slot: Slot
-    number: int  #: of its pass
-    structure: str
-    tensors: list[Tensor]
-    size: int = 0  #: the bytes that it counts against the budget
-
-    @classmethod
-    def of(cls, slot: Slot, number: int, value: Value, *, parts: bool = False) -> Call:
-        """Return a value as it is written. See :func:`encode`."""
-        return cls(slot, number, *encode(value, parts=parts))
 
 
 # --- What the calls become -----------------------------------------------------------------------------
@@ -90,9 +76,9 @@ def _laid_out(slot: Slot, calls: list[Call]) -> tuple[Part, list[safetensors.Ten
     numbers: dict[object, int] = {}
     lines = []
     for call in calls:
-        key = call.structure, *((tensor.dtype, tensor.dim()) for tensor in call.tensors)
-        alike[key].append(call)
-        lines.append((call.number, numbers.setdefault(key, len(numbers))))
+        group = call.look.group
+        alike[group].append(call)
+        lines.append((call.number, numbers.setdefault(group, len(numbers))))
     table = torch.tensor(lines, dtype=torch.int64, device="cpu")
     groups = []
     entries = [_index(f"{slot.key}.calls", table)]
@@ -102,14 +88,14 @@ def _laid_out(slot: Slot, calls: list[Call]) -> tuple[Part, list[safetensors.Ten
         for at, (leaf, column) in enumerate(zip(leaves, columns, strict=True)):
             name = f"{slot.key}.{number}.{at}"
             entries += [_data(name, leaf, column), _index(f"{name}.shapes", leaf.shapes)]
-        groups.append(Group(some[0].structure, decode(some[0].structure), leaves))
+        structure = some[0].look.structure
+        groups.append(Group(structure, decode(structure), leaves))
     return Part(slot, groups, *table.unbind(1)), entries
 
 
 def _shapes(column: Sequence[Tensor]) -> Tensor:
     """The shape of one tensor in each call, ``(calls, dims)``."""
-    shapes = [list(tensor.shape) for tensor in column]
-    table = torch.tensor(shapes, dtype=torch.int64, device="cpu")
+    table = torch.tensor([tensor.shape for tensor in column], dtype=torch.int64, device="cpu")
     return table.view(len(column), column[0].dim())
 
 
@@ -120,9 +106,8 @@ def _data(name: str, leaf: Leaf, column: Sequence[Tensor]) -> safetensors.Tensor
     shape = [int(leaf.starts[-1])] if row is None else [leaf.count(new=False), *row]
     shape += [2] * stored.pair
     size = leaf.dtype.itemsize
-    return safetensors.Tensor(
-        name, stored.code, tuple(shape), leaf.nbytes, lambda: _views(column), size
-    )
+    pieces = partial(_pieces, column, are_rows=row is not None)
+    return safetensors.Tensor(name, stored.code, tuple(shape), leaf.nbytes, pieces, size)
 
 
 def _index(name: str, numbers: Tensor) -> safetensors.Tensor:
@@ -132,14 +117,23 @@ def _index(name: str, numbers: Tensor) -> safetensors.Tensor:
     )
 
 
-def _views(tensors: Iterable[Tensor]) -> Iterator[safetensors.Piece]:
-    for tensor in tensors:
-        yield from map(memory, [tensor] if tensor.is_contiguous() else _made_contiguous(tensor))
+def _pieces(column: Sequence[Tensor], *, are_rows: bool) -> Iterator[safetensors.Piece]:
+    """The memory of large tensors as it is; small ones are joined, for to ask for each costs more than to copy it."""
+    for is_small, some in groupby(column, lambda tensor: tensor.nbytes < _SMALL):
+        tensors = [tensor for tensor in some if tensor.nbytes]
+        if is_small:
+            for at in range(0, len(tensors), _TOGETHER):
+                few = tensors[at : at + _TOGETHER]
+                # torch.cat() only reads, and so leaves values shared with the model.
+                yield memory(torch.cat(few if are_rows else [one.reshape(-1) for one in few]))
+            continue
+        for tensor in tensors:
+            yield from map(memory, [tensor] if tensor.is_contiguous() else _made_contiguous(tensor))
 
 
 def _made_contiguous(tensor: Tensor) -> Iterator[Tensor]:
     """A few rows at a time, so that no second copy of a large tensor comes into being."""
-    rows = max(1, _PIECE * len(tensor) // tensor.nbytes) if tensor.nbytes else 1
+    rows = max(1, _PIECE * len(tensor) // tensor.nbytes)
     for part in torch.split(tensor, rows):
         yield part.contiguous()
 

@@ -31,7 +31,6 @@ __all__ = ["Container", "Extent", "Piece", "Tensor", "Writable", "parse", "write
 _ALIGNMENT: Final = 64  # where the data begins: a cache line
 _LENGTH: Final = 8  # bytes that hold the length of the header
 _ZEROS: Final = "00000000"
-_SMALL: Final = 1 << 16
 _CHUNK: Final = 1 << 22  # bytes that are written at a time
 #: The size of an element in bytes.
 _SIZES: Final = {
@@ -127,7 +126,7 @@ class _Stream:
     def write(self, pieces: Iterable[Piece]) -> int:
         """Write the pieces of one tensor, and return their checksum."""
         checksum = 0
-        for owner, data in _joined(pieces):
+        for owner, data in pieces:
             for start in range(0, len(data), _CHUNK):
                 part = data[start : start + _CHUNK]
                 self._add(owner, part)
@@ -154,24 +153,6 @@ class _Stream:
     def _write(self, chunk: list[Piece]) -> None:
         for _, part in chunk:
             self._file.write(part)
-
-
-def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Large pieces as they are, and of small ones many in one: to ask for each costs more than to copy it."""
-    small = bytearray()
-    for piece in pieces:
-        _, data = piece
-        if len(data) < _SMALL:
-            small += data
-            if len(small) < _CHUNK:
-                continue
-        if small:
-            yield small, memoryview(small)
-            small = bytearray()
-        if len(data) >= _SMALL:
-            yield piece
-    if small:
-        yield small, memoryview(small)
 
 
 # --- Reading -----------------------------------------------------------------------------------------

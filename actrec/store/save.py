@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from actrec.errors import CaptureError, OptionError
 
+from .call import Call
 from .description import Description, LayerInfo
 from .disk import Disk
 from .folder import Folder
 from .format import Slot
-from .layout import Call
 from .opening import Opening
 from .place import place
 from .replace import replacing

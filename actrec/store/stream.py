@@ -9,9 +9,9 @@ from typing_extensions import override
 from actrec._recordings.passes import PassNumbers
 from actrec.errors import ActrecError, WriteError
 
+from .call import Call
 from .format import Role, Slot
 from .layers import StoredLayer
-from .layout import Call
 from .load import opened
 from .opening import Opening
 from .read_only import ReadOnlyLayer
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from actrec._values.join import How
     from actrec._values.summary import Summary
 
+    from .call import Look
     from .description import Description
     from .folder import Folder
 
@@ -82,11 +83,9 @@ class Stream:
         """Return the layers of names that were added in earlier runs."""
         return {name: self.added(name) for name in self._added}
 
-    def keep(self, slot: Slot, value: Value, number: int) -> Call:
-        """Write a value of a pass, sooner or later; return it as it is written."""
-        call = Call.of(slot, number, value, parts=True)
+    def keep(self, call: Call) -> None:
+        """Write a call, sooner or later."""
         self._writer.keep(call)
-        return call
 
     def stored(self, slot: Slot) -> StoredLayer:
         """Return what is on the disk of a layer: before the block and in it, what was there when it began."""
@@ -128,16 +127,16 @@ class LiveLayer(ReadOnlyLayer):
         self._new_passes = PassRuns()
         self._bytes = before.nbytes
         self._looks = before._summary()
-        self._latest: object = None  # what the last call looked like
+        self._look: Look | None = None  # of the last call
 
     @override
     def keep(self, value: Value, number: int) -> None:
-        call = self._stream.keep(self._slot, value, number)
+        call = Call.of(self._slot, number, value, parts=True, before=self._look)
+        self._stream.keep(call)
         self._new_passes.add(number)
-        self._bytes += sum(tensor.nbytes for tensor in call.tensors)
-        look = call.structure, [(tensor.dtype, tensor.shape) for tensor in call.tensors]
-        if look != self._latest:
-            self._latest = look
+        self._bytes += call.look.nbytes
+        if call.look is not self._look:
+            self._look = call.look
             self._looks.add(value)
 
     @property

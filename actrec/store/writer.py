@@ -21,15 +21,15 @@ from actrec._values.memory import give_back
 from actrec.errors import WriteError
 
 from . import layout
-from .held import OVERHEAD, Held
+from .held import Held
 from .index import shard_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
+    from .call import Call
     from .folder import Folder
     from .held import Batch
-    from .layout import Call
     from .ledger import Ledger
     from .place import Place
     from .unfinished import Unfinished
@@ -95,11 +95,9 @@ class Writer:
         Raises:
             WriteError: the writer has failed. Raised once; after that, calls are dropped.
         """
-        tensors = sum(tensor.nbytes for tensor in call.tensors)
-        call.size = tensors + len(call.structure) + OVERHEAD * (1 + len(call.tensors))
         with self._changed:
             self._raise()
-            while self.used and self.used + call.size > self._budget and not self._failed:
+            while self.used and self.used + call.look.size > self._budget and not self._failed:
                 self._make_room()
             if self._failed or self._closed:
                 return

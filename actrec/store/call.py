@@ -1,0 +1,83 @@
+"""A call on its way to a shard: its tensors, and what they look like, which most calls of a layer have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from .encoding import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from actrec._values.containers import Value
+
+    from .format import Slot
+
+__all__ = ["OVERHEAD", "Call", "Look"]
+
+#: What a tensor takes in Python's memory besides its data, and in the header of a shard besides its structure, roughly.
+OVERHEAD: Final = 1024
+
+_Kinds: TypeAlias = "list[tuple[torch.dtype, torch.Size]]"
+
+
+class Look:
+    """What values are that differ in their numbers alone.
+
+    Args:
+        structure: JSON, see :func:`~actrec.store.encoding.encode`.
+        kinds: the dtype and the shape of each tensor.
+    """
+
+    __slots__ = ("group", "header", "kinds", "nbytes", "size", "structure")
+
+    def __init__(self, structure: str, kinds: _Kinds) -> None:
+        self.structure = structure
+        self.kinds = kinds
+        #: Equal for values whose tensors are one in a shard.
+        self.group = structure, *((dtype, len(shape)) for dtype, shape in kinds)
+        #: The bytes that such a group takes in the header of a shard.
+        self.header = len(structure) + OVERHEAD * len(kinds)
+        #: The bytes of the tensors.
+        self.nbytes = sum(dtype.itemsize * shape.numel() for dtype, shape in kinds)
+        #: The bytes that a call counts against the budget.
+        self.size = self.nbytes + self.header + OVERHEAD
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A value that waits to be written."""
+
+    slot: Slot
+    number: int  #: of its pass
+    tensors: Sequence[Tensor]
+    look: Look
+
+    @classmethod
+    def of(
+        cls,
+        slot: Slot,
+        number: int,
+        value: Value,
+        *,
+        parts: bool = False,
+        before: Look | None = None,
+    ) -> Call:
+        """Return a value as it is written.
+
+        Args:
+            slot: the layer.
+            number: of the pass.
+            value: what the layer returned.
+            parts: whether of a ``DTensor`` this rank's local shard is stored.
+            before: what the call before looked like; it is shared if this one looks the same.
+        """
+        structure, tensors = encode(value, parts=parts)
+        kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
+        if before is None or before.structure != structure or before.kinds != kinds:
+            before = Look(structure, kinds)
+        return cls(slot, number, tensors, before)
