@@ -261,6 +261,18 @@ def test_a_tuple_says_which_tensor_of_a_value(tmp_path: Path) -> None:
             rows(acts, "")
 
 
+def test_calls_of_several_structures_keep_their_order(tmp_path: Path) -> None:
+    model = nn.Identity()
+    with record(model, "", into=tmp_path / "r") as acts:
+        for number in range(6):
+            value = torch.full((2, 3), float(number))
+            model((value, value) if number % 3 else (value,))
+    for found in (acts, load(tmp_path / "r")):
+        dataset = rows(found, ("", 0))
+        assert dataset[:][:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+        assert same(dataset[[9, 1, 4]], dataset[:][[9, 1, 4]])
+
+
 def test_what_is_expanded_has_all_its_rows(tmp_path: Path) -> None:
     def expanded(module: Any, args: Any, output: Tensor) -> Tensor:
         return output[:, :, :1].expand(2, 3, 4)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -90,17 +91,16 @@ class _Table:
 
     def add_part(self, file: Stored, part: Part, rank: int) -> None:
         """Take in the calls of a stored layer that are in a shard."""
-        places = torch.empty((len(part), 3), dtype=torch.int64, device="cpu")
-        places[:, 1] = len(self._sources)
-        for number, group in enumerate(part.groups):
+        groups = []
+        for group in part.groups:
             leaf = group.leaves[self._number(group.structure.spec)]
-            here = part.group == number
-            within = part.within[here]
-            places[here, 0] = self._looks_of(leaf)[within]
-            places[here, 2] = leaf.begin + leaf.starts[within] * leaf.dtype.itemsize
+            begins = leaf.begin + leaf.starts[:-1] * leaf.dtype.itemsize
+            source = torch.full_like(begins, len(self._sources))
+            groups.append(torch.stack([self._looks_of(leaf), source, begins], 1))
+        firsts = torch.tensor([*accumulate(map(len, groups), initial=0)], device="cpu")
+        self._places.append(torch.cat(groups)[firsts[part.group] + part.within])
         self._sources.append(file)
         self._moments += [(rank, number) for number in part.passes.tolist()]
-        self._places.append(places)
 
     def add_values(self) -> None:
         """Take in the calls of a layer in memory, or of one whose calls are put together when they are asked for."""
