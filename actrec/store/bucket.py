@@ -37,20 +37,16 @@ _STREAM: Final[dict[str, Any]] = {"block_size": 1 << 24, "cache_type": "readahea
 
 
 class Bucket:
-    """A prefix in an object store, with the methods of :class:`~actrec.store.disk.Disk`.
-
-    Args:
-        objects: what is there.
-        spool: the folder of files that are to be uploaded; ``None`` for the system's temporary one.
-        blocks: what was downloaded and is kept.
-    """
+    """A prefix in an object store, with the methods of :class:`~actrec.store.disk.Disk`."""
 
     def __init__(
         self, objects: Objects, spool: str | os.PathLike[str] | None, blocks: Blocks
     ) -> None:
         self._objects = objects
-        self._spool = spool
-        self._blocks = blocks
+        self._spool = (
+            spool  # of files that are to be uploaded; None for the system's temporary folder
+        )
+        self._blocks = blocks  # that were downloaded and are kept
         self._head = lru_cache(maxsize=_HEADS)(self._ask_head)
 
     @override

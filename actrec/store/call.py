@@ -26,18 +26,13 @@ _Kinds: TypeAlias = "list[tuple[torch.dtype, torch.Size]]"
 
 
 class Look:
-    """What values are that differ in their numbers alone.
-
-    Args:
-        structure: JSON, see :func:`~actrec.store.encoding.encode`.
-        kinds: the dtype and the shape of each tensor.
-    """
+    """What values have in common that differ in their numbers alone."""
 
     __slots__ = ("group", "header", "kinds", "nbytes", "size", "structure")
 
     def __init__(self, structure: str, kinds: _Kinds) -> None:
-        self.structure = structure
-        self.kinds = kinds
+        self.structure = structure  #: JSON
+        self.kinds = kinds  #: the dtype and the shape of each tensor
         #: Equal for values whose tensors are one in a shard.
         self.group = structure, *((dtype, len(shape)) for dtype, shape in kinds)
         #: The bytes that such a group takes in the header of a shard.
@@ -67,15 +62,7 @@ class Call:
         parts: bool = False,
         before: Look | None = None,
     ) -> Call:
-        """Return a value as it is written.
-
-        Args:
-            slot: the layer.
-            number: of the pass.
-            value: what the layer returned.
-            parts: whether of a ``DTensor`` this rank's local shard is stored.
-            before: what the call before looked like; it is shared if this one looks the same.
-        """
+        """Return a value as it is written, see ``encode``; ``before`` is the look of the call before, which may be shared."""
         structure, tensors = encode(value, parts=parts)
         kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
         if before is None or before.structure != structure or before.kinds != kinds:

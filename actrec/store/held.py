@@ -34,19 +34,13 @@ class Batch(NamedTuple):
 
 
 class Held:
-    """Calls by pass.
-
-    Args:
-        committed: the number of passes that are committed.
-        limit: about how many bytes become a shard.
-        raised: the passes that raised; it grows.
-    """
+    """Calls by pass."""
 
     def __init__(self, committed: int, limit: int, raised: Collection[int]) -> None:
         self.size = 0
         self.committed = committed  # passes, with what was handed out
-        self._limit = limit
-        self._raised = raised
+        self._limit = limit  # about so many bytes become a shard
+        self._raised = raised  # passes; it grows
         self._passes: dict[int, list[Call]] = {}
         self._parted: set[int] = set()  # passes of which parts were handed out
         self._groups: dict[object, int] = {}  # with what they take in a header

@@ -32,16 +32,11 @@ _MOST: Final = 1 << 26  # bytes of a large part that are downloaded at a time
 
 
 class Objects:
-    """The objects below a URL. A name is what stands behind it; the empty one is the URL itself.
-
-    Args:
-        url: where they are.
-        options: what ``fsspec`` passes to the file system: credentials, an endpoint.
-    """
+    """The objects below a URL. A name is what stands behind it; the empty one is the URL itself."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.url = url.rstrip("/")
-        self.options = dict(options)
+        self.options = dict(options)  # of the file system: credentials, an endpoint
         self._connect()
 
     def _connect(self) -> None:

@@ -37,14 +37,7 @@ _SENDERS: Final = 4  # of such chunks
 
 
 class Upload:
-    """An object that is written to a local file, and not in the store yet.
-
-    Args:
-        objects: where it goes.
-        name: its name there.
-        write: writes what it is.
-        spool: the folder of the file; ``None`` for the system's temporary one.
-    """
+    """An object that is written to a local file, in the folder ``spool``, and not in the store yet."""
 
     def __init__(
         self,

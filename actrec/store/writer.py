@@ -42,15 +42,7 @@ _LONGEST: Final = 3600.0  # for it may have been told to wait for ever
 
 
 class Writer:
-    """Writes the folder of one rank. One thread of its own writes; any thread may give it calls.
-
-    Args:
-        disk: the folder.
-        ledger: what the shards hold that are there.
-        folder: the settings.
-        complete: returns how many passes can be committed.
-        raised: the passes that raised; it grows.
-    """
+    """Writes the folder of one rank. One thread of its own writes; any thread may give it calls."""
 
     def __init__(
         self,
@@ -62,7 +54,7 @@ class Writer:
     ) -> None:
         self._disk = disk
         self._ledger = ledger
-        self._complete = complete
+        self._complete = complete  # how many passes can be committed
         self._budget = folder.budget
         self._seconds = folder.seconds
         self._finished = ledger.heading.shard + 1  # shards on the disk
