@@ -45,6 +45,9 @@ def parts(value: Value) -> tuple[Container, list[Value]] | None:
     kind = type(value)
     if kind is tuple or kind is list:
         return Container(kind, range(len(value)), len(value), kind), list(value)
+    if kind is dict:
+        keys = list(value)
+        return Container(kind, keys, len(keys), partial(_plain_dict, keys)), list(value.values())
     if isinstance(value, tuple):
         return _tuple(value)
     if isinstance(value, dict):
@@ -68,6 +71,10 @@ def _tuple(value: tuple[Value, ...]) -> tuple[Container, list[Value]]:
     if is_named:
         container.items = 0
     return container, children
+
+
+def _plain_dict(keys: list[Any], items: list[Value]) -> dict[Any, Value]:
+    return dict(zip(keys, items, strict=True))
 
 
 def _dict(value: dict[Any, Value]) -> tuple[Container, list[Value]]:

@@ -26,7 +26,7 @@ Tolerances: TypeAlias = tuple[float | None, float | None]
 
 
 class Mismatch(Exception):  # noqa: N818  # caught where it is told in a table
-    """Two tensors whose elements do not stand side by side; the message says why."""
+    """Two tensors that cannot be compared element by element; the message says why."""
 
 
 class Difference:

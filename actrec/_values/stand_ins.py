@@ -22,6 +22,9 @@ class Opaque:
 
     The object itself is not kept: it may be large, and the model goes on changing it. To record
     something of it, take that out with a ``transform``.
+
+    Attributes:
+        type: the name of its class, with the module.
     """
 
     type: str
