@@ -62,7 +62,9 @@ class Capture:
     def __call__(self, value: Value, call: int) -> Value:
         """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
         if self.transform is None:
-            return self.keep(value) if type(value) is Tensor else rebuild(value, self.keep)
+            if self._direct and type(value) is Tensor and value.is_cpu:  # the shortest way
+                return snapshot(value)
+            return rebuild(value, self.keep)
         with unseen():
             value = self._transformed(self.transform, value, call)
         # What the user's own function made is kept, also where it is no tensor.

@@ -156,51 +156,45 @@ class Track:
         """Keep what a call of pass ``number`` returned, and what it had received: whatever is recorded comes here."""
         call = self.called
         self.called = call + 1
+        session = self.session
+        place = None  # of the gradient
         try:
             value = self.capture(output, call)
             if value is not SKIPPED:
-                self._put(value, received, number, output)
-            elif self.grads is not None:
-                self.grads.expect(output, value, None)
+                if not (self.kept and self.has_tensors):
+                    self._look_at_first(value)
+                self.kept += 1
+                with self.lock:
+                    if session.offload is None:
+                        self._append(value, received, number)
+                    else:
+                        session.offload.keep(partial(self._arrived, call, value, received, number))
+                    if self.grads is not None:
+                        place = self.grads.reserve(output, value, number)
+            if self.grads is not None:
+                self.grads.expect(output, value, place)
         except Exception as error:  # of the transform, from the disk, or the user's container
             self._failed(error, call)
             raise
-        if self.session.stop is not None:
-            self.session.stop.ran(self.capture.layer)
+        if session.stop is not None:
+            session.stop.ran(self.capture.layer)
 
-    def _put(self, value: Value, received: Value, number: int, output: Value) -> None:
-        """Put a call into its layer, with what it had received and a place for its gradient, in one step."""
-        session = self.session
-        if not self.kept:
-            session.order.setdefault(self.capture.layer)
-        if not self.has_tensors:
-            self._look_for_tensors(value)
-        self.kept += 1
-        with self.lock:
-            if session.offload is None:
-                self.outputs.keep(value, number)
-                if self.inputs is not None:
-                    self.inputs.calls.keep(received, number)
-            else:
-                session.offload.keep(
-                    partial(self._arrived, self.called - 1, value, received, number)
-                )
-            if self.grads is None:
-                return
-            place = self.grads.reserve(output, value, number)
-        self.grads.expect(output, value, place)
+    def _append(self, value: Value, received: Value, number: int) -> None:
+        self.outputs.keep(value, number)
+        if self.inputs is not None:
+            self.inputs.calls.keep(received, number)
 
     def _arrived(self, call: int, value: Value, received: Value, number: int) -> None:
         """The values of a call have come from a device; nobody knows by then which call it was."""
         try:
-            self.outputs.keep(value, number)
-            if self.inputs is not None:
-                self.inputs.calls.keep(received, number)
+            self._append(value, received, number)
         except Exception as error:
             error.add_note(f"raised while actrec kept call {call} of layer {self.capture.layer!r}")
             raise
 
-    def _look_for_tensors(self, value: Value) -> None:
+    def _look_at_first(self, value: Value) -> None:
+        """The first call is kept, or there was no tensor in those before."""
+        self.session.order.setdefault(self.capture.layer)
         tensors, spec = flatten(value)
         self.has_tensors = bool(tensors)
         constants = (step.value for step in spec.steps if isinstance(step, Constant))

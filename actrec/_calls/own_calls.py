@@ -33,7 +33,10 @@ def is_own_call() -> bool:
     Activation checkpointing calls modules again while ``backward()`` runs, to recompute what it did not
     keep, and :func:`is_tracing` says what else calls them.
     """
-    return backward_number() == -1 and not is_tracing()
+    if backward_number() != -1:
+        return False
+    modes = is_jit_tracing() or count_dispatch_modes() or count_function_modes()
+    return not ((modes or _comparing) and is_tracing())
 
 
 def is_tracing() -> bool:
