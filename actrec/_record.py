@@ -27,13 +27,7 @@ from actrec._calls.recorder import Recorder
 from actrec._calls.self_test import offload_for
 from actrec._calls.session import Session
 from actrec._calls.stop_early import EarlyStop, refuse_sharded
-from actrec._calls.warnings import (
-    warn_incomplete,
-    warn_not_stopped,
-    warn_overflow,
-    warn_ungraded,
-    warn_unused,
-)
+from actrec._calls.warnings import warn
 from actrec._selection.names import type_name
 from actrec._selection.selection import Choice, Selection, select
 from actrec._values.fsdp import frees_weights
@@ -265,11 +259,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         if session.error is not None and not session.surfaced:
             # The model has caught it: without this, calls would be missing without a word.
             raise session.error
-        warn_unused(self._model, self._tracks, stacklevel=2)
-        warn_ungraded(self._model, self._tracks, stacklevel=2)
-        warn_incomplete(self._model, self._tracks, stacklevel=2)
-        warn_overflow(self._model, self._tracks, stacklevel=2)
-        warn_not_stopped(self._model, session.stop, stacklevel=2)
+        warn(self._model, self._tracks, session.stop, stacklevel=2)
 
     def __getitem__(self, name: str) -> NoReturn:
         raise ActrecError(_FORGOTTEN)

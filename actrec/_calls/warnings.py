@@ -34,13 +34,7 @@ if TYPE_CHECKING:
 
     _Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
 
-__all__ = [
-    "warn_incomplete",
-    "warn_not_stopped",
-    "warn_overflow",
-    "warn_ungraded",
-    "warn_unused",
-]
+__all__ = ["warn"]
 
 _NEVER_CALLED = (
     "it was never called. Usual causes: its .forward() or its weights are used directly (hooks run only when "
@@ -72,7 +66,34 @@ _REENTRANT = (
 _BACKWARD = "where calls are not recorded: they may repeat those of the forward. If these do not, keep what they return with acts.add()"
 
 
-def warn_unused(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
+def warn(model: nn.Module, tracks: _Tracks, stop: EarlyStop | None, *, stacklevel: int) -> None:
+    """Warn of all that was asked for and is not in the recording, each kind once."""
+    causes = {
+        (MissingGradientWarning, "no gradient can reach"): {
+            key: cause for key, (_, track) in tracks.items() if (cause := _no_graph(track))
+        },
+        (IncompleteLayerWarning, "not all is right that was recorded of"): {
+            key: cause
+            for key, (choice, track) in tracks.items()
+            if track.kept and (cause := _incomplete(choice, track))
+        },
+    }
+    _warn_unused(model, tracks, stacklevel + 1)
+    for (kind, what), layers in causes.items():
+        if layers:
+            message = _explained(what, layers, model, tracks)
+            warnings.warn(message, kind, stacklevel=stacklevel + 1)
+    _warn_overflow(model, tracks, stacklevel + 1)
+    if stop is not None and stop.caught:
+        forwards = "a forward" if stop.caught == 1 else f"{stop.caught} forwards"
+        message = (
+            f"record(stop_early=True): {forwards} of this {type(model).__name__} went on to the end, because the model has "
+            'caught what ends them. Let it catch errors with "except Exception:", not with a bare "except:".'
+        )
+        warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
+
+
+def _warn_unused(model: nn.Module, tracks: _Tracks, stacklevel: int) -> None:
     """Warn once about all layers of which nothing was recorded."""
     unused = {key: item for key, item in tracks.items() if not item[1].kept}
     if not unused:
@@ -96,27 +117,7 @@ def _why(tracks: _Tracks) -> str:
     return "Was its .forward() called, a copy of it, or a model made from it (exported, scripted)?"
 
 
-def warn_ungraded(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
-    """Warn once about all layers whose calls have no gradient, or no graph, though it was asked for."""
-    causes = {key: cause for key, (_, track) in tracks.items() if (cause := _no_graph(track))}
-    if causes:
-        message = _explained("no gradient can reach", causes, model, tracks)
-        warnings.warn(message, MissingGradientWarning, stacklevel=stacklevel + 1)
-
-
-def warn_incomplete(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
-    """Warn once about all layers of which calls are missing, or may be other than they were."""
-    causes = {
-        key: cause
-        for key, (choice, track) in tracks.items()
-        if track.kept and (cause := _incomplete(choice, track))
-    }
-    if causes:
-        message = _explained("calls are missing or may be wrong in", causes, model, tracks)
-        warnings.warn(message, IncompleteLayerWarning, stacklevel=stacklevel + 1)
-
-
-def warn_overflow(model: nn.Module, tracks: _Tracks, *, stacklevel: int) -> None:
+def _warn_overflow(model: nn.Module, tracks: _Tracks, stacklevel: int) -> None:
     """Warn once about values that do not fit into the dtype that they were cast to."""
     found = {
         what + repr(key): overflows
@@ -158,8 +159,8 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
             f"from pass {since} on another module stood in its place, whose calls are not recorded. Change the model before "
             "the block, or open another block after that"
         )
-    if track.unrecorded[Unrecorded.BACKWARD]:
-        return f"{_times(track.unrecorded[Unrecorded.BACKWARD], 'call')} of it ran inside backward(), {_BACKWARD}"
+    if again := track.unrecorded[Unrecorded.BACKWARD]:
+        return f"{_times(again, 'call')} of it ran inside backward(), {_BACKWARD}"
     if track.overtaken:
         return (
             f"hooks were added to it in the middle of {_times(track.overtaken, 'forward')}, and ran behind those of actrec: "
@@ -179,17 +180,6 @@ def _outside(tracks: _Tracks) -> str:
 
 def _times(count: int, what: str) -> str:
     return f"{count} {what}{'s' if count != 1 else ''}"
-
-
-def warn_not_stopped(model: nn.Module, stop: EarlyStop | None, *, stacklevel: int) -> None:
-    """Warn once if the model has caught what was to end its forwards."""
-    if stop is not None and stop.caught:
-        forwards = "a forward" if stop.caught == 1 else f"{stop.caught} forwards"
-        message = (
-            f"record(stop_early=True): {forwards} of this {type(model).__name__} went on to the end, because the model has "
-            'caught what ends them. Let it catch errors with "except Exception:", not with a bare "except:".'
-        )
-        warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 
 
 def _explained(what: str, causes: dict[str, str], model: nn.Module, tracks: _Tracks) -> str:
@@ -229,23 +219,25 @@ def _cause(there: Collection[int], choice: Choice, track: Track) -> str:
     return _elsewhere(track) or _not_called(there, choice, track)
 
 
+#: The likely cause is the first of these.
+_WHERE = {
+    Unrecorded.PAUSED: "ran inside acts.pause()",
+    Unrecorded.BACKWARD: f"ran inside backward(), {_BACKWARD}",
+    Unrecorded.RECOMPUTED: (
+        "ran inside backward(), where activation checkpointing recomputes what was recorded before"
+    ),
+    Unrecorded.TRACED: (
+        "were made by something that reads the model (torch.jit.trace, make_fx, torch.export), which are no calls of "
+        "the model's own"
+    ),
+}
+
+
 def _elsewhere(track: Track) -> str | None:
     """Where a layer was called, if that is where no call is recorded."""
-    calls = _times(track.unrecorded.total(), "call")
-    if track.unrecorded[Unrecorded.PAUSED]:
-        return f"all of its {calls} ran inside acts.pause()"
-    if track.unrecorded[Unrecorded.BACKWARD]:
-        return f"all of its {calls} ran inside backward(), {_BACKWARD}"
-    if track.unrecorded[Unrecorded.RECOMPUTED]:
-        return (
-            f"all of its {calls} ran inside backward(), where activation checkpointing recomputes what was recorded "
-            "before"
-        )
-    if track.unrecorded[Unrecorded.TRACED]:
-        return (
-            f"all of its {calls} were made by something that reads the model (torch.jit.trace, make_fx, torch.export), "
-            "which are no calls of the model's own"
-        )
+    for unrecorded, where in _WHERE.items():
+        if track.unrecorded[unrecorded]:
+            return f"all of its {_times(track.unrecorded.total(), 'call')} {where}"
     if track.compiled:
         return _IN_A_BODY
     return _STANCE if track.session.eager.replaced else None
