@@ -340,7 +340,7 @@ class TestTorchScript:
         model = nn.Sequential(nn.Linear(4, 4))
         with record(model):
             model(X)
-            with pytest.raises(AttributeError, match="before the block or behind it"):
+            with pytest.raises(AttributeError, match="before the block or after it"):
                 torch.jit.script(model)
         torch.jit.script(model)
 

@@ -9,9 +9,16 @@ from enum import Enum, auto
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from actrec._torch import backward_number, compiles_itself, is_recomputing
+from actrec._torch import (
+    backward_number,
+    compiles_itself,
+    count_function_modes,
+    is_jit_tracing,
+    is_recomputing,
+)
 from actrec._values.constants import Constant
 from actrec._values.spec import flatten
 from actrec._values.stand_ins import Opaque
@@ -19,7 +26,7 @@ from actrec.errors import CaptureError, TransformError, WriteError
 
 from .capture import SKIPPED
 from .order import is_overtaken
-from .own_calls import is_own_call, is_symbolic, is_written_down
+from .own_calls import comparing, is_own_call, is_symbolic, is_written_down
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -114,17 +121,21 @@ class Track:
             self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
         elif backward_number() != -1:
             self._returns_in_backward(output)
-        elif is_written_down(args, output):
+        elif (
+            # Dispatch modes write down with tensors of their own.
+            type(output) is not Tensor or is_jit_tracing() or count_function_modes() or comparing
+        ) and is_written_down(args, output):
             self.unrecorded[Unrecorded.TRACED] += 1
         else:
             if RemovableHandle.next_id != hook.looked and is_overtaken(hook, module):
                 self.overtaken += 1
-            number, received = None, None
-            if self.inputs is not None:
+            if self.inputs is None:
+                self.keep(output, session.passes.number_of(module))
+            else:
                 number, received = self._received(self.inputs, args, kwargs)
-            if number is None:
-                number = session.passes.number_of(module)
-            self.keep(output, number, received)
+                self.keep(
+                    output, session.passes.number_of(module) if number is None else number, received
+                )
 
     def _received(
         self, inputs: Inputs, args: tuple[Any, ...], kwargs: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from torch import Tensor, fx
+from torch import fx
 
 from actrec._torch import (
     backward_number,
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from actrec._values.containers import Value
 
-__all__ = ["is_own_call", "is_symbolic", "is_tracing", "is_written_down"]
+__all__ = ["comparing", "is_own_call", "is_symbolic", "is_tracing", "is_written_down"]
 
 #: The threads that torch.jit.trace may be comparing its trace with the model in.
-_comparing: set[int] = set()
+comparing: set[int] = set()
 
 
 def is_own_call() -> bool:
@@ -36,7 +36,7 @@ def is_own_call() -> bool:
     if backward_number() != -1:
         return False
     modes = is_jit_tracing() or count_dispatch_modes() or count_function_modes()
-    return not ((modes or _comparing) and is_tracing())
+    return not ((modes or comparing) and is_tracing())
 
 
 def is_tracing() -> bool:
@@ -47,28 +47,25 @@ def is_tracing() -> bool:
     meanwhile is not asked: ``torch.compiler.is_compiling()`` would tell that too.
     """
     if is_jit_tracing():
-        _comparing.add(threading.get_ident())
+        comparing.add(threading.get_ident())
         return True
     if (count_dispatch_modes() or count_function_modes()) and is_read():
         return True
-    return bool(_comparing) and _is_compared()
+    return bool(comparing) and _is_compared()
 
 
 def _is_compared() -> bool:
     """Whether torch.jit.trace is comparing its trace with the model, behind a trace in this thread."""
-    if threading.get_ident() not in _comparing:
+    if threading.get_ident() not in comparing:
         return False
     if is_jit_comparing():
         return True
-    _comparing.discard(threading.get_ident())
+    comparing.discard(threading.get_ident())
     return False
 
 
 def is_written_down(args: tuple[Value, ...], output: Value) -> bool:
     """Whether the call that returned ``output`` was made only to write down what the model does."""
-    if type(output) is Tensor:
-        # Dispatch modes do it with tensors of their own.
-        return bool(is_jit_tracing() or count_function_modes() or _comparing) and is_tracing()
     return is_tracing() or is_symbolic((*args, output))
 
 

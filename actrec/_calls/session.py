@@ -121,8 +121,8 @@ class Session:
 
     def may_stop(self, *_: object) -> None:
         """All hooks have heard of a call of a layer: the forward ends if no chosen layer is missing."""
-        if self.stop is not None:
-            self.stop.when_done()
+        assert self.stop is not None  # noqa: S101  # or there would be no such hook
+        self.stop.when_done()
 
     # --- What goes wrong -----------------------------------------------------------------------------------------
 
