@@ -26,7 +26,7 @@ from actrec._calls.placing import Hooks
 from actrec._calls.recorder import Recorder
 from actrec._calls.self_test import offload_for
 from actrec._calls.session import Session
-from actrec._calls.stop_early import EarlyStop, refuse_sharded
+from actrec._calls.stop_early import EarlyStop, StoppableForward, refuse_sharded
 from actrec._calls.warnings import warn
 from actrec._selection.names import type_name
 from actrec._selection.selection import Choice, Selection, select
@@ -223,8 +223,9 @@ class _Block(AbstractContextManager[Recorder[Any]]):
             recorder = self._recorder()
             stack.enter_context(self._session.eager)
             if self._session.stop is not None:
-                stack.callback(self._session.stop.remove)
-                self._session.stop.place(self._model)
+                forward = StoppableForward(self._model, self._session.stop)
+                stack.callback(forward.remove)
+                forward.place()
             stack.callback(hooks.remove)
             hooks.place(self._plan())
             for _, track in self._tracks.values():

@@ -1,9 +1,10 @@
 """Stopping early: a forward ends as soon as every chosen layer has run in it.
 
-The hook of the last layer raises :class:`Stop`, a ``BaseException``, so a model's own ``except Exception`` does not
-swallow it; where a bare ``except:`` does, the end of the block says so. It is caught around ``model.forward``, so that
-the call of the model ends like any other one, with ``None`` as its result. For that, the model has a ``forward`` of its
-own while blocks that stop early are open: a :class:`StoppableForward` around that of its class.
+The hook of the last layer raises :class:`Stop`, which is no ``Exception``: models that catch those do not
+hold it up, and where a bare ``except:`` does, the end of the block says so. It is caught around
+``model.forward``, so that the call of the model ends like any other one, with ``None`` as its result. For
+that, while the block is open, the model has a ``forward`` of its own, that of its class inside a
+:class:`StoppableForward`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["EarlyStop", "refuse_sharded", "when_copied"]
+__all__ = ["EarlyStop", "StoppableForward", "refuse_sharded", "when_copied"]
+
 
 #: A model has one ``forward``, and blocks of several threads may be about to change it.
 _placing = threading.RLock()
@@ -51,38 +53,14 @@ class EarlyStop:
 
     def __init__(self) -> None:
         self.layers: frozenset[str] = frozenset()
-        #: Forwards that went on to their end, for the model had caught what ends them.
-        self.caught = 0
+        self.caught = (
+            0  # forwards that went on to their end, for the model had caught what ends them
+        )
         self._thread = _Thread()
-        self._forward: StoppableForward | None = None
-
-    def place(self, model: nn.Module) -> None:
-        """Begin to stop the forwards of ``model``."""
-        attributes = vars(model)
-        with _placing:
-            found = attributes.get("forward")
-            self._forward = (
-                found if isinstance(found, StoppableForward) else StoppableForward(model)
-            )
-            self._forward.stops += (weakref.ref(self),)
-            attributes["forward"] = self._forward
-
-    def remove(self) -> None:
-        """Stop none any more. May be called again."""
-        with _placing:
-            forward, self._forward = self._forward, None  # or the recording would keep the model
-            if forward is not None:
-                forward.stops = tuple(stop for stop in forward.stops if stop() is not self)
-                forward.restore()
 
     def enters(self, module: nn.Module) -> None:
         """A call of the model begins, or of a replica of it that DataParallel has made."""
         self._thread.module = module
-
-    def entered(self) -> nn.Module | None:
-        """Return that module, once."""
-        module, self._thread.module = self._thread.module, None  # or the recording would keep it
-        return module
 
     def ran(self, layer: str) -> None:
         """A chosen layer has run."""
@@ -95,9 +73,13 @@ class EarlyStop:
             self._thread.stopped = True
             raise Stop(self)
 
-    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(
+        self, stoppable: StoppableForward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run a forward up to that point. A model that calls itself runs inside one such call."""
         thread = self._thread
+        forward = stoppable.forward_of(thread.module)
+        thread.module = None  # or the recording would keep the model
         if thread.inside:
             return forward(*args, **kwargs)
         thread.inside, thread.stopped, thread.missing = True, False, set(self.layers)
@@ -116,40 +98,28 @@ class EarlyStop:
 
 
 class StoppableForward:
-    """Stands in for ``model.forward``, and lets any number of :class:`EarlyStop` end it.
+    """Stands in for ``model.forward``, and lets an :class:`EarlyStop` end it.
 
-    It refers weakly to them: wherever it is left, it is the forward that it stands for.
+    It refers weakly to what stops it: wherever it is left, it is the forward that it stands for.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    forward: Callable[..., Any]
+    own: Any  # what was set on the model itself, normally nothing
+
+    def __init__(self, model: nn.Module, stop: EarlyStop) -> None:
         self.model = model
-        self.forward: Callable[..., Any] = model.forward
-        self.own: Any = vars(model).get("forward")  # what was set on the model, normally nothing
-        self.stops: tuple[weakref.ref[EarlyStop], ...] = ()  # that of the latest block is the last
-        update_wrapper(self, self.forward, updated=())
+        self._stop: Callable[[], EarlyStop | None] = weakref.ref(stop)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stops = [stop for ref in self.stops if (stop := ref()) is not None]
-        called = [module for stop in stops if (module := stop.entered()) is not None]
-        forward = self.forward_of(called[0] if called else self.model)
-        for stop in stops:
-            forward = partial(stop.run, forward)
-        return forward(*args, **kwargs)
+        stop = self._stop()
+        if stop is None:
+            return self.forward(*args, **kwargs)
+        return stop.run(self, args, kwargs)
 
-    def forward_of(self, module: nn.Module) -> Callable[..., Any]:
+    def forward_of(self, module: nn.Module | None) -> Callable[..., Any]:
         """The forward of the model, or of a replica: it has the attributes of the model, this one included."""
-        replicated = module is not self.model and self.own is None
+        replicated = module is not None and module is not self.model and self.own is None
         return types.MethodType(type(self.model).forward, module) if replicated else self.forward
-
-    def restore(self) -> None:
-        """Leave the model, if nothing stops it any more and nobody has put another forward in this one's place."""
-        attributes = vars(self.model)
-        if self.stops or attributes.get("forward") is not self:
-            return
-        if self.own is None:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = self.own
 
     @override
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -166,6 +136,34 @@ class StoppableForward:
         forward = types.MethodType(type(copied).forward, copied)
         when_copied(memo, partial(vars(copied).pop, "forward", None))
         return forward
+
+    def place(self) -> None:
+        """Put it on the model."""
+        with _placing:
+            self.forward = self.model.forward
+            self.own = vars(self.model).get("forward")
+            update_wrapper(self, self.forward, updated=())
+            vars(self.model)["forward"] = self
+
+    def remove(self) -> None:
+        """Take it off again, unless somebody has put another forward in its place meanwhile."""
+        self._stop = _nothing
+        attributes = vars(self.model)
+        with _placing:
+            above = attributes.get("forward")
+            if above is self:
+                del attributes["forward"]
+                if self.own is not None:
+                    attributes["forward"] = self.own
+            # A block that was entered later ends later: from now on it stands for what we stood for.
+            while isinstance(above, StoppableForward):
+                if above.own is self:
+                    above.forward, above.own = self.forward, self.own
+                above = above.own
+
+
+def _nothing() -> None:
+    """What a weak reference returns when what it referred to is gone."""
 
 
 class _WhenCopied(list[Any]):
