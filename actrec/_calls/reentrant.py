@@ -47,12 +47,10 @@ class Regions(Generic[T]):
             self._regions.setdefault(frame.f_locals["ctx"], _Region()).calls.append(call)
 
     def find(self) -> T | None:
-        """Return the call that runs again now, if it was remembered."""
-        for run, frame in checkpoint_frames():
-            if run != "forward":
-                region = self._regions.get(frame.f_locals["ctx"]) if run == "backward" else None
-                return None if region is None else region.next()
-        return None
+        """Return the call that runs again now, if it was remembered. Something is being recomputed in this thread."""
+        run, frame = next(item for item in checkpoint_frames() if item[0] != "forward")
+        region = self._regions.get(frame.f_locals["ctx"]) if run == "backward" else None
+        return None if region is None else region.next()
 
     def __bool__(self) -> bool:
         return bool(self._regions)
