@@ -271,20 +271,20 @@ def test_a_pass_is_complete_when_nothing_can_be_added_to_it() -> None:
     for _ in range(2):
         passes.begin(module, is_root=True)
         seen.append(passes.complete())
-        passes.end(module)
+        passes.end(module, None, None)
         seen.append(passes.complete())
     passes.begin(module, is_root=False)  # the third, which goes on
 
     def overtake() -> None:
         for _ in range(2):
             passes.begin(other, is_root=True)
-            passes.end(other)
+            passes.end(other, None, None)
 
     thread = threading.Thread(target=overtake)
     thread.start()
     thread.join()
     seen.append(passes.complete())
-    passes.end(module)
+    passes.end(module, None, None)
     seen.append(passes.complete())
     assert seen == [0, 0, 0, 1, 1, 2, 4]
 
