@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import Tensor
+
 from actrec._torch import version
 from actrec._values.spec import tensors
 
@@ -78,7 +80,11 @@ class Inputs:
         self, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_late: bool
     ) -> None:
         """A call of pass ``number`` begins. If hooks that come behind ours may replace what it receives, ``is_late``."""
-        inputs = self.capture.received(self._parameters.named(args, kwargs))
+        names = self._parameters.positional
+        if len(args) == 1 and type(args[0]) is Tensor and names and not kwargs:  # the shortest way
+            inputs = {names[0]: self.capture.keep(args[0])}
+        else:
+            inputs = self.capture.received(self._parameters.named(args, kwargs))
         late = (args, _versions((args, kwargs))) if is_late else None
         stack = self._stacks.setdefault(get_ident(), [])
         if stack:  # calls of earlier passes that never ended have raised
@@ -91,6 +97,8 @@ class Inputs:
         A pre-hook that ran after ours may have replaced ``kwargs``: then it is the last call to begin.
         """
         stack = self._stacks.get(get_ident(), [])
+        if stack and stack[-1].kwargs is kwargs:
+            return stack.pop()
         same = [at for at, earlier in enumerate(stack) if earlier.kwargs is kwargs]
         at = same[-1] if same else len(stack) - 1
         arrival = stack[at] if stack else None
