@@ -19,11 +19,12 @@ from typing_extensions import override
 
 from actrec import load
 from actrec._values.summary import Summary
+from actrec.store.call import Call
 from actrec.store.description import Description, LayerInfo
 from actrec.store.disk import Disk
 from actrec.store.format import Slot
 from actrec.store.index import shard_name
-from actrec.store.layout import Call, lay_out, write
+from actrec.store.layout import lay_out, write
 from actrec.store.ledger import Ledger, SoFar
 from actrec.store.rank_folder import Rank
 from actrec.store.reader import StoredRecording
@@ -75,7 +76,7 @@ class Written(Disk):
         heading = replace(self.description.heading(0), shard=number - 1, committed=before)
         ledger = Ledger(heading, {slot: copy(so_far) for slot in self.slots} if number else {})
         parts, tensors = lay_out(
-            Call(slot, before + at, '{"tensor":0}', [torch.full((2, 4), float(before + at))])
+            Call.of(slot, before + at, torch.full((2, 4), float(before + at)))
             for at in range(PASSES)
             for slot in self.slots
         )
