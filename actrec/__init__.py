@@ -20,6 +20,7 @@ from actrec._recordings.comparison import Comparison
 from actrec._recordings.layer import Layer
 from actrec._recordings.recording import Recording
 from actrec._recordings.stats import Stats
+from actrec._text import own_version
 from actrec._values.stand_ins import Opaque
 
 from ._record import record
@@ -49,7 +50,13 @@ from .errors import (
 if TYPE_CHECKING:
     import os
 
+    from . import data as data
+    from . import plot as plot
+    from . import store as store
+    from . import testing as testing
     from .store import load, save, verify
+
+    __version__: str
 
 __all__ = [
     "ActrecError",
@@ -85,16 +92,20 @@ __all__ = [
     "verify",
 ]
 
-_IN_THE_STORE = ("load", "save", "store", "verify")
+_MODULES = ("data", "plot", "store", "testing")
+_IN_THE_STORE = ("load", "save", "verify")
 
 
 def __getattr__(name: str) -> Any:
-    """Import the store when it is first asked for: it is half of what importing actrec takes."""
-    if name not in _IN_THE_STORE:
-        message = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(message)
-    store = import_module("actrec.store")
-    return store if name == "store" else getattr(store, name)
+    """Import what is not always needed when it is first asked for: the store is half of what importing actrec takes."""
+    if name in _MODULES:
+        return import_module(f"actrec.{name}")
+    if name in _IN_THE_STORE:
+        return getattr(import_module("actrec.store"), name)
+    if name == "__version__":
+        return own_version()
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)
 
 
 def _write(recording: Recording[Any], path: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -106,4 +117,4 @@ Recording._write = staticmethod(_write)
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "errors", "store"])
+    return sorted([*__all__, *_MODULES, "__version__", "errors"])

@@ -265,6 +265,18 @@ class _Block(AbstractContextManager[Recorder[Any]]):
     def __getitem__(self, name: str) -> NoReturn:
         raise ActrecError(_FORGOTTEN)
 
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        message = f"{_FORGOTTEN} and call the model inside the block: model(x)."
+        raise ActrecError(message)
+
+    def __iter__(self) -> NoReturn:
+        raise ActrecError(_FORGOTTEN)
+
+    @override
+    def __repr__(self) -> str:
+        is_entered = self._yielded is not None
+        return f"<record() of {type_name(self._model)}, {'entered' if is_entered else 'not entered: with record(model, ...) as acts:'}>"
+
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(_FORGOTTEN)
 

@@ -6,10 +6,12 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 
 import actrec
+from actrec import _text
 
 NEVER_IMPORTED = {"matplotlib", "safetensors", "sklearn", "torch._dynamo", "transformers"}
 
@@ -59,8 +61,20 @@ def test_everything_else_is_private():
         "store",
         "testing",
     }
-    assert dir(actrec) == sorted([*actrec.__all__, "errors", "store"])
+    lazy = ["__version__", "data", "errors", "plot", "store", "testing"]
+    assert dir(actrec) == sorted([*actrec.__all__, *lazy])
     assert all(hasattr(actrec, name) for name in dir(actrec))
+
+
+def test_the_version_is_that_of_the_package(monkeypatch):
+    monkeypatch.setattr(_text, "version", {"actrec": "1.2.3"}.__getitem__)
+    assert actrec.__version__ == "1.2.3"
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(_text, "version", missing)
+    assert actrec.__version__ == "unknown"
 
 
 def test_what_is_not_there_is_an_attribute_error():

@@ -483,11 +483,15 @@ def test_exporting_inside_the_block_records_nothing_of_it(strict: bool) -> None:
 
 def test_forgetting_the_with_is_explained() -> None:
     acts = record(nn.Linear(4, 4))
-    for mistake in (lambda: acts[""], lambda: acts.num_passes):  # type: ignore[index,attr-defined]
+    mistakes = [lambda: acts[""], lambda: acts.num_passes, lambda: acts(X), lambda: [*acts]]  # type: ignore[index,attr-defined,operator,misc]
+    for mistake in mistakes:
         with pytest.raises(
             (ActrecError, AttributeError), match=re.escape("with record(model, ...) as acts:")
         ):
             mistake()
+    assert repr(acts) == "<record() of Linear, not entered: with record(model, ...) as acts:>"
+    with pytest.warns(UnusedLayerWarning), acts:
+        assert repr(acts) == "<record() of Linear, entered>"
 
 
 def test_lazy_modules_are_recorded_from_their_first_call() -> None:

@@ -252,11 +252,22 @@ def test_an_exact_name_goes_first_whatever_it_looks_like(name: str) -> None:
     assert len(acts[name]) == 1
 
 
-def test_only_stars_are_special_in_a_glob() -> None:
-    model = Odd("a[0]", "a0", "a?", "ab", "a.b")
-    assert keys(model, "*[0]") == ["a[0]"]
-    assert keys(model, "*?") == ["a?"]
-    assert keys(model, "*.b") == ["a.b"]
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("a[01]", ["a0", "a1"]),
+        ("a[!0]", ["a1", "ab"]),
+        ("a[0-9]*", ["a0", "a1", "a1b", "a0[x"]),
+        ("a?", ["a0", "a1", "ab"]),
+        ("a??", ["a1b"]),
+        ("?.b", ["a.b"]),
+        ("*[x", ["a0[x"]),
+    ],
+)
+def test_signs_of_a_glob_mean_what_they_mean_for_files_and_never_a_dot(
+    query: str, expected: list[str]
+) -> None:
+    assert keys(Odd("a0", "a1", "ab", "a1b", "a.b", "a0[x"), query) == expected
 
 
 # --- Wrappers ----------------------------------------------------------------------------------------
@@ -677,6 +688,25 @@ ERRORS: dict[str, tuple[Any, list[str]]] = {
     "empty lists": ([(), []], ["no layers were given", "None means every leaf module"]),
     "empty mapping": ({}, ["no layers were given", "{} is empty"]),
     "foreign module": (nn.Linear(4, 4), ["the Linear given", "not part of this Net", "identity"]),
+    "path": ("blocks/0/lin", ["Did you mean 'blocks.0.lin'?"]),
+    "Python": ("blocks[0].lin", ["Did you mean 'blocks.0.lin'?"]),
+    "the name of the variable": ("net.stem", ["Did you mean 'stem'?"]),
+    "a number is missing": ("blocks.act", ["Did you mean 'blocks.0.act' or 'blocks.1.act'?"]),
+    "from the end": ("blocks.-1", ["Did you mean 'blocks.1'?"]),
+    "too far from the end": ("blocks.-3.lin", ["Did you mean 'blocks.0'"]),
+    "name of a type": ("ReLU", ["That is a type", "record(model, torch.nn.ReLU) records 2 layers", "'blocks.0.act'"]),
+    "name of a type as written": ("nn.Linear", ["record(model, torch.nn.Linear) records 5 layers"]),
+    "name of an own type": ("Block", ["record(model, type(model.get_submodule('blocks.0'))) records 2"]),
+    "a parameter": ("blocks.0.lin.bias", ["a parameter or buffer of 'blocks.0.lin'", "record(model, 'blocks.0.lin')"]),
+    "several": ("stem, heads.main", ["Several layers are a list: record(model, ['stem', 'heads.main'])"]),
+    "all": ("all", ["record(model) records every leaf module, record(model, '**') every module"]),
+    "text of a regex": (r"blocks\.\d\.lin", ["As a regular expression it matches 2 layers", "re.compile("]),
+    "part of a regex": (re.compile(r"\.lin"), ["match the whole name", "re.compile(r'.*(?:\\.lin).*') matches 2 layers"]),
+    "function of PyTorch": (torch.relu, ["relu", "is a function of PyTorch", "record(model, torch.nn.ReLU) records 2"]),
+    "functional": (nn.functional.gelu, ["gelu", "none of this Net is a gelu; there are 'Block'"]),
+    "method": (Tensor.relu, ["is a function of PyTorch", "torch.nn.ReLU"]),
+    "index": (0, ["A name is text", "Did you mean 'blocks.0'?"]),
+    "empty container": (nn.ModuleList([]), ["the ModuleList given"]),
     "number": (3, ["3 is not a layer query", "re.compile(...)", "a module type"]),
     "number in a list": (["stem", 1.5], ["1.5 is not a layer query"]),
     "foreign class": (int, ["no layer of this Net is a int", "'Linear'"]),
@@ -694,6 +724,35 @@ def test_a_query_that_chooses_nothing_is_answered_with_what_to_write_instead(
     assert [piece for piece in pieces if piece not in message] == [], message
     assert isinstance(caught.value, ValueError)
     assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_suggestions_begin_as_the_query_does_and_are_in_the_order_of_the_model() -> None:
+    model = nn.Module()
+    for name in ("layer0", "layer1"):
+        block = nn.Sequential(*[nn.Sequential() for _ in range(3)])
+        for one in block:
+            one.add_module("conv1", nn.Identity())
+        model.add_module(name, block)
+    expected = "Did you mean 'layer1.0.conv1' or 'layer1.1.conv1' or 'layer1.2.conv1'?"
+    with pytest.raises(SelectionError, match=re.escape(expected)):
+        record(model, "layer1.conv1")
+
+
+def test_a_slice_of_a_container_is_told_from_its_modules(net: Net) -> None:
+    with pytest.raises(
+        SelectionError, match=r"Its 1 children are: a slice .* Write list\(\.\.\.\)"
+    ):
+        record(net, net.blocks[1:])
+    assert keys(net, list(net.blocks[1:])) == ["blocks.1"]
+
+
+def test_a_tensor_for_a_query_is_told_what_it_is(net: Net) -> None:
+    with pytest.raises(
+        SelectionError, match=r"a Parameter of shape \(4,\).*parameter 'stem.bias'.*'stem'"
+    ):
+        record(net, net.stem.bias)  # type: ignore[arg-type]
+    with pytest.raises(SelectionError, match=r"a Tensor of shape \(2, 4\).*inside the with block"):
+        record(net, X)  # type: ignore[arg-type]
 
 
 def test_a_container_given_as_an_object_is_answered_too(net: Net) -> None:
@@ -734,12 +793,17 @@ class Pipeline:
     [
         (None, ["not NoneType"]),
         ("resnet50", ["not str"]),
-        ([nn.Linear(4, 4)], ["not list"]),
-        (nn.Linear(4, 4).forward, ["not method"]),
+        (
+            [nn.Linear(4, 4)],
+            ["not list", "A recording is of one model: with record(generator) as g"],
+        ),
+        ({"g": nn.Linear(4, 4)}, ["not dict"]),
+        (nn.Linear(4, 4).forward, ["not method", "not one of its methods"]),
+        (torch.ones(2), ["not Tensor", "call it inside the with block"]),
         (nn.Linear, ["not the class Linear", "create one first"]),
         (Pipeline(), ["not Pipeline", "It has modules inside: 'unet', 'vae'."]),
     ],
-    ids=["None", "name", "list", "method", "class", "pipeline"],
+    ids=["None", "name", "list", "dict", "method", "tensor", "class", "pipeline"],
 )
 def test_what_is_no_module_is_refused_with_advice(model: Any, pieces: list[str]) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
@@ -753,12 +817,19 @@ def test_what_is_no_module_is_refused_with_advice(model: Any, pieces: list[str])
 
 @pytest.mark.parametrize(
     "query",
-    [torch.ones(2), nn.Parameter(torch.tensor(1.0)), b"0", re.compile(b"0")],
-    ids=["tensor", "number", "bytes", "pattern of bytes"],
+    [b"0", re.compile(b"0"), 1.5],
+    ids=["bytes", "pattern of bytes", "number"],
 )
 def test_what_is_no_query_is_refused_as_it_is(query: Any) -> None:
     with pytest.raises(SelectionError, match=re.escape(repr(query)[:10])):
         record(nn.Linear(4, 4), query)
+
+
+def test_the_model_given_second_is_told_to_come_first(net: Net) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"comes first: record\(model, 'stem'\)"):
+        record("stem", net)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match=r"comes first: record\(model, layers\)"):
+        record(["stem"], net)  # type: ignore[arg-type]
 
 
 def test_the_error_of_a_query_that_is_a_function_says_what_it_was_asked() -> None:

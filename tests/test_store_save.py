@@ -36,6 +36,18 @@ def there(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = nn.Identity()
+    with record(model, "", into="~/a") as acts:
+        model(torch.ones(2))
+    acts.save(Path("~/b"))
+    assert [*load("~/a")] == [*load(tmp_path / "b")] == [""]
+    assert actrec.verify("~/b") == []
+    with pytest.raises(OptionError, match="nobody has that home directory"):
+        load("~nobody-of-that-name/run")
+
+
 # --- Saving over a recording -------------------------------------------------------------------------
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,11 +12,12 @@ from actrec._text import listed, nearest
 from actrec._torch import children_of
 from actrec.errors import UnsupportedModelError
 
-from .globs import glob
+from .guesses import what_was_meant
 from .names import is_called, type_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import re
+    from collections.abc import Iterator, Mapping
 
     from .names import Model, Name
 
@@ -48,21 +50,15 @@ def hookable(model: Model) -> Iterator[Name]:
     return (n for n in model.names if not n.is_machinery and why_not(model, n) is None)
 
 
-def nothing(model: Model, query: str, *, is_glob: bool = False) -> str:
-    """Return what to say of a pattern that matches nothing."""
-    names = dict.fromkeys(name.short for name in model.names if name.short)
-    deeper = f"**.{query}"
-    if is_glob and any(map(glob(deeper).fullmatch, names)):
-        return (
-            f"record(): {query!r} matches no layer of this {model.type}. A star stays inside one segment. "
-            f"Did you mean {deeper!r}?"
-        )
-    hint = ""
-    if any(isinstance(name.module, torch.fx.GraphModule) for name in model.names):
-        hint = " It is a traced graph: record the original module, or torch.export.unflatten(exported_program)."
-    return (
-        f"record(): {query!r} matches no layer of this {model.type}. {nearest(query, names)}{hint}"
-    )
+def nothing(model: Model, query: str | re.Pattern[str]) -> str:
+    """Return what to say of a name or a pattern that matches nothing."""
+    instead = what_was_meant(model, query)
+    query = query if isinstance(query, str) else query.pattern
+    if not instead:
+        instead = nearest(query, dict.fromkeys(name.short for name in model.names if name.short))
+        if any(isinstance(name.module, torch.fx.GraphModule) for name in model.names):
+            instead += " It is a traced graph: record the original module, or torch.export.unflatten(exported_program)."
+    return f"record(): {query!r} matches no layer of this {model.type}. {instead}"
 
 
 def layer_for_transform(query: object, own: object) -> str:
@@ -75,8 +71,12 @@ def layer_for_transform(query: object, own: object) -> str:
     )
 
 
-def check_model(model: object) -> None:
+def check_model(model: object, queries: object = None) -> None:
     """Check that hooks run in a model: it is a Python module.
+
+    Args:
+        model: what is to be recorded.
+        queries: its layers, which somebody may have given first.
 
     Raises:
         UnsupportedModelError: it is something else, or a form of one without Python.
@@ -87,17 +87,32 @@ def check_model(model: object) -> None:
         raise UnsupportedModelError(message)
     if isinstance(model, nn.Module):
         return
-    message = f"record() records a torch.nn.Module, not {kind}."
-    if isinstance(model, torch.export.ExportedProgram):
-        message += " torch.export.unflatten(program) makes a module whose layers are called."
-    elif isinstance(model, type) and issubclass(model, nn.Module):
+    if isinstance(model, type) and issubclass(model, nn.Module):
         message = f"record() records a module, not the class {model.__name__}: create one first."
     else:
-        inside = [
-            name
-            for name, value in getattr(model, "__dict__", {}).items()
-            if isinstance(value, nn.Module)
-        ]
-        if inside:
-            message += f" It has modules inside: {listed(inside)}."
+        message = f"record() records a torch.nn.Module, not {kind}.{_instead_of(model, queries)}"
     raise UnsupportedModelError(message)
+
+
+def _instead_of(model: object, queries: object) -> str:
+    """What to write in place of something that is no module."""
+    if isinstance(queries, nn.Module):
+        given = repr(model) if isinstance(model, str) else "layers"
+        return f" The model comes first: record(model, {given})."
+    if isinstance(model, torch.export.ExportedProgram):
+        return " torch.export.unflatten(program) makes a module whose layers are called."
+    if isinstance(model, torch.Tensor):
+        return " Give the model itself, and call it inside the with block."
+    if isinstance(model, Collection) and _modules(dict(enumerate(model))):
+        return (
+            " A recording is of one model: with record(generator) as g, record(discriminator) as d:"
+            " opens two at once. Or record a module that has both inside and calls them."
+        )
+    if isinstance(getattr(model, "__self__", None), nn.Module):
+        return " Give the module itself, not one of its methods."
+    inside = _modules(getattr(model, "__dict__", {}))
+    return f" It has modules inside: {listed(inside)}." if inside else ""
+
+
+def _modules(values: Mapping[Any, object]) -> list[str]:
+    return [str(name) for name, value in values.items() if isinstance(value, nn.Module)]

@@ -15,6 +15,7 @@ from actrec.errors import SelectionError
 
 from .diagnosis import hookable, nothing, why_not
 from .globs import glob, is_glob
+from .guesses import is_of_torch, layers_of_function, no_query, shown_query
 from .names import is_called, type_name
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def answer(model: Model, query: Any) -> list[Name]:
         case str():
             return _by_name(model, query)
         case re.Pattern(pattern=str()):
-            return _by_pattern(model, query.pattern, query)
+            return _by_pattern(model, query, query)
         case nn.Module():
             return _by_module(model, query)
         case type():
@@ -51,8 +52,8 @@ def answer(model: Model, query: Any) -> list[Name]:
         case Callable():
             return _by_function(model, query)
     message = (
-        f"record(): {query!r} is not a layer query. Use a name, a glob such as 'layer*.conv1', re.compile(...), "
-        "a module type, a module of the model, a function of name and module, or several of these."
+        f"record(): {shown_query(query)} is not a layer query. {no_query(model, query)}Use a name, a glob such as 'layer*.conv1', "
+        "re.compile(...), a module type, a module of the model, a function of name and module, or several of these."
     )
     raise SelectionError(message)
 
@@ -69,7 +70,7 @@ def _by_name(model: Model, query: str) -> list[Name]:
     return [name]
 
 
-def _by_pattern(model: Model, query: str, pattern: re.Pattern[str]) -> list[Name]:
+def _by_pattern(model: Model, query: str | re.Pattern[str], pattern: re.Pattern[str]) -> list[Name]:
     """Names that match without their wrapper segments; or if there are none, as they stand.
 
     Of a wrapper and what it wraps, which have one name, the wrapper.
@@ -79,10 +80,11 @@ def _by_pattern(model: Model, query: str, pattern: re.Pattern[str]) -> list[Name
     short = [n for n in names if n.short and pattern.fullmatch(n.short)]
     matches = short or [n for n in names if n.full and pattern.fullmatch(n.full)]
     if not matches:
-        raise SelectionError(nothing(model, query, is_glob=pattern.pattern != query))
+        raise SelectionError(nothing(model, query))
     hookable = [name for name in matches if why_not(model, name) is None]
     if not hookable:
-        message = f"record(): {query!r} matches only modules that hooks never run on: {why_not(model, matches[0])}."
+        given = getattr(query, "pattern", query)
+        message = f"record(): {given!r} matches only modules that hooks never run on: {why_not(model, matches[0])}."
         raise SelectionError(message)
     if not short:
         return hookable
@@ -104,6 +106,11 @@ def _by_type(model: Model, kind: type) -> list[Name]:
 
 
 def _by_function(model: Model, query: Callable[[str, nn.Module], object]) -> list[Name]:
+    if is_of_torch(query):
+        message = (
+            f"record(): {query!r} is a function of PyTorch. {layers_of_function(model, query)}"
+        )
+        raise SelectionError(message)
     found = [name for name in hookable(model) if _asked(query, name)]
     if not found:
         many = len(model.of)
@@ -132,6 +139,9 @@ def _by_module(model: Model, module: nn.Module) -> list[Name]:
             f"record(): the {kind} given as a layer is not part of this {model.type}. Layers are looked up "
             "by identity: a copy, or the model before it was wrapped or moved into another, does not count."
         )
+        children = list(module.children())
+        if children and all(id(child) in model.of for child in children):
+            message += f" Its {len(children)} children are: a slice is a new {kind}. Write list(...) around it."
         raise SelectionError(message)
     if reason := why_not(model, names[0]):
         message = f"record() cannot record this layer: {reason}."

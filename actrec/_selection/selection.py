@@ -53,7 +53,7 @@ def select(model: nn.Module, queries: Any, transform: Transform | None = None) -
         SelectionError: a query chooses nothing, or a layer was given two transforms.
         OptionError: a mapping gives something else for a transform.
     """
-    check_model(model)
+    check_model(model, queries)
     names = Model(model)
     claims: dict[int, _Claim] = {}
     for query, own in _flatten(queries, transform):

@@ -6,11 +6,11 @@ import json
 import time
 import uuid
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from actrec._text import own_version
 from actrec.errors import ResumeError
 
 from .format import DESCRIPTION, FORMAT, MAX_JSON, MAX_RANKS, VERSION, Defect, corrupt, need
@@ -79,7 +79,7 @@ class Description:
             "recording": self.recording,
             "ranks": self.ranks,
             "began": self.began,
-            "made_by": {"actrec": _own_version(), "torch": torch.__version__},
+            "made_by": {"actrec": own_version(), "torch": torch.__version__},
             "model": self.model,
             "options": {"inputs": self.inputs, "grads": self.grads, "dtype": self.dtype},
             "layers": [{key: getattr(layer, key) for key in _LAYER} for layer in self.layers],
@@ -120,13 +120,6 @@ class Description:
             for a, b in pairs
             for what in ("type", "transform")
         ]
-
-
-def _own_version() -> str:
-    try:
-        return version("actrec")
-    except PackageNotFoundError:  # pragma: no cover  # run from a folder, never installed
-        return "unknown"
 
 
 # --- Reading -----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class Folder(os.PathLike[str]):
     Folder(path='runs/minilm', shard_bytes=67108864, budget=1073741824, seconds=60.0, rank=None, world_size=None, run=None, spool=None)
 
     Wherever a path will do, a ``Folder`` will do, and the other way round. The path may be the URL of an
-    object store, ``"s3://bucket/run"``.
+    object store, ``"s3://bucket/run"``; ``~`` is the home directory.
     """
 
     path: str | os.PathLike[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.request import url2pathname
 
@@ -40,7 +41,7 @@ def place(
     folder = Folder.of(path)
     url = _URL.match(text := folder.__fspath__())
     if url is None:
-        return Disk(text)
+        return Disk(_expanded(text) if text.startswith("~") else text)
     if url[1].lower() in {"file", "local"}:
         return Disk(_path_of(text, url[2]))
     if not url[2].strip("/"):
@@ -48,6 +49,15 @@ def place(
         raise OptionError(message)
     options = {**(folder.storage_options or {}), **(storage_options or {})}
     return Bucket(Objects(text, options), folder.spool, Blocks(cache_bytes))
+
+
+def _expanded(text: str) -> str:
+    """The path in which ``~`` is the home directory."""
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        message = f"{text!r}: nobody has that home directory. A folder whose name begins with ~ is written './~'."
+        raise OptionError(message) from None
 
 
 def _path_of(url: str, rest: str) -> str:

@@ -1,0 +1,143 @@
+"""What somebody may have meant by a query that is none, or that no name matches."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from actrec._text import count, listed, nearest
+from actrec._torch import children_of
+
+from .globs import glob, is_glob
+from .names import type_name
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    from .names import Model, Name
+
+__all__ = ["is_of_torch", "layers_of_function", "no_query", "shown_query", "what_was_meant"]
+
+
+def what_was_meant(model: Model, query: str | re.Pattern[str]) -> str:
+    """Return what to write for text that no name matches; nothing where only close names can help."""
+    names = dict.fromkeys(name.short for name in model.names if name.short)
+    if isinstance(query, re.Pattern):
+        inside = sum(1 for name in names if query.search(name))
+        wider = f"re.compile(r'.*(?:{query.pattern}).*')"
+        many = count(inside, "layer")
+        return f"It has to match the whole name. {wider} matches {many}." * bool(inside)
+    return next(_meanings(model, query, names), "")
+
+
+def _meanings(model: Model, query: str, names: Collection[str]) -> Iterator[str]:
+    deeper = f"**.{query}"
+    if is_glob(query) and any(map(glob(deeper).fullmatch, names)):
+        yield f"A star stays inside one segment. Did you mean {deeper!r}?"
+    if kind := _of_type(model, query.removeprefix("torch.").removeprefix("nn.")):
+        yield f"That is a type: {kind}"
+    front, _, last = query.rpartition(".")
+    owner = model.spelled(front)
+    if owner and last in _tensors(owner.module):
+        yield (
+            f"That is a parameter or buffer of {owner.short!r}. What is recorded is what a layer returns: record(model, "
+            f"{owner.short!r})."
+        )
+    if query.lower() in {"all", "any", "every", "everything", "leaves", "none"}:
+        yield "record(model) records every leaf module, record(model, '**') every module."
+    pieces = [piece for piece in re.split(r"[\s,;|]+", query) if piece]
+    if len(pieces) > 1 and all(map(model.spelled, pieces)):
+        yield f"Several layers are a list: record(model, {pieces})."
+    if (last_one := _counted_from_the_end(model, query)) is not None:
+        yield f"Did you mean {last_one!r}?"
+    if many := _as_regex(query, names):
+        yield f"As a regular expression it matches {count(many, 'layer')}: record(model, re.compile({query!r}))."
+
+
+def _of_type(model: Model, name: str) -> str:
+    """What to write for the modules whose type has that name, if there are any."""
+    found = [one for one in model.names if type_name(one.module).lower() == name.lower()]
+    if not found:
+        return ""
+    kind = type(found[0].module)
+    public = getattr(nn, kind.__name__, None) is kind
+    where = f"torch.nn.{kind.__name__}" if public else f"type(model.{_python(found[0])})"
+    many = count(len({id(one.module) for one in found}), "layer")
+    return f"record(model, {where}) records {many}, such as {found[0].short!r}."
+
+
+def _python(name: Name) -> str:
+    return f"get_submodule({name.full!r})"
+
+
+def _tensors(module: nn.Module) -> set[str]:
+    named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {name for name, _ in named}
+
+
+def _counted_from_the_end(model: Model, query: str) -> str | None:
+    """The name in which the ``-1`` of ``"layers.-1"`` is the last child."""
+    name = model.names[0]
+    for segment in query.split("."):
+        children = [key for key, child in children_of(name.module).items() if child is not None]
+        if re.fullmatch(r"-\d+", segment) and int(segment[1:]) <= len(children):
+            segment = children[int(segment)]  # noqa: PLW2901
+        found = model.spelled(f"{name.full}.{segment}" if name.full else segment)
+        if found is None:
+            return None
+        name = found
+    return name.short
+
+
+def _as_regex(query: str, names: Collection[str]) -> int:
+    """How many names match a text that may be meant as a regular expression."""
+    try:
+        pattern = re.compile(query)
+    except re.error:
+        return 0
+    if not set(query) & set(r"\()[]{}+*|^$"):  # which a name may have, too
+        return 0
+    return sum(1 for name in names if pattern.fullmatch(name))
+
+
+# --- What is no text ---------------------------------------------------------------------------------
+
+
+def shown_query(query: object) -> str:
+    """Return a query for a message: of a tensor, what it is."""
+    if isinstance(query, Tensor):
+        return f"a {type(query).__name__} of shape {tuple(query.shape)}"
+    return repr(query)
+
+
+def no_query(model: Model, query: object) -> str:
+    """Return what may be meant by an object that is no query, as a sentence; nothing if there is no idea."""
+    if isinstance(query, int):
+        names = dict.fromkeys(name.short for name in model.names if name.short)
+        return f"A name is text. {nearest(str(query), names)} "
+    if isinstance(query, Tensor):
+        for name, tensor in model.names[0].module.named_parameters():
+            if tensor is query:
+                return f"It is the parameter {name!r}; recorded is what a layer returns: record(model, {name.rpartition('.')[0]!r}). "
+        return "The model is called with it inside the with block. "
+    return ""
+
+
+def is_of_torch(query: object) -> bool:
+    """Return whether a function is PyTorch's own, such as ``torch.relu``, which knows nothing of layers."""
+    owner = getattr(query, "__objclass__", query)  # of a method
+    home = getattr(owner, "__module__", None) or ""
+    return inspect.isroutine(query) and home.partition(".")[0] == "torch"
+
+
+def layers_of_function(model: Model, function: object) -> str:
+    """Return what to write for the layers that may compute a function of PyTorch."""
+    name = getattr(function, "__name__", "")
+    kinds = sorted({type_name(one.module) for one in model.names[1:]})
+    return _of_type(model, name.replace("_", "")) or (
+        f"Layers are modules, and none of this {model.type} is a {name}; there are {listed(kinds, 20)}. Record the module "
+        "that calls it."
+    )
