@@ -5,12 +5,18 @@ What the sessions install stands in pyproject.toml, in the dependency group of t
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import nox
 
 PROJECT = nox.project.load_toml("pyproject.toml")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # models come out of packages, never from the network
+
+#: PyTorch alone takes more than a gigabyte: sessions whose packages go together share one environment.
+SHARED = Path(".nox/shared").resolve()
 
 # What the installed package has to do, far from the checkout.
 SMOKE = """
@@ -37,21 +43,49 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 nox.options.error_on_external_run = True
 
+# What pip takes on Linux unless it is told otherwise is PyTorch for NVIDIA GPUs.
+SIZE = "PyTorch and the rest are about 0.3 GB to download, or 3 GB where pip takes PyTorch for NVIDIA GPUs"
+
+in_shared = nox.session(venv_backend="none")
+
+
+def bring(session: nox.Session, group: str) -> None:
+    """Install a dependency group into the shared environment, and let the session run what is there."""
+    programs = SHARED / ("Scripts" if os.name == "nt" else "bin")
+    if not programs.exists():
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", str(SHARED))
+    session.env.update(OFFLINE, PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
+    run(session, "python", "-m", "pip", *packages(group), "-e", ".")
+
+
+def run(session: nox.Session, program: str, *arguments: str, **env: str) -> None:
+    """Run a program of the shared environment."""
+    found = shutil.which(program, path=session.env["PATH"])
+    session.run(found, *arguments, env=env)
+
 
 def install(session: nox.Session, group: str, *more: str) -> None:
-    """Install a dependency group, and with it, in one go, whatever else is named."""
-    session.install(*nox.project.dependency_groups(PROJECT, group), *more)
+    """Install a dependency group, and what else is named, into an environment of the session's own."""
+    session.run("python", "-m", "pip", *packages(group), *more)
 
 
-@nox.session
+def packages(group: str) -> list[str]:
+    """Return how pip installs a group: Python compiles what is imported, and not all of PyTorch at once."""
+    return ["install", "--no-compile", *nox.project.dependency_groups(PROJECT, group)]
+
+
+@in_shared
 def tests(session: nox.Session) -> None:
     """Run the tests with branch coverage; ``nox -s tests -- -k exact`` runs some, without."""
-    install(session, "tests", "-e", ".")
+    session.log(
+        f"{SIZE}. The tests then take ten to fifteen minutes on an idle machine of two cores."
+    )
+    bring(session, "tests")
     if session.posargs:
-        session.run("pytest", *session.posargs, env=OFFLINE)
+        run(session, "pytest", *session.posargs)
         return
-    session.run("coverage", "run", "-m", "pytest", env=OFFLINE)
-    session.run("coverage", "report")
+    run(session, "coverage", "run", "-m", "pytest")
+    run(session, "coverage", "report")
 
 
 @nox.session
@@ -62,55 +96,57 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
 
 
-@nox.session
+@in_shared
 def types(session: nox.Session) -> None:
     """Check the types, strictly; what a user's editor says of them, by another checker too."""
-    install(session, "types", "-e", ".")
-    session.run("mypy", *session.posargs)
-    session.run("pyright")
+    bring(session, "types")
+    run(session, "mypy", *session.posargs)
+    run(session, "pyright")
 
 
-@nox.session
+@in_shared
 def docs(session: nox.Session) -> None:
     """Build the documentation and execute its notebooks; a warning is an error."""
-    install(session, "docs", "-e", ".")
-    options = ["-W", "-n", "--keep-going", "-b", "html"]
-    session.run("sphinx-build", *options, "docs", "docs/_build/html", *session.posargs, env=OFFLINE)
+    bring(session, "docs")
+    options = ["-W", "-n", "--keep-going", "-b", "html", "-j", "auto"]
+    arguments = ["docs", "docs/_build/html", *session.posargs]
+    run(session, "sphinx-build", *options, *arguments, OMP_NUM_THREADS="1")
 
 
-@nox.session
+@in_shared
 def demo(session: nox.Session) -> None:
     """Record a small network on real handwritten digits, and compare with the usual hook."""
-    install(session, "demo", "-e", ".")
-    session.run("python", "docs/examples/digits.py")
+    session.log(f"{SIZE}. The demo then takes half a minute on two cores.")
+    bring(session, "demo")
+    run(session, "python", "docs/examples/digits.py")
 
 
-@nox.session
+@in_shared
 def demo_minilm(session: nox.Session) -> None:
     """Record every layer of a real pretrained transformer on forty sentences."""
-    install(session, "demo-minilm", "-e", ".")
-    session.run("python", "docs/examples/minilm.py", env=OFFLINE)
+    bring(session, "demo-minilm")
+    run(session, "python", "docs/examples/minilm.py")
 
 
-@nox.session
+@in_shared
 def browser(session: nox.Session) -> None:
     """Run the tutorial as a notebook, and look at it in Chromium, which has to be there."""
-    install(session, "browser", "-e", ".")
-    session.run("pytest", "tests/browser", *session.posargs, env=OFFLINE)
+    bring(session, "browser")
+    run(session, "pytest", "tests/browser", *session.posargs)
 
 
-@nox.session
+@in_shared
 def recipes(session: nox.Session) -> None:
     """Run the how-to pages that need other frameworks: trainers, Ray Data."""
-    install(session, "recipes", "-e", ".")
-    session.run("pytest", "tests/recipes", *session.posargs, env=OFFLINE)
+    bring(session, "recipes")
+    run(session, "pytest", "tests/recipes", *session.posargs)
 
 
-@nox.session
+@in_shared
 def bench(session: nox.Session) -> None:
     """Measure what recording costs, as ratios, and print the table."""
-    install(session, "bench", "-e", ".")
-    session.run("python", "tests/benchmarks/run.py", *session.posargs)
+    bring(session, "bench")
+    run(session, "python", "tests/benchmarks/run.py", *session.posargs)
 
 
 @nox.session
@@ -120,16 +156,16 @@ def peers(session: nox.Session) -> None:
     session.run("python", "tests/benchmarks/peers.py", *session.posargs)
 
 
-@nox.session
+@in_shared
 def crash(session: nox.Session) -> None:
     """Kill a recording two hundred times, cut its power and fail its disk at every call, and damage stored ones in thousands of ways."""
-    install(session, "tests", "-e", ".")
+    bring(session, "tests")
     many = {"ACTREC_KILLS": "200", "ACTREC_MUTATIONS": "5000"}
     many |= {"ACTREC_CUTS": "100000", "ACTREC_FAULTS": "100000"}  # all that there are
     names = "after_a_kill or mutated or power_loss"
     files = ["test_store_resume.py", "test_store_reader.py", "test_power_loss.py"]
     files = [f"tests/{file}" for file in files]
-    session.run("pytest", *files, "-k", names, *session.posargs, env=OFFLINE | many)
+    run(session, "pytest", *files, "-k", names, *session.posargs, **many)
 
 
 @nox.session
@@ -139,7 +175,7 @@ def versions(session: nox.Session) -> None:
         session.error("which version? nox -s versions -- 2.14.1")
     version, *options = session.posargs
     install(session, "tests", "-e", ".")
-    session.install(f"torch=={version}")
+    session.install(f"torch=={version}", silent=False)
     session.run("pytest", *options, env=OFFLINE)
 
 

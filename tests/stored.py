@@ -35,7 +35,7 @@ def opened_shards(acts: StoredRecording, rank: int = 0) -> list[Shard]:
 def bits(tensor: Tensor) -> bytes:
     """The bytes of a tensor, NaN payloads and all."""
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def same(a: Any, b: Any) -> bool:  # noqa: PLR0911  # a table, in effect

@@ -462,7 +462,7 @@ def test_a_transform_that_draws_random_numbers_leaves_the_models_stream_alone() 
 
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
 @pytest.mark.parametrize(
-    "options", [{}, {"transform": torch.sum}, {"dtype": torch.float64}, {"inputs": True}], ids=str
+    "options", [{}, {"transform": torch.sum}, {"dtype": torch.float64}, {"inputs": True}]
 )
 def test_inside_torch_func_recording_refuses_by_name(
     transform: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]],

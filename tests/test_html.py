@@ -350,7 +350,7 @@ hostile = st.text(max_size=30) | st.sampled_from(
 )  # fmt: skip
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.lists(hostile, min_size=1, max_size=3), min_size=1, max_size=40), hostile, hostile
 )

@@ -314,7 +314,6 @@ def test_many_threads_do_not_mix_up_their_values(device: StandIn) -> None:
         torch.randn(3, 3).to(torch.float8_e4m3fn),
         nn.Parameter(torch.randn(2, 2)),
     ],
-    ids=str,
 )
 def test_every_kind_of_plain_tensor_arrives_as_it_was_and_as_small_as_it_is(
     value: Tensor, device: StandIn

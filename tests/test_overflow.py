@@ -143,7 +143,7 @@ def test_the_first_layer_with_an_infinity_of_its_own_is_found(numbers: tuple[flo
 
 
 @pytest.mark.parametrize(
-    "options", [{"detach": False}, {"transform": lambda t: t * 1e6}, {"inputs": True}], ids=str
+    "options", [{"detach": False}, {"transform": lambda t: t * 1e6}, {"inputs": True}]
 )
 def test_it_is_counted_whatever_else_is_asked_for(options: dict[str, Any]) -> None:
     net = nn.Linear(4, 4)

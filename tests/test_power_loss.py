@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from actrec import Recording
 
 # Of each run; "nox -s crash" asks for all.
-CUTS = int(os.environ.get("ACTREC_CUTS", "40"))
-FAULTS = int(os.environ.get("ACTREC_FAULTS", "20"))
+CUTS = int(os.environ.get("ACTREC_CUTS", "16"))
+FAULTS = int(os.environ.get("ACTREC_FAULTS", "8"))
 PASSES = 4
 
 NOTHING = Choice(names=False, sizes=False, data=False)
@@ -243,7 +243,7 @@ def test_a_run_that_goes_on_after_a_kill_makes_certain_what_the_one_before_had_n
     journal = watched(a_run, tmp_path / "live")
     draw = random.Random(0)  # noqa: S311  # not for secrets
     cuts = range(journal.begin, len(journal.steps))
-    for cut in draw.sample(cuts, min(CUTS // 20, len(cuts))):
+    for cut in draw.sample(cuts, min(-(-CUTS // 20), len(cuts))):
         killed = journal.killed(cut, tmp_path / "killed")
         with killed.watching():
             go_on(Folder(tmp_path / "killed/runs/a", seconds=0), resume=True)

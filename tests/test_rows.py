@@ -245,7 +245,8 @@ def test_the_nth_call_of_each_pass_is_that_of_every_pass_that_has_it(
             assert relu.nth(nth) is relu or len(relu.nth(nth)) == len(relu)
         elif not expected:
             with pytest.raises(
-                OptionError, match=r"no pass has that many calls of layer 'relu', .* up to \d times"
+                OptionError,
+                match=r"no pass has that many calls of layer 'relu', .* at most \d times",
             ):
                 relu.nth(nth)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -219,9 +220,14 @@ def two_machines(folder: Path) -> None:
 
 
 def killed(folder: Path) -> None:
-    """Rank 2 is killed at first, in the middle; then torchrun starts all of them again."""
+    """Rank 2 is killed at first, in the middle; then torchrun starts all of them again, and what was there is copied."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if not first and rank == 0:
+        shutil.copytree(folder / "run", folder / "copying")
+        (folder / "copying").rename(folder / "left")
+    while not (first or (folder / "left").exists()):
+        time.sleep(0.01)
     model = network()
     into = Folder(folder / "run", seconds=0)
     with torch.no_grad(), record(model, into=into, resume=True) as acts:
