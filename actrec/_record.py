@@ -254,6 +254,8 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         if error is not None:
             if failure is not None:
                 error.add_note(str(failure))
+            if session.stop is not None and "NoneType" in str(error):
+                error.add_note(_STOPPED)
             return
         if failure is not None:
             raise failure
@@ -318,6 +320,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
             grads=grads,
             capture=self._capture,
             tracks=[track for _, track in self._tracks.values()],
+            modules={choice.module: choice.key for choice in self._selection.choices},
             added=self._destination.added,
         )
         recorder._layers.update(self._destination.added_before())
@@ -382,6 +385,10 @@ class _Block(AbstractContextManager[Recorder[Any]]):
                 yield module, Hook(Event.STOP, session, Session.may_stop)
 
 
+_STOPPED = (
+    "record(stop_early=True): the call of the model returns None, because the forward ends as soon as the chosen layers have "
+    "run. Use what was recorded, or record without stop_early"
+)
 _FORGOTTEN = (
     "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -16,6 +17,8 @@ from actrec.errors import ActrecError, CaptureError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import nn
 
     from actrec._recordings.table import State
     from actrec._values.containers import Value
@@ -58,11 +61,16 @@ class Recorder(Recording[V], Generic[V]):
         grads: Mapping[str, Layer[Any]],
         capture: Capture,
         tracks: Sequence[Track],
+        modules: Mapping[nn.Module, str],
         added: Callable[[str], Layer[Any]] = lambda name: ListLayer(name, (), "added"),
     ) -> None:
         super().__init__(
             model, layers, aliases, session.order, session.passes, inputs=inputs, grads=grads
         )
+        self._modules = weakref.WeakKeyDictionary(modules)
+        for beside in (self._inputs, self._grads):
+            if beside is not None:
+                beside._modules = self._modules
         self._added = added
         self._chosen = frozenset([*layers, *aliases])
         self._session = session

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Generic
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, overload
 
 from typing_extensions import override
 
+from .guesses import no_index
 from .layer import Layer, V
 from .passes import PassNumbers
 
@@ -72,6 +73,17 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         self._align()
         super().__delitem__(index)
         del self._passes[index]
+
+    @overload
+    def __getitem__(self, index: SupportsIndex, /) -> V: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> list[V]: ...
+    @override
+    def __getitem__(self, index: Any, /) -> Any:
+        try:
+            return super().__getitem__(index)
+        except TypeError:
+            raise TypeError(no_index(self, index)) from None
 
     # Users may change the list as any other: passes stay with their calls.
 

@@ -20,6 +20,7 @@ from actrec._values.spec import same, tensors
 from actrec._values.summary import Summary
 from actrec.errors import JoinError
 
+from .guesses import explained, no_attribute_of_layer
 from .passes import Moment, nth_calls
 
 __all__ = ["Layer", "Overflows", "Role", "V"]
@@ -46,6 +47,7 @@ class Overflows(Protocol):
         """Forget the passes."""
 
 
+@explained(no_attribute_of_layer)
 class Layer(Sequence[V], Generic[V]):
     """The calls of one layer, in the order in which they ended.
 

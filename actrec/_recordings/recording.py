@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, overload
 
+from torch import nn
 from typing_extensions import TypeVar, override
 
 from actrec._tables.rows import Shown
-from actrec._text import nearest, shown
-from actrec.errors import UnknownLayerError
+from actrec._text import listed, shown
+from actrec.errors import JoinError, UnknownLayerError
 
+from .guesses import NOT_RECORDED, explained, no_attribute_of_recording, no_layer
 from .layer import Layer, V
 from .passes import Count
+from .selecting import Known, chosen
 from .stats import Stats, stats
 from .table import State, recording_table
 
 if TYPE_CHECKING:
     import os
 
+    from actrec._selection.queries import Query
     from actrec._tables.table import Table
+    from actrec._values.join import How
 
     from .passes import Moment
 
@@ -28,6 +34,7 @@ __all__ = ["Recording"]
 T = TypeVar("T")
 
 
+@explained(no_attribute_of_recording)
 class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
     """What was recorded: a read-only mapping from layer name to :class:`Layer`.
 
@@ -47,7 +54,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     The keys are the names of the chosen layers in the order of the queries, without wrapper segments such as ``module.``,
     then the names given to :meth:`Recorder.add`. A layer that has several names (a module used in two places, a name with
-    wrapper segments) is listed once, and each of its names is accepted.
+    wrapper segments) is listed once, and each of its names is accepted, and in a recording that was made here also the
+    module itself: ``acts[model.layer4]``.
 
     Args:
         model: the type of the recorded model.
@@ -58,6 +66,9 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         inputs: likewise, what the calls received.
         grads: likewise, the gradients.
     """
+
+    #: The names of the modules that were recorded, while those are there. Only a :class:`Recorder` knows any.
+    _modules: Mapping[nn.Module, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -82,6 +93,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     def _key(self, name: object) -> str | None:
         """Return the listed name of a layer; ``None`` if there is no such layer."""
+        if isinstance(name, nn.Module):
+            name = self._modules.get(name)
         key = name if name in self._layers else self._aliases.get(name)  # type: ignore[call-overload]
         return key if key in self._layers else None
 
@@ -116,11 +129,11 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         return default if key is None else self[key]
 
     @override
-    def __getitem__(self, name: str) -> Layer[V]:
-        key = self._key(name)
+    def __getitem__(self, name: str | nn.Module) -> Layer[V]:
+        given: object = name
+        key = self._key(name) if isinstance(given, (str, nn.Module)) else None
         if key is None:
-            message = f"acts[{name!r}]: no layer of that name was recorded. {nearest(str(name), self._layers)}"
-            raise UnknownLayerError(message)
+            raise UnknownLayerError(no_layer(self, given))
         self._deliver()
         return self._layers[key]
 
@@ -185,8 +198,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             AttributeError: inputs were not recorded. Record them with ``record(..., inputs=True)``.
         """
         if self._inputs is None:
-            message = "acts.inputs: inputs were not recorded. Ask for them: record(model, layers, inputs=True)."
-            raise AttributeError(message)
+            raise AttributeError(NOT_RECORDED["inputs"])
         self._deliver()
         return self._inputs
 
@@ -220,8 +232,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             AttributeError: gradients were not recorded. Record them with ``record(..., grads=True)``.
         """
         if self._grads is None:
-            message = "acts.grads: gradients were not recorded. Ask for them: record(model, layers, grads=True)."
-            raise AttributeError(message)
+            raise AttributeError(NOT_RECORDED["grads"])
         return self._grads
 
     @property
@@ -260,6 +271,94 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
     def _in_order(self) -> Iterable[str]:
         """Return all names in execution order, those of layers without calls last."""
         return dict.fromkeys([*self.execution_order, *self])
+
+    def select(self, layers: Query | Iterable[Query]) -> Recording[V]:
+        """Select some layers, by the queries that :func:`actrec.record` takes.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> with record(model) as acts:
+        ...     output = model(torch.randn(5, 4))
+        >>> list(acts.select("[02]")), list(acts.select(nn.ReLU))
+        (['0', '2'], ['1'])
+
+        Nothing is copied: the layers are the same, and so are inputs and gradients.
+
+        Args:
+            layers: names, globs, regular expressions, types, modules, functions of name and module, or several of these. A
+                recording that was loaded or copied knows the names of its layers and of their types, and no modules.
+
+        Returns:
+            A recording of the layers that were selected, in the order of the queries.
+
+        Raises:
+            SelectionError: a query selects nothing of what was recorded; the message names close matches.
+        """
+        self._deliver()
+        types = {name: layer.type for name, layer in self._layers.items()}
+        return _Part(self, chosen(layers, Known(types, self._aliases, self._modules)))
+
+    def cat(self, dim: int = 0) -> dict[str, V]:
+        """Concatenate the calls of every layer: ``{name: layer.cat(dim)}``.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> with record(model) as acts:
+        ...     for batch in torch.randn(2, 5, 4):
+        ...         output = model(batch)
+        >>> {name: tuple(value.shape) for name, value in acts.cat().items()}
+        {'0': (10, 3), '1': (10, 3)}
+
+        Args:
+            dim: the dimension in which sizes may differ, by default the batch.
+
+        Returns:
+            A dict from the name of each layer to a new value. See :meth:`Layer.cat`.
+
+        Raises:
+            JoinError: nothing was recorded of a layer, or its calls cannot be joined.
+            OptionError: ``dim`` is not an int.
+        """
+        return self._join("cat", dim)
+
+    def stack(self, dim: int = 0) -> dict[str, V]:
+        """Stack the calls of every layer: ``{name: layer.stack(dim)}``.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> with record(model) as acts:
+        ...     for batch in torch.randn(2, 5, 4):
+        ...         output = model(batch)
+        >>> {name: tuple(value.shape) for name, value in acts.stack().items()}
+        {'0': (2, 5, 3), '1': (2, 5, 3)}
+
+        Args:
+            dim: the position of the new dimension.
+
+        Returns:
+            A dict from the name of each layer to a new value. See :meth:`Layer.stack`.
+
+        Raises:
+            JoinError: as for :meth:`cat`, and where the calls of a layer do not all have the same shape.
+            OptionError: ``dim`` is not an int.
+        """
+        return self._join("stack", dim)
+
+    def _join(self, how: How, dim: int) -> dict[str, V]:
+        empty = [name for name, layer in self.items() if not len(layer)]
+        if empty:
+            message = (
+                f"acts.{how}(): nothing was recorded of {listed(empty)}, so there is nothing to join. The layers that have "
+                f"calls: acts.select(acts.execution_order).{how}()."
+            )
+            raise JoinError(message)
+        return {name: layer._join(how, dim) for name, layer in self.items()}
 
     def stats(self) -> Stats:
         """Compute statistics of every layer over all its calls, with one row for each tensor that it returns.
@@ -329,3 +428,46 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self)
+
+
+class _Part(Recording[V], Generic[V]):
+    """Some layers of a recording, the same ones, with what it knows of them."""
+
+    def __init__(self, whole: Recording[V], names: Iterable[str]) -> None:
+        super().__init__(
+            whole._model,
+            _some(whole, names),
+            whole._aliases,
+            whole._order,
+            whole._passes,
+            inputs=_some(whole._inputs, names),
+            grads=_some(whole._grads, names),
+        )
+        self._whole = whole
+        self._modules = whole._modules
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is copied or pickled is the part.
+        names = dict(self._aliases), [*self._order]
+        count = Count(self.num_passes, set(self.failed_passes))
+        beside = {"_inputs": self._inputs, "_grads": self._grads}
+        return Recording, (self._model, self._layers, *names, count), beside
+
+    @override
+    def _deliver(self) -> None:
+        self._whole._deliver()
+
+    @override
+    def _raised(self) -> set[Moment]:
+        return self._whole._raised()
+
+    @override
+    def _state(self) -> State:
+        return self._whole._state()
+
+
+def _some(recording: Recording[T] | None, names: Iterable[str]) -> dict[str, Layer[T]]:
+    """The layers of these names that are in a recording, if there is one."""
+    layers = {} if recording is None else recording._layers
+    return {name: layers[name] for name in names if name in layers}

@@ -90,12 +90,14 @@ def _columns(call: str, values: list[Value]) -> tuple[Spec, list[list[Tensor]]]:
 
 def _check(call: str, how: How, dim: int, columns: list[list[Tensor]]) -> None:
     for column in columns:
-        for problem in _problems(how, dim, column):
+        for problem in _problems(how, dim, column, columns):
             message = f"{call}: the calls {problem}"
             raise JoinError(message)
 
 
-def _problems(how: How, dim: int, column: list[Tensor]) -> Iterator[str]:
+def _problems(
+    how: How, dim: int, column: list[Tensor], columns: list[list[Tensor]]
+) -> Iterator[str]:
     """Yield what keeps tensors from being joined, the first of all first."""
     if any(tensor.is_nested for tensor in column):
         yield "are nested tensors. They can be used one by one: acts[name][i]."
@@ -116,7 +118,29 @@ def _problems(how: How, dim: int, column: list[Tensor]) -> Iterator[str]:
     rest = {(t.dim(), *(n for at, n in enumerate(t.shape) if at != joined_at)) for t in column}
     if len(rest) > 1:
         where = "every dimension" if how == "stack" else f"every dimension but {dim}"
-        yield f"do not agree in {where}: {_shapes(column)}. They can be used one by one: acts[name][i]."
+        yield f"do not agree in {where}: {_shapes(column)}. {_instead(columns)}"
+
+
+def _instead(columns: list[list[Tensor]]) -> str:
+    """What joins values whose shapes differ, where anything does."""
+    ways = []
+    dimensions = min(tensor.dim() for column in columns for tensor in column)
+    if dims := [dim for dim in range(dimensions) if all(_agree(dim, one) for one in columns)]:
+        ways.append(f"along the dimension that differs, cat(dim={dims[0]})")
+    (column, *others) = columns
+    widths = {tensor.shape[-1] for tensor in column if tensor.dim() > 2}  # noqa: PLR2004  # samples, positions, width
+    if not others and len(widths) == 1 and all(tensor.dim() == dimensions > 2 for tensor in column):  # noqa: PLR2004
+        ways.append("with a row for each position, actrec.data.rows(acts, name, flatten=True)")
+    return (
+        f"They can be joined {', or '.join(ways)}."
+        if ways
+        else "They can be used one by one: acts[name][i]."
+    )
+
+
+def _agree(dim: int, column: list[Tensor]) -> bool:
+    """Whether tensors agree in all dimensions but one."""
+    return len({(*tensor.shape[:dim], None, *tensor.shape[dim + 1 :]) for tensor in column}) == 1
 
 
 def _shapes(column: Iterable[Tensor], most: int = 6) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from typing_extensions import override
 
+from actrec._recordings.guesses import no_index
 from actrec._recordings.layer import Layer
 from actrec._recordings.passes import PassNumbers
 from actrec._values.spec import tensors
@@ -55,6 +56,8 @@ class ReadOnlyLayer(LayerOnDisk):
         except IndexError:
             message = f"acts[{self.name!r}][{index}]: there are {len(self)} calls"
             raise IndexError(message) from None
+        except TypeError:
+            raise TypeError(no_index(self, index)) from None
         return self._call(at)
 
     @override

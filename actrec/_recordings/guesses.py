@@ -1,0 +1,155 @@
+"""What somebody may have meant by an attribute or an item that a recording, or a layer, does not have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from torch import Tensor, nn
+
+from actrec._selection.globs import glob, is_glob
+from actrec._text import count, nearest
+from actrec._values.spec import flatten
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "NOT_RECORDED",
+    "explained",
+    "no_attribute_of_layer",
+    "no_attribute_of_recording",
+    "no_index",
+    "no_layer",
+]
+
+K = TypeVar("K", bound=type)
+
+#: What may be recorded beside the layers, and how to ask for it.
+NOT_RECORDED: Final = {
+    "inputs": "acts.inputs: inputs were not recorded. Ask for them: record(model, layers, inputs=True).",
+    "grads": "acts.grads: gradients were not recorded. Ask for them: record(model, layers, grads=True).",
+}
+
+#: What other libraries call what a recording has.
+_OTHERWISE: Final = {
+    **dict.fromkeys(("names", "layers", "layer_names"), "list(acts)"),
+    **dict.fromkeys(("activations", "features", "outputs", "data", "tensors"), "acts.values()"),
+    **dict.fromkeys(("to_dict", "as_dict", "dict", "concat", "concatenate"), "acts.cat()"),
+    **dict.fromkeys(("summary", "describe", "statistics"), "acts.stats()"),
+    **dict.fromkeys(("filter", "find", "subset"), "acts.select('layer*')"),
+    **dict.fromkeys(("remove", "close", "detach_hooks", "remove_hooks"), "nothing: the hooks are gone when the with block ends"),
+    "compare": "actrec.compare(acts, others)",
+    "load": "actrec.load(path)",
+    "plot": "actrec.plot.distributions(acts)",
+}  # fmt: skip
+
+
+def explained(why: Callable[[Any, str], str]) -> Callable[[K], K]:
+    """Return a class decorator: an attribute that is not there is an ``AttributeError`` with the message of ``why``."""
+
+    def __getattr__(self: object, name: str) -> Any:  # noqa: N807  # it becomes that method
+        if name.startswith("_"):  # what Python and others look for
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            raise AttributeError(message)
+        raise AttributeError(why(self, name))
+
+    def with_it(kind: K) -> K:
+        # Type checkers are not told: to them, what is not there is an error as before.
+        kind.__getattr__ = __getattr__  # type: ignore[attr-defined]
+        return kind
+
+    return with_it
+
+
+# --- A layer -----------------------------------------------------------------------------------------
+
+
+def no_attribute_of_layer(layer: Sequence[Any], name: str) -> str:
+    """Return what to write for an attribute that tensors have, and a layer has not."""
+    place = f"acts[{getattr(layer, 'name', '...')!r}]"
+    if not hasattr(Tensor, name):
+        return f"{place}.{name}: a layer has no such attribute. It is a list of calls: {place}.cat(), or {place}[0]."
+    call = f"{name}()" if callable(getattr(Tensor, name)) else name
+    return f"{place}.{name}: {_instead(layer, place, f'.{call}')}"
+
+
+def no_index(layer: Sequence[Any], index: object) -> str:
+    """Return what to write for an index that tensors take, and a layer does not."""
+    place = f"acts[{getattr(layer, 'name', '...')!r}]"
+    return f"{place}[{_shown(index)}]: {_instead(layer, place, f'[{_shown(index)}]')}"
+
+
+def _instead(layer: Sequence[Any], place: str, access: str) -> str:
+    calls = f"{place} is a list of {count(len(layer), 'call')}"
+    if not len(layer):
+        return f"{calls}: nothing was recorded of this layer."
+    spec = flatten(layer[0])[1]
+    if not spec.paths:
+        return f"{calls}, and the first is no tensor: {place}[0]."
+    (path, _), *_ = spec.paths
+    kind = f", each a {spec.kind}" if path else ""
+    return f"{calls}{kind}: {place}.cat(){path}{access}, or {place}[0]{path}{access}."
+
+
+def _shown(index: object) -> str:
+    """An index as one writes it."""
+    if isinstance(index, tuple):
+        return ", ".join(map(_shown, index))
+    if isinstance(index, slice):
+        ends = ["" if end is None else repr(end) for end in (index.start, index.stop)]
+        return ":".join([*ends, *([repr(index.step)] if index.step is not None else [])])
+    return "..." if index is ... else repr(index) if isinstance(index, (int, str)) else "index"
+
+
+# --- A recording -------------------------------------------------------------------------------------
+
+
+def no_attribute_of_recording(recording: Mapping[str, Any], name: str) -> str:
+    """Return what to write for an attribute that is a layer, or that a tensor has."""
+    if name in NOT_RECORDED:
+        return NOT_RECORDED[name]
+    if name in recording:
+        return f"acts.{name}: layers are items of a recording: acts[{name!r}]."
+    if any(key.startswith(f"{name}.") for key in recording):
+        return f"acts.{name}: layers are items of a recording, such as those in acts.select('{name}.**')."
+    if name in _OTHERWISE:
+        return f"acts.{name}: write {_OTHERWISE[name]}."
+    first = next(iter(recording), "name")
+    if hasattr(Tensor, name):
+        call = f"{name}()" if callable(getattr(Tensor, name)) else name
+        return f"acts.{name}: acts maps names to layers, and a layer is a list of calls: acts[{first!r}].cat().{call}."
+    return f"acts.{name}: a recording has no such attribute. Layers are items: acts[{first!r}]."
+
+
+def no_layer(recording: Mapping[str, Any], name: object) -> str:
+    """Return what to say of an item that is no name of a layer."""
+    if isinstance(name, str):
+        return f"acts[{name!r}]: no layer of that name was recorded. {_other_name(recording, name)}"
+    if isinstance(name, nn.Module):
+        return (
+            f"acts[...]: this {type(name).__name__} was not recorded, or not by this recording: one that was loaded or copied "
+            "knows its layers by name alone."
+        )
+    first = next(iter(recording), "name")
+    if isinstance(name, tuple) and name and name[0] in recording and not isinstance(name[-1], str):
+        rest = "".join(f"[{_shown(index)}]" for index in name[1:])
+        return f"acts[{', '.join(map(_shown, name))}]: one index after the other: acts[{name[0]!r}]{rest}."
+    if isinstance(name, (int, slice)):
+        return f"acts[{_shown(name)}]: layers have names: acts[{first!r}], or [*acts.values()][{_shown(name)}]."
+    if isinstance(name, (Iterable, type, re.Pattern)) or callable(name):
+        given = repr(name) if isinstance(name, (list, tuple, re.Pattern)) else "..."
+        return f"acts[...]: expected the name of one layer. The recording of several is acts.select({given})."
+    return f"acts[{name!r}]: expected the name of a layer, such as acts[{first!r}]."
+
+
+def _other_name(recording: Mapping[str, Any], name: str) -> str:
+    matching = sum(map(bool, map(glob(name).fullmatch, recording))) if is_glob(name) else 0
+    if matching:
+        return (
+            f"The recording of the {count(matching, 'layer')} that match is acts.select({name!r})."
+        )
+    if any(key.startswith(f"{name}.") for key in recording):
+        return f"What was recorded inside of it is acts.select('{name}.**')."
+    return nearest(name, recording)

@@ -1,0 +1,131 @@
+"""Which layers of a recording a query selects: the queries of ``record()``, read without the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+
+from actrec._selection.globs import glob, is_glob
+from actrec._text import listed, nearest
+from actrec.errors import SelectionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Known", "chosen"]
+
+
+class Known(NamedTuple):
+    """What a recording knows of its layers."""
+
+    types: Mapping[str, str]  #: of the layers, by name
+    aliases: Mapping[str, str]  #: their further names
+    modules: Mapping[nn.Module, str]  #: the names of the modules, while there are any
+
+    def named(self) -> dict[str, nn.Module]:
+        """Return the modules of the layers, by name."""
+        return {name: module for module, name in self.modules.items() if name in self.types}
+
+
+def chosen(queries: Any, known: Known) -> list[str]:
+    """Return the names of the layers that ``queries`` select, in their order, each once.
+
+    Raises:
+        SelectionError: one of them selects nothing.
+    """
+    names = list(dict.fromkeys(name for query in _flat(queries) for name in _found(query, known)))
+    if not names:
+        message = f"acts.select({queries!r}): no query was given. list(acts) has all names."
+        raise SelectionError(message)
+    return names
+
+
+def _flat(queries: Any) -> Iterator[Any]:
+    if isinstance(queries, Iterable) and not isinstance(queries, (str, Tensor, nn.Module, type)):
+        for query in queries:
+            yield from _flat(query)
+    else:
+        yield queries
+
+
+def _found(query: Any, known: Known) -> list[str]:
+    """The names that one query selects, at least one."""
+    call = f"acts.select({query!r})" if isinstance(query, (str, re.Pattern)) else "acts.select(...)"
+    if isinstance(query, str):
+        found, message = _by_name(query, known), f"no recorded layer matches. {_near(query, known)}"
+    elif isinstance(query, re.Pattern):
+        found, message = _matching(query, known), f"no recorded layer matches. {_near('', known)}"
+    elif isinstance(query, nn.Module):
+        found = [name for module, name in known.modules.items() if module is query]
+        message = (
+            f"this {type(query).__name__} was not recorded, or not by this recording: one that was loaded or copied knows "
+            "its layers by name alone."
+        )
+    elif isinstance(query, type):
+        found = _by_type(query, known)
+        message = (
+            f"no recorded layer is a {query.__name__}; there are {listed(_once(known.types), 20)}."
+        )
+    elif callable(query):
+        modules = known.named()
+        found = [name for name in known.types if name in modules and query(name, modules[name])]
+        message = (
+            "it is true of no recorded layer."
+            if modules
+            else "a function is asked about modules, and this recording, which was loaded or copied or has outlived its model, "
+            "knows its layers by name alone. Use a name, a glob, a regular expression or a type."
+        )
+    else:
+        found = []
+        message = (
+            f"{query!r} is not a layer query. Use a name, a glob such as 'layer*.conv1', "
+            "re.compile(...), a module type, a module, a function, or several of these."
+        )
+    if not found:
+        message = f"{call}: {message}"
+        raise SelectionError(message)
+    return found
+
+
+def _by_name(query: str, known: Known) -> list[str]:
+    if query in known.types:
+        return [query]
+    if known.aliases.get(query) in known.types:
+        return [known.aliases[query]]
+    return _matching(glob(query), known) if is_glob(query) else []
+
+
+def _matching(pattern: re.Pattern[str], known: Known) -> list[str]:
+    """The layers whose names match; or if there are none, those of which another name does."""
+    found = [name for name in known.types if pattern.fullmatch(name)]
+    others = (name for alias, name in known.aliases.items() if pattern.fullmatch(alias))
+    return found or [name for name in others if name in known.types]
+
+
+def _by_type(kind: type, known: Known) -> list[str]:
+    """The layers of a type: by their modules, where those are known, else by the names of types."""
+    modules = known.named()
+    names = {one.__name__ for one in _kinds(kind)}
+    return [
+        name
+        for name, its_type in known.types.items()
+        if (isinstance(modules[name], kind) if name in modules else its_type in names)
+    ]
+
+
+def _kinds(kind: type[Any]) -> Iterator[type[Any]]:
+    """A class and those that derive from it."""
+    yield kind
+    for one in type.__subclasses__(kind):
+        yield from _kinds(one)
+
+
+def _once(types: Mapping[str, str]) -> list[str]:
+    return sorted(set(types.values()))
+
+
+def _near(query: str, known: Known) -> str:
+    return nearest(query, known.types)
