@@ -80,7 +80,7 @@ def test_the_table_looks_at_each_call_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_to_ask_whether_a_layer_is_there_makes_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     acts = recorded(1)
-    monkeypatch.setattr(_recording, "nearest", None)
+    monkeypatch.setattr(_recording, "no_layer", None)
     assert "conv" not in acts
     assert acts.get("conv", 3) == 3
 
