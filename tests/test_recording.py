@@ -373,7 +373,7 @@ def test_a_recording_is_a_read_only_mapping() -> None:
     [
         ("li", ["acts['li']: no layer of that name was recorded.", "Did you mean 'lin'?"]),
         ("zzz", ["There are 'lin', 'act', 'head'."]),
-        (3, ["acts[3]", "There are 'lin'"]),
+        (3, ["acts[3]", "layers have names: acts['lin']"]),
     ],
 )
 def test_a_name_that_is_not_there_is_answered_with_close_ones(name: Any, pieces: list[str]) -> None:
