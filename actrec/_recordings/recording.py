@@ -141,6 +141,10 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         """Wait for copies from a device. Only a :class:`Recorder` has any."""
 
     @override
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_modules"}
+
+    @override
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
 
