@@ -6,7 +6,7 @@ import os
 import weakref
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from torch.compiler import is_dynamo_compiling
 from typing_extensions import override
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
     from actrec._recordings.layer import Layer, V
     from actrec._selection.queries import Query, Transform
+    from actrec._selection.selection import What
 
-    from ._recordings.layer import Role
 
 __all__ = ["record"]
 
@@ -54,8 +54,8 @@ def record(
     layers: Query | Iterable[Query] | Mapping[Query, Transform | None] | None = None,
     *,
     transform: Transform | None = None,
-    inputs: bool = False,
-    grads: bool = False,
+    inputs: bool | Query | Iterable[Query] | Mapping[Query, Transform | None] = False,
+    grads: bool | Query | Iterable[Query] | Mapping[Query, Transform | None] = False,
     detach: bool = True,
     device: torch.device | str | int | None = "cpu",
     dtype: torch.dtype | None = None,
@@ -111,16 +111,21 @@ def record(
 
     Args:
         model: any ``torch.nn.Module``. Compiled models run eagerly inside the block.
-        layers: the layer queries.
+        layers: the layer queries. With ``()`` nothing is recorded but what ``inputs`` or ``grads`` ask for:
+            ``record(model, (), inputs="**.o_proj")``.
         transform: ``value -> value``, applied to what a layer returns before it is copied or moved, such
             as ``lambda t: t.mean((2, 3))``. It runs on the tensor's device, without gradients, autocast and inference mode, on
             a value that is independent of the model's. Layers that it calls are not recorded, and what it draws from PyTorch's global
-            generators leaves the random numbers of the model as they are. A call for which it returns ``None`` is skipped.
-        inputs: also record what each call received, as ``acts.inputs[name][i]``: a dict from parameter
-            name to value, copied before the call runs. ``transform`` is not applied to inputs.
-        grads: also record the gradient of the loss with respect to each value, as ``acts.grads[name][i]``:
+            generators leaves the random numbers of the model as they are. A call for which it returns ``None`` is skipped, its
+            inputs and gradients included.
+        inputs: record what calls received, as ``acts.inputs[name][i]``: a dict from parameter name to value, copied before
+            the call runs. ``True`` for the layers in ``layers``; or layer queries of its own, as ``layers`` takes them. A
+            transform in them gets that dict, such as ``lambda received: received["input"].abs()``. The transforms of
+            outputs, and ``transform``, are not applied to inputs.
+        grads: record the gradient of the loss with respect to what calls returned, as ``acts.grads[name][i]``:
             nested as the value is, ``None`` until ``backward()`` reaches it, in the block or after it. See
-            :attr:`Recording.grads`. Not supported when recording to a path.
+            :attr:`Recording.grads`. ``True`` for the layers in ``layers``, with their transforms; or layer queries of its
+            own. Not supported when recording to a path.
         detach: ``False`` keeps the autograd graph, for losses on activations, and with it the graph's
             memory. Values are still independent of in-place writes. ``False`` is not supported when recording to a path.
         device: where values are kept; ``None`` leaves them on their device. From a GPU, values are copied asynchronously if
@@ -185,7 +190,7 @@ def record(
         into=into,
         resume=resume,
     )
-    selection = select(model, layers, transform)
+    selection = select(model, layers, transform, inputs=inputs, grads=grads)
     if stop_early:
         refuse_sharded(model)
     return _Block(model, selection, options)
@@ -291,23 +296,22 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         from .store.stream import Stream  # noqa: PLC0415
 
         layers = tuple(
-            LayerInfo(choice.key, type_name(choice.module), named(choice.transform))
-            for choice in self._selection.choices
+            LayerInfo(choice.key, type_name(choice.module), named(choice.transforms[role]), role)
+            for role in _ROLES
+            for choice in self._selection.of(role)
         )
         dtype = None if self._options.dtype is None else str(self._options.dtype)
         kind = type_name(self._model)
-        description = Description(kind, layers, self._names(), self._options.inputs, dtype=dtype)
+        description = Description(kind, layers, self._names(), dtype=dtype)
         folder = Folder.of(self._options.path)
         return Stream(folder, description, self._session.passes, resume=self._options.resume)
 
     def _recorder(self) -> Recorder[Any]:
         """Make what keeps the calls: a layer for each choice, and the track that leads to it."""
-        layers = self._layers("output")
-        inputs = self._layers("input") if self._options.inputs else {}
-        grads = self._layers("gradient") if self._options.grads else {}
+        layers, inputs, grads = map(self._layers, _ROLES)
         for choice in self._selection.choices:
             key = choice.key
-            track = self._track(choice, layers[key], inputs.get(key), grads.get(key))
+            track = self._track(choice, layers.get(key), inputs.get(key), grads.get(key))
             self._tracks[key] = choice, track
         if self._session.stop is not None:
             self._session.stop.layers = frozenset(self._tracks)
@@ -327,37 +331,41 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         self._session.order.update(dict.fromkeys(self._destination.order))
         return recorder
 
-    def _layers(self, role: Role) -> dict[str, Layer[Any]]:
+    def _layers(self, role: What) -> dict[str, Layer[Any]]:
         return {
             choice.key: self._destination.layer(role, at, choice.key, type_name(choice.module))
-            for at, choice in enumerate(self._selection.choices)
+            for at, choice in enumerate(self._selection.of(role))
         }
 
     def _track(
         self,
         choice: Choice,
-        outputs: Layer[Any],
+        outputs: Layer[Any] | None,
         inputs: Layer[Any] | None,
         grads: Layer[Any] | None,
     ) -> Track:
-        offload = self._session.offload
-        capture = replace(
-            self._capture, layer=choice.key, transform=choice.transform, offload=offload
-        )
-        track = Track(self._session, self._counting(capture, outputs), outputs)
-        track.kept = len(outputs)  # in a run that is resumed
+        base = replace(self._capture, layer=choice.key, offload=self._session.offload)
+        captures = {
+            what: replace(base, transform=transform)
+            for what, transform in choice.transforms.items()
+        }
+        capture = self._counting(captures.get("output", base), outputs)
+        track = Track(self._session, capture, outputs)
         if inputs is not None:
-            capture_inputs = self._counting(replace(capture, transform=None), inputs)
-            track.inputs = Inputs.of(choice.module, inputs, capture_inputs)
+            received = replace(captures["input"], what="what it received in call")
+            track.inputs = Inputs.of(choice.module, inputs, self._counting(received, inputs))
         if grads is not None:
             # A backward has no end at which it could be delivered: a gradient is moved at once.
-            what = replace(capture, what="the gradient of call", offload=None)
-            track.grads = Gradients(self._counting(what, grads), grads, track.lock)
+            what = replace(captures["gradient"], what="the gradient of call", offload=None)
+            alike = outputs is not None and what.transform is capture.transform
+            track.grads = Gradients(self._counting(what, grads), grads, track.lock, alike)
+        of_it = (layer for layer in (outputs, inputs, grads) if layer is not None)
+        track.kept = len(next(of_it))  # in a run that is resumed
         return track
 
-    def _counting(self, capture: Capture, layer: Layer[Any]) -> Capture:
+    def _counting(self, capture: Capture, layer: Layer[Any] | None) -> Capture:
         """The same capture, which counts what does not fit into the dtype, for ``layer`` to say."""
-        if capture.dtype is None:
+        if capture.dtype is None or layer is None:
             return capture
         layer.overflows = Overflows(capture.dtype, self._session.passes)
         return replace(capture, overflows=layer.overflows)
@@ -389,6 +397,8 @@ _STOPPED = (
     "record(stop_early=True): the call of the model returns None, because the forward ends as soon as the chosen layers have "
     "run. Use what was recorded, or record without stop_early"
 )
+_ROLES: Final[tuple[What, ...]] = ("output", "input", "gradient")
+
 _FORGOTTEN = (
     "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"
 )

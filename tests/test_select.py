@@ -165,7 +165,9 @@ def negate(t: Tensor) -> Tensor:
 
 
 def transforms(model: nn.Module, layers: Any, default: Any = None) -> dict[str, Any]:
-    return {choice.key: choice.transform for choice in select(model, layers, default).choices}
+    return {
+        choice.key: choice.transforms["output"] for choice in select(model, layers, default).choices
+    }
 
 
 def test_in_a_mapping_every_query_has_its_own_transform(net: Net) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from actrec._text import listed
 from actrec._torch import version
 from actrec._values.dtensor import cloned, detached, is_distributed, on_part
 from actrec._values.modes import normal_mode, unseen
@@ -70,12 +71,19 @@ class Capture:
         # What the user's own function made is kept, also where it is no tensor.
         return SKIPPED if value is None else rebuild(value, self.keep, unknown=_itself)
 
-    def received(self, given: dict[str, Value]) -> dict[str, Value]:
-        """Return what is kept of what a call received."""
+    def received(self, given: dict[str, Value], call: int) -> Value:
+        """Return what is kept of what call number ``call`` received, or ``SKIPPED``."""
+        if self.transform is not None:
+            try:
+                return self(given, call)
+            except TransformError as error:
+                message = (
+                    f"{error}. It gets a dict from parameter name to value, here of {listed(given)}"
+                )
+                raise TransformError(message) from error.__cause__
         if len(given) == 1:  # nothing can stand in two places, so there is nothing to look out for
             return {name: rebuild(value, self.keep) for name, value in given.items()}
-        kept: dict[str, Value] = rebuild(given, self.keep)
-        return kept
+        return rebuild(given, self.keep)
 
     def added(self, value: Value) -> Value:
         """Return what is kept of a value that the user adds: not cast, and never part of the graph."""

@@ -139,6 +139,8 @@ class Gradients:
     capture: Capture
     layer: Any  # a Layer whose items can be replaced
     lock: threading.Lock  # that of the calls that the gradients belong to
+    #: Whether they are nested as what is recorded of the outputs: that has the same transform, or none as they have.
+    alike: bool = True
     watched: bool = False  # whether there was anything that a gradient could reach
     regions: Regions[_Call] = field(default_factory=Regions)
     _warned: bool = False
@@ -148,7 +150,7 @@ class Gradients:
     def reserve(self, output: Value, kept: Value, number: int) -> _Call:
         """Make a place for a call of pass ``number``, in one step with its value.
 
-        It returned ``output``, of which ``kept`` was recorded. The caller holds the lock.
+        It returned ``output``, of which ``kept`` was recorded, if that was asked for. The caller holds the lock.
         """
         found, spec = flatten(output)
         likes = [] if self.capture.transform is None else [*map(_Like.of, found)]
@@ -156,6 +158,8 @@ class Gradients:
             {} if spec == TENSOR else weakref.WeakValueDictionary()
         )
         call = _Call(weakref.ref(self), self._calls, number, spec, likes, arrived)
+        if not self.alike:
+            kept = output if self.capture.transform is None else None
         self.layer.keep(rebuild(kept, lambda _: None), number)
         self._calls += 1
         return call

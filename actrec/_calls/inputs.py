@@ -77,14 +77,24 @@ class Inputs:
         return cls(calls, capture, _Parameters.of(module))
 
     def take(
-        self, number: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_late: bool
+        self,
+        number: int,
+        call: int,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        is_late: bool,
     ) -> None:
-        """A call of pass ``number`` begins. If hooks that come behind ours may replace what it receives, ``is_late``."""
-        names = self._parameters.positional
-        if len(args) == 1 and type(args[0]) is Tensor and names and not kwargs:  # the shortest way
-            inputs = {names[0]: self.capture.keep(args[0])}
+        """Call number ``call``, of pass ``number``, begins.
+
+        If hooks that come behind ours may replace what it receives, ``is_late``.
+        """
+        names, capture = self._parameters.positional, self.capture
+        is_short = len(args) == 1 and type(args[0]) is Tensor and names and not kwargs
+        if is_short and capture.transform is None:  # the shortest way
+            inputs = {names[0]: capture.keep(args[0])}
         else:
-            inputs = self.capture.received(self._parameters.named(args, kwargs))
+            inputs = capture.received(self._parameters.named(args, kwargs), call)
         late = (args, _versions((args, kwargs))) if is_late else None
         stack = self._stacks.setdefault(get_ident(), [])
         if stack:  # calls of earlier passes that never ended have raised
@@ -105,7 +115,9 @@ class Inputs:
         del stack[max(at, 0) :]
         return arrival
 
-    def received(self, arrival: _Arrival, args: tuple[Any, ...], kwargs: Any) -> tuple[Value, bool]:
+    def received(
+        self, arrival: _Arrival, call: int, args: tuple[Any, ...], kwargs: Any
+    ) -> tuple[Value, bool]:
         """What the call received of hooks that may have replaced what ours was told, and whether that is sure."""
         if arrival.late is None:
             return arrival.inputs, True
@@ -115,7 +127,7 @@ class Inputs:
         written = any(version is None or version != before.get(t, 0) for t, version in now.items())
         if not written and args is args_before and kwargs is arrival.kwargs:
             return arrival.inputs, True
-        return self.capture.received(self._parameters.named(args, kwargs)), not written
+        return self.capture.received(self._parameters.named(args, kwargs), call), not written
 
 
 def _versions(values: Value) -> dict[int, int | None]:

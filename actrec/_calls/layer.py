@@ -66,7 +66,7 @@ class Track:
 
     session: Session
     capture: Capture
-    outputs: Calls
+    outputs: Calls | None
     inputs: Inputs | None = None
     grads: Gradients | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while a call is kept
@@ -102,7 +102,9 @@ class Track:
         assert self.inputs is not None  # noqa: S101  # or this hook would not be there
         is_late = is_overtaken(hook, module)
         try:
-            self.inputs.take(session.passes.number_of(module), args, kwargs, is_late=is_late)
+            self.inputs.take(
+                session.passes.number_of(module), self.called, args, kwargs, is_late=is_late
+            )
         except Exception as error:
             self._failed(error, self.called)
             raise
@@ -145,7 +147,7 @@ class Track:
         if arrival is None:
             return None, None
         try:
-            received, is_sure = inputs.received(arrival, args, kwargs)
+            received, is_sure = inputs.received(arrival, self.called, args, kwargs)
         except Exception as error:
             self._failed(error, self.called)
             raise
@@ -170,10 +172,10 @@ class Track:
         session = self.session
         place = None  # of the gradient
         try:
-            value = self.capture(output, call)
-            if value is not SKIPPED:
+            value = None if self.outputs is None else self.capture(output, call)
+            if value is not SKIPPED and received is not SKIPPED:
                 if not (self.kept and self.has_tensors):
-                    self._look_at_first(value)
+                    self._look_at_first(self._first(output, value, received))
                 self.kept += 1
                 with self.lock:
                     if session.offload is None:
@@ -191,7 +193,8 @@ class Track:
             session.stop.ran(self.capture.layer)
 
     def _append(self, value: Value, received: Value, number: int) -> None:
-        self.outputs.keep(value, number)
+        if self.outputs is not None:
+            self.outputs.keep(value, number)
         if self.inputs is not None:
             self.inputs.calls.keep(received, number)
 
@@ -202,6 +205,12 @@ class Track:
         except Exception as error:
             error.add_note(f"raised while actrec kept call {call} of layer {self.capture.layer!r}")
             raise
+
+    def _first(self, output: Value, value: Value, received: Value) -> Value:
+        """What is looked at of a call: the first that is recorded of what it returned, what it received, and its gradient."""
+        if self.outputs is not None:
+            return value
+        return output if self.inputs is None else received
 
     def _look_at_first(self, value: Value) -> None:
         """The first call is kept, or there was no tensor in those before."""

@@ -31,8 +31,8 @@ class Options:
     """
 
     transform: Transform | None = None
-    inputs: bool = False
-    grads: bool = False
+    inputs: Any = False  # whether, or queries, which the selection checks
+    grads: Any = False
     detach: bool = True
     device: torch.device | str | int | None = "cpu"  #: once it is checked, as tensors say it
     dtype: torch.dtype | None = None
@@ -71,7 +71,7 @@ class Options:
                 "Make a new, empty one for each layer."
             )
             raise OptionError(message)
-        if self.grads and type(container).append not in {list.append, deque.append}:
+        if self.grads is not False and type(container).append not in {list.append, deque.append}:
             message = (
                 f"record(grads=True, into={self.into!r}): a gradient comes after its call, and its place is counted from the "
                 f"latest one, so the container must keep each call at its end. {type(container).__name__} has an append() of "
@@ -93,7 +93,7 @@ class Options:
         if not self.detach:
             message = f"{call}, detach=False): a graph cannot be stored. Record into memory."
             raise OptionError(message)
-        if self.grads:
+        if self.grads is not False:
             message = (
                 f"{call}, grads=True): a gradient comes after its value may have been written. Record into memory, "
                 "and write both with acts.save()."
@@ -101,7 +101,7 @@ class Options:
             raise OptionError(message)
 
     def _check_gradients(self) -> None:
-        if self.grads and self.stop_early and self.detach:
+        if self.grads is not False and self.stop_early and self.detach:
             message = (
                 "record(grads=True, stop_early=True): the model returns None, so there is no loss that could send a gradient "
                 "back. Record without stop_early, or pass detach=False and take the loss of what was recorded."

@@ -72,7 +72,7 @@ class Recorder(Recording[V], Generic[V]):
             if beside is not None:
                 beside._modules = self._modules
         self._added = added
-        self._chosen = frozenset([*layers, *aliases])
+        self._chosen = frozenset([*layers, *inputs, *grads, *aliases])
         self._session = session
         self._capture = capture
         self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
@@ -196,10 +196,11 @@ class Recorder(Recording[V], Generic[V]):
         """
         self._deliver()
         locks = {track.capture.layer: track.lock for track in self._tracks}
-        for name in self:
+        recordings = [one for one in (self, self._inputs, self._grads) if one is not None]
+        for name in dict.fromkeys(name for recording in recordings for name in recording):
             with locks.get(name, self._adding):  # other threads keep calls in one step, too
-                for recording in (self, self._inputs, self._grads):
-                    if recording is not None and name in recording:
+                for recording in recordings:
+                    if name in recording:
                         layer = recording[name]
                         layer.clear()
                         if layer.overflows is not None:

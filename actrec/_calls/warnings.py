@@ -7,7 +7,7 @@ come; and forwards that did not stop early.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -197,7 +197,8 @@ def _no_graph(track: Track) -> str | None:
         return None
     if track.grads is not None and not track.grads.watched:
         return _REENTRANT if track.grads.regions else _NO_GRAPH
-    kept = track.outputs if isinstance(track.outputs, list) and not track.capture.detach else ()
+    outputs: Any = track.outputs
+    kept = outputs if isinstance(outputs, list) and not track.capture.detach else ()
     if kept and not any(t.requires_grad for value in kept for t in tensors(value)):
         return _NO_GRAPH
     return None

@@ -133,9 +133,24 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         given: object = name
         key = self._key(name) if isinstance(given, (str, nn.Module)) else None
         if key is None:
-            raise UnknownLayerError(no_layer(self, given))
+            raise UnknownLayerError(self._elsewhere(given) or no_layer(self, given))
         self._deliver()
         return self._layers[key]
+
+    def _elsewhere(self, name: object) -> str:
+        """What to say of a layer whose inputs or gradients alone were recorded; of any other, nothing."""
+        if not isinstance(name, (str, nn.Module)):
+            return ""
+        index = f"[{name!r}]" if isinstance(name, str) else "[...]"
+        there = [f"acts.{what}{index}" for what, one in self._besides().items() if name in one]
+        if not there:
+            return ""
+        return f"acts{index}: what that layer returned was not recorded; there is {' and '.join(there)}."
+
+    def _besides(self) -> dict[str, Recording[Any]]:
+        """The recordings of inputs and of gradients, as far as there are any, by the names that they have here."""
+        found = {"inputs": self._inputs, "grads": self._grads}
+        return {name: one for name, one in found.items() if one is not None}
 
     def _deliver(self) -> None:
         """Wait for copies from a device. Only a :class:`Recorder` has any."""
@@ -248,8 +263,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         an upper bound of the memory that recording adds.
         """
         held: dict[object, int] = {}
-        for recording in (self, self._inputs, self._grads):
-            for layer in () if recording is None else recording.values():
+        for recording in (self, *self._besides().values()):
+            for layer in recording.values():
                 held.update(layer._seen()[1])
         return sum(held.values())
 
@@ -420,14 +435,13 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     @override
     def _table(self) -> Table:
-        beside = {"inputs": self._inputs, "gradients": self._grads}
         return recording_table(
             self._title(),
             [*self.values()],
             self._state(),
             passes=self.num_passes,
             raised=len(self.failed_passes),
-            beside={what: [*one.values()] for what, one in beside.items() if one is not None},
+            beside={what: [*one.values()] for what, one in self._besides().items()},
         )
 
     def _ipython_key_completions_(self) -> list[str]:

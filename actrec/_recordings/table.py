@@ -17,6 +17,8 @@ __all__ = ["State", "recording_table"]
 #: Whether the block runs, has ended, or was ended by an exception.
 State: TypeAlias = Literal["recording", "recorded", "interrupted"]
 
+_WORDS: Final = {"inputs": "inputs", "grads": "gradients"}
+
 _COLUMNS: Final = (
     Column("layer"),
     Column("type"),
@@ -46,34 +48,40 @@ def recording_table(
         state: whether the block is running.
         passes: how many there were.
         raised: how many of them raised.
-        beside: the layers of inputs and of gradients, where they were recorded.
+        beside: the layers of inputs and of gradients, where they were recorded. Those of which outputs were not recorded
+            have rows of their own.
     """
     rows: list[Cells] = []
+    names: list[str] = []  # of the rows
     memory: dict[object, int] = {}
-    for layer in layers:
-        looks, held = layer._seen()
-        memory.update(held)
-        rows.append(
-            (
-                shown(layer.name),
-                shown(layer.type),
-                f"{len(layer):,}",
-                looks.what,
-                ", ".join(looks.dtypes),
-                ", ".join(looks.devices),
-                size(sum(held.values())),
-                _note(layer, state, passes - 1),
+    outputs = {layer.name for layer in layers}
+    for what, those in {"": layers, **beside}.items():
+        for layer in those:
+            looks, held = layer._seen()
+            memory.update(held)
+            if what and layer.name in outputs:
+                continue
+            notes = (_WORDS.get(what, ""), _note(layer, state, passes - 1))
+            names.append(layer.name)
+            rows.append(
+                (
+                    shown(layer.name),
+                    shown(layer.type),
+                    f"{len(layer):,}",
+                    looks.what,
+                    ", ".join(looks.dtypes),
+                    ", ".join(looks.devices),
+                    size(sum(held.values())),
+                    ", ".join(filter(None, notes)),
+                )
             )
-        )
-    for others in beside.values():
-        for layer in others:
-            memory.update(layer._seen()[1])
+    words = " and ".join(_WORDS[what] for what in beside)
     facts = (
-        count(len(rows), "layer"),
+        count(len(set(names)), "layer"),
         count(passes, "pass") + (f" ({raised:,} raised)" if raised else ""),
-        size(sum(memory.values())) + (f" with {' and '.join(beside)}" if beside else ""),
+        size(sum(memory.values())) + (f" with {words}" if words else ""),
     )
-    return Table(f"{title}: {', '.join(facts)}", _COLUMNS, rows, [layer.name for layer in layers])
+    return Table(f"{title}: {', '.join(facts)}", _COLUMNS, rows, names)
 
 
 def _note(layer: Layer[Any], state: State, last_pass: int) -> str:

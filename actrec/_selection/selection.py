@@ -1,10 +1,10 @@
-"""All queries: which layers they choose, each once, under which key and with which transform."""
+"""All queries: which layers they choose, each once, under which key, what of it is recorded and with which transform."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from .names import Name
     from .queries import Query, Transform
 
-__all__ = ["Choice", "Selection", "select"]
+__all__ = ["Choice", "Selection", "What", "select"]
+
+#: What of a layer is recorded.
+What: TypeAlias = Literal["output", "input", "gradient"]
+
+#: The arguments of ``record()`` that take queries for more than outputs.
+_OPTIONS: Mapping[What, str] = {"input": "inputs", "gradient": "grads"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,7 @@ class Choice:
     key: str  # its name in the recording: without wrapper segments, unless another chosen layer has that name
     module: nn.Module
     names: tuple[str, ...]  # everything else it may be called, with and without wrapper segments
-    transform: Transform | None
+    transforms: Mapping[What, Transform | None]  # of what is recorded of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +44,30 @@ class Selection:
 
     choices: tuple[Choice, ...]
     parents: tuple[nn.Module, ...]
+    _order: Mapping[What, Mapping[int, object]]  # for each kind, the ids of its modules
+
+    def of(self, what: What) -> tuple[Choice, ...]:
+        """Return the layers of which this is recorded, in the order of its queries."""
+        choices = {id(choice.module): choice for choice in self.choices}
+        return tuple(choices[module] for module in self._order[what])
 
 
-def select(model: nn.Module, queries: Any, transform: Transform | None = None) -> Selection:
-    """Return the layers that ``queries`` choose, in order, each once.
+def select(
+    model: nn.Module,
+    queries: Any,
+    transform: Transform | None = None,
+    *,
+    inputs: Any = False,
+    grads: Any = False,
+) -> Selection:
+    """Return the layers that ``queries`` choose, in order, each once; then those that ``inputs`` and ``grads`` choose besides.
 
     Args:
         model: what is recorded.
         queries: as ``record()`` takes them.
-        transform: of the layers for which the queries give none.
+        transform: of outputs and gradients for which the queries give none.
+        inputs: the queries for inputs. ``True`` chooses the same layers, without their transforms.
+        grads: the queries for gradients. ``True`` chooses the same layers, with their transforms.
 
     Raises:
         UnsupportedModelError: hooks do not run in the model.
@@ -55,6 +76,38 @@ def select(model: nn.Module, queries: Any, transform: Transform | None = None) -
     """
     check_model(model, queries)
     names = Model(model)
+    outputs = _claimed(names, queries, transform)
+    claimed: dict[What, dict[int, _Claim]] = {
+        "output": outputs,
+        "input": _claimed_besides(names, "input", inputs, None, outputs),
+        "gradient": _claimed_besides(names, "gradient", grads, transform, outputs),
+    }
+    if not any(claimed.values()):
+        message = (
+            f"record(): no layers were given, {queries!r} is empty. None means every leaf module; to record nothing but "
+            "what layers receive, or their gradients, name those: inputs='conv1', grads='conv1'."
+        )
+        raise SelectionError(message)
+    claims: dict[int, dict[What, _Claim]] = {}
+    for what, found in claimed.items():
+        for module, claim in found.items():
+            claims.setdefault(module, {})[what] = claim
+    firsts = [next(iter(of_one.values())) for of_one in claims.values()]
+    keys = _keys([claim.name for claim in firsts])
+    choices = tuple(
+        Choice(
+            key,
+            first.name.module,
+            tuple(dict.fromkeys(n for claim in of_one.values() for n in claim.names(names))),
+            {what: claim.transform for what, claim in of_one.items()},
+        )
+        for key, first, of_one in zip(keys, firsts, claims.values(), strict=True)
+    )
+    return Selection(choices, tuple(_parents(names, choices)), claimed)
+
+
+def _claimed(names: Model, queries: Any, transform: Transform | None) -> dict[int, _Claim]:
+    """The modules (ids) that some queries choose."""
     claims: dict[int, _Claim] = {}
     for query, own in _flatten(queries, transform):
         if own is not transform and id(own) in names.of:
@@ -63,17 +116,40 @@ def select(model: nn.Module, queries: Any, transform: Transform | None = None) -
             known = claims.setdefault(id(claim.name.module), claim)
             if known is not claim:
                 known.merge(claim)
-    if not claims:
+    return claims
+
+
+def _claimed_besides(
+    names: Model,
+    what: What,
+    given: Any,
+    transform: Transform | None,
+    outputs: Mapping[int, _Claim],
+) -> dict[int, _Claim]:
+    """The modules (ids) of which ``inputs=`` or ``grads=`` asks for what they say."""
+    if given is False:
+        return {}
+    option = f"{_OPTIONS[what]}={given!r}"
+    if given is None:
+        message = f"record({option}): False means none, True the layers that are recorded, and a query others."
+        raise OptionError(message)
+    if given is True and not outputs:
         message = (
-            f"record(): no layers were given, {queries!r} is empty. None means every leaf module."
+            f"record({option}): True means the layers that are recorded, and none are. "
+            f"Name them: {_OPTIONS[what]}='conv1'."
         )
         raise SelectionError(message)
-    keys = _keys([claim.name for claim in claims.values()])
-    choices = tuple(
-        Choice(key, claim.name.module, claim.names(names), claim.transform)
-        for key, claim in zip(keys, claims.values(), strict=True)
-    )
-    return Selection(choices, tuple(_parents(names, choices)))
+    if given is True:
+        keeps = what == "gradient"
+        return {
+            module: replace(claim, transform=claim.transform if keeps else None)
+            for module, claim in outputs.items()
+        }
+    claims = _claimed(names, given, transform)
+    if not claims:
+        message = f"record({option}): no layers were given. False means none, True the layers that are recorded."
+        raise SelectionError(message)
+    return claims
 
 
 def _flatten(

@@ -13,18 +13,31 @@ import torch
 from actrec._text import own_version
 from actrec.errors import ResumeError
 
-from .format import DESCRIPTION, FORMAT, MAX_JSON, MAX_RANKS, VERSION, Defect, corrupt, need
+from .format import (
+    DESCRIPTION,
+    FORMAT,
+    MAX_JSON,
+    MAX_RANKS,
+    ROLES,
+    VERSION,
+    Defect,
+    Role,
+    corrupt,
+    need,
+)
 from .forms import Maybe, checked
 from .ledger import Heading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from .place import Place
 
 __all__ = ["Description", "LayerInfo", "named", "read_description"]
 
 _LAYER: Final = {"name": str, "type": str, "transform": Maybe(str)}
+#: Of what else layers may be listed, and the option that says so where they were not listed by role.
+_BESIDES: Final[dict[Role, str]] = {"input": "inputs", "gradient": "grads"}
 #: What is in the file, besides the version.
 _FORM: Final = {
     "recording": str,
@@ -46,11 +59,17 @@ def named(transform: Callable[..., Any] | None) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """A layer that was chosen."""
+    """A layer that was chosen, and what of it is recorded."""
 
     name: str
     type: str
     transform: str | None = None
+    role: Role = "output"
+
+    @property
+    def shown(self) -> str:
+        """What it is called in a message."""
+        return self.name if self.role == "output" else f"{self.role} of {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +79,14 @@ class Description:
     model: str
     layers: tuple[LayerInfo, ...]
     names: dict[str, str] = field(default_factory=dict)  #: other names of layers
-    inputs: bool = False
-    grads: bool = False
     dtype: str | None = None
     recording: str = field(default_factory=lambda: uuid.uuid4().hex)  #: the same for all ranks
     ranks: int = 1  #: of the run that wrote it
     began: int = field(default_factory=time.time_ns)  #: when that run began in this rank
+
+    def has(self, role: Role) -> bool:
+        """Whether this is recorded of any layer."""
+        return any(layer.role == role for layer in self.layers)
 
     def heading(self, rank: int) -> Heading:
         """Return what holds before the first shard."""
@@ -81,8 +102,13 @@ class Description:
             "began": self.began,
             "made_by": {"actrec": own_version(), "torch": torch.__version__},
             "model": self.model,
-            "options": {"inputs": self.inputs, "grads": self.grads, "dtype": self.dtype},
-            "layers": [{key: getattr(layer, key) for key in _LAYER} for layer in self.layers],
+            "options": {
+                **{option: self.has(role) for role, option in _BESIDES.items()},
+                "dtype": self.dtype,
+            },
+            "layers": [
+                {key: getattr(layer, key) for key in ("role", *_LAYER)} for layer in self.layers
+            ],
             "names": {name: key for name, key in self.names.items() if name != key},
         }
         return json.dumps(about, indent=1).encode()
@@ -93,7 +119,7 @@ class Description:
             f"{what} {then!r} then, {now!r} now"
             for what, then, now in (
                 ("the model was", self.model, new.model),
-                ("inputs was", self.inputs, new.inputs),
+                *((f"{o} was", self.has(role), new.has(role)) for role, o in _BESIDES.items()),
                 ("dtype was", self.dtype, new.dtype),
                 *self._layer_differences(new),
             )
@@ -107,7 +133,7 @@ class Description:
             raise ResumeError(message)
 
     def _layer_differences(self, new: Description) -> list[tuple[str, Any, Any]]:
-        then, now = ([layer.name for layer in one.layers] for one in (self, new))
+        then, now = ([layer.shown for layer in one.layers] for one in (self, new))
         if then != now:
             missing = [name for name in then if name not in now]
             added = [name for name in now if name not in then]
@@ -116,7 +142,7 @@ class Description:
             return [("the layers were", missing[:8] or "fewer", added[:8] or "fewer")]
         pairs = zip(self.layers, new.layers, strict=True)
         return [
-            (f"the {what} of layer {a.name[:60]!r} was", getattr(a, what), getattr(b, what))
+            (f"the {what} of layer {a.shown[:60]!r} was", getattr(a, what), getattr(b, what))
             for a, b in pairs
             for what in ("type", "transform")
         ]
@@ -163,12 +189,22 @@ def _parsed(content: Any) -> Description:
     )
     return Description(
         about["model"],
-        tuple(LayerInfo(*(layer[key] for key in _LAYER)) for layer in about["layers"]),
+        tuple(_layers(about["layers"], about["options"])),
         about["names"],
-        about["options"]["inputs"],
-        about["options"]["grads"],
         about["options"]["dtype"],
         about["recording"],
         about["ranks"],
         about["began"],
     )
+
+
+def _layers(listed: list[dict[str, Any]], options: dict[str, bool]) -> Iterator[LayerInfo]:
+    """The layers; where no role stands with them, they are outputs, and inputs and gradients too if the options say so."""
+    for layer in listed:
+        role = layer.get("role", "output")
+        need(role in ROLES, f"a layer has the role {str(role)[:40]!r}, which there is not")
+        yield LayerInfo(layer["name"], layer["type"], layer["transform"], role)
+    for role, option in _BESIDES.items():
+        if options[option]:
+            without = (layer for layer in listed if "role" not in layer)
+            yield from (LayerInfo(layer["name"], layer["type"], None, role) for layer in without)

@@ -18,7 +18,7 @@ from actrec._text import count, shown
 from actrec.errors import OptionError
 
 from .check import shard_problems
-from .format import corrupt
+from .format import ROLES, corrupt
 from .layers import Source, StoredLayer
 from .ranks import listed_ranks, summary
 from .whole import WholeLayer, made_whole
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from actrec._recordings.layer import Layer
     from actrec._recordings.passes import Moment
 
+    from .description import Description
     from .format import Role
     from .place import Place
     from .rank_folder import Rank
@@ -55,23 +56,18 @@ class StoredRecording(Recording[V], Generic[V]):
         self._ranks = ranks
         self._only = only
         described = [rank.description for rank in ranks]
-        info = {layer.name: layer.type for one in reversed(described) for layer in one.layers}
-        names = dict.fromkeys(layer.name for one in described for layer in one.layers)
-        info = {name: info[name] for name in names}
         sources = _sources(ranks)
-        whole = only is None
-        layers = _layers("output", info, sources, whole=whole)
-        layers |= _layers("added", {}, sources, whole=whole)
-        inputs = any(one.inputs for one in described)
-        grads = any(one.grads for one in described)
+        layers: dict[Role, dict[str, Layer[Any]]] = {
+            role: _layers(role, described, sources, whole=only is None) for role in ROLES
+        }
         super().__init__(
             ", ".join(dict.fromkeys(one.model for one in described)) or model,
-            layers,
+            layers["output"] | layers["added"],
             {name: key for one in reversed(described) for name, key in one.names.items()},
-            [name for role, name in sources if role in {"output", "added"}],
+            list(dict.fromkeys(name for _, name in sources)),
             Count(max((rank.committed for rank in ranks), default=0)),
-            inputs=_layers("input", info, sources, whole=whole) if inputs else {},
-            grads=_layers("gradient", info, sources, whole=whole) if grads else {},
+            inputs=layers["input"],
+            grads=layers["gradient"],
         )
 
     @property
@@ -220,11 +216,14 @@ def _sources(ranks: Sequence[Rank]) -> dict[tuple[Role, str], list[Source]]:
 
 def _layers(
     role: Role,
-    info: Mapping[str, str],
+    described: Sequence[Description],
     sources: Mapping[tuple[Role, str], list[Source]],
     *,
     whole: bool,
 ) -> dict[str, Layer[Any]]:
+    of_role = [[layer for layer in one.layers if layer.role == role] for one in described]
+    info = {layer.name: layer.type for layers in reversed(of_role) for layer in layers}
+    info = {layer.name: info[layer.name] for layers in of_role for layer in layers}
     kinds = {name: found[0].type for (kind, name), found in sources.items() if kind == role}
     layers = {
         name: StoredLayer(name, kind, sources.get((role, name), ()))

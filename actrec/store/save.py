@@ -19,7 +19,7 @@ from .writer import Writer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from actrec._recordings.layer import Layer
     from actrec._recordings.recording import Recording
@@ -83,10 +83,12 @@ def _write(
 ) -> None:
     description = Description(
         recording._model,
-        tuple(LayerInfo(slot.name, slot.type) for slot, _ in layers if slot.role == "output"),
+        tuple(
+            LayerInfo(slot.name, slot.type, role=slot.role)
+            for slot, _ in layers
+            if slot.role != "added"
+        ),
         dict(recording._aliases),
-        inputs=recording._inputs is not None,
-        grads=recording._grads is not None,
     )
     opening = Opening("save({path!r})", folder, description, alone=True)
     with opening.lock:
@@ -96,7 +98,8 @@ def _write(
         )
         error: str | None = "save() did not finish"
         try:
-            for call in _calls(layers, recording.execution_order):
+            names = dict.fromkeys([*recording._order, *recording])
+            for call in _calls(layers, names):
                 passes = call.number
                 writer.keep(call)
             error = None
@@ -133,7 +136,7 @@ def _check(layers: list[tuple[Slot, Layer[Any]]]) -> None:
                 raise CaptureError(message) from error
 
 
-def _calls(layers: list[tuple[Slot, Layer[Any]]], names: list[str]) -> Iterator[Call]:
+def _calls(layers: list[tuple[Slot, Layer[Any]]], names: Iterable[str]) -> Iterator[Call]:
     """All calls, pass after pass, and in a pass in the order of the layers' ``names``."""
     rank = {name: number for number, name in enumerate(names)}
     order = sorted(

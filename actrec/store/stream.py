@@ -59,10 +59,10 @@ class Stream:
         self.disk = disk = self._opening.disk
         self._before: StoredRecording[Any] = StoredRecording(disk, [rank], only=rank.number)
         self._after: StoredRecording[Any] | None = None
-        self._chosen = len(description.layers)
+        self._chosen = sum(layer.role == "output" for layer in description.layers)
         self._added = [slot.name for slot in ledger.layers if slot.role == "added"]
         #: The layers that have calls, by the first of them.
-        self.order = self._before.execution_order
+        self.order = [*self._before._order]
         self.error: str | None = "the recorder was garbage-collected before the block ended"
         self.closed = False
         self._writer = Writer(self._opening.own, ledger, folder, passes.complete, passes.raised)
