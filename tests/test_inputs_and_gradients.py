@@ -231,6 +231,15 @@ def test_the_table_has_rows_for_what_else_was_recorded() -> None:
     assert acts.nbytes == 4 * 2 * (5 * 3 + 5 * 4 + 5 * 3 + 5 * 2)
 
 
+def test_layers_of_which_only_inputs_were_recorded_can_be_selected() -> None:
+    model = net()
+    with record(model, "0", inputs="2") as acts:
+        run(model)
+    part = acts.select(["2", "0"])
+    assert (list(part), list(part.inputs)) == (["0"], ["2"])
+    assert part.inputs["2"] == acts.inputs["2"]
+
+
 def test_clear_forgets_what_layers_received_too() -> None:
     model = net()
     with record(model, (), inputs="2", grads="0") as acts:

@@ -316,7 +316,10 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             SelectionError: a query selects nothing of what was recorded; the message names close matches.
         """
         self._deliver()
-        types = {name: layer.type for name, layer in self._layers.items()}
+        types: dict[str, str] = {}
+        for recording in (self, *self._besides().values()):
+            for name, layer in recording._layers.items():
+                types.setdefault(name, layer.type)
         return _Part(self, chosen(layers, Known(types, self._aliases, self._modules)))
 
     def cat(self, dim: int = 0) -> dict[str, V]:
