@@ -6,6 +6,7 @@ import os
 import weakref
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from torch.compiler import is_dynamo_compiling
@@ -253,8 +254,11 @@ class _Block(AbstractContextManager[Recorder[Any]]):
     ) -> None:
         session = self._session
         session.end(interrupted=kind is not None)
+        assert self._yielded is not None  # noqa: S101  # it was entered
+        self._yielded._end()
         self._destination.left_by(error)
         self._clean_up()
+        self._yielded._ended()
         failure = session.unseen or self._destination.failure()
         if error is not None:
             if failure is not None:
@@ -290,7 +294,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
     def _opened(self) -> Destination:
         """Open what the values go to, before anything happens to the model."""
         if self._options.path is None:
-            return Memory(self._options)
+            return Memory(self._options, self._session.passes.undecided)
         from .store.description import Description, LayerInfo, named  # noqa: PLC0415
         from .store.folder import Folder  # noqa: PLC0415
         from .store.stream import Stream  # noqa: PLC0415
@@ -325,9 +329,9 @@ class _Block(AbstractContextManager[Recorder[Any]]):
             capture=self._capture,
             tracks=[track for _, track in self._tracks.values()],
             modules={choice.module: choice.key for choice in self._selection.choices},
-            added=self._destination.added,
+            destination=self._destination,
+            position=partial(_position, self._options.into),
         )
-        recorder._layers.update(self._destination.added_before())
         self._session.order.update(dict.fromkeys(self._destination.order))
         return recorder
 
@@ -357,8 +361,11 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         if grads is not None:
             # A backward has no end at which it could be delivered: a gradient is moved at once.
             what = replace(captures["gradient"], what="the gradient of call", offload=None)
+            undecided = self._session.passes.undecided
             alike = outputs is not None and what.transform is capture.transform
-            track.grads = Gradients(self._counting(what, grads), grads, track.lock, alike)
+            track.grads = Gradients(
+                self._counting(what, grads), grads, track.lock, alike, undecided
+            )
         of_it = (layer for layer in (outputs, inputs, grads) if layer is not None)
         track.kept = len(next(of_it))  # in a run that is resumed
         return track
@@ -391,6 +398,14 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         if session.stop is not None:
             for module in hooks:
                 yield module, Hook(Event.STOP, session, Session.may_stop)
+
+
+def _position(into: object) -> tuple[int, int, str | None]:
+    """The rank of this process, how many ranks there are, and the name of the run."""
+    from .store.folder import Folder  # noqa: PLC0415
+    from .store.rank import here  # noqa: PLC0415
+
+    return here(into.rank, into.world_size, into.run) if isinstance(into, Folder) else here()
 
 
 _STOPPED = (

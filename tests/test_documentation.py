@@ -164,7 +164,7 @@ def public_functions() -> dict[str, object]:
     """The functions that are exported, and the methods and properties of the classes that are."""
     # The package calls these, its users do not.
     internal = {
-        "Layer.keep",
+        *map("Layer.{}".format, ("keep", "drop", "settle")),
         *map("StoredRecording.{}".format, ("everything", "layer", "problems")),
     }
     found: dict[str, object] = {}

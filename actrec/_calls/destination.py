@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actrec._recordings.in_memory import ListLayer
+from actrec._recordings.units import Units
 
 from .sink import SinkLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from actrec._recordings.layer import Layer, Role
+    from actrec._recordings.units import Key
 
     from .options import Options
 
@@ -22,6 +24,7 @@ class Destination(Protocol):
     """What makes the layers of a recorder, and is told when the block ends."""
 
     order: list[str]  #: the layers that have calls of earlier runs, by the first of them
+    rank: int | None  #: of this process; ``None`` in memory
 
     def layer(self, role: Role, number: int, name: str, kind: str) -> Layer[Any]:
         """Return the layer for values of a chosen module: of its ``number``, name and type."""
@@ -31,6 +34,18 @@ class Destination(Protocol):
 
     def added_before(self) -> Mapping[str, Layer[Any]]:
         """Return the layers of names that were added in earlier runs."""
+
+    def units(self) -> Units:
+        """Return the units of earlier runs, of this rank."""
+
+    def done_before(self) -> Iterable[Key]:
+        """Return the keys of the units of earlier runs, of all ranks."""
+
+    def keep_unit(self, number: int, key: Key) -> None:
+        """The unit of pass ``number`` has ended, and is kept."""
+
+    def drop_unit(self, number: int) -> None:
+        """The unit of pass ``number`` has failed."""
 
     def left_by(self, error: BaseException | None) -> None:
         """The block ends; ``error`` is what it was left by."""
@@ -45,16 +60,19 @@ class Destination(Protocol):
 class Memory:
     """Keeps values in lists, or in containers of the user's."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, held: Collection[int] = ()) -> None:
+        """``held`` are the passes whose calls no container of the user's gets yet; it changes."""
         self.order: list[str] = []
+        self.rank: int | None = None
         self._options = options
+        self._held = held
 
     def layer(self, role: Role, number: int, name: str, kind: str) -> Layer[Any]:  # noqa: ARG002  # see Destination
         """Return a new layer."""
         if self._options.into is not list:
             container = self._options.container()
             if type(container) is not list:
-                return SinkLayer(name, container, self._options.container, kind)
+                return SinkLayer(name, container, self._options.container, kind, self._held)
         return ListLayer(name, (), kind)
 
     def added(self, name: str) -> Layer[Any]:
@@ -64,6 +82,20 @@ class Memory:
     def added_before(self) -> Mapping[str, Layer[Any]]:
         """Nothing was recorded before."""
         return {}
+
+    def units(self) -> Units:
+        """Nothing was recorded before."""
+        return Units()
+
+    def done_before(self) -> Iterable[Key]:
+        """Nothing was recorded before."""
+        return ()
+
+    def keep_unit(self, number: int, key: Key) -> None:
+        """The recorder has the key."""
+
+    def drop_unit(self, number: int) -> None:
+        """The layers forget it."""
 
     def left_by(self, error: BaseException | None) -> None:
         """Memory keeps what there is, however the block ends."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,7 +32,7 @@ from .views import View
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import MutableMapping
+    from collections.abc import Collection, MutableMapping
 
     from torch.autograd.graph import Node
     from torch.utils.hooks import RemovableHandle
@@ -66,7 +67,7 @@ class _Call:
     """A call that gradients may reach. The graph keeps it, and so does a region that may run again."""
 
     gradients: weakref.ref[Gradients]
-    ticket: int  # which call of the layer it is
+    ticket: int  # which call of the layer it is; -1 if its container gets it later, or never
     number: int  # of its pass
     spec: Spec  # of what it returned
     likes: list[_Like]  # for a transform: of the tensors that it returned
@@ -141,11 +142,16 @@ class Gradients:
     lock: threading.Lock  # that of the calls that the gradients belong to
     #: Whether they are nested as what is recorded of the outputs: that has the same transform, or none as they have.
     alike: bool = True
+    undecided: Collection[int] = ()  # the passes that may still be dropped; it changes
     watched: bool = False  # whether there was anything that a gradient could reach
     regions: Regions[_Call] = field(default_factory=Regions)
     _warned: bool = False
     _leaves: list[_Leaf] = field(default_factory=list)
     _calls: int = 0  # that have had a place
+    _open: dict[int, list[_Call]] = field(default_factory=dict)  # of those passes
+    _gone: list[int] = field(
+        default_factory=list
+    )  # the tickets of calls that were dropped, ascending
 
     def reserve(self, output: Value, kept: Value, number: int) -> _Call:
         """Make a place for a call of pass ``number``, in one step with its value.
@@ -157,12 +163,52 @@ class Gradients:
         arrived: MutableMapping[int, Tensor] = (
             {} if spec == TENSOR else weakref.WeakValueDictionary()
         )
-        call = _Call(weakref.ref(self), self._calls, number, spec, likes, arrived)
+        call = _Call(weakref.ref(self), -1, number, spec, likes, arrived)
         if not self.alike:
             kept = output if self.capture.transform is None else None
         self.layer.keep(rebuild(kept, lambda _: None), number)
-        self._calls += 1
+        if number in self.undecided:
+            self._open.setdefault(number, []).append(call)
+        if not self._waiting(number):
+            self._enter(call)
         return call
+
+    def _enter(self, call: _Call) -> None:
+        """The call is the latest in its layer."""
+        call.ticket = self._calls
+        self._calls += 1
+
+    def _waiting(self, number: int) -> list[Value]:
+        """The gradients of a unit that its container does not have yet."""
+        return getattr(self.layer, "waiting", {}).get(number, [])  # type: ignore[no-any-return]
+
+    def settle(self, number: int) -> None:
+        """Keep the gradients of a unit. The caller holds the lock."""
+        self.layer.settle(number)
+        for call in self._open.pop(number, ()):
+            if call.ticket < 0:
+                self._enter(call)
+
+    def drop(self, number: int) -> None:
+        """Forget the gradients of a unit. The caller holds the lock."""
+        self.layer.drop(number)
+        for call in self._open.pop(number, ()):
+            if call.ticket >= 0:
+                insort(self._gone, call.ticket)
+
+    def _place(self, call: _Call) -> tuple[Any, int]:
+        """Where the gradient of a call is, and its index there: -1 if it is nowhere."""
+        if call.ticket < 0:
+            calls = self._open.get(call.number, [])
+            return self._waiting(call.number), calls.index(call) if call in calls else -1
+        # Counted from the end: the recording may have been cleared, or be bounded.
+        place = len(self.layer) - (self._calls - call.ticket)
+        if self._gone:
+            at = bisect_left(self._gone, call.ticket)
+            if self._gone[at : at + 1] == [call.ticket]:
+                return self.layer, -1
+            place += len(self._gone) - at
+        return self.layer, max(place, -1)
 
     def expect(self, output: Value, kept: Value, call: _Call | None) -> None:
         """Listen for the gradients of ``output``, of a call that has a place (or else ``None``)."""
@@ -206,14 +252,13 @@ class Gradients:
     def arrived(self, call: _Call, index: int, grad: Tensor, view: View | None = None) -> None:
         """The gradient of tensor number ``index`` of a call is there, or that of the base of this ``view``."""
         with self.lock:
-            # Counted from the end: the recording may have been cleared, or be bounded.
-            place = len(self.layer) - (self._calls - call.ticket)
+            values, place = self._place(call)
             if place < 0:
                 return
             try:
                 known = grad if view is None else view.gradient(grad)
                 if known is not None:
-                    self.layer[place] = self._merged(call, index, known, self.layer[place])
+                    values[place] = self._merged(call, index, known, values[place])
             except CaptureError as error:
                 message = (
                     f"record() cannot keep {self.capture.what} {call.ticket} of layer "

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from actrec._recordings.layer import Layer
     from actrec._values.containers import Value
 
     from .capture import Capture
@@ -40,15 +41,9 @@ if TYPE_CHECKING:
     from .hooks import Hook
     from .inputs import Inputs
     from .session import Session
+    from .units import Kept
 
 __all__ = ["Track", "Unrecorded"]
-
-
-class Calls(Protocol):
-    """Where the values of a layer go."""
-
-    def keep(self, value: Value, number: int) -> None:
-        """Append a value of pass ``number``."""
 
 
 class Unrecorded(Enum):
@@ -66,7 +61,7 @@ class Track:
 
     session: Session
     capture: Capture
-    outputs: Calls | None
+    outputs: Layer[Any] | None
     inputs: Inputs | None = None
     grads: Gradients | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while a call is kept
@@ -84,6 +79,38 @@ class Track:
         runs = self.session.runs_uncompiled()
         self.compiled += compiles_itself() and not runs
         return runs
+
+    def captures(self) -> dict[str, Capture]:
+        """What makes kept values, by what they are of: ``""`` for outputs."""
+        found = {"": self.capture}
+        if self.inputs is not None:
+            found["the input of "] = self.inputs.capture
+        if self.grads is not None:
+            found["the gradient of "] = self.grads.capture
+        return found
+
+    # --- Units -------------------------------------------------------------------------------------------------
+
+    def drop(self, number: int) -> None:
+        """Forget the calls of pass ``number``, a unit that has failed."""
+        with self.lock:
+            for kept in self._kept():
+                kept.drop(number)
+        for capture in self.captures().values():
+            if capture.overflows is not None:
+                capture.overflows.drop(number)
+
+    def settle(self, number: int) -> None:
+        """Keep the calls of pass ``number``, a unit that has ended."""
+        with self.lock:
+            for kept in self._kept():
+                kept.settle(number)
+
+    def _kept(self) -> list[Kept]:
+        """What has the calls of the layer, and what belongs to them."""
+        inputs = None if self.inputs is None else self.inputs.calls
+        found: tuple[Kept | None, ...] = (self.outputs, inputs, self.grads)
+        return [kept for kept in found if kept is not None]
 
     # --- A call ------------------------------------------------------------------------------------------------
 

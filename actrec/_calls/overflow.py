@@ -85,6 +85,12 @@ class Overflows:
         self._settle()
         self._counts.clear()
 
+    def drop(self, number: int) -> None:
+        """Forget a pass, a unit that has failed."""
+        self._settle()
+        with self._lock:
+            self._total -= self._counts.pop(number, 0)
+
     def _counted(self, part: Tensor) -> int:
         # PyTorch compares no numbers of one byte.
         low, high = (part if part.element_size() > 1 else part.float()).aminmax()

@@ -9,6 +9,10 @@ A forward may share its work among threads: a call below it, in another thread t
 that is running; where several are, nothing tells to which, and it is a pass of its own. And a forward may be a generator or a
 coroutine: then its pass goes on whenever that does.
 
+The user may open a pass as well, a *unit*: then all calls until it ends belong to that pass, and forwards begin none of their own.
+A unit belongs to the thread or the asyncio task that opened it. Calls elsewhere belong to the one unit that is open; where
+several are, nothing tells to which, and it is as if none were.
+
 A forward that raises closes its stack entries too: ``always_call`` hooks run for an ``Exception``. Only
 after a ``KeyboardInterrupt`` entries stay behind; the next call of the root finds out and drops them.
 """
@@ -18,6 +22,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +38,21 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Passes"]
+    from actrec._recordings.units import Key
+
+__all__ = ["Passes", "Unit"]
+
+
+@dataclass(eq=False, slots=True)
+class Unit:
+    """A pass that the user has opened."""
+
+    key: Key
+    number: int
+
+
+#: The units, of any recordings, that this thread or task is inside of.
+_units_around: ContextVar[tuple[Unit, ...]] = ContextVar("actrec units", default=())
 
 
 class _Thread:
@@ -93,6 +113,13 @@ class Passes(Count):
         self._local = _Local()
         self._open: list[_Thread] = []  # the threads that are in a pass, the latest last
         self._suspended: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.units: dict[int, Unit] = {}  # that are open, by their pass
+        #: Of units that were dropped while threads were in a forward of theirs: what drops what those still record.
+        self._leaving: dict[int, Callable[[], None]] = {}
+        self.undecided: set[int] = (
+            set()
+        )  # the passes of both: whether they are kept is not known yet
+        self._latest_unit = -1  # pass
         self._lock = threading.RLock()
 
     @override
@@ -132,21 +159,92 @@ class Passes(Count):
 
     def _close(self, thread: _Thread, *, raised: bool) -> None:
         thread.calling.clear()
+        number = thread.number
+        assert number is not None  # noqa: S101  # it was calling something
         with self._lock:
             self._open = [one for one in self._open if one is not thread]
-            if raised and thread.number not in [one.number for one in self._open]:
-                self.raised.add(thread.number)  # type: ignore[arg-type]  # it was calling something
+            is_last = number not in [one.number for one in self._open]
+            if raised and is_last:
+                self.raised.add(number)
+            drop = self._leaving.pop(number, None) if self._leaving and is_last else None
         thread.number = None
+        if drop is not None:
+            drop()
+            self.undecided.discard(number)
 
     def abandon(self) -> None:
         """Nothing more is recorded of the passes that are open. Takes no lock, for a forked process."""
         numbers = [one.number for one in list(self._open)]
         self.raised.update(number for number in numbers if number is not None)
+        self.raised.update(list(self.units))
 
     def restart(self) -> None:
         """Count from 0 again."""
         self.count = 0
         self.raised.clear()
+        self._latest_unit = -1
+
+    # --- Units ---------------------------------------------------------------------------------------------
+
+    def open_unit(self, key: Key) -> Unit | None:
+        """Begin a pass that ends with :meth:`close_unit`; ``None`` if this thread is in another pass."""
+        thread = self._local.thread
+        if self.is_inside_unit():
+            return None
+        if thread.calling:
+            if _is_inside(thread.calling):
+                return None
+            self._close(thread, raised=True)  # it was interrupted
+        with self._lock:
+            unit = Unit(key, self.count)
+            self.units[unit.number] = unit
+            self.undecided.add(unit.number)
+            self._latest_unit = unit.number
+            self.count += 1
+        _units_around.set((*_units_around.get(), unit))
+        return unit
+
+    def leave_unit(self, unit: Unit) -> int:
+        """Its block has ended. Return how many other threads are in a forward that belongs to it."""
+        thread = self._local.thread
+        if thread.number == unit.number:
+            self._close(thread, raised=True)  # a forward that was interrupted
+        with self._lock:
+            return sum(one.number == unit.number for one in self._open)
+
+    def close_unit(self, unit: Unit, drop: Callable[[], None] | None = None) -> None:
+        """End it. If it has failed, ``drop`` is called again when the last thread has left it."""
+        with self._lock:
+            self.units.pop(unit.number, None)
+            if drop is not None:
+                self.raised.add(unit.number)
+                if any(one.number == unit.number for one in self._open):
+                    self._leaving[unit.number] = drop
+            if unit.number not in self._leaving:
+                self.undecided.discard(unit.number)
+            # Forwards that it has begun, and that have not run yet, will be passes of their own.
+            for suspended, number in list(self._suspended.items()):
+                if number == unit.number:
+                    del self._suspended[suspended]
+        _units_around.set(tuple(one for one in _units_around.get() if one is not unit))
+
+    def is_inside_unit(self) -> bool:
+        """Whether this thread, or task, is inside a unit of its own."""
+        return self._own_unit() is not None
+
+    def _own_unit(self) -> Unit | None:
+        return next((u for u in _units_around.get() if self.units.get(u.number) is u), None)
+
+    def _only_unit(self) -> Unit | None:
+        return next(iter(self.units.values())) if len(self.units) == 1 else None
+
+    def latest(self) -> int | None:
+        """Return the pass that what the user adds now belongs to; ``None`` if nothing tells, or it is over."""
+        with self._lock:
+            if self.units:
+                unit = self._own_unit() or self._only_unit()
+                return None if unit is None else unit.number
+            return None if self._latest_unit == self.count - 1 else self.count - 1
 
     # --- What is running -----------------------------------------------------------------------------------
 
@@ -167,12 +265,13 @@ class Passes(Count):
     def complete(self) -> int:
         """Return how many passes are complete: nothing is going to be recorded of those before this number.
 
-        The latest one never is, for what is added after a forward belongs to it.
+        The latest one never is, for what is added after a forward belongs to it; a unit is when it has ended.
         """
         with self._lock:
             unfinished = [n for one, n in self._suspended.items() if _frame(one) is not None]
             unfinished += [one.number for one in self._open if one.number is not None]
-            return max(0, min([*unfinished, self.count - 1]))
+            ended = self.count - (self._latest_unit != self.count - 1)
+            return max(0, min([*unfinished, *self.units, ended]))
 
     def number_of(self, module: nn.Module) -> int:
         """Return the pass that the running call of ``module`` belongs to: that of its thread, or a new one."""
@@ -183,7 +282,8 @@ class Passes(Count):
         return number
 
     def _number(self, module: nn.Module) -> int:
-        number = self._elsewhere(module) if self._open or self._suspended else None
+        elsewhere = self._open or self._suspended or self.units
+        number = self._elsewhere(module) if elsewhere else None
         if number is None:
             number = self.count
             self.count += 1
@@ -197,17 +297,34 @@ class Passes(Count):
             for suspended, number in self._suspended.items():
                 if id(_frame(suspended)) in ids:
                     return number
+        own = self._own_unit() if self.units else None
+        if own is not None:
+            return own.number
         # The replicas of DataParallel are no modules of the model's, and have threads of their own.
         if self._open and is_replica(module):
             return self._open[-1].number
-        if threading.current_thread() is threading.main_thread():
-            return None
+        around = (
+            set()
+            if threading.current_thread() is threading.main_thread()
+            else self._around(module, here)
+        )
+        if len(around) == 1:
+            return around.pop()
+        only = self._only_unit()
+        return None if only is None else only.number
+
+    def _around(self, module: nn.Module, here: FrameType) -> set[int | None]:
+        """Return the passes of forwards that share their work among threads, and may be around a call of ``module``."""
         around = [one for one in self._open if one.leads_to(module)]
         if around:
             own = _modules_called(here)  # that began before the block, or in a pause
             around = [one for one in around if id(one.opener()) not in own]
-        numbers = {one.number for one in around}
-        return numbers.pop() if len(numbers) == 1 else None
+        return {one.number for one in around}
+
+
+def _is_inside(modules: list[int]) -> bool:
+    """Whether this thread is inside a call of one of ``modules`` (ids)."""
+    return any(one in modules for one in _modules_called(sys._getframe(1)))
 
 
 def _is_inside_itself(modules: list[int]) -> bool:

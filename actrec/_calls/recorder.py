@@ -5,18 +5,22 @@ from __future__ import annotations
 import threading
 import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from typing_extensions import override
 
-from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.layer import Layer, V
 from actrec._recordings.passes import Count
 from actrec._recordings.recording import Recording
+from actrec._recordings.units import Key
 from actrec.errors import ActrecError, CaptureError, OptionError
 
+from .units import UnitRecorder
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
+    from contextlib import AbstractContextManager
 
     from torch import nn
 
@@ -24,10 +28,15 @@ if TYPE_CHECKING:
     from actrec._values.containers import Value
 
     from .capture import Capture
+    from .destination import Destination
     from .layer import Track
+    from .passes import Unit
     from .session import Session
 
 __all__ = ["Recorder"]
+
+K = TypeVar("K", bound=Key)
+T = TypeVar("T")
 
 
 class Recorder(Recording[V], Generic[V]):
@@ -62,25 +71,43 @@ class Recorder(Recording[V], Generic[V]):
         capture: Capture,
         tracks: Sequence[Track],
         modules: Mapping[nn.Module, str],
-        added: Callable[[str], Layer[Any]] = lambda name: ListLayer(name, (), "added"),
+        destination: Destination,
+        position: Callable[[], tuple[int, int, str | None]],
     ) -> None:
+        units = destination.units()
         super().__init__(
-            model, layers, aliases, session.order, session.passes, inputs=inputs, grads=grads
+            model,
+            {**layers, **destination.added_before()},
+            aliases,
+            session.order,
+            session.passes,
+            inputs=inputs,
+            grads=grads,
+            units=units,
         )
         self._modules = weakref.WeakKeyDictionary(modules)
         for beside in (self._inputs, self._grads):
             if beside is not None:
                 beside._modules = self._modules
-        self._added = added
+        self._added = destination.added
         self._chosen = frozenset([*layers, *inputs, *grads, *aliases])
         self._session = session
         self._capture = capture
         self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
         self._adding = threading.Lock()
+        self._blocks = UnitRecorder(session, units, destination, position)
 
     @override
     def _deliver(self) -> None:
         self._session.deliver()
+
+    def _end(self) -> None:
+        """The block ends: a unit that is still open, in another thread, is not whole."""
+        self._blocks.drop_open(_Everything(self))
+
+    def _ended(self) -> None:
+        """It has ended: what could not be committed is not there."""
+        self._blocks.forget_from(self.num_passes)
 
     @property
     def transfers(self) -> dict[str, str]:
@@ -121,6 +148,120 @@ class Recorder(Recording[V], Generic[V]):
         finally:
             self._session.pause(by=-1)
 
+    # --- Units ---------------------------------------------------------------------------------------------
+
+    def unit(self, key: Key) -> AbstractContextManager[None]:
+        """Make everything inside this block one pass, known by a key, and kept whole or dropped whole.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     for key, text in enumerate([torch.randn(2, 4), torch.randn(5, 4)]):
+        ...         with acts.unit(key):
+        ...             for token in text:
+        ...                 output = model(token)
+        ...             acts.add("length", len(text))
+        >>> acts[""].units, acts["length"].units
+        ([0, 0, 1, 1, 1, 1, 1], [0, 1])
+
+        A unit is what you work off: a batch, a prompt with all its generated tokens, a document, an episode. However often
+        the model, or methods of it, are called inside, all their calls belong to the unit's pass.
+
+        If the block raises, also by an interrupt, everything of the unit is dropped: its calls, inputs, gradients and added
+        values. Its pass is one of ``failed_passes``, the error goes on its way, and the key is free again, so that a batch that
+        did not fit into memory may be recorded again, in halves:
+
+        >>> with record(model, "") as acts:
+        ...     try:
+        ...         with acts.unit("a"):
+        ...             output = model(torch.randn(5, 4))
+        ...             raise MemoryError
+        ...     except MemoryError:
+        ...         with acts.unit("a"):
+        ...             output = [model(half) for half in torch.randn(5, 4).split(3)]
+        >>> acts[""].units, acts.failed_passes
+        (['a', 'a'], [0])
+
+        An error that is caught inside the block leaves a unit that is kept, and in which a forward ended early.
+
+        A container given as ``into=`` gets the calls of a unit when the unit has ended. A recording that is written to a path
+        commits a unit as it does a pass, without waiting for the next one. In :meth:`pause`, nothing is recorded of a unit,
+        and its key is not done.
+
+        A unit belongs to the thread or the ``asyncio`` task that has opened it. Calls in other threads belong to the unit that
+        is open, if there is one alone.
+
+        Args:
+            key: an int or a string, which no other unit of the recording has.
+
+        Returns:
+            A context manager. Units do not nest.
+
+        Raises:
+            OptionError: the key is no int and no str.
+            ActrecError: a unit of that key is done, or this is inside another unit or a forward, or the recording has
+                ended. From the end of the block: other threads are still in a forward that belongs to the unit.
+        """
+        return self._blocks.unit(key, _Everything(self))
+
+    def remaining(
+        self, pairs: Iterable[tuple[K, T]], *, divide: bool = False
+    ) -> Iterator[tuple[K, T]]:
+        """Go through pairs of key and item, and leave out those whose key is done.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model, batches = nn.Linear(4, 3), torch.randn(3, 5, 4)
+        >>> with record(model, "") as acts:
+        ...     for key, batch in acts.remaining(enumerate(batches)):
+        ...         with acts.unit(key):
+        ...             output = model(batch)
+        ...     list(acts.remaining(enumerate(batches)))
+        []
+
+        In a run that is resumed it goes on where the runs before have stopped: what *all ranks* of the path have committed is
+        left out, however many ranks there were.
+
+        Under several ranks each one passes its own pairs, those that its sampler gave it. With ``divide=True`` all ranks pass
+        the same pairs in the same order, and each key goes to one of them, without communication: of as many pairs as there are
+        ranks, in a row, each rank has one.
+
+        Args:
+            pairs: an iterable of ``(key, item)``, which is gone through one by one, such as ``enumerate(batches)``.
+            divide: whether to deal out the pairs among the ranks.
+
+        Returns:
+            An iterator over those that are left.
+
+        Raises:
+            OptionError: an argument is invalid. While it is gone through: something is no pair, or a key is there twice.
+        """
+        return self._blocks.remaining(pairs, divide=divide)  # type: ignore[return-value]
+
+    @property
+    @override
+    def done(self) -> AbstractSet[Key]:
+        """The keys of the units that are done, as a set.
+
+        >>> import torch
+        >>> from actrec import record
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     with acts.unit("a"):
+        ...         output = model(torch.randn(5, 4))
+        ...     "a" in acts.done
+        True
+
+        In a run that is resumed, they include those that all ranks of the path had committed before it, whatever the number of
+        ranks was in each run.
+        """
+        return self._blocks.done
+
+    # --- Values of the user's ------------------------------------------------------------------------------
+
     def add(self, name: str, value: Value) -> None:
         """Keep a value of your own beside the layers, for the latest pass: labels, token ids, a loss.
 
@@ -135,7 +276,8 @@ class Recorder(Recording[V], Generic[V]):
         >>> acts["label"].cat()
         tensor([0, 1, 2, 3, 4])
 
-        Call it after the forward that the value belongs to. In :meth:`pause` it does nothing.
+        Call it after the forward that the value belongs to, or anywhere inside the :meth:`unit`. In :meth:`pause` it does
+        nothing.
 
         Args:
             name: the key in the recording, which no layer has.
@@ -143,7 +285,8 @@ class Recorder(Recording[V], Generic[V]):
                 it is.
 
         Raises:
-            ActrecError: ``name`` is that of a layer, there was no pass yet, or the block has ended.
+            ActrecError: ``name`` is that of a layer, there was no pass yet, or the block has ended, or the unit that the value
+                would belong to.
             CaptureError: the value cannot be kept.
         """
         if not self._session.active:
@@ -165,13 +308,18 @@ class Recorder(Recording[V], Generic[V]):
         if self.num_passes == 0:
             message = f"acts.add({name!r}): there was no pass yet. Call the model first, then add what belongs to it."
             raise ActrecError(message)
+        number = self._session.passes.latest()
+        if number is None:
+            raise ActrecError(_no_unit(name, [*self._session.passes.units.values()]))
         try:
             kept = self._capture.added(value)
             with self._adding:  # several threads may be the first to add by this name
                 if name not in self._layers:
-                    self._layers = {**self._layers, name: self._added(name)}
+                    layer = self._added(name)
+                    layer._units = self._units
+                    self._layers = {**self._layers, name: layer}
                     self._session.order.setdefault(name)
-                self._layers[name].keep(kept, self.num_passes - 1)
+                self._layers[name].keep(kept, number)
         except CaptureError as error:
             message = f"acts.add({name!r}): {error}."
             raise CaptureError(message) from error
@@ -192,8 +340,14 @@ class Recorder(Recording[V], Generic[V]):
         >>> len(means), len(acts[""])
         (3, 0)
 
-        For long runs that are worked off in portions. Call it between two passes.
+        For long runs that are worked off in portions. Call it between two passes. The keys of units are free again.
+
+        Raises:
+            ActrecError: a unit is open.
         """
+        if self._session.passes.units:
+            message = "acts.clear(): a unit is open. Clear the recording between two units."
+            raise ActrecError(message)
         self._deliver()
         locks = {track.capture.layer: track.lock for track in self._tracks}
         recordings = [one for one in (self, self._inputs, self._grads) if one is not None]
@@ -205,6 +359,7 @@ class Recorder(Recording[V], Generic[V]):
                         layer.clear()
                         if layer.overflows is not None:
                             layer.overflows.clear()
+        self._blocks.clear()
         self._session.passes.restart()
 
     @override
@@ -219,6 +374,7 @@ class Recorder(Recording[V], Generic[V]):
             "passes": Count(self.num_passes, set(self.failed_passes)),
             "inputs": self._inputs and self._inputs._layers,
             "grads": self._grads and self._grads._layers,
+            "units": self._units.copy(),
         }
         return _copied, (state,)
 
@@ -227,6 +383,50 @@ class Recorder(Recording[V], Generic[V]):
         if self._session.active:
             return "recording"
         return "interrupted" if self._session.interrupted else "recorded"
+
+
+class _Everything(NamedTuple):
+    """All calls of a recorder."""
+
+    recorder: Recorder[Any]
+
+    def settle(self, number: int) -> None:
+        """Keep the calls of a unit."""
+        for track in self.recorder._tracks:
+            track.settle(number)
+        with self.recorder._adding:
+            for layer in self._added():
+                layer.settle(number)
+
+    def drop(self, number: int) -> None:
+        """Forget the calls of a unit, and names by which nothing else was added."""
+        for track in self.recorder._tracks:
+            track.drop(number)
+        with self.recorder._adding:
+            for layer in self._added():
+                known = len(layer)
+                layer.drop(number)
+                if known and not len(layer):
+                    kept = {
+                        name: one for name, one in self.recorder._layers.items() if one is not layer
+                    }
+                    self.recorder._layers = kept
+
+    def _added(self) -> list[Layer[Any]]:
+        layers = self.recorder._layers.items()
+        return [layer for name, layer in layers if name not in self.recorder._chosen]
+
+
+def _no_unit(name: str, units: list[Unit]) -> str:
+    if units:
+        return (
+            f"acts.add({name!r}): {len(units)} units are open, and this thread is inside none of them, so nothing tells to which "
+            "the value belongs. Add it in the thread that has opened the unit."
+        )
+    return (
+        f"acts.add({name!r}): the unit has ended, and what belongs to it may have been committed. Add values inside "
+        "with acts.unit(key):"
+    )
 
 
 def _copied(state: dict[str, Any]) -> Recording[Any]:

@@ -14,14 +14,14 @@ from typing_extensions import override
 
 from actrec._recordings.in_memory import chosen
 from actrec._recordings.layer import Layer
-from actrec._recordings.passes import PassNumbers
+from actrec._recordings.passes import ListView
 from actrec._values.spec import tensors
 from actrec.errors import ActrecError
 
 from .clean_room import in_a_clean_room
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from actrec._values.containers import Value
 
@@ -37,10 +37,21 @@ class SinkLayer(Layer[Any]):
     Whatever else the container can do, the layer can do: ``acts["conv1"].mean`` is the container's.
     """
 
-    def __init__(self, name: str, sink: Any, make: Callable[[], Any], kind: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        sink: Any,
+        make: Callable[[], Any],
+        kind: str,
+        held: Collection[int] = (),
+    ) -> None:
+        """``held`` are the passes whose calls the container does not get yet; it changes."""
         self.name = name
         self.type = kind
         self.sink = sink
+        self._held = held
+        #: By pass, what the container gets when the unit has ended.
+        self.waiting: dict[int, list[Value]] = {}
         self._make = None if hasattr(self.sink, "clear") else make
         self._passes: deque[int] = (
             deque()
@@ -51,19 +62,34 @@ class SinkLayer(Layer[Any]):
 
     @property
     @override
-    def passes(self) -> PassNumbers:
+    def passes(self) -> ListView[int]:
         # A bounded container has dropped the oldest calls; -1: the user has appended.
         latest = [*self._passes][-len(self) :] if len(self) else []
         latest += [-1] * (len(self) - len(latest))
         if not self._known:
-            return PassNumbers(latest)
+            return ListView(latest)
         # It may have dropped others, or sorted them: what can be recognized is more than what can be counted.
         found = map(self._pass_of, self._readable())
         pairs = zip_longest(latest, islice(found, len(latest)))
-        return PassNumbers([number if known is None else known for number, known in pairs])
+        return ListView([number if known is None else known for number, known in pairs])
 
     @override
     def keep(self, value: Value, number: int) -> None:
+        if number in self._held:
+            self.waiting.setdefault(number, []).append(value)
+        else:
+            self._append(value, number)
+
+    @override
+    def settle(self, number: int) -> None:
+        for value in self.waiting.pop(number, ()):
+            self._append(value, number)
+
+    @override
+    def drop(self, number: int) -> None:
+        self.waiting.pop(number, None)
+
+    def _append(self, value: Value, number: int) -> None:
         before, last = len(self), self._last()
         devices = {tensor.device for tensor in tensors(value) if not tensor.is_cpu}
         in_a_clean_room(self.sink.append, value, devices, grad=torch.is_grad_enabled())
@@ -102,6 +128,8 @@ class SinkLayer(Layer[Any]):
             **vars(self),
             "_passes": deque(self.passes),
             "_known": {},
+            "_held": (),
+            "waiting": {},
         }  # no copy is the same thing
 
     @override
@@ -112,6 +140,7 @@ class SinkLayer(Layer[Any]):
             self.sink = self._make()
         self._passes.clear()
         self._known.clear()
+        self.waiting.clear()
 
     @overload
     def __getitem__(self, index: int) -> Value: ...

@@ -142,12 +142,7 @@ _MOST_LINES = 8
 
 
 def _overflows(track: Track) -> Iterator[tuple[str, Overflows]]:
-    captures = {"": track.capture}
-    if track.inputs is not None:
-        captures["the input of "] = track.inputs.capture
-    if track.grads is not None:
-        captures["the gradient of "] = track.grads.capture
-    for what, capture in captures.items():
+    for what, capture in track.captures().items():
         if capture.overflows is not None and capture.overflows.total:
             yield what, capture.overflows
 

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from .guesses import no_index
 from .layer import Layer, V
-from .passes import PassNumbers
+from .passes import ListView
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -22,6 +22,7 @@ def chosen(layer: Layer[V], calls: list[int]) -> ListLayer[V]:
     passes = layer.passes
     found = ListLayer(layer.name, [layer[index] for index in calls], layer.type)
     found._passes = [passes[index] for index in calls]
+    found._units = layer._units
     return found
 
 
@@ -45,9 +46,9 @@ class ListLayer(list[V], Layer[V], Generic[V]):
 
     @property
     @override
-    def passes(self) -> PassNumbers:
+    def passes(self) -> ListView[int]:
         self._align()
-        return PassNumbers(self._passes)
+        return ListView(self._passes)
 
     @override
     def keep(self, value: V, number: int) -> None:
@@ -55,6 +56,12 @@ class ListLayer(list[V], Layer[V], Generic[V]):
             self._align()
         self._passes.append(number)
         self.append(value)
+
+    @override
+    def drop(self, number: int) -> None:
+        passes = self.passes
+        for index in [index for index, own in enumerate(passes) if own == number][::-1]:
+            del self[index]
 
     def _align(self) -> None:
         """Make as many passes as calls, after an interrupt in keep() or an append() by the user (pass -1)."""
@@ -123,7 +130,9 @@ class ListLayer(list[V], Layer[V], Generic[V]):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_passes": [*self.passes]}  # a copy has passes of its own
+        # A copy has passes of its own, and units that stay as they are now.
+        units = None if self._units is None else self._units.copy()
+        return {**vars(self), "_passes": [*self.passes], "_units": units}
 
     @override
     def clear(self) -> None:

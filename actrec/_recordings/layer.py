@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,12 +21,16 @@ from actrec._values.summary import Summary
 from actrec.errors import JoinError
 
 from .guesses import explained, no_attribute_of_layer
-from .passes import Moment, nth_calls
+from .passes import ListView, Moment, nth_calls
+
+if TYPE_CHECKING:
+    from .units import Key, Units
 
 __all__ = ["Layer", "Overflows", "Role", "V"]
 
-#: What the values of a layer are: its outputs, its inputs, the gradients of its outputs, or what the user added.
-Role: TypeAlias = Literal["output", "input", "gradient", "added"]
+#: What the values of a layer are: its outputs, its inputs, the gradients of its outputs, what the user added, or the keys
+#: of units.
+Role: TypeAlias = Literal["output", "input", "gradient", "added", "unit"]
 
 #: What each call of a layer returned: a tensor, unless the user says otherwise.
 V = TypeVar("V", default=Tensor)
@@ -45,6 +49,9 @@ class Overflows(Protocol):
 
     def clear(self) -> None:
         """Forget the passes."""
+
+    def drop(self, number: int) -> None:
+        """Forget a pass."""
 
 
 @explained(no_attribute_of_layer)
@@ -76,10 +83,20 @@ class Layer(Sequence[V], Generic[V]):
     type: str
     #: Counts what overflowed in the cast to ``dtype=``. Internal.
     overflows: Overflows | None = None
+    #: The units of its recording. Internal.
+    _units: Units | None = None
 
     @abstractmethod
     def keep(self, value: V, number: int) -> None:
         """Append a value of pass ``number``. Internal: the recorder calls it."""
+
+    @abstractmethod
+    def drop(self, number: int) -> None:
+        """Forget the calls of pass ``number``, a unit that has failed. Internal: the recorder calls it."""
+
+    def settle(self, number: int) -> None:
+        """Keep the calls of pass ``number``, a unit that has ended. Internal: the recorder calls it."""
+        # Most layers have them already.
 
     @abstractmethod
     def clear(self) -> None:
@@ -118,6 +135,29 @@ class Layer(Sequence[V], Generic[V]):
         at all, so calls of different layers belong together if their passes are equal, not their positions. A value that the
         user put into the list has pass -1.
         """
+
+    @property
+    def units(self) -> Sequence[Key | None]:
+        """The key of each call's unit, beside :attr:`passes`: ``None`` for a call outside of :meth:`Recorder.unit`.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from actrec import record
+        >>> model = nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     for key in ("a", "b"):
+        ...         with acts.unit(key):
+        ...             for step in range(2):
+        ...                 output = model(torch.randn(5, 4))
+        >>> acts[""].units
+        ['a', 'a', 'b', 'b']
+
+        Calls of different layers with the same key belong together, also where several ranks have recorded, whose
+        passes have the same numbers.
+        """
+        moments = self._moments()
+        units = self._units
+        return ListView([None] * len(moments) if units is None else units.of(moments))
 
     def nth(self, number: int) -> Layer[V]:
         """Select one call of each pass: the first for 0, the second for 1, the last for -1.

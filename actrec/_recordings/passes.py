@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, TypeAlias, overload
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar, overload
 
 from typing_extensions import override
 
@@ -13,7 +13,9 @@ from actrec.errors import OptionError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Count", "Moment", "PassNumbers", "nth_calls"]
+__all__ = ["Count", "ListView", "Moment", "nth_calls"]
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -24,33 +26,33 @@ class Count:
     raised: set[int] = field(default_factory=set)
 
 
-class PassNumbers(Sequence[int]):
-    """The pass of each call: a read-only view that grows with its layer until that is cleared. Equal to a list of the same numbers."""
+class ListView(Sequence[T], Generic[T]):
+    """What is known of each call: a read-only view of a list, equal to any list of the same items."""
 
-    __slots__ = ("_numbers",)
+    __slots__ = ("_items",)
 
-    def __init__(self, numbers: list[int]) -> None:
-        self._numbers = numbers
+    def __init__(self, items: list[T]) -> None:
+        self._items = items
 
     @override
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._items)
 
     @overload
-    def __getitem__(self, index: int) -> int: ...
+    def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: slice) -> list[T]: ...
     @override
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        return self._numbers[index]
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        return self._items[index]
 
     @override
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._numbers)
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items)
 
     @override
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, (list, PassNumbers)):
+        if not isinstance(other, (list, ListView)):
             return NotImplemented
         return [*self] == [*other]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, overload
 
@@ -15,10 +16,11 @@ from actrec.errors import JoinError, UnknownLayerError
 
 from .guesses import NOT_RECORDED, explained, no_attribute_of_recording, no_layer
 from .layer import Layer, V
-from .passes import Count
+from .passes import Count, ListView
 from .selecting import Known, chosen
 from .stats import Stats, stats
 from .table import State, recording_table
+from .units import Key, Units, missing
 
 if TYPE_CHECKING:
     import os
@@ -65,6 +67,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         passes: how many passes there were; by default those that the calls belong to are counted.
         inputs: likewise, what the calls received.
         grads: likewise, the gradients.
+        units: which passes are units; by default none.
     """
 
     #: The names of the modules that were recorded, while those are there. Only a :class:`Recorder` knows any.
@@ -80,6 +83,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         *,
         inputs: Mapping[str, Layer[dict[str, Any]]] | None = None,
         grads: Mapping[str, Layer[V]] | None = None,
+        units: Units | None = None,
     ) -> None:
         self._model = model
         self._layers = dict(layers)
@@ -87,9 +91,12 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         self._order = order
         last = (index for layer in self._layers.values() for index in layer.passes)
         self._passes = Count(max(last, default=-1) + 1) if passes is None else passes
+        self._units = Units() if units is None else units
+        for layer in self._layers.values() if units is not None else ():
+            layer._units = units
         more = (aliases, order, self._passes)
-        self._inputs = Recording(model, inputs, *more) if inputs else None
-        self._grads = Recording(model, grads, *more) if grads else None
+        self._inputs = Recording(model, inputs, *more, units=units) if inputs else None
+        self._grads = Recording(model, grads, *more, units=units) if grads else None
 
     def _key(self, name: object) -> str | None:
         """Return the listed name of a layer; ``None`` if there is no such layer."""
@@ -196,6 +203,54 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
     def _raised(self) -> set[Moment]:
         """Return the rank (``None`` in memory) and the number of each pass that raised."""
         return {(None, number) for number in list(self._passes.raised)}
+
+    # --- Units ---------------------------------------------------------------------------------------------
+
+    @property
+    def units(self) -> Sequence[Key]:
+        """The keys of the units, in the order of their passes: see :meth:`Recorder.unit`.
+
+        >>> import torch
+        >>> from actrec import record
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     for key, batch in acts.remaining(enumerate(torch.randn(3, 5, 4))):
+        ...         with acts.unit(key):
+        ...             output = model(batch)
+        >>> acts.units
+        [0, 1, 2]
+        """
+        keys = self._units.keys
+        return ListView([keys[one] for one in sorted(keys, key=lambda one: (one[1], one[0] or 0))])
+
+    @property
+    def done(self) -> AbstractSet[Key]:
+        """The keys of the units that the recording has, as a set."""
+        return dict.fromkeys(self._units.keys.values()).keys()
+
+    def missing(self, wanted: Iterable[Key]) -> list[Key]:
+        """Return the keys of which the recording has no unit.
+
+        >>> import torch
+        >>> from actrec import record
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     for key in (0, 1, 3):
+        ...         with acts.unit(key):
+        ...             output = model(torch.randn(5, 4))
+        >>> acts.missing(range(5))
+        [2, 4]
+
+        Args:
+            wanted: the keys that should be there.
+
+        Returns:
+            Those that are not, in the order of ``wanted``, each once.
+
+        Raises:
+            OptionError: one of them is no int and no str.
+        """
+        return missing("acts.missing()", wanted, self.done)
 
     @property
     def inputs(self) -> Recording[dict[str, Any]]:
@@ -445,6 +500,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             passes=self.num_passes,
             raised=len(self.failed_passes),
             beside={what: [*one.values()] for what, one in self._besides().items()},
+            units=len(self._units),
         )
 
     def _ipython_key_completions_(self) -> list[str]:
@@ -463,6 +519,7 @@ class _Part(Recording[V], Generic[V]):
             whole._passes,
             inputs=_some(whole._inputs, names),
             grads=_some(whole._grads, names),
+            units=whole._units,
         )
         self._whole = whole
         self._modules = whole._modules
@@ -472,7 +529,7 @@ class _Part(Recording[V], Generic[V]):
         # What is copied or pickled is the part.
         names = dict(self._aliases), [*self._order]
         count = Count(self.num_passes, set(self.failed_passes))
-        beside = {"_inputs": self._inputs, "_grads": self._grads}
+        beside = {"_inputs": self._inputs, "_grads": self._grads, "_units": self._units}
         return Recording, (self._model, self._layers, *names, count), beside
 
     @override

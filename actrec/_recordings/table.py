@@ -39,6 +39,7 @@ def recording_table(
     passes: int,
     raised: int,
     beside: Mapping[str, Sequence[Layer[Any]]],
+    units: int = 0,
 ) -> Table:
     """Return the table of a recording, after one look at each call.
 
@@ -50,6 +51,7 @@ def recording_table(
         raised: how many of them raised.
         beside: the layers of inputs and of gradients, where they were recorded. Those of which outputs were not recorded
             have rows of their own.
+        units: how many of the passes are units that have ended.
     """
     rows: list[Cells] = []
     names: list[str] = []  # of the rows
@@ -79,6 +81,7 @@ def recording_table(
     facts = (
         count(len(set(names)), "layer"),
         count(passes, "pass") + (f" ({raised:,} raised)" if raised else ""),
+        *[count(units, "unit")] * bool(units),
         size(sum(memory.values())) + (f" with {words}" if words else ""),
     )
     return Table(f"{title}: {', '.join(facts)}", _COLUMNS, rows, names)

@@ -89,6 +89,7 @@ def _miscounted(ledger: Ledger, shard: Shard, parts: list[Part]) -> Iterator[str
     if heading.committed < before.committed:
         yield "it commits fewer passes than the shard before it"
         return
+    void = heading.void[len(before.void) :]
     for one in parts:
         first, last = int(one.passes[0]), int(one.passes[-1])
         if last >= heading.committed if part_of is None else not first == last == part_of:
@@ -98,6 +99,7 @@ def _miscounted(ledger: Ledger, shard: Shard, parts: list[Part]) -> Iterator[str
         heading.committed,
         part_of=part_of,
         raised=heading.raised[len(before.raised) :],
+        dropped=[number for number, _ in before.parts if number in void],
         ended=heading.ended,
     )
     if ledger.heading != heading:

@@ -40,8 +40,8 @@ MAX_SIZE: Final = 1 << 62  # any size or number
 MAX_RANKS: Final = 100_000
 MAX_DIMS: Final = 64  # of a tensor, and of a mesh
 
-#: What a layer's values are: what it returned, what it received, or what the user added.
-ROLES: Final[tuple[Role, ...]] = ("output", "input", "gradient", "added")
+#: What a layer's values are: what it returned, what it received, what the user added, or the keys of units.
+ROLES: Final[tuple[Role, ...]] = ("output", "input", "gradient", "added", "unit")
 
 
 class Slot(NamedTuple):

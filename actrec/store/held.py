@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     committed: int  # with this shard, the passes before this number are complete
     part_of: int | None = None  # the pass that all calls are of, if it is not
     raised: tuple[int, ...] = ()  # the passes that raised, of those that it commits
+    dropped: tuple[int, ...] = ()  # passes of which parts were handed out, and that do not count
     ended: str | None = None  # how the run ended
 
     @property
@@ -43,6 +44,7 @@ class Held:
         self._raised = raised  # passes; it grows
         self._passes: dict[int, list[Call]] = {}
         self._parted: set[int] = set()  # passes of which parts were handed out
+        self._dropped: set[int] = set()  # of those, the ones that do not count
         self._groups: dict[object, int] = {}  # with what they take in a header
 
     def __bool__(self) -> bool:
@@ -83,6 +85,13 @@ class Held:
         self.clear()
         return batch
 
+    def drop(self, number: int) -> None:
+        """Forget the calls of a pass, those included that were handed out."""
+        if number in self._passes:
+            self._take([number])
+        if number in self._parted:
+            self._dropped.add(number)
+
     def clear(self) -> None:
         """Forget all calls."""
         self._take(list(self._passes))
@@ -90,9 +99,11 @@ class Held:
     def _commit(self, complete: int, ended: str | None = None) -> Batch:
         raised = sorted(one for one in list(self._raised) if self.committed <= one < complete)
         self.committed = complete
+        dropped = tuple(sorted(number for number in self._dropped if number < complete))
         self._parted = {number for number in self._parted if number >= complete}
+        self._dropped -= {*dropped}
         calls = self._take([number for number in self._passes if number < complete])
-        return Batch(calls, complete, None, tuple(raised), ended)
+        return Batch(calls, complete, None, tuple(raised), dropped, ended)
 
     def _take(self, numbers: Iterable[int]) -> list[Call]:
         calls = [call for number in numbers for call in self._passes.pop(number)]

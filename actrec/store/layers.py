@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from actrec._recordings.passes import PassNumbers
+from actrec._recordings.passes import ListView
 from actrec._values.summary import Summary
 
 from .read_only import ReadOnlyLayer
@@ -76,8 +76,8 @@ class StoredLayer(ReadOnlyLayer):
 
     @property
     @override
-    def passes(self) -> PassNumbers:
-        return PassNumbers(self._numbers)
+    def passes(self) -> ListView[int]:
+        return ListView(self._numbers)
 
     @cached_property
     def _numbers(self) -> list[int]:

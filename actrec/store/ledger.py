@@ -21,7 +21,7 @@ from .format import MAX_DIMS, MAX_RANKS, need
 from .forms import Maybe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from .format import Slot
     from .part import Part
@@ -177,6 +177,7 @@ class Ledger:
         *,
         part_of: int | None = None,
         raised: Iterable[int] = (),
+        dropped: Collection[int] = (),
         ended: str | None = None,
     ) -> Heading:
         """Count the calls of one more shard, and return its heading.
@@ -186,9 +187,12 @@ class Ledger:
             committed: with this shard, the passes before this number are complete.
             part_of: the pass that all calls are of, if it is not complete yet.
             raised: the passes that raised, of those that it commits.
+            dropped: the shards whose calls do not count from now on: parts of passes that were dropped.
             ended: how the run ended, if this is its last shard: ``""`` for properly.
         """
         shard = self.heading.shard + 1
+        gone = {number for at, number in self.heading.parts if at in dropped}
+        self._waiting = [one for one in self._waiting if int(one.passes[0]) not in gone]
         parts = tuple(part for part in self.heading.parts if part[1] >= committed)
         if part_of is not None:
             parts += ((shard, part_of),)
@@ -208,10 +212,15 @@ class Ledger:
             shard=shard,
             committed=committed,
             parts=parts,
+            void=(*self.heading.void, *dropped),
             raised=(*self.heading.raised, *raised),
             ended=ended,
         )
         return self.heading
+
+    def parts_of(self, passes: Collection[int]) -> tuple[int, ...]:
+        """Return the shards that have parts of these passes, of those that are not complete."""
+        return tuple(shard for shard, number in self.heading.parts if number in passes)
 
     def _store(self, one: Part) -> None:
         so_far = self.layers.setdefault(one.slot, SoFar())

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from actrec._recordings.guesses import no_index
 from actrec._recordings.layer import Layer
-from actrec._recordings.passes import PassNumbers
+from actrec._recordings.passes import ListView
 from actrec._values.spec import tensors
 from actrec._values.summary import Summary
 from actrec.errors import ActrecError
@@ -77,6 +77,10 @@ class ReadOnlyLayer(LayerOnDisk):
         self._refuse("keep")
 
     @override
+    def drop(self, number: int) -> None:
+        self._refuse("drop")
+
+    @override
     def clear(self) -> NoReturn:
         self._refuse("clear")
 
@@ -95,11 +99,12 @@ class ChosenLayer(ReadOnlyLayer):
         self.type = base.type
         self.base = base
         self.calls = calls
+        self._units = base._units
 
     @property
     @override
-    def passes(self) -> PassNumbers:
-        return PassNumbers(self._numbers)
+    def passes(self) -> ListView[int]:
+        return ListView(self._numbers)
 
     @cached_property
     def _numbers(self) -> list[int]:

@@ -21,6 +21,7 @@ from .check import shard_problems
 from .format import ROLES, corrupt
 from .layers import Source, StoredLayer
 from .ranks import listed_ranks, summary
+from .units import UNIT, StoredUnits
 from .whole import WholeLayer, made_whole
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class StoredRecording(Recording[V], Generic[V]):
             Count(max((rank.committed for rank in ranks), default=0)),
             inputs=layers["input"],
             grads=layers["gradient"],
+            units=StoredUnits(sources.get((UNIT.role, UNIT.name), [])),
         )
 
     @property

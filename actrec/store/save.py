@@ -15,13 +15,15 @@ from .format import Slot
 from .opening import Opening
 from .place import place
 from .replace import replacing
+from .units import key_call
 from .writer import Writer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from actrec._recordings.layer import Layer
+    from actrec._recordings.passes import Moment
     from actrec._recordings.recording import Recording
 
     from .format import Role
@@ -91,20 +93,19 @@ def _write(
         dict(recording._aliases),
     )
     opening = Opening("save({path!r})", folder, description, alone=True)
+    count, numbers = _numbers(recording, layers)
+    raised = {numbers.get(moment, moment[1]) for moment in recording._raised()}
     with opening.lock:
         passes = 0
-        writer = Writer(
-            opening.own, opening.ledger, folder, lambda: passes, recording.failed_passes
-        )
+        writer = Writer(opening.own, opening.ledger, folder, lambda: passes, raised)
         error: str | None = "save() did not finish"
         try:
-            names = dict.fromkeys([*recording._order, *recording])
-            for call in _calls(layers, names):
+            for call in _calls(recording, layers, numbers):
                 passes = call.number
                 writer.keep(call)
             error = None
         finally:
-            writer.close(recording.num_passes if error is None else 0, error)
+            writer.close(count if error is None else 0, error)
         failure = writer.unseen()
         if failure is not None:
             raise failure
@@ -136,14 +137,40 @@ def _check(layers: list[tuple[Slot, Layer[Any]]]) -> None:
                 raise CaptureError(message) from error
 
 
-def _calls(layers: list[tuple[Slot, Layer[Any]]], names: Iterable[str]) -> Iterator[Call]:
-    """All calls, pass after pass, and in a pass in the order of the layers' ``names``."""
+def _numbers(
+    recording: Recording[Any], layers: list[tuple[Slot, Layer[Any]]]
+) -> tuple[int, dict[Moment, int]]:
+    """How many passes are written, and the numbers of those that have another one.
+
+    Each rank counts its own passes, and a pass has the key of one unit: where there are units of several ranks, all passes
+    are numbered anew, in the order in which their calls are read.
+    """
+    units = recording._units.keys
+    if len({rank for rank, _ in units}) <= 1:
+        return recording.num_passes, {}
+    moments = {moment for _, layer in layers for moment in layer._moments()}
+    ordered = sorted({*moments, *units, *recording._raised()}, key=lambda one: (one[1], one[0]))
+    return len(ordered), {moment: number for number, moment in enumerate(ordered)}
+
+
+def _calls(
+    recording: Recording[Any], layers: list[tuple[Slot, Layer[Any]]], numbers: dict[Moment, int]
+) -> Iterator[Call]:
+    """All calls, pass after pass, in a pass in the order of execution, and behind them the key of the unit that it is."""
+    names = dict.fromkeys([*recording._order, *recording])
     rank = {name: number for number, name in enumerate(names)}
-    order = sorted(
-        (max(number, 0), rank.get(slot.name, len(rank)), at, call)  # -1: the user appended it
+    order = [
+        (max(numbers.get(moment, moment[1]), 0), rank.get(slot.name, len(rank)), at, call)
         for at, (slot, layer) in enumerate(layers)
-        for call, number in enumerate(layer.passes)
-    )
-    for number, _, at, call in order:
-        slot, layer = layers[at]
-        yield Call.of(slot, number, layer[call])
+        for call, moment in enumerate(layer._moments())  # pass -1: the user appended it
+    ]
+    keys = {
+        numbers.get(moment, moment[1]): key for moment, key in dict(recording._units.keys).items()
+    }
+    order += [(number, len(rank) + 1, len(layers), 0) for number in keys]
+    for number, _, at, call in sorted(order):
+        if at == len(layers):
+            yield key_call(number, keys[number])
+        else:
+            slot, layer = layers[at]
+            yield Call.of(slot, number, layer[call])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from typing_extensions import override
 
-from actrec._recordings.passes import PassNumbers
+from actrec._recordings.passes import ListView
+from actrec._values.summary import Summary
 from actrec.errors import ActrecError, WriteError
 
 from .call import Call
@@ -17,16 +19,17 @@ from .opening import Opening
 from .read_only import ReadOnlyLayer
 from .reader import StoredRecording
 from .runs import PassRuns
+from .units import key_call
 from .writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from actrec._recordings.layer import Layer
     from actrec._recordings.passes import Moment
+    from actrec._recordings.units import Key, Units
     from actrec._values.containers import Value
     from actrec._values.join import How
-    from actrec._values.summary import Summary
 
     from .call import Look
     from .description import Description
@@ -40,6 +43,7 @@ class Passes(Protocol):
 
     count: int
     raised: set[int]
+    undecided: set[int]  #: those that may still be dropped
 
     def complete(self) -> int:
         """Return how many passes are complete: nothing is going to be recorded of those before this number."""
@@ -53,7 +57,10 @@ class Stream:
     ) -> None:
         self._opening = Opening("record(into={path!r})", folder, description, resume=resume)
         rank, ledger = self._opening.rank, self._opening.ledger
+        self._resumed = resume
+        self.rank: int | None = rank.number
         self._passes = passes
+        self.undecided = passes.undecided
         self._passes.count = rank.committed
         self._passes.raised.update(ledger.heading.raised)
         self.disk = disk = self._opening.disk
@@ -94,6 +101,24 @@ class Stream:
         recording = self._before if self._after is None else self._after
         return recording.layer(slot.role, slot.name) or StoredLayer(slot.name, slot.type)
 
+    # --- Units -----------------------------------------------------------------------------------------
+
+    def units(self) -> Units:
+        """Return the units that this rank has recorded before."""
+        return self._before._units.copy()
+
+    def done_before(self) -> Iterable[Key]:
+        """Return the keys of the units that all ranks have committed, in earlier runs."""
+        return opened(self.disk).done if self._resumed else ()
+
+    def keep_unit(self, number: int, key: Key) -> None:
+        """The unit of pass ``number`` has ended, and is kept."""
+        self.keep(key_call(number, key))
+
+    def drop_unit(self, number: int) -> None:
+        """The unit of pass ``number`` has failed."""
+        self._writer.drop(number)
+
     # --- Ending ----------------------------------------------------------------------------------------
 
     def left_by(self, error: BaseException | None) -> None:
@@ -115,6 +140,15 @@ class Stream:
         return self._writer.unseen()
 
 
+@dataclass(slots=True)
+class _Open:
+    """What a layer has of a unit that has not ended."""
+
+    calls: int = 0
+    nbytes: int = 0
+    looks: Summary = field(default_factory=Summary)
+
+
 class LiveLayer(ReadOnlyLayer):
     """A layer whose values go to the disk. They can be read when the block has ended."""
 
@@ -125,19 +159,44 @@ class LiveLayer(ReadOnlyLayer):
         self._slot = slot
         self._before = before = stream.stored(slot)
         self._new_passes = PassRuns()
+        self._known = len(before)
         self._bytes = before.nbytes
         self._looks = before._summary()
         self._look: Look | None = None  # of the last call
+        self._open: dict[int, _Open] = {}
 
     @override
     def keep(self, value: Value, number: int) -> None:
         call = Call.of(self._slot, number, value, parts=True, before=self._look)
         self._stream.keep(call)
-        self._new_passes.add(number)
-        self._bytes += call.look.nbytes
-        if call.look is not self._look:
-            self._look = call.look
-            self._looks.add(value)
+        is_known = call.look is self._look
+        self._look = call.look
+        if number in self._stream.undecided:
+            unit = self._open.setdefault(number, _Open())
+            is_known = is_known and unit.calls > 0
+            unit.calls += 1
+            unit.nbytes += call.look.nbytes
+            looks = unit.looks
+        else:
+            self._new_passes.add(number)
+            self._bytes += call.look.nbytes
+            looks = self._looks
+        if not is_known:
+            looks.add(value)
+
+    @override
+    def settle(self, number: int) -> None:
+        unit = self._open.pop(number, None)
+        if unit is not None:
+            for _ in range(unit.calls):
+                self._new_passes.add(number)
+            self._bytes += unit.nbytes
+            self._looks.update(unit.looks)
+
+    @override
+    def drop(self, number: int) -> None:
+        self._open.pop(number, None)
+        self._look = None  # it may have been that of its last call
 
     @property
     def _stored(self) -> StoredLayer:
@@ -151,16 +210,17 @@ class LiveLayer(ReadOnlyLayer):
 
     @property
     @override
-    def passes(self) -> PassNumbers:
+    def passes(self) -> ListView[int]:
         if self._stream.closed:
             return self._stored.passes
-        return PassNumbers([*self._before.passes, *self._new_passes])
+        open_units = [number for number, unit in self._open.items() for _ in range(unit.calls)]
+        return ListView([*self._before.passes, *self._new_passes, *open_units])
 
     @override
     def __len__(self) -> int:
         if self._stream.closed:
             return len(self._stored)
-        return len(self._before) + len(self._new_passes)
+        return self._known + len(self._new_passes) + sum(o.calls for o in [*self._open.values()])
 
     @override
     def _call(self, index: int) -> Value:
@@ -168,7 +228,9 @@ class LiveLayer(ReadOnlyLayer):
 
     @override
     def _moments(self) -> list[Moment]:
-        return self._stored._moments()
+        if self._stream.closed:
+            return self._stored._moments()
+        return [(self._stream.rank, number) for number in self.passes]
 
     @override
     def _of(self, calls: list[int]) -> Layer[Any]:
@@ -181,12 +243,19 @@ class LiveLayer(ReadOnlyLayer):
 
     @override
     def _summary(self) -> Summary:
-        return self._stored._summary() if self._stream.closed else self._looks
+        if self._stream.closed:
+            return self._stored._summary()
+        found = Summary()
+        for looks in (self._looks, *(unit.looks for unit in [*self._open.values()])):
+            found.update(looks)
+        return found
 
     @property
     @override
     def nbytes(self) -> int:
-        return self._stored.nbytes if self._stream.closed else self._bytes
+        if self._stream.closed:
+            return self._stored.nbytes
+        return self._bytes + sum(unit.nbytes for unit in [*self._open.values()])
 
     @override
     def clear(self) -> NoReturn:

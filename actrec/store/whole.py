@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from typing_extensions import override
 
-from actrec._recordings.passes import PassNumbers
+from actrec._recordings.passes import ListView
 from actrec._values.summary import Summary
 from actrec.errors import CorruptRecordingError
 
@@ -84,8 +84,8 @@ class WholeLayer(ReadOnlyLayer):
 
     @property
     @override
-    def passes(self) -> PassNumbers:
-        return PassNumbers([call.number for call in self._found[0]])
+    def passes(self) -> ListView[int]:
+        return ListView([call.number for call in self._found[0]])
 
     @property
     def ranks(self) -> list[int]:

@@ -101,6 +101,12 @@ class Writer:
             elif time.monotonic() - self._last_cut >= self._seconds:
                 self._cut(self._held.whole(self._complete()))
 
+    def drop(self, number: int) -> None:
+        """Forget the calls of a pass; of what is on the disk, it will be said that it does not count."""
+        with self._changed:
+            self._held.drop(number)
+            self._changed.notify_all()  # there may be room now
+
     def _raise(self) -> None:
         error = self.unseen()
         if error is not None:
@@ -171,6 +177,7 @@ class Writer:
             batch.committed,
             part_of=batch.part_of,
             raised=batch.raised,
+            dropped=self._ledger.parts_of(batch.dropped),
             ended=batch.ended,
         )
         layers = self._ledger.layers

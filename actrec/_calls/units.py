@@ -1,0 +1,246 @@
+"""Units while the block runs: a pass that the user opens and names, kept whole or dropped whole.
+
+What is recorded in a unit is kept as in any pass, where it can be taken back: lists forget it, and what waits for the
+disk is not written. From a container of the user's nothing can be taken back, so it gets its calls when the unit has ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+from actrec._recordings.units import Key, checked_key
+from actrec._text import count
+from actrec.errors import ActrecError, OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Set as AbstractSet
+
+    from actrec._recordings.passes import Moment
+    from actrec._recordings.units import Units
+
+    from .destination import Destination
+    from .passes import Unit
+    from .session import Session
+
+__all__ = ["Kept", "UnitRecorder"]
+
+T = TypeVar("T")
+
+
+class Kept(Protocol):
+    """What has the calls of a layer, or their gradients, or all there is."""
+
+    def drop(self, number: int) -> None:
+        """Forget the calls of pass ``number``, a unit that has failed."""
+
+    def settle(self, number: int) -> None:
+        """Keep the calls of pass ``number``, a unit that has ended."""
+
+
+class Share(NamedTuple):
+    """Which of the pairs that all ranks are given is this rank's: one of each ``ranks`` that follow each other.
+
+    Which one, the name of the run decides, so what a rank that has died leaves behind is spread over all ranks when the next
+    run begins. No rank has to know what the others have done.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    run: str | None = None
+
+    def has(self, position: int) -> bool:
+        """Whether the pair at this position is this rank's."""
+        if self.ranks == 1:
+            return True
+        block, place = divmod(position, self.ranks)
+        drawn = hashlib.sha256(f"{self.run}/{block}".encode()).digest()
+        return (place + int.from_bytes(drawn[:8], "big")) % self.ranks == self.rank
+
+
+class UnitRecorder:
+    """The units of one block.
+
+    Args:
+        session: what the hooks share.
+        units: the keys of the recording, which grow.
+        destination: where the recording goes.
+        position: returns the rank of this process, how many there are, and the name of the run.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        units: Units,
+        destination: Destination,
+        position: Callable[[], tuple[int, int, str | None]],
+    ) -> None:
+        self._session = session
+        self._passes = session.passes
+        self._units = units
+        self._destination = destination
+        self._position = position
+        self._lock = threading.RLock()  # held while a unit begins or ends
+        self._done: dict[Key, None] | None = None
+        self._pid = os.getpid()
+
+    # --- What is done --------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> AbstractSet[Key]:
+        """The keys that are done: in this block, and, of a run that is resumed, before it, by all ranks."""
+        return self._all_done().keys()
+
+    def _all_done(self) -> dict[Key, None]:
+        if self._done is None:
+            with self._lock:
+                if self._done is None:
+                    self._done = dict.fromkeys(self._destination.done_before())
+        return self._done
+
+    def remaining(self, pairs: Iterable[tuple[Key, T]], *, divide: bool) -> Iterator[tuple[Key, T]]:
+        """Check the arguments now; the pairs are gone through later, one by one."""
+        call = f"acts.remaining(pairs, divide={divide!r})"
+        try:
+            iterator = iter(pairs)
+        except TypeError:
+            message = f"{call}: expected pairs of key and item, such as enumerate(batches), got {type(pairs).__name__!r}."
+            raise OptionError(message) from None
+        if divide not in {True, False}:
+            message = f"{call}: divide is True or False."
+            raise OptionError(message)
+        share = Share(*self._position()) if divide else Share()
+        return self._remaining(call, iterator, share)
+
+    def _remaining(
+        self, call: str, pairs: Iterator[Any], share: Share
+    ) -> Iterator[tuple[Key, Any]]:
+        met: set[Key] = set()
+        for position, pair in enumerate(pairs):
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2):  # noqa: PLR2004  # a pair
+                message = (
+                    f"{call}: item {position} is a {type(pair).__name__}, and no pair of key and item. Number them: "
+                    "acts.remaining(enumerate(batches)); of a dict, pass its items()."
+                )
+                raise OptionError(message)
+            key = checked_key(call, pair[0])
+            if key in met:
+                message = f"{call}: the key {key!r} is there twice, again at item {position}. Keys are unique in a recording."
+                raise OptionError(message)
+            met.add(key)
+            if share.has(position) and key not in self._all_done():
+                yield key, pair[1]
+
+    # --- A unit --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def unit(self, key: Key, calls: Kept) -> Iterator[None]:
+        """Make everything inside this block one pass; ``calls`` are all that are recorded."""
+        call = f"acts.unit({key!r})"
+        key = checked_key(call, key)
+        if not self._session.active:
+            message = (
+                f"{call}: the recording has ended. Open units inside the with block of record()."
+            )
+            raise ActrecError(message)
+        if not self._session.recording:
+            yield  # nothing is recorded in a pause
+            return
+        unit = self._opened(call, key)
+        try:
+            yield
+            self._keep(call, unit, calls)
+        except BaseException:
+            self._drop(unit, calls)
+            raise
+
+    def _opened(self, call: str, key: Key) -> Unit:
+        done = self._all_done()
+        with self._lock:
+            if key in done:
+                message = (
+                    f"{call}: there is a unit of that key in the recording already. A key is used once; "
+                    "acts.remaining(pairs) leaves out what is done."
+                )
+                raise ActrecError(message)
+            if any(unit.key == key for unit in list(self._passes.units.values())):
+                message = f"{call}: another thread or task is inside a unit of that key now. A key is used once."
+                raise ActrecError(message)
+            unit = self._passes.open_unit(key)
+            if unit is not None:
+                self._units.open[self._moment(unit)] = key
+        if unit is None:
+            message = (
+                f"{call}: units do not nest, and a unit cannot begin inside a forward of the recorded model. Everything inside "
+                "the outermost one is one pass already."
+            )
+            raise ActrecError(message)
+        return unit
+
+    def _keep(self, call: str, unit: Unit, calls: Kept) -> None:
+        """The block of a unit has ended."""
+        if self._pid != os.getpid():
+            return
+        self._session.deliver()  # what is on its way from a device
+        inside = self._passes.leave_unit(unit)
+        if inside:
+            message = (
+                f"{call}: it ended while {count(inside, 'other thread')} were in a forward that belongs to it, so it was "
+                "dropped. Wait for them inside the unit."
+            )
+            raise ActrecError(message)
+        with self._lock:
+            if self._passes.units.get(unit.number) is not unit:
+                message = f"{call}: the with block of record() ended before the unit did, so it was dropped."
+                raise ActrecError(message)
+            calls.settle(unit.number)
+            self._destination.keep_unit(unit.number, unit.key)
+            self._units.keys[self._moment(unit)] = unit.key
+            del self._units.open[self._moment(unit)]
+            self._all_done()[unit.key] = None
+            self._passes.close_unit(unit)
+
+    def _moment(self, unit: Unit) -> Moment:
+        return self._destination.rank, unit.number
+
+    def _drop(self, unit: Unit, calls: Kept) -> None:
+        """A unit has failed: forget everything of it."""
+        if self._pid != os.getpid():
+            return  # in a forked process, where locks may be held by threads that do not exist
+        if self._session.offload is not None:
+            self._session.offload.finish()  # what is on its way would come to its layer later
+        with self._lock:
+            if self._passes.units.get(unit.number) is unit:
+                self._passes.leave_unit(unit)
+                self._all_done().pop(unit.key, None)
+                for keys in (self._units.keys, self._units.open):
+                    keys.pop(self._moment(unit), None)
+                forget = partial(self._forget, unit.number, calls)
+                forget()
+                self._passes.close_unit(unit, forget)
+
+    def drop_open(self, calls: Kept) -> None:
+        """Drop the units that have not ended."""
+        for unit in list(self._passes.units.values()):
+            self._drop(unit, calls)
+
+    def _forget(self, number: int, calls: Kept) -> None:
+        calls.drop(number)
+        self._destination.drop_unit(number)
+
+    def forget_from(self, committed: int) -> None:
+        """The block has ended: of units from pass ``committed`` on, nothing is in the recording."""
+        for moment, key in [*self._units.keys.items()]:
+            if moment[1] >= committed:
+                del self._units.keys[moment]
+                self._all_done().pop(key, None)
+
+    def clear(self) -> None:
+        """Forget all units."""
+        self._units.keys.clear()
+        self._done = {}

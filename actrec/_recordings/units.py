@@ -1,0 +1,101 @@
+"""Units: passes that the user opened and named. A key is an integer or a string, unique in its recording."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import torch
+
+from actrec.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor
+
+    from .passes import Moment
+
+__all__ = ["Key", "Units", "checked_key", "key_of", "missing", "tensor_of"]
+
+#: What a unit is known by.
+Key: TypeAlias = int | str
+
+_LARGEST: Final = (1 << 63) - 1
+
+
+class Units:
+    """Which passes of a recording are units, and their keys. One object, which a recording and its layers share.
+
+    Args:
+        read: what reads them, when they are asked for first: each pass with its key, in the order of the passes.
+    """
+
+    def __init__(self, read: Callable[[], Iterable[tuple[Moment, Key]]] = tuple) -> None:
+        self._read = read
+        self.open: dict[Moment, Key] = {}  # of those that have not ended
+
+    @cached_property
+    def keys(self) -> dict[Moment, Key]:
+        """The key of each pass that is a unit."""
+        return dict(self._read())
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def of(self, moments: Iterable[Moment]) -> list[Key | None]:
+        """Return the key of each of these passes, ``None`` for those that are no units."""
+        known = {**self.keys, **self.open} if self.open else self.keys
+        return [*map(known.get, moments)]
+
+    def copy(self) -> Units:
+        """Return one that stays as it is now."""
+        copied = Units()
+        copied.keys.update(self.keys)
+        return copied
+
+
+def missing(call: str, wanted: Iterable[Key], done: Iterable[Key]) -> list[Key]:
+    """Return the keys of ``wanted`` that are not in ``done``, in order, each once."""
+    keys = dict.fromkeys(checked_key(call, key) for key in wanted)
+    done = set(done)
+    return [key for key in keys if key not in done]
+
+
+def checked_key(call: str, key: Any) -> Key:
+    """Return ``key`` as an ``int`` or a ``str``.
+
+    Raises:
+        OptionError: it is neither, or cannot be stored.
+    """
+    if isinstance(key, bool) or not isinstance(key, (Integral, str)):
+        message = f"{call}: the key {key!r} is a {type(key).__name__}. The key of a unit is an int or a str."
+        raise OptionError(message)
+    if isinstance(key, str):
+        try:
+            key.encode()
+        except UnicodeEncodeError as error:
+            message = f"{call}: the key {key!r} is no text that can be stored ({error.reason})."
+            raise OptionError(message) from None
+        return str(key)
+    number = int(key)  # of NumPy, too
+    if not -_LARGEST <= number <= _LARGEST:
+        message = f"{call}: the key {number} is too large for 64 bits. Use a string."
+        raise OptionError(message)
+    return number
+
+
+# --- As they are stored --------------------------------------------------------------------------------
+
+
+def tensor_of(key: Key) -> Tensor:
+    """Return a key as a tensor: ``()`` of int64, or the bytes of a string as ``(N)`` of uint8."""
+    if isinstance(key, int):
+        return torch.tensor(key, dtype=torch.int64, device="cpu")
+    return torch.tensor(list(key.encode()), dtype=torch.uint8, device="cpu")
+
+
+def key_of(tensor: Tensor) -> Key:
+    """Return the key that a tensor stands for."""
+    return bytes(tensor.tolist()).decode() if tensor.dim() else int(tensor)

@@ -1,0 +1,77 @@
+"""The keys of units on disk: one more layer, with a call for each unit, beside those that the unit's pass has."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final
+
+import torch
+from typing_extensions import override
+
+from actrec._recordings.units import Key, Units, tensor_of
+
+from .call import Call
+from .format import Defect, Slot, corrupt, need
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from actrec._recordings.passes import Moment
+
+    from .layers import Source
+    from .part import Group
+    from .shard import Shard
+
+__all__ = ["UNIT", "StoredUnits", "key_call"]
+
+#: The layer that the keys are.
+UNIT: Final = Slot("unit", 0, "key", "unit")
+
+
+def key_call(number: int, key: Key) -> Call:
+    """Return the key of pass ``number`` as it is written."""
+    return Call.of(UNIT, number, tensor_of(key))
+
+
+class StoredUnits(Units):
+    """Those that are stored, read when they are asked for first: all keys of a shard in one go."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        super().__init__(self._stored)
+        self._sources = sources
+
+    @override
+    def __len__(self) -> int:
+        return sum(source.so_far.calls for source in self._sources)
+
+    def _stored(self) -> Iterator[tuple[Moment, Key]]:
+        for source in self._sources:
+            rank = source.rank.number
+            for shard, part in source.parts():
+                try:
+                    groups = [_keys(shard, group) for group in part.groups]
+                except Defect as defect:
+                    raise corrupt(shard.path, defect) from None
+                places = zip(part.group.tolist(), part.within.tolist(), strict=True)
+                for number, (group, at) in zip(part.passes.tolist(), places, strict=True):
+                    yield (rank, number), groups[group][at]
+
+
+def _keys(shard: Shard, group: Group) -> list[Key]:
+    """The keys of a group: all of them integers, or all of them text."""
+    kinds = [(leaf.dtype, leaf.shapes.shape[1]) for leaf in group.leaves]
+    need(
+        kinds in ([(torch.int64, 0)], [(torch.uint8, 1)]),
+        "the key of a unit is no number and no text",
+    )
+    (leaf,) = group.leaves
+    data = torch.empty(int(leaf.starts[-1]), dtype=leaf.dtype, device="cpu")
+    shard.read_into(leaf.begin, data)
+    if leaf.dtype is torch.int64:
+        return [*data.tolist()]
+    text, starts = bytes(data.tolist()), leaf.starts.tolist()
+    try:
+        return [text[a:b].decode() for a, b in pairwise(starts)]
+    except UnicodeDecodeError as error:
+        message = f"the key of a unit is no text ({error.reason})"
+        raise Defect(message) from None
