@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
 from torch import Tensor
 
 from actrec._recordings.passes import nth_calls
 from actrec._recordings.recording import Recording
-from actrec.errors import AlignmentError, OptionError
+from actrec.errors import OptionError
 
 from .calls import located
-from .columns import columns
+from .columns import Column, place_order
 from .cutting import cut
-from .selecting import is_plain, kind, select
+from .last import last_rows
+from .masks import Function, computed
+from .origins import ORIGINS, Origin
+from .selecting import Selector, is_plain, kind, select
+from .steps import steps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,10 +27,14 @@ if TYPE_CHECKING:
     from actrec._recordings.passes import Moment
 
     from .calls import Calls
-    from .columns import Column
-    from .selecting import Selector
+    from .origins import Origins
 
-__all__ = ["Table", "table"]
+__all__ = ["Mask", "Options", "Passes", "Table", "table"]
+
+#: What says which rows count: a layer or an added value, a tensor, or a function of what is stored of each pass.
+Mask: TypeAlias = Selector | Tensor | Function
+#: Which passes have to be those of all layers.
+Passes: TypeAlias = Literal["all", "common"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Table:
 
     columns: list[Column]
     mask: Column | None
+    where: Origins
     origins: tuple[str, ...]  #: what recordings the columns are of; none, if they are in memory
     raised: int  #: how many passes raised, and are left out
 
@@ -43,35 +51,78 @@ class Table:
         return len(self.columns[0])
 
 
+@dataclass(frozen=True)
+class Options:
+    """Which rows a table has, as the user says."""
+
+    flatten: bool
+    mask: Mask | None
+    nth: int | None
+    passes: Passes
+    last: bool
+
+
 def table(
     call: str,
     recording: Recording[Any],
     selectors: Sequence[Selector],
+    options: Options,
     *,
-    flatten: bool,
-    mask: Selector | Tensor | None,
-    nth: int | None,
     as_stored: bool = False,
 ) -> Table:
     """Align the layers, in the order of the calls, or as they lie in the files. See :func:`actrec.data.rows`."""
+    mask, flatten = options.mask, options.flatten or options.last
+    _check(call, recording, selectors, options)
+    answers = _answers(call, mask) if isinstance(mask, Tensor) else None
+    layers = [one for one in selectors if not _is_origin(one, recording)]
+    masks = [] if mask is None or isinstance(mask, Tensor) or callable(mask) else [mask]
+    selected = [select(call, recording, one) for one in (*layers, *masks)]
+    raised = recording._raised()
+    calls = [_counting(call, calls, options.nth, raised) for calls in located(selected)]
+    if callable(mask):
+        calls.append(computed(call, recording, mask, calls[0]))
+    found = steps(call, calls, flatten=flatten, common=options.passes == "common")
+    masked = len(calls) > len(layers)
+    runs, where = cut(call, found, flatten=flatten, masked=masked, answers=answers)
+    if as_stored:
+        order = place_order(runs[0].lines)
+        runs, where = [one.ordered(order) for one in runs], where.ordered(order)
+    columns, where = [Column(one) for one in runs], where.coalesced()
+    given_mask = None if mask is None else columns.pop()
+    if options.last:
+        rows = last_rows(where, given_mask, as_stored=as_stored)
+        columns, where, given_mask = [one.picked(rows) for one in columns], where.picked(rows), None
+    own = iter(columns)
+    return Table(
+        [Origin(one, where) if _is_origin(one, recording) else next(own) for one in selectors],
+        given_mask,
+        where,
+        tuple(sorted({origin for one in selected for origin in one.origins})),
+        len(raised),
+    )
+
+
+def _is_origin(selector: Selector, recording: Recording[Any]) -> TypeGuard[str]:
+    """Whether a name is that of a column which says where rows come from: what was recorded under it comes first."""
+    return isinstance(selector, str) and selector in ORIGINS and selector not in recording
+
+
+def _check(
+    call: str, recording: Recording[Any], selectors: Sequence[Selector], options: Options
+) -> None:
     given: object = recording
     if not isinstance(given, Recording):
         message = f"{call}: expected a recording, such as actrec.load(path), got {recording!r}."
         raise OptionError(message)
-    if not selectors:
+    if all(_is_origin(selector, recording) for selector in selectors):
         message = f"{call}: no layer was named. {call}(recording, {next(iter(recording), 'name')!r}), say."
         raise OptionError(message)
-    answers = _answers(call, mask) if isinstance(mask, Tensor) else None
-    masks = [] if mask is None or isinstance(mask, Tensor) else [mask]
-    selected = [select(call, recording, selector) for selector in (*selectors, *masks)]
-    raised = recording._raised()
-    layers = [_counting(call, calls, nth, raised) for calls in located(selected)]
-    _check_same_calls(call, layers)
-    runs = cut(call, layers, flatten=flatten, masked=bool(masks), answers=answers)
-    found = columns(runs, as_stored=as_stored)
-    origins = sorted({origin for one in selected for origin in one.origins})
-    given_mask = None if mask is None else found.pop()
-    return Table(found, given_mask, tuple(origins), len(raised))
+    if options.passes not in {"all", "common"}:
+        message = (
+            f'{call}(passes={options.passes!r}): expected "all", where each layer has to have the same passes, or "common", '
+            "which leaves out those that a layer does not have."
+        )
+        raise OptionError(message)
 
 
 def _answers(call: str, mask: Tensor) -> Tensor:
@@ -101,44 +152,3 @@ def _counting(call: str, calls: Calls, nth: int | None, raised: AbstractSet[Mome
     if nth is not None:
         found = nth_calls(f"{call}(nth={nth!r})", calls.title, calls.moments, nth, found)
     return calls.of(found)
-
-
-def _check_same_calls(call: str, layers: Sequence[Calls]) -> None:
-    """Check that all layers have the same calls; one that does not know its ranks goes with a layer of one rank."""
-    alone = next((one for one in layers if any(rank is None for rank, _ in one.moments)), None)
-    moments = [one.moments for one in layers]
-    if alone is not None:
-        for one in layers:
-            ranks = sorted({rank for rank, _ in one.moments if rank is not None})
-            if len(ranks) > 1:
-                message = (
-                    f"{call}: layer {one.title} was recorded by {len(ranks)} ranks, and {alone.title} is in memory, where "
-                    f"nothing says which rank its calls are of. Open one rank, actrec.load(path, rank={ranks[0]}), say."
-                )
-                raise AlignmentError(message)
-        moments = [[(None, number) for _, number in one.moments] for one in layers]
-    for other, found in zip(layers[1:], moments[1:], strict=True):
-        if found != moments[0]:
-            raise _misaligned(call, (layers[0].title, moments[0]), (other.title, found))
-
-
-def _misaligned(
-    call: str, first: tuple[str, list[Moment]], other: tuple[str, list[Moment]]
-) -> AlignmentError:
-    (title, expected), (name, found) = first, other
-    pairs = zip(expected, found, strict=False)
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    message = (
-        f"{call}: layers {title} and {name} do not have the same calls. {title} has {len(expected)}, {name} has "
-        f"{len(found)}, and call {same} is {_moment(expected, same)} of {title} and {_moment(found, same)} of {name}. "
-        "Choose layers that are called equally often in each pass, take one call of each pass (nth=0), or record them "
-        "in a run of their own."
-    )
-    return AlignmentError(message)
-
-
-def _moment(moments: list[Moment], index: int) -> str:
-    if index >= len(moments):
-        return "missing"
-    rank, number = moments[index]
-    return f"in pass {number}" if rank is None else f"in pass {number}, rank {rank},"

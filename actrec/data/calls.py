@@ -43,6 +43,7 @@ class Calls:
 
     title: str
     moments: list[Moment]  #: rank and pass of each
+    units: list[Any] | None  #: the unit of each, where the recording has any
     numbers: Sequence[int]  #: as the layer that was given numbers them
     places: Tensor  #: (calls, 3): its look, its source, and the byte there that it begins with
     looks: list[Look]
@@ -50,8 +51,13 @@ class Calls:
 
     def of(self, numbers: list[int]) -> Calls:
         """Return some of the calls."""
-        moments = [self.moments[number] for number in numbers]
-        return replace(self, moments=moments, numbers=numbers, places=self.places[numbers])
+        return replace(
+            self,
+            moments=[self.moments[number] for number in numbers],
+            units=None if self.units is None else [self.units[number] for number in numbers],
+            numbers=[self.numbers[number] for number in numbers],
+            places=self.places[numbers],
+        )
 
     def at(self, call: int) -> str:
         """Name a call, in a message."""
@@ -125,7 +131,16 @@ class _Table:
             order = passes.argsort(stable=True)
             moments, places = [moments[number] for number in order.tolist()], places[order]
         numbers, among = range(len(moments)), self.selected.among
-        found = Calls(self.selected.title, moments, numbers, places, [*self._looks], self._sources)
+        units = getattr(self.selected.layer, "units", None)
+        found = Calls(
+            self.selected.title,
+            moments,
+            [*units] if units and any(key is not None for key in units) else None,
+            numbers,
+            places,
+            [*self._looks],
+            self._sources,
+        )
         return found if among is None else replace(found.of(among), numbers=range(len(among)))
 
     def _look(self, tensor: Tensor) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
     from .sources import Files, Shape, Source
 
-__all__ = ["Column", "Runs", "columns"]
+__all__ = ["Column", "Runs", "coalesced", "place_order"]
+
+#: Where more runs than this have rows of a block, those of each file are read together.
+_MANY: Final = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,18 @@ class Runs:
         """The bytes of a row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def ordered(self, order: Tensor) -> Runs:
+        """Return the same runs in another order."""
+        return replace(self, lines=self.lines[order])
+
+    def coalesced(self) -> Tensor:
+        """Join runs where the next rows lie behind those before."""
+        rows, source, begin, repeat = self.lines.unbind(1)
+        whole = rows[:-1] % repeat[:-1] == 0
+        next_to = begin[:-1] + rows[:-1] // repeat[:-1] * self.width == begin[1:]
+        same = (source.diff() == 0) & (repeat.diff() == 0)
+        return coalesced(self.lines, whole & next_to & same)
+
 
 class Column:
     """The rows of a layer.
@@ -42,19 +57,19 @@ class Column:
     recording in memory.
     """
 
-    def __init__(self, runs: Runs, lines: Tensor) -> None:
+    def __init__(self, runs: Runs) -> None:
         self.name = runs.name
         self.dtype = runs.dtype
         self.shape = runs.shape
         self.width = runs.width
         self._sources = runs.sources
-        rows, self._source, self._start, self._repeat = lines.unbind(1)
+        rows, self._source, self._start, self._repeat = runs.coalesced().unbind(1)
         self._ends = rows.cumsum(0)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def dressed(self, rows: Tensor) -> Tensor:
+    def dressed(self, rows: Tensor) -> Any:
         """Rows of bytes as what they are."""
         if not rows.numel():
             return torch.empty((len(rows), *self.shape), dtype=self.dtype, device="cpu")
@@ -66,6 +81,9 @@ class Column:
 
     def read(self, first: int, out: Tensor, files: Files) -> None:
         """Copy rows from number ``first`` on into ``out``, as many as it has place for."""
+        if self._is_scattered(first, len(out)):
+            out.copy_(self.take(torch.arange(first, first + len(out), device="cpu"), files))
+            return
         for place, many, run, skip in self._pieces(first, len(out)):
             source, start, repeat = self._at(run)
             if repeat == 1:
@@ -89,9 +107,7 @@ class Column:
         if not self.width or not len(indices):
             return self.empty(len(indices))
         runs = torch.searchsorted(self._ends, indices, right=True)
-        begins = (
-            self._start[runs] + (indices - self._begins(runs)) // self._repeat[runs] * self.width
-        )
+        begins = self._starts(runs, indices)
         sources = self._source[runs]
         order = begins.argsort()
         order = order[sources[order].argsort(stable=True)]
@@ -102,9 +118,30 @@ class Column:
             self._sources[number].take(some, rows, places, files)
         return rows
 
+    def picked(self, rows: Tensor) -> Column:
+        """Return a column of some of the rows."""
+        runs = torch.searchsorted(self._ends, rows, right=True)
+        starts = self._starts(runs, rows)
+        ones = torch.ones_like(rows)
+        lines = torch.stack([ones, self._source[runs], starts, ones], 1)
+        return Column(Runs(self.name, self.shape, self.dtype, self._sources, lines))
+
+    def _is_scattered(self, first: int, many: int) -> bool:
+        """Whether these rows are of many runs of few sources."""
+        ends = torch.tensor([first, first + many - 1], device="cpu")
+        low, high = torch.searchsorted(self._ends, ends, right=True).tolist()
+        if not many or high - low < _MANY:
+            return False
+        sources = len(torch.unique_consecutive(self._source[low:high]))
+        return bool(sources * _MANY < high - low)
+
     def _at(self, run: int) -> tuple[Source, int, int]:
         source = self._sources[int(self._source[run])]
         return source, int(self._start[run]), int(self._repeat[run])
+
+    def _starts(self, runs: Tensor, rows: Tensor) -> Tensor:
+        """The byte that each row begins with, in its run."""
+        return self._start[runs] + (rows - self._begins(runs)) // self._repeat[runs] * self.width
 
     def _begins(self, runs: Tensor) -> Tensor:
         return torch.where(runs > 0, self._ends[runs - 1], 0)
@@ -123,31 +160,16 @@ class Column:
             place, run = place + rows, run + 1
 
 
-def columns(runs: Sequence[Runs], *, as_stored: bool) -> list[Column]:
-    """Return columns side by side, in the order of the calls or in that in which the rows of the first one lie."""
-    lines = [one.lines for one in runs]
-    lines = _coalesced(_by_place(lines) if as_stored else lines, [one.width for one in runs])
-    return [Column(one, found) for one, found in zip(runs, lines, strict=True)]
-
-
-def _by_place(lines: list[Tensor]) -> list[Tensor]:
-    """The lines of columns side by side, in the order in which the rows of the first one lie."""
-    _, source, begin, _ = lines[0].unbind(1)
+def place_order(lines: Tensor) -> Tensor:
+    """The order in which lines of rows lie in their sources."""
+    _, source, begin, _ = lines.unbind(1)
     order = begin.argsort(stable=True)
-    order = order[source[order].argsort(stable=True)]
-    return [column[order] for column in lines]
+    return order[source[order].argsort(stable=True)]
 
 
-def _coalesced(lines: list[Tensor], widths: list[int]) -> list[Tensor]:
-    """Join lines of columns side by side where in all columns the next rows lie behind those before: ``(N, 4) -> (M, 4)``."""
-    many = lines[0][:, 0]
-    goes_on = torch.ones(max(0, len(many) - 1), dtype=torch.bool, device="cpu")
-    for runs, width in zip(lines, widths, strict=True):
-        rows, source, begin, repeat = runs.unbind(1)
-        whole = rows[:-1] % repeat[:-1] == 0
-        next_to = begin[:-1] + rows[:-1] // repeat[:-1] * width == begin[1:]
-        goes_on &= whole & next_to & (source.diff() == 0) & (repeat.diff() == 0)
-    heads = torch.cat([goes_on.new_ones(min(1, len(many))), ~goes_on])
+def coalesced(lines: Tensor, goes_on: Tensor) -> Tensor:
+    """Join lines, whose first column is how many rows they have, where a line goes on with the one before it."""
+    heads = torch.cat([goes_on.new_ones(min(1, len(lines))), ~goes_on])
     into = heads.cumsum(0) - 1
-    sums = torch.zeros(int(heads.sum()), dtype=torch.int64, device="cpu").index_add_(0, into, many)
-    return [torch.cat([sums[:, None], runs[heads, 1:]], 1) for runs in lines]
+    sums = lines.new_zeros(int(heads.sum())).index_add_(0, into, lines[:, 0])
+    return torch.cat([sums[:, None], lines[heads, 1:]], 1)

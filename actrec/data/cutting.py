@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,136 +12,224 @@ from actrec.errors import AlignmentError
 
 from .calls import Look
 from .columns import Runs
-from .positions import MERGED, Reading, has_width, lead, read, readings
+from .joining import Joint, covered, is_joined, leads
+from .positions import MERGED, Reading, has_width, read, readings
 from .sources import Held
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .calls import Calls
+    from .origins import Origins
     from .sources import Shape
+    from .steps import Steps
 
 __all__ = ["cut"]
 
 
 def cut(
-    call: str,
-    layers: Sequence[Calls],
-    *,
-    flatten: bool,
-    masked: bool,
-    answers: Tensor | None,
-) -> list[Runs]:
+    call: str, steps: Steps, *, flatten: bool, masked: bool, answers: Tensor | None
+) -> tuple[list[Runs], Origins]:
     """Cut the calls of some layers, and behind them a mask that is a tensor.
 
     Args:
         call: The function that was called, for messages.
-        layers: The same calls of each.
+        steps: The calls of the layers, side by side.
         flatten: Whether each position is a row, or each sample.
         masked: Whether the last layer is a mask.
         answers: A mask that is a tensor.
 
+    Returns:
+        The rows of each layer, and of a mask that is a tensor; and where the rows come from.
+
     Raises:
         AlignmentError: The layers do not have the same rows, or the mask has others.
     """
-    return _Cut(call, layers, flatten=flatten, masked=masked).runs(answers)
+    return _Cut(call, steps, flatten=flatten, masked=masked).runs(answers)
+
+
+class _Place(NamedTuple):
+    """Where the rows of a layer are in a step; but for ``repeat`` in bytes."""
+
+    repeat: int  #: so many rows are one row of the call
+    sample: int  #: from a sample to the next
+    token: int  #: from a token to the next, where the call is that of the whole pass
+
+
+class _Kind(NamedTuple):
+    """What a step looks like."""
+
+    looks: list[Look]
+    rows: Shape  #: the positions that are the rows of the step
+    whole: Sequence[bool]  #: whether the call of a layer is that of the whole pass
+    rows_of_pass: Shape
+    is_covered: bool  #: whether the mask has a column for each token, and more
 
 
 class _Cut:
-    """Cuts calls by their kinds: what the layers look like beside each other. There are few, however many calls there are."""
+    """Cuts steps by their kinds. There are few, however many steps there are."""
 
-    def __init__(self, call: str, layers: Sequence[Calls], *, flatten: bool, masked: bool) -> None:
+    def __init__(self, call: str, steps: Steps, *, flatten: bool, masked: bool) -> None:
         self._call = call
-        self._layers = layers
+        self._steps = steps
+        self._layers = steps.layers
         self._flatten = flatten
         self._masked = masked
-        kinds: dict[tuple[int, ...], int] = {}
-        looks = zip(*(calls.places[:, 0].tolist() for calls in layers), strict=True)
-        self._kind_of = [kinds.setdefault(look, len(kinds)) for look in looks]
-        #: The layers of each kind, in the order in which the kinds come. Where there are no calls, it is calls without rows.
+        columns = [calls.places[:, 0].tolist() for calls in steps.layers]
+        many = len(columns)
+        # Where there are no calls, it is calls without rows.
+        looks: dict[tuple[int, ...], int] = {}
+        marks = steps.whole.tolist() if steps.has_whole else []
+        look_of = [looks.setdefault(key, len(looks)) for key in zip(*columns, *marks, strict=True)]
+        found = [
+            [calls.looks[look] for calls, look in zip(steps.layers, key, strict=False)]
+            for key in looks
+        ] or [[Look((0,), torch.float32)] * many]
+        whole: list[Sequence[bool]] = [
+            [bool(mark) for mark in key[many:]] or [False] * many for key in looks
+        ] or [[False] * many]
+        self._kind_of = look_of
         self._kinds = [
-            [calls.looks[look] for calls, look in zip(layers, kind, strict=True)] for kind in kinds
-        ] or [[Look((0,), torch.float32) for _ in layers]]
-
-    def runs(self, answers: Tensor | None) -> list[Runs]:
-        """Return the rows of each layer, and of a mask that is a tensor."""
+            _Kind(one, (), marked, (), is_covered=False)
+            for one, marked in zip(found, whole, strict=True)
+        ]
         self._check_dimensions()
-        leads = [self._lead(looks) for looks in self._kinds]
-        takes = [self._taken(column, leads) for column in range(len(self._layers))]
-        found = [self._readings(kind, rows, takes) for kind, rows in enumerate(leads)]
-        self._check_alike(found)
-        many = self._of_calls([math.prod(rows) for rows in leads])
-        runs = []
-        for calls, look, readings_of_kinds in zip(
-            self._layers, self._kinds[0], zip(*found, strict=True), strict=True
-        ):
-            repeat = self._of_calls([reading.repeat for reading in readings_of_kinds])
-            lines = torch.stack([many, *calls.places[:, 1:].unbind(1), repeat], 1)
-            shape = readings_of_kinds[0].shape
-            runs.append(Runs(calls.title, shape, look.dtype, calls.sources, lines))
-        if answers is not None:
-            counts = self._counts(answers, leads, many)
-            begin, source = counts.cumsum(0) - counts, torch.zeros_like(counts)
-            repeat = (many // counts.clamp(min=1)).clamp(min=1)
-            lines = torch.stack([many, source, begin, repeat], 1)
-            runs.append(Runs("mask", (), torch.bool, [Held(answers)], lines))
-        return runs
+        rows = (
+            leads(found, whole, masked=masked) if flatten else [one[0].shape[:1] for one in found]
+        )
+        is_one = flatten and steps.tells and is_joined(steps, found, whole, rows, look_of)
+        self._joint = joint = Joint(steps, rows, look_of, is_joined=is_one)
+        if steps.has_whole and not is_one:
+            raise self._not_joined()
+        masks = [one[-1].shape for one in found] if flatten and masked else []
+        self._covered = covered(steps, joint, masks, look_of)
+        kinds: dict[tuple[int, Shape, bool], int] = {}
+        of_pass = joint.rows_of_passes() if steps.has_whole else [()] * len(look_of)
+        keys = zip(look_of, of_pass, self._covered.is_covered.tolist(), strict=True)
+        self._kind_of = [kinds.setdefault(key, len(kinds)) for key in keys]
+        self._kinds = [
+            _Kind(found[look], rows[look], whole[look], of_pass, is_covered=is_covered)
+            for look, of_pass, is_covered in (kinds or [(0, (), False)])
+        ]
 
-    def _of_calls(self, of_kinds: list[int]) -> Tensor:
-        """What each call has of what its kind has."""
-        found = [of_kinds[kind] for kind in self._kind_of]
-        return torch.tensor(found, dtype=torch.int64, device="cpu")
+    def runs(self, answers: Tensor | None) -> tuple[list[Runs], Origins]:
+        """Return the rows of each layer, and of a mask that is a tensor; and where they come from."""
+        takes = [self._taken(column) for column in range(len(self._layers))]
+        found = [self._readings(kind, takes) for kind in range(len(self._kinds))]
+        self._check_alike(found)
+        lines = self._joint.lines(self._covered.is_apart)
+        runs = []
+        for column, (calls, look) in enumerate(
+            zip(self._layers, self._kinds[0].looks, strict=True)
+        ):
+            shape = found[0][column].shape
+            width = math.prod(shape) * look.dtype.itemsize
+            places = [
+                self._place(kind, column, readings_of_kind[column], width)
+                for kind, readings_of_kind in enumerate(found)
+            ]
+            is_mask = self._masked and column == len(self._layers) - 1
+            repeat, sample, token = self._of_steps(places).unbind(1)
+            source, begin = calls.places[:, 1], calls.places[:, 2] + self._joint.before * token
+            sources = calls.sources
+            if is_mask:
+                begin = begin + self._covered.first * width
+                sample = torch.where(
+                    self._covered.is_covered, self._covered.columns * width, sample
+                )
+            line = torch.stack(
+                [
+                    lines.rows,
+                    source[lines.step],
+                    begin[lines.step] + lines.sample * sample[lines.step],
+                    repeat[lines.step],
+                ],
+                1,
+            )
+            if is_mask and bool(self._covered.is_all.any()):  # tokens that all count
+                ones = torch.tensor([0, len(sources), 0, 0], device="cpu").expand_as(line).clone()
+                ones[:, 0], ones[:, 3] = lines.rows, lines.rows.clamp(min=1)
+                line = torch.where(self._covered.is_all[lines.step][:, None], ones, line)
+                sources = [*sources, Held(torch.ones(1, dtype=look.dtype, device="cpu"))]
+            runs.append(Runs(calls.title, shape, look.dtype, sources, line))
+        if answers is not None:
+            begin, repeat = self._joint.answers(lines, self._is_of_samples(answers))
+            line = torch.stack([lines.rows, torch.zeros_like(begin), begin, repeat], 1)
+            runs.append(Runs("mask", (), torch.bool, [Held(answers)], line))
+        return runs, self._joint.origins(lines)
+
+    def _of_steps(self, of_kinds: Sequence[_Place]) -> Tensor:
+        """What each step has of what its kind has."""
+        which = torch.tensor(self._kind_of, dtype=torch.int64, device="cpu")
+        return torch.tensor(of_kinds, dtype=torch.int64, device="cpu").view(-1, 3)[which]
 
     # --- Positions -------------------------------------------------------------------------------------
 
-    def _lead(self, looks: list[Look]) -> Shape:
-        """The dimensions whose positions are the rows."""
-        if not self._flatten:
-            return looks[0].shape[:1]
-        if self._masked:
-            return lead(looks[:-1], looks[-1].shape)
-        return lead(looks, None)
+    def _shape(self, kind: _Kind, column: int) -> Shape:
+        """The shape of a call; of a mask with more columns than its step has tokens, what is of these."""
+        is_mask = self._masked and column == len(self._layers) - 1
+        return kind.rows[:2] if is_mask and kind.is_covered else kind.looks[column].shape
 
-    def _taken(self, column: int, leads: list[Shape]) -> int:
+    def _rows(self, kind: _Kind, column: int) -> Shape:
+        """The positions that a call has to have."""
+        is_mask = self._masked and column == len(self._layers) - 1
+        is_whole = kind.whole[column] and not (is_mask and kind.is_covered)
+        return kind.rows_of_pass if is_whole else kind.rows
+
+    def _taken(self, column: int) -> int:
         """How many dimensions of a layer are positions, in all of its calls; the others make a row."""
         if not self._flatten:
             return 1
-        looks = [looks[column] for looks in self._kinds]
+        kinds = self._kinds
+        shape, dtype = kinds[0].looks[column]
         is_mask = self._masked and column == len(self._layers) - 1
-        more = len(looks[0].shape) > len(leads[0])
-        is_sure = is_mask or more or not has_width(looks[0].dtype)
-        pairs = zip((look.shape for look in looks), leads, strict=True)
-        found = readings(list(pairs), is_sure=is_sure)
+        is_sure = is_mask or len(shape) > len(kinds[0].rows) or not has_width(dtype)
+        pairs = dict.fromkeys(
+            (self._shape(kind, column), self._rows(kind, column)) for kind in kinds
+        )
+        found = readings([*pairs], is_sure=is_sure)
         if not is_sure and len(found) > 1:
-            raise self._ambiguous(column, leads[0], found)
+            raise self._ambiguous(column, self._rows(kinds[0], column), found)
         return found[0]
 
-    def _readings(self, kind: int, rows: Shape, takes: list[int]) -> list[Reading]:
+    def _readings(self, number: int, takes: list[int]) -> list[Reading]:
         """How each layer is cut, after a look at whether the layers have the same rows."""
-        found = []
-        for column, (look, taken) in enumerate(zip(self._kinds[kind], takes, strict=True)):
-            reading = read(look.shape, rows, taken)
+        kind, found = self._kinds[number], []
+        for column, taken in enumerate(takes):
+            rows = self._rows(kind, column)
+            reading = read(self._shape(kind, column), rows, taken)
             if reading is None:
-                raise self._unequal(column, kind, rows)
+                raise self._unequal(column, number, rows)
             found.append(reading)
         if self._masked and found[-1].shape:
             fix = "." if self._flatten else "; flatten=True makes a row of each position."
             message = (
-                f"{self._at(-1, kind)} has shape {self._kinds[kind][-1].shape}, more than one number for each row, "
-                f"so it is no mask. The rows are those of {rows}{fix}"
+                f"{self._at(-1, number)} has shape {kind.looks[-1].shape}, more than one number for each row, "
+                f"so it is no mask. The rows are those of {kind.rows}{fix}"
             )
             raise AlignmentError(message)
         return found
 
-    def _counts(self, answers: Tensor, leads: list[Shape], many: Tensor) -> Tensor:
-        """How many numbers each call has of a mask that is a tensor: one for each row, or for each sample."""
-        samples = self._of_calls([rows[0] for rows in leads])
-        total, total_samples = int(many.sum()), int(samples.sum())
-        shape, inner = tuple(answers.shape), {rows[1:] for rows in leads}
-        if shape == (total,) or (len(inner) == 1 and shape == (total_samples, *inner.pop())):
-            return many
-        if shape == (total_samples,):
-            return samples
+    def _place(self, number: int, column: int, reading: Reading, width: int) -> _Place:
+        """Where the rows of a layer are in the steps of a kind."""
+        kind = self._kinds[number]
+        of_step = math.prod(kind.rows[1:])
+        rows = self._rows(kind, column)
+        if rows is kind.rows:
+            return _Place(reading.repeat, max(1, of_step // reading.repeat) * width, 0)
+        of_pass = math.prod(rows[1:])
+        if reading.repeat >= of_pass:  # one row for each sample
+            return _Place(max(1, of_step), width, 0)
+        of_token = math.prod(rows[2:]) // reading.repeat
+        return _Place(reading.repeat, of_pass // reading.repeat * width, of_token * width)
+
+    def _is_of_samples(self, answers: Tensor) -> bool:
+        """Whether a mask that is a tensor has a number for each sample, rather than for each row."""
+        joint, shape = self._joint, tuple(answers.shape)
+        total, samples = int(joint.rows.sum()), int(joint.origins_samples.sum())
+        if shape == (total,) or (shape == (samples, *shape[1:]) and shape[1:] == joint.same_rows()):
+            return False
+        if shape == (samples,):
+            return True
         message = (
             f"{self._call}: the mask is a tensor of shape {shape}, and there are {total} rows. It needs one number "
             "for each, in the order of the rows."
@@ -156,7 +244,7 @@ class _Cut:
         return f"{self._call}: {self._layers[column].at(first)}"
 
     def _check_dimensions(self) -> None:
-        for kind, looks in enumerate(self._kinds):
+        for kind, (looks, *_) in enumerate(self._kinds):
             for column, look in enumerate(looks):
                 if not look.shape:
                     message = (
@@ -178,14 +266,14 @@ class _Cut:
                         f"{first.shape}. Rows of different shapes make no batch: {fix}."
                     )
                     raise AlignmentError(message)
-                dtype, before = self._kinds[kind][column].dtype, self._kinds[0][column].dtype
+                dtype, before = (self._kinds[at].looks[column].dtype for at in (kind, 0))
                 if dtype != before:
                     message = f"{self._at(column, kind)} is of {dtype}, and the calls before it of {before}. Record with dtype=."
                     raise AlignmentError(message)
 
     def _ambiguous(self, column: int, rows: Shape, takes: list[int]) -> AlignmentError:
         """The shapes fit two readings, in all calls."""
-        look, said = self._kinds[0][column], []
+        look, said = self._kinds[0].looks[column], []
         for taken in takes:
             shape = (read(look.shape, rows, taken) or Reading((), 1)).shape
             what = f"rows of shape {shape}" if shape else "one number for each row"
@@ -198,11 +286,22 @@ class _Cut:
         )
         return AlignmentError(message)
 
-    def _unequal(self, column: int, kind: int, rows: Shape) -> AlignmentError:
+    def _unequal(self, column: int, number: int, rows: Shape) -> AlignmentError:
         """The rows of a layer are not those of the others."""
-        shape, dtype = self._kinds[kind][column]
+        kind = self._kinds[number]
+        shape, dtype = kind.looks[column]
+        others = f"as in {self._layers[0].title} of shape {kind.looks[0].shape}"
+        if kind.whole[column]:
+            others = "those of the pass joined"
         if not self._flatten:
             fix = "Record with a transform that gives every layer one row for each sample."
+        elif kind.whole[column] and shape[1:2] == (rows[1] + 1,):
+            fix = "The last token that generate() returns was not run: add all but it, ids[:, :-1], say."
+        elif shape[0] and shape[0] < rows[0] and rows[0] % shape[0] == 0:
+            fix = (
+                f"Each sample was run {rows[0] // shape[0]} times, as in a search with beams? Repeat it where it is added: "
+                f"repeat_interleave({rows[0] // shape[0]}, 0)."
+            )
         elif 1 < len(shape) <= len(rows) and not has_width(dtype):
             ones = (shape[0], *[1] * (len(rows) - 1), *shape[1:])
             fix = (
@@ -211,8 +310,21 @@ class _Cut:
             )
         else:
             fix = "Its first dimensions have to be the same."
+        message = f"{self._at(column, number)} has shape {shape}, and the rows are those of {rows}, {others}. {fix}"
+        return AlignmentError(message)
+
+    def _not_joined(self) -> AlignmentError:
+        """A layer has one call in a pass, and the calls of the others are not joined."""
+        passes, whole = self._steps.passes, self._steps.whole
+        step = int(whole.any(0).nonzero()[0, 0])
+        column = int(whole[:, step].nonzero()[0, 0])
+        other = int((~whole[:, step]).nonzero()[0, 0])
+        steps = (passes == passes[step]).nonzero()[:, 0].tolist()
+        calls = self._layers[other]
+        shapes = [calls.looks[look].shape for look in calls.places[steps, 0].tolist()]
         message = (
-            f"{self._at(column, kind)} has shape {shape}, and the rows are those of {rows}, as in "
-            f"{self._layers[0].title} of shape {self._kinds[kind][0].shape}. {fix}"
+            f"{self._call}: {self._layers[column].at(step)} is the only one of its pass, in which {calls.title} has calls of "
+            f"the shapes {', '.join(map(str, shapes[:3]))}{', ...' * (len(shapes) > 3)}. They cannot be joined along the "  # noqa: PLR2004
+            "tokens, dimension 1. Take one call of each pass (nth=0), or add a value for each call."
         )
         return AlignmentError(message)

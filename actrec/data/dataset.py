@@ -11,8 +11,9 @@ from typing_extensions import override
 
 from actrec._text import count
 
-from .align import table
+from .align import Options, table
 from .kept import Kept
+from .origins import Where
 from .sources import Files
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from actrec._recordings.recording import Recording
 
-    from .align import Table
+    from .align import Mask, Passes, Table
     from .selecting import Selector
 
 __all__ = ["Rows", "rows"]
@@ -33,8 +34,10 @@ def rows(
     recording: Recording[Any],
     *layers: Selector,
     flatten: bool = False,
-    mask: Selector | Tensor | None = None,
+    mask: Mask | None = None,
+    last: bool = False,
     nth: int | None = None,
+    passes: Passes = "all",
 ) -> Rows:
     """Return the rows of some layers as a dataset: each sample of each call is an item.
 
@@ -59,12 +62,38 @@ def rows(
     torch.Size([4, 3]) tensor([4, 5, 6, 7])
     torch.Size([2, 3]) tensor([8, 9])
 
-    Rows are numbered as ``acts[name].cat()`` has them: in the order of the passes, and within a pass of the
-    ranks. Passes that raised are left out (``acts.failed_passes``). To go through a large recording in random order,
-    :func:`shuffled` is many times faster.
+    Rows are numbered in the order of the passes, within a pass of the ranks: as ``acts[name].cat()`` has them. Passes that
+    raised are left out (``acts.failed_passes``). To go through a large recording in random order, :func:`shuffled` is many
+    times faster.
+
+    Where each position is a row, the calls of a layer in one pass or unit, such as a prompt and the tokens that
+    ``generate()`` adds to it one by one, are joined along the tokens, dimension 1: the rows are those of the first sample, in all
+    calls, then those of the second. What was added once for all of them lies beside, such as token ids ``(batch, all tokens)``:
+
+    >>> steps = torch.randn(2, 5, 4), torch.randn(2, 1, 4), torch.randn(2, 1, 4)
+    >>> class Generator(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.layer = torch.nn.Linear(4, 3)
+    ...     def forward(self, steps):
+    ...         return [self.layer(step) for step in steps]
+    >>> model = Generator()
+    >>> with record(model, "layer") as acts:
+    ...     output = model(steps)
+    ...     acts.add("mask", torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]))  # of the prompts
+    >>> dataset = rows(acts, "layer", flatten=True, mask="mask")
+    >>> len(dataset), dataset.where(3)
+    (12, Where(unit=0, sample=0, position=5))
+    >>> torch.equal(dataset[3], acts["layer"][1][0, 0])
+    True
+
+    Calls that cannot be joined, or that have a label of each sample beside each of them, as micro-batches do, are batches of
+    their own, and follow each other. Layers are aligned by the keys of their units, where all of them have units, else by the
+    numbers of their passes.
 
     A layer is named, or given, such as ``acts.inputs["mlp"]``. Where a call returns several tensors, a tuple
-    says which: ``("lstm", 0)``. With one layer an item is a tensor, with several a tuple in their order.
+    says which: ``("lstm", 0)``. With one layer an item is a tensor, with several a tuple in their order. The names ``"unit"``, ``"sample"`` and ``"position"``
+    are columns as well, unless something was recorded under them: see :meth:`Rows.where`.
 
     Args:
         recording: In memory or stored.
@@ -75,11 +104,17 @@ def rows(
             for each row. ``(batch * tokens, experts)``, as mixtures of experts return it, has the same rows. What the
             shapes do not tell, such as floating-point numbers ``(batch, tokens)`` where all calls have as many tokens,
             is an error that says which shape would: ``(batch, tokens, 1)`` or ``(batch, 1, tokens)``.
-        mask: An added value or a layer, one number for each row; rows where it is 0 are left out. An
-            attention mask leaves out padding: ``flatten=True, mask="attention_mask"``. Or a tensor with one number for
-            each row of all calls.
+        mask: Which positions count; the others, such as padding on either side, are left out. An added value or a layer, one
+            number for each row, 0 where it is left out: ``flatten=True, mask="attention_mask"``. It may be
+            longer than the tokens of its call, as that of a step with a cache is: the last columns count. That of a prompt
+            alone leaves in what is generated after it. Or a function that makes a mask
+            ``(batch, tokens)`` of what is stored of a pass: ``mask=lambda values: values["ids"] != 0``. Or a tensor with one
+            number for each row of all calls.
+        last: A row for each sample instead: its last position, or the last that the mask leaves in. A sample of which nothing
+            is left in has no row.
         nth: Of layers that are called several times in a pass, such as a ReLU that is used twice in a block, take one
             call of each pass: 0 the first, -1 the last, as :meth:`actrec.Layer.nth` does.
+        passes: With ``"common"``, passes in which one of the layers was not called are left out. Otherwise they are an error.
 
     Returns:
         A map-style dataset.
@@ -89,7 +124,8 @@ def rows(
             dtype, or values are no tensors.
         OptionError: a layer or ``nth`` says nothing that there is.
     """
-    return Rows(table("rows", recording, layers, flatten=flatten, mask=mask, nth=nth))
+    options = Options(flatten=flatten, mask=mask, nth=nth, passes=passes, last=last)
+    return Rows(table("rows", recording, layers, options))
 
 
 class Rows(Dataset[Any]):
@@ -107,6 +143,7 @@ class Rows(Dataset[Any]):
     def __init__(self, source: Table) -> None:
         self._columns = source.columns
         self._raised = source.raised
+        self._where = source.where
         with Files() as files:
             self._kept = None if source.mask is None else Kept(source.mask, _BLOCK, files)
         self._len = len(source if self._kept is None else self._kept)
@@ -116,20 +153,13 @@ class Rows(Dataset[Any]):
 
     @override
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Any:
-        if isinstance(index, slice):
-            return self._as_item(self._range(range(self._len)[index]))
-        if isinstance(index, int):
-            if not -self._len <= index < self._len:
-                raise self._outside(index)
-            number = index % self._len
-            return self._as_item([part[0] for part in self._range(range(number, number + 1))])
-        numbers = self._numbers(index)
-        found = self._take(self._checked(numbers.view(-1)))
-        return self._as_item(found if numbers.dim() else [column[0] for column in found])
+        wanted, is_one = self._wanted(index)
+        found = self._range(wanted) if isinstance(wanted, range) else self._take(wanted)
+        return self._as_item([column[0] for column in found] if is_one else found)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         found = self._take(self._checked(torch.as_tensor(indices, dtype=torch.int64, device="cpu")))
-        parts = [column.unbind() for column in found]
+        parts = [[*column] for column in found]
         return list(parts[0] if len(parts) == 1 else zip(*parts, strict=True))
 
     @override
@@ -139,6 +169,67 @@ class Rows(Dataset[Any]):
         )
         left_out = f", without {count(self._raised, 'pass')} that raised" if self._raised else ""
         return f"{self._len} rows of {each}{left_out}"
+
+    def where(self, index: int | slice | Sequence[int] | Tensor) -> Where:
+        """Return where rows come from: which unit, which sample of its batch, and which position in that sample.
+
+        >>> import torch
+        >>> from actrec import record
+        >>> from actrec.data import rows
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     for batch in torch.randn(2, 5, 7, 4):  # 2 batches of 5 sentences of 7 tokens
+        ...         output = model(batch)
+        >>> dataset = rows(acts, "", flatten=True)
+        >>> unit, sample, position = dataset.where(36)
+        >>> unit, sample, position
+        (1, 0, 1)
+        >>> torch.equal(dataset[36], acts[""][unit][sample, position])
+        True
+        >>> dataset.where([0, 69]).position
+        tensor([0, 6])
+
+        It is computed from the numbers of the rows; of the layers nothing is read. The same as columns:
+        ``rows(acts, "", "unit", "sample", "position", flatten=True)``.
+
+        Args:
+            index: the number of a row, or of several, as for ``dataset[index]``.
+
+        Returns:
+            A named tuple ``(unit, sample, position)``. For a row three numbers, for several three tensors ``(rows,)``. ``unit`` is
+            the key of the unit (of several rows a list, where keys are strings); without units the number of the pass.
+            ``position`` counts the positions as they were recorded, padding included, over all calls of the pass; with
+            further dimensions, such as heads, over these as well. Where a row is a sample, it is 0.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        wanted, is_one = self._wanted(index)
+        numbers = (
+            torch.tensor(wanted, dtype=torch.int64, device="cpu")
+            if isinstance(wanted, range)
+            else wanted
+        )
+        if self._kept is not None:
+            with Files() as files:
+                numbers = self._kept.located(numbers, files)
+        passes, sample, position = self._where.of(numbers)
+        units = self._where.names(passes)
+        if not is_one:
+            return Where(units, sample, position)
+        (unit,) = units.tolist() if isinstance(units, Tensor) else units
+        return Where(unit, sample.item(), position.item())
+
+    def _wanted(self, index: int | slice | Sequence[int] | Tensor) -> tuple[range | Tensor, bool]:
+        """The numbers of the rows that are asked for, and whether it is one."""
+        if isinstance(index, slice):
+            return range(self._len)[index], False
+        if isinstance(index, int):
+            if not -self._len <= index < self._len:
+                raise self._outside(index)
+            return range(index % self._len, index % self._len + 1), True
+        numbers = self._numbers(index)
+        return self._checked(numbers.view(-1)), not numbers.dim()
 
     def _numbers(self, index: Any) -> Tensor:
         """The numbers that are asked for: as such, or by one answer for each row."""

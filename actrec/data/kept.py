@@ -53,4 +53,5 @@ class Kept:
     def _kept(self, first: int, many: int, files: Files) -> Tensor:
         rows = self._mask.empty(min(many, len(self._mask) - first))
         self._mask.read(first, rows, files)
-        return self._mask.dressed(rows) != 0
+        answers: Tensor = self._mask.dressed(rows)
+        return answers != 0

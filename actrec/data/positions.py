@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .calls import Look
     from .sources import Shape
 
-__all__ = ["MERGED", "Reading", "has_width", "lead", "read", "readings"]
+__all__ = ["MERGED", "Reading", "has_width", "lead", "positions", "read", "readings"]
 
 #: Reads a layer whose first dimension is all positions, as mixtures of experts have it: ``(batch * tokens, experts)``.
 MERGED: Final = 0
@@ -32,18 +32,16 @@ def has_width(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def lead(layers: Sequence[Look], mask: Shape | None) -> Shape:
-    """Return the dimensions whose positions are the rows: those of the layer that has most, or of the mask."""
-    found = [_positions(*layer) for layer in layers]
+def lead(layers: Sequence[Look]) -> Shape:
+    """Return the dimensions whose positions are the rows: those of the layer that has most."""
+    found = [positions(*layer) for layer in layers]
     most = max(map(len, found))
-    if most == 1 and mask is not None and len(mask) > 1:
-        return mask
     sizes = zip(*(shape for shape in found if len(shape) == most), strict=True)
     return tuple(next((size for size in column if size != 1), 1) for column in sizes)
 
 
-def _positions(shape: Shape, dtype: torch.dtype) -> Shape:
-    """The dimensions of a layer that are positions if it is flattened."""
+def positions(shape: Shape, dtype: torch.dtype) -> Shape:
+    """Return the dimensions of a layer that are positions if it is flattened."""
     alone = len(shape) == 1 or (len(shape) == 2 and not has_width(dtype))  # noqa: PLR2004
     return shape if alone else shape[:-1]
 

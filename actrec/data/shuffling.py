@@ -16,7 +16,7 @@ from actrec.errors import OptionError, ResumeError
 from actrec.store.rank import placed
 
 from .ahead import ahead
-from .align import table
+from .align import Options, table
 from .kept import Kept
 from .order import Order
 from .sources import Files
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from actrec._recordings.recording import Recording
 
-    from .align import Table
+    from .align import Mask, Passes, Table
     from .selecting import Selector
 
 __all__ = ["Shuffled", "shuffled"]
@@ -51,8 +51,10 @@ def shuffled(
     seed: int = 0,
     buffer: int = _BUFFER,
     flatten: bool = False,
-    mask: Selector | Tensor | None = None,
+    mask: Mask | None = None,
+    last: bool = False,
     nth: int | None = None,
+    passes: Passes = "all",
     drop_last: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
@@ -92,7 +94,9 @@ def shuffled(
             The more it is, the better rows are mixed.
         flatten: A row for each position, as in :func:`rows`.
         mask: What says which rows to leave out, as in :func:`rows`. It is read once when this is called.
+        last: The last position of each sample, as in :func:`rows`.
         nth: Which call of each pass, as in :func:`rows`.
+        passes: Whether passes are left out that a layer does not have, as in :func:`rows`.
         drop_last: Leave out what does not fill a batch. All ranks then have the same number of batches.
         rank: Which part of the rows, of ``world_size``. By default as ``torch.distributed`` says if it is
             initialised, or the variables ``RANK`` and ``WORLD_SIZE`` of ``torchrun``.
@@ -107,9 +111,8 @@ def shuffled(
     """
     rank, world_size = _place(rank, world_size)
     _check(batch_size=batch_size, buffer=buffer)
-    found = table(
-        "shuffled", recording, layers, flatten=flatten, mask=mask, nth=nth, as_stored=True
-    )
+    options = Options(flatten=flatten, mask=mask, nth=nth, passes=passes, last=last)
+    found = table("shuffled", recording, layers, options, as_stored=True)
     width = sum(column.width for column in found.columns)
     block = max(1, min(_MEBI, buffer // _BLOCKS) // max(1, width))
     with Files() as files:

@@ -1,0 +1,260 @@
+"""The steps of a pass, such as a prompt and what is generated after it: joined along the tokens, or batches of their own.
+
+Shapes alone, no data.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from actrec._recordings.covering import first_columns
+
+from .origins import Origins
+from .positions import lead, positions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .calls import Look
+    from .sources import Shape
+    from .steps import Steps
+
+__all__ = ["Covered", "Joint", "Lines", "covered", "is_joined", "leads"]
+
+
+def leads(looks: list[list[Look]], whole: list[Sequence[bool]], *, masked: bool) -> list[Shape]:
+    """Return the positions that are the rows of a step, for steps of different looks."""
+    found, samples = [], []
+    for one, marks in zip(looks, whole, strict=True):
+        layers = [look for look, mark in zip(one, marks, strict=True) if not mark]
+        own = layers[:-1] if masked and not marks[-1] and len(layers) > 1 else layers
+        found.append(lead(own))
+        # What else tells how many samples there are: the mask, or what has all tokens of the pass.
+        beside = [one[-1].shape] if masked else []
+        beside += [positions(*look) for look, mark in zip(one, marks, strict=True) if mark]
+        samples.append(next((shape for shape in beside if len(shape) > 1), None))
+    pairs = list(zip(found, samples, strict=True))
+    # A layer is (batch * tokens, experts), in all its calls, or a vector of each sample.
+    is_merged = any(_is_merged(*pair) for pair in pairs) or any(map(any, whole))
+    return [
+        rows if shape is None or len(rows) > 1 else _split(rows[0], shape, is_merged=is_merged)
+        for rows, shape in pairs
+    ]
+
+
+def _is_merged(rows: Shape, shape: Shape | None) -> bool:
+    if shape is None or len(rows) > 1:
+        return False
+    return shape[0] != 0 and rows[0] != shape[0] and rows[0] % shape[0] == 0
+
+
+def _split(rows: int, shape: Shape, *, is_merged: bool) -> Shape:
+    """The samples and tokens of a layer ``(batch * tokens, ...)`` beside ``(batch, more tokens)``."""
+    is_other = len(shape) != 2 or not is_merged or not shape[0] or rows % shape[0]  # noqa: PLR2004
+    return shape if is_other else (shape[0], rows // shape[0])
+
+
+def is_joined(
+    steps: Steps,
+    looks: list[list[Look]],
+    whole: list[Sequence[bool]],
+    rows: list[Shape],
+    look_of: list[int],
+) -> bool:
+    """Whether the steps of each pass go on with the same samples."""
+    of = torch.tensor(look_of, device="cpu")
+    order, firsts = steps.by_pass
+    heads = order[firsts]  # of each pass, its first step
+    several = torch.bincount(steps.passes)[steps.passes] > 1
+    used = torch.unique(of[several]).tolist()
+    if any(len(rows[look]) == 1 for look in used):
+        return False
+    samples = torch.tensor([one[0] for one in rows], device="cpu")[of]
+    inner: dict[Shape, int] = {}
+    inners = torch.tensor([inner.setdefault(one[2:], len(inner)) for one in rows], device="cpu")[of]
+    for sizes in (samples, inners):
+        if bool((sizes != sizes[heads][steps.passes]).any()):
+            return False
+    # A label beside each of several steps: they are batches of their own, unless a step goes on with one token.
+    is_later = several.clone()
+    is_later[heads] = False
+    later = torch.unique(of[is_later]).tolist()
+    is_labelled = any(
+        look.shape == rows[at][:1] and not mark
+        for at in used
+        for look, mark in zip(looks[at], whole[at], strict=True)
+    )
+    return not (is_labelled and any(rows[look][1] > 1 for look in later))
+
+
+class Lines(NamedTuple):
+    """Rows that lie behind each other in each layer: those of a step, or of one sample of it."""
+
+    step: Tensor
+    sample: Tensor  #: the first one, in the step
+    rows: Tensor
+
+
+class Joint:
+    """The rows of steps, and how those of a pass follow each other."""
+
+    def __init__(
+        self, steps: Steps, rows: list[Shape], look_of: list[int], *, is_joined: bool
+    ) -> None:
+        self._steps = steps
+        self._rows = rows
+        self._look_of = look_of
+        self.is_joined = is_joined
+        sizes = [
+            (one[0], *one[1:2], math.prod(one[2:])) if len(one) > 1 else (one[0], 1, 1)
+            for one in rows
+        ]
+        of = torch.tensor(look_of, dtype=torch.int64, device="cpu")
+        self.samples, self.tokens, self._inner = torch.tensor(sizes, device="cpu")[of].unbind(1)
+        self.rows = self.samples * self.tokens * self._inner  #: of each step
+        none = torch.zeros_like(of)
+        self.before = (
+            self._before(self.tokens) if is_joined else none
+        )  #: tokens of its pass, and sample
+        self._first = none if is_joined else self._before(self.samples)
+
+    def rows_of_passes(self) -> list[Shape]:
+        """The positions that are the rows of the pass of each step."""
+        tokens = self._of_passes(self.tokens)[self._steps.passes].tolist()
+        rows = (self._rows[look] for look in self._look_of)
+        return [(one[0], many, *one[2:]) for one, many in zip(rows, tokens, strict=True)]
+
+    @cached_property
+    def origins_samples(self) -> Tensor:
+        """How many samples each pass has."""
+        if not self.is_joined:
+            return self._of_passes(self.samples)
+        order, firsts = self._steps.by_pass
+        return self.samples[order[firsts]]
+
+    def same_rows(self) -> Shape | None:
+        """The positions of a sample, if all have the same."""
+        tokens = self._of_passes(self.tokens) if self.is_joined else self.tokens
+        inner = {one[2:] for one in self._rows}
+        if len(set(tokens.tolist())) > 1 or len(inner) > 1:
+            return None
+        return (*tokens[:1].tolist(), *inner.pop()) if len(self._rows[0]) > 1 else ()
+
+    def lines(self, is_apart: Tensor) -> Lines:
+        """Cut the steps into lines: where they are joined, or their samples lie apart, one for each sample."""
+        alone = is_apart
+        if self.is_joined:
+            alone = alone | (torch.bincount(self._steps.passes)[self._steps.passes] > 1)
+            # Of a pass all steps, or none.
+        counts = torch.where(alone, self.samples, 1)
+        step = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
+        sample = torch.arange(len(step), device="cpu") - (counts.cumsum(0) - counts)[step]
+        if self.is_joined:
+            order = sample.argsort(stable=True)
+            order = order[self._steps.passes[step][order].argsort(stable=True)]
+            step, sample = step[order], sample[order]
+        of_sample = self.tokens * self._inner
+        rows = torch.where(alone, of_sample, of_sample * self.samples)[step]
+        return Lines(step, sample, rows)
+
+    def origins(self, lines: Lines) -> Origins:
+        """Where the rows of lines come from."""
+        step = lines.step
+        of_sample = (self.tokens * self._inner)[step].clamp(min=1)
+        columns = [
+            lines.rows,
+            self._steps.passes[step],
+            self._first[step] + lines.sample,
+            (self.before * self._inner)[step],
+            of_sample,
+            lines.rows.clamp(min=1),
+        ]
+        return Origins(torch.stack(columns, 1), self._steps.names, self.origins_samples)
+
+    def answers(self, lines: Lines, is_of_samples: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001
+        """Where the answers of a tensor begin for each line, and how many rows have the same."""
+        if not is_of_samples:
+            return lines.rows.cumsum(0) - lines.rows, torch.ones_like(lines.rows)
+        first = self.origins_samples.cumsum(0) - self.origins_samples
+        step = lines.step
+        begin = first[self._steps.passes[step]] + self._first[step] + lines.sample
+        return begin, (self.tokens * self._inner)[step].clamp(min=1)
+
+    def _of_passes(self, of_steps: Tensor) -> Tensor:
+        """The sum over the steps of each pass."""
+        sums = torch.zeros(len(self._steps.names), dtype=torch.int64, device="cpu")
+        return sums.index_add_(0, self._steps.passes, of_steps)
+
+    def _before(self, of_steps: Tensor) -> Tensor:
+        """The sum over the steps of the same pass before each step."""
+        if not self._steps.tells:
+            return torch.zeros_like(of_steps)
+        order, firsts = self._steps.by_pass
+        sums = of_steps[order].cumsum(0) - of_steps[order]
+        found = torch.empty_like(sums)
+        found[order] = sums - sums[firsts][self._steps.passes[order]]
+        return found
+
+
+class Covered(NamedTuple):
+    """Which columns of a mask are those of each step."""
+
+    is_covered: (
+        Tensor  #: whether it has a column for each token of the step, or its tokens all count
+    )
+    is_all: Tensor  #: whether all tokens of the step count, without being asked for
+    is_apart: Tensor  #: whether the samples lie apart in the mask
+    first: Tensor  #: the column of the first token
+    columns: Tensor
+
+
+def covered(steps: Steps, joint: Joint, masks: list[Shape], look_of: list[int]) -> Covered:
+    """Find the columns of a mask, ``(batch, columns)`` in its call, that are those of each step."""
+    none = torch.zeros(len(look_of), dtype=torch.int64, device="cpu")
+    found = Covered(none.bool(), none.bool(), none.bool(), none.clone(), none)
+    of = torch.tensor(look_of, dtype=torch.int64, device="cpu")
+    sizes = [shape if len(shape) == 2 else (-1, 0) for shape in masks]  # noqa: PLR2004
+    if not sizes or not look_of:
+        return found
+    samples, columns = torch.tensor(sizes, device="cpu")[of].unbind(1)
+    found = found._replace(columns=columns)
+    is_whole = steps.whole[-1]
+    asks = (samples == joint.samples) & (is_whole | (columns != joint.tokens))
+    if not bool(asks.any()):
+        return found
+    firsts_of = cache(first_columns)
+    groups = (
+        _steps_of_passes(steps) if joint.is_joined else [[step] for step in range(len(look_of))]
+    )
+    asked, tokens, many, whole = (
+        asks.tolist(),
+        joint.tokens.tolist(),
+        columns.tolist(),
+        is_whole.tolist(),
+    )
+    for group in groups:
+        if not any(asked[step] for step in group):
+            continue
+        mine = group[:1] if whole[group[0]] else group
+        firsts = firsts_of(
+            tuple(many[step] for step in mine), tuple(tokens[step] for step in group)
+        )
+        if firsts is None:
+            continue  # which is an error, where the mask is read
+        for step, first in zip(group, firsts, strict=True):
+            found.is_covered[step] = True
+            found.is_all[step] = first is None
+            found.first[step] = first or 0
+    found.is_apart[:] = found.is_covered & ~found.is_all & (columns != joint.tokens)
+    return found
+
+
+def _steps_of_passes(steps: Steps) -> list[list[int]]:
+    """The steps of each pass, in their order."""
+    order, _ = steps.by_pass
+    return [part.tolist() for part in torch.split(order, torch.bincount(steps.passes).tolist())]
