@@ -23,6 +23,7 @@ from actrec._recordings.stats import Stats
 from actrec._text import own_version
 from actrec._values.stand_ins import Opaque
 
+from ._layers import Layers, layers
 from ._record import record
 from .errors import (
     ActrecError,
@@ -67,6 +68,7 @@ __all__ = [
     "IncompleteLayerWarning",
     "JoinError",
     "Layer",
+    "Layers",
     "MissingGradientWarning",
     "Opaque",
     "OptionError",
@@ -86,6 +88,7 @@ __all__ = [
     "UnusedLayerWarning",
     "WriteError",
     "compare",
+    "layers",
     "load",
     "record",
     "save",

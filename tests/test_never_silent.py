@@ -101,10 +101,68 @@ def test_the_projection_inside_attention_is_explained(train: bool) -> None:
             UnusedLayerWarning,
             match=r"'self_attn.out_proj': nn.MultiheadAttention uses its weights",
         ),
-        record(model) as acts,
+        record(model, [None, "self_attn.out_proj"]) as acts,
     ):
         model(X[None])
     assert len(acts["linear1"]) == 1, "recording turns the fused path off"
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_attention_is_recorded_in_place_of_the_projection_that_nobody_chose(
+    train: bool,
+) -> None:
+    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).train(train)
+    with record(model) as acts:
+        model(X[None])
+    assert "self_attn.out_proj" not in acts
+    assert len(acts["self_attn"]) == 1
+
+
+def test_layers_without_weights_that_nobody_chose_are_said_by_the_table_alone() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.dropout = nn.Dropout()
+            self.pool = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x)
+
+    model = Spare()
+    with (
+        pytest.warns(UnusedLayerWarning, match="of 1 of 3 layers.*\n.*'pool'"),
+        record(model) as acts,
+    ):
+        model(X)
+    assert len(acts["dropout"]) == 0
+    assert "never called" in repr(acts).splitlines()[3]
+    del model.pool
+    with record(model):
+        model(X)
+    for query in (nn.Dropout, [None, "dropout"]):
+        with pytest.warns(UnusedLayerWarning, match="'dropout'"), record(model, query):
+            model(X)
+    with pytest.warns(UnusedLayerWarning, match="was not called inside"), record(model):
+        pass
+    with (
+        pytest.warns(UnusedLayerWarning, match="the transform returned None"),
+        record(model, transform=lambda _: None),
+    ):
+        model(X)
+
+
+def test_numbered_layers_with_one_cause_are_one_name() -> None:
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(12)])
+    outer = nn.ModuleDict({"h": model, "head": nn.Linear(4, 4)})
+    outer.forward = outer["head"].__call__  # type: ignore[method-assign]
+    with (
+        pytest.warns(
+            UnusedLayerWarning, match=r"of 12 of 13 layers.*\n  'h\.\*': it was never called"
+        ),
+        record(outer),
+    ):
+        outer(X)
 
 
 def test_the_fast_path_is_left_and_the_numbers_are_the_same() -> None:
@@ -131,7 +189,7 @@ def test_dropout_inside_fused_attention_is_explained() -> None:
     model = Attention()
     with (
         pytest.warns(UnusedLayerWarning, match="attention often does its dropout itself, fused"),
-        record(model),
+        record(model, nn.Dropout),
     ):
         model(X[None])
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from actrec._text import listed
+from actrec._text import folded, listed
 from actrec._torch import DROPOUTS
 from actrec._values.spec import tensors
 from actrec.errors import (
@@ -99,8 +99,12 @@ def _warn_unused(model: nn.Module, tracks: _Tracks, stacklevel: int) -> None:
     if not unused:
         return
     there = {id(module) for module in model.modules()}
-    causes = {key: _cause(there, *item) for key, item in unused.items()}
+    causes = {
+        key: _cause(there, *item) for key, item in unused.items() if not _nobody_chose(there, *item)
+    }
     if any(track.session.passes.count or track.unrecorded.total() for _, track in tracks.values()):
+        if not causes:
+            return
         message = _explained("nothing was recorded of", causes, model, tracks)
     else:
         message = (
@@ -108,6 +112,16 @@ def _warn_unused(model: nn.Module, tracks: _Tracks, stacklevel: int) -> None:
             f" {_why(tracks)}"
         )
     warnings.warn(message, UnusedLayerWarning, stacklevel=stacklevel + 1)
+
+
+def _nobody_chose(there: Collection[int], choice: Choice, track: Track) -> bool:
+    """Whether a layer without weights that was not called is only one of all leaves: the table says that it was not.
+
+    Such as the dropouts of an attention that computes it in one function.
+    """
+    is_plain = choice.by_default and next(choice.module.parameters(), None) is None
+    was_there = id(choice.module) in there and not (track.called or track.error is not None)
+    return is_plain and was_there and _elsewhere(track) is None
 
 
 def _why(tracks: _Tracks) -> str:
@@ -183,7 +197,7 @@ def _explained(what: str, causes: dict[str, str], model: nn.Module, tracks: _Tra
     layers: dict[str, list[str]] = {}
     for key, cause in causes.items():
         layers.setdefault(cause, []).append(key)
-    lines = [f"  {listed(keys)}: {cause}." for cause, keys in layers.items()]
+    lines = [f"  {listed(folded(keys))}: {cause}." for cause, keys in layers.items()]
     return "\n".join([f"record(): {what} {many} of this {type(model).__name__}.", *lines])
 
 

@@ -150,14 +150,26 @@ def _by_module(model: Model, module: nn.Module) -> list[Name]:
 
 
 def _leaves(model: Model) -> list[Name]:
-    """Every leaf module with a forward; if a traced graph calls only some, the exit says which it did not."""
+    """Every leaf module with a forward; if a traced graph calls only some, the exit says which it did not.
+
+    In place of the projection of ``nn.MultiheadAttention``, which is never called, the attention.
+    """
     leaves = [name for name in model.names if _is_leaf(name) and not name.is_machinery]
     scripted = [name for name in leaves if isinstance(name.module, torch.jit.ScriptModule)]
     if scripted or all(why_not(model, name) for name in leaves):
         reasons = [reason for name in scripted or leaves if (reason := why_not(model, name))]
         message = f"record() cannot record every leaf module of this {model.type}: {next(iter(reasons), 'it has none')}, or choose layers."
         raise SelectionError(message)
-    return [name for name in leaves if is_called(name.module)]
+    return [_called(model, name) for name in leaves if is_called(name.module)]
+
+
+def _called(model: Model, leaf: Name) -> Name:
+    """A leaf, or in its place the module around it that uses its weights without calling it."""
+    front = leaf.full.rpartition(".")[0]
+    parent = model.by_full.get(front)  # none, where a segment has a dot in it
+    inside = isinstance(leaf.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    is_attention = parent is not None and isinstance(parent.module, nn.MultiheadAttention)
+    return parent if parent is not None and inside and is_attention else leaf
 
 
 def _is_leaf(name: Name) -> bool:

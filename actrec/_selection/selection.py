@@ -36,6 +36,9 @@ class Choice:
     module: nn.Module
     names: tuple[str, ...]  # everything else it may be called, with and without wrapper segments
     transforms: Mapping[What, Transform | None]  # of what is recorded of it
+    by_default: bool = (
+        False  # whether it is one of all leaf modules, and no other query asks for it
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,7 @@ def select(
             first.name.module,
             tuple(dict.fromkeys(n for claim in of_one.values() for n in claim.names(names))),
             {what: claim.transform for what, claim in of_one.items()},
+            by_default=all(claim.by_default for claim in of_one.values()),
         )
         for key, first, of_one in zip(keys, firsts, claims.values(), strict=True)
     )
@@ -184,12 +188,14 @@ class _Claim:
     spellings: list[str]  # how it was called, for messages and as further names
     is_spelled_out: bool
     transform: Transform | None
+    by_default: bool  # whether it was asked for only as one of all leaf modules
 
     def merge(self, other: _Claim) -> None:
         """Another query has selected the module, too.
 
         One that spells it out goes before a pattern; otherwise the first query counts.
         """
+        self.by_default = self.by_default and other.by_default
         both = self.is_spelled_out and other.is_spelled_out
         if both and self.transform is not other.transform:
             message = (
@@ -214,7 +220,7 @@ def _claims(model: Model, query: Query | None, transform: Transform | None) -> I
     is_spelled_out = spelled is not None or isinstance(query, nn.Module)
     for name in answer(model, query):
         spelling = name.short if spelled is None else spelled
-        yield _Claim(name, [spelling], is_spelled_out, transform)
+        yield _Claim(name, [spelling], is_spelled_out, transform, by_default=query is None)
 
 
 # --- Keys and parents ----------------------------------------------------------------------------------
