@@ -394,7 +394,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         for module, its_hooks in hooks.items():
             yield from ((module, hook) for hook in its_hooks)
         for module in parents:
-            yield module, Hook(Event.LEAVE, session, Caller.leaves)
+            yield module, Hook(Event.LEAVE, session, Session.leave)
         if session.stop is not None:
             for module in hooks:
                 yield module, Hook(Event.STOP, session, Session.may_stop)

@@ -271,7 +271,7 @@ def compiles_itself() -> bool:
 
 def is_compiler_loaded() -> bool:
     """Whether somebody has imported all of the compiler. Nobody waits for another thread that is importing it."""
-    return _of("torch._dynamo", "set_stance") is not None
+    return "torch._dynamo" in sys.modules and _of("torch._dynamo", "set_stance") is not None
 
 
 def stance() -> Any:

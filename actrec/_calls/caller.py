@@ -58,13 +58,6 @@ class Caller:
                 known.clear()
                 known.update(children_of(owner))
 
-    @staticmethod
-    def leaves(
-        session: Session, _: object, module: nn.Module, __: object, ___: object, output: Any
-    ) -> None:
-        """A call has ended."""
-        session.leave(module, output)
-
 
 def _look_for_replaced(session: Session, children: _Children, known: _Children) -> None:
     now = max(0, session.passes.count - 1)

@@ -50,10 +50,10 @@ class Capture:
     what: str = "call"  # for messages: what is captured, before its number
     offload: Offload | None = None  # moves values while the model goes on
     overflows: Overflows | None = None  # counts what does not fit into the dtype
-    _direct: bool = field(init=False)  # is_direct(), which never changes
+    direct: bool = field(init=False)  # is_direct(), which never changes
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_direct", self.is_direct())
+        object.__setattr__(self, "direct", self.is_direct())
 
     def is_direct(self) -> bool:
         """Whether a tensor on the CPU is kept just as it is."""
@@ -63,8 +63,6 @@ class Capture:
     def __call__(self, value: Value, call: int) -> Value:
         """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
         if self.transform is None:
-            if self._direct and type(value) is Tensor and value.is_cpu:  # the shortest way
-                return snapshot(value)
             return rebuild(value, self.keep)
         with unseen():
             value = self._transformed(self.transform, value, call)
@@ -91,7 +89,7 @@ class Capture:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Return one tensor snapshotted, moved and cast as asked."""
-        if self._direct and tensor.is_cpu:
+        if self.direct and tensor.is_cpu:  # the shortest way
             return snapshot(tensor)
         if tensor.is_cuda:
             refuse_graph_capture()

@@ -72,7 +72,7 @@ class _Call:
     spec: Spec  # of what it returned
     likes: list[_Like]  # for a transform: of the tensors that it returned
     #: Of a nested output, what has arrived, by the number of the tensor. Only the recording keeps it.
-    arrived: MutableMapping[int, Tensor]
+    arrived: MutableMapping[int, Tensor] | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -160,16 +160,15 @@ class Gradients:
         """
         found, spec = flatten(output)
         likes = [] if self.capture.transform is None else [*map(_Like.of, found)]
-        arrived: MutableMapping[int, Tensor] = (
-            {} if spec == TENSOR else weakref.WeakValueDictionary()
-        )
-        call = _Call(weakref.ref(self), -1, number, spec, likes, arrived)
+        call = _Call(weakref.ref(self), -1, number, spec, likes)
+        if spec is not TENSOR and spec != TENSOR:
+            call.arrived = weakref.WeakValueDictionary()
         if not self.alike:
             kept = output if self.capture.transform is None else None
-        self.layer.keep(rebuild(kept, lambda _: None), number)
+        self.layer.keep(None if type(kept) is Tensor else rebuild(kept, lambda _: None), number)
         if number in self.undecided:
             self._open.setdefault(number, []).append(call)
-        if not self._waiting(number):
+        if number not in self.undecided or not self._waiting(number):
             self._enter(call)
         return call
 
@@ -229,10 +228,12 @@ class Gradients:
             self._leaves.pop().hand_over()
 
     def _watch(self, output: Value, kept: Value, call: _Call) -> None:
-        found = {index: t for index, t in enumerate(tensors(output)) if _is_in_graph(t)}
-        for index, tensor in found.items():
+        found = [(at, t) for at, t in enumerate(tensors(output)) if _is_in_graph(t)]
+        for index, tensor in found:
             self.watched = True
-            view = View.of(tensor, found.values(), kept)
+            view = None
+            if base_of(tensor) is not None:
+                view = View.of(tensor, [other for _, other in found], kept)
             arrival = _Arrival(call, index, view)
             handle: RemovableHandle = tensor.register_hook(arrival)  # type: ignore[no-untyped-call]
             if view is not None:
@@ -273,7 +274,7 @@ class Gradients:
         if self.capture.transform is not None:
             return self._transformed(call, index, grad, known)
         new = self.capture.keep(grad)
-        if call.spec == TENSOR:
+        if call.arrived is None:
             return new if known is None else known + new
         call.arrived[index] = new = call.arrived[index] + new if index in call.arrived else new
         return call.spec.fill([call.arrived.get(at) for at in range(call.spec.count)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from actrec._values.containers import Value
 
     from .capture import Capture
+    from .passes import Passes
 
-__all__ = ["Inputs"]
+__all__ = ["Arrival", "Inputs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class _Parameters:
         return given
 
 
-class _Arrival(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Arrival:
     """A call that has begun and not ended yet."""
 
     number: int  # of its pass
@@ -69,7 +71,7 @@ class Inputs:
     calls: Layer[Any]
     capture: Capture
     _parameters: _Parameters
-    _stacks: dict[int, list[_Arrival]] = field(default_factory=dict)
+    _stacks: dict[int, list[Arrival]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module, calls: Layer[Any], capture: Capture) -> Inputs:
@@ -78,14 +80,15 @@ class Inputs:
 
     def take(
         self,
-        number: int,
+        passes: Passes,
+        module: nn.Module,
         call: int,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         *,
         is_late: bool,
     ) -> None:
-        """Call number ``call``, of pass ``number``, begins.
+        """Call number ``call``, one of ``module``, begins.
 
         If hooks that come behind ours may replace what it receives, ``is_late``.
         """
@@ -96,31 +99,33 @@ class Inputs:
         else:
             inputs = capture.received(self._parameters.named(args, kwargs), call)
         late = (args, _versions((args, kwargs))) if is_late else None
+        number = passes.number_of(module)
         stack = self._stacks.setdefault(get_ident(), [])
         if stack:  # calls of earlier passes that never ended have raised
             stack[:] = [earlier for earlier in stack if earlier.number == number]
-        stack.append(_Arrival(number, kwargs, inputs, late))
+        stack.append(Arrival(number, kwargs, inputs, late))
 
-    def pop(self, kwargs: object) -> _Arrival | None:
+    def pop(self, kwargs: object) -> Arrival | None:
         """The call with these ``kwargs`` ends; ``None`` if it began before it was hooked.
 
         A pre-hook that ran after ours may have replaced ``kwargs``: then it is the last call to begin.
         """
-        stack = self._stacks.get(get_ident(), [])
-        if stack and stack[-1].kwargs is kwargs:
+        stack = self._stacks.get(get_ident())
+        if not stack:
+            return None
+        if stack[-1].kwargs is kwargs:
             return stack.pop()
         same = [at for at, earlier in enumerate(stack) if earlier.kwargs is kwargs]
         at = same[-1] if same else len(stack) - 1
-        arrival = stack[at] if stack else None
-        del stack[max(at, 0) :]
+        arrival = stack[at]
+        del stack[at:]
         return arrival
 
     def received(
-        self, arrival: _Arrival, call: int, args: tuple[Any, ...], kwargs: Any
+        self, arrival: Arrival, call: int, args: tuple[Any, ...], kwargs: Any
     ) -> tuple[Value, bool]:
         """What the call received of hooks that may have replaced what ours was told, and whether that is sure."""
-        if arrival.late is None:
-            return arrival.inputs, True
+        assert arrival.late is not None  # noqa: S101  # or nobody would ask
         args_before, before = arrival.late
         now = _versions((args, kwargs))
         # Written to: by such a hook, or later, by forward.

@@ -20,11 +20,13 @@ from actrec._torch import (
     is_recomputing,
 )
 from actrec._values.constants import Constant
+from actrec._values.snapshot import snapshot
 from actrec._values.spec import flatten
 from actrec._values.stand_ins import Opaque
 from actrec.errors import CaptureError, TransformError, WriteError
 
 from .capture import SKIPPED
+from .clean_room import inside
 from .order import is_overtaken
 from .own_calls import comparing, is_own_call, is_symbolic, is_written_down
 
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from .capture import Capture
     from .gradients import Gradients
     from .hooks import Hook
-    from .inputs import Inputs
+    from .inputs import Arrival, Inputs
     from .session import Session
     from .units import Kept
 
@@ -73,6 +75,11 @@ class Track:
     has_tensors: bool = False  # whether one was in anything that was kept
     placeholder: Opaque | None = None  # the first one, in what was kept before
     error: str | None = None  # the first one that recording a call raised
+    _direct: bool = field(init=False)  # whether a tensor on the CPU is kept just as it is returned
+
+    def __post_init__(self) -> None:
+        plain = self.outputs is not None and self.capture.transform is None
+        self._direct = plain and self.capture.direct
 
     def runs_uncompiled(self) -> bool:
         """Whether a hook that the compiler has come across has to run, uncompiled."""
@@ -124,14 +131,15 @@ class Track:
     ) -> None:
         """A call begins: take what it receives, before it can change that."""
         session = self.session
-        if not (session.listens() and is_own_call()) or is_symbolic((*args, *kwargs.values())):
+        if not session.recording or (inside and not session.listens()) or not is_own_call():
+            return
+        is_tensor = len(args) == 1 and type(args[0]) is Tensor
+        if not (is_tensor and not kwargs) and is_symbolic((*args, *kwargs.values())):
             return
         assert self.inputs is not None  # noqa: S101  # or this hook would not be there
-        is_late = is_overtaken(hook, module)
+        is_late = RemovableHandle.next_id != hook.looked and is_overtaken(hook, module)
         try:
-            self.inputs.take(
-                session.passes.number_of(module), self.called, args, kwargs, is_late=is_late
-            )
+            self.inputs.take(session.passes, module, self.called, args, kwargs, is_late=is_late)
         except Exception as error:
             self._failed(error, self.called)
             raise
@@ -146,7 +154,7 @@ class Track:
     ) -> None:
         """A call has returned ``output``: keep it, and what the call had received."""
         session = self.session
-        if not session.listens():
+        if not session.recording or (inside and not session.listens()):
             self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
         elif backward_number() != -1:
             self._returns_in_backward(output)
@@ -158,28 +166,25 @@ class Track:
         else:
             if RemovableHandle.next_id != hook.looked and is_overtaken(hook, module):
                 self.overtaken += 1
-            if self.inputs is None:
+            arrival = None if self.inputs is None else self.inputs.pop(kwargs)
+            if arrival is None:  # no inputs are recorded, or the call began before it was hooked
                 self.keep(output, session.passes.number_of(module))
             else:
-                number, received = self._received(self.inputs, args, kwargs)
-                self.keep(
-                    output, session.passes.number_of(module) if number is None else number, received
-                )
+                received = arrival.inputs
+                if arrival.late is not None:
+                    received = self._received_late(arrival, args, kwargs)
+                self.keep(output, arrival.number, received)
 
-    def _received(
-        self, inputs: Inputs, args: tuple[Any, ...], kwargs: Any
-    ) -> tuple[int | None, Value]:
-        """What the call received, and its pass; ``None`` if it began before it was hooked."""
-        arrival = inputs.pop(kwargs)
-        if arrival is None:
-            return None, None
+    def _received_late(self, arrival: Arrival, args: tuple[Any, ...], kwargs: Any) -> Value:
+        """What a call received of hooks that may have replaced what ours was told."""
+        assert self.inputs is not None  # noqa: S101  # they are where the arrival comes from
         try:
-            received, is_sure = inputs.received(arrival, self.called, args, kwargs)
+            received, is_sure = self.inputs.received(arrival, self.called, args, kwargs)
         except Exception as error:
             self._failed(error, self.called)
             raise
         self.overtaken += not is_sure
-        return arrival.number, received
+        return received
 
     def _returns_in_backward(self, output: Value) -> None:
         """A call ran inside ``backward()``: one that was recorded before, run again, or another one."""
@@ -199,7 +204,10 @@ class Track:
         session = self.session
         place = None  # of the gradient
         try:
-            value = None if self.outputs is None else self.capture(output, call)
+            if self._direct and type(output) is Tensor and output.is_cpu:  # the shortest way
+                value = snapshot(output)
+            else:
+                value = None if self.outputs is None else self.capture(output, call)
             if value is not SKIPPED and received is not SKIPPED:
                 if not (self.kept and self.has_tensors):
                     self._look_at_first(self._first(output, value, received))

@@ -24,6 +24,8 @@ def is_overtaken(hook: Hook[Any], module: nn.Module) -> bool:
     hook.looked = RemovableHandle.next_id
     is_first = hook.event is Event.RECEIVE
     hooks = [*(forward_pre_hooks(module) if is_first else forward_hooks(module)).values()]
+    if hooks and hooks[-1] is hook:  # the shortest way
+        return False
     place = next((place for place, found in enumerate(hooks) if found is hook), len(hooks))
     if all(isinstance(other, Hook) for other in hooks[place:]):
         return False

@@ -134,7 +134,7 @@ class Passes(Count):
         if thread.calling and is_root and not _is_inside_itself([*thread.calling, id(module)]):
             self._close(thread, raised=True)
         if not thread.calling:
-            thread.handled = id(sys.exc_info()[1])
+            thread.handled = id(sys.exception())
             thread.opener, thread.is_root = weakref.ref(module), is_root
             with self._lock:  # so that no pass is counted and not open, as complete() would see it
                 thread.number = self._number(module)

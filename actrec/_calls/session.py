@@ -88,7 +88,7 @@ class Session:
 
     def enter(self, module: nn.Module, *, is_root: bool) -> bool:
         """A call of the root, or of a module on the way to a chosen layer, begins. Return whether it is recorded."""
-        if not (self.listens() and is_own_call()):
+        if not self.recording or (inside and not self.listens()) or not is_own_call():
             return False
         if is_root:
             self.eager.hold()
@@ -99,11 +99,11 @@ class Session:
             self.stop.enters(module)
         return True
 
-    def leave(self, module: nn.Module, output: object) -> None:
+    def leave(self, _: object, module: nn.Module, __: object, ___: object, output: object) -> None:
         """Such a call has ended, also by an exception."""
-        if not is_own_call() or (inside and depth() > self.depth):
+        if (inside and depth() > self.depth) or not is_own_call():
             return
-        error = sys.exc_info()[1]
+        error = sys.exception()
         try:
             if self.offload is not None and self.passes.opened_by(module):
                 self.offload.finish()  # before the pass counts as complete

@@ -45,9 +45,9 @@ def twin(tensor: Tensor) -> Tensor | None:
     # One of PyTorch's 700 operators cannot read shared memory: the backward of ctc_loss, of the losses
     # that it returned, one for each sample. So vectors are not shared.
     if (
-        tensor.dim() > 1
+        type(tensor) is Tensor
+        and tensor.dim() > 1
         and tensor.is_cpu
-        and type(tensor) is Tensor
         and lazy_clone is not None
         and not tensor.is_quantized
     ):
