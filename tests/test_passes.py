@@ -21,6 +21,7 @@ from torch.utils.checkpoint import (
 from actrec import _torch, load, record
 from actrec._calls import layer as _layer
 from actrec._calls import own_calls as _own_calls
+from actrec.errors import CaptureError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -326,6 +327,16 @@ def test_a_call_that_had_begun_before_it_was_hooked_has_no_inputs() -> None:
     model.block.__exit__(None, None, None)
     assert len(model.acts[""]) == 1
     assert list(model.acts.inputs[""]) == [None]
+
+
+def test_an_input_that_cannot_be_kept_uses_up_no_pass() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with record(model, "0", inputs=True) as acts:
+        with pytest.raises(CaptureError, match="vmap"):
+            torch.vmap(model[0])(X)  # outside of a pass
+        model(X)
+    assert acts.num_passes == 1
+    assert acts["0"].passes == [0]
 
 
 def test_a_forward_written_in_c_names_its_inputs_args() -> None:

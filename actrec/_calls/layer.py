@@ -204,17 +204,18 @@ class Track:
         session = self.session
         place = None  # of the gradient
         try:
-            if self._direct and type(output) is Tensor and output.is_cpu:  # the shortest way
-                value = snapshot(output)
-            else:
-                value = None if self.outputs is None else self.capture(output, call)
+            is_direct = self._direct and type(output) is Tensor and output.is_cpu
+            value = snapshot(output) if is_direct else self._captured(output, call)
             if value is not SKIPPED and received is not SKIPPED:
                 if not (self.kept and self.has_tensors):
                     self._look_at_first(self._first(output, value, received))
                 self.kept += 1
                 with self.lock:
                     if session.offload is None:
-                        self._append(value, received, number)
+                        if self.outputs is not None:
+                            self.outputs.keep(value, number)
+                        if self.inputs is not None:
+                            self.inputs.calls.keep(received, number)
                     else:
                         session.offload.keep(partial(self._arrived, call, value, received, number))
                     if self.grads is not None:
@@ -227,16 +228,16 @@ class Track:
         if session.stop is not None:
             session.stop.ran(self.capture.layer)
 
-    def _append(self, value: Value, received: Value, number: int) -> None:
-        if self.outputs is not None:
-            self.outputs.keep(value, number)
-        if self.inputs is not None:
-            self.inputs.calls.keep(received, number)
+    def _captured(self, output: Value, call: int) -> Value:
+        return None if self.outputs is None else self.capture(output, call)
 
     def _arrived(self, call: int, value: Value, received: Value, number: int) -> None:
         """The values of a call have come from a device; nobody knows by then which call it was."""
         try:
-            self._append(value, received, number)
+            if self.outputs is not None:
+                self.outputs.keep(value, number)
+            if self.inputs is not None:
+                self.inputs.calls.keep(received, number)
         except Exception as error:
             error.add_note(f"raised while actrec kept call {call} of layer {self.capture.layer!r}")
             raise

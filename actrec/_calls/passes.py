@@ -33,7 +33,7 @@ from actrec._recordings.passes import Count
 from actrec._torch import CALL_CODE, is_replica
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, MutableMapping
     from types import FrameType
 
     from torch import nn
@@ -112,7 +112,8 @@ class Passes(Count):
         super().__init__()
         self._local = _Local()
         self._open: list[_Thread] = []  # the threads that are in a pass, the latest last
-        self._suspended: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        #: From the first one on a WeakKeyDictionary, which is slow to say that it is empty.
+        self._suspended: MutableMapping[Any, int] = {}
         self.units: dict[int, Unit] = {}  # that are open, by their pass
         #: Of units that were dropped while threads were in a forward of theirs: what drops what those still record.
         self._leaving: dict[int, Callable[[], None]] = {}
@@ -150,6 +151,7 @@ class Passes(Count):
         thread = self._local.thread
         if type(output) in _SUSPENDED and thread.number is not None:
             with self._lock:
+                self._suspended = self._suspended or weakref.WeakKeyDictionary()
                 self._suspended[output] = thread.number
         if id(module) in thread.calling:
             while thread.calling.pop() != id(module):
