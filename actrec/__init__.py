@@ -95,7 +95,7 @@ __all__ = [
     "verify",
 ]
 
-_MODULES = ("data", "plot", "store", "testing")
+_MODULES = ("data", "plot", "reduce", "store", "testing")
 _IN_THE_STORE = ("load", "save", "verify")
 
 

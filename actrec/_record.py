@@ -139,7 +139,9 @@ def record(
             the call of the model returns ``None``. A forward in which one of them does not run is not ended. With
             ``grads=True`` it needs ``detach=False``.
         into: a factory of the container for the calls of a layer, which needs ``append``, such as
-            ``functools.partial(collections.deque, maxlen=10)``. Or a path, a URL such as ``"s3://bucket/run"``, or a
+            ``functools.partial(collections.deque, maxlen=10)``. Or of what reduces them, with ``update`` and ``compute``: a
+            metric of torchmetrics, or a reduction of :mod:`actrec.reduce`, such as its ``Moments``. Both run as transforms do,
+            without gradients and autocast. Or a path, a URL such as ``"s3://bucket/run"``, or a
             :class:`actrec.store.Folder`, which is a path with settings: values are written while the block runs, within a
             budget of memory (1 GiB), and committed pass by pass. Committed passes survive a crash of the process or the machine and
             a full disk. Under ``torchrun``, all ranks record into the same path.
@@ -259,7 +261,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         self._destination.left_by(error)
         self._clean_up()
         self._yielded._ended()
-        failure = session.unseen or self._destination.failure()
+        failure = session.unseen or self._destination.failure() or self._yielded._unmasked()
         if error is not None:
             if failure is not None:
                 error.add_note(str(failure))

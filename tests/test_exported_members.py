@@ -60,10 +60,11 @@ def test_everything_else_is_private():
         "data",
         "errors",
         "plot",
+        "reduce",
         "store",
         "testing",
     }
-    lazy = ["__version__", "data", "errors", "plot", "store", "testing"]
+    lazy = ["__version__", "data", "errors", "plot", "reduce", "store", "testing"]
     assert dir(actrec) == sorted([*actrec.__all__, *lazy])
     assert all(hasattr(actrec, name) for name in dir(actrec))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.units import Units
 
+from .reduced import ReducedLayer, is_reduction
 from .sink import SinkLayer
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Memory:
         """Return a new layer."""
         if self._options.into is not list:
             container = self._options.container()
+            if is_reduction(container):
+                return ReducedLayer(name, container, self._options.container, kind, self._held)
             if type(container) is not list:
                 return SinkLayer(name, container, self._options.container, kind, self._held)
         return ListLayer(name, (), kind)

@@ -14,6 +14,8 @@ import torch
 
 from actrec.errors import OptionError
 
+from .reduced import is_reduction
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -62,6 +64,14 @@ class Options:
         """Return a new container for the calls of a layer, as ``into`` makes it."""
         assert callable(self.into)  # noqa: S101  # a path has none
         container = self.into()
+        if is_reduction(container):
+            if self.grads is not False:
+                message = (
+                    f"record(grads=..., into={self.into!r}): a gradient comes after its call, perhaps in several parts, so it "
+                    "cannot be reduced as it comes. Record gradients in a block of their own, and update() with them."
+                )
+                raise OptionError(message)
+            return container
         if not hasattr(container, "append"):
             raise OptionError(_bad_container(self.into))
         held = len(container) if hasattr(container, "__len__") else 0
@@ -112,7 +122,8 @@ class Options:
 def _bad_container(into: object) -> str:
     return (
         f"record(into={into!r}): expected a function that makes a container with append(), such as list or "
-        "functools.partial(collections.deque, maxlen=10), or a path to record into."
+        "functools.partial(collections.deque, maxlen=10), or a metric with update() and compute(), such as "
+        "actrec.reduce.Moments, or a path to record into."
     )
 
 

@@ -15,6 +15,7 @@ from actrec._recordings.recording import Recording
 from actrec._recordings.units import Key
 from actrec.errors import ActrecError, CaptureError, OptionError
 
+from .reduced import ReducedLayer
 from .units import UnitRecorder
 
 if TYPE_CHECKING:
@@ -96,6 +97,8 @@ class Recorder(Recording[V], Generic[V]):
         self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
         self._adding = threading.Lock()
         self._blocks = UnitRecorder(session, units, destination, position)
+        every = (*self._layers.values(), *inputs.values(), *grads.values())
+        self._reduced = [layer for layer in every if isinstance(layer, ReducedLayer)]
 
     @override
     def _deliver(self) -> None:
@@ -320,9 +323,16 @@ class Recorder(Recording[V], Generic[V]):
                     self._layers = {**self._layers, name: layer}
                     self._session.order.setdefault(name)
                 self._layers[name].keep(kept, number)
+                for reduced in self._reduced:
+                    reduced.add(name, kept, number)
         except CaptureError as error:
             message = f"acts.add({name!r}): {error}."
             raise CaptureError(message) from error
+
+    def _unmasked(self) -> ActrecError | None:
+        """Return what is wrong if calls were not reduced for want of a mask."""
+        errors = (layer.unmasked(self._passes.raised) for layer in self._reduced)
+        return next(filter(None, errors), None)
 
     def clear(self) -> None:
         """Forget all calls, inputs, gradients and added values, and count the passes from 0 again.

@@ -1,0 +1,17 @@
+"""What the calls of a layer are reduced to while they are recorded, in place of keeping them.
+
+``record(model, layers, into=actrec.reduce.Moments)``, or into a path: ``Folder("runs/x", reduce=actrec.reduce.Moments)``.
+"""
+
+from .histogram import Histogram
+from .moments import Moments
+from .norms import Norms
+from .reduction import Reduction
+from .top import TopK
+
+__all__ = ["KINDS", "Histogram", "Moments", "Norms", "Reduction", "TopK"]
+
+#: By the names that they have in a stored recording.
+KINDS: dict[str, type[Reduction]] = {
+    kind.__name__: kind for kind in (Histogram, Moments, Norms, TopK)
+}

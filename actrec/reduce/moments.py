@@ -1,0 +1,90 @@
+"""Mean, variance and covariance of the rows of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from typing_extensions import override
+
+from .reduction import Reduction, Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Moments"]
+
+
+@dataclass(eq=False, kw_only=True)
+class Moments(Reduction):
+    """The mean and the variance of each channel, and the covariance of all.
+
+    >>> import torch
+    >>> from functools import partial
+    >>> from actrec import record, reduce
+    >>> model = torch.nn.Linear(4, 3)
+    >>> with torch.no_grad(), record(model, "", into=partial(reduce.Moments, covariance=True)) as acts:
+    ...     for batch in torch.randn(2, 5, 4):
+    ...         output = model(batch)
+    >>> found = acts[""].compute()
+    >>> found["count"], found["mean"].shape, found["var"].shape, found["cov"].shape
+    (tensor(10), torch.Size([3]), torch.Size([3]), torch.Size([3, 3]))
+
+    Computed in float64, around the mean of each block, and merged as Chan, Golub and LeVeque do.
+
+    Args:
+        dim: the dimension of the channels; each index of the others is a row. ``None``: every element is a row.
+        mask: the name of a mask that is added in each pass or unit, ``acts.add("mask", batch["attention_mask"])``.
+        covariance: whether to compute the covariance of the channels, ``(C, C)``, too.
+    """
+
+    covariance: bool = False
+    #: The mean of each channel, ``(C,)``.
+    mean: Tensor | None = field(init=False, default=None)
+    _squares: Tensor | None = field(init=False, default=None)  # around the mean: (C,) or (C, C)
+
+    @override
+    def compute(self) -> dict[str, Tensor]:
+        """Return the result.
+
+        Returns:
+            ``count``, the number of rows; ``mean``, ``var`` and ``std``, ``(C,)``; and ``cov``, ``(C, C)``. Variances are with
+            Bessel's correction, as in ``torch.var``, so those of one row are NaN. Without rows there is ``count`` alone.
+        """
+        found = {"count": self.rows.clone()}
+        if self.mean is None or self._squares is None:
+            return found
+        degrees = self.rows.to(self.mean.device) - 1
+        spread = self._squares / degrees if degrees else torch.full_like(self._squares, torch.nan)
+        var = spread.diagonal().clone() if self.covariance else spread
+        found |= {"mean": self.mean.clone(), "var": var, "std": var.sqrt()}
+        return found | {"cov": spread} if self.covariance else found
+
+    @override
+    def _add(self, rows: Rows, number: int, start: int) -> None:
+        self._check_width(self.mean, rows.table)
+        count = int(self.rows)
+        for block in rows.blocks():
+            mean = block.mean(0)
+            away = block - mean
+            squares = away.T @ away if self.covariance else away.square().sum(0)
+            self._join(count, len(block), mean, squares)
+            count += len(block)
+
+    @override
+    def _take(self, other: Moments) -> None:
+        assert other.mean is not None  # noqa: S101  # it has rows
+        assert other._squares is not None  # noqa: S101
+        self._check_width(self.mean, other.mean[None])
+        self._join(int(self.rows), int(other.rows), other.mean, other._squares)
+
+    def _join(self, before: int, count: int, mean: Tensor, squares: Tensor) -> None:
+        if self.mean is None or self._squares is None:
+            self.mean, self._squares = mean.clone(), squares.clone()
+            return
+        share = count / (before + count)
+        delta = mean.to(self.mean.device) - self.mean
+        between = delta.outer(delta) if self.covariance else delta.square()
+        self._squares += squares.to(self._squares.device) + between * (before * share)
+        self.mean += delta * share

@@ -1,0 +1,90 @@
+"""The norm of each channel."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from typing_extensions import override
+
+from actrec.errors import OptionError
+
+from .reduction import Reduction, Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Norms"]
+
+
+@dataclass(eq=False, kw_only=True)
+class Norms(Reduction):
+    """The norm of each channel over all rows, as Wanda and AWQ use them.
+
+    >>> import torch
+    >>> from actrec import record, reduce
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+    >>> with torch.no_grad(), record(model, (), inputs=torch.nn.Linear, into=reduce.Norms) as acts:
+    ...     for batch in torch.ones(2, 5, 4):
+    ...         output = model(batch)
+    >>> acts.inputs["0"].compute()
+    tensor([3.1623, 3.1623, 3.1623, 3.1623], dtype=torch.float64)
+
+    Powers are added up in float64.
+
+    Args:
+        dim: the dimension of the channels; each index of the others is a row. ``None``: every element is a row.
+        mask: the name of a mask that is added in each pass or unit, ``acts.add("mask", batch["attention_mask"])``.
+        ord: 2 for the Euclidean norm, 1 for the sum of absolute values, ``math.inf`` for the largest of them, or any other
+            number above 0.
+    """
+
+    ord: float = 2.0
+    _total: Tensor | None = field(init=False, default=None)  # of the powers, or the largest
+
+    @override
+    def __post_init__(self) -> None:
+        """Check the order."""
+        super().__post_init__()
+        order: object = self.ord
+        if isinstance(order, bool) or not isinstance(order, (int, float)) or not order > 0:
+            message = f"Norms(ord={order!r}): expected a number above 0, such as 1, 2 or math.inf."
+            raise OptionError(message)
+        self.ord = float(order)
+
+    @override
+    def compute(self) -> Tensor:
+        """Return the result.
+
+        Returns:
+            The norm of each channel, ``(C,)``, float64; ``(0,)`` without rows. With ``ord=1``, divided by ``rows`` it is the mean
+            absolute value.
+        """
+        if self._total is None:
+            return torch.zeros(0, dtype=torch.float64, device="cpu")
+        return self._total.clone() if math.isinf(self.ord) else self._total ** (1 / self.ord)
+
+    @override
+    def _add(self, rows: Rows, number: int, start: int) -> None:
+        self._check_width(self._total, rows.table)
+        for block in rows.blocks():
+            size = block.abs()
+            if math.isinf(self.ord):
+                self._join(size.amax(0))
+            else:
+                self._join((size if self.ord == 1 else size**self.ord).sum(0))
+
+    @override
+    def _take(self, other: Norms) -> None:
+        assert other._total is not None  # noqa: S101  # it has rows
+        self._check_width(self._total, other._total[None])
+        self._join(other._total)
+
+    def _join(self, total: Tensor) -> None:
+        if self._total is None:
+            self._total = total.clone()
+            return
+        join = torch.maximum if math.isinf(self.ord) else torch.add
+        self._total = join(self._total, total.to(self._total.device))

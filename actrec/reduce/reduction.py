@@ -1,0 +1,204 @@
+"""What all reductions have in common: which rows of a value they are told of, and their state."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field, fields
+from math import prod
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from actrec._text import count
+from actrec._values.chunks import dense
+from actrec._values.spec import tensors
+from actrec.errors import CaptureError, OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from actrec._values.containers import Value
+
+__all__ = ["Reduction", "Rows"]
+
+T = TypeVar("T", bound="Reduction")
+
+#: Elements that are converted to float64 at a time.
+_BLOCK: Final = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a value, in blocks."""
+
+    table: Tensor  #: (N, C)
+    places: Tensor | None  #: (N,), which of all rows they are, where a mask has left some out
+    shape: tuple[int, ...]  #: of all rows
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The rows in float64, some at a time."""
+        for block in torch.split(self.table, max(1, _BLOCK // max(1, self.table.shape[1]))):
+            yield block.double()
+
+    def index(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The sample of some rows (by number), and their position in it."""
+        rows = rows if self.places is None else self.places[rows]
+        inner = prod(self.shape[1:])
+        return rows // inner, rows % inner
+
+
+@dataclass(eq=False, kw_only=True)
+class Reduction:
+    """What a layer's calls are reduced to.
+
+    Args:
+        dim: the dimension of the channels; each index of the others is a row. ``None``: every element is a row.
+        mask: the name of a mask that is added in each pass or unit, ``acts.add("mask", batch["attention_mask"])``.
+    """
+
+    dim: int | None = -1
+    mask: str | None = None
+    #: The number of rows.
+    rows: Tensor = field(
+        init=False, default_factory=lambda: torch.zeros((), dtype=torch.int64, device="cpu")
+    )
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        dim: object = self.dim
+        mask: object = self.mask
+        if dim is not None and type(dim) is not int:
+            message = f"{kind}(dim={dim!r}): expected the number of a dimension, or None."
+            raise OptionError(message)
+        if mask is not None and not isinstance(mask, str):
+            message = (
+                f"{kind}(mask={type(mask).__name__}): expected the name by which a mask is added, such as 'mask'; "
+                "update() takes the mask itself."
+            )
+            raise OptionError(message)
+
+    # --- What a reduction does -----------------------------------------------------------------------------
+
+    def update(
+        self, value: Value, mask: Tensor | None = None, *, number: int = 0, start: int = 0
+    ) -> None:
+        """Take in a value.
+
+        Args:
+            value: one tensor, alone or in a container; ``(B, T, *)``, or any other shape with dimension ``dim``.
+            mask: which positions count, ``(B, T)``, or longer, of which the last columns count; or one entry for each index of
+                the first dimension.
+            number: of the pass, for reductions that remember where a row was.
+            start: how many positions of the same samples came before, in other calls.
+
+        Raises:
+            CaptureError: the value is not one real tensor, its channels are not as many as before, or the mask does not fit.
+        """
+        found = tensors(value)
+        if len(found) != 1:
+            message = f"{type(self).__name__} needs one tensor, and this value has {len(found)}; choose one with a transform"
+            raise CaptureError(message)
+        for tensor in dense(found[0]):
+            if tensor.is_complex():
+                message = f"{type(self).__name__} is of real numbers, and this value is complex; choose a part with a transform"
+                raise CaptureError(message)
+            rows = self._rows(tensor, mask)
+            if len(rows.table):
+                self._add(rows, number, start)
+                self.rows += len(rows.table)
+
+    def merge(self, other: Self) -> None:
+        """Take in what another reduction of the same kind and settings has taken in."""
+        if type(other) is not type(self) or other.settings() != self.settings():
+            message = f"{self!r}.merge({other!r}): they are of different kinds or settings."
+            raise OptionError(message)
+        if other.rows:
+            self._take(other)
+            self.rows += other.rows
+
+    @abstractmethod
+    def compute(self) -> Any:
+        """Return the result."""
+
+    @abstractmethod
+    def _add(self, rows: Rows, number: int, start: int) -> None:
+        """Take in rows, of which there are some."""
+
+    @abstractmethod
+    def _take(self: T, other: T) -> None:
+        """Take in another one that has rows."""
+
+    # --- State ---------------------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that it was made with."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
+
+    def state(self) -> dict[str, Any]:
+        """Settings and state, of tensors and constants: what is stored."""
+        held = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {"kind": type(self).__name__, **{k: v for k, v in held.items() if v is not None}}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Self:
+        """Make one of its ``state()``."""
+        inits = {one.name: state.get(one.name) for one in fields(cls) if one.init}
+        made = cls(**inits)
+        for one in fields(cls):
+            if not one.init and one.name in state:
+                setattr(made, one.name, state[one.name].clone())
+        return made
+
+    def new(self) -> Self:
+        """Return another one that has taken in nothing."""
+        return type(self)(**self.settings())
+
+    def positions(self, value: Value) -> int:
+        """Return how many positions the samples of a value have; 0 if a row is a whole sample."""
+        shape = [self._rows(tensor, None).shape for tensor in tensors(value)]
+        return shape[0][1] if len(shape) == 1 and len(shape[0]) > 1 else 0
+
+    # --- Rows ----------------------------------------------------------------------------------------------
+
+    def _rows(self, tensor: Tensor, mask: Tensor | None) -> Rows:
+        dim = self.dim
+        if dim is None:
+            tensor = tensor.unsqueeze(-1)
+        elif tensor.ndim and not -tensor.ndim <= dim < tensor.ndim:
+            message = f"{self!r}: a value of shape {tuple(tensor.shape)} has no dimension {dim}"
+            raise CaptureError(message)
+        else:
+            tensor = tensor.reshape(1, 1) if not tensor.ndim else tensor.movedim(dim, -1)
+        shape = tuple(tensor.shape[:-1])
+        rows = (
+            tensor.reshape(-1, tensor.shape[-1])
+            if tensor.numel()
+            else tensor.new_empty(0, tensor.shape[-1])
+        )
+        if mask is None:
+            return Rows(rows, None, shape)
+        places = _counting(mask, shape).to(rows.device).flatten().nonzero().squeeze(1)
+        return Rows(rows[places], places, shape)
+
+    def _check_width(self, there: Tensor | None, rows: Tensor) -> None:
+        """Check that there are as many channels as before."""
+        if there is not None and there.shape[-1] != rows.shape[1]:
+            message = (
+                f"{self!r}: a value with {count(rows.shape[1], 'channel')} came after one with {there.shape[-1]}; dim= says "
+                "which dimension the channels are"
+            )
+            raise CaptureError(message)
+
+
+def _counting(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Which rows count, in their shape."""
+    found = mask.bool()
+    if found.ndim > 1 and len(shape) > 1 and len(found) == shape[0] and found.shape[1] >= shape[1]:
+        found = found[:, -shape[1] :] if shape[1] else found[:, :0]
+    elif shape and found.numel() == shape[0]:
+        found = found.reshape(-1)
+    else:
+        message = f"a mask of shape {tuple(mask.shape)} does not fit rows of shape {shape}"
+        raise CaptureError(message)
+    return found.reshape(found.shape + (1,) * (len(shape) - found.ndim)).expand(shape)

@@ -1,0 +1,106 @@
+"""The rows in which each channel is largest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from typing_extensions import override
+
+from actrec.errors import OptionError
+
+from .reduction import Reduction, Rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TopK"]
+
+
+@dataclass(eq=False, kw_only=True)
+class TopK(Reduction):
+    """The ``k`` largest values of each channel, and where they were.
+
+    >>> import torch
+    >>> from functools import partial
+    >>> from actrec import record, reduce
+    >>> model = torch.nn.Sequential(torch.nn.ReLU())
+    >>> with record(model, "0", into=partial(reduce.TopK, k=2)) as acts:
+    ...     for batch in torch.arange(12.0).view(2, 1, 3, 2):  # of one sample, three positions, two channels
+    ...         output = model(batch)
+    >>> top = acts["0"].compute()
+    >>> top["values"]
+    tensor([[10., 11.],
+            [ 8.,  9.]])
+    >>> top["pass"][0], top["sample"][0], top["position"][0]
+    (tensor([1, 1]), tensor([0, 0]), tensor([2, 2]))
+
+    Values keep their dtype. Of equal ones any may be chosen.
+
+    Args:
+        k: how many.
+        dim: the dimension of the channels; each index of the others is a row. ``None``: every element is a row.
+        mask: the name of a mask that is added in each pass or unit, ``acts.add("mask", batch["attention_mask"])``.
+    """
+
+    k: int = 10
+    _values: Tensor | None = field(init=False, default=None)  # (k, C)
+    _where: Tensor | None = field(
+        init=False, default=None
+    )  # (4, k, C): pass, sample, position, rank
+
+    @override
+    def __post_init__(self) -> None:
+        """Check ``k``."""
+        super().__post_init__()
+        if type(self.k) is not int or self.k < 1:
+            message = f"TopK(k={self.k!r}): expected a whole number above 0."
+            raise OptionError(message)
+
+    @override
+    def compute(self) -> dict[str, Tensor]:
+        """Return the result.
+
+        Returns:
+            ``values``, the largest first, ``(k, C)``, and for each of them ``pass``, ``sample`` and ``position``, ``(k, C)``:
+            the number of the pass or unit, the index in its batch, and that among the other dimensions of the sample, those of
+            earlier calls of the same pass included; and the ``rank`` that counted the pass. With fewer than ``k`` rows there are
+            as many as rows; without rows nothing.
+        """
+        if self._values is None or self._where is None:
+            return {}
+        names = ("pass", "sample", "position", "rank")
+        return {
+            "values": self._values.clone(),
+            **dict(zip(names, self._where.clone(), strict=True)),
+        }
+
+    @override
+    def _add(self, rows: Rows, number: int, start: int) -> None:
+        self._check_width(self._values, rows.table)
+        values, at = rows.table.topk(min(self.k, len(rows.table)), dim=0)
+        sample, position = rows.index(at)
+        where = (torch.full_like(at, number), sample, position + start, torch.zeros_like(at))
+        self._join(values, torch.stack(where))
+
+    @override
+    def _take(self, other: TopK) -> None:
+        assert other._values is not None  # noqa: S101  # it has rows
+        assert other._where is not None  # noqa: S101
+        self._check_width(self._values, other._values)
+        self._join(other._values, other._where)
+
+    def of_rank(self, rank: int) -> None:
+        """Say which rank has counted the passes."""
+        if self._where is not None:
+            self._where[3] = rank
+
+    def _join(self, values: Tensor, where: Tensor) -> None:
+        if self._values is not None and self._where is not None:
+            device = self._values.device
+            values = torch.cat([self._values, values.to(device)])
+            where = torch.cat([self._where, where.to(device)], dim=1)
+        order = values.argsort(dim=0, descending=True, stable=True)[: self.k]
+        self._values = values.gather(0, order)
+        self._where = where.gather(1, order.expand(len(where), *order.shape))
