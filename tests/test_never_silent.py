@@ -152,6 +152,16 @@ def test_layers_without_weights_that_nobody_chose_are_said_by_the_table_alone() 
         model(X)
 
 
+def test_a_layer_whose_weights_others_use_is_said_by_the_table_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.add_module("tied", nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    model.forward = model[0].__call__  # type: ignore[method-assign]
+    with record(model) as acts:
+        model(X)
+    assert (len(acts["0"]), len(acts["tied"])) == (1, 0)
+
+
 def test_numbered_layers_with_one_cause_are_one_name() -> None:
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(12)])
     outer = nn.ModuleDict({"h": model, "head": nn.Linear(4, 4)})

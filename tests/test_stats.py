@@ -20,6 +20,7 @@ from actrec import ActrecError, Recording, Stats, UnusedLayerWarning, load, reco
 from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.stats import Row
 from actrec._values import chunks as _blocks
+from actrec._values.histogram import Bins, Histogram
 from actrec._values.moments import Moments
 
 NAN, INF = math.nan, math.inf
@@ -46,7 +47,12 @@ def exact(values: np.ndarray[Any, Any]) -> tuple[Fraction, Fraction]:
 
 def test_statistics_run_over_all_calls() -> None:
     row = only(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 5.0], [NAN, -INF]]))
-    assert row == Row("a", "", 6, 2.0, math.sqrt(14 / 3), 0.0, 5.0, 1 / 6, 1, 1, 24, 1)
+    low, high, counts = (0.0, 1.0, 2.0, 5.0), (0.0, 1.0625, 2.125, 5.25), (1, 1, 1, 1)
+    histogram = Histogram(low, high, counts)
+    expected = Row(
+        "a", "", 6, 2.0, math.sqrt(14 / 3), 0.0, 5.0, 1 / 6, 1, 1, 24, 1, "(1-2, 2)", histogram
+    )
+    assert row == expected
 
 
 numbers = st.floats(-1e6, 1e6, width=32) | st.sampled_from([NAN, INF, -INF, 0.0, -0.0])
@@ -318,7 +324,7 @@ def test_rows_make_a_data_frame() -> None:
     assert list(frame["layer"]) == ["a", "b"]
     assert frame["count"].sum() == 4
     assert frame["mean"][0] == 1
-    assert frame.shape == (2, 12)
+    assert frame.shape == (2, 14)
 
 
 def test_they_print_as_a_table() -> None:
@@ -327,20 +333,15 @@ def test_they_print_as_a_table() -> None:
     ).stats()
     assert isinstance(stats, Stats)
     assert repr(stats).splitlines() == [
-        "statistics of 3 layers",
-        "layer  count  mean    std  min  max  zeros  nan  inf  memory",
-        "a          2   1.5  2.121    0    3    50%    0    0     8 B",
-        "b[0]       1     1           1    1     0%    0    0     1 B",
-        "b[1]       1                            0%    1    0     4 B",
-        "c          0                                  0    0     0 B",
+        "statistics of 3 layers; first NaN: b[1], pass 0",
+        "layer  shape  values, 0.5-99.5 %    mean    std  min  max  zeros  memory  note",
+        "a      (2,)   █▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁█   1.5  2.121    0    3    50%     8 B",
+        "b[0]   (1,)   █▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁     1           1    1     0%     1 B",
+        "b[1]   (1,)   no finite value                                 0%     4 B  1 NaN",
+        "c                                                                    0 B",
     ]
     assert isinstance(stats[1:3], Stats), "a slice prints as a table, too"
-    assert repr(stats[1:3]).splitlines() == [
-        "statistics of 1 layer",
-        "layer  count  mean  std  min  max  zeros  nan  inf  memory",
-        "b[0]       1     1         1    1     0%    0    0     1 B",
-        "b[1]       1                          0%    1    0     4 B",
-    ]
+    assert repr(stats[:1]).splitlines()[0] == "statistics of 1 layer"
     assert stats[-1].layer == "c"
     assert '<td class="actrec-r">1.5</td>' in stats._repr_html_()
     assert "statistics of 3 layers" in stats._repr_html_()
@@ -368,3 +369,115 @@ def test_calls_that_cannot_be_read_are_named() -> None:
 def test_moments_of_nothing_are_nan() -> None:
     moments = Moments()
     assert all(map(math.isnan, (moments.mean, moments.std, moments.zero_share)))
+
+
+# --- Histograms --------------------------------------------------------------------------------------
+
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def histogram(*calls: list[float]) -> Histogram:
+    bins = Bins()
+    for call in calls:
+        bins.add(torch.tensor(call, dtype=torch.float32))
+    return bins.histogram()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.lists(FLOATS, min_size=1, max_size=9), min_size=1, max_size=5), st.randoms())
+def test_the_histogram_of_calls_is_that_of_all_their_elements_in_any_order(
+    calls: list[list[float]], random: Any
+) -> None:
+    numbers = [number for call in calls for number in call]
+    found = histogram(*calls)
+    shuffled = list(numbers)
+    random.shuffle(shuffled)
+    assert histogram(shuffled) == found
+    assert found.total == len(numbers)
+    assert list(found.low) == sorted(found.low)
+    for number in numbers:
+        inside = [a <= number <= b for a, b in zip(found.low, found.high, strict=True)]
+        assert any(inside) or abs(number) < 1e-38
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=50), st.floats(0, 1))
+def test_a_quantile_is_as_exact_as_a_bin(numbers: list[float], share: float) -> None:
+    ranked = sorted(numbers)
+    place = min(int(share * len(ranked)), len(ranked) - 1)
+    near = ranked[max(place - 1, 0)], ranked[min(place + 1, len(ranked) - 1)]
+    found = histogram(numbers).quantile(share)
+    slack = 0.07 * max(map(abs, near)) + 1e-37
+    assert near[0] - slack <= found <= near[1] + slack
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=50),
+    st.floats(-2e3, 2e3),
+    st.floats(0, 2e3),
+    st.integers(1, 50),
+)
+def test_every_number_is_in_one_bar(
+    numbers: list[float], low: float, width: float, many: int
+) -> None:
+    bars = histogram(numbers).bars(low, low + width, many)
+    assert len(bars) == many
+    assert sum(bars) == pytest.approx(len(numbers))
+    assert min(bars) >= 0
+
+
+def test_bars_follow_the_numbers() -> None:
+    numbers = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    bins = Bins()
+    bins.add(numbers)
+    expected = torch.histc(numbers, 20, -2.5, 2.5)
+    bars = torch.tensor(bins.histogram().bars(-2.5, 2.5, 20))
+    assert torch.allclose(bars[1:-1], expected[1:-1], rtol=0.1)
+
+
+def test_a_histogram_of_nothing_has_no_quantile_and_what_is_too_large_is_in_the_last_bin() -> None:
+    assert math.isnan(Histogram().quantile(0.5))
+    bins = Bins()
+    bins.add(torch.tensor([1e300, -1e300], dtype=torch.float64))
+    assert bins.histogram().counts == (1, 1)
+
+
+# --- What is seen ------------------------------------------------------------------------------------
+
+
+def test_the_title_says_what_was_not_finite_first_and_where() -> None:
+    fine = torch.ones(2)
+    titles = {
+        "statistics of 1 layer": [fine],
+        "statistics of 1 layer; first NaN: a, pass 1": [fine, fine * NAN],
+        "statistics of 1 layer; first infinity: a, pass 0": [fine * INF, fine],
+        "statistics of 1 layer; first NaN or infinity: a, pass 1": [fine, fine * INF, fine * NAN],
+    }
+    for title, calls in titles.items():
+        stats = recording(a=calls).stats()
+        assert repr(stats).splitlines()[0] == title
+    assert '<span class="actrec-bad">first NaN or infinity: a, pass 1</span>' in stats._repr_html_()
+    assert '<span class="actrec-bad">2 NaN, 2 inf</span>' in stats._repr_html_()
+
+
+def test_html_has_a_histogram_and_bars_for_zeros_and_memory_in_each_row() -> None:
+    html = recording(a=[torch.randn(50)], b=[torch.zeros(5)]).stats()._repr_html_()
+    assert html.count("<svg") == html.count("</svg>") == 6
+    assert html.count("<svg") == html.count('role="img" aria-label="')
+
+
+def test_what_sticks_out_leaves_room_for_the_others() -> None:
+    values = torch.cat([torch.zeros(10_000), torch.rand(1000)])
+    line = repr(recording(a=[values]).stats()).splitlines()[2]
+    assert line.count("▁") < 5
+
+
+def test_many_rows_fold_and_rows_whose_names_collide_stay_apart() -> None:
+    layers = {f"h.{i}.{part}": [torch.ones(1)] for i in range(8) for part in "abcdefgh"}
+    assert "<details" in recording(**layers).stats()._repr_html_()
+    layers["x"] = [(torch.ones(1), torch.ones(1))]
+    layers["x[0]"] = [torch.ones(1)]
+    stats = recording(**layers).stats()
+    assert "<details" not in stats._repr_html_()
+    assert stats._repr_html_().count("<tr>") == len(stats) + 1

@@ -7,6 +7,7 @@ come; and forwards that did not stop early.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -99,8 +100,11 @@ def _warn_unused(model: nn.Module, tracks: _Tracks, stacklevel: int) -> None:
     if not unused:
         return
     there = {id(module) for module in model.modules()}
+    shared = _shared(model)
     causes = {
-        key: _cause(there, *item) for key, item in unused.items() if not _nobody_chose(there, *item)
+        key: _cause(there, *item)
+        for key, item in unused.items()
+        if not _nobody_chose(there, shared, *item)
     }
     if any(track.session.passes.count or track.unrecorded.total() for _, track in tracks.values()):
         if not causes:
@@ -114,14 +118,25 @@ def _warn_unused(model: nn.Module, tracks: _Tracks, stacklevel: int) -> None:
     warnings.warn(message, UnusedLayerWarning, stacklevel=stacklevel + 1)
 
 
-def _nobody_chose(there: Collection[int], choice: Choice, track: Track) -> bool:
-    """Whether a layer without weights that was not called is only one of all leaves: the table says that it was not.
+def _shared(model: nn.Module) -> set[int]:
+    """The parameters (ids) that several modules have."""
+    many = Counter(
+        id(one) for module in model.modules() for one in module.parameters(recurse=False)
+    )
+    return {identity for identity, owners in many.items() if owners > 1}
 
-    Such as the dropouts of an attention that computes it in one function.
+
+def _nobody_chose(
+    there: Collection[int], shared: Collection[int], choice: Choice, track: Track
+) -> bool:
+    """Whether a layer that was not called is only one of all leaves, and has no weights of its own.
+
+    Such as the dropouts of an attention that computes it in one function, or an embedding whose weights others use. The
+    table says that it was not called.
     """
-    is_plain = choice.by_default and next(choice.module.parameters(), None) is None
+    is_bare = choice.by_default and all(id(one) in shared for one in choice.module.parameters())
     was_there = id(choice.module) in there and not (track.called or track.error is not None)
-    return is_plain and was_there and _elsewhere(track) is None
+    return is_bare and was_there and _elsewhere(track) is None
 
 
 def _why(tracks: _Tracks) -> str:

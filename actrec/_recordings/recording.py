@@ -448,9 +448,12 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         ...     output = model(torch.tensor([[-1.0, 0.0, 2.0, 3.0]]))
         >>> acts.stats()
         statistics of 2 layers
-        layer  count  mean    std  min  max  zeros  nan  inf  memory
-        0          4     1  1.826   -1    3    25%    0    0    16 B
-        1          4  1.25    1.5    0    3    50%    0    0    16 B
+        layer  shape   values, 0.5-99.5 %    mean    std  min  max  zeros  memory
+        0      (1, 4)  █▁▁▁▁█▁▁▁▁▁▁▁▁▁█▁▁▁█     1  1.826   -1    3    25%    16 B
+        1      (1, 4)  █▁▁▁▁▁▁▁▁▁▁▁▁▅▂▁▁▁▁▆  1.25    1.5    0    3    50%    16 B
+
+        The title says where the first NaN or infinity is. The range of a histogram leaves out half a per cent of the elements
+        on each side, which are in its first and last bar; a bar that sticks out is cut, such as that of the zeros of a ReLU.
 
         Calls are read one after the other in blocks of a few megabytes, and not changed. It may be called inside the block.
 

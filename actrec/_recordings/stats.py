@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import override
 
+from actrec._tables.drawn import Badge, Bar, Bars
 from actrec._tables.rows import Rows
 from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, shown, size
+from actrec._values.histogram import Bins, Histogram
 from actrec._values.moments import Moments
 from actrec._values.spec import leaves
+from actrec._values.summary import Summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
 
     from .layer import Layer
 
@@ -38,6 +43,8 @@ class Row:
     inf: int
     nbytes: int
     nonfinite_pass: int | None
+    shape: str
+    histogram: Histogram
 
 
 class Stats(Rows[Row]):
@@ -65,6 +72,10 @@ class Stats(Rows[Row]):
     ``nan``, ``inf``    how many elements are NaN, and how many infinite
     ``nbytes``          the bytes of the elements
     ``nonfinite_pass``  the first pass in which the layer returned a NaN or an infinity, or ``None``
+    ``shape``           the shapes of the tensor, as the table of a recording has them
+    ``histogram``       how many of the finite elements lie where, in bins that are at most 6.25 % of their
+                        numbers wide: ``histogram.counts``, and the ends ``low`` and ``high`` of each bin;
+                        ``histogram.quantile(0.5)`` and ``histogram.bars(low, high, many)`` are made of them
     ==================  ===========================================================================
 
     Statistics are computed in float64: of the moduli of complex numbers, of bools as 0 and 1, of the dequantized values
@@ -82,22 +93,70 @@ class Stats(Rows[Row]):
     @override
     def _table(self) -> Table:
         title = f"statistics of {count(len({row.layer for row in self}), 'layer')}"
-        names = [*(field.name for field in fields(Row)[2:-2]), "memory"]
-        columns = [Column("layer"), *(Column(name, is_number=True) for name in names)]
-        return Table(title, columns, [_cells(row) for row in self])
+        names = [row.layer + row.leaf for row in self]
+        largest = max((row.nbytes for row in self), default=0)
+        rows = [_cells(row, largest) for row in self]
+        # Names that are not told apart would be one row where the table folds.
+        return Table(
+            title, _COLUMNS, rows, names if len({*names}) == len(names) else (), self._verdict()
+        )
+
+    def _verdict(self) -> str:
+        """Where the first NaN or infinity is."""
+        first = self.first_nonfinite
+        if first is None:
+            return ""
+        what = " or ".join(["NaN"] * bool(first.nan) + ["infinity"] * bool(first.inf))
+        return Badge(f"first {what}: {_name(first)}, pass {first.nonfinite_pass}")
 
 
-def _cells(row: Row) -> Cells:
+_COLUMNS: Final = (
+    Column("layer"),
+    Column("shape"),
+    Column("values, 0.5-99.5 %"),
+    *(Column(name, is_number=True) for name in ("mean", "std", "min", "max", "zeros", "memory")),
+    Column("note", is_note=True, usual=("",)),
+)
+#: So many bars has a histogram.
+_BARS: Final = 40
+#: The highest bar is drawn at most so many times as high as the next one.
+_STICKS_OUT: Final = 1.5
+#: The share of the elements below and above that is drawn as if it were at the end.
+_TAIL: Final = 0.005
+
+
+def _name(row: Row) -> str:
+    return shown(row.layer) + shown(row.leaf) * bool(row.leaf)
+
+
+def _cells(row: Row, largest: int) -> Cells:
     numbers = (row.mean, row.std, row.min, row.max)
+    bad = [f"{many:,} {what}" for many, what in ((row.nan, "NaN"), (row.inf, "inf")) if many]
     return (
-        shown(row.layer) + shown(row.leaf) * bool(row.leaf),
-        f"{row.count:,}",
+        _name(row),
+        row.shape,
+        _bars(row),
         *("" if math.isnan(number) else f"{number:.4g}" for number in numbers),
-        f"{row.zeros:.0%}" if row.count else "",
-        f"{row.nan:,}",
-        f"{row.inf:,}",
-        size(row.nbytes),
+        Bar(f"{row.zeros:.0%}", row.zeros) if row.count else "",
+        Bar(size(row.nbytes), row.nbytes / largest if largest else 0.0),
+        Badge(", ".join(bad)) if bad else "",
     )
+
+
+def _bars(row: Row) -> str:
+    """The histogram, without the last of the tails on both sides."""
+    found = row.histogram
+    if not found.counts:
+        return "no finite value" if row.count else ""
+    low = max(found.quantile(_TAIL), row.min)
+    high = min(found.quantile(1 - _TAIL), row.max)
+    if low >= high:
+        low, high = row.min, row.max
+    label = f"{low:.3g} ... {high:.3g}" if low < high else f"{low:.3g}"
+    bars = found.bars(low, high, _BARS)
+    # The zeros of a ReLU would leave nothing of the others: a bar that sticks out is cut.
+    most = _STICKS_OUT * sorted(bars)[-2]
+    return Bars([min(bar, most) if most else bar for bar in bars], label)
 
 
 def stats(layers: Iterable[Layer[Any]]) -> Stats:
@@ -106,19 +165,20 @@ def stats(layers: Iterable[Layer[Any]]) -> Stats:
 
 
 def _rows(layer: Layer[Any]) -> Iterator[Row]:
-    found: dict[str, Moments] = {}
+    found: dict[str, _Tally] = {}
     nonfinite: dict[str, int] = {}  # the first pass with any
     by_cast = {} if layer.overflows is None else layer.overflows.nonfinite()
     for value, number in zip(layer, layer.passes, strict=False):
         for path, tensor in leaves(value):
-            bad = found.setdefault(path, Moments()).add(tensor)
+            bad = found.setdefault(path, _Tally()).add(tensor)
             # So many come from the cast to dtype=, not from the layer.
             cast = min(bad, by_cast.get(number, 0))
             if cast:
                 by_cast[number] -= cast
             if bad > cast:
                 nonfinite.setdefault(path, number)
-    for path, moments in (found or {"": Moments()}).items():
+    for path, tally in (found or {"": _Tally()}).items():
+        moments = tally.moments
         yield Row(
             layer.name,
             path,
@@ -132,4 +192,20 @@ def _rows(layer: Layer[Any]) -> Iterator[Row]:
             moments.inf,
             moments.nbytes,
             nonfinite.get(path),
+            tally.looks.shape,
+            tally.bins.histogram(),
         )
+
+
+class _Tally:
+    """Counts one tensor of a layer, over the calls read so far."""
+
+    def __init__(self) -> None:
+        self.bins = Bins()
+        self.moments = Moments(self.bins)
+        self.looks = Summary()
+
+    def add(self, tensor: Tensor) -> int:
+        """Add a tensor, and return how many of its elements are NaN or infinite."""
+        self.looks.add(tensor)
+        return self.moments.add(tensor)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 from actrec._text import count, shown
 
+from .drawn import STYLE as DRAWN
+from .drawn import Drawn
 from .text import as_text
 from .tree import Node, tree
 
@@ -67,10 +69,20 @@ def line(text: str) -> str:
 def as_html(table: Table) -> str:
     """Return a table: flat if it is small or its rows have no names, else a tree that folds."""
     return (
-        f'<div class="actrec"><style>{STYLE}</style><pre class="actrec-text">{escape(as_text(table))}</pre>'
-        f'<div class="actrec-table" style="display:none"><div class="actrec-title">{escape(table.title)}</div>'
+        f'<div class="actrec"><style>{STYLE}{_drawn(table)}</style><pre class="actrec-text">{escape(as_text(table))}</pre>'
+        f'<div class="actrec-table" style="display:none"><div class="actrec-title">{escape(table.title)} {_markup(table.verdict)}</div>'
         f"{_body(table.without_usual())}</div></div>"
     )
+
+
+def _drawn(table: Table) -> str:
+    """The style of drawn cells, where there are any."""
+    cells = (table.verdict, *(cell for row in table.rows for cell in row))
+    return DRAWN if any(isinstance(cell, Drawn) for cell in cells) else ""
+
+
+def _markup(text: str) -> str:
+    return text.html if isinstance(text, Drawn) else escape(text)
 
 
 def _body(table: Table) -> str:
@@ -87,10 +99,9 @@ class _Sheet:
     def __init__(self, columns: Sequence[Column], rows: Sequence[Cells]) -> None:
         self.names = [column.name for column in columns]
         cells = [self.names, *rows]
-        longest = [max(map(len, column)) for column in zip(*cells, strict=True)]
         self.widths = [
-            _width(length, WIDEST if place else WIDEST_NAME) + 3 * columns[place].is_note
-            for place, length in enumerate(longest)
+            _width(column, WIDEST if place else WIDEST_NAME) + 3 * columns[place].is_note
+            for place, column in enumerate(zip(*cells, strict=True))
         ]
         self.notes = [place for place, column in enumerate(columns) if column.is_note]
         self.classes = [_class(column) for column in columns]
@@ -137,7 +148,10 @@ class _Sheet:
 _NOTE = ' class="actrec-n"'
 
 
-def _width(length: int, widest: int) -> int:
+def _width(cells: Sequence[str], widest: int) -> int:
+    if drawn := max((cell.width for cell in cells if isinstance(cell, Drawn)), default=0):
+        return max(drawn, NARROWEST) + 3
+    length = max(map(len, cells))
     # Letters are narrower than the digit that is the unit "ch" of CSS; 3 are for the padding.
     return min(max(length - length // 12, NARROWEST), widest) + 3
 
@@ -158,8 +172,9 @@ def _breakable(name: str) -> str:
 
 
 def _cell(kind: str, text: str) -> str:
-    text = escape(text)
-    return f"<td{kind}>{f'<span>{text}</span>' if text and kind == _NOTE else text}</td>"
+    plain = not isinstance(text, Drawn)
+    text = _markup(text)
+    return f"<td{kind}>{f'<span>{text}</span>' if text and plain and kind == _NOTE else text}</td>"
 
 
 # --- The tree ----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Table:
     rows: Sequence[Cells]
     #: Names with dots, one for each row: many rows fold as the tree that they are. Without them, nothing folds.
     names: Sequence[str] = ()
+    #: What is to be seen first, beside the title: a :class:`~actrec._tables.drawn.Badge`.
+    verdict: str = ""
 
     def without_usual(self) -> Table:
         """Return the table without the columns in which every cell is a usual one."""
@@ -50,4 +52,4 @@ class Table:
         ]
         columns = [self.columns[place] for place in places]
         rows = [tuple(row[place] for place in places) for row in self.rows]
-        return Table(self.title, columns, rows, self.names)
+        return replace(self, columns=columns, rows=rows)

@@ -35,7 +35,8 @@ def as_text(table: Table) -> str:
     line. If there are still more lines, those in the middle are one line.
     """
     table = table.without_usual()
-    return "\n".join([table.title, *_aligned(table.columns, _folded(table))])
+    title = "; ".join(filter(None, (table.title, table.verdict)))
+    return "\n".join([title, *_aligned(table.columns, _folded(table))])
 
 
 def _aligned(columns: Sequence[Column], lines: Iterable[Cells | _Fold]) -> Iterator[str]:

@@ -11,11 +11,15 @@ The mean is held as a sum of two floats, so that a large mean does not drown a s
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .chunks import blocks, dense
+
+if TYPE_CHECKING:
+    from .histogram import Bins
 
 __all__ = ["Moments"]
 
@@ -30,7 +34,8 @@ class Moments:
     (3, 2.0, 1.414)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bins: Bins | None = None) -> None:
+        self._bins = bins  # which the finite elements are counted in, too
         self.count = self.zeros = self.nan = self.inf = self.nbytes = 0
         self._finite = 0
         self._mean = self._low = self._squares = 0.0  # the mean is the sum of two
@@ -94,6 +99,8 @@ class Moments:
                 return
             low, high = (bound.item() for bound in numbers.aminmax())
         self._min, self._max = min(self._min, low), max(self._max, high)
+        if self._bins is not None:
+            self._bins.add(numbers)
         self._merge(numbers)
 
     def _merge(self, numbers: Tensor) -> None:

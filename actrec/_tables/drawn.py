@@ -1,0 +1,110 @@
+"""Cells that are drawn in HTML: histograms, bars and badges. In text each is what it says."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Final, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["STYLE", "Badge", "Bar", "Bars", "Drawn"]
+
+STYLE: Final = """
+.actrec > .actrec-table svg { display: inline-block; vertical-align: middle; margin-right: 5px; overflow: visible; }
+.actrec > .actrec-table svg path { fill: rgb(47, 111, 176); stroke: none; }
+.actrec > .actrec-table svg path.actrec-rest { fill: rgba(128, 128, 128, .3); }
+.actrec > .actrec-table td small { font-size: 11px; opacity: .8; white-space: nowrap; }
+.actrec > .actrec-table .actrec-title span, .actrec > .actrec-table td span.actrec-bad { font-weight: 600; padding: 0 6px;
+  border-radius: 3px; color: rgb(255, 255, 255); background: rgb(184, 50, 38); }
+.actrec > .actrec-table td span.actrec-bad { white-space: nowrap; }
+.actrec > .actrec-table .actrec-title span.actrec-good { background: rgb(26, 122, 70); }
+"""
+
+#: From nothing to everything, in one line of text.
+_BLOCKS: Final = "▁▂▃▄▅▆▇█"
+_HEIGHT: Final = 20
+#: So many pixels are a bar, and about so many a character.
+_STEP: Final = 4
+_CHARACTER: Final = 8
+
+
+class Drawn(str):
+    """A cell: the text that it is, and the HTML that is shown in its place, in which everything is escaped."""
+
+    __slots__ = ("html", "width")
+
+    html: str
+    width: int  #: in characters
+
+    def __new__(cls, text: str, html: str, width: int) -> Self:
+        """Make a cell."""
+        cell = super().__new__(cls, text)
+        cell.html, cell.width = html, width
+        return cell
+
+
+class Bars(Drawn):
+    """A histogram: SVG in HTML, and behind it the range; in text a block character for two bars.
+
+    >>> Bars([1, 1, 4, 4, 2, 1], "0 ... 3")
+    '▃█▄'
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, heights: Sequence[float], label: str) -> Self:
+        """Make a cell of heights; the highest is as high as the cell."""
+        pairs = [sum(heights[at : at + 2]) for at in range(0, len(heights), 2)]
+        text = "".join(_BLOCKS[round(share * (len(_BLOCKS) - 1))] for share in _shares(pairs))
+        path = "".join(
+            f"M{at * _STEP} {_HEIGHT}v-{max(share * _HEIGHT, 0.8):.1f}h{_STEP - 1}V{_HEIGHT}z"
+            for at, share in enumerate(_shares(heights))
+            if share
+        )
+        picture = _svg(path, _STEP * len(heights), label)
+        width = _STEP * len(heights) // _CHARACTER + len(label) * 3 // 4
+        return super().__new__(cls, text, f"{picture}<small>{escape(label)}</small>", width)
+
+
+def _shares(heights: Sequence[float]) -> list[float]:
+    most = max(heights, default=0.0)
+    return [height / most if most else 0.0 for height in heights]
+
+
+class Bar(Drawn):
+    """A number with a bar for its share of the most.
+
+    >>> Bar("50%", 0.5)
+    '50%'
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, text: str, share: float) -> Self:
+        """Make a cell whose bar is as long as ``share``, from 0 to 1."""
+        path = f"M0 12V18H{50 * min(share, 1.0):.1f}V12z"
+        rest = '<path class="actrec-rest" d="M0 12V18H50V12z"/>'
+        width = 50 // _CHARACTER + 1 + len(text)
+        return super().__new__(cls, text, f"{_svg(path, 50, text, rest)}{escape(text)}", width)
+
+
+class Badge(Drawn):
+    """A remark that stands out, as something bad or good.
+
+    >>> Badge("3 NaN").html
+    '<span class="actrec-bad">3 NaN</span>'
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, text: str, tone: str = "bad") -> Self:
+        """Make a remark; ``tone`` is ``"bad"`` or ``"good"``."""
+        return super().__new__(
+            cls, text, f'<span class="actrec-{tone}">{escape(text)}</span>', len(text)
+        )
+
+
+def _svg(path: str, width: int, label: str, before: str = "") -> str:
+    size = f'width="{width}" height="{_HEIGHT}" viewBox="0 0 {width} {_HEIGHT}"'
+    return f'<svg {size} role="img" aria-label="{escape(label)}">{before}<path d="{path}"/></svg>'
