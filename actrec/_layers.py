@@ -13,6 +13,7 @@ from actrec._selection.selection import select
 from actrec._tables.rows import Rows
 from actrec._tables.table import Column, Table
 from actrec._text import count, listed, shown
+from actrec.errors import SelectionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -89,7 +90,8 @@ def layers(
     0      Linear          15
     2      Linear           8
 
-    The model is not called, and not changed.
+    The model is not called, and not changed. Functions that its modules call, such as ``x + y``, are layers, too, whose names are
+    known when it is called: ``record(model, "**:*")`` records all of them, in execution order.
 
     Args:
         model: any ``torch.nn.Module``.
@@ -102,11 +104,18 @@ def layers(
 
     Raises:
         UnsupportedModelError: ``model`` is not a module, or of a kind in which hooks never run.
-        SelectionError: a query matches nothing, or only containers.
+        SelectionError: a query matches nothing, or only containers; or it asks for functions.
         OptionError: a mapping gives something else for a transform.
     """
     queries = (lambda *_: True) if layers is None else layers
-    found = Layers(_row(choice) for choice in select(model, queries).choices)
+    selection = select(model, queries)
+    if selection.functions:
+        message = (
+            f"layers(): {selection.functions[0].query!r} asks for functions, which are known when the model is called: call it in "
+            "record(model, '**:*'), which records all of them."
+        )
+        raise SelectionError(message)
+    found = Layers(_row(choice) for choice in selection.choices)
     found.model = type_name(model)
     return found
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import weakref
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch.compiler import is_dynamo_compiling
 from typing_extensions import override
@@ -16,21 +15,22 @@ from actrec._calls.caller import Caller
 from actrec._calls.capture import Capture
 from actrec._calls.compiled import COMPILING
 from actrec._calls.destination import Destination, Memory
-from actrec._calls.gradients import Gradients
+from actrec._calls.forwards import Forward
+from actrec._calls.functions import Functions, stop_key
 from actrec._calls.hooks import Event, Hook
-from actrec._calls.inputs import Inputs
 from actrec._calls.layer import Track
 from actrec._calls.options import Options
-from actrec._calls.overflow import Overflows
 from actrec._calls.own_calls import is_tracing
 from actrec._calls.placing import Hooks
 from actrec._calls.recorder import Recorder
 from actrec._calls.self_test import offload_for
 from actrec._calls.session import Session
-from actrec._calls.stop_early import EarlyStop, StoppableForward, refuse_sharded
+from actrec._calls.stop_early import EarlyStop, refuse_sharded
+from actrec._calls.tracks import ROLES, Tracks
 from actrec._calls.warnings import warn
+from actrec._recordings.layer import FUNCTION
 from actrec._selection.names import type_name
-from actrec._selection.selection import Choice, Selection, select
+from actrec._selection.selection import Selection, select
 from actrec._values.fsdp import frees_weights
 
 from .errors import ActrecError
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from actrec._recordings.layer import Layer, V
+    from actrec._selection.functions import Owner
     from actrec._selection.queries import Query, Transform
     from actrec._selection.selection import What
 
@@ -136,8 +137,8 @@ def record(
             are counted: a warning and the table say how many, and ``acts.stats()`` does not count them as infinities of the
             layer.
         stop_early: end each forward as soon as every chosen layer has run in it once: later layers are not computed, and
-            the call of the model returns ``None``. A forward in which one of them does not run is not ended. With
-            ``grads=True`` it needs ``detach=False``.
+            the call of the model returns ``None``. A forward in which one of them does not run is not ended. For functions, the
+            module that calls them has to run. With ``grads=True`` it needs ``detach=False``.
         into: a factory of the container for the calls of a layer, which needs ``append``, such as
             ``functools.partial(collections.deque, maxlen=10)``. Or of what reduces them, with ``update`` and ``compute``: a
             metric of torchmetrics, or a reduction of :mod:`actrec.reduce`, such as its ``Moments``. Both run as transforms do,
@@ -215,7 +216,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         stop = EarlyStop() if options.stop_early else None
         self._session = Session(stop=stop)
         self._session.offload = offload_for(self._capture, self._session.passes)
-        self._tracks: dict[str, tuple[Choice, Track]] = {}
+        self._functions: Functions | None = None
         self._yielded: Recorder | None = None  # which also keeps it, where the user does not
 
     @override
@@ -226,19 +227,17 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         hooks = Hooks()
         with ExitStack() as stack:
             self._destination = self._opened()
+            self._tracks = Tracks(self._session, self._capture, self._destination)
             stack.callback(self._destination.close)
             stack.callback(self._session.close)
             recorder = self._recorder()
             stack.enter_context(self._session.eager)
-            if self._session.stop is not None:
-                forward = StoppableForward(self._model, self._session.stop)
+            for forward in self._forwards(stack):
                 stack.callback(forward.remove)
                 forward.place()
             stack.callback(hooks.remove)
             hooks.place(self._plan())
-            for _, track in self._tracks.values():
-                if track.grads is not None:
-                    stack.callback(track.grads.end)
+            stack.callback(self._tracks.end)
             # If the block is dropped without being left, as with a generator, this runs all the same.
             self._clean_up = weakref.finalize(recorder, stack.pop_all().close)
             self._clean_up.atexit = False
@@ -259,6 +258,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         assert self._yielded is not None  # noqa: S101  # it was entered
         self._yielded._end()
         self._destination.left_by(error)
+        missing = None if self._functions is None else self._functions.missing()
         self._clean_up()
         self._yielded._ended()
         failure = session.unseen or self._destination.failure() or self._yielded._unmasked()
@@ -273,7 +273,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         if session.error is not None and not session.surfaced:
             # The model has caught it: without this, calls would be missing without a word.
             raise session.error
-        warn(self._model, self._tracks, session.stop, stacklevel=2)
+        warn(self._model, self._tracks.of, session, missing, stacklevel=2)
 
     def __getitem__(self, name: str) -> NoReturn:
         raise ActrecError(_FORGOTTEN)
@@ -303,38 +303,54 @@ class _Block(AbstractContextManager[Recorder[Any]]):
 
         layers = tuple(
             LayerInfo(choice.key, type_name(choice.module), named(choice.transforms[role]), role)
-            for role in _ROLES
+            for role in ROLES
             for choice in self._selection.of(role)
         )
         dtype = None if self._options.dtype is None else str(self._options.dtype)
         kind = type_name(self._model)
-        description = Description(kind, layers, self._names(), dtype=dtype)
+        functions = tuple(
+            LayerInfo(query.query, FUNCTION, named(query.transform), query.what)
+            for query in self._selection.functions
+        )
+        description = Description(kind, layers, self._names(), dtype=dtype, functions=functions)
         folder = Folder.of(self._options.path)
         return Stream(folder, description, self._session.passes, resume=self._options.resume)
 
     def _recorder(self) -> Recorder[Any]:
-        """Make what keeps the calls: a layer for each choice, and the track that leads to it."""
-        layers, inputs, grads = map(self._layers, _ROLES)
+        """Make what keeps the calls: layers for each choice, and the track that leads to them."""
+        layers = {role: self._layers(role) for role in ROLES}
+        tracks = self._tracks
         for choice in self._selection.choices:
             key = choice.key
-            track = self._track(choice, layers.get(key), inputs.get(key), grads.get(key))
-            self._tracks[key] = choice, track
+            tracks.add(choice, {role: of[key] for role, of in layers.items() if key in of})
+        if self._selection.functions:
+            self._functions = Functions(
+                self._selection.functions, self._session, tracks.add_function
+            )
         if self._session.stop is not None:
-            self._session.stop.layers = frozenset(self._tracks)
+            self._session.stop.layers = frozenset([*tracks.of, *map(stop_key, self._owners())])
+        asked = {query.what for query in self._selection.functions}
+        inputs, grads = (
+            layers[role] if layers[role] or role in asked else None
+            for role in ("input", "gradient")
+        )
         recorder = Recorder(
             type_name(self._model),
-            layers,
+            layers["output"],
             self._names(),
             self._session,
             inputs=inputs,
             grads=grads,
             capture=self._capture,
-            tracks=[track for _, track in self._tracks.values()],
+            tracks=[track for _, track in tracks.of.values()],
             modules={choice.module: choice.key for choice in self._selection.choices},
             destination=self._destination,
             position=partial(_position, self._options.into),
         )
         self._session.order.update(dict.fromkeys(self._destination.order))
+        tracks.lead_to(recorder)
+        if self._functions is not None:
+            self._functions.begin()
         return recorder
 
     def _layers(self, role: What) -> dict[str, Layer[Any]]:
@@ -343,49 +359,28 @@ class _Block(AbstractContextManager[Recorder[Any]]):
             for at, choice in enumerate(self._selection.of(role))
         }
 
-    def _track(
-        self,
-        choice: Choice,
-        outputs: Layer[Any] | None,
-        inputs: Layer[Any] | None,
-        grads: Layer[Any] | None,
-    ) -> Track:
-        base = replace(self._capture, layer=choice.key, offload=self._session.offload)
-        captures = {
-            what: replace(base, transform=transform)
-            for what, transform in choice.transforms.items()
-        }
-        capture = self._counting(captures.get("output", base), outputs)
-        track = Track(self._session, capture, outputs)
-        if inputs is not None:
-            received = replace(captures["input"], what="what it received in call")
-            track.inputs = Inputs.of(choice.module, inputs, self._counting(received, inputs))
-        if grads is not None:
-            # A backward has no end at which it could be delivered: a gradient is moved at once.
-            what = replace(captures["gradient"], what="the gradient of call", offload=None)
-            undecided = self._session.passes.undecided
-            alike = outputs is not None and what.transform is capture.transform
-            track.grads = Gradients(
-                self._counting(what, grads), grads, track.lock, alike, undecided
-            )
-        of_it = (layer for layer in (outputs, inputs, grads) if layer is not None)
-        track.kept = len(next(of_it))  # in a run that is resumed
-        return track
+    def _owners(self) -> list[Owner]:
+        """The modules whose functions are recorded."""
+        return [] if self._functions is None else self._functions.owners
 
-    def _counting(self, capture: Capture, layer: Layer[Any] | None) -> Capture:
-        """The same capture, which counts what does not fit into the dtype, for ``layer`` to say."""
-        if capture.dtype is None or layer is None:
-            return capture
-        layer.overflows = Overflows(capture.dtype, self._session.passes)
-        return replace(capture, overflows=layer.overflows)
+    def _forwards(self, stack: ExitStack) -> Iterator[Forward]:
+        """What stands in for forwards of the model, from the inside out."""
+        if self._functions is not None:
+            stack.callback(self._functions.end)
+            yield from self._functions.forwards()
+        if self._session.stop is not None:
+            yield Forward(self._model, self._session.stop)
 
     def _names(self) -> dict[str, str]:
-        return {name: choice.key for choice in self._selection.choices for name in choice.names}
+        names = {name: choice.key for choice in self._selection.choices for name in choice.names}
+        owners = [owner for query in self._selection.functions for owner in query.owners]
+        return names | {f"{name}:": f"{owner.key}:" for owner in owners for name in owner.names}
 
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""
         hooks: dict[nn.Module, list[Hook[Track]]] = {}
-        for choice, track in self._tracks.values():
+        for choice in self._selection.choices:
+            _, track = self._tracks.of[choice.key]
             hooks[choice.module] = [Hook(Event.RETURN, track, Track.returns)]
             if track.inputs is not None:
                 hooks[choice.module].insert(0, Hook(Event.RECEIVE, track, Track.receives))
@@ -393,12 +388,14 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         for module in parents:
             caller = Caller(module, hooks, is_root=module is self._model)
             yield module, Hook(Event.ENTER, session, caller.enters)
+            if self._functions is not None:
+                yield module, Hook(Event.ENTER, self._functions, Functions.enters)
         for module, its_hooks in hooks.items():
             yield from ((module, hook) for hook in its_hooks)
         for module in parents:
             yield module, Hook(Event.LEAVE, session, Session.leave)
         if session.stop is not None:
-            for module in hooks:
+            for module in dict.fromkeys([*hooks, *(owner.module for owner in self._owners())]):
                 yield module, Hook(Event.STOP, session, Session.may_stop)
 
 
@@ -414,8 +411,6 @@ _STOPPED = (
     "record(stop_early=True): the call of the model returns None, because the forward ends as soon as the chosen layers have "
     "run. Use what was recorded, or record without stop_early"
 )
-_ROLES: Final[tuple[What, ...]] = ("output", "input", "gradient")
-
 _FORGOTTEN = (
     "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"
 )

@@ -93,9 +93,11 @@ dispatch_mode_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
 pop_dispatch_mode: Any = getattr(torch._C, "_pop_torch_dispatch_stack", None)
 push_dispatch_mode: Any = getattr(torch._C, "_push_on_torch_dispatch_stack", None)
 
-# That of function modes, the same.
+# That of function modes, the same. Without it, functions inside modules cannot be recorded.
 count_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
 function_mode_at: Any = getattr(torch._C, "_get_function_stack_at", None)
+pop_function_mode: Any = getattr(torch._C, "_pop_torch_function_stack", None)
+push_function_mode: Any = getattr(torch._C, "_push_on_torch_function_stack", None)
 
 _functorch = getattr(torch._C, "_functorch", None)
 
@@ -147,6 +149,23 @@ def is_replica(module: nn.Module) -> bool:
 def is_export_guard(module: nn.Module) -> bool:
     """Whether it is what checks the inputs of an exported model. Without the name, queries select it too."""
     return type(module).__module__ == "torch.export._unlift"
+
+
+# --- Functions -----------------------------------------------------------------------------------------
+
+
+def schemas_of(function: Any) -> list[Any]:
+    """What the operators of a function say of their parameters. Without it, arguments are named after its documented ones."""
+    overload = getattr(function, "_schema", None)  # of one overload of torch.ops
+    if overload is not None:
+        return [overload]
+    name, packet = getattr(function, "__name__", "__"), None
+    if isinstance(function, torch._ops.OpOverloadPacket):
+        packet = function
+    elif not name.startswith("__"):  # those are of lists and dicts, too
+        packet = getattr(torch.ops.aten, name, None)
+    names: list[str] = [] if packet is None else packet.overloads()  # type: ignore[no-untyped-call]
+    return [getattr(packet, name)._schema for name in names]
 
 
 # --- The graph of autograd -------------------------------------------------------------------------

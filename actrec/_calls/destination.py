@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actrec._recordings.in_memory import ListLayer
+from actrec._recordings.layer import FUNCTION
 from actrec._recordings.units import Units
 
 from .reduced import ReducedLayer, is_reduction
@@ -29,6 +30,9 @@ class Destination(Protocol):
 
     def layer(self, role: Role, number: int, name: str, kind: str) -> Layer[Any]:
         """Return the layer for values of a chosen module: of its ``number``, name and type."""
+
+    def function(self, role: Role, name: str) -> Layer[Any]:
+        """Return the layer for values of a function, which is first called while the block runs."""
 
     def added(self, name: str) -> Layer[Any]:
         """Return the layer for values that the user adds by a name."""
@@ -77,6 +81,10 @@ class Memory:
             if type(container) is not list:
                 return SinkLayer(name, container, self._options.container, kind, self._held)
         return ListLayer(name, (), kind)
+
+    def function(self, role: Role, name: str) -> Layer[Any]:
+        """Return a new layer."""
+        return self.layer(role, 0, name, FUNCTION)
 
     def added(self, name: str) -> Layer[Any]:
         """Return a new layer, a list."""

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from actrec._torch import as_constant, hook_tables, never_compiled
 
-from .stop_early import when_copied
+from .forwards import when_copied
 
 if TYPE_CHECKING:
     from collections.abc import Callable

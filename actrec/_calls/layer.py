@@ -29,6 +29,7 @@ from .capture import SKIPPED
 from .clean_room import inside
 from .order import is_overtaken
 from .own_calls import comparing, is_own_call, is_symbolic, is_written_down
+from .parameters import named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -194,6 +195,29 @@ class Track:
         self.unrecorded[Unrecorded.RECOMPUTED] += 1
         if self.grads is not None:
             self.grads.expect_again(output)
+
+    # --- A call of a function ---------------------------------------------------------------------------------
+
+    def takes(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Value:
+        """A function is about to be called: return what is kept of its arguments."""
+        if not self.session.listens() or backward_number() != -1:
+            return None
+        assert self.inputs is not None  # noqa: S101  # or it would not be asked
+        try:
+            return self.inputs.capture.received(named(function, args, kwargs), self.called)
+        except Exception as error:
+            self._failed(error, self.called)
+            raise
+
+    def gives(self, module: nn.Module, output: Value, received: Value) -> None:
+        """A function that ``module`` has called returned ``output``: keep it, and what it had received."""
+        session = self.session
+        if not session.listens():
+            self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
+        elif backward_number() != -1:
+            self._returns_in_backward(output)
+        else:
+            self.keep(output, session.passes.number_of(module), received)
 
     # --- A value -------------------------------------------------------------------------------------------------
 

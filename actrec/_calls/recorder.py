@@ -19,13 +19,14 @@ from .reduced import ReducedLayer
 from .units import UnitRecorder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from collections.abc import Set as AbstractSet
     from contextlib import AbstractContextManager
 
     from torch import nn
 
     from actrec._recordings.table import State
+    from actrec._selection.functions import What
     from actrec._values.containers import Value
 
     from .capture import Capture
@@ -67,10 +68,10 @@ class Recorder(Recording[V], Generic[V]):
         aliases: Mapping[str, str],
         session: Session,
         *,
-        inputs: Mapping[str, Layer[Any]],
-        grads: Mapping[str, Layer[Any]],
+        inputs: Mapping[str, Layer[Any]] | None,
+        grads: Mapping[str, Layer[Any]] | None,
         capture: Capture,
-        tracks: Sequence[Track],
+        tracks: list[Track],
         modules: Mapping[nn.Module, str],
         destination: Destination,
         position: Callable[[], tuple[int, int, str | None]],
@@ -91,7 +92,7 @@ class Recorder(Recording[V], Generic[V]):
             if beside is not None:
                 beside._modules = self._modules
         self._added = destination.added
-        self._chosen = frozenset([*layers, *inputs, *grads, *aliases])
+        self._chosen = frozenset([*layers, *(inputs or ()), *(grads or ()), *aliases])
         self._session = session
         self._capture = capture
         self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
@@ -103,6 +104,24 @@ class Recorder(Recording[V], Generic[V]):
     @override
     def _deliver(self) -> None:
         self._session.deliver()
+
+    def _add_layer(self, name: str, layers: Mapping[What, Layer[Any]], track: Track) -> None:
+        """Put the layers of a function into the recording. Others may be reading it: what they see stays as it is."""
+        places: dict[What, Recording[Any] | None] = {
+            "output": self,
+            "input": self._inputs,
+            "gradient": self._grads,
+        }
+        with self._adding:
+            if name in self._layers:
+                message = f"acts.add({name!r}): that is the name of a recorded function. Choose another one."
+                raise ActrecError(message)
+            for role, recording in places.items():
+                if recording is not None and role in layers:
+                    layers[role]._units = recording._units
+                    recording._layers = {**recording._layers, name: layers[role]}
+            self._chosen |= {name}
+            self._tracks.append(track)
 
     def _end(self) -> None:
         """The block ends: a unit that is still open, in another thread, is not whole."""
@@ -382,8 +401,8 @@ class Recorder(Recording[V], Generic[V]):
             "aliases": dict(self._aliases),
             "order": [*self._order],
             "passes": Count(self.num_passes, set(self.failed_passes)),
-            "inputs": self._inputs and self._inputs._layers,
-            "grads": self._grads and self._grads._layers,
+            "inputs": None if self._inputs is None else self._inputs._layers,
+            "grads": None if self._grads is None else self._grads._layers,
             "units": self._units.copy(),
         }
         return _copied, (state,)

@@ -3,35 +3,23 @@
 The hook of the last layer raises :class:`Stop`, which is no ``Exception``: models that catch those do not
 hold it up, and where a bare ``except:`` does, the end of the block says so. It is caught around
 ``model.forward``, so that the call of the model ends like any other one, with ``None`` as its result. For
-that, while the block is open, the model has a ``forward`` of its own, that of its class inside a
-:class:`StoppableForward`.
+that, while the block is open, an :class:`EarlyStop` runs the forward of the model (:mod:`forwards`).
 """
 
 from __future__ import annotations
 
-import copy
 import threading
-import types
-import weakref
-from functools import partial, update_wrapper
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
-
-from typing_extensions import override
 
 from actrec._values.fsdp import sharded
 from actrec.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import nn
 
-__all__ = ["EarlyStop", "StoppableForward", "refuse_sharded", "when_copied"]
+    from .forwards import Forward
 
-
-#: A model has one ``forward``, and blocks of several threads may be about to change it.
-_placing = threading.RLock()
+__all__ = ["EarlyStop", "refuse_sharded"]
 
 
 class Stop(BaseException):
@@ -73,12 +61,10 @@ class EarlyStop:
             self._thread.stopped = True
             raise Stop(self)
 
-    def run(
-        self, stoppable: StoppableForward, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def run(self, stood_for: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward up to that point. A model that calls itself runs inside one such call."""
         thread = self._thread
-        forward = stoppable.forward_of(thread.module)
+        forward = stood_for.forward_of(thread.module)
         thread.module = None  # or the recording would keep the model
         if thread.inside:
             return forward(*args, **kwargs)
@@ -95,88 +81,6 @@ class EarlyStop:
             self.caught += 1
             return None  # the result was made without what the stopped layer returned
         return result
-
-
-class StoppableForward:
-    """Stands in for ``model.forward``, and lets an :class:`EarlyStop` end it.
-
-    It refers weakly to what stops it: wherever it is left, it is the forward that it stands for.
-    """
-
-    forward: Callable[..., Any]
-    own: Any  # what was set on the model itself, normally nothing
-
-    def __init__(self, model: nn.Module, stop: EarlyStop) -> None:
-        self.model = model
-        self._stop: Callable[[], EarlyStop | None] = weakref.ref(stop)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stop = self._stop()
-        if stop is None:
-            return self.forward(*args, **kwargs)
-        return stop.run(self, args, kwargs)
-
-    def forward_of(self, module: nn.Module | None) -> Callable[..., Any]:
-        """The forward of the model, or of a replica: it has the attributes of the model, this one included."""
-        replicated = module is not None and module is not self.model and self.own is None
-        return types.MethodType(type(self.model).forward, module) if replicated else self.forward
-
-    @override
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # In a pickle of the model, its forward, in words that a process without actrec knows too.
-        if self.own is None:
-            return getattr, (self.model, "forward")
-        return itemgetter(0), ((self.own,),)
-
-    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
-        """In a copy of the model, nothing: it has the forward of its class. Until it is complete, that is it."""
-        if self.own is not None:
-            return copy.deepcopy(self.own, memo)
-        copied = copy.deepcopy(self.model, memo)  # which has begun
-        forward = types.MethodType(type(copied).forward, copied)
-        when_copied(memo, partial(vars(copied).pop, "forward", None))
-        return forward
-
-    def place(self) -> None:
-        """Put it on the model."""
-        with _placing:
-            self.forward = self.model.forward
-            self.own = vars(self.model).get("forward")
-            update_wrapper(self, self.forward, updated=())
-            vars(self.model)["forward"] = self
-
-    def remove(self) -> None:
-        """Take it off again, unless somebody has put another forward in its place meanwhile."""
-        self._stop = _nothing
-        attributes = vars(self.model)
-        with _placing:
-            above = attributes.get("forward")
-            if above is self:
-                del attributes["forward"]
-                if self.own is not None:
-                    attributes["forward"] = self.own
-            # A block that was entered later ends later: from now on it stands for what we stood for.
-            while isinstance(above, StoppableForward):
-                if above.own is self:
-                    above.forward, above.own = self.forward, self.own
-                above = above.own
-
-
-def _nothing() -> None:
-    """What a weak reference returns when what it referred to is gone."""
-
-
-class _WhenCopied(list[Any]):
-    """What is to be done when the memo of a ``deepcopy`` goes, that is, when the copy is complete."""
-
-    def __del__(self) -> None:
-        for undo in self:
-            undo()
-
-
-def when_copied(memo: dict[Any, Any], undo: Callable[[], object]) -> None:
-    """Call ``undo`` when what is being copied with ``memo`` is complete."""
-    memo.setdefault(_WhenCopied, _WhenCopied()).append(undo)
 
 
 def refuse_sharded(model: nn.Module) -> None:

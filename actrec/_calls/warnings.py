@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from actrec._selection.selection import Choice
 
+    from .functions import Missing
     from .overflow import Overflows
-    from .stop_early import EarlyStop
+    from .session import Session
 
     _Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
 
@@ -67,8 +68,13 @@ _REENTRANT = (
 _BACKWARD = "where calls are not recorded: they may repeat those of the forward. If these do not, keep what they return with acts.add()"
 
 
-def warn(model: nn.Module, tracks: _Tracks, stop: EarlyStop | None, *, stacklevel: int) -> None:
-    """Warn of all that was asked for and is not in the recording, each kind once."""
+def warn(
+    model: nn.Module, tracks: _Tracks, session: Session, missing: Missing | None, *, stacklevel: int
+) -> None:
+    """Warn of all that was asked for and is not in the recording, each kind once.
+
+    ``missing`` says what was not recorded of functions, if any were asked for.
+    """
     causes = {
         (MissingGradientWarning, "no gradient can reach"): {
             key: cause for key, (_, track) in tracks.items() if (cause := _no_graph(track))
@@ -79,7 +85,8 @@ def warn(model: nn.Module, tracks: _Tracks, stop: EarlyStop | None, *, stackleve
             if track.kept and (cause := _incomplete(choice, track))
         },
     }
-    _warn_unused(model, tracks, stacklevel + 1)
+    stop = session.stop
+    _warn_unused(model, tracks, session, missing, stacklevel + 1)
     for (kind, what), layers in causes.items():
         if layers:
             message = _explained(what, layers, model, tracks)
@@ -94,10 +101,17 @@ def warn(model: nn.Module, tracks: _Tracks, stop: EarlyStop | None, *, stackleve
         warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 
 
-def _warn_unused(model: nn.Module, tracks: _Tracks, stacklevel: int) -> None:
+def _warn_unused(
+    model: nn.Module, tracks: _Tracks, session: Session, missing: Missing | None, stacklevel: int
+) -> None:
     """Warn once about all layers of which nothing was recorded."""
-    unused = {key: item for key, item in tracks.items() if not item[1].kept}
-    if not unused:
+    unused = {
+        key: (choice, track)
+        for key, (choice, track) in tracks.items()
+        if not track.kept and (track.called or track.error or not choice.is_function)
+    }
+    uncalled, is_called = ({}, False) if missing is None else missing
+    if not (unused or uncalled):
         return
     there = {id(module) for module in model.modules()}
     shared = _shared(model)
@@ -106,14 +120,17 @@ def _warn_unused(model: nn.Module, tracks: _Tracks, stacklevel: int) -> None:
         for key, item in unused.items()
         if not _nobody_chose(there, shared, *item)
     }
-    if any(track.session.passes.count or track.unrecorded.total() for _, track in tracks.values()):
+    causes |= uncalled
+    is_called |= any(track.unrecorded.total() for _, track in tracks.values())
+    if session.passes.count or is_called:
         if not causes:
             return
-        message = _explained("nothing was recorded of", causes, model, tracks)
+        message = _explained("nothing was recorded of", causes, model, {*tracks, *uncalled})
     else:
+        outside = ", but for acts.pause()" if session.was_paused else ""
         message = (
-            f"record(): nothing was recorded, this {type(model).__name__} was not called inside the with block{_outside(tracks)}."
-            f" {_why(tracks)}"
+            f"record(): nothing was recorded, this {type(model).__name__} was not called inside the with block{outside}."
+            f" {_why(session)}"
         )
     warnings.warn(message, UnusedLayerWarning, stacklevel=stacklevel + 1)
 
@@ -139,8 +156,7 @@ def _nobody_chose(
     return is_bare and was_there and _elsewhere(track) is None
 
 
-def _why(tracks: _Tracks) -> str:
-    (session, *_) = (track.session for _, track in tracks.values())
+def _why(session: Session) -> str:
     if session.eager.replaced:
         return f"The likely cause: {_STANCE}."
     return "Was its .forward() called, a copy of it, or a model made from it (exported, scripted)?"
@@ -198,15 +214,11 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
     return _IN_A_BODY if track.compiled else None
 
 
-def _outside(tracks: _Tracks) -> str:
-    return ", but for acts.pause()" if any(t.session.was_paused for _, t in tracks.values()) else ""
-
-
 def _times(count: int, what: str) -> str:
     return f"{count} {what}{'s' if count != 1 else ''}"
 
 
-def _explained(what: str, causes: dict[str, str], model: nn.Module, tracks: _Tracks) -> str:
+def _explained(what: str, causes: dict[str, str], model: nn.Module, tracks: Collection[str]) -> str:
     """What is wrong with how many of the layers, and a line for each cause with the layers that it explains."""
     many = f"{len(causes)} of {_times(len(tracks), 'layer')}"
     layers: dict[str, list[str]] = {}

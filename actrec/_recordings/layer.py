@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,11 +26,14 @@ from .passes import ListView, Moment, nth_calls
 if TYPE_CHECKING:
     from .units import Key, Units
 
-__all__ = ["Layer", "Overflows", "Role", "V"]
+__all__ = ["FUNCTION", "Layer", "Overflows", "Role", "V"]
 
 #: What the values of a layer are: its outputs, its inputs, the gradients of its outputs, what the user added, or the keys
 #: of units.
 Role: TypeAlias = Literal["output", "input", "gradient", "added", "unit"]
+
+#: The type of a layer that is a function.
+FUNCTION: Final = "function"
 
 #: What each call of a layer returned: a tensor, unless the user says otherwise.
 V = TypeVar("V", default=Tensor)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, overload
 from torch import nn
 from typing_extensions import TypeVar, override
 
+from actrec._selection.functions import canonical
 from actrec._tables.rows import Shown
 from actrec._text import listed, shown
 from actrec.errors import JoinError, UnknownLayerError
@@ -95,14 +96,21 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         for layer in self._layers.values() if units is not None else ():
             layer._units = units
         more = (aliases, order, self._passes)
-        self._inputs = Recording(model, inputs, *more, units=units) if inputs else None
-        self._grads = Recording(model, grads, *more, units=units) if grads else None
+        self._inputs, self._grads = (
+            None if layers is None else Recording(model, layers, *more, units=units)
+            for layers in (inputs, grads)
+        )
 
     def _key(self, name: object) -> str | None:
         """Return the listed name of a layer; ``None`` if there is no such layer."""
         if isinstance(name, nn.Module):
             name = self._modules.get(name)
         key = name if name in self._layers else self._aliases.get(name)  # type: ignore[call-overload]
+        if (
+            key is None and isinstance(name, str) and ":" in name
+        ):  # that of a module, and that of a function
+            module, _, function = name.rpartition(":")
+            key = f"{self._aliases.get(f'{module}:', f'{module}:')}{canonical(function)}"
         return key if key in self._layers else None
 
     @override
@@ -516,7 +524,7 @@ class _Part(Recording[V], Generic[V]):
     def __init__(self, whole: Recording[V], names: Iterable[str]) -> None:
         super().__init__(
             whole._model,
-            _some(whole, names),
+            _some(whole, names) or {},
             whole._aliases,
             whole._order,
             whole._passes,
@@ -548,7 +556,8 @@ class _Part(Recording[V], Generic[V]):
         return self._whole._state()
 
 
-def _some(recording: Recording[T] | None, names: Iterable[str]) -> dict[str, Layer[T]]:
+def _some(recording: Recording[T] | None, names: Iterable[str]) -> dict[str, Layer[T]] | None:
     """The layers of these names that are in a recording, if there is one."""
-    layers = {} if recording is None else recording._layers
-    return {name: layers[name] for name in names if name in layers}
+    if recording is None:
+        return None
+    return {name: recording._layers[name] for name in names if name in recording._layers}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from actrec.errors import OptionError, SelectionError
 
 from .diagnosis import check_model, layer_for_transform, why_not
+from .functions import FunctionQuery, What, ask, is_function_query
 from .globs import is_glob
 from .names import Model, upwards
 from .queries import answer
@@ -21,16 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "Selection", "What", "select"]
 
-#: What of a layer is recorded.
-What: TypeAlias = Literal["output", "input", "gradient"]
-
 #: The arguments of ``record()`` that take queries for more than outputs.
 _OPTIONS: Mapping[What, str] = {"input": "inputs", "gradient": "grads"}
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One chosen layer."""
+    """One chosen layer: a module, or a function that one calls."""
 
     key: str  # its name in the recording: without wrapper segments, unless another chosen layer has that name
     module: nn.Module
@@ -39,15 +37,17 @@ class Choice:
     by_default: bool = (
         False  # whether it is one of all leaf modules, and no other query asks for it
     )
+    is_function: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The chosen layers, and the modules whose calls lead to theirs: the root first, and all parents."""
+    """The chosen layers and functions, and the modules whose calls lead to theirs: the root first, and all parents."""
 
     choices: tuple[Choice, ...]
     parents: tuple[nn.Module, ...]
     _order: Mapping[What, Mapping[int, object]]  # for each kind, the ids of its modules
+    functions: tuple[FunctionQuery, ...] = ()
 
     def of(self, what: What) -> tuple[Choice, ...]:
         """Return the layers of which this is recorded, in the order of its queries."""
@@ -79,8 +79,8 @@ def select(
     """
     check_model(model, queries)
     names = Model(model)
-    outputs = _claimed(names, queries, transform)
-    claimed: dict[What, dict[int, _Claim]] = {
+    outputs = _claimed(names, queries, transform, "output")
+    claimed: dict[What, _Claims] = {
         "output": outputs,
         "input": _claimed_besides(names, "input", inputs, None, outputs),
         "gradient": _claimed_besides(names, "gradient", grads, transform, outputs),
@@ -93,7 +93,7 @@ def select(
         raise SelectionError(message)
     claims: dict[int, dict[What, _Claim]] = {}
     for what, found in claimed.items():
-        for module, claim in found.items():
+        for module, claim in found.modules.items():
             claims.setdefault(module, {})[what] = claim
     firsts = [next(iter(of_one.values())) for of_one in claims.values()]
     keys = _keys([claim.name for claim in firsts])
@@ -107,17 +107,24 @@ def select(
         )
         for key, first, of_one in zip(keys, firsts, claims.values(), strict=True)
     )
-    return Selection(choices, tuple(_parents(names, choices)), claimed)
+    order = {what: found.modules for what, found in claimed.items()}
+    functions = tuple(query for found in claimed.values() for query in found.functions)
+    callers = [owner.module for query in functions for owner in query.owners]
+    parents = _parents(names, [choice.module for choice in choices], callers)
+    return Selection(choices, tuple(parents), order, functions)
 
 
-def _claimed(names: Model, queries: Any, transform: Transform | None) -> dict[int, _Claim]:
-    """The modules (ids) that some queries choose."""
-    claims: dict[int, _Claim] = {}
+def _claimed(names: Model, queries: Any, transform: Transform | None, what: What) -> _Claims:
+    """What some queries choose."""
+    claims = _Claims()
     for query, own in _flatten(queries, transform):
         if own is not transform and id(own) in names.of:
             raise OptionError(layer_for_transform(query, own))
+        if is_function_query(query, names):
+            claims.functions.append(ask(names, query, own, what))
+            continue
         for claim in _claims(names, query, own):
-            known = claims.setdefault(id(claim.name.module), claim)
+            known = claims.modules.setdefault(id(claim.name.module), claim)
             if known is not claim:
                 known.merge(claim)
     return claims
@@ -128,11 +135,11 @@ def _claimed_besides(
     what: What,
     given: Any,
     transform: Transform | None,
-    outputs: Mapping[int, _Claim],
-) -> dict[int, _Claim]:
-    """The modules (ids) of which ``inputs=`` or ``grads=`` asks for what they say."""
+    outputs: _Claims,
+) -> _Claims:
+    """What ``inputs=`` or ``grads=`` chooses."""
     if given is False:
-        return {}
+        return _Claims()
     option = f"{_OPTIONS[what]}={given!r}"
     if given is None:
         message = f"record({option}): False means none, True the layers that are recorded, and a query others."
@@ -145,11 +152,17 @@ def _claimed_besides(
         raise SelectionError(message)
     if given is True:
         keeps = what == "gradient"
-        return {
-            module: replace(claim, transform=claim.transform if keeps else None)
-            for module, claim in outputs.items()
-        }
-    claims = _claimed(names, given, transform)
+        return _Claims(
+            {
+                module: replace(claim, transform=claim.transform if keeps else None)
+                for module, claim in outputs.modules.items()
+            },
+            [
+                replace(query, transform=query.transform if keeps else None, what=what)
+                for query in outputs.functions
+            ],
+        )
+    claims = _claimed(names, given, transform, what)
     if not claims:
         message = f"record({option}): no layers were given. False means none, True the layers that are recorded."
         raise SelectionError(message)
@@ -215,6 +228,17 @@ class _Claim:
         return tuple(dict.fromkeys(names + self.spellings))
 
 
+@dataclass(slots=True)
+class _Claims:
+    """What queries have selected: modules, by their ids, and functions."""
+
+    modules: dict[int, _Claim] = field(default_factory=dict)
+    functions: list[FunctionQuery] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.modules or self.functions)
+
+
 def _claims(model: Model, query: Query | None, transform: Transform | None) -> Iterator[_Claim]:
     spelled = query if isinstance(query, str) and not is_glob(query) else None
     is_spelled_out = spelled is not None or isinstance(query, nn.Module)
@@ -234,12 +258,13 @@ def _keys(names: list[Name]) -> list[str]:
     return [name.short if owners[name.short] is name else name.full for name in names]
 
 
-def _parents(model: Model, choices: Iterable[Choice]) -> Iterator[nn.Module]:
-    """The root, and every module above a chosen one that is itself called."""
-    root = model.names[0].module
-    found = {id(root): root}
-    for choice in choices:
-        for name in model.of[id(choice.module)]:
+def _parents(
+    model: Model, chosen: list[nn.Module], callers: list[nn.Module]
+) -> Iterator[nn.Module]:
+    """The root, the modules whose functions are chosen, and every module above those and the chosen ones that is called."""
+    found = {id(module): module for module in (model.names[0].module, *callers)}
+    for module in (*chosen, *callers):
+        for name in model.of[id(module)]:
             for full in upwards(name.full.rpartition(".")[0]):
                 above = model.by_full.get(full)  # none, where a segment has a dot in it
                 if above and id(above.module) not in found and why_not(model, above) is None:

@@ -46,6 +46,7 @@ _FORM: Final = {
     "model": str,
     "options": {"inputs": bool, "grads": bool, "dtype": Maybe(str)},
     "layers": [_LAYER],
+    "functions": [_LAYER],
     "names": {str: str},
 }
 
@@ -83,6 +84,8 @@ class Description:
     recording: str = field(default_factory=lambda: uuid.uuid4().hex)  #: the same for all ranks
     ranks: int = 1  #: of the run that wrote it
     began: int = field(default_factory=time.time_ns)  #: when that run began in this rank
+    #: The queries for functions; what they have found is in the shards.
+    functions: tuple[LayerInfo, ...] = ()
 
     def has(self, role: Role) -> bool:
         """Whether this is recorded of any layer."""
@@ -109,6 +112,9 @@ class Description:
             "layers": [
                 {key: getattr(layer, key) for key in ("role", *_LAYER)} for layer in self.layers
             ],
+            "functions": [
+                {key: getattr(one, key) for key in ("role", *_LAYER)} for one in self.functions
+            ],
             "names": {name: key for name, key in self.names.items() if name != key},
         }
         return json.dumps(about, indent=1).encode()
@@ -133,14 +139,15 @@ class Description:
             raise ResumeError(message)
 
     def _layer_differences(self, new: Description) -> list[tuple[str, Any, Any]]:
-        then, now = ([layer.shown for layer in one.layers] for one in (self, new))
+        chosen, others = (one.layers + one.functions for one in (self, new))
+        then, now = ([layer.shown for layer in one] for one in (chosen, others))
         if then != now:
             missing = [name for name in then if name not in now]
             added = [name for name in now if name not in then]
             if not missing and not added:
                 return [("the order of the layers was", then[:8], now[:8])]
             return [("the layers were", missing[:8] or "fewer", added[:8] or "fewer")]
-        pairs = zip(self.layers, new.layers, strict=True)
+        pairs = zip(chosen, others, strict=True)
         return [
             (f"the {what} of layer {a.shown[:60]!r} was", getattr(a, what), getattr(b, what))
             for a, b in pairs
@@ -182,6 +189,7 @@ def _parsed(content: Any) -> Description:
         about["version"] == VERSION,
         f"it is of version {str(about['version'])[:20]} of the format, and this actrec reads version {VERSION}",
     )
+    about.setdefault("functions", [])  # which was not there from the first
     checked(about, _FORM, "the file")
     need(
         0 < about["ranks"] <= MAX_RANKS,
@@ -195,6 +203,7 @@ def _parsed(content: Any) -> Description:
         about["recording"],
         about["ranks"],
         about["began"],
+        tuple(_layers(about["functions"], dict.fromkeys(_BESIDES.values(), False))),
     )
 
 

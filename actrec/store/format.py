@@ -9,11 +9,12 @@ from typing import Final, NamedTuple
 
 import torch
 
-from actrec._recordings.layer import Role
+from actrec._recordings.layer import FUNCTION, Role
 from actrec.errors import CorruptRecordingError
 
 __all__ = [
     "DTYPES",
+    "FUNCTION",
     "Defect",
     "Role",
     "Slot",

@@ -67,8 +67,8 @@ class StoredRecording(Recording[V], Generic[V]):
             {name: key for one in reversed(described) for name, key in one.names.items()},
             list(dict.fromkeys(name for _, name in sources)),
             Count(max((rank.committed for rank in ranks), default=0)),
-            inputs=layers["input"],
-            grads=layers["gradient"],
+            inputs=layers["input"] or None,
+            grads=layers["gradient"] or None,
             units=StoredUnits(sources.get((UNIT.role, UNIT.name), [])),
         )
 

@@ -12,7 +12,7 @@ from actrec._values.summary import Summary
 from actrec.errors import ActrecError, WriteError
 
 from .call import Call
-from .format import Role, Slot
+from .format import FUNCTION, Role, Slot
 from .layers import StoredLayer
 from .load import opened
 from .opening import Opening
@@ -68,6 +68,11 @@ class Stream:
         self._after: StoredRecording[Any] | None = None
         self._chosen = sum(layer.role == "output" for layer in description.layers)
         self._added = [slot.name for slot in ledger.layers if slot.role == "added"]
+        #: The numbers of functions, which have come to be layers when they were first called.
+        self._functions = {
+            slot.name: slot.number for slot in ledger.layers if slot.type == FUNCTION
+        }
+        self._most = len(description.layers)  # more than any number of a chosen one
         #: The layers that have calls, by the first of them.
         self.order = [*self._before._order]
         self.error: str | None = "the recorder was garbage-collected before the block ended"
@@ -79,6 +84,11 @@ class Stream:
     def layer(self, role: Role, index: int, name: str, kind: str) -> LiveLayer:
         """Return the layer that stands for a chosen one."""
         return LiveLayer(self, Slot(role, index, name, kind))
+
+    def function(self, role: Role, name: str) -> LiveLayer:
+        """Return the layer that stands for a function."""
+        following = max(self._functions.values(), default=self._most - 1) + 1
+        return self.layer(role, self._functions.setdefault(name, following), name, FUNCTION)
 
     def added(self, name: str) -> LiveLayer:
         """Return the layer that stands for values that are added by a name."""

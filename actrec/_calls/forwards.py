@@ -1,0 +1,113 @@
+"""What stands in for the ``forward`` of a module while a block is open that ends it early or looks into it."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import types
+import weakref
+from functools import partial, update_wrapper
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Protocol
+
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+__all__ = ["Forward", "Runner", "when_copied"]
+
+
+#: A module has one ``forward``, and blocks of several threads may be about to change it.
+_placing = threading.RLock()
+
+
+class Runner(Protocol):
+    """What runs a forward."""
+
+    def run(self, stood_for: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the forward returns."""
+
+
+class Forward:
+    """Stands in for the ``forward`` of a module, and lets ``runner`` run it.
+
+    It refers weakly to the runner: wherever it is left, it is the forward that it stands for.
+    """
+
+    forward: Callable[..., Any]
+    own: Any  # what was set on the module itself, normally nothing
+
+    def __init__(self, module: nn.Module, runner: Runner) -> None:
+        self.module = module
+        self._runner: Callable[[], Runner | None] = weakref.ref(runner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        runner = self._runner()
+        if runner is None:
+            return self.forward(*args, **kwargs)
+        return runner.run(self, args, kwargs)
+
+    def forward_of(self, module: nn.Module | None) -> Callable[..., Any]:
+        """The forward of the module, or of a replica of it: that has its attributes, this one included."""
+        replicated = module is not None and module is not self.module and self.own is None
+        return types.MethodType(type(self.module).forward, module) if replicated else self.forward
+
+    @override
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # In a pickle of the model, its forward, in words that a process without actrec knows too.
+        if self.own is None:
+            return getattr, (self.module, "forward")
+        return itemgetter(0), ((self.own,),)
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
+        """In a copy of the model, nothing: it has the forward of its class. Until it is complete, that is it."""
+        if self.own is not None:
+            return copy.deepcopy(self.own, memo)
+        copied = copy.deepcopy(self.module, memo)  # which has begun
+        forward = types.MethodType(type(copied).forward, copied)
+        when_copied(memo, partial(vars(copied).pop, "forward", None))
+        return forward
+
+    def place(self) -> None:
+        """Put it on the module."""
+        with _placing:
+            self.forward = self.module.forward
+            self.own = vars(self.module).get("forward")
+            update_wrapper(self, self.forward, updated=())
+            vars(self.module)["forward"] = self
+
+    def remove(self) -> None:
+        """Take it off again, unless somebody has put another forward in its place meanwhile."""
+        self._runner = _nothing
+        attributes = vars(self.module)
+        with _placing:
+            above = attributes.get("forward")
+            if above is self:
+                del attributes["forward"]
+                if self.own is not None:
+                    attributes["forward"] = self.own
+            # A block that was entered later ends later: from now on it stands for what we stood for.
+            while isinstance(above, Forward):
+                if above.own is self:
+                    above.forward, above.own = self.forward, self.own
+                above = above.own
+
+
+def _nothing() -> None:
+    """What a weak reference returns when what it referred to is gone."""
+
+
+class _WhenCopied(list[Any]):
+    """What is to be done when the memo of a ``deepcopy`` goes, that is, when the copy is complete."""
+
+    def __del__(self) -> None:
+        for undo in self:
+            undo()
+
+
+def when_copied(memo: dict[Any, Any], undo: Callable[[], object]) -> None:
+    """Call ``undo`` when what is being copied with ``memo`` is complete."""
+    memo.setdefault(_WhenCopied, _WhenCopied()).append(undo)

@@ -1,0 +1,96 @@
+"""What keeps the calls of a block: for each chosen layer a track, and the layers of the recording that it leads to."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from .gradients import Gradients
+from .inputs import Inputs
+from .layer import Track
+from .overflow import Overflows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from actrec._recordings.layer import Layer
+    from actrec._selection.selection import Choice, What
+
+    from .capture import Capture
+    from .destination import Destination
+    from .recorder import Recorder
+    from .session import Session
+
+__all__ = ["ROLES", "Tracks"]
+
+ROLES: Final[tuple[What, ...]] = ("output", "input", "gradient")
+
+
+class Tracks:
+    """The tracks of a block, by the names of their layers."""
+
+    def __init__(self, session: Session, capture: Capture, destination: Destination) -> None:
+        self.of: dict[str, tuple[Choice, Track]] = {}
+        self._session = session
+        self._capture = capture
+        self._destination = destination
+        self._recorder: Callable[[], Recorder | None] = lambda: None
+
+    def lead_to(self, recorder: Recorder) -> None:
+        """Put layers that are made from now on into ``recorder``, which is not kept."""
+        self._recorder = weakref.ref(recorder)
+
+    def add(self, choice: Choice, layers: Mapping[What, Layer[Any]]) -> None:
+        """Make the track of a chosen module, which leads to these layers."""
+        self.of[choice.key] = choice, self._track(choice, layers)
+
+    def add_function(self, choice: Choice) -> tuple[Track, Callable[[], None]]:
+        """Make the track of a function, and what makes it and its layers part of the recording."""
+        layers = {role: self._destination.function(role, choice.key) for role in choice.transforms}
+        track = self._track(choice, layers)
+        return track, partial(self._publish, choice, track, layers)
+
+    def _publish(self, choice: Choice, track: Track, layers: Mapping[What, Layer[Any]]) -> None:
+        recorder = self._recorder()
+        if recorder is not None:  # or nobody will ever look
+            recorder._add_layer(choice.key, layers, track)
+        self.of[choice.key] = choice, track
+
+    def end(self) -> None:
+        """The block ends: leave nothing on a leaf, which may be part of the model."""
+        for _, track in self.of.values():
+            if track.grads is not None:
+                track.grads.end()
+
+    def _track(self, choice: Choice, layers: Mapping[What, Layer[Any]]) -> Track:
+        outputs, inputs, grads = (layers.get(role) for role in ROLES)
+        base = replace(self._capture, layer=choice.key, offload=self._session.offload)
+        captures = {
+            what: replace(base, transform=transform)
+            for what, transform in choice.transforms.items()
+        }
+        capture = self._counting(captures.get("output", base), outputs)
+        track = Track(self._session, capture, outputs)
+        if inputs is not None:
+            received = replace(captures["input"], what="what it received in call")
+            track.inputs = Inputs.of(choice.module, inputs, self._counting(received, inputs))
+        if grads is not None:
+            # A backward has no end at which it could be delivered: a gradient is moved at once.
+            what = replace(captures["gradient"], what="the gradient of call", offload=None)
+            undecided = self._session.passes.undecided
+            alike = outputs is not None and what.transform is capture.transform
+            track.grads = Gradients(
+                self._counting(what, grads), grads, track.lock, alike, undecided
+            )
+        of_it = (layer for layer in (outputs, inputs, grads) if layer is not None)
+        track.kept = len(next(of_it))  # in a run that is resumed
+        return track
+
+    def _counting(self, capture: Capture, layer: Layer[Any] | None) -> Capture:
+        """The same capture, which counts what does not fit into the dtype, for ``layer`` to say."""
+        if capture.dtype is None or layer is None:
+            return capture
+        layer.overflows = Overflows(capture.dtype, self._session.passes)
+        return replace(capture, overflows=layer.overflows)

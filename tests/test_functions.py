@@ -1,0 +1,793 @@
+"""``"module:function"`` records what a module's forward calls itself, exactly, and nothing is felt of it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # as everybody calls it
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from actrec import (
+    ActrecError,
+    CaptureError,
+    IncompleteLayerWarning,
+    SelectionError,
+    TransformError,
+    UnusedLayerWarning,
+    compare,
+    layers,
+    load,
+    record,
+)
+from actrec._calls.forwards import Forward
+from actrec._torch import count_function_modes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+X = torch.linspace(-1, 1, 12).reshape(3, 4)
+
+
+@pytest.fixture(autouse=True)
+def _no_mode_stays_behind() -> Iterator[None]:
+    yield
+    assert count_function_modes() == 0
+
+
+class Block(nn.Module):
+    """Writes in place what it has just computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.act = nn.ReLU()
+        self.b = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a residual sum."""
+        hidden = self.act(self.a(x) * 2)
+        out = self.b(hidden) - 0.5
+        out += x
+        return F.relu(out, inplace=True)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return two numbers for each row."""
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).softmax(-1)
+
+
+def expected(net: Net, x: Tensor = X) -> dict[str, Tensor]:
+    """What the functions of both blocks return, computed out of place."""
+    found = {}
+    for at, block in enumerate(net.blocks):
+        found[f"blocks.{at}:mul"] = block.a(x) * 2
+        found[f"blocks.{at}:sub"] = block.b(found[f"blocks.{at}:mul"].relu()) - 0.5
+        found[f"blocks.{at}:add"] = found[f"blocks.{at}:sub"] + x
+        found[f"blocks.{at}:relu"] = x = found[f"blocks.{at}:add"].relu()
+    return found
+
+
+def unwrapped(net: nn.Module) -> bool:
+    return not any("forward" in vars(module) for module in net.modules())
+
+
+# --- What is recorded ---------------------------------------------------------------------------------
+
+
+def test_each_call_is_an_item_of_its_name_exactly_as_it_was_returned() -> None:
+    net = Net()
+    with record(net, "blocks.*:*") as acts:
+        out = net(X)
+    assert torch.equal(out, net(X))
+    assert list(acts) == list(expected(net))  # in execution order
+    for name, value in expected(net).items():
+        assert torch.equal(acts[name][0], value)
+    assert unwrapped(net)
+    assert {layer.type for layer in acts.values()} == {"function"}
+
+
+@pytest.mark.parametrize(
+    ("query", "names"),
+    [
+        ("blocks.0:mul", ["blocks.0:mul"]),
+        ("blocks.*:relu", ["blocks.0:relu", "blocks.1:relu"]),
+        ("**:*ad*", ["blocks.0:add", "blocks.1:add"]),
+        (":softmax", [":softmax"]),
+        ("blocks.0.act:relu", ["blocks.0.act:relu"]),
+        (["head", "head:linear"], ["head", "head:linear"]),
+    ],
+)
+def test_a_name_or_a_glob_may_stand_on_both_sides_of_the_colon(
+    query: Any, names: list[str]
+) -> None:
+    net = Net()
+    with record(net, query) as acts:
+        net(X)
+    assert list(acts) == names
+
+
+def test_two_stars_mean_every_module_and_the_model_itself() -> None:
+    net = Net()
+    with record(net, ["**", "**:*"]) as acts:
+        net(X)
+    order = acts.execution_order
+    first = [
+        "a:linear",
+        "a",
+        ":mul",
+        "act:relu",
+        "act",
+        "b:linear",
+        "b",
+        ":sub",
+        ":add",
+        ":relu",
+        "",
+    ]
+    spelled = [f"blocks.0{'' if not one or one[0] == ':' else '.'}{one}" for one in first]
+    assert order[: len(spelled)] == spelled
+    assert order[-3:] == ["head:linear", "head", ":softmax"]
+    alone = nn.Linear(4, 2)
+    with record(alone, "**:*") as acts:
+        alone(X)
+    assert list(acts) == [":linear"]
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("add", lambda x: x + x),
+        ("add", lambda x: x.add(x)),
+        ("add", lambda x: torch.add(x, x)),
+        ("add", lambda x: 1 + x),
+        ("iadd", lambda x: x.clone().add_(x)),
+        ("add", lambda x: torch.ops.aten.add.Tensor(x, x)),
+        ("relu", lambda x: x.relu()),
+        ("relu", torch.relu),
+        ("relu", F.relu),
+        ("relu", lambda x: torch.relu_(x.clone())),
+        ("relu_", lambda x: F.relu(x.clone(), inplace=True)),
+        ("relu", torch.ops.aten.relu),
+        ("sub", lambda x: 1 - x),
+        ("rsub", lambda x: torch.rsub(x, 1)),
+        ("div", lambda x: 1 / x),
+        ("truediv", lambda x: x / 2),
+        ("floor_divide", lambda x: x // 2),
+        ("pow", lambda x: x**2),
+        ("pow", lambda x: 2**x),
+        ("matmul", lambda x: x @ x.T),
+        ("getitem", lambda x: x[0]),
+        ("T", lambda x: x.T),
+        ("bitwise_and", lambda x: (x > 0) & (x < 1)),
+        ("softmax", lambda x: F.softmax(x, -1)),
+        ("split", lambda x: x.split(2)),
+        ("max", lambda x: x.max(0)),
+        ("arange", lambda _: torch.arange(3)),
+        ("rand", lambda _: torch.rand(3)),
+        ("einsum", lambda x: torch.einsum("ij,kj", x, x)),
+        ("scaled_dot_product_attention", lambda x: F.scaled_dot_product_attention(x, x, x)),
+    ],
+)
+def test_a_function_has_one_name_however_it_is_spelled(
+    function: str, call: Callable[[Tensor], Any]
+) -> None:
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return call(x)
+
+    torch.manual_seed(1)
+    model = Calls()
+    with record(model, f":{function}") as acts:
+        out = model(X)
+    torch.testing.assert_close(acts[f":{function}"][0], out, rtol=0, atol=0)
+
+
+def test_results_without_a_tensor_are_no_values_and_what_setitem_wrote_to_is() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone()
+            if x.size(0) > 1 and x.dim() and x.is_floating_point():
+                x[0] = 7
+            return x.zero_()
+
+    model = Writes()
+    with record(model, ":*") as acts:
+        model(X)
+    assert list(acts) == [":clone", ":setitem", ":zero"]
+    assert acts[":setitem"][0][0].tolist() == [7] * 4
+    assert torch.equal(acts[":clone"][0], X)
+
+
+def test_out_and_views_are_recorded_as_they_were() -> None:
+    class Outs(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out = torch.empty_like(x)
+            torch.mul(x, 2, out=out)
+            part = out[1:].transpose(0, 1)
+            out.zero_()
+            return part
+
+    model = Outs()
+    with record(model, [":mul", ":transpose"]) as acts:
+        model(X)
+    assert torch.equal(acts[":mul"][0], X * 2)
+    assert torch.equal(acts[":transpose"][0], (X * 2)[1:].T)
+
+
+def test_arguments_are_recorded_by_name_before_they_are_overwritten() -> None:
+    net = Net()
+    with record(net, ["blocks.0:add", "blocks.0:relu"], inputs=True) as acts:
+        net(X)
+    values = expected(net)
+    given = acts.inputs["blocks.0:add"][0]
+    assert torch.equal(given["input"], values["blocks.0:sub"])
+    assert torch.equal(given["other"], X)
+    assert [*acts.inputs["blocks.0:relu"][0]] == ["input", "inplace"]
+    assert torch.equal(acts.inputs["blocks.0:relu"][0]["input"], values["blocks.0:add"])
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (lambda x: F.scaled_dot_product_attention(x, x, x, None, 0.0, True), "query key value attn_mask dropout_p is_causal"),
+        (lambda x: torch.cat([x, x], 1), "tensors dim"),
+        (lambda x: x.permute(1, 0), "input dims"),
+        (lambda x: x.max(1), "input dim"),
+        (lambda x: x[0], "input idx"),
+        (lambda x: x.T, "input"),
+        (lambda x: x.view(torch.int32), "input dtype"),
+        (lambda x: torch.einsum("ij,kj", x, x), "args"),
+        (lambda x: torch.relu_(x.clone()), "input"),
+        (lambda x: torch.ops.aten.add.Tensor(x, x, alpha=2), "input other alpha"),
+        (lambda x: torch.zeros(2, 3), "size"),
+        (lambda x: torch.add(x, x, out=x.clone()), "input other out"),
+    ],
+)  # fmt: skip
+def test_arguments_have_the_names_of_pytorch(call: Callable[[Tensor], Any], names: str) -> None:
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return call(x)
+
+    model = Calls()
+    with record(model, ":*", inputs=True) as acts:
+        model(X)
+    assert [*acts.inputs[acts.execution_order[-1]][0]] == names.split()
+
+
+def test_a_function_that_says_nothing_of_its_parameters_has_args() -> None:
+    @torch.overrides.wrap_torch_function(lambda *args: args)
+    def mine(*args: Tensor) -> Tensor:
+        return args[0] + 1
+
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return mine(x, x)
+
+    model = Calls()
+    with record(model, ":*", inputs=True) as acts:
+        model(X)
+    assert [len(given["args"]) for given in acts.inputs[acts.execution_order[0]]] == [2]
+
+
+# --- As for modules -----------------------------------------------------------------------------------
+
+
+def test_gradients_are_those_of_the_values_and_the_models_own_are_unchanged() -> None:
+    class Smooth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).tanh() * 2
+            y += x
+            return y.view(4, 3).sin()
+
+    model = Smooth()
+    model(X).sum().backward()
+    plain = model.a.weight.grad
+    model.zero_grad()
+    with record(model, ":*", grads=True) as acts:
+        model(X).sum().backward()
+    assert torch.equal(model.a.weight.grad, plain)
+    y = acts[":add"][0].requires_grad_()
+    (known,) = torch.autograd.grad(y.view(4, 3).sin().sum(), y)
+    assert torch.equal(acts.grads[":add"][0], known)
+    assert torch.equal(acts.grads[":mul"][0], known)
+    assert torch.equal(acts.grads[":view"][0].reshape(3, 4), known)
+    with record(model, ":mul", detach=False) as acts:
+        model(X)
+    acts[":mul"][0].sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_what_checkpointing_runs_again_is_not_recorded_again(use_reentrant: bool) -> None:
+    class Saves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=use_reentrant) * 3
+
+    model = Saves()
+    x = X.clone().requires_grad_()
+    with record(model, ["inner:sub", ":mul"], grads=True) as acts:
+        model(x).sum().backward()
+    assert [len(acts["inner:sub"]), len(acts[":mul"])] == [1, 1]
+    relu = acts["inner:sub"][0] + X > 0
+    assert torch.equal(acts.grads["inner:sub"][0], relu * 3.0)
+
+
+def test_transforms_are_applied_and_each_query_may_have_its_own() -> None:
+    net = Net()
+    queries = {"blocks.*:*": lambda t: t.mean(0) + 1, "blocks.0:add": torch.sum}
+    with record(net, queries) as acts:
+        net(X)
+    values = expected(net)
+    assert torch.equal(acts["blocks.0:add"][0], values["blocks.0:add"].sum())
+    assert torch.equal(acts["blocks.1:add"][0], values["blocks.1:add"].mean(0) + 1)
+    assert next(iter(acts)) == "blocks.0:add"  # it is spelled out: it is there from the start
+    with pytest.raises(TransformError, match=r"layer 'blocks\.0:mul'"):  # noqa: SIM117  # the message
+        with record(net, "blocks.0:mul", transform=lambda t: t.nothing):
+            net(X)
+
+
+def test_a_forward_ends_early_behind_the_modules_whose_functions_are_chosen() -> None:
+    net = Net()
+    with record(net, ["blocks.0:*"], stop_early=True) as acts:
+        assert net(X) is None
+    assert len(acts["blocks.0:relu"]) == 1
+    with record(net, [":softmax", "blocks.0"], stop_early=True) as acts:
+        assert net(X) is not None
+    assert unwrapped(net)
+
+
+def test_functions_are_written_to_disk_and_gone_on_with(tmp_path: Path) -> None:
+    net = Net()
+    with record(net, ["blocks.0", "blocks.*:*"], inputs=True) as memory:
+        net(X)
+        net(X)
+    for _ in range(2):
+        with record(
+            net, ["blocks.0", "blocks.*:*"], inputs=True, into=tmp_path / "a", resume=True
+        ) as acts:
+            net(X)
+    stored = load(tmp_path / "a")
+    assert compare(memory, stored).first_difference is None
+    assert acts["blocks.1:add"].passes == stored["blocks.1:add_"].passes == [0, 1]
+    assert stored.execution_order == memory.execution_order
+    assert torch.equal(
+        stored.inputs["blocks.1:mul"][1]["input"], memory.inputs["blocks.1:mul"][1]["input"]
+    )
+    memory.save(tmp_path / "b")
+    assert compare(load(tmp_path / "b"), stored).first_difference is None
+
+
+def test_replicas_and_threads_record_their_own_calls() -> None:
+    net = Net()
+    outs: dict[int, Tensor] = {}
+
+    def call(at: int) -> None:
+        outs[at] = net(X + at)
+
+    with record(net, "blocks.*:add") as acts:
+        threads = [threading.Thread(target=call, args=(at,)) for at in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for at, number in enumerate(acts["blocks.0:add"].passes):
+        call_of = acts["blocks.1:add"].passes.index(number)
+        found = [
+            t
+            for t in range(4)
+            if torch.equal(expected(net, X + t)["blocks.0:add"], acts["blocks.0:add"][at])
+        ]
+        assert torch.equal(
+            acts["blocks.1:add"][call_of], expected(net, X + found[0])["blocks.1:add"]
+        )
+
+
+def test_a_replica_computes_with_its_own_weights() -> None:
+    model = Block()
+    with record(model, ":*") as acts:
+        replica = model._replicate_for_data_parallel()
+        for name, layer in model.named_children():
+            twin = layer._replicate_for_data_parallel()
+            for key, parameter in layer.named_parameters():
+                setattr(twin, key, parameter.detach() * 0)
+            replica._modules[name] = twin
+        out = replica(X)
+        model(X)
+    assert torch.equal(acts[":mul"][0], torch.zeros(3, 4))
+    assert torch.equal(out, F.relu(X - 0.5))
+    assert not torch.equal(acts[":mul"][1], torch.zeros(3, 4))
+
+
+# --- Nothing is felt of it ----------------------------------------------------------------------------
+
+
+class Stop(BaseException):
+    """Interrupts."""
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_however_a_forward_ends_no_mode_stays(error: type[BaseException]) -> None:
+    class Fails(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            self.blocks[0](x + 1)
+            raise error
+
+    net = Fails()
+    with record(net, "**:*") as acts:
+        with pytest.raises(error):
+            net(X)
+        assert count_function_modes() == 0
+    assert len(acts[":add"]) == 1
+    assert unwrapped(net)
+
+
+def test_interrupted_at_any_line_no_mode_and_no_forward_stays() -> None:
+    net = Net()
+
+    def interrupted(at: int) -> bool:
+        lines = 0
+
+        def trace(frame: Any, event: str, _: object) -> Any:
+            nonlocal lines
+            if (
+                "actrec/_calls/functions.py" not in frame.f_code.co_filename
+                and "forwards.py" not in frame.f_code.co_filename
+            ):
+                return trace if event == "call" and "actrec" in frame.f_code.co_filename else None
+            if event == "line":
+                lines += 1
+                if lines == at:
+                    raise Stop
+            return trace
+
+        try:
+            with record(net, ["blocks.0:*"], transform=torch.sum):
+                sys.settrace(trace)
+                try:
+                    net(X)
+                finally:
+                    sys.settrace(None)
+        except Stop:
+            return True
+        finally:
+            assert count_function_modes() == 0, at
+            assert unwrapped(net), at
+        return False
+
+    at = 1
+    while interrupted(at):
+        at += 1
+    assert at > 100
+
+
+def test_modes_of_the_model_and_around_it_keep_their_places() -> None:
+    seen: list[str] = []
+
+    class Mine(TorchFunctionMode):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(self.name)
+            return func(*args, **(kwargs or {}))
+
+    class Modal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with Mine("inside"):
+                x = self.inner(x + 1) * 2
+            return x - 1
+
+    model = Modal()
+    with Mine("around"):
+        out = model(X)
+        before, seen[:] = seen[:], []
+        with record(model, ["inner", ":*"]) as acts:
+            same = model(X)
+    assert torch.equal(out, same)
+    assert list(acts) == ["inner", ":add", ":mul", ":sub"]
+    assert [name for name in seen if name == "inside"].count("inside") >= before.count("inside")
+    with record(model, ["inner:*", ":*"]) as acts:
+        model(X)
+    assert list(acts) == [
+        ":add",
+        "inner:mul",
+        "inner:sub",
+        "inner:add",
+        "inner:relu",
+        ":mul",
+        ":sub",
+    ]
+
+
+def test_a_mode_that_the_model_leaves_on_stays_on() -> None:
+    class Mine(TorchFunctionMode):
+        pass
+
+    mode = Mine()
+
+    class Leaves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 1
+            mode.__enter__()
+            return x
+
+    model = Leaves()
+    with record(model, ":add") as acts:
+        model(X)
+        assert count_function_modes() == 1
+        mode.__exit__(None, None, None)
+    assert len(acts[":add"]) == 1
+
+
+def test_blocks_nest_and_each_records_the_functions_that_it_was_asked_for() -> None:
+    net = Net()
+    with record(net, "blocks.*:*") as outer:
+        with record(net, ["blocks.1:add", "blocks.0.a"]) as inner:
+            net(X)
+        net(X)
+    assert list(outer) == list(expected(net))
+    assert {name: len(layer) for name, layer in outer.items()} == dict.fromkeys(expected(net), 2)
+    assert [len(layer) for layer in inner.values()] == [1, 1]
+    assert unwrapped(net)
+
+
+def test_copies_and_pickles_of_a_model_that_is_recorded_are_not() -> None:
+    net = Net()
+    with record(net, "**:*"):
+        copied = copy.deepcopy(net)
+        read = pickle.loads(pickle.dumps(net))
+        assert not any(
+            isinstance(vars(m).get("forward"), Forward)
+            for m in (*copied.modules(), *read.modules())
+        )
+        assert torch.equal(copied(X), net(X))
+        assert torch.equal(read(X), net(X))
+
+
+def test_a_recording_that_is_dropped_is_gone_at_once() -> None:
+    net = Net()
+    block = record(net, "blocks.*:*")
+    acts = block.__enter__()
+    net(X)
+    value = weakref.ref(acts["blocks.0:add"][0])
+    gc.disable()
+    try:
+        del block, acts
+        assert value() is None
+    finally:
+        gc.enable()
+    assert unwrapped(net)
+
+
+def test_nothing_is_wrapped_where_no_function_was_asked_for() -> None:
+    net = Net()
+    with record(net):
+        assert unwrapped(net)
+        net(X)
+    with record(net, "blocks.0:add"):
+        net(X)
+        wrapped = [name for name, module in net.named_modules() if "forward" in vars(module)]
+        assert wrapped == ["blocks.0", "blocks.0.a", "blocks.0.act", "blocks.0.b"]
+
+
+# --- Never silent -------------------------------------------------------------------------------------
+
+
+def test_a_name_that_nothing_has_is_told_at_the_end_with_what_was_called() -> None:
+    net = Net()
+    with (
+        pytest.warns(UnusedLayerWarning) as warned,
+        record(net, ["blocks.0:rellu", "head:*", "head"]),
+    ):
+        net(X)
+    (message,) = (str(one.message) for one in warned)
+    assert "nothing was recorded of 1 of 3 layers" in message
+    assert (
+        "'blocks.0:rellu': 'blocks.0' did not call it. Called there: 'add', 'mul', 'relu', 'sub'. Did you mean 'relu'?"
+        in message
+    )
+    assert "'blocks.0.**:rellu'" in message
+    assert "multi_head_attention_forward" in message
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        (":size", "'size' was called there, and returned no tensor"),
+        ("never:add", "'never' was never called"),
+        ("*:nothing", "the 2 modules that it names did not call it. Called there: 'mul'"),
+        ("empty:*", "Called there: nothing."),
+    ],
+)
+def test_the_reason_is_told(query: str, said: str) -> None:
+    class Empty(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    class Doubles(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.empty, self.never = Empty(), Doubles()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.empty(x[: x.size(0)])
+
+    model = Model()
+    if query.startswith("*"):
+        model.empty = Doubles()
+    with pytest.warns(UnusedLayerWarning) as warned, record(model, query):
+        model(X)
+    assert said in str(warned[0].message)
+
+
+def test_calls_in_a_pause_or_in_backward_are_told() -> None:
+    net = Net()
+    with (
+        pytest.warns(UnusedLayerWarning, match="was called inside acts.pause"),
+        record(net, ["blocks.0:add", "head"]) as acts,
+    ):
+        with acts.pause():
+            net(X)
+        net.head(X)
+
+    class InBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            net(X)
+            return grad
+
+    with (
+        pytest.warns(UnusedLayerWarning, match="inside backward"),
+        record(net, ["blocks.0:add"]) as acts,
+    ):
+        net.head(X)
+        InBackward.apply(X.clone().requires_grad_()).sum().backward()
+    with (
+        pytest.warns(IncompleteLayerWarning, match="1 call of it ran inside backward"),
+        record(net, ["blocks.0:add"]) as acts,
+    ):
+        net(X)
+        InBackward.apply(X.clone().requires_grad_()).sum().backward()
+    assert len(acts["blocks.0:add"]) == 1
+
+
+def test_a_model_that_is_read_is_not_recorded() -> None:
+    net = Net().eval()
+    with pytest.warns(UnusedLayerWarning, match="reads the model"), record(net, "blocks.0:add"):
+        torch.fx.experimental.proxy_tensor.make_fx(net)(X)
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("blocks.7:add", "Did you mean 'blocks"),
+        ("blocks:add", "a container that is never called"),
+        ("blocks.0:", "names no function behind the colon"),
+        ([], "no layers were given"),
+    ],
+)
+def test_a_query_that_cannot_be_meant_is_refused(query: Any, said: str) -> None:
+    net = Net()
+    with pytest.raises(SelectionError, match=said):
+        record(net, query)
+
+
+@pytest.mark.parametrize("what", ["inputs", "grads"])
+def test_inputs_and_gradients_of_functions_can_be_asked_for_alone(what: str) -> None:
+    net = Net()
+    with record(net, "head", **{what: {"blocks.*:sub": None, "blocks.0:*": None}}) as acts:
+        net(X).sum().backward()
+    assert list(acts) == ["head"]
+    assert set(getattr(acts, what)) == {
+        "blocks.0:mul",
+        "blocks.0:sub",
+        "blocks.0:add",
+        "blocks.0:relu",
+        "blocks.1:sub",
+    }
+    with record(net, ["blocks.0", "blocks.0:sub"], transform=torch.sum, **{what: True}) as acts:
+        net(X).sum().backward()
+    assert list(acts) == list(getattr(acts, what)) == ["blocks.0", "blocks.0:sub"]
+
+
+def test_the_table_of_a_models_layers_says_how_to_find_functions() -> None:
+    with pytest.raises(SelectionError, match="are known when the model is called"):
+        layers(Net(), "blocks.*:add")
+
+
+def test_a_unit_that_fails_takes_its_functions_along() -> None:
+    net = Net()
+    with record(net, "blocks.*:add", inputs=True) as acts:
+        with pytest.raises(ValueError, match="mine"), acts.unit("a"):
+            net(X)
+            message = "mine"
+            raise ValueError(message)
+        with acts.unit("b"):
+            net(X)
+    assert len(acts["blocks.0:add"]) == len(acts.inputs["blocks.0:add"]) == 1
+
+
+def test_inside_vmap_a_function_cannot_be_recorded() -> None:
+    net = Net()
+    with pytest.raises(CaptureError, match=r"layer 'blocks\.0:add'"), record(net, "blocks.0:add"):
+        torch.func.vmap(net)(X)
+    with (
+        pytest.raises(CaptureError, match=r"layer 'blocks\.0:add'"),
+        record(net, "blocks.0:add", inputs=True),
+    ):
+        torch.func.vmap(net)(X)
+
+
+def test_a_value_of_ones_own_cannot_have_the_name_of_a_function() -> None:
+    net = Net()
+    with record(net, "blocks.*:*") as acts:
+        net(X)
+        with pytest.raises(ActrecError, match="that is the name of a recorded layer"):
+            acts.add("blocks.0:add", 1)
+        assert acts["blocks.0:__iadd__"] is acts["blocks.0:add"]
+    late = Net()
+    with record(late, "blocks.*:*") as acts:
+        late.blocks[1](X)
+        acts.add("blocks.0:add", 1)
+        with pytest.raises(ActrecError, match="that is the name of a recorded function"):
+            late(X)
+
+
+def test_functions_of_what_a_wrapper_wraps_have_its_name() -> None:
+    net = Net()
+    wrapped = nn.DataParallel(net)
+    with record(wrapped, [":softmax", "module.blocks.0:add", "blocks.1:add"]) as acts:
+        net_out = wrapped(X)
+    assert list(acts) == [":softmax", "blocks.0:add", "blocks.1:add"]
+    assert torch.equal(acts["module:softmax"][0], net_out)
+    assert torch.equal(acts["blocks.0:add"][0], expected(net)["blocks.0:add"])
+
+
+def test_a_compiled_model_runs_eagerly_and_its_functions_are_recorded() -> None:
+    net = Net()
+    compiled = torch.compile(net, backend="eager")
+    with record(compiled, ["**:*"]) as acts:
+        compiled(X)
+    assert torch.equal(acts["blocks.1:relu"][0], expected(net)["blocks.1:relu"])
