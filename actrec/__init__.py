@@ -23,6 +23,7 @@ from actrec._recordings.stats import Stats
 from actrec._text import own_version
 from actrec._values.stand_ins import Opaque
 
+from ._attention import attention
 from ._layers import Layers, layers
 from ._record import record
 from .errors import (
@@ -87,6 +88,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnusedLayerWarning",
     "WriteError",
+    "attention",
     "compare",
     "layers",
     "load",

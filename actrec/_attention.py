@@ -1,0 +1,157 @@
+"""Attention maps of what a fused attention received: PyTorch's kernels return the mixed values alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from .errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["attention"]
+
+#: So many elements of a map are computed at a time.
+BLOCK: Final = 1 << 22
+#: How many roundings of its dtype an output may be away from what the map gives.
+_ROUNDINGS: Final = 16
+
+
+@torch.no_grad()
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    output: Tensor | None = None,
+) -> Tensor:
+    r"""Return the attention map of a call of ``scaled_dot_product_attention``, of what it received.
+
+    >>> import torch, actrec
+    >>> class Attention(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    >>> model = Attention()
+    >>> name = ":scaled_dot_product_attention"
+    >>> with actrec.record(model, name, inputs=True) as acts:
+    ...     output = model(torch.randn(2, 4, 5, 8))
+    >>> received = acts.inputs[name][0]
+    >>> weights = actrec.attention(**received, output=acts[name][0])
+    >>> weights.shape
+    torch.Size([2, 4, 5, 5])
+    >>> weights[0, 0, 0]  # the first token sees itself alone
+    tensor([1., 0., 0., 0., 0.])
+
+    The parameters are those of the function, so that what was recorded of a call can be given as it is. The map is computed
+    in blocks over batch and heads, so that besides it a few megabytes are needed; where all maps are too large to be
+    kept, let a transform of the inputs make less of each one while the model runs:
+    ``record(model, (), inputs={"**:scaled_dot_product_attention": lambda given: actrec.attention(**given).mean(1)})``.
+
+    Args:
+        query: :math:`(*, H, L, E)`.
+        key: :math:`(*, H, S, E)`, or fewer heads with ``enable_gqa=True``.
+        value: :math:`(*, H, S, E_v)`. Needed only to check ``output``.
+        attn_mask: :math:`(*, H, L, S)` or a shape that broadcasts to it: boolean, true where a key is seen, or added to the
+            scores.
+        dropout_p: 0: what was dropped is not known.
+        is_causal: whether query :math:`i` sees the keys up to :math:`i`.
+        scale: of the scores; :math:`1/\sqrt{E}` by default.
+        enable_gqa: whether several heads of the queries share one of the keys.
+        output: what the call returned. If it is given, ``weights @ value`` has to agree with it, up to rounding.
+
+    Returns:
+        A new tensor of shape :math:`(*, H, L, S)`, on the device of ``query``: ``float32``, or ``float64`` if ``query`` is. It is
+        not part of a graph. A query that sees no key has zeros.
+
+    Raises:
+        OptionError: there was dropout, or ``output`` is not what these weights give: attention was computed in another
+            way, or the two are not of one call.
+    """
+    if dropout_p:
+        message = (
+            f"attention(dropout_p={dropout_p}): which weights were dropped is not known. Record the model after "
+            "model.eval()."
+        )
+        raise OptionError(message)
+    if is_causal and attn_mask is not None:
+        message = "attention(is_causal=True): with a mask besides; PyTorch takes one of the two."
+        raise OptionError(message)
+    if output is not None and value is None:
+        message = "attention(output=...): give the values too, to check it: attention(query, key, value, output=...)."
+        raise OptionError(message)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if enable_gqa:  # each head of the keys belongs to as many of the queries
+        key = _shared(key, query.shape[-3])
+        value = None if value is None else _shared(value, query.shape[-3])
+    heads = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])  # type: ignore[no-untyped-call]
+    shape = torch.Size([*heads, query.shape[-2], key.shape[-2]])
+    weights = query.new_empty(shape, dtype=dtype)
+    wide = [
+        tensor if tensor is None else tensor.expand(*heads, *tensor.shape[-2:])
+        for tensor in (query, key, value, output)
+    ]
+    mask = None if attn_mask is None else attn_mask.expand(shape)
+    for block in _blocks([weights, mask, *wide]):
+        _compute(block, scale=scale, is_causal=is_causal)
+    return weights
+
+
+def _shared(tensor: Tensor, heads: int) -> Tensor:
+    """Keys or values of some heads, for each of ``heads`` of the queries."""
+    return tensor.repeat_interleave(heads // tensor.shape[-3], dim=-3)
+
+
+def _blocks(tensors: list[Any]) -> Iterator[list[Any]]:
+    """Take tensors apart along batch and heads, until the first is small."""
+    first = tensors[0]
+    if first.numel() <= BLOCK or first.dim() == 2:  # noqa: PLR2004  # a map
+        yield tensors
+        return
+    for at in range(len(first)):
+        yield from _blocks([None if tensor is None else tensor[at] for tensor in tensors])
+
+
+def _compute(block: list[Any], *, scale: float, is_causal: bool) -> None:
+    """Fill in a block of the map, some queries at a time."""
+    weights, mask, query, key, value, output = block
+    keys = key.shape[-2]
+    rows = max(1, BLOCK * query.shape[-2] // max(1, weights.numel()))
+    for at in range(0, query.shape[-2], rows):
+        some = slice(at, at + rows)
+        scores = query[..., some, :].to(weights.dtype) @ key.to(weights.dtype).mT * scale
+        if mask is not None and mask.dtype == torch.bool:
+            scores.masked_fill_(~mask[..., some, :], -torch.inf)
+        elif mask is not None:
+            scores += mask[..., some, :]
+        if is_causal:
+            seen = torch.ones(scores.shape[-2], keys, dtype=torch.bool, device=scores.device)
+            scores.masked_fill_(~seen.tril(at), -torch.inf)
+        blind = (scores == -torch.inf).all(-1, keepdim=True)
+        part = weights[..., some, :]
+        part.copy_(scores.softmax(-1).masked_fill_(blind, 0))
+        if output is not None and value is not None:
+            _check(part, value, output[..., some, :].masked_fill(blind, 0))
+
+
+def _check(weights: Tensor, value: Tensor, output: Tensor) -> None:
+    """Raise ``OptionError`` unless the weights give the output, up to rounding of its dtype."""
+    wide = value.to(weights.dtype)
+    off = (weights @ wide - output).abs()
+    eps = max(torch.finfo(one.dtype).eps for one in (value, output))
+    allowed = _ROUNDINGS * eps * (weights @ wide.abs() + eps)
+    if bool((off > allowed).any() or (off.isnan() & ~output.isnan()).any()):
+        message = (
+            f"attention(output=...): weights @ value differs from the output by up to {off.max().item():.3g}, and rounding explains "
+            f"{allowed.max().item():.3g}. Are both of one call, and recorded without dtype=? Or the model computes attention in another "
+            "way: with dropout, a cap on the scores, or attention sinks."
+        )
+        raise OptionError(message)
