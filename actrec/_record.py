@@ -100,6 +100,7 @@ def record(
     ===========================================  ====================================================
     ``"layer1.0.conv1"``                         that module, by exact name; ``""`` is the model itself
     ``"layer*.*.conv1"``, ``"blocks.**.attn"``   a glob: ``*`` stays inside one segment, ``**`` crosses dots
+    ``"layer1.*:relu"``                          functions that those modules call themselves, by name or glob
     ``re.compile(r"h\.\d+")``                    the names that the regular expression matches fully
     ``nn.Conv2d``                                all modules of that type
     ``model.layer4``                             that module object
@@ -110,6 +111,10 @@ def record(
     Names may leave out the segments that wrappers add, such as ``module.`` and ``_orig_mod.``; the keys of the recording
     are without them. A module with several names is recorded once and found under each of them. Where queries overlap,
     a layer that is named or given as an object takes precedence over a pattern, otherwise the first query does.
+
+    Behind a colon stands a function, method or operator of PyTorch that the forward of the module calls itself, not the
+    modules inside it: ``add`` for ``x + y``, ``x.add(y)`` and ``x += y``. Each call is one item, and ``inputs`` are its arguments.
+    ``"**:*"`` records all that are called, in execution order: the way to find their names.
 
     Args:
         model: any ``torch.nn.Module``. Compiled models run eagerly inside the block.

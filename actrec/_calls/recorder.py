@@ -98,7 +98,7 @@ class Recorder(Recording[V], Generic[V]):
         self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
         self._adding = threading.Lock()
         self._blocks = UnitRecorder(session, units, destination, position)
-        every = (*self._layers.values(), *inputs.values(), *grads.values())
+        every = [one for of in (layers, inputs, grads) if of is not None for one in of.values()]
         self._reduced = [layer for layer in every if isinstance(layer, ReducedLayer)]
 
     @override
@@ -121,6 +121,7 @@ class Recorder(Recording[V], Generic[V]):
                     layers[role]._units = recording._units
                     recording._layers = {**recording._layers, name: layers[role]}
             self._chosen |= {name}
+            self._reduced += [one for one in layers.values() if isinstance(one, ReducedLayer)]
             self._tracks.append(track)
 
     def _end(self) -> None:
