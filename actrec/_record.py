@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -33,7 +34,7 @@ from actrec._selection.names import type_name
 from actrec._selection.selection import Selection, select
 from actrec._values.fsdp import frees_weights
 
-from .errors import ActrecError
+from .errors import ActrecError, ResumeWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -151,8 +152,10 @@ def record(
             :class:`actrec.store.Folder`, which is a path with settings: values are written while the block runs, within a
             budget of memory (1 GiB), and committed pass by pass. Committed passes survive a crash of the process or the machine and
             a full disk. Under ``torchrun``, all ranks record into the same path.
-        resume: with a path: continue after the last committed pass of the recording that is there, if any.
-            ``acts.num_passes`` is the number of committed passes.
+        resume: with a path: go on with the recording that is there, if any. What was not committed is dropped. Open a
+            :meth:`unit <Recorder.unit>` for each batch, prompt or document, and go through what :meth:`Recorder.remaining` leaves:
+            it skips what all ranks have committed. Values added in earlier runs can be read in the block. (``acts.num_passes``
+            is the number of committed passes of this rank: enough to go on after where each batch is one pass, and no pass raises.)
 
     Returns:
         A context manager that yields the :class:`Recorder`, a mapping from layer name to :class:`Layer`. Each call of a module
@@ -174,6 +177,8 @@ def record(
     Warns:
         UnusedLayerWarning: nothing was recorded of a layer; the message gives the likely cause. Like the following, at the end
             of the block.
+        ResumeWarning: a run is resumed without units, and passes look like steps of ``generate()``. At the beginning of the block, if
+            what is there looks so.
         OverflowWarning: finite values overflowed in the cast to ``dtype``.
         MissingGradientWarning: gradients were asked for, or ``detach=False``, and nothing that a layer returned requires grad.
             From ``backward()``: a gradient is left out, because the layer returned a view of what the model may have used
@@ -222,6 +227,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         self._session = Session(stop=stop)
         self._session.offload = offload_for(self._capture, self._session.passes)
         self._functions: Functions | None = None
+        self._doubted = False
         self._yielded: Recorder | None = None  # which also keeps it, where the user does not
 
     @override
@@ -234,6 +240,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
             self._destination = self._opened()
             self._tracks = Tracks(self._session, self._capture, self._destination)
             stack.callback(self._destination.close)
+            self._warn_of_steps(stacklevel=2)
             stack.callback(self._session.close)
             recorder = self._recorder()
             stack.enter_context(self._session.eager)
@@ -278,7 +285,15 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         if session.error is not None and not session.surfaced:
             # The model has caught it: without this, calls would be missing without a word.
             raise session.error
-        warn(self._model, self._tracks.of, session, missing, stacklevel=2)
+        if not self._yielded._is_idle():
+            warn(self._model, self._tracks.of, session, missing, stacklevel=2)
+        self._warn_of_steps(stacklevel=2)
+
+    def _warn_of_steps(self, stacklevel: int) -> None:
+        doubt = None if self._doubted else self._destination.doubt()
+        if doubt is not None:
+            self._doubted = True
+            warnings.warn(doubt, ResumeWarning, stacklevel=stacklevel + 1)
 
     def __getitem__(self, name: str) -> NoReturn:
         raise ActrecError(_FORGOTTEN)

@@ -9,6 +9,7 @@
     ├── UnknownLayerError           also KeyError: a name that is not in the recording
     ├── TransformError              also RuntimeError: the user's transform raised
     ├── CaptureError                also RuntimeError: a value that cannot be recorded or stored
+    ├── MissingUnitsError           also LookupError: a stored recording lacks units that were asked for
     ├── JoinError                   also ValueError: calls that cannot be joined
     ├── AlignmentError              also ValueError: layers that cannot be cut into the same rows
     ├── RecordingExistsError        also FileExistsError: a path that is not empty
@@ -20,6 +21,7 @@
 
     UnusedLayerWarning              nothing was recorded of a chosen layer
     IncompleteLayerWarning          calls of a chosen layer are missing, or may differ from what it returned
+    ResumeWarning                   a run goes on by the number of passes, and a pass may not be what is worked off
     MissingGradientWarning          a gradient of a chosen layer cannot arrive, or is not defined
     OverflowWarning                 values overflowed in the cast to ``dtype``
     UnlockedWarning                 a folder that is recorded into cannot be locked
@@ -39,12 +41,14 @@ __all__ = [
     "IncompleteLayerWarning",
     "JoinError",
     "MissingGradientWarning",
+    "MissingUnitsError",
     "OptionError",
     "OverflowWarning",
     "ReadError",
     "RecordingExistsError",
     "RecordingNotFoundError",
     "ResumeError",
+    "ResumeWarning",
     "SelectionError",
     "TransformError",
     "UnknownLayerError",
@@ -92,6 +96,21 @@ class JoinError(ActrecError, ValueError):
     """Calls of a layer cannot be joined: their structures, dtypes or shapes differ, or there are none."""
 
 
+class MissingUnitsError(ActrecError, LookupError):
+    """A stored recording lacks units that were asked for; the message names the first, ``missing`` has all their keys."""
+
+    #: The keys, in the order in which they were asked for.
+    missing: list[int | str]
+
+    def __init__(self, message: str, missing: list[int | str]) -> None:
+        super().__init__(message, missing)
+        self.missing = missing
+
+    @override
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class AlignmentError(ActrecError, ValueError):
     """Layers cannot be cut into rows that correspond; the message names the call that differs."""
 
@@ -130,6 +149,10 @@ class MissingGradientWarning(UserWarning):
 
 class OverflowWarning(UserWarning):
     """Finite values overflowed in the cast to ``dtype``; the message names the layers."""
+
+
+class ResumeWarning(UserWarning):
+    """A run that is resumed goes on by the number of passes, and a pass seems not to be what is worked off."""
 
 
 class UnusedLayerWarning(UserWarning):

@@ -46,6 +46,9 @@ class Destination(Protocol):
     def done_before(self) -> Iterable[Key]:
         """Return the keys of the units of earlier runs, of all ranks."""
 
+    def doubt(self) -> str | None:
+        """Return why to go on by the number of passes may be wrong, if there are no units and it seems so."""
+
     def keep_unit(self, number: int, key: Key) -> None:
         """The unit of pass ``number`` has ended, and is kept."""
 
@@ -101,6 +104,9 @@ class Memory:
     def done_before(self) -> Iterable[Key]:
         """Nothing was recorded before."""
         return ()
+
+    def doubt(self) -> None:
+        """Nothing is gone on with."""
 
     def keep_unit(self, number: int, key: Key) -> None:
         """The recorder has the key."""

@@ -128,6 +128,10 @@ class Recorder(Recording[V], Generic[V]):
         """The block ends: a unit that is still open, in another thread, is not whole."""
         self._blocks.drop_open(_Everything(self))
 
+    def _is_idle(self) -> bool:
+        """Whether there was nothing left to record, and nothing was called."""
+        return self._blocks.nothing_left and not any(track.called for track in self._tracks)
+
     def _ended(self) -> None:
         """It has ended: what could not be committed is not there."""
         self._blocks.forget_from(self.num_passes)

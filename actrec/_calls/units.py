@@ -88,6 +88,7 @@ class UnitRecorder:
         self._lock = threading.RLock()  # held while a unit begins or ends
         self._done: dict[Key, None] | None = None
         self._pid = os.getpid()
+        self.nothing_left = False  # of the pairs, for this rank
 
     # --- What is done --------------------------------------------------------------------------------------
 
@@ -121,6 +122,7 @@ class UnitRecorder:
         self, call: str, pairs: Iterator[Any], share: Share
     ) -> Iterator[tuple[Key, Any]]:
         met: set[Key] = set()
+        left = 0
         for position, pair in enumerate(pairs):
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2):  # noqa: PLR2004  # a pair
                 message = (
@@ -134,7 +136,9 @@ class UnitRecorder:
                 raise OptionError(message)
             met.add(key)
             if share.has(position) and key not in self._all_done():
+                left += 1
                 yield key, pair[1]
+        self.nothing_left = self.nothing_left or (bool(met) and not left)
 
     # --- A unit --------------------------------------------------------------------------------------------
 

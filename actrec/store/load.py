@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from actrec.errors import CorruptRecordingError, RecordingNotFoundError
+from actrec._recordings.units import missing
+from actrec._text import count
+from actrec.errors import CorruptRecordingError, MissingUnitsError, RecordingNotFoundError
 
 from .place import place
 from .rank_folder import Rank, is_described, rank_folders, rank_number
@@ -13,14 +15,16 @@ from .reader import StoredRecording, check_rank
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from actrec._recordings.layer import V
+    from actrec._recordings.units import Key
 
     from .place import Place
 
 __all__ = ["load", "opened"]
 
+_SHOWN: Final = 8  # keys in a message
 #: The folder of a rank, or a file in it.
 _INSIDE: Final = re.compile(
     r"(?P<whole>.+)[/\\\\]rank-(?P<rank>[0-9]{5})([/\\\\][^/\\\\]+)?", re.DOTALL
@@ -32,6 +36,7 @@ def load(
     *,
     rank: int | None = None,
     check: bool = False,
+    units: Iterable[Key] | None = None,
     storage_options: Mapping[str, Any] | None = None,
     cache_bytes: int = 1 << 30,
 ) -> StoredRecording[V]:
@@ -82,6 +87,7 @@ def load(
         path: the folder, or the URL.
         rank: the rank whose folder alone is opened.
         check: whether to read and check all data first, which takes as long as reading it.
+        units: the keys of units that have to be there. :meth:`Recording.missing` says which are not without raising.
         storage_options: what ``fsspec`` passes to the file system of a URL: credentials, an endpoint.
         cache_bytes: about how many bytes of what was downloaded are kept.
 
@@ -90,7 +96,8 @@ def load(
 
     Raises:
         RecordingNotFoundError: there is no recording at ``path``.
-        OptionError: there is no such rank.
+        OptionError: there is no such rank, or something in ``units`` is no key.
+        MissingUnitsError: keys of ``units`` are not there; the message and its ``missing`` say which.
         CorruptRecordingError: a file is damaged; the message names it and what is wrong with it. Only
             headers are checked, unless ``check=True``.
         ReadError: an object store could not be reached, or refused.
@@ -99,7 +106,22 @@ def load(
     problem = next(recording.problems(), None) if check else None
     if problem is not None:
         raise CorruptRecordingError(problem)
+    if units is not None:
+        _check_units(recording, units)
     return recording
+
+
+def _check_units(recording: StoredRecording[Any], units: Iterable[Key]) -> None:
+    call = f"load({str(recording.place)!r}, units=...)"
+    lacking = missing(call, units, recording.done)
+    if lacking:
+        first = ", ".join(map(repr, lacking[:_SHOWN]))
+        more = len(lacking) - _SHOWN
+        message = (
+            f"{call}: {count(len(lacking), 'unit')} that should be there {'is' if len(lacking) == 1 else 'are'} not: {first}{f' and {more:,} more' * (more > 0)}; "
+            f"there are {len(recording.done):,}. load(path).missing(keys) returns all of them."
+        )
+        raise MissingUnitsError(message, lacking)
 
 
 def opened(disk: Place, *, rank: int | None = None) -> StoredRecording[Any]:

@@ -136,9 +136,11 @@ class StoredRecording(Recording[V], Generic[V]):
     def complete(self) -> bool:
         """Whether every rank was closed properly, so that nothing is missing at the end.
 
-        Of a recording that was gone on with by fewer ranks than before, these are the ranks that count.
+        Of a recording that was gone on with by fewer ranks than before, these are the ranks that count. It is false, too, where
+        several ranks have recorded units of the same key.
         """
-        return all(rank.complete for rank in self._latest) and not self._left_out
+        whole = not (self._left_out or self._repeated)
+        return all(rank.complete for rank in self._latest) and whole
 
     @property
     @override
@@ -177,11 +179,19 @@ class StoredRecording(Recording[V], Generic[V]):
         """How many calls are left out, because parts of their tensors are missing."""
         return sum(layer.left_out for layer in self.wholes)
 
+    @property
+    def _repeated(self) -> int:
+        """How many units several ranks have recorded, each all of it."""
+        apart = len(self._ranks) > 1 and not self.wholes
+        return len(self._units) - len(self.done) if apart else 0
+
     @override
     def _title(self) -> str:
         reasons = list(summary(self._latest)) if len(self.ranks) > 1 else []
         if self._left_out:
             reasons.append(f"{count(self._left_out, 'call')} left out for want of parts")
+        if self._repeated:
+            reasons.append(f"{count(self._repeated, 'unit')} recorded by more than one rank")
         why = f" (incomplete{': ' * bool(reasons)}{'; '.join(reasons)})"
         return f"stored {shown(self._model)}" + ("" if self.complete else why)
 

@@ -19,6 +19,7 @@ from .opening import Opening
 from .read_only import ReadOnlyLayer
 from .reader import StoredRecording
 from .runs import PassRuns
+from .steps import steps
 from .units import key_call
 from .writer import Writer
 
@@ -106,10 +107,13 @@ class Stream:
 
     def stored(self, slot: Slot) -> StoredLayer:
         """Return what is on the disk of a layer: before the block and in it, what was there when it began."""
+        return self._recording().layer(slot.role, slot.name) or StoredLayer(slot.name, slot.type)
+
+    def _recording(self) -> StoredRecording[Any]:
+        """What is on the disk: when the block began, or now that it has ended."""
         if self.closed and self._after is None:
             self._after = opened(self.disk, rank=self._opening.rank.number)
-        recording = self._before if self._after is None else self._after
-        return recording.layer(slot.role, slot.name) or StoredLayer(slot.name, slot.type)
+        return self._before if self._after is None else self._after
 
     # --- Units -----------------------------------------------------------------------------------------
 
@@ -120,6 +124,12 @@ class Stream:
     def done_before(self) -> Iterable[Key]:
         """Return the keys of the units that all ranks have committed, in earlier runs."""
         return opened(self.disk).done if self._resumed else ()
+
+    def doubt(self) -> str | None:
+        """Return what suggests that passes are not what the user works off, in a run that goes on by their number."""
+        if not self._resumed or len(self._recording()._units):
+            return None
+        return steps(str(self.disk), self._recording())
 
     def keep_unit(self, number: int, key: Key) -> None:
         """The unit of pass ``number`` has ended, and is kept."""
@@ -160,7 +170,7 @@ class _Open:
 
 
 class LiveLayer(ReadOnlyLayer):
-    """A layer whose values go to the disk. They can be read when the block has ended."""
+    """A layer whose values go to the disk. They can be read when the block has ended; those of earlier runs at any time."""
 
     def __init__(self, stream: Stream, slot: Slot) -> None:
         self.name = slot.name
@@ -210,13 +220,23 @@ class LiveLayer(ReadOnlyLayer):
 
     @property
     def _stored(self) -> StoredLayer:
+        """What is on the disk, if that is all there is."""
         if self._stream.closed:
             return self._stream.stored(self._slot)
-        message = (
-            f"acts[{self.name!r}]: its values are being written to {self._stream.disk}. "
-            "Read them after the with block, or from another process with actrec.load()."
+        if self._known and len(self) == self._known:
+            return self._before
+        raise ActrecError(self._being_written())
+
+    def _being_written(self) -> str:
+        earlier = (
+            f" Calls of earlier runs can be read now: acts[{self.name!r}][:{self._known}]."
+            if self._known
+            else ""
         )
-        raise ActrecError(message)
+        return (
+            f"acts[{self.name!r}]: its values are being written to {self._stream.disk}. "
+            f"Read them after the with block, or from another process with actrec.load().{earlier}"
+        )
 
     @property
     @override
@@ -234,6 +254,8 @@ class LiveLayer(ReadOnlyLayer):
 
     @override
     def _call(self, index: int) -> Value:
+        if not self._stream.closed and index < self._known:
+            return self._before._call(index)
         return self._stored._call(index)
 
     @override

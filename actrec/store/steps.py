@@ -1,0 +1,39 @@
+"""Signs that a pass is a part of what the user works off, such as a step of ``generate()``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from actrec._text import count
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .reader import StoredRecording
+
+__all__ = ["steps"]
+
+
+def steps(path: str, recording: StoredRecording[Any]) -> str | None:
+    """Return a warning, if passes of a recording without units look like steps: nothing is read for it."""
+    sign = next(_signs(recording), None)
+    if sign is None:
+        return None
+    return (
+        f"record(into={path!r}, resume=True): {sign}. If what you work off is several passes (a prompt and its tokens, a batch "
+        "in chunks), acts.num_passes does not say where to go on, and what was begun would be recorded twice, or left out. Make "
+        "a unit of each: for key, item in acts.remaining(enumerate(items)): with acts.unit(key): ..."
+    )
+
+
+def _signs(recording: StoredRecording[Any]) -> Iterator[str]:
+    passes = recording.num_passes - len(recording.failed_passes)
+    added = [layer for layer in recording.values() if layer.type == "added"]
+    most = max((layer._per_pass()[1] for layer in added), default=0)
+    if 0 < 2 * most <= passes:
+        yield f"there are {count(passes, 'pass')}, and values that were added to {most:,} of them"
+    for layer in recording.everything():
+        for low, high in layer._seen()[0].shapes.values():
+            # (batch, tokens, features): a token alone, after several.
+            if len(low) > 2 and low[1] == 1 < high[1]:  # noqa: PLR2004
+                yield f"layer {layer.name!r} has calls of one position, and others of up to {high[1]:,}, as in generate()"
