@@ -155,14 +155,12 @@ class _Loan:
                 refuse_graph_capture()
         if not (self.detach and self.share):
             return snapshot(tensor, detach=self.detach, share=self.share)
-        plain = type(tensor) is Tensor and not tensor.requires_grad
-        alias = tensor if plain else detached(tensor)
-        with normal_mode():
-            copy = twin(alias)
+        alias = tensor if type(tensor) is Tensor else detached(tensor)
+        copy = twin(alias)
         if copy is not None:
             return copy
         check(tensor)
-        if plain:
+        if alias is tensor:
             alias = detached(tensor)
         if alias.numel() <= SMALL:
             with normal_mode():

@@ -54,6 +54,10 @@ class Event(Enum):
 _INERT: Callable[..., None] = nullcontext().__exit__
 
 
+def _no_module() -> None:
+    """What a hook is on before it is registered."""
+
+
 class Hook(Generic[T]):
     """Reports each call of a module to ``target``, if that is still there, by calling ``hear``.
 
@@ -65,7 +69,7 @@ class Hook(Generic[T]):
     def __init__(self, event: Event, target: T, hear: Callable[..., object]) -> None:
         self.event = event
         #: The module that it is on.
-        self.module: Callable[[], nn.Module | None] = lambda: None
+        self.module: Callable[[], nn.Module | None] = _no_module
         #: The id that the next hook of anybody was to get when no hook of others came behind this one.
         self.looked = -1
         self._target: weakref.ref[T] = weakref.ref(target)
@@ -87,8 +91,8 @@ class Hook(Generic[T]):
     def register(self, module: nn.Module) -> RemovableHandle:
         """Register this hook on ``module``."""
         self.module = weakref.ref(module)
-        if self.event in {Event.ENTER, Event.RECEIVE}:
-            first = self.event is Event.ENTER
+        first = self.event is Event.ENTER
+        if first or self.event is Event.RECEIVE:
             return module.register_forward_pre_hook(self, prepend=first, with_kwargs=True)
         last = self.event is Event.LEAVE
         return module.register_forward_hook(self, with_kwargs=True, always_call=last)

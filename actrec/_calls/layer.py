@@ -20,7 +20,7 @@ from actrec._torch import (
     is_recomputing,
 )
 from actrec._values.constants import Constant
-from actrec._values.snapshot import snapshot
+from actrec._values.snapshot import twin
 from actrec._values.spec import flatten
 from actrec._values.stand_ins import Opaque
 from actrec.errors import CaptureError, TransformError, WriteError
@@ -228,10 +228,11 @@ class Track:
         session = self.session
         place = None  # of the gradient
         try:
-            is_direct = self._direct and type(output) is Tensor and output.is_cpu
-            value = snapshot(output) if is_direct else self._captured(output, call)
+            value = twin(output) if self._direct else None  # the shortest way
+            if value is None:
+                value = self._captured(output, call)
             if value is not SKIPPED and received is not SKIPPED:
-                if not (self.kept and self.has_tensors):
+                if not self.has_tensors:
                     self._look_at_first(self._first(output, value, received))
                 self.kept += 1
                 with self.lock:
@@ -242,8 +243,8 @@ class Track:
                             self.inputs.calls.keep(received, number)
                     else:
                         session.offload.keep(partial(self._arrived, call, value, received, number))
-                    if self.grads is not None:
-                        place = self.grads.reserve(output, value, number)
+                    grads = self.grads
+                    place = None if grads is None else grads.reserve(output, value, number)
             if self.grads is not None:
                 self.grads.expect(output, value, place)
         except Exception as error:  # of the transform, from the disk, or the user's container
@@ -277,9 +278,10 @@ class Track:
         self.session.order.setdefault(self.capture.layer)
         tensors, spec = flatten(value)
         self.has_tensors = bool(tensors)
-        constants = (step.value for step in spec.steps if isinstance(step, Constant))
-        placeholders = (one for one in constants if isinstance(one, Opaque))
-        self.placeholder = self.placeholder or next(placeholders, None)
+        if not tensors and self.placeholder is None:
+            constants = (step.value for step in spec.steps if isinstance(step, Constant))
+            placeholders = (one for one in constants if isinstance(one, Opaque))
+            self.placeholder = next(placeholders, None)
 
     def _failed(self, error: Exception, call: int) -> None:
         """Say where it happened: on the error, or in one that says more."""

@@ -165,10 +165,11 @@ class Passes(Count):
         assert number is not None  # noqa: S101  # it was calling something
         with self._lock:
             self._open = [one for one in self._open if one is not thread]
-            is_last = number not in [one.number for one in self._open]
-            if raised and is_last:
-                self.raised.add(number)
-            drop = self._leaving.pop(number, None) if self._leaving and is_last else None
+            drop = None
+            if (raised or self._leaving) and number not in [one.number for one in self._open]:
+                if raised:
+                    self.raised.add(number)
+                drop = self._leaving.pop(number, None)
         thread.number = None
         if drop is not None:
             drop()

@@ -167,6 +167,7 @@ def _warn_overflow(model: nn.Module, tracks: _Tracks, stacklevel: int) -> None:
     found = {
         what + repr(key): overflows
         for key, (_, track) in tracks.items()
+        if track.capture.dtype is not None
         for what, overflows in _overflows(track)
     }
     if not found:

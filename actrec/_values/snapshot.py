@@ -30,33 +30,39 @@ from actrec.errors import CaptureError
 
 from .dtensor import cloned, detached, is_distributed
 from .fsdp import refuse_freed
-from .modes import unseen
+from .modes import normal_mode, unseen
 
 __all__ = ["check", "explain", "snapshot", "twin"]
 
 _OFF: Final = False
 
 
-def twin(tensor: Tensor) -> Tensor | None:
+def twin(tensor: Tensor, *, detach: bool = True) -> Tensor | None:
     """Return a copy of ``tensor`` that shares its memory copy-on-write, or ``None`` if there can be none.
 
-    One function, because it runs for every value, and a call of a function costs as much as a question.
+    It is a normal tensor, and with ``detach=False`` part of the autograd graph. Anything but a tensor has none. One
+    function, because it runs for every value, and a call of a function costs as much as a question.
     """
     # One of PyTorch's 700 operators cannot read shared memory: the backward of ctc_loss, of the losses
     # that it returned, one for each sample. So vectors are not shared.
     if (
-        type(tensor) is Tensor
-        and tensor.dim() > 1
-        and tensor.is_cpu
-        and lazy_clone is not None
-        and not tensor.is_quantized
+        type(tensor) is not Tensor
+        or tensor.dim() < 2  # noqa: PLR2004  # see above
+        or not tensor.is_cpu
+        or lazy_clone is None
+        or tensor.is_quantized
     ):
-        try:
-            storage = tensor.untyped_storage()
-            if storage.nbytes() == tensor.nbytes and storage.resizable():
-                return lazy_clone(tensor)
-        except RuntimeError:
-            pass  # there is no storage, or it is not the allocator's own: shared, foreign
+        return None
+    # The mode ends when this is made, until it is gone; "with" would only add time.
+    guard = InferenceMode(_OFF) if torch.is_inference_mode_enabled() else None
+    try:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() == tensor.nbytes and storage.resizable():
+            return lazy_clone(tensor.detach() if detach and tensor.requires_grad else tensor)
+    except RuntimeError:
+        pass  # there is no storage, or it is not the allocator's own: shared, foreign
+    finally:
+        del guard
     return None
 
 
@@ -68,18 +74,16 @@ def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tens
     leaves the other as it was. With ``detach=False`` it is part of the autograd graph. With ``share=False``
     it is a clone, for models of which :func:`frees_weights` is true.
     """
-    # The mode ends when this is made, until it is gone; "with" would only add time.
-    guard = InferenceMode(_OFF) if torch.is_inference_mode_enabled() else None
-    try:
-        if detach and (tensor.requires_grad or type(tensor) is not Tensor):
-            tensor = tensor.detach() if type(tensor) is Tensor else detached(tensor)
-        if not share:
+    with normal_mode():
+        if detach and type(tensor) is not Tensor:
+            tensor = detached(tensor)
+        if share:
+            copy = twin(tensor, detach=detach)
+            if copy is not None:
+                return copy
+        else:
             refuse_freed(tensor)
-            return _clone(tensor)
-        copy = twin(tensor)
-        return _clone(tensor) if copy is None else copy
-    finally:
-        del guard
+        return _clone(tensor.detach() if detach and tensor.requires_grad else tensor)
 
 
 def _clone(tensor: Tensor) -> Tensor:
