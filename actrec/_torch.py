@@ -228,10 +228,12 @@ def checkpoint_frames() -> Iterator[tuple[str, FrameType]]:
     variable ``ctx`` in them is the region's. ``"unpack_hook"`` runs a non-reentrant one again.
     """
     file = _of("torch.utils.checkpoint", "__file__")
-    for frame in _frames():
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         code = frame.f_code
-        if code.co_filename == file and code.co_name in _CHECKPOINT_FRAMES:
+        if code.co_name in _CHECKPOINT_FRAMES and code.co_filename == file:
             yield code.co_name, frame
+        frame = frame.f_back
 
 
 def is_recomputing() -> bool:

@@ -168,8 +168,9 @@ class Gradients:
         self.layer.keep(None if type(kept) is Tensor else rebuild(kept, lambda _: None), number)
         if number in self.undecided:
             self._open.setdefault(number, []).append(call)
-        if number not in self.undecided or not self._waiting(number):
-            self._enter(call)
+            if self._waiting(number):
+                return call
+        self._enter(call)
         return call
 
     def _enter(self, call: _Call) -> None:

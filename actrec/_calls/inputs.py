@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from actrec._torch import version
+from actrec._values.snapshot import twin
 from actrec._values.spec import tensors
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ class Inputs:
         names, capture = self._parameters.positional, self.capture
         is_short = len(args) == 1 and type(args[0]) is Tensor and names and not kwargs
         if is_short and capture.transform is None:  # the shortest way
-            inputs = {names[0]: capture.keep(args[0])}
+            copy = twin(args[0]) if capture.direct else None
+            inputs = {names[0]: capture.keep(args[0]) if copy is None else copy}
         else:
             inputs = capture.received(self._parameters.named(args, kwargs), call)
         late = (args, _versions((args, kwargs))) if is_late else None

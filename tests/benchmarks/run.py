@@ -22,6 +22,7 @@ from tests.benchmarks import (
     entry,
     gradients,
     importing,
+    instructions,
     loading,
     memory_pages,
     networks,
@@ -35,6 +36,7 @@ from tests.benchmarks import (
 
 BENCHMARKS = {
     "calls": calls.measure,
+    "instructions": instructions.measure,
     "networks": networks.measure,
     "dataset": dataset.measure,
     "gradients": gradients.measure,
