@@ -66,12 +66,16 @@ class Tracks:
 
     def _track(self, choice: Choice, layers: Mapping[What, Layer[Any]]) -> Track:
         outputs, inputs, grads = (layers.get(role) for role in ROLES)
-        base = replace(self._capture, layer=choice.key, offload=self._session.offload)
         captures = {
-            what: replace(base, transform=transform)
-            for what, transform in choice.transforms.items()
+            what: replace(
+                self._capture,
+                layer=choice.key,
+                transform=transform,
+                offload=self._session.offload,
+            )
+            for what, transform in {"output": None, **choice.transforms}.items()
         }
-        capture = self._counting(captures.get("output", base), outputs)
+        capture = self._counting(captures["output"], outputs)
         track = Track(self._session, capture, outputs)
         if inputs is not None:
             received = replace(captures["input"], what="what it received in call")

@@ -8,6 +8,7 @@ valgrind, or another processor than x86-64, bytecodes alone are counted.
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import platform
@@ -185,6 +186,7 @@ def _repeat(work: Callable[[], object]) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # under valgrind, long doubles are not what NumPy expects
     torch.set_num_threads(1)
+    gc.disable()
     _start_counting()
     for done in _counted(_repeat):
         print(done)
