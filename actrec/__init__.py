@@ -14,18 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from actrec._calls.recorder import Recorder
-from actrec._recordings.compare import compare
-from actrec._recordings.comparison import Comparison
-from actrec._recordings.layer import Layer
-from actrec._recordings.recording import Recording
-from actrec._recordings.stats import Stats
 from actrec._text import own_version
-from actrec._values.stand_ins import Opaque
 
-from ._attention import attention
-from ._layers import Layers, layers
-from ._record import record
 from .errors import (
     ActrecError,
     AlignmentError,
@@ -52,12 +42,21 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    import os
+    from actrec._calls.recorder import Recorder
+    from actrec._recordings.compare import compare
+    from actrec._recordings.comparison import Comparison
+    from actrec._recordings.layer import Layer
+    from actrec._recordings.recording import Recording
+    from actrec._recordings.stats import Stats
+    from actrec._values.stand_ins import Opaque
 
     from . import data as data
     from . import plot as plot
     from . import store as store
     from . import testing as testing
+    from ._attention import attention
+    from ._layers import Layers, layers
+    from ._record import record
     from .store import load, save, verify
 
     __version__: str
@@ -102,27 +101,36 @@ __all__ = [
 ]
 
 _MODULES = ("data", "plot", "reduce", "store", "testing")
-_IN_THE_STORE = ("load", "save", "verify")
+#: Where the names are that are imported when they are first asked for: the command line shows its help without PyTorch, and
+#: who records into memory does not wait for the store.
+_HOMES = {
+    "attention": "_attention",
+    "Recorder": "_calls.recorder",
+    "compare": "_recordings.compare",
+    "Comparison": "_recordings.comparison",
+    "Layer": "_recordings.layer",
+    "Recording": "_recordings.recording",
+    "Stats": "_recordings.stats",
+    "Opaque": "_values.stand_ins",
+    "Layers": "_layers",
+    "layers": "_layers",
+    "record": "_record",
+    "load": "store",
+    "save": "store",
+    "verify": "store",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is not always needed when it is first asked for: the store is half of what importing actrec takes."""
     if name in _MODULES:
         return import_module(f"actrec.{name}")
-    if name in _IN_THE_STORE:
-        return getattr(import_module("actrec.store"), name)
+    if name in _HOMES:
+        found = globals()[name] = getattr(import_module(f"actrec.{_HOMES[name]}"), name)
+        return found
     if name == "__version__":
         return own_version()
     message = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(message)
-
-
-def _write(recording: Recording[Any], path: str | os.PathLike[str], *, overwrite: bool) -> None:
-    import_module("actrec.store").save(recording, path, overwrite=overwrite)
-
-
-# A recording can write itself, though it knows nothing of the store.
-Recording._write = staticmethod(_write)
 
 
 def __dir__() -> list[str]:

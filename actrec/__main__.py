@@ -1,6 +1,6 @@
-"""``python -m actrec show PATH`` prints the table of a stored recording, ``verify PATH`` checks it.
+"""``actrec show PATH`` and its like: stored recordings on the command line. ``python -m actrec`` is the same.
 
-The path may be the URL of an object store, which fsspec has to be able to open without being told more.
+A path may be the URL of an object store, which fsspec has to be able to open without being told more.
 """
 
 from __future__ import annotations
@@ -10,39 +10,117 @@ import os
 import sys
 from io import TextIOWrapper
 from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
-from . import ActrecError, load, verify
+from . import ActrecError
+from ._text import own_version
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["main", "run"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit status: 1 if there is a problem, which is printed."""
-    parser = argparse.ArgumentParser(prog="python -m actrec", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("show", "print the table of a stored recording"),
-        ("verify", "check a stored recording, its data included, and list every problem"),
-    ):
-        commands.add_parser(name, help=text, description=text).add_argument("path")
+    """Run a command, and return its exit status: 1 if there is a problem, which is printed, or two recordings differ."""
+    parser = _parser()
     options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    found_problem = False
     try:
-        if options.command == "show":
-            print(load(options.path), flush=True)  # noqa: T201
-            return 0
-        problems = verify(options.path)
-        if not problems:
-            print(f"{options.path}: no problems found", flush=True)  # noqa: T201
+        for line, is_problem in _COMMANDS[options.command](options):
+            found_problem = found_problem or is_problem
+            print(line, file=sys.stderr if is_problem else sys.stdout, flush=True)
     except BrokenPipeError:  # the reader has stopped, such as "| head"
         # Otherwise the rest would be written at exit, and fail again.
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         return 0
     except (ActrecError, OSError) as error:
-        problems = [str(error)]
+        print(error, file=sys.stderr)  # noqa: T201
+        return 1
+    return int(found_problem)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="actrec", description="Look at recordings that actrec has stored.",
+        epilog="A PATH is a folder, or the URL of one in an object store.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"actrec {own_version()}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="")
+
+    def command(name: str, text: str, *paths: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        for path in paths:
+            added.add_argument(path, metavar=path.upper())
+        return added
+
+    show = command("show", "print the table of a recording", "path")
+    show.add_argument("--stats", action="store_true", help="print statistics of its values, too")
+    command("stats", "print statistics of every layer: histograms, means, NaN", "path")
+    compare = command("compare", "compare two recordings, layer by layer; exit status 1 if they differ", "a", "b")  # fmt: skip
+    for name in ("rtol", "atol"):
+        compare.add_argument(
+            f"--{name}", type=float, help="tolerance, by default that of the dtypes"
+        )
+    command("verify", "check a recording, its data included, and list every problem", "path")
+    return parser
+
+
+# --- The commands. What needs PyTorch is imported when one runs. -----------------------------------------
+
+
+def _show(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
+    from . import load  # noqa: PLC0415
+
+    acts = load(options.path)
+    yield acts, False
+    if options.stats:
+        yield "", False
+        yield acts.stats(), False
+
+
+def _stats(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
+    from . import load  # noqa: PLC0415
+
+    yield load(options.path).stats(), False
+
+
+def _compare(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
+    from . import compare, load  # noqa: PLC0415
+
+    found = compare(load(options.a), load(options.b), rtol=options.rtol, atol=options.atol)
+    yield found, False
+    if found.different:
+        yield f"{options.a} and {options.b} differ", True
+
+
+def _verify(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
+    from . import verify  # noqa: PLC0415
+
+    problems = verify(options.path)
     for problem in problems:
-        print(problem, file=sys.stderr)  # noqa: T201
-    return 1 if problems else 0
+        yield problem, True
+    if not problems:
+        yield f"{options.path}: no problems found", False
 
 
-if __name__ == "__main__":  # pragma: no cover  # in a process of its own
+_COMMANDS: Final[dict[str, Callable[[argparse.Namespace], Iterator[tuple[object, bool]]]]] = {
+    "show": _show,
+    "stats": _stats,
+    "compare": _compare,
+    "verify": _verify,
+}
+
+
+def run() -> None:  # pragma: no cover  # in a process of its own
+    """Run a command, and end the process."""
     if isinstance(sys.stdout, TextIOWrapper):  # as stderr does: names can have any characters
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())
+
+
+if __name__ == "__main__":  # pragma: no cover  # in a process of its own
+    run()

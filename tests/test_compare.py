@@ -438,14 +438,14 @@ def test_it_prints_as_a_table() -> None:
     result = compare(a, b)
     assert isinstance(result, Comparison)
     assert repr(result).splitlines() == [
-        "compared 4 tensors of 4 layers: 1 equal, 1 close, 1 different; first difference in a, pass 0",
-        "layer  calls  count  max abs  max rel    cosine  verdict    note",
-        "a          1      2        2      0.5  0.976187  different",
+        "compared 4 tensors of 4 layers: 1 equal, 1 close, 1 different, 1 with nothing to compare; different: first in a, pass 0",
+        "layer  calls  count  max abs  max rel    cosine  verdict           note",
+        "a          1      2        2      0.5  0.976187  different, first",
         "b          1      1        0        0  1.000000  equal",
-        "c          1      1        0        0  1.000000  close      float32 and float16",
-        "d          0      0                                         nothing to compare",
+        "c          1      1        0        0  1.000000  close             float32 and float16",
+        "d          0      0                                                nothing to compare",
     ]
-    assert "first difference in a, pass 0" in result._repr_html_()
+    assert "different: first in a, pass 0" in result._repr_html_()
     assert "<span>float32 and float16</span>" in result._repr_html_()
 
 
@@ -456,7 +456,7 @@ def test_a_slice_is_a_comparison_too() -> None:
     assert some.only_a == ("only",)
     assert [row.layer for row in some] == ["a", "b"]
     assert repr(some[1:]).splitlines()[0] == (
-        "compared 1 tensor of 1 layer: 1 different; first difference in b, pass 0; only in a: 'only'"
+        "compared 1 tensor of 1 layer: 1 different; only in a: 'only'; different: first in b, pass 0"
     )
     assert some[0].layer == "a"
 
@@ -482,3 +482,63 @@ def test_nothing_is_changed() -> None:
     assert all(
         torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(values, copies, strict=True)
     )
+
+
+# --- What is seen ------------------------------------------------------------------------------------
+
+ONE = torch.ones(2)
+VERDICTS: dict[str, tuple[Any, Any, str, tuple[bool, bool]]] = {
+    "equal": (recording(x=[ONE]), recording(x=[ONE]), "compared 1 tensor of 1 layer: 1 equal; equal", (True, True)),
+    "close": (recording(x=[ONE]), recording(x=[ONE + 1e-6]), "1 close; close", (False, True)),
+    "different": (recording(x=[ONE], y=[ONE]), recording(x=[ONE], y=[-ONE]), "1 equal, 1 different; different: first in y, pass 0", (False, False)),
+    "one is missing": (recording(x=[ONE], y=[]), recording(x=[ONE]), "only in a: 'y'; layers are missing", (False, False)),
+    "nothing in common": (recording(x=[ONE]), recording(y=[ONE]), "; no layer is in both", (False, False)),
+    "nothing to compare": (recording(x=[ONE], y=[]), recording(x=[ONE], y=[]), "1 equal, 1 with nothing to compare; equal", (True, True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("a", "b", "title", "truths"), VERDICTS.values(), ids=VERDICTS)
+def test_the_title_has_the_verdict_in_words_and_counts_every_row(
+    a: Recording, b: Recording, title: str, truths: tuple[bool, bool]
+) -> None:
+    found = compare(a, b)
+    assert repr(found).splitlines()[0].endswith(title)
+    assert (found.equal, found.close, found.different) == (*truths, not truths[1])
+    tone = "good" if truths[1] else "bad"
+    assert f'<span class="actrec-{tone}">' in found._repr_html_()
+
+
+def test_a_comparison_is_neither_true_nor_false() -> None:
+    with pytest.raises(TypeError, match=r"ask for \.equal, \.close or \.different"):
+        bool(compare(recording(x=[ONE]), recording(x=[ONE])))
+
+
+def test_nan_is_called_nan() -> None:
+    bad = torch.tensor([1.0, NAN, NAN])
+    result = compare(recording(x=[bad]), recording(x=[bad.nan_to_num()]))
+    assert (result[0].nan, result[0].max_abs, result[0].note) == (2, INF, "2 NaN in a alone")
+    assert repr(result).splitlines()[2].split()[3] == "NaN"
+    result = compare(recording(x=[bad.nan_to_num()]), recording(x=[bad]))
+    assert result[0].note == "2 NaN in b alone"
+    assert only(torch.tensor([INF]), torch.tensor([1.0])).nan == 0
+
+
+def test_the_first_difference_has_a_frame_and_runs_of_equal_rows_are_one_line() -> None:
+    layers = {name: [ONE] for name in "abcdefgh"}
+    found = compare(recording(**layers), recording(**{**layers, "f": [-ONE]}))
+    lines = repr(found).splitlines()
+    assert lines[2] == "... 5 equal: a to e ..."
+    assert [line.split()[0] for line in lines[3:]] == ["f", "g", "h"]
+    assert "different, first" in lines[3]
+    html = found._repr_html_()
+    assert html.count('<tr class="actrec-first">') == 1
+    assert "<summary" in html
+    assert "5 equal: a to e" in html
+    assert html.count("<tr") == 9
+
+
+def test_recordings_of_one_layer_are_compared_by_selecting_them() -> None:
+    acts = recording(x=[ONE], y=[ONE])
+    with pytest.raises(OptionError, match=r"A recording of one layer is acts\.select\('x'\)"):
+        compare(acts["x"], acts["x"])  # type: ignore[arg-type]
+    assert [row.layer for row in compare(acts.select("x"), acts.select("x"))] == ["x"]

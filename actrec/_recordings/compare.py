@@ -14,14 +14,13 @@ from actrec._values.summary import dtype_name
 from actrec.errors import OptionError, UnknownLayerError
 
 from .comparison import Comparison, Row
+from .layer import Layer
 from .recording import Recording
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch import Tensor
-
-    from .layer import Layer
 
 __all__ = ["Names", "compare"]
 
@@ -93,6 +92,8 @@ def _check(a: object, b: object, names: object, **tolerances: object) -> None:
     for recording in (a, b):
         if not isinstance(recording, Recording):
             message = f"compare(a, b): expected two recordings, such as those of record() and load(), got {type(recording).__name__!r}."
+            if isinstance(recording, Layer):
+                message += f" A recording of one layer is acts.select({recording.name!r})."
             raise OptionError(message)
     if not (names is None or isinstance(names, Mapping) or callable(names)):
         message = (
@@ -185,6 +186,9 @@ class _Tally:
     def row(self, layer: str, leaf: str, other: str) -> Row:
         """Return the result as a row."""
         found = self.difference
+        for which, many in zip("ab", found.nan, strict=True):
+            if many:
+                self.notes.setdefault(f"{many:,} NaN in {which} alone")
         return Row(
             layer,
             leaf,
@@ -198,6 +202,7 @@ class _Tally:
             self.different_pass is None,
             self.different_pass,
             _first(self.notes) if self.notes or self.calls else "nothing to compare",
+            sum(found.nan),
         )
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
 
 from typing_extensions import override
 
+from actrec._tables.drawn import Badge, Framed
 from actrec._tables.rows import Rows
 from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, listed, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["Comparison", "Row"]
 
@@ -30,6 +35,7 @@ class Row:
     close: bool
     different_pass: int | None
     note: str
+    nan: int
 
 
 class Comparison(Rows[Row]):
@@ -56,7 +62,8 @@ class Comparison(Rows[Row]):
     ``equal``            same calls, shapes, dtypes and bits
     ``close``            within the tolerances, in every element of every call
     ``different_pass``   the first pass of ``a`` that is not close, or ``None``
-    ``note``             what does not match: numbers of calls, shapes, dtypes, structures
+    ``note``             what does not match: numbers of calls, shapes, dtypes, structures, NaN
+    ``nan``              how many elements are NaN in one of the two alone
     ===================  ==========================================================================
 
     ``max_rel`` is relative to the whole layer: relative errors of single elements say little near zero, where many
@@ -65,6 +72,9 @@ class Comparison(Rows[Row]):
     NaN equals NaN, and an infinity equals an infinity of the same sign. Where only one of two elements is finite or
     NaN, ``max_abs`` is infinite. The cosine is that of the elements that are finite in both. Results of no elements are
     NaN. For complex numbers the modulus of the difference and the real part of the product are used.
+
+    A comparison has no truth value, because both would be read into it: ask for :attr:`equal`, :attr:`close` or
+    :attr:`different`.
 
     Slices keep the rest of the table. ``only_a`` are the layers of ``a`` that ``b`` does not have, ``only_b`` those of ``b``
     that were not compared.
@@ -81,25 +91,71 @@ class Comparison(Rows[Row]):
         """
         return self._earliest("different_pass")
 
+    @property
+    def equal(self) -> bool:
+        """Whether all is the same: calls, shapes, dtypes and bits of every layer, and no layer is in one recording alone.
+
+        >>> import torch
+        >>> from actrec import compare, record
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with record(model, "") as acts:
+        ...     output = model(torch.randn(5, 4))
+        >>> found = compare(acts, acts)
+        >>> found.equal, found.close, found.different
+        (True, True, False)
+
+        Of no row nothing is equal.
+        """
+        return self._is_all("equal")
+
+    @property
+    def close(self) -> bool:
+        """Whether all is within the tolerances, and no layer is in one recording alone."""
+        return self._is_all("close")
+
+    @property
+    def different(self) -> bool:
+        """Whether anything is not within the tolerances, or in one recording alone: the opposite of :attr:`close`."""
+        return not self.close
+
+    def _is_all(self, what: str) -> bool:
+        alone = self.only_a or self.only_b
+        return len(self) > 0 and not alone and all(getattr(row, what) for row in self)
+
+    def __bool__(self) -> NoReturn:
+        message = (
+            "compare() returns a table, which is neither true nor false: ask for .equal, .close or .different. "
+            "len(...) is the number of rows."
+        )
+        raise TypeError(message)
+
     def _title(self) -> str:
-        verdicts = [_verdict(row) for row in self if row.calls or not row.close]
-        numbers = [
-            f"{verdicts.count(verdict):,} {verdict}"
-            for verdict in ("equal", "close", "different")
-            if verdict in verdicts
-        ]
+        verdicts = [_verdict(row) or "with nothing to compare" for row in self]
+        numbers = [f"{many:,} {verdict}" for verdict, many in _counted(verdicts)]
         layers = count(len({row.layer for row in self}), "layer")
         what = f"compared {count(len(self), 'tensor')} of {layers}"
         facts = [f"{what}: {', '.join(numbers)}" if numbers else what]
-        if (first := self.first_difference) is not None:
-            facts.append(f"first difference in {_place(first)}, pass {first.different_pass}")
         facts += [f"only in a: {listed(self.only_a)}"] * bool(self.only_a)
         facts += [f"only in b: {listed(self.only_b)}"] * bool(self.only_b)
         return "; ".join(facts)
 
+    def _badge(self) -> str:
+        """The verdict, in words."""
+        first = self.first_difference
+        if first is not None:
+            return Badge(f"different: first in {_place(first)}, pass {first.different_pass}")
+        if len(self) == 0:
+            return Badge("no layer is in both")
+        if self.only_a or self.only_b:
+            return Badge("layers are missing")
+        return Badge("equal" if self.equal else "close", "good")
+
     @override
     def _table(self) -> Table:
-        return Table(self._title(), _COLUMNS, [_cells(row) for row in self])
+        first = self.first_difference
+        rows = [_cells(row, is_first=row is first) for row in self]
+        kinds = ["equal" if _verdict(row) == "equal" and not row.note else "" for row in self]
+        return Table(self._title(), _COLUMNS, rows, verdict=self._badge(), kinds=kinds)
 
 
 _COLUMNS = (
@@ -110,17 +166,30 @@ _COLUMNS = (
 )
 
 
-def _cells(row: Row) -> Cells:
+def _counted(verdicts: Sequence[str]) -> list[tuple[str, int]]:
+    """How often there is each verdict, the better ones first."""
+    order = ("equal", "close", "different", "with nothing to compare")
+    return [(verdict, verdicts.count(verdict)) for verdict in order if verdict in verdicts]
+
+
+def _cells(row: Row, *, is_first: bool) -> Cells:
     errors = (row.max_abs, row.max_rel)
+    place, verdict = _place(row), _verdict(row)
+    if verdict == "different":
+        verdict = Badge("different, first" if is_first else "different")
     return (
-        _place(row),
+        Framed(place) if is_first else place,
         f"{row.calls:,}",
         f"{row.count:,}",
-        *("" if math.isnan(error) else f"{error:.3g}" for error in errors),
+        *("" if math.isnan(error) else _error(row, error) for error in errors),
         "" if math.isnan(row.cosine) else f"{row.cosine:.6f}",
-        _verdict(row),
+        verdict,
         row.note,
     )
+
+
+def _error(row: Row, error: float) -> str:
+    return "NaN" if row.nan and math.isinf(error) else f"{error:.3g}"
 
 
 def _place(row: Row) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, overload
+from typing import TYPE_CHECKING, Any, Generic, overload
 
 from torch import nn
 from typing_extensions import TypeVar, override
@@ -489,10 +490,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             CaptureError: a value cannot be stored. Raised before anything is written.
             WriteError: writing failed.
         """
-        self._write(self, path, overwrite=overwrite)
-
-    #: ``actrec.save``, which ``actrec/__init__.py`` sets: the store imports recordings, not the other way round.
-    _write: ClassVar[Callable[..., None]]
+        # The store imports recordings, not the other way round.
+        import_module("actrec.store").save(self, path, overwrite=overwrite)
 
     def _state(self) -> State:
         return "recorded"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Self
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["STYLE", "Badge", "Bar", "Bars", "Drawn"]
+__all__ = ["STYLE", "Badge", "Bar", "Bars", "Drawn", "Framed"]
 
 STYLE: Final = """
 .actrec > .actrec-table svg { display: inline-block; vertical-align: middle; margin-right: 5px; overflow: visible; }
@@ -19,6 +19,10 @@ STYLE: Final = """
   border-radius: 3px; color: rgb(255, 255, 255); background: rgb(184, 50, 38); }
 .actrec > .actrec-table td span.actrec-bad { white-space: nowrap; }
 .actrec > .actrec-table .actrec-title span.actrec-good { background: rgb(26, 122, 70); }
+.actrec > .actrec-table tr.actrec-first td { border-top: 2px solid rgb(184, 50, 38);
+  border-bottom: 2px solid rgb(184, 50, 38); }
+.actrec > .actrec-table tr.actrec-first td:first-child { border-left: 2px solid rgb(184, 50, 38); }
+.actrec > .actrec-table tr.actrec-first td:last-child { border-right: 2px solid rgb(184, 50, 38); }
 """
 
 #: From nothing to everything, in one line of text.
@@ -42,6 +46,12 @@ class Drawn(str):
         cell = super().__new__(cls, text)
         cell.html, cell.width = html, width
         return cell
+
+
+class Framed(str):
+    """The first cell of a row that has a frame in HTML."""
+
+    __slots__ = ()
 
 
 class Bars(Drawn):

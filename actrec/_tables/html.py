@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from actrec._text import count, shown
 
 from .drawn import STYLE as DRAWN
-from .drawn import Drawn
+from .drawn import Drawn, Framed
 from .text import as_text
 from .tree import Node, tree
 
@@ -78,7 +78,7 @@ def as_html(table: Table) -> str:
 def _drawn(table: Table) -> str:
     """The style of drawn cells, where there are any."""
     cells = (table.verdict, *(cell for row in table.rows for cell in row))
-    return DRAWN if any(isinstance(cell, Drawn) for cell in cells) else ""
+    return DRAWN if any(isinstance(cell, (Drawn, Framed)) for cell in cells) else ""
 
 
 def _markup(text: str) -> str:
@@ -87,10 +87,23 @@ def _markup(text: str) -> str:
 
 def _body(table: Table) -> str:
     sheet = _Sheet(table.columns, table.rows)
+    if table.kinds:
+        return sheet.framed("".join(_runs(table, sheet)))
     if len(table.rows) <= MOST_FLAT or not table.names:
         return sheet.framed(sheet.table([(row[0], row) for row in table.rows]))
     rows = dict(zip(table.names, table.rows, strict=True))
     return sheet.framed("".join(_branch(tree(rows, SMALLEST_BRANCH), rows, sheet, 0)))
+
+
+def _runs(table: Table, sheet: _Sheet) -> Iterator[str]:
+    """Yield the rows, of which long runs of one kind are folded."""
+    for text, rows in table.runs():
+        labelled = [(row[0], row) for row in rows]
+        yield (
+            sheet.fold(escape(text), "", sheet.table(labelled, 1), 0)
+            if text
+            else sheet.table(labelled)
+        )
 
 
 class _Sheet:
@@ -138,7 +151,8 @@ class _Sheet:
         indent = f' style="padding-left:{_indent(depth)}px"' if depth else ""
         first = f'<td{indent} title="{escape(cells[0])}">{_breakable(label)}</td>'
         rest = zip(self.classes[1:], cells[1:], strict=True)
-        return f"<tr>{first}{''.join(_cell(kind, cell) for kind, cell in rest)}</tr>"
+        frame = ' class="actrec-first"' if isinstance(cells[0], Framed) else ""
+        return f"<tr{frame}>{first}{''.join(_cell(kind, cell) for kind, cell in rest)}</tr>"
 
     def _widths(self) -> str:
         columns = "".join(f'<col style="width:{width}ch">' for width in self.widths[1:])

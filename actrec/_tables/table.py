@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
 __all__ = ["Cells", "Column", "Table"]
+
+#: So many rows of one kind fold.
+SHORTEST_RUN: Final = 4
 
 #: A row: one text for each column.
 Cells = tuple[str, ...]
@@ -42,6 +47,8 @@ class Table:
     names: Sequence[str] = ()
     #: What is to be seen first, beside the title: a :class:`~actrec._tables.drawn.Badge`.
     verdict: str = ""
+    #: For each row what it is, such as "equal": where many rows one after the other are the same, they fold. ``""`` never does.
+    kinds: Sequence[str] = ()
 
     def without_usual(self) -> Table:
         """Return the table without the columns in which every cell is a usual one."""
@@ -53,3 +60,10 @@ class Table:
         columns = [self.columns[place] for place in places]
         rows = [tuple(row[place] for place in places) for row in self.rows]
         return replace(self, columns=columns, rows=rows)
+
+    def runs(self) -> Iterator[tuple[str, Sequence[Cells]]]:
+        """Yield the rows by their kinds: a long run with what is said of it, other rows with ``""``."""
+        for kind, group in groupby(zip(self.kinds, self.rows, strict=True), itemgetter(0)):
+            rows = [row for _, row in group]
+            is_long = kind and len(rows) >= SHORTEST_RUN
+            yield f"{len(rows):,} {kind}: {rows[0][0]} to {rows[-1][0]}" if is_long else "", rows

@@ -57,17 +57,26 @@ def _aligned(columns: Sequence[Column], lines: Iterable[Cells | _Fold]) -> Itera
 
 def _folded(table: Table) -> list[Cells | _Fold]:
     """Return the rows to show, and a fold in place of the others."""
-    if len(table.rows) <= MOST_ROWS or not table.names:
-        return [*table.rows]
     noun = f"more {table.columns[0].name}"
-    by_name = dict(zip(table.names, table.rows, strict=True))
-    lines = list(_branch(tree(table.names), by_name, noun))
+    if table.kinds:
+        lines = list(_runs(table))
+    elif len(table.rows) <= MOST_ROWS or not table.names:
+        return [*table.rows]
+    else:
+        by_name = dict(zip(table.names, table.rows, strict=True))
+        lines = list(_branch(tree(table.names), by_name, noun))
     if len(lines) <= MOST_ROWS:
         return lines
     cut = slice(MOST_ROWS - LAST_ROWS, -LAST_ROWS)
     skipped = sum(line.rows if isinstance(line, _Fold) else 1 for line in lines[cut])
     lines[cut] = [_Fold(skipped, f"... {count(skipped, noun)} ...")]
     return lines
+
+
+def _runs(table: Table) -> Iterator[Cells | _Fold]:
+    """Yield the rows; of long runs of one kind, a line."""
+    for text, rows in table.runs():
+        yield from [_Fold(len(rows), f"... {text} ...")] if text else rows
 
 
 def _branch(node: Node, by_name: Mapping[str, Cells], noun: str) -> Iterator[Cells | _Fold]:

@@ -35,6 +35,7 @@ class Difference:
     def __init__(self) -> None:
         self.count = 0  #: of elements
         self.equal = True  #: whether all dtypes and bits are the same
+        self.nan = [0, 0]  #: how many elements are NaN in the first, or the second tensors alone
         self._max_abs = self._largest = 0.0
         self._ab = self._aa = self._bb = 0.0  # sums of products
 
@@ -103,6 +104,8 @@ class Difference:
         largest = error.max().item()
         finite = math.isfinite(largest)
         if not finite:
+            for which, (one, other) in enumerate(((x, y), (y, x))):
+                self.nan[which] += int((one.isnan() & ~other.isnan()).sum())
             error.masked_fill_((x == y) | (x.isnan() & y.isnan()), 0.0)
             largest = error.nan_to_num_(nan=math.inf, posinf=math.inf).max().item()
         self._max_abs = max(self._max_abs, largest)
