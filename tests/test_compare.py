@@ -463,7 +463,8 @@ def test_a_slice_is_a_comparison_too() -> None:
 
 def test_nothing_in_common_is_a_table_too() -> None:
     assert (
-        repr(compare(recording(), recording())).splitlines()[0] == "compared 0 tensors of 0 layers"
+        repr(compare(recording(), recording())).splitlines()[0]
+        == "compared 0 tensors of 0 layers; no layer is in both"
     )
 
 
