@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from . import data as data
     from . import plot as plot
+    from . import reduce as reduce
     from . import store as store
     from . import testing as testing
     from ._attention import attention
