@@ -228,9 +228,9 @@ def test_modules_are_names_of_their_layers_where_the_recording_was_made() -> Non
 
 def test_a_recording_keeps_no_module_alive() -> None:
     net, acts = recorded()
-    assert len(acts._modules) == 4
+    assert len(acts._keys_of) == 4
     del net
-    assert len(acts._modules) == 0
+    assert len(acts._keys_of) == 0
 
 
 @pytest.mark.parametrize("layers", [nn.Linear, "[0]", "module.0"], ids=str)

@@ -87,10 +87,10 @@ class Recorder(Recording[V], Generic[V]):
             grads=grads,
             units=units,
         )
-        self._modules = weakref.WeakKeyDictionary(modules)
+        self._keys_of = weakref.WeakKeyDictionary(modules)
         for beside in (self._inputs, self._grads):
             if beside is not None:
-                beside._modules = self._modules
+                beside._keys_of = self._keys_of
         self._added = destination.added
         self._chosen = frozenset([*layers, *(inputs or ()), *(grads or ()), *aliases])
         self._session = session

@@ -73,7 +73,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
     """
 
     #: The names of the modules that were recorded, while those are there. Only a :class:`Recorder` knows any.
-    _modules: Mapping[nn.Module, str] = MappingProxyType({})
+    _keys_of: Mapping[nn.Module, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
     def _key(self, name: object) -> str | None:
         """Return the listed name of a layer; ``None`` if there is no such layer."""
         if isinstance(name, nn.Module):
-            name = self._modules.get(name)
+            name = self._keys_of.get(name)
         key = name if name in self._layers else self._aliases.get(name)  # type: ignore[call-overload]
         if (
             key is None and isinstance(name, str) and ":" in name
@@ -173,7 +173,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_modules"}
+        return {name: value for name, value in vars(self).items() if name != "_keys_of"}
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -384,7 +384,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         for recording in (self, *self._besides().values()):
             for name, layer in recording._layers.items():
                 types.setdefault(name, layer.type)
-        return _Part(self, chosen(layers, Known(types, self._aliases, self._modules)))
+        return _Part(self, chosen(layers, Known(types, self._aliases, self._keys_of)))
 
     def cat(self, dim: int = 0) -> dict[str, V]:
         """Concatenate the calls of every layer: ``{name: layer.cat(dim)}``.
@@ -532,7 +532,7 @@ class _Part(Recording[V], Generic[V]):
             units=whole._units,
         )
         self._whole = whole
-        self._modules = whole._modules
+        self._keys_of = whole._keys_of
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
