@@ -384,3 +384,111 @@ def test_a_function_is_a_mask_only_if_it_returns_a_tensor() -> None:
 
     assert len(rows(acts, "hidden", flatten=True, mask=mask)) == 28
     assert seen == [([*acts], len(acts), False)]
+
+
+# --- Several recordings ------------------------------------------------------------------------------
+
+
+def numbers(start: int, many: int, into: Any = list) -> Any:
+    model = nn.Identity()
+    with record(model, "", into=into) as acts:
+        for part in torch.arange(start, start + many).float().split(7):
+            model(part[:, None].expand(-1, 2))
+            acts.add("odd", part % 2)
+    return acts
+
+
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    weights=st.lists(st.sampled_from([0.5, 1, 2, 3]), min_size=3, max_size=3) | st.none(),
+    buffer=st.sampled_from([200, 1000, 2**20]),
+    world=st.integers(1, 3),
+    drop_last=st.booleans(),
+    masked=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_of_several_recordings_each_epoch_has_the_rows_that_the_weights_say(
+    *, sizes: list[int], weights: Any, buffer: int, world: int, drop_last: bool, masked: bool
+) -> None:
+    recordings = [numbers(1000 * at, many) for at, many in enumerate(sizes)]
+    weights = weights and weights[: len(sizes)]
+    have = [many // 2 if masked else many for many in sizes]
+    if weights is not None and 0 in have:
+        with pytest.raises(OptionError, match=f"recording {have.index(0)} has no rows"):
+            shuffled(recordings, "", batch_size=4, weights=weights, mask="odd")
+        return
+    expected = have
+    if weights is not None:
+        scale = min(many / weight for many, weight in zip(have, weights, strict=True))
+        expected = [int(weight * scale + 1e-9) for weight in weights]
+    seen, counts = [], []
+    for rank in range(world):
+        dataset = shuffled(
+            recordings, "", "recording", "unit", batch_size=4, weights=weights, buffer=buffer,
+            rank=rank, world_size=world, drop_last=drop_last, mask="odd" if masked else None,
+        )  # fmt: skip
+        batches = list(dataset)
+        assert len(batches) == len(dataset)
+        counts.append(len(batches))
+        state = dataset.state_dict(batches=len(batches) // 2)
+        dataset.set_epoch(0)
+        dataset.load_state_dict({**state, "epoch": 0})
+        assert all(
+            map(
+                same,
+                next(zip(*list(dataset), strict=True), ()),
+                next(zip(*batches[len(batches) // 2 :], strict=True), ()),
+            )
+        )
+        for row, recording, unit in batches:
+            assert same(row[:, 0] // 1000, recording.float())
+            assert same(row[:, 0] % 1000 // 7, unit.float())
+            seen += row[:, 0].tolist()
+    assert len(set(seen)) == len(seen)
+    found = [sum(row // 1000 == at for row in seen) for at in range(len(sizes))]
+    if drop_last:
+        assert len(set(counts)) == 1
+        assert sum(expected) - len(seen) <= (4 + len(sizes)) * world
+    else:
+        assert found == expected
+
+
+def test_every_window_has_its_share_of_each_recording() -> None:
+    a, b = numbers(0, 3000), numbers(5000, 1000)
+    dataset = shuffled([a, b], "recording", "", batch_size=100, buffer=20_000)
+    shares = [recording.float().mean().item() for recording, _ in dataset]
+    assert all(0.05 < share < 0.5 for share in shares)
+    first, second = ([row for _, row in dataset] for _ in range(2))
+    assert not same(torch.cat(first), torch.cat(second))
+
+
+def test_a_stored_recording_lies_beside_one_in_memory_in_one_loader(tmp_path: Path) -> None:
+    numbers(0, 20, tmp_path / "r")
+    batches = shuffled([load(tmp_path / "r"), numbers(20, 10)], "", "odd", batch_size=30, last=True)
+    ((row, odd),) = batches
+    assert row[:, 0].sort()[0].tolist() == [*range(30)]
+    assert same(row[:, 0] % 2, odd)
+
+
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "none": (lambda a, _: shuffled([], "", batch_size=1), OptionError, "there is no recording in the list"),
+    "layer": (lambda a, b: shuffled([a, b], a[""], batch_size=1), OptionError, "a layer is that of one recording. Name it"),
+    "steps": (lambda a, b: shuffled([a, b], (a[""], 0), batch_size=1), OptionError, "a layer is that of one recording. Name it"),
+    "mask": (lambda a, b: shuffled([a, b], "", batch_size=1, mask=torch.ones(9)), OptionError, "a tensor is the mask of one recording"),
+    "shape": (lambda a, b: shuffled([a, b], "odd", batch_size=1), AlignmentError, r"'odd' has rows of shape \(\) and torch.float32 in recording 0, and of shape \(2,\)"),
+    **{
+        str(weights): (lambda a, _, w=weights: shuffled([a, a], "", batch_size=1, weights=w), OptionError, r"greater than 0 for each of 2 recordings")
+        for weights in ([1], [1, 0], [1, -2], [1, True], [1, float("inf")], [1, "2"], 3, [1, float("nan")])
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_recordings_that_make_no_loader_are_refused(name: str) -> None:
+    call, error, message = WRONG[name]
+    other = nn.Identity()
+    with record(other, "") as acts:
+        other(torch.zeros(3, 2))
+        acts.add("odd", torch.zeros(3, 2))
+    with pytest.raises(error, match=message):
+        call(numbers(0, 9), acts)

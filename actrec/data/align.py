@@ -69,6 +69,7 @@ def table(
     options: Options,
     *,
     as_stored: bool = False,
+    number: int = 0,
 ) -> Table:
     """Align the layers, in the order of the calls, or as they lie in the files. See :func:`actrec.data.rows`."""
     mask, flatten = options.mask, options.flatten or options.last
@@ -94,7 +95,10 @@ def table(
         columns, where, given_mask = [one.picked(rows) for one in columns], where.picked(rows), None
     own = iter(columns)
     return Table(
-        [Origin(one, where) if _is_origin(one, recording) else next(own) for one in selectors],
+        [
+            Origin(one, where, number) if _is_origin(one, recording) else next(own)
+            for one in selectors
+        ],
         given_mask,
         where,
         tuple(sorted({origin for one in selected for origin in one.origins})),

@@ -65,6 +65,8 @@ class Column:
         self._sources = runs.sources
         rows, self._source, self._start, self._repeat = runs.coalesced().unbind(1)
         self._ends = rows.cumsum(0)
+        #: Whether there may be many runs of one source behind each other.
+        self._scatters = len(rows) > _MANY * (1 + int((self._source.diff() != 0).sum()))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -128,11 +130,11 @@ class Column:
 
     def _is_scattered(self, first: int, many: int) -> bool:
         """Whether these rows are of many runs of few sources."""
+        if not many or not self._scatters:
+            return False
         ends = torch.tensor([first, first + many - 1], device="cpu")
         low, high = torch.searchsorted(self._ends, ends, right=True).tolist()
-        if not many or high - low < _MANY:
-            return False
-        sources = len(torch.unique_consecutive(self._source[low:high]))
+        sources = len(torch.unique_consecutive(self._source[low : high + 1]))
         return bool(sources * _MANY < high - low)
 
     def _at(self, run: int) -> tuple[Source, int, int]:

@@ -9,7 +9,7 @@ is counted in the sequence of rows that comes of it::
     batches   |---|---|---|---|---|---|        of the rows of the windows, permuted
 
 A window is read and its rows are permuted. Batches are cut out of the permuted rows, across the ends of
-windows. So which rows batch 1000 has depends on the seed, the epoch and the numbers of rows, blocks and ranks,
+windows. Of several recordings, each has a sequence of its own, and every window its share of each. So which rows batch 1000 has depends on the seed, the epoch and the numbers of rows, blocks and ranks,
 and is computed without the batches before it: any number of workers can make the batches between them,
 and resuming costs nothing.
 """
@@ -18,10 +18,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["Cut", "Epoch", "Order", "Piece"]
 
@@ -29,6 +34,7 @@ __all__ = ["Cut", "Epoch", "Order", "Piece"]
 class Piece(NamedTuple):
     """Rows of a block that are in a window."""
 
+    part: int  # the recording
     block: int
     first: int  # of the block's rows
     many: int
@@ -47,7 +53,8 @@ class Cut(NamedTuple):
 class Order:
     """How a recording is cut up, for all epochs."""
 
-    counts: Tensor  #: the rows in each block
+    counts: Sequence[Tensor]  #: of each recording, the rows in each of its blocks
+    quotas: Sequence[int]  #: of each recording, the rows that an epoch has
     window: int  #: how many rows fit into the buffer
     batch_size: int
     seed: int
@@ -55,31 +62,57 @@ class Order:
     world_size: int
     drop_last: bool
 
-    @property
-    def share(self) -> tuple[int, int]:
-        """The rows of this rank, in the sequence of all."""
-        total = int(self.counts.sum())
-        begin, end = (total * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        if self.drop_last:  # as many batches for every rank, or they would wait for each other
-            end = begin + total // self.world_size // self.batch_size * self.batch_size
-        return begin, end
+    @cached_property
+    def shares(self) -> list[tuple[int, int]]:
+        """The rows of this rank, in the sequence of all of each recording."""
+        shares = self._shares(self.rank)
+        if not self.drop_last:
+            return shares
+        # As many batches for every rank, or they would wait for each other.
+        least = min(_sum(self._shares(rank)) for rank in range(self.world_size))
+        surplus = _sum(shares) - least // self.batch_size * self.batch_size
+        longest_first = sorted(range(len(shares)), key=lambda n: shares[n][0] - shares[n][1])
+        for number in longest_first:
+            begin, end = shares[number]
+            cut = min(surplus, end - begin)
+            shares[number], surplus = (begin, end - cut), surplus - cut
+        return shares
 
-    @property
+    def _shares(self, rank: int) -> list[tuple[int, int]]:
+        at = (rank, rank + 1)
+        found = ([many * one // self.world_size for one in at] for many in self.quotas)
+        return [(begin, end) for begin, end in found]
+
+    @cached_property
     def rows(self) -> int:
         """How many rows this rank has."""
-        begin, end = self.share
-        return end - begin
+        return _sum(self.shares)
 
     @property
     def batches(self) -> int:
         """How many batches this rank has."""
         return -(-self.rows // self.batch_size)
 
+    def parts(self, number: int) -> list[tuple[int, int]]:
+        """What a window has of each recording, in the sequence of all its rows."""
+        many = self._windows
+        return [
+            (begin + (end - begin) * number // many, begin + (end - begin) * (number + 1) // many)
+            for begin, end in self.shares
+        ]
+
     @property
     def windows(self) -> list[tuple[int, int]]:
         """The windows: as few as fit into the buffer, and of the same size."""
-        many = -(-self.rows // self.window)
-        return [(self.rows * i // many, self.rows * (i + 1) // many) for i in range(many)]
+        ends = [
+            *accumulate((_sum(self.parts(number)) for number in range(self._windows)), initial=0)
+        ]
+        return [*pairwise(ends)]
+
+    @property
+    def _windows(self) -> int:
+        # Each recording may have a row more in one window than in another.
+        return -(-self.rows // max(1, self.window - len(self.quotas) + 1))
 
     def cuts(self, window: tuple[int, int], batches: range) -> list[Cut]:
         """What some of the batches have of a permuted window."""
@@ -105,32 +138,44 @@ class Epoch:
     def __init__(self, order: Order, number: int) -> None:
         self._order = order
         self._number = number
-        self._blocks = _permutation(len(order.counts), order.seed, number)
-        self._ends = order.counts[self._blocks].cumsum(0)
+        self._blocks = [
+            _permutation(len(counts), order.seed, number, *[part] * bool(part))
+            for part, counts in enumerate(order.counts)
+        ]
+        pairs = zip(order.counts, self._blocks, strict=True)
+        self._ends = [counts[blocks].cumsum(0) for counts, blocks in pairs]
 
-    def pieces(self, window: tuple[int, int]) -> list[Piece]:
-        """What a window has of which blocks, in the order in which they lie on the disk."""
-        begin, end = (self._order.share[0] + at for at in window)
-        low = int(torch.searchsorted(self._ends, begin, right=True))
-        high = int(torch.searchsorted(self._ends, end)) + 1
-        blocks, ends = self._blocks[low:high], self._ends[low:high]
-        starts = ends - self._order.counts[blocks]
+    def pieces(self, window: int) -> list[Piece]:
+        """What a window has of which blocks, of each recording in the order in which they lie on the disk."""
+        found: list[Piece] = []
+        place = 0
+        for part, (begin, end) in enumerate(self._order.parts(window)):
+            for block, first, many in self._of_part(part, begin, end):
+                found.append(Piece(part, block, first, many, place))
+                place += many
+        return found
+
+    def _of_part(self, part: int, begin: int, end: int) -> list[list[int]]:
+        """Blocks that have rows in a part of the sequence of a recording, with the first such row and how many."""
+        counts, all_ends = self._order.counts[part], self._ends[part]
+        low = int(torch.searchsorted(all_ends, begin, right=True))
+        high = int(torch.searchsorted(all_ends, end)) + 1
+        blocks, ends = self._blocks[part][low:high], all_ends[low:high]
+        starts = ends - counts[blocks]
         first = (begin - starts).clamp(min=0)
         many = ends.clamp(max=end) - starts - first
-        order = blocks.argsort()
-        lines = torch.stack([blocks, first, many], 1)[order]
-        places = (lines[:, 2].cumsum(0) - lines[:, 2]).tolist()
-        return [
-            Piece(block, first, many, place)
-            for (block, first, many), place in zip(lines.tolist(), places, strict=True)
-            if many
-        ]
+        lines = torch.stack([blocks, first, many], 1)[blocks.argsort()]
+        return lines[lines[:, 2] > 0].tolist()
 
     def permutation(self, number: int, window: tuple[int, int]) -> Tensor:
         """For each place in the permuted window, the row of the window that goes there."""
         order = self._order
         numbers = order.seed, self._number, order.world_size, order.rank, number
         return _permutation(window[1] - window[0], *numbers)
+
+
+def _sum(parts: Sequence[tuple[int, int]]) -> int:
+    return sum(end - begin for begin, end in parts)
 
 
 def _permutation(many: int, *numbers: int) -> Tensor:

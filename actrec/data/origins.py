@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .sources import Files
 
-__all__ = ["ORIGINS", "Origin", "Origins", "Where"]
+__all__ = ["ORIGINS", "Origin", "Origins", "Where", "together"]
 
 
 class Where(NamedTuple):
@@ -28,8 +28,8 @@ class Where(NamedTuple):
     position: Any
 
 
-#: The names of columns that say where a row comes from.
-ORIGINS: Final = Where._fields
+#: The names of columns that say where a row comes from; of several recordings, the number of its own as well.
+ORIGINS: Final = (*Where._fields, "recording")
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,25 @@ class Origins:
 class Origin(Column):
     """Where rows come from, as a column beside those of layers."""
 
-    def __init__(self, name: str, origins: Origins) -> None:
+    def __init__(self, name: str, origins: Origins, recording: int = 0) -> None:
         self.name = repr(name)
         self.dtype = torch.int64
         self.shape = ()
         self.width = self.dtype.itemsize
+        self._which = name
         self._origins = origins
-        self._which = ORIGINS.index(name)
+        self._recording = recording
         self._ends = origins._ends
+        #: What the numbers of passes stand for, where keys are strings, and the first of this recording there.
+        self._names = None if isinstance(origins.units, Tensor) else origins.units
+        self._first_name = 0
 
     @override
     def dressed(self, rows: Tensor) -> Any:
         found = super().dressed(rows)
-        return found if self._which else self._origins.names(found)
+        if self._which != "unit" or self._names is None:
+            return found
+        return [self._names[number] for number in found.tolist()]
 
     @override
     def read(self, first: int, out: Tensor, files: Files) -> None:
@@ -111,9 +117,29 @@ class Origin(Column):
 
     @override
     def take(self, indices: Tensor, files: Files) -> Tensor:
-        found = self._origins.of(indices)[self._which]
+        if self._which == "recording":
+            found = torch.full_like(indices, self._recording)
+        else:
+            found = self._origins.of(indices)[ORIGINS.index(self._which)]
+        units = self._origins.units
+        if self._which == "unit":
+            found = found + self._first_name if self._names is not None else units[found]  # type: ignore[call-overload]
         return found[:, None].view(torch.uint8)
 
     @override
     def picked(self, rows: Tensor) -> Origin:
-        return Origin(ORIGINS[self._which], self._origins.picked(rows))
+        return Origin(self._which, self._origins.picked(rows), self._recording)
+
+
+def together(columns: Sequence[Column]) -> Sequence[Column]:
+    """Return the same column of several recordings, with one list of names between them, if any of them needs one."""
+    origins = [column for column in columns if isinstance(column, Origin)]
+    names: list[Any] = []
+    if any(column._names is not None for column in origins):
+        for column in origins:
+            column._first_name = len(names)
+            units = column._origins.units
+            names += units.tolist() if isinstance(units, Tensor) else units
+        for column in origins:
+            column._names = names
+    return columns

@@ -18,18 +18,20 @@ from actrec.store.rank import placed
 from .ahead import ahead
 from .align import Options, table
 from .kept import Kept
+from .mixing import check, checked_weights, parts, quotas
 from .order import Order
 from .sources import Files
 from .window import Window, batches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from actrec._recordings.recording import Recording
 
     from .align import Mask, Passes, Table
+    from .mixing import Part
     from .selecting import Selector
 
 __all__ = ["Shuffled", "shuffled"]
@@ -45,7 +47,7 @@ _NUMBERS: Final = 32
 
 
 def shuffled(
-    recording: Recording[Any],
+    recording: Recording[Any] | Sequence[Recording[Any]],
     *layers: Selector,
     batch_size: int,
     seed: int = 0,
@@ -55,6 +57,7 @@ def shuffled(
     last: bool = False,
     nth: int | None = None,
     passes: Passes = "all",
+    weights: Sequence[float] | None = None,
     drop_last: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
@@ -85,8 +88,15 @@ def shuffled(
     exactly once. The order depends on the seed, the epoch, the recording, the options and the number of ranks (and
     on PyTorch's generator of permutations), not on the number of workers, which share one buffer between them.
 
+    Several recordings, such as those of two models or of two corpora, in memory or stored, make one loader, which takes
+    rows of the layers of each:
+
+    >>> dataset = shuffled([acts, acts], "", "recording", batch_size=3, weights=[2, 1])
+    >>> torch.cat([recording for hidden, recording in dataset]).bincount()
+    tensor([10,  5])
+
     Args:
-        recording: In memory or stored.
+        recording: In memory or stored; or a list of several.
         *layers: As in :func:`rows`. One gives batches that are a tensor, several a tuple of tensors.
         batch_size: Rows in a batch; the last batch may have fewer.
         seed: Another seed gives another order.
@@ -97,6 +107,9 @@ def shuffled(
         last: The last position of each sample, as in :func:`rows`.
         nth: Which call of each pass, as in :func:`rows`.
         passes: Whether passes are left out that a layer does not have, as in :func:`rows`.
+        weights: How many rows of each of several recordings come, in proportion: ``[2, 1]`` two of the first for each of the
+            second. An epoch ends when the recording with the fewest rows for its weight has brought them all; no row comes twice,
+            and other ones of the others come in another epoch. By default all rows of all recordings come.
         drop_last: Leave out what does not fill a batch. All ranks then have the same number of batches.
         rank: Which part of the rows, of ``world_size``. By default as ``torch.distributed`` says if it is
             initialised, or the variables ``RANK`` and ``WORLD_SIZE`` of ``torchrun``.
@@ -112,13 +125,28 @@ def shuffled(
     rank, world_size = _place(rank, world_size)
     _check(batch_size=batch_size, buffer=buffer)
     options = Options(flatten=flatten, mask=mask, nth=nth, passes=passes, last=last)
-    found = table("shuffled", recording, layers, options, as_stored=True)
-    width = sum(column.width for column in found.columns)
+    recordings: list[Any] = [*recording] if isinstance(recording, (list, tuple)) else [recording]
+    exact = checked_weights(weights, len(recordings))
+    if len(recordings) > 1:
+        check(layers, mask)
+    tables = [
+        table("shuffled", one, layers, options, as_stored=True, number=number)
+        for number, one in enumerate(recordings)
+    ]
+    if not tables:
+        message = "shuffled([]): there is no recording in the list."
+        raise OptionError(message)
+    width = sum(column.width for column in tables[0].columns)
     block = max(1, min(_MEBI, buffer // _BLOCKS) // max(1, width))
     with Files() as files:
-        kept = None if found.mask is None else Kept(found.mask, block, files)
+        kept = [None if one.mask is None else Kept(one.mask, block, files) for one in tables]
+    counts = [
+        _even(len(one), block) if mine is None else mine.counts
+        for one, mine in zip(tables, kept, strict=True)
+    ]
     order = Order(
-        counts=_even(len(found), block) if kept is None else kept.counts,
+        counts=counts,
+        quotas=quotas([int(one.sum()) for one in counts], exact),
         window=max(1, buffer // (width + _NUMBERS)),
         batch_size=batch_size,
         seed=index(seed),
@@ -126,7 +154,7 @@ def shuffled(
         world_size=world_size,
         drop_last=drop_last,
     )
-    return Shuffled(found, kept, order, block, buffer)
+    return Shuffled(parts(tables, kept), order, block, buffer, _identity(tables, order))
 
 
 def _even(rows: int, block: int) -> Tensor:
@@ -195,17 +223,17 @@ class Shuffled(IterableDataset[Any]):
     """
 
     def __init__(
-        self, source: Table, kept: Kept | None, order: Order, block: int, buffer: int
+        self, parts: Sequence[Part], order: Order, block: int, buffer: int, identity: str
     ) -> None:
-        self._columns = source.columns
-        self._kept = kept
+        self._columns = parts[0].columns
+        self._parts = parts
         self._order = order
         self._block = block
         self._next = _Progress(epoch=0)
         self._now: _Progress | None = None
         self._identity = {
-            "recording": _identity(source),
-            "rows": int(order.counts.sum()),
+            "recording": identity,
+            "rows": sum(order.quotas),
             "batch_size": order.batch_size,
             "seed": order.seed,
             "buffer": buffer,
@@ -328,7 +356,7 @@ class Shuffled(IterableDataset[Any]):
         width = sum(column.width for column in self._columns)
         many = min(_TOGETHER, max(1, _MEBI // max(1, width * self._order.batch_size)))
         with Files() as files:
-            window = Window(self._columns, self._kept, self._block, files)
+            window = Window(self._parts, self._block, files)
             made = batches(self._columns, window, self._order, now.epoch, mine)
             with closing(ahead(made, many)) as coming:
                 for batch in coming:
@@ -336,9 +364,11 @@ class Shuffled(IterableDataset[Any]):
                     yield batch
 
 
-def _identity(source: Table) -> str:
+def _identity(tables: Sequence[Table], order: Order) -> str:
     """What tells a recording from others, and the same rows of it from other rows, as text."""
-    parts = [
-        (c.name, str(c.dtype), c.shape) for c in (*source.columns, *filter(None, [source.mask]))
-    ]
-    return hashlib.blake2b(repr((source.origins, parts)).encode(), digest_size=8).hexdigest()
+    found = []
+    for one in tables:
+        columns = (*one.columns, *filter(None, [one.mask]))
+        found.append((one.origins, [(c.name, str(c.dtype), c.shape) for c in columns]))
+    about = found[0] if len(found) == 1 else (found, order.quotas)
+    return hashlib.blake2b(repr(about).encode(), digest_size=8).hexdigest()

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from .columns import Column
-    from .kept import Kept
+    from .mixing import Part
     from .order import Order, Piece
     from .sources import Files
 
@@ -24,15 +24,13 @@ _AHEAD: Final = 16
 class Window:
     """Memory that holds rows of one window after the other: those that are wanted, each of them once."""
 
-    def __init__(
-        self, columns: Sequence[Column], kept: Kept | None, block: int, files: Files
-    ) -> None:
-        self._columns = columns
-        self._kept = kept
+    def __init__(self, parts: Sequence[Part], block: int, files: Files) -> None:
+        self._parts = parts
         self._block = block
         self._files = files
-        self._memory = [column.empty(0) for column in columns]
-        self._scratch = [column.empty(min(block, len(column))) for column in columns]
+        self._memory = [column.empty(0) for column in parts[0].columns]
+        rows = min(block, max(len(part.columns[0]) for part in parts))
+        self._scratch = [column.empty(rows) for column in parts[0].columns]
         self._slots = torch.empty(0, dtype=torch.int64, device="cpu")
         self._announced = 0
 
@@ -47,7 +45,7 @@ class Window:
             self.announce(pieces, number + _AHEAD)
             rows = is_wanted[piece.place : piece.place + piece.many].nonzero()[:, 0] + piece.first
             if len(rows):
-                self._read(piece.block, rows, at)
+                self._read(piece, rows, at)
             at += len(rows)
         self._announced = 0
 
@@ -55,7 +53,7 @@ class Window:
         """Say that the blocks up to number ``until`` of the window that is filled next, or now, will be read soon."""
         for piece in pieces[self._announced : until]:
             first = piece.block * self._block
-            for column in self._columns:
+            for column in self._parts[piece.part].columns:
                 column.announce(first, min(self._block, len(column) - first), self._files)
         self._announced = max(self._announced, until)
 
@@ -63,13 +61,14 @@ class Window:
         """The rows that were wanted from number ``low`` to ``high``, as new tensors."""
         return [memory.index_select(0, self._slots[low:high]) for memory in self._memory]
 
-    def _read(self, block: int, rows: Tensor, at: int) -> None:
+    def _read(self, piece: Piece, rows: Tensor, at: int) -> None:
         """Read rows of a block, in ascending order, to their place."""
-        if self._kept is not None:
-            rows = self._kept.block(block, self._files)[rows]
+        columns, kept = self._parts[piece.part]
+        if kept is not None:
+            rows = kept.block(piece.block, self._files)[rows]
         first, many = int(rows[0]), int(rows[-1] - rows[0]) + 1
-        start = block * self._block + first
-        for column, memory, scratch in zip(self._columns, self._memory, self._scratch, strict=True):
+        start = piece.block * self._block + first
+        for column, memory, scratch in zip(columns, self._memory, self._scratch, strict=True):
             out = memory[at : at + len(rows)]
             if many == len(rows):
                 column.read(start, out, self._files)
@@ -78,7 +77,7 @@ class Window:
                 torch.index_select(scratch, 0, rows - first, out=out)
 
     def _make_room(self, rows: int) -> None:
-        for number, column in enumerate(self._columns):
+        for number, column in enumerate(self._parts[0].columns):
             if len(self._memory[number]) < rows:
                 self._memory[number] = column.empty(0)  # before there is more
                 self._memory[number] = column.empty(rows)
@@ -106,9 +105,9 @@ def batches(
         if not cuts:
             continue
         rows = rows_of.permutation(number, bounds)
-        window.fill(rows_of.pieces(bounds), torch.cat([rows[cut.low : cut.high] for cut in cuts]))
+        window.fill(rows_of.pieces(number), torch.cat([rows[cut.low : cut.high] for cut in cuts]))
         del rows
-        coming = rows_of.pieces(windows[number + 1]) if number + 1 < len(windows) else []
+        coming = rows_of.pieces(number + 1) if number + 1 < len(windows) else []
         place = 0
         for had, cut in enumerate(cuts, start=1):
             # The disk works on the next window meanwhile, evenly.
