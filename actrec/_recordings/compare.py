@@ -15,6 +15,7 @@ from actrec.errors import OptionError, UnknownLayerError
 
 from .comparison import Comparison, Row
 from .layer import Layer
+from .masked import Mask, Masks, left_in
 from .recording import Recording
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def compare(
     *,
     rtol: float | None = None,
     atol: float | None = None,
+    mask: Mask | None = None,
 ) -> Comparison:
     """Compare two recordings, layer by layer and call by call.
 
@@ -66,6 +68,9 @@ def compare(
             ``1e-5`` for float32, ``1e-3`` and ``1e-5`` for float16, ``1.6e-2`` and ``1e-5`` for bfloat16,
             ``1e-7`` both for float64, and 0 for integers and bools.
         atol: see ``rtol``.
+        mask: the name of a mask ``(batch, tokens)`` in ``a``, or a function that makes one, as in :meth:`Recording.stats`: what it
+            leaves out, such as padding, is not compared. If ``b`` has a mask of that name, it is that of ``b``, so the same
+            tokens may lie in other places. Tensors that have no such positions are compared in full.
 
     Returns:
         A :class:`Comparison`: a tuple of rows in the execution order of ``a``, which prints as a table.
@@ -73,15 +78,20 @@ def compare(
 
     Raises:
         OptionError: an argument is of the wrong type, or a tolerance is negative.
-        UnknownLayerError: a key of the mapping ``names`` is not a layer of ``a``, or its value not one of ``b``.
+        UnknownLayerError: a key of the mapping ``names`` is not a layer of ``a``, or its value not one of ``b``; or ``a`` has no
+            mask of that name.
+        AlignmentError: a pass has no mask, or no layer has its positions.
     """
     _check(a, b, names, rtol=rtol, atol=atol)
     pairs = _pairs(a, b, names)
     tolerances = rtol, atol
+    masks = None if mask is None else _masks(a, b, mask)
     compared = [(name, other) for name, other in pairs if other in b]
     result = Comparison(
-        row for name, other in compared for row in _rows(a[name], b[other], tolerances)
+        row for name, other in compared for row in _rows(a[name], b[other], tolerances, masks)
     )
+    if masks is not None:
+        masks[0].check()
     matched = {b[other].name for _, other in compared}
     result.only_a = tuple(name for name, other in pairs if other not in b)
     result.only_b = tuple(name for name in b if name not in matched)
@@ -132,11 +142,29 @@ def _check_mapping(a: Recording[Any], b: Recording[Any], names: Mapping[str, str
 # --- One layer ---------------------------------------------------------------------------------------
 
 
-def _rows(a: Layer[Any], b: Layer[Any], tolerances: Tolerances) -> Iterator[Row]:
+def _masks(a: Recording[Any], b: Recording[Any], mask: Mask) -> tuple[Masks, Masks | None]:
+    """The masks of both, or of ``a`` for both."""
+    is_of_both = callable(mask) or mask in b
+    own = Masks("compare", a, a._raised(), mask)
+    return own, Masks("compare", b, b._raised(), mask) if is_of_both else None
+
+
+def _rows(
+    a: Layer[Any],
+    b: Layer[Any],
+    tolerances: Tolerances,
+    masks: tuple[Masks, Masks | None] | None,
+) -> Iterator[Row]:
     found: dict[str, _Tally] = {}
+    kept_a = [] if masks is None else masks[0].of(a)
+    kept_b = kept_a if masks is None or masks[1] is None else masks[1].of(b)
     for call, (x, y, number) in enumerate(zip(a, b, a.passes, strict=False)):
         xs = dict(leaves(x))
-        ys = _with_names_of(xs, dict(leaves(y)))
+        ys: Mapping[str, Tensor] = dict(leaves(y))
+        if masks is not None and (masks[1] is not None or _shapes(xs) == _shapes(ys)):
+            xs = {path: left_in(one, kept_a[call].get(path)) for path, one in xs.items()}
+            ys = {path: left_in(one, kept_b[call].get(path)) for path, one in ys.items()}
+        ys = _with_names_of(xs, ys)
         for path in dict.fromkeys([*xs, *ys]):
             tally = found.setdefault(path, _Tally())
             if path in xs and path in ys:
@@ -150,6 +178,10 @@ def _rows(a: Layer[Any], b: Layer[Any], tolerances: Tolerances) -> Iterator[Row]
             tally.differ(longer.passes[len(shorter)], f"{len(a):,} and {count(len(b), 'call')}")
     for path, tally in found.items():
         yield tally.row(a.name, path, b.name)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    return {path: tensor.shape for path, tensor in tensors.items() if not tensor.is_nested}
 
 
 class _Tally:

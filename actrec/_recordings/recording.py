@@ -18,6 +18,7 @@ from actrec.errors import JoinError, UnknownLayerError
 
 from .guesses import NOT_RECORDED, explained, no_attribute_of_recording, no_layer
 from .layer import Layer, V
+from .masked import Mask, Masks
 from .passes import Count, ListView
 from .selecting import Known, chosen
 from .stats import Stats, stats
@@ -446,7 +447,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             raise JoinError(message)
         return {name: layer._join(how, dim) for name, layer in self.items()}
 
-    def stats(self) -> Stats:
+    def stats(self, *, mask: Mask | None = None) -> Stats:
         """Compute statistics of every layer over all its calls, with one row for each tensor that it returns.
 
         >>> import torch
@@ -466,11 +467,34 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
         Calls are read one after the other in blocks of a few megabytes, and not changed. It may be called inside the block.
 
+        With a mask, such as the attention mask of each batch, padding does not count:
+
+        >>> model = nn.Sequential(nn.Embedding(9, 4))
+        >>> ids = torch.tensor([[5, 6, 7], [8, 0, 0]])
+        >>> with record(model) as acts:
+        ...     output = model(ids)
+        ...     acts.add("mask", ids != 0)
+        >>> [(row.layer, row.count, row.left_out) for row in acts.stats(mask="mask")]
+        [('0', 16, 8), ('mask', 4, 2)]
+
+        Args:
+            mask: the name of a mask ``(batch, tokens)`` that each pass has, 0 for what is left out, or a function that makes one of
+                the values of a pass: ``mask=lambda values: values["ids"] != 0``. It applies to all tensors
+                ``(batch, tokens, ...)``, of the calls of a pass joined, and ``(batch * tokens, ...)``, as in
+                :func:`actrec.data.rows`. What has other positions, such as one vector for each sample, counts in full:
+                ``left_out`` says how much was left out of each tensor.
+
         Returns:
             :class:`Stats`: a tuple of rows in execution order, which prints as a table. ``pandas.DataFrame(acts.stats())``
             makes a data frame of it.
+
+        Raises:
+            AlignmentError: a pass has no mask, or no layer has its positions.
+            UnknownLayerError: there is no mask of that name.
+            OptionError: ``mask`` is neither a name nor a function.
         """
-        return stats(self[name] for name in self._in_order())
+        masks = None if mask is None else Masks("acts.stats", self, self._raised(), mask)
+        return stats((self[name] for name in self._in_order()), masks)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the recording to ``path``, to be opened with :func:`actrec.load`: :func:`actrec.save` as a method.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import override
@@ -17,12 +18,15 @@ from actrec._values.moments import Moments
 from actrec._values.spec import leaves
 from actrec._values.summary import Summary
 
+from .masked import left_in
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
 
     from .layer import Layer
+    from .masked import Masks
 
 __all__ = ["Row", "Stats", "stats"]
 
@@ -45,6 +49,7 @@ class Row:
     nonfinite_pass: int | None
     shape: str
     histogram: Histogram
+    left_out: int = 0
 
 
 class Stats(Rows[Row]):
@@ -76,6 +81,7 @@ class Stats(Rows[Row]):
     ``histogram``       how many of the finite elements lie where, in bins that are at most 6.25 % of their
                         numbers wide: ``histogram.counts``, and the ends ``low`` and ``high`` of each bin;
                         ``histogram.quantile(0.5)`` and ``histogram.bars(low, high, many)`` are made of them
+    ``left_out``        how many elements a mask has left out; ``count`` and what follows it do not count them
     ==================  ===========================================================================
 
     Statistics are computed in float64: of the moduli of complex numbers, of bools as 0 and 1, of the dequantized values
@@ -132,6 +138,7 @@ def _name(row: Row) -> str:
 def _cells(row: Row, largest: int) -> Cells:
     numbers = (row.mean, row.std, row.min, row.max)
     bad = [f"{many:,} {what}" for many, what in ((row.nan, "NaN"), (row.inf, "inf")) if many]
+    left_out = [f"{row.left_out:,} left out"] * bool(row.left_out)
     return (
         _name(row),
         row.shape,
@@ -139,7 +146,7 @@ def _cells(row: Row, largest: int) -> Cells:
         *("" if math.isnan(number) else f"{number:.4g}" for number in numbers),
         Bar(f"{row.zeros:.0%}", row.zeros) if row.count else "",
         Bar(size(row.nbytes), row.nbytes / largest if largest else 0.0),
-        Badge(", ".join(bad)) if bad else "",
+        Badge(", ".join(bad + left_out)) if bad else "".join(left_out),
     )
 
 
@@ -159,18 +166,22 @@ def _bars(row: Row) -> str:
     return Bars([min(bar, most) if most else bar for bar in bars], label)
 
 
-def stats(layers: Iterable[Layer[Any]]) -> Stats:
+def stats(layers: Iterable[Layer[Any]], masks: Masks | None = None) -> Stats:
     """Return the statistics of some layers. See :meth:`actrec.Recording.stats`."""
-    return Stats(row for layer in layers for row in _rows(layer))
+    found = Stats(row for layer in layers for row in _rows(layer, masks))
+    if masks is not None:
+        masks.check()
+    return found
 
 
-def _rows(layer: Layer[Any]) -> Iterator[Row]:
+def _rows(layer: Layer[Any], masks: Masks | None) -> Iterator[Row]:
     found: dict[str, _Tally] = {}
     nonfinite: dict[str, int] = {}  # the first pass with any
     by_cast = {} if layer.overflows is None else layer.overflows.nonfinite()
-    for value, number in zip(layer, layer.passes, strict=False):
+    kept: Iterable[Mapping[str, Tensor]] = repeat({}) if masks is None else masks.of(layer)
+    for value, number, counts in zip(layer, layer.passes, kept, strict=False):
         for path, tensor in leaves(value):
-            bad = found.setdefault(path, _Tally()).add(tensor)
+            bad = found.setdefault(path, _Tally()).add(tensor, counts.get(path))
             # So many come from the cast to dtype=, not from the layer.
             cast = min(bad, by_cast.get(number, 0))
             if cast:
@@ -194,6 +205,7 @@ def _rows(layer: Layer[Any]) -> Iterator[Row]:
             nonfinite.get(path),
             tally.looks.shape,
             tally.bins.histogram(),
+            tally.left_out,
         )
 
 
@@ -204,8 +216,13 @@ class _Tally:
         self.bins = Bins()
         self.moments = Moments(self.bins)
         self.looks = Summary()
+        self.left_out = 0
 
-    def add(self, tensor: Tensor) -> int:
-        """Add a tensor, and return how many of its elements are NaN or infinite."""
+    def add(self, tensor: Tensor, kept: Tensor | None) -> int:
+        """Add a tensor, or the positions of it that count, and return how many of the elements are NaN or infinite."""
         self.looks.add(tensor)
+        if kept is not None:
+            counted = left_in(tensor, kept)
+            self.left_out += tensor.numel() - counted.numel()
+            tensor = counted
         return self.moments.add(tensor)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
-from actrec._values.join import joined
+from actrec._recordings.pass_values import MissingError, PassValues, Stored
 from actrec.errors import OptionError
 
 from .calls import Calls, Look
@@ -18,9 +17,6 @@ from .selecting import is_plain, kind
 from .sources import Held
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from actrec._recordings.passes import Moment
     from actrec._recordings.recording import Recording
 
 __all__ = ["Function", "computed"]
@@ -37,15 +33,15 @@ def computed(call: str, recording: Recording[Any], function: Function, beside: C
     Raises:
         OptionError: The function returns no tensor.
     """
-    stored = _Stored(recording)
+    stored = Stored(recording)
     units = beside.units or [None] * len(beside.moments)
     firsts = {moment: number for number, moment in reversed([*enumerate(beside.moments)])}
     kept: list[int] = []
     found: list[Tensor] = []
     for moment, number in sorted(firsts.items(), key=lambda pair: pair[1]):
         try:
-            answers = function(_Pass(stored, moment))
-        except _MissingError:
+            answers = function(PassValues(stored, moment))
+        except MissingError:
             continue
         if not is_plain(answers):
             message = (
@@ -69,49 +65,3 @@ def computed(call: str, recording: Recording[Any], function: Function, beside: C
         [*looks],
         [Held(flat)],
     )
-
-
-class _MissingError(KeyError):
-    """A layer has no call in a pass."""
-
-
-class _Stored:
-    """The calls of each pass of a recording, by layer."""
-
-    def __init__(self, recording: Recording[Any]) -> None:
-        self.recording = recording
-        self._calls: dict[str, dict[Moment, list[int]]] = {}
-
-    def value(self, name: str, moment: Moment) -> Any:
-        """The value of a layer in a pass; of several calls, joined along the tokens."""
-        layer = self.recording[name]
-        if name not in self._calls:
-            calls = self._calls[name] = {}
-            for number, own in enumerate(layer._moments()):
-                calls.setdefault(own, []).append(number)
-        calls = self._calls[name]
-        numbers = calls.get(moment) or calls.get((None, moment[1]))
-        if numbers is None:
-            raise _MissingError(name)
-        values = [layer[number] for number in numbers]
-        return values[0] if len(values) == 1 else joined(values, "cat", 1, f"values[{name!r}]")
-
-
-class _Pass(Mapping[str, Any]):
-    """What is stored of a pass, by the names of layers and added values; read when it is asked for."""
-
-    def __init__(self, stored: _Stored, moment: Moment) -> None:
-        self._stored = stored
-        self._moment = moment
-
-    @override
-    def __getitem__(self, name: str) -> Any:
-        return self._stored.value(name, self._moment)
-
-    @override
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored.recording)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._stored.recording)

@@ -1,0 +1,197 @@
+"""Statistics without padding: which positions of a layer's tensors a mask leaves in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from actrec._values.spec import leaves
+from actrec.errors import AlignmentError, OptionError, UnknownLayerError
+
+from .covering import first_columns
+from .pass_values import MissingError, PassValues, Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
+    from .layer import Layer
+    from .passes import Moment
+
+__all__ = ["Mask", "Masks", "left_in"]
+
+#: The name of a mask, or a function that makes one of what is stored of a pass.
+Mask: TypeAlias = str | Callable[[Mapping[str, Any]], Tensor]
+
+#: For each call, and each tensor in it, which of its positions count; a tensor that is not there counts in full.
+Kept: TypeAlias = list[dict[str, Tensor]]
+
+
+class Masks:
+    """The masks of a recording.
+
+    Args:
+        call: Who asks, for messages.
+        recording: Where the mask is stored.
+        raised: Its passes that raised, which may have none.
+        mask: What it is.
+
+    Raises:
+        OptionError: It is neither a name nor a function.
+        UnknownLayerError: Nothing of that name was recorded.
+    """
+
+    def __init__(
+        self,
+        call: str,
+        recording: Mapping[str, Layer[Any]],
+        raised: AbstractSet[Moment],
+        mask: Mask,
+    ) -> None:
+        given: object = mask
+        if not (isinstance(given, str) or callable(given)):
+            message = f"{call}(mask={mask!r}): expected the name of a mask that was recorded or added, or a function that makes one."
+            raise OptionError(message)
+        if isinstance(mask, str) and mask not in recording:
+            message = f"{call}(mask={mask!r}): nothing of that name was recorded. Add it to each pass: acts.add({mask!r}, attention_mask)."
+            raise UnknownLayerError(message)
+        self._call = call
+        self._mask = mask
+        self._stored = Stored(recording)
+        self._raised = raised
+        self._known: dict[Moment, list[Tensor] | None] = {}
+        self._fits = False
+
+    def of(self, layer: Layer[Any]) -> Kept:
+        """Return which positions of each call count: those of tensors whose positions are those of the mask in all calls."""
+        passes: dict[Moment, list[int]] = {}
+        for number, moment in enumerate(layer._moments()):
+            passes.setdefault(moment, []).append(number)
+        shapes: dict[str, dict[int, Tensor]] = {}
+        for number, value in enumerate(layer):
+            for path, tensor in leaves(value):
+                shapes.setdefault(path, {})[number] = _outline(tensor)
+        found: Kept = [{} for _ in range(len(layer))]
+        for path, outlines in shapes.items():
+            for tokens_of in (_tokens, _merged):
+                kept = self._kept(passes, outlines, tokens_of)
+                if kept is not None:
+                    for number, one in kept.items():
+                        found[number][path] = one
+                    self._fits |= layer.name != self._mask
+                    break
+        return found
+
+    def check(self) -> None:
+        """Raise ``AlignmentError`` if none of the layers has had the positions of the mask."""
+        if not self._fits:
+            message = (
+                f"{self._call}(mask={self._mask!r}): no layer has the positions of the mask, which are (batch, tokens) in each "
+                "pass. Layers have them as (batch, tokens, ...) or (batch * tokens, ...)."
+            )
+            raise AlignmentError(message)
+
+    def _kept(
+        self,
+        passes: Mapping[Moment, list[int]],
+        outlines: Mapping[int, Tensor],
+        tokens_of: Callable[[Tensor, int], int | None],
+    ) -> dict[int, Tensor] | None:
+        """Which positions of a tensor count in each call; ``None`` if they are not those of the mask."""
+        found: dict[int, Tensor] = {}
+        most = 0
+        for moment, calls in passes.items():
+            own = [number for number in calls if number in outlines]
+            masks = self._masks(moment)
+            if masks is None:  # nothing says what counts in a pass that raised, so nothing does
+                found |= {
+                    number: torch.zeros(outlines[number].shape[:1], dtype=torch.bool)
+                    for number in own
+                }
+                continue
+            if not own:
+                continue
+            samples = {len(mask) for mask in masks}
+            tokens = [tokens_of(outlines[number], len(masks[0])) for number in own]
+            known = [many for many in tokens if many is not None]
+            firsts = _firsts([mask.shape[1] for mask in masks], known)
+            if len(samples) > 1 or len(known) < len(own) or firsts is None:
+                return None
+            most = max(most, *known)
+            for step, (number, first, many) in enumerate(zip(own, firsts, known, strict=True)):
+                mask = masks[step if len(masks) > 1 else 0]
+                part = torch.ones_like(mask[:, :1]).expand(-1, many)
+                part = part if first is None else mask[:, first : first + many]
+                found[number] = part.flatten() if tokens_of is _merged else part
+        # One of each sample, such as a pooled vector, is none of its tokens.
+        return found if most > 1 else None
+
+    def _masks(self, moment: Moment) -> list[Tensor] | None:
+        """The masks of a pass, (batch, tokens) each; ``None`` if it has none because it raised."""
+        if moment not in self._known:
+            self._known[moment] = self._read(moment)
+        return self._known[moment]
+
+    def _read(self, moment: Moment) -> list[Tensor] | None:
+        try:
+            if callable(self._mask):
+                values: list[Any] = [self._mask(PassValues(self._stored, moment))]
+            else:
+                values = self._stored.values(self._mask, moment)
+        except MissingError as error:
+            if moment in self._raised:
+                return None
+            message = f"{self._call}(mask=...): pass {moment[1]} has no {error.args[0]!r}. Add it to each pass."
+            raise AlignmentError(message) from None
+        for value in values:
+            if not isinstance(value, Tensor) or value.dim() != 2:  # noqa: PLR2004
+                what = (
+                    f"of shape {tuple(value.shape)}"
+                    if isinstance(value, Tensor)
+                    else type(value).__name__
+                )
+                message = f"{self._call}(mask=...): the mask of pass {moment[1]} is {what}, not a tensor (batch, tokens)."
+                raise AlignmentError(message)
+        return [(value.detach() != 0).cpu() for value in values]
+
+
+def left_in(tensor: Tensor, kept: Tensor | None) -> Tensor:
+    """Return the positions of a tensor that count, as a copy: ``(*positions, *) -> (count, *)``."""
+    return tensor if kept is None else tensor.detach()[kept.to(tensor.device)]
+
+
+def _outline(tensor: Tensor) -> Tensor:
+    """The shape and the dtype of a tensor; of one that is not indexed by positions, no shape."""
+    is_plain = tensor.layout is torch.strided and not (
+        tensor.is_nested or tensor.is_quantized or tensor.is_meta
+    )
+    return torch.empty(tensor.shape if is_plain else (), dtype=tensor.dtype, device="meta")
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    """Whether a tensor is one vector of each sample, or of each token of all samples."""
+    return tensor.dim() == 2 and (tensor.is_floating_point() or tensor.is_complex())  # noqa: PLR2004
+
+
+def _tokens(tensor: Tensor, samples: int) -> int | None:
+    """How many tokens a tensor (samples, tokens, ...) has."""
+    is_other = tensor.dim() < 2 or len(tensor) != samples or _is_vector(tensor)  # noqa: PLR2004
+    return None if is_other else tensor.shape[1]
+
+
+def _merged(tensor: Tensor, samples: int) -> int | None:
+    """How many tokens of each sample a tensor (samples * tokens, ...) has."""
+    is_other = not tensor.dim() or not samples or len(tensor) % samples
+    return None if is_other else len(tensor) // samples
+
+
+def _firsts(mask: list[int], tokens: list[int]) -> list[int | None] | None:
+    """As ``first_columns``, but a mask is longer only where it counts the tokens before, or the call has one."""
+    if len(mask) == len(tokens):
+        pairs = zip(mask, tokens, accumulate(tokens), strict=True)
+        if any(many not in {own, before} and own != 1 for many, own, before in pairs):
+            return None
+    return first_columns(mask, tokens)

@@ -1,0 +1,64 @@
+"""What is stored of each pass of a recording, by the names of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from actrec._values.join import joined
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .layer import Layer
+    from .passes import Moment
+
+__all__ = ["MissingError", "PassValues", "Stored"]
+
+
+class MissingError(KeyError):
+    """A layer has no call in a pass."""
+
+
+class Stored:
+    """The calls of each pass, by layer."""
+
+    def __init__(self, recording: Mapping[str, Layer[Any]]) -> None:
+        self.recording = recording
+        self._calls: dict[str, dict[Moment, list[int]]] = {}
+
+    def values(self, name: str, moment: Moment) -> list[Any]:
+        """Return what the calls of a layer in a pass returned; ``MissingError`` where it has none."""
+        layer = self.recording[name]
+        if name not in self._calls:
+            calls = self._calls[name] = {}
+            for number, own in enumerate(layer._moments()):
+                calls.setdefault(own, []).append(number)
+        calls = self._calls[name]
+        numbers = calls.get(moment) or calls.get((None, moment[1]))
+        if numbers is None:
+            raise MissingError(name)
+        return [layer[number] for number in numbers]
+
+
+class PassValues(Mapping[str, Any]):
+    """The values of a pass, read when they are asked for; those of several calls are joined along dimension 1, the tokens."""
+
+    def __init__(self, stored: Stored, moment: Moment) -> None:
+        self._stored = stored
+        self._moment = moment
+
+    @override
+    def __getitem__(self, name: str) -> Any:
+        values = self._stored.values(name, self._moment)
+        return values[0] if len(values) == 1 else joined(values, "cat", 1, f"values[{name!r}]")
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored.recording)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._stored.recording)
