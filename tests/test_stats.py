@@ -324,7 +324,7 @@ def test_rows_make_a_data_frame() -> None:
     assert list(frame["layer"]) == ["a", "b"]
     assert frame["count"].sum() == 4
     assert frame["mean"][0] == 1
-    assert frame.shape == (2, 14)
+    assert frame.shape == (2, 15)
 
 
 def test_they_print_as_a_table() -> None:
