@@ -133,7 +133,9 @@ def record(
         grads: record the gradient of the loss with respect to what calls returned, as ``acts.grads[name][i]``:
             nested as the value is, ``None`` until ``backward()`` reaches it, in the block or after it. See
             :attr:`Recording.grads`. ``True`` for the layers in ``layers``, with their transforms; or layer queries of its
-            own. Not supported when recording to a path.
+            own. When recording to a path, call ``backward()`` inside the block, and inside the unit if there are units: a
+            gradient is written with its pass, when a later pass has begun and the backward has ended. One that comes
+            later is left out, with a warning.
         detach: ``False`` keeps the autograd graph, for losses on activations, and with it the graph's
             memory. Values are still independent of in-place writes. ``False`` is not supported when recording to a path.
         device: where values are kept; ``None`` leaves them on their device. From a GPU, values are copied asynchronously if

@@ -249,6 +249,17 @@ def recomputing_number() -> int:
 #: The number of the backward that this thread is running, or -1.
 backward_number: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", recomputing_number)
 
+
+def at_end_of_backward(function: Callable[[], object]) -> None:
+    """Call ``function`` when the running backward has ended; at once, where PyTorch does not say when that is."""
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    queue = getattr(engine, "queue_callback", None)
+    if queue is None:
+        function()
+    else:
+        queue(function)
+
+
 #: Whether ``torch.jit.trace`` is running in this thread; the public name asks the same, a little slower.
 is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actrec import ActrecError, UnusedLayerWarning, _record, record
+from actrec import ActrecError, UnusedLayerWarning, _record, _torch, record
 from actrec._calls import hooks as _hooks
 from actrec._calls import layer as _layer
 from actrec._calls import session as _session
@@ -321,3 +321,15 @@ def test_a_transform_of_a_tensor_on_another_device_runs_there() -> None:
         model(torch.empty(2, 4, device="meta"))
     assert acts[""][0].is_meta
     assert acts[""][0].shape == (4,)
+
+
+# --- The end of a backward -----------------------------------------------------------------------------
+
+
+def test_where_pytorch_does_not_say_when_a_backward_ends_it_counts_as_ended_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.autograd.Variable, "_execution_engine", None)
+    called: list[int] = []
+    _torch.at_end_of_backward(lambda: called.append(1))
+    assert called == [1]

@@ -407,6 +407,14 @@ def test_the_number_of_a_backward() -> None:
     assert -1 < seen[0] < seen[1]
 
 
+def test_the_end_of_a_backward_is_told() -> None:
+    x, seen = torch.ones(2, requires_grad=True), []
+    x.register_hook(lambda _: _torch.at_end_of_backward(lambda: seen.append(x.grad)))
+    (x * 2).sum().backward()
+    assert len(seen) == 1
+    assert seen[0] is x.grad  # which was there by then
+
+
 def test_traces_are_told_and_so_is_their_comparison() -> None:
     seen: list[tuple[bool, bool]] = []
 

@@ -852,8 +852,6 @@ def test_options_that_make_no_sense_with_a_path_are_refused(tmp_path: Path) -> N
     net = nn.Linear(4, 3)
     with pytest.raises(OptionError, match=r"detach=False.*a graph cannot be stored"):
         record(net, "", into=tmp_path / "r", detach=False)
-    with pytest.raises(OptionError, match=r"grads=True.*a gradient comes after its value"):
-        record(net, "", into=tmp_path / "r", grads=True)
     with pytest.raises(OptionError, match="only a recording into a path can be resumed"):
         record(net, "", resume=True)
     with pytest.raises(OptionError, match=r"Folder\(budget=0\): expected a number greater than 0"):

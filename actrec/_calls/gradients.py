@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from bisect import bisect_left, insort
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,6 +74,7 @@ class _Call:
     likes: list[_Like]  # for a transform: of the tensors that it returned
     #: Of a nested output, what has arrived, by the number of the tensor. Only the recording keeps it.
     arrived: MutableMapping[int, Tensor] | None = None
+    dropped: bool = False  # its unit has failed
 
 
 @dataclass(eq=False, slots=True)
@@ -144,8 +146,9 @@ class Gradients:
     alike: bool = True
     undecided: Collection[int] = ()  # the passes that may still be dropped; it changes
     watched: bool = False  # whether there was anything that a gradient could reach
+    came: bool = False  # whether one has arrived
     regions: Regions[_Call] = field(default_factory=Regions)
-    _warned: bool = False
+    _warned: set[str] = field(default_factory=set)
     _leaves: list[_Leaf] = field(default_factory=list)
     _calls: int = 0  # that have had a place
     _open: dict[int, list[_Call]] = field(default_factory=dict)  # of those passes
@@ -166,12 +169,20 @@ class Gradients:
         if not self.alike:
             kept = output if self.capture.transform is None else None
         self.layer.keep(None if type(kept) is Tensor else rebuild(kept, lambda _: None), number)
-        if number in self.undecided:
+        is_open = self.backwards is not None or number in self.undecided
+        if is_open:
+            if self.backwards is not None and number not in self._open:
+                for old in [old for old in self._open if old < self.backwards.written]:
+                    del self._open[old]
             self._open.setdefault(number, []).append(call)
-            if self._waiting(number):
-                return call
-        self._enter(call)
+        if not (is_open and self._waiting(number)):
+            self._enter(call)
         return call
+
+    @property
+    def backwards(self) -> Any:
+        """What is told of gradients that go to a path; ``None`` in memory."""
+        return getattr(self.layer, "backwards", None)
 
     def _enter(self, call: _Call) -> None:
         """The call is the latest in its layer."""
@@ -186,7 +197,7 @@ class Gradients:
         """Keep the gradients of a unit. The caller holds the lock."""
         self.layer.settle(number)
         for call in self._open.pop(number, ()):
-            if call.ticket < 0:
+            if call.ticket < 0 and self.backwards is None:
                 self._enter(call)
 
     def drop(self, number: int) -> None:
@@ -195,12 +206,13 @@ class Gradients:
         for call in self._open.pop(number, ()):
             if call.ticket >= 0:
                 insort(self._gone, call.ticket)
+            call.dropped = True
 
     def _place(self, call: _Call) -> tuple[Any, int]:
         """Where the gradient of a call is, and its index there: -1 if it is nowhere."""
         if call.ticket < 0:
-            calls = self._open.get(call.number, [])
-            return self._waiting(call.number), calls.index(call) if call in calls else -1
+            calls, values = self._open.get(call.number, []), self._waiting(call.number)
+            return values, calls.index(call) if values and call in calls else -1
         # Counted from the end: the recording may have been cleared, or be bounded.
         place = len(self.layer) - (self._calls - call.ticket)
         if self._gone:
@@ -216,6 +228,8 @@ class Gradients:
             self._watch(output, kept, call)
         if not torch.is_grad_enabled():
             self.regions.remember(call)
+            if call is not None and self.regions and self.backwards is not None:
+                self.backwards.expect(call.number)
 
     def expect_again(self, output: Value) -> None:
         """Checkpointing has run a call again, perhaps with the graph that it did not have before."""
@@ -230,6 +244,8 @@ class Gradients:
 
     def _watch(self, output: Value, kept: Value, call: _Call) -> None:
         found = [(at, t) for at, t in enumerate(tensors(output)) if _is_in_graph(t)]
+        if found and self.backwards is not None:
+            self.backwards.expect(call.number)
         for index, tensor in found:
             self.watched = True
             view = None
@@ -253,22 +269,32 @@ class Gradients:
 
     def arrived(self, call: _Call, index: int, grad: Tensor, view: View | None = None) -> None:
         """The gradient of tensor number ``index`` of a call is there, or that of the base of this ``view``."""
-        with self.lock:
-            values, place = self._place(call)
-            if place < 0:
-                return
-            try:
-                known = grad if view is None else view.gradient(grad)
-                if known is not None:
-                    values[place] = self._merged(call, index, known, values[place])
-            except CaptureError as error:
-                message = (
-                    f"record() cannot keep {self.capture.what} {call.ticket} of layer "
-                    f"{self.capture.layer!r}: {error}."
-                )
-                raise CaptureError(message) from error
-        if known is None:
-            self._warn()
+        backwards = self.backwards
+        with self.lock, nullcontext() if backwards is None else backwards.lock:
+            found = self._put(call, index, grad, view)
+        if found is not None:
+            self._warn(found)
+        elif backwards is not None:
+            backwards.arrive(call.number)
+
+    def _put(self, call: _Call, index: int, grad: Tensor, view: View | None) -> str | None:
+        """Put a gradient where it belongs; return why it is left out, if that is to be said."""
+        values, place = self._place(call)
+        if place < 0:
+            return _LATE if self.backwards is not None and not call.dropped else None
+        try:
+            known = grad if view is None else view.gradient(grad)
+            if known is None:
+                return _INSEPARABLE
+            values[place] = self._merged(call, index, known, values[place])
+        except CaptureError as error:
+            message = (
+                f"record() cannot keep {self.capture.what} {call.ticket} of layer "
+                f"{self.capture.layer!r}: {error}."
+            )
+            raise CaptureError(message) from error
+        self.came = True
+        return None
 
     def _merged(self, call: _Call, index: int, grad: Tensor, known: Value) -> Value:
         """What is recorded of the gradients of a call, ``known``, with another one added."""
@@ -289,14 +315,23 @@ class Gradients:
         earlier = iter(tensors(known))
         return rebuild(new, lambda t: t + next(earlier, 0))
 
-    def _warn(self) -> None:
-        """A gradient is left out, for nobody knows it: say so, once for the layer."""
-        if not self._warned:
-            self._warned = True
+    def _warn(self, why: str) -> None:
+        """A gradient is left out: say so, once for the layer."""
+        if why not in self._warned:
+            self._warned.add(why)
             message = (
-                f"record(grads=True): a gradient of layer {self.capture.layer!r} is left out. The layer returned a view "
-                "of a tensor that the model may have used elsewhere too, and then one of them was written in place, so "
-                "that their gradients cannot be separated. Let the operation that writes make a new tensor "
-                "(y = y + x, ReLU(inplace=False)), or the layer return a clone()."
+                f"record(grads=True): a gradient of layer {self.capture.layer!r} is left out. {why}"
             )
             warnings.warn(message, MissingGradientWarning, stacklevel=2)
+
+
+_INSEPARABLE = (
+    "The layer returned a view of a tensor that the model may have used elsewhere too, and then one of them was written in "
+    "place, so that their gradients cannot be separated. Let the operation that writes make a new tensor "
+    "(y = y + x, ReLU(inplace=False)), or the layer return a clone()."
+)
+_LATE = (
+    "It came after its pass was written to the path: that is, after the block, after the unit that the pass was, or after the "
+    "backward of a later pass. Call backward() in the order of the passes, inside the block or the unit; or record into memory, "
+    "and write both with acts.save()."
+)

@@ -103,12 +103,6 @@ class Options:
         if not self.detach:
             message = f"{call}, detach=False): a graph cannot be stored. Record into memory."
             raise OptionError(message)
-        if self.grads is not False:
-            message = (
-                f"{call}, grads=True): a gradient comes after its value may have been written. Record into memory, "
-                "and write both with acts.save()."
-            )
-            raise OptionError(message)
 
     def _check_gradients(self) -> None:
         if self.grads is not False and self.stop_early and self.detach:

@@ -64,6 +64,10 @@ _REENTRANT = (
     "backward() inside the with block, or checkpoint with use_reentrant=False"
 )
 
+_TOO_LATE = (
+    "no backward() has reached it inside the with block. What is recorded into a path is written when the block ends, so "
+    "call backward() inside it"
+)
 
 _BACKWARD = "where calls are not recorded: they may repeat those of the forward. If these do not, keep what they return with acts.add()"
 
@@ -232,8 +236,11 @@ def _explained(what: str, causes: dict[str, str], model: nn.Module, tracks: Coll
 def _no_graph(track: Track) -> str | None:
     if not track.kept:
         return None
-    if track.grads is not None and not track.grads.watched:
-        return _REENTRANT if track.grads.regions else _NO_GRAPH
+    grads = track.grads
+    if grads is not None and not grads.watched:
+        return _REENTRANT if grads.regions else _NO_GRAPH
+    if grads is not None and grads.backwards is not None and not grads.came:
+        return _TOO_LATE
     outputs: Any = track.outputs
     kept = outputs if isinstance(outputs, list) and not track.capture.detach else ()
     if kept and not any(t.requires_grad for value in kept for t in tensors(value)):

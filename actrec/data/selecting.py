@@ -12,8 +12,8 @@ from actrec._recordings.layer import Layer
 from actrec._values.spec import flatten
 from actrec.errors import AlignmentError, OptionError
 from actrec.store.layers import StoredLayer
+from actrec.store.live import LiveLayer
 from actrec.store.read_only import ChosenLayer
-from actrec.store.stream import LiveLayer
 from actrec.store.whole import WholeLayer
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ class TopK(Reduction):
     """
 
     k: int = 10
-    _values: Tensor | None = field(init=False, default=None)  # (k, C)
+    _largest: Tensor | None = field(init=False, default=None)  # (k, C)
     _where: Tensor | None = field(
         init=False, default=None
     )  # (4, k, C): pass, sample, position, rank
@@ -68,17 +68,17 @@ class TopK(Reduction):
             earlier calls of the same pass included; and the ``rank`` that counted the pass. With fewer than ``k`` rows there are
             as many as rows; without rows nothing.
         """
-        if self._values is None or self._where is None:
+        if self._largest is None or self._where is None:
             return {}
         names = ("pass", "sample", "position", "rank")
         return {
-            "values": self._values.clone(),
+            "values": self._largest.clone(),
             **dict(zip(names, self._where.clone(), strict=True)),
         }
 
     @override
     def _add(self, rows: Rows, number: int, start: int) -> None:
-        self._check_width(self._values, rows.table)
+        self._check_width(self._largest, rows.table)
         values, at = rows.table.topk(min(self.k, len(rows.table)), dim=0)
         sample, position = rows.index(at)
         where = (torch.full_like(at, number), sample, position + start, torch.zeros_like(at))
@@ -86,10 +86,10 @@ class TopK(Reduction):
 
     @override
     def _take(self, other: TopK) -> None:
-        assert other._values is not None  # noqa: S101  # it has rows
+        assert other._largest is not None  # noqa: S101  # it has rows
         assert other._where is not None  # noqa: S101
-        self._check_width(self._values, other._values)
-        self._join(other._values, other._where)
+        self._check_width(self._largest, other._largest)
+        self._join(other._largest, other._where)
 
     def of_rank(self, rank: int) -> None:
         """Say which rank has counted the passes."""
@@ -97,10 +97,10 @@ class TopK(Reduction):
             self._where[3] = rank
 
     def _join(self, values: Tensor, where: Tensor) -> None:
-        if self._values is not None and self._where is not None:
-            device = self._values.device
-            values = torch.cat([self._values, values.to(device)])
+        if self._largest is not None and self._where is not None:
+            device = self._largest.device
+            values = torch.cat([self._largest, values.to(device)])
             where = torch.cat([self._where, where.to(device)], dim=1)
         order = values.argsort(dim=0, descending=True, stable=True)[: self.k]
-        self._values = values.gather(0, order)
+        self._largest = values.gather(0, order)
         self._where = where.gather(1, order.expand(len(where), *order.shape))

@@ -56,6 +56,10 @@ class Held:
         self.size += call.look.size
         self._groups[call.slot, call.look.group] = call.look.header
 
+    def expect(self, number: int) -> None:
+        """There will be calls of a pass when it is complete."""
+        self._passes.setdefault(number, [])
+
     def is_full(self) -> bool:
         """Whether there is as much as a shard should hold."""
         # A group has entries in the header of a shard, however many calls there are in it.
@@ -75,7 +79,7 @@ class Held:
             many = self._limit
             yield batch
         if self.size >= many:
-            for number in sorted(self._passes):
+            for number in sorted(number for number, calls in self._passes.items() if calls):
                 self._parted.add(number)
                 yield Batch(self._take([number]), self.committed, part_of=number)
 

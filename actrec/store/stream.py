@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from typing_extensions import override
-
-from actrec._recordings.passes import ListView
-from actrec._values.summary import Summary
-from actrec.errors import ActrecError, WriteError
-
-from .call import Call
 from .format import FUNCTION, Role, Slot
+from .late import Backwards, LateLayer
 from .layers import StoredLayer
+from .live import LiveLayer
 from .load import opened
 from .opening import Opening
-from .read_only import ReadOnlyLayer
 from .reader import StoredRecording
-from .runs import PassRuns
 from .steps import steps
 from .units import key_call
 from .writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
-    from actrec._recordings.layer import Layer
-    from actrec._recordings.passes import Moment
     from actrec._recordings.units import Key, Units
-    from actrec._values.containers import Value
-    from actrec._values.join import How
+    from actrec.errors import WriteError
 
-    from .call import Look
+    from .call import Call
     from .description import Description
     from .folder import Folder
 
-__all__ = ["LiveLayer", "Stream"]
+__all__ = ["Stream"]
 
 
 class Passes(Protocol):
@@ -78,13 +67,24 @@ class Stream:
         self.order = [*self._before._order]
         self.error: str | None = "the recorder was garbage-collected before the block ended"
         self.closed = False
-        self._writer = Writer(self._opening.own, ledger, folder, passes.complete, passes.raised)
+        self._backwards = Backwards(passes.complete)
+        self._writer = Writer(
+            self._opening.own,
+            ledger,
+            folder,
+            self._backwards.complete,
+            passes.raised,
+            late=self._backwards.take,
+        )
 
     # --- Layers ----------------------------------------------------------------------------------------
 
     def layer(self, role: Role, index: int, name: str, kind: str) -> LiveLayer:
         """Return the layer that stands for a chosen one."""
-        return LiveLayer(self, Slot(role, index, name, kind))
+        slot = Slot(role, index, name, kind)
+        if role == "gradient":
+            return LateLayer(self, slot, self._backwards)
+        return LiveLayer(self, slot)
 
     def function(self, role: Role, name: str) -> LiveLayer:
         """Return the layer that stands for a function."""
@@ -104,6 +104,10 @@ class Stream:
     def keep(self, call: Call) -> None:
         """Write a call, sooner or later."""
         self._writer.keep(call)
+
+    def expect(self, number: int) -> None:
+        """There will be calls of pass ``number`` that come when it is complete."""
+        self._writer.expect(number)
 
     def stored(self, slot: Slot) -> StoredLayer:
         """Return what is on the disk of a layer: before the block and in it, what was there when it began."""
@@ -158,150 +162,3 @@ class Stream:
     def failure(self) -> WriteError | None:
         """Return the error of the writer that no call has raised."""
         return self._writer.unseen()
-
-
-@dataclass(slots=True)
-class _Open:
-    """What a layer has of a unit that has not ended."""
-
-    calls: int = 0
-    nbytes: int = 0
-    looks: Summary = field(default_factory=Summary)
-
-
-class LiveLayer(ReadOnlyLayer):
-    """A layer whose values go to the disk. They can be read when the block has ended; those of earlier runs at any time."""
-
-    def __init__(self, stream: Stream, slot: Slot) -> None:
-        self.name = slot.name
-        self.type = slot.type
-        self._stream = stream
-        self._slot = slot
-        self._before = before = stream.stored(slot)
-        self._new_passes = PassRuns()
-        self._known = len(before)
-        self._bytes = before.nbytes
-        self._looks = before._summary()
-        self._look: Look | None = None  # of the last call
-        self._open: dict[int, _Open] = {}
-
-    @override
-    def keep(self, value: Value, number: int) -> None:
-        call = Call.of(self._slot, number, value, parts=True, before=self._look)
-        self._stream.keep(call)
-        is_known = call.look is self._look
-        self._look = call.look
-        if number in self._stream.undecided:
-            unit = self._open.setdefault(number, _Open())
-            is_known = is_known and unit.calls > 0
-            unit.calls += 1
-            unit.nbytes += call.look.nbytes
-            looks = unit.looks
-        else:
-            self._new_passes.add(number)
-            self._bytes += call.look.nbytes
-            looks = self._looks
-        if not is_known:
-            looks.add(value)
-
-    @override
-    def settle(self, number: int) -> None:
-        unit = self._open.pop(number, None)
-        if unit is not None:
-            for _ in range(unit.calls):
-                self._new_passes.add(number)
-            self._bytes += unit.nbytes
-            self._looks.update(unit.looks)
-
-    @override
-    def drop(self, number: int) -> None:
-        self._open.pop(number, None)
-        self._look = None  # it may have been that of its last call
-
-    @property
-    def _stored(self) -> StoredLayer:
-        """What is on the disk, if that is all there is."""
-        if self._stream.closed:
-            return self._stream.stored(self._slot)
-        if self._known and len(self) == self._known:
-            return self._before
-        raise ActrecError(self._being_written())
-
-    def _being_written(self) -> str:
-        earlier = (
-            f" Calls of earlier runs can be read now: acts[{self.name!r}][:{self._known}]."
-            if self._known
-            else ""
-        )
-        return (
-            f"acts[{self.name!r}]: its values are being written to {self._stream.disk}. "
-            f"Read them after the with block, or from another process with actrec.load().{earlier}"
-        )
-
-    @property
-    @override
-    def passes(self) -> ListView[int]:
-        if self._stream.closed:
-            return self._stored.passes
-        open_units = [number for number, unit in self._open.items() for _ in range(unit.calls)]
-        return ListView([*self._before.passes, *self._new_passes, *open_units])
-
-    @override
-    def __len__(self) -> int:
-        if self._stream.closed:
-            return len(self._stored)
-        return self._known + len(self._new_passes) + sum(o.calls for o in [*self._open.values()])
-
-    @override
-    def _call(self, index: int) -> Value:
-        if not self._stream.closed and index < self._known:
-            return self._before._call(index)
-        return self._stored._call(index)
-
-    @override
-    def _moments(self) -> list[Moment]:
-        if self._stream.closed:
-            return self._stored._moments()
-        return [(self._stream.rank, number) for number in self.passes]
-
-    @override
-    def _of(self, calls: list[int]) -> Layer[Any]:
-        return self._stored._of(calls)
-
-    @override
-    def _join(self, how: How, dim: int, *, release: bool = False) -> Value:
-        stored = self._stored
-        return stored.cat(dim) if how == "cat" else stored.stack(dim)
-
-    @override
-    def _summary(self) -> Summary:
-        if self._stream.closed:
-            return self._stored._summary()
-        found = Summary()
-        for looks in (self._looks, *(unit.looks for unit in [*self._open.values()])):
-            found.update(looks)
-        return found
-
-    @property
-    @override
-    def nbytes(self) -> int:
-        if self._stream.closed:
-            return self._stored.nbytes
-        return self._bytes + sum(unit.nbytes for unit in [*self._open.values()])
-
-    @override
-    def clear(self) -> NoReturn:
-        message = (
-            f"acts[{self.name!r}].clear(): what was written to a path stays there. To keep only a part of a "
-            "run, record that part: acts.pause() records nothing."
-        )
-        raise ActrecError(message)
-
-    @override
-    def __reduce__(self) -> tuple[Callable[..., StoredLayer], tuple[StoredLayer]]:
-        # What is copied or pickled is what was stored, not the storing of it.
-        return _itself, (self._stored,)
-
-
-def _itself(layer: StoredLayer) -> StoredLayer:
-    return layer

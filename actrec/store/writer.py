@@ -51,10 +51,14 @@ class Writer:
         folder: Folder,
         complete: Callable[[], int],
         raised: Collection[int] = (),
+        *,
+        late: Callable[[int], Iterable[Call]] = lambda _: (),
     ) -> None:
+        """``complete`` says how many passes can be committed, and ``late`` what of these comes only then."""
         self._disk = disk
         self._ledger = ledger
-        self._complete = complete  # how many passes can be committed
+        self._complete = complete
+        self._late = late
         self._budget = folder.budget
         self._seconds = folder.seconds
         self._finished = ledger.heading.shard + 1  # shards on the disk
@@ -97,9 +101,37 @@ class Writer:
                 self._changed.notify_all()  # the thread looks at the clock from now on
             self._held.add(call)
             if self._held.is_full():
-                self._cut(self._held.everything(self._complete()))
-            elif time.monotonic() - self._last_cut >= self._seconds:
-                self._cut(self._held.whole(self._complete()))
+                self._cut(self._held.everything(self._ready()))
+            else:
+                self._look_at_clock()
+
+    def expect(self, number: int) -> None:
+        """There will be calls of pass ``number`` when it is complete.
+
+        Raises:
+            WriteError: as for ``keep``.
+        """
+        with self._changed:
+            self._raise()
+            if self._failed or self._closed:
+                return
+            if not self._held:
+                self._changed.notify_all()
+            self._held.expect(number)
+            self._look_at_clock()
+
+    def _look_at_clock(self) -> None:
+        if time.monotonic() - self._last_cut >= self._seconds:
+            self._cut(self._held.whole(self._ready()))
+
+    def _ready(self) -> int:
+        """Return how many passes can be committed; all that there is of them is held."""
+        return self._with_late(self._complete())
+
+    def _with_late(self, complete: int) -> int:
+        for call in self._late(complete):
+            self._held.add(call)
+        return complete
 
     def drop(self, number: int) -> None:
         """Forget the calls of a pass; of what is on the disk, it will be said that it does not count."""
@@ -114,7 +146,7 @@ class Writer:
 
     def _make_room(self) -> None:
         if not self._queue and not self._writing:
-            self._cut(self._held.everything(self._complete()))
+            self._cut(self._held.everything(self._ready()))
         self._changed.wait(1.0)  # or else Windows would not let an interrupt through
         self._raise()
 
@@ -157,7 +189,7 @@ class Writer:
             while not self._queue and not self._closed and not self._failed:
                 wait = self._last_cut + self._seconds - time.monotonic()
                 if self._held and wait <= 0:
-                    self._cut(self._held.whole(self._complete()))
+                    self._cut(self._held.whole(self._ready()))
                 if not self._queue:
                     wait = min(max(wait, _SHORTEST), _LONGEST)
                     self._changed.wait(wait if self._held else None)
@@ -243,7 +275,7 @@ class Writer:
             if not self._closed:
                 self._closed = True
                 if not self._failed:
-                    self._enqueue(self._held.close(passes, error or ""))
+                    self._enqueue(self._held.close(self._with_late(passes), error or ""))
                 self._changed.notify_all()
         if threading.current_thread() in {self._thread, self._finishing}:
             return  # it collects garbage, a dropped block among it: it cannot wait for itself

@@ -1,0 +1,136 @@
+"""Gradients on their way to a path. They come after their calls, and are written with the passes of those.
+
+A gradient may come in several parts, in one backward or in several. That of a pass is written when nothing more is expected: a
+later pass has begun after the end of a backward that reached this pass, or one behind it. (Several forwards may share
+a backward.) That of a unit is written when the unit has ended.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
+
+from actrec._torch import at_end_of_backward, backward_number
+
+from .call import Call
+from .live import LiveLayer, Open
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from actrec._values.containers import Value
+
+    from .format import Slot
+    from .live import Writing
+
+__all__ = ["Backwards", "LateLayer"]
+
+
+class Backwards:
+    """Which passes wait for their gradients, for all layers of a block."""
+
+    def __init__(self, complete: Callable[[], int]) -> None:
+        """``complete`` says how many passes nothing is going to be recorded of, but for gradients."""
+        self.layers: list[LateLayer] = []
+        self.lock = threading.RLock()  # whoever holds it calls no writer
+        self.written = 0  # the gradients of passes before this number
+        self._complete = complete
+        self._expecting: set[int] = set()  # passes that a backward may reach
+        self._running: dict[int, int] = {}  # backwards, with the latest pass that each has reached
+        self._reached = -1  # the latest pass that a backward has reached and ended
+        self._latest = -1  # the latest pass that has begun
+        self._over = -1  # up to this pass nothing more is expected
+
+    def begin(self, number: int) -> None:
+        """A call of pass ``number`` was recorded: with the first one, the backwards before it are over."""
+        with self.lock:
+            if number > self._latest:
+                self._latest, self._over = number, self._reached
+
+    def expect(self, number: int) -> None:
+        """A backward may reach pass ``number``."""
+        with self.lock:
+            self._expecting.add(number)
+
+    def expect_no_more(self, number: int) -> None:
+        """Pass ``number`` is a unit that has ended."""
+        with self.lock:
+            self._expecting.discard(number)
+
+    def arrive(self, number: int) -> None:
+        """A backward is running, and has reached pass ``number``."""
+        with self.lock:
+            backward = backward_number()
+            known = self._running.get(backward)
+            self._running[backward] = number if known is None else max(known, number)
+        if known is None:
+            at_end_of_backward(partial(self._end, backward))
+
+    def _end(self, backward: int) -> None:
+        with self.lock:
+            self._reached = max(self._reached, self._running.pop(backward, -1))
+            # Backwards that raised never say that they have ended.
+            self._running = {one: at for one, at in self._running.items() if one > backward}
+
+    def complete(self) -> int:
+        """Return how many passes are complete, with their gradients."""
+        complete = self._complete()
+        with self.lock:
+            waiting = [number for number in self._expecting if number > self._over]
+            return min([complete, *waiting])
+
+    def take(self, complete: int) -> Iterator[Call]:
+        """Return the gradients of the passes before ``complete``, which are written now."""
+        with self.lock:
+            self.written = max(self.written, complete)
+            self._expecting = {number for number in self._expecting if number >= complete}
+            for layer in self.layers:
+                yield from layer.take(complete)
+
+
+class LateLayer(LiveLayer):
+    """A layer of gradients that go to the disk."""
+
+    def __init__(self, stream: Writing, slot: Slot, backwards: Backwards) -> None:
+        super().__init__(stream, slot)
+        self.backwards = backwards
+        #: By pass, what may still change.
+        self.waiting: dict[int, list[Value]] = {}
+        backwards.layers.append(self)
+
+    @override
+    def keep(self, value: Value, number: int) -> None:
+        self._stream.expect(number)
+        with self.backwards.lock:
+            self.backwards.begin(number)
+            self.waiting.setdefault(number, []).append(value)
+        if number in self._stream.undecided:
+            self._open.setdefault(number, Open()).calls += 1
+        else:
+            self._new_passes.add(number)
+
+    @override
+    def settle(self, number: int) -> None:
+        super().settle(number)
+        self.backwards.expect_no_more(number)
+
+    @override
+    def drop(self, number: int) -> None:
+        super().drop(number)
+        self.backwards.expect_no_more(number)
+        with self.backwards.lock:
+            self.waiting.pop(number, None)
+
+    def take(self, complete: int) -> Iterator[Call]:
+        """Hand out the gradients of the passes before ``complete``."""
+        for number in sorted(number for number in self.waiting if number < complete):
+            for value in self.waiting.pop(number):
+                call = Call.of(self._slot, number, value, parts=True, before=self._look)
+                self._bytes += call.look.nbytes
+                if call.look is not self._look:
+                    self._look = call.look
+                    self._looks.add(value)
+                yield call
