@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from actrec import load, record, save, verify
+from actrec._calls.recorder import _Everything
 from actrec.errors import ActrecError, OptionError
 from actrec.store import Folder
+from tests.stand_in import StandIn, standing_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -192,6 +195,42 @@ def test_a_copy_made_in_a_unit_has_what_the_container_has():
         model(X)
         copied = copy.deepcopy(acts)["linear"]
     assert (len(copied), len(acts["linear"])) == (0, 1)
+
+
+# --- Values on their way from a device ---------------------------------------------------------------------
+
+
+def test_what_is_on_its_way_when_a_unit_fails_comes_to_no_layer(into):
+    model = Model()
+    with standing_in(StandIn()), record(model, into=into) as acts:
+        with acts.unit("a"):
+            model(X)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            acts.unit("b"),
+            model.act.register_forward_hook(_interrupt),
+        ):
+            model(X)
+        with acts.unit("b"):
+            model(X)
+            model.linear(X)
+    assert acts["linear"].units == ["a", "b", "b"]
+    assert acts["act"].units == ["a", "b"]
+
+
+def test_a_forked_process_leaves_the_units_alone(into, monkeypatch):
+    model = Model()
+    with record(model, into=into) as acts:
+        for raises in (False, True):
+            with monkeypatch.context() as patch, suppress(MemoryError), acts.unit(raises * 1):
+                model(X)
+                patch.setattr("os.getpid", lambda: -1)
+                if raises:
+                    raise MemoryError
+            assert len(acts["linear"]) == 1
+            acts._blocks.drop_open(_Everything(acts))
+        model(X)
+    assert acts["linear"].units == [None]
 
 
 # --- Threads and tasks -----------------------------------------------------------------------------------

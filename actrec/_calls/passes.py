@@ -226,9 +226,9 @@ class Passes(Count):
             if unit.number not in self._leaving:
                 self.undecided.discard(unit.number)
             # Forwards that it has begun, and that have not run yet, will be passes of their own.
-            for suspended, number in list(self._suspended.items()):
-                if number == unit.number:
-                    del self._suspended[suspended]
+            begun = [one for one, number in self._suspended.items() if number == unit.number]
+            for suspended in begun:
+                del self._suspended[suspended]
         _units_around.set(tuple(one for one in _units_around.get() if one is not unit))
 
     def is_inside_unit(self) -> bool:

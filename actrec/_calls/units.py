@@ -98,11 +98,10 @@ class UnitRecorder:
         return self._all_done().keys()
 
     def _all_done(self) -> dict[Key, None]:
-        if self._done is None:
-            with self._lock:
-                if self._done is None:
-                    self._done = dict.fromkeys(self._destination.done_before())
-        return self._done
+        with self._lock:
+            if self._done is None:
+                self._done = dict.fromkeys(self._destination.done_before())
+            return self._done
 
     def remaining(self, pairs: Iterable[tuple[Key, T]], *, divide: bool) -> Iterator[tuple[Key, T]]:
         """Check the arguments now; the pairs are gone through later, one by one."""

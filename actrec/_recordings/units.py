@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .passes import Moment
 
-__all__ = ["Key", "Units", "checked_key", "key_of", "missing", "tensor_of"]
+__all__ = ["Key", "Units", "checked_key", "missing", "tensor_of"]
 
 #: What a unit is known by.
 Key: TypeAlias = int | str
@@ -94,8 +94,3 @@ def tensor_of(key: Key) -> Tensor:
     if isinstance(key, int):
         return torch.tensor(key, dtype=torch.int64, device="cpu")
     return torch.tensor(list(key.encode()), dtype=torch.uint8, device="cpu")
-
-
-def key_of(tensor: Tensor) -> Key:
-    """Return the key that a tensor stands for."""
-    return bytes(tensor.tolist()).decode() if tensor.dim() else int(tensor)
