@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from actrec import Opaque, Recording, UnusedLayerWarning, _text, record
+from actrec._recordings import layer_view
 from actrec._recordings.in_memory import ListLayer
 from actrec._tables.html import as_html
 from actrec._tables.table import Column, Table
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 X = torch.ones(2, 4)
-VOID = {"col", "wbr"}
+VOID = {"col", "img", "wbr"}
 
 
 class Page(HTMLParser):
@@ -127,9 +132,69 @@ def test_the_plain_text_is_inside_for_places_that_strip_html() -> None:
     assert "display: block !important" in acts._repr_html_()
 
 
-def test_a_layer_shows_its_one_line() -> None:
-    layer = recorded(nn.Linear(4, 3), "")[""]
-    assert Page(layer._repr_html_()).pre == repr(layer)
+def test_a_layer_shows_its_line_and_a_row_for_each_shape() -> None:
+    x, y = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0], [4.0]])
+    layer = ListLayer("a", [x, (x, {"h": y}), x], "Linear")
+    page = Page(layer._repr_html_())
+    assert page.pre.startswith(repr(layer))
+    rows = [[row[0], row[1], row[3], *row[5:]] for row in page.rows]
+    assert rows == [
+        ["value", "shape", "calls", "min", "mean", "max"],
+        ["call", "(1, 2)", "2", "1", "2", "3"],
+        ["[0]", "(1, 2)", "1", "1", "2", "3"],
+        ["[1]['h']", "(2, 1)", "1", "2", "3", "4"],
+    ]
+    assert page.tags.count("svg") == 3
+
+
+def test_a_layer_reads_the_first_calls_alone_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_view, "MOST", 20)
+    layer = ListLayer("a", [X] * 5, "Linear")
+    page = Page(layer._repr_html_())
+    assert page.pre.splitlines()[0] == f"{layer!r}; the first 3 calls"
+    assert page.rows[1][3] == "3"
+
+
+def test_images_are_seen() -> None:
+    images = torch.linspace(0, 1, 8 * 50 * 60).view(1, 8, 50, 60)
+    images[0, 0, 0, 0] = float("nan")
+    html = ListLayer("a", [images])._repr_html_()
+    (data,) = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    picture = plt.imread(io.BytesIO(base64.b64decode(data)))
+    assert picture.shape == (25, 4 * 31)  # every second channel, every second pixel, a line between
+    assert 'alt="4 of 8 channels"' in html
+    assert picture[0, 0] == 0
+    assert (np.diff(picture[:, 2]) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(1, 1, 2, 2),
+        torch.zeros(0, 1, 8, 8),
+        torch.zeros(1, 1, 8, 8, dtype=torch.complex64),
+        torch.zeros(1, 1, 8, 8, device="meta"),
+        torch.full((1, 1, 8, 8), float("nan")),
+        torch.nested.nested_tensor([torch.zeros(2, 8, 8)] * 2, layout=torch.jagged),
+        3,
+    ],
+    ids=["small", "none", "complex", "meta", "NaN", "nested", "no tensor"],
+)
+def test_what_is_no_image_has_no_picture(value: Any) -> None:
+    html = ListLayer("a", [value])._repr_html_()
+    assert "<img" not in html
+    Page(html)
+
+
+def test_inputs_and_gradients_say_so_in_their_titles() -> None:
+    model = nn.Linear(4, 3)
+    with record(model, "", inputs=True, grads=True) as acts:
+        model(X)
+    assert repr(acts).startswith("recorded Linear:")
+    assert repr(acts.inputs).startswith("recorded inputs of Linear: 1 layer")
+    assert repr(acts.grads).startswith("recorded gradients of Linear: 1 layer")
+    assert repr(acts.select("").inputs).startswith("recorded inputs of Linear")
+    assert repr(acts.inputs.select("")).startswith("recorded inputs of Linear")
 
 
 def test_it_needs_nothing_from_elsewhere_and_names_no_colour_but_grey_and_amber() -> None:
@@ -367,7 +432,7 @@ def test_no_name_can_inject_html(names: list[list[str]], kind: str, model: str) 
     assert set(page.tags) <= allowed
     drawn = {"width", "height", "viewbox", "role", "aria-label", "d"}
     assert {name for name, _ in page.attributes} <= {"class", "style", "title", "open"} | drawn
-    assert html.count("<style>") == html.count("</style>") == 2
+    assert html.count("<style>") == html.count("</style>") == 3
 
 
 def test_names_that_would_upset_a_table_are_quoted() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeVar, override
 
-from actrec._tables import html as _html
+from actrec._tables.html import as_html
 from actrec._text import count, shown, size
 from actrec._values.join import How, joined
 from actrec._values.memory import held
@@ -21,6 +21,7 @@ from actrec._values.summary import Summary
 from actrec.errors import JoinError
 
 from .guesses import explained, no_attribute_of_layer
+from .layer_view import layer_table
 from .passes import ListView, Moment, nth_calls
 
 if TYPE_CHECKING:
@@ -330,4 +331,5 @@ class Layer(Sequence[V], Generic[V]):
         return f"Layer {self.name!r} ({shown(self.type)}): {', '.join(facts)}"
 
     def _repr_html_(self) -> str:
-        return _html.line(repr(self))
+        """Show, for each shape, the range and a histogram of the first calls, and pictures where they are images."""
+        return as_html(layer_table(repr(self), len(self), self._readable()))

@@ -73,6 +73,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         units: which passes are units; by default none.
     """
 
+    #: What the values are, where they are not what layers returned.
+    _role: str = ""
     #: The names of the modules that were recorded, while those are there. Only a :class:`Recorder` knows any.
     _keys_of: Mapping[nn.Module, str] = MappingProxyType({})
 
@@ -102,6 +104,9 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             None if layers is None else Recording(model, layers, *more, units=units)
             for layers in (inputs, grads)
         )
+        for one, role in ((self._inputs, "inputs"), (self._grads, "gradients")):
+            if one is not None:
+                one._role = role
 
     def _key(self, name: object) -> str | None:
         """Return the listed name of a layer; ``None`` if there is no such layer."""
@@ -522,7 +527,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     def _title(self) -> str:
         state = self._state()
-        head = f"{'recording' if state == 'recording' else 'recorded'} {shown(self._model)}"
+        what = f"{self._role} of {shown(self._model)}" if self._role else shown(self._model)
+        head = f"{'recording' if state == 'recording' else 'recorded'} {what}"
         return head + (" (interrupted, partial)" if state == "interrupted" else "")
 
     @override
@@ -551,12 +557,13 @@ class _Part(Recording[V], Generic[V]):
             whole._aliases,
             whole._order,
             whole._passes,
-            inputs=_some(whole._inputs, names),
-            grads=_some(whole._grads, names),
+            inputs=None if whole._inputs is None else _some(whole._inputs, names),
+            grads=None if whole._grads is None else _some(whole._grads, names),
             units=whole._units,
         )
         self._whole = whole
         self._keys_of = whole._keys_of
+        self._role = whole._role
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:

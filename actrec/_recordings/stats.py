@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import override
 
-from actrec._tables.drawn import Badge, Bar, Bars
+from actrec._tables.drawn import Badge, Bar
 from actrec._tables.rows import Rows
 from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, shown, size
-from actrec._values.histogram import Bins, Histogram
-from actrec._values.moments import Moments
 from actrec._values.spec import leaves
-from actrec._values.summary import Summary
 
 from .masked import left_in
+from .tally import Tally, drawn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
+
+    from actrec._values.histogram import Histogram
 
     from .layer import Layer
     from .masked import Masks
@@ -123,12 +123,6 @@ _COLUMNS: Final = (
     *(Column(name, is_number=True) for name in ("mean", "std", "min", "max", "zeros", "memory")),
     Column("note", is_note=True, usual=("",)),
 )
-#: So many bars has a histogram.
-_BARS: Final = 40
-#: The highest bar is drawn at most so many times as high as the next one.
-_STICKS_OUT: Final = 1.5
-#: The share of the elements below and above that is drawn as if it were at the end.
-_TAIL: Final = 0.005
 
 
 def _name(row: Row) -> str:
@@ -142,28 +136,12 @@ def _cells(row: Row, largest: int) -> Cells:
     return (
         _name(row),
         row.shape,
-        _bars(row),
+        drawn(row.histogram, row.min, row.max, row.count),
         *("" if math.isnan(number) else f"{number:.4g}" for number in numbers),
         Bar(f"{row.zeros:.0%}", row.zeros) if row.count else "",
         Bar(size(row.nbytes), row.nbytes / largest if largest else 0.0),
         Badge(", ".join(bad + left_out)) if bad else "".join(left_out),
     )
-
-
-def _bars(row: Row) -> str:
-    """The histogram, without the last of the tails on both sides."""
-    found = row.histogram
-    if not found.counts:
-        return "no finite value" if row.count else ""
-    low = max(found.quantile(_TAIL), row.min)
-    high = min(found.quantile(1 - _TAIL), row.max)
-    if low >= high:
-        low, high = row.min, row.max
-    label = f"{low:.3g} ... {high:.3g}" if low < high else f"{low:.3g}"
-    bars = found.bars(low, high, _BARS)
-    # The zeros of a ReLU would leave nothing of the others: a bar that sticks out is cut.
-    most = _STICKS_OUT * sorted(bars)[-2]
-    return Bars([min(bar, most) if most else bar for bar in bars], label)
 
 
 def stats(layers: Iterable[Layer[Any]], masks: Masks | None = None) -> Stats:
@@ -175,20 +153,22 @@ def stats(layers: Iterable[Layer[Any]], masks: Masks | None = None) -> Stats:
 
 
 def _rows(layer: Layer[Any], masks: Masks | None) -> Iterator[Row]:
-    found: dict[str, _Tally] = {}
+    found: dict[str, Tally] = {}
     nonfinite: dict[str, int] = {}  # the first pass with any
     by_cast = {} if layer.overflows is None else layer.overflows.nonfinite()
     kept: Iterable[Mapping[str, Tensor]] = repeat({}) if masks is None else masks.of(layer)
     for value, number, counts in zip(layer, layer.passes, kept, strict=False):
         for path, tensor in leaves(value):
-            bad = found.setdefault(path, _Tally()).add(tensor, counts.get(path))
+            mask = counts.get(path)
+            counted = None if mask is None else left_in(tensor, mask)
+            bad = found.setdefault(path, Tally()).add(tensor, counted)
             # So many come from the cast to dtype=, not from the layer.
             cast = min(bad, by_cast.get(number, 0))
             if cast:
                 by_cast[number] -= cast
             if bad > cast:
                 nonfinite.setdefault(path, number)
-    for path, tally in (found or {"": _Tally()}).items():
+    for path, tally in (found or {"": Tally()}).items():
         moments = tally.moments
         yield Row(
             layer.name,
@@ -207,22 +187,3 @@ def _rows(layer: Layer[Any], masks: Masks | None) -> Iterator[Row]:
             tally.bins.histogram(),
             tally.left_out,
         )
-
-
-class _Tally:
-    """Counts one tensor of a layer, over the calls read so far."""
-
-    def __init__(self) -> None:
-        self.bins = Bins()
-        self.moments = Moments(self.bins)
-        self.looks = Summary()
-        self.left_out = 0
-
-    def add(self, tensor: Tensor, kept: Tensor | None) -> int:
-        """Add a tensor, or the positions of it that count, and return how many of the elements are NaN or infinite."""
-        self.looks.add(tensor)
-        if kept is not None:
-            counted = left_in(tensor, kept)
-            self.left_out += tensor.numel() - counted.numel()
-            tensor = counted
-        return self.moments.add(tensor)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+from base64 import b64encode
 from html import escape
+from itertools import chain
 from typing import TYPE_CHECKING, Final, Self
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["STYLE", "Badge", "Bar", "Bars", "Drawn", "Framed"]
+__all__ = ["STYLE", "Badge", "Bar", "Bars", "Drawn", "Framed", "Pixels"]
 
 STYLE: Final = """
 .actrec > .actrec-table svg { display: inline-block; vertical-align: middle; margin-right: 5px; overflow: visible; }
@@ -113,6 +117,34 @@ class Badge(Drawn):
         return super().__new__(
             cls, text, f'<span class="actrec-{tone}">{escape(text)}</span>', len(text)
         )
+
+
+class Pixels(Drawn):
+    """Small grey pictures side by side, as one PNG. In text it is their label."""
+
+    __slots__ = ()
+
+    def __new__(cls, maps: Sequence[Sequence[Sequence[int]]], label: str) -> Self:
+        """Make a cell of pictures of one size, whose pixels are from 0 to 255."""
+        rows = [
+            [*chain.from_iterable((*row, 255) for row in rows)] for rows in zip(*maps, strict=True)
+        ]
+        data = b64encode(_png(rows)).decode()
+        width = len(rows[0])
+        picture = f'<img alt="{escape(label)}" title="{escape(label)}" width="{width}" height="{len(rows)}" '
+        picture += f'src="data:image/png;base64,{data}">'
+        return super().__new__(cls, label, picture, width // _CHARACTER + 1)
+
+
+def _png(rows: Sequence[Sequence[int]]) -> bytes:
+    """Return an image of grey pixels as a PNG file."""
+    lines = b"".join(b"\0" + bytes(row) for row in rows)
+    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
 
 
 def _svg(path: str, width: int, label: str, before: str = "") -> str:

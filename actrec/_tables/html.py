@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .table import Cells, Column, Table
 
-__all__ = ["as_html", "line"]
+__all__ = ["as_html"]
 
 #: A table with more rows folds along the tree of its names.
 MOST_FLAT = 20
@@ -59,11 +59,6 @@ STYLE = """
   border-bottom: 1px solid rgba(128, 128, 128, .18); background: rgba(128, 128, 128, .09); }
 .actrec > .actrec-table summary small { font-size: 12px; font-weight: 400; opacity: .75; padding-left: 8px; }
 """
-
-
-def line(text: str) -> str:
-    """Return one line of text."""
-    return f'<pre style="white-space:pre-wrap;margin:0">{escape(text)}</pre>'
 
 
 def as_html(table: Table) -> str:

@@ -1,0 +1,119 @@
+"""A layer as a notebook shows it: for each shape of its calls the range, a histogram, and where they are images, pictures.
+
+It reads the first calls alone, up to a number of elements, and says so.
+"""
+
+from __future__ import annotations
+
+from itertools import count as counter
+from typing import TYPE_CHECKING, Any, Final
+
+from actrec._tables.drawn import Drawn, Pixels
+from actrec._tables.table import Column, Table
+from actrec._text import count, shown
+from actrec._values.chunks import dense
+from actrec._values.spec import leaves
+from actrec._values.summary import Summary, dtype_name
+
+from .tally import Tally, drawn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+__all__ = ["layer_table"]
+
+#: So many elements are read.
+MOST: Final = 1 << 22
+#: So many channels of an image are shown, none larger than so many pixels.
+_CHANNELS: Final = 6
+_PIXELS: Final = 40
+_IMAGES: Final = 4  # dimensions: batch, channel, height, width
+
+_COLUMNS: Final = (
+    Column("value"),
+    Column("shape"),
+    Column("dtype"),
+    Column("calls", is_number=True),
+    Column("values, 0.5-99.5 %"),
+    *(Column(name, is_number=True) for name in ("min", "mean", "max")),
+    Column("first call", usual=("",)),
+)
+
+
+def layer_table(title: str, total: int, calls: Iterable[Any]) -> Table:
+    """Return the table of a layer: a row for each of its tensors, and each shape that they have.
+
+    Args:
+        title: what it is.
+        total: how many calls there are.
+        calls: the calls, of which as many are read as it takes.
+    """
+    found: dict[tuple[str, str, str], _Seen] = {}
+    elements = read = 0
+    for read, value in zip(counter(1), calls, strict=False):  # noqa: B007  # the last number counts
+        for path, tensor in leaves(value):
+            look = Summary()
+            look.add(tensor)
+            key = path, look.shape, dtype_name(tensor)
+            found.setdefault(key, _Seen(tensor)).add(tensor)
+            elements += 0 if tensor.is_nested else tensor.numel()
+        if elements >= MOST:
+            break
+    if read < total:
+        title += f"; the first {count(read, 'call')}"
+    rows = [
+        (
+            shown(path) if path else "call",
+            shape,
+            dtype,
+            f"{seen.calls:,}",
+            *seen.cells(),
+        )
+        for (path, shape, dtype), seen in found.items()
+    ]
+    return Table(title, _COLUMNS, rows)
+
+
+class _Seen:
+    """What was read of one tensor, in one shape."""
+
+    def __init__(self, first: Tensor) -> None:
+        self.calls = 0
+        self._tally = Tally()
+        self._picture = _picture(first)
+
+    def add(self, tensor: Tensor) -> None:
+        self.calls += 1
+        self._tally.add(tensor)
+
+    def cells(self) -> tuple[str, ...]:
+        """The histogram, the range, and the picture."""
+        moments = self._tally.moments
+        histogram = self._tally.bins.histogram()
+        numbers = (moments.min, moments.mean, moments.max)
+        return (
+            drawn(histogram, moments.min, moments.max, moments.count),
+            *("" if not histogram.counts else f"{number:.4g}" for number in numbers),
+            self._picture,
+        )
+
+
+def _picture(tensor: Tensor) -> str | Drawn:
+    """Some channels of the first image, if the tensor is a batch of images."""
+    if tensor.is_nested or tensor.dim() != _IMAGES or min(tensor.shape[2:]) < _CHANNELS:
+        return ""
+    if tensor.is_meta or not tensor.numel() or tensor.is_complex():
+        return ""
+    # Of what may be large, only the first image is looked at.
+    (image,) = dense(tensor[0])
+    step = -(-max(image.shape[1:]) // _PIXELS)
+    maps = image[:: -(-len(image) // _CHANNELS), ::step, ::step].cpu().double()
+    finite = maps[maps.isfinite()]
+    if not finite.numel():
+        return ""
+    low, high = finite.min().item(), finite.max().item()
+    scaled = (maps - low) / ((high - low) or 1.0) * 255
+    pixels = scaled.nan_to_num(nan=0.0, posinf=255.0, neginf=0.0).clamp(0, 255).byte().tolist()
+    return Pixels(pixels, f"{len(pixels)} of {count(len(image), 'channel')}")
