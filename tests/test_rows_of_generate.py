@@ -1,0 +1,138 @@
+"""Rows of what ``generate()`` runs: those of each sequence run alone, without padding and in one go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from actrec import load, record
+from actrec.data import rows, shuffled
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAYER = "model.layers.1"
+SIZES: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14]]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    torch.manual_seed(3)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def padded(prompts: list[list[int]]) -> dict[str, Tensor]:
+    most = max(map(len, prompts))
+    ids = torch.tensor([[0] * (most - len(one)) + one for one in prompts])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def alone(model: Any, ids: Tensor) -> Tensor:
+    """The states of a sequence that is run alone."""
+    with torch.no_grad(), record(model, LAYER) as acts:
+        model(input_ids=ids[None])
+    value: Any = acts[LAYER][0]
+    return (value if isinstance(value, Tensor) else value[0])[0]
+
+
+def generated(model: Any, path: Any, **options: Any) -> Any:
+    """Two units, each of some prompts."""
+    with torch.no_grad(), record(model, LAYER, inputs={"": None}, into=path) as acts:
+        for key, prompts in (("a", PROMPTS[:2]), ("b", PROMPTS[2:])):
+            batch = padded(prompts)
+            with acts.unit(key):
+                out = model.generate(**batch, do_sample=False, **options)
+                acts.add("ids", out[:, :-1])
+                acts.add("prompt", batch["attention_mask"])
+    return acts
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("ends", [False, True])
+def test_states_of_ragged_prompts_and_what_was_generated(
+    llama: Any, tmp_path: Path, stored: bool, ends: bool
+) -> None:
+    first = llama.generate(**padded(PROMPTS[:2]), do_sample=False, max_new_tokens=6)
+    eos = int(first[0, 6]) if ends else 2  # what the first sequence says as its third token
+    path = tmp_path / "r"
+    acts = generated(llama, path if stored else list, max_new_tokens=6, eos_token_id=eos)
+    acts = load(path) if stored else acts
+    whole = rows(acts, LAYER, "ids", "unit", "sample", "position", flatten=True, mask="prompt")
+    real = rows(
+        acts, LAYER, "ids", "unit", "sample", "position", flatten=True,
+        mask=lambda values: values["ids"] != 0,
+    )  # fmt: skip
+    assert len(real) < len(whole) if ends else len(real) == len(whole)
+    assert whole[:][2] == sorted(whole[:][2])
+    hidden, ids, units, samples, positions = real[:]
+    for number, prompt in enumerate(PROMPTS):
+        mine = [
+            at
+            for at, (unit, sample) in enumerate(zip(units, samples.tolist(), strict=True))
+            if (unit, sample) == ("ab"[number // 2], number % 2)
+        ]
+        assert ids[mine][: len(prompt)].tolist() == prompt
+        assert positions[mine].diff().eq(1).all()
+        torch.testing.assert_close(hidden[mine], alone(llama, ids[mine]), rtol=1e-4, atol=1e-5)
+    (batch,) = shuffled(acts, "ids", "unit", LAYER, mask="prompt", flatten=True, batch_size=999)
+    assert sorted(zip(batch[1], batch[0].tolist(), strict=True)) == sorted(
+        zip(whole[:][2], whole[:][1].tolist(), strict=True)
+    )
+    last = rows(acts, "ids", LAYER, mask="prompt", last=True)
+    assert last.where([0, 3]).unit == ["a", "b"]
+    assert len(last) == 4
+
+
+def test_beams_are_samples_with_the_mask_that_the_model_was_given(llama: Any) -> None:
+    acts = generated(llama, list, max_new_tokens=4, num_beams=3, eos_token_id=39)
+    calls: dict[str, list[Tensor]] = {"a": [], "b": []}
+    masks: dict[str, list[Tensor]] = {"a": [], "b": []}
+    given = acts.inputs[""]
+    for value, received, unit in zip(acts[LAYER], given, acts[LAYER].units, strict=True):
+        state: Any = value
+        calls[unit].append(state if isinstance(state, Tensor) else state[0])
+        masks[unit].append(received["attention_mask"])
+    found = rows(acts, LAYER, "unit", flatten=True, mask=(given, "attention_mask"))
+    expected = [
+        torch.cat(calls[unit], 1)[masks[unit][-1][:, : sum(c.shape[1] for c in calls[unit])] != 0]
+        for unit in "ab"
+    ]
+    assert torch.equal(found[:][0], torch.cat(expected))
+    assert found[:][1] == ["a"] * len(expected[0]) + ["b"] * len(expected[1])
+
+
+def test_routers_of_a_mixture_have_the_rows_of_the_tokens() -> None:
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(
+        MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=2)
+    ).eval()
+    gate = "model.layers.1.mlp.gate"
+    name = gate if gate in dict(model.named_modules()) else "model.layers.1.block_sparse_moe.gate"
+    batch = padded(PROMPTS)
+    with torch.no_grad(), record(model, [name, LAYER]) as acts, acts.unit(7):
+        model.generate(**batch, do_sample=False, max_new_tokens=3, eos_token_id=39)
+        acts.add("mask", batch["attention_mask"])
+    value: Any = acts[name][0]
+    router: Any = name if isinstance(value, Tensor) else (name, 0)
+    with torch.no_grad(), record(model, name) as again:
+        for prompt in PROMPTS:
+            model(input_ids=torch.tensor([prompt]))
+    scores, unit, sample, position = rows(
+        acts, router, "unit", "sample", "position", flatten=True, mask="mask"
+    )[:]
+    assert set(unit.tolist()) == {7}
+    for number in range(len(PROMPTS)):
+        mine = (sample == number) & (position < 4)
+        own: Any = again[name][number]
+        own = own if isinstance(own, Tensor) else own[0]
+        torch.testing.assert_close(scores[mine], own, rtol=1e-4, atol=1e-5)
+    both = rows(acts, LAYER, router, flatten=True, mask="mask")[:]
+    assert torch.equal(both[1], scores)
