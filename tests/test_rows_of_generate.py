@@ -89,6 +89,8 @@ def test_states_of_ragged_prompts_and_what_was_generated(
     last = rows(acts, "ids", LAYER, mask="prompt", last=True)
     assert last.where([0, 3]).unit == ["a", "b"]
     assert len(last) == 4
+    assert ", 'unit' key, 'sample' () int64, " in repr(whole)
+    assert whole.where(0).unit == "a"
 
 
 def test_beams_are_samples_with_the_mask_that_the_model_was_given(llama: Any) -> None:

@@ -71,6 +71,11 @@ class Column:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    @property
+    def look(self) -> str:
+        """What a row is, as text."""
+        return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
+
     def dressed(self, rows: Tensor) -> Any:
         """Rows of bytes as what they are."""
         if not rows.numel():

@@ -164,9 +164,7 @@ class Rows(Dataset[Any]):
 
     @override
     def __repr__(self) -> str:
-        each = ", ".join(
-            f"{c.name} {c.shape} {str(c.dtype).removeprefix('torch.')}" for c in self._columns
-        )
+        each = ", ".join(f"{column.name} {column.look}" for column in self._columns)
         left_out = f", without {count(self._raised, 'pass')} that raised" if self._raised else ""
         return f"{self._len} rows of {each}{left_out}"
 

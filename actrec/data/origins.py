@@ -100,6 +100,11 @@ class Origin(Column):
         self._names = None if isinstance(origins.units, Tensor) else origins.units
         self._first_name = 0
 
+    @property
+    @override
+    def look(self) -> str:
+        return "key" if self._which == "unit" and self._names is not None else super().look
+
     @override
     def dressed(self, rows: Tensor) -> Any:
         found = super().dressed(rows)
