@@ -54,6 +54,11 @@ def what_record_returns() -> None:
         assert_type(acts.clear(), None)
         with acts.pause() as nothing:
             assert_type(nothing, None)
+        with acts.unit("a") as nothing:
+            assert_type(nothing, None)
+        assert_type(acts.remaining(enumerate([batch])), Iterator[tuple[int, Tensor]])
+        assert_type(acts.remaining([("a", 1)], divide=True), Iterator[tuple[str, int]])
+        acts.unit(1.0)  # type: ignore[arg-type]
     assert_type(acts.inputs, Recording[dict[str, Any]])
     assert_type(acts.inputs["0"][0]["input"], Any)
     assert_type(acts.grads, Recording)
@@ -105,6 +110,8 @@ def what_a_recording_is(acts: Recording) -> None:
     assert_type(len(acts), int)
     assert_type("0" in acts, bool)
     assert_type(acts.num_passes, int)
+    assert_type(acts.units, Sequence[int | str])
+    assert_type(acts.missing(range(3)), list[int | str])
     assert_type(acts.nbytes, int)
     mapping: Mapping[str, Layer] = acts
     assert_type(mapping["0"], Layer)
@@ -120,6 +127,7 @@ def what_a_layer_is(layer: Layer) -> None:
     assert_type(iter(layer), Iterator[Tensor])
     assert_type(len(layer), int)
     assert_type(layer.passes, Sequence[int])
+    assert_type(layer.units, Sequence[int | str | None])
     assert_type(layer.nbytes, int)
     assert_type(layer.name, str)
     assert_type(layer.type, str)
