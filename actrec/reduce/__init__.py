@@ -1,6 +1,7 @@
 """What the calls of a layer are reduced to while they are recorded, in place of keeping them.
 
-``record(model, layers, into=actrec.reduce.Moments)``, or into a path: ``Folder("runs/x", reduce=actrec.reduce.Moments)``.
+``record(model, layers, into=actrec.reduce.Moments)``. Several of one kind, of other batches or other ranks, are one by
+``merge()``; ``state()`` is a dict of tensors and numbers, of which ``of()`` makes the reduction again.
 """
 
 from .histogram import Histogram

@@ -27,6 +27,7 @@ from actrec import (
     Stats,
     UnusedLayerWarning,
     record,
+    reduce,
 )
 from actrec.store import Folder, RankInfo, StoredRecording
 
@@ -84,6 +85,11 @@ def every_kind_of_query() -> None:
     record(model, (str(i) for i in range(2)))
     record(model, {"0": pooled, "1": None})
     record(model, {nn.ReLU: torch.sum, "0": lambda t: t[0]})
+    record(model, (), inputs="0")
+    record(model, [], inputs={nn.Linear: lambda received: received["input"]}, grads=["0", nn.ReLU])
+    record(model, "0", inputs=True, grads={"1": pooled})
+    record(model, (), inputs=nn.Linear, into=partial(reduce.Norms, ord=1))
+    record(model, into=reduce.Moments)
 
 
 def every_option() -> None:
