@@ -150,7 +150,7 @@ def test_many_layers_with_long_names_can_be_drawn(draw: Any, many: Recording) ->
 
 @pytest.mark.parametrize("draw", [distributions, drift, similarity])
 def test_nothing_to_draw_is_an_error(draw: Any) -> None:
-    with pytest.raises(OptionError, match=r"there is nothing to"):
+    with pytest.raises(OptionError, match=r"there is nothing to|0 samples to compare"):
         draw(recording(a=[]))
 
 
@@ -425,15 +425,38 @@ def test_a_layer_that_is_the_same_for_all_samples_has_no_similarity() -> None:
     assert np.isnan(matrix(similarity(acts))[1]).all()
 
 
-@pytest.mark.parametrize(("samples", "most"), [(1, 256), (10, 1)])
-def test_one_sample_is_too_few(samples: int, most: int) -> None:
-    with pytest.raises(OptionError, match="needs two samples or more"):
+def test_drift_of_one_pass_is_refused() -> None:
+    twice = ListLayer("a", [torch.ones(1)] * 2)
+    twice._passes = [0, 0]
+    with pytest.raises(
+        OptionError, match=r"no layer has calls in two passes.*distributions\(acts\)"
+    ):
+        drift(Recording("Net", {"a": twice}, {}))
+
+
+def test_pictures_say_what_they_left_out() -> None:
+    acts = recording(a=[torch.ones(1)] * 1000, b=[], c=[torch.full((1,), torch.nan)] * 2)
+    assert (
+        drift(acts)[0].get_title()
+        == "256 of up to 1,000 calls of each layer; 1 layer left out, never called"
+    )
+    assert distributions(acts).get_title() == "2 layers left out, without a finite element"
+    assert drift(recording(a=[torch.ones(1)] * 2))[0].get_title() == ""
+    assert distributions(recording(a=[torch.ones(1)])).get_title() == ""
+
+
+@pytest.mark.parametrize(("samples", "most"), [(1, 256), (4, 256), (10, 1)])
+def test_few_samples_are_too_few(samples: int, most: int) -> None:
+    with pytest.raises(
+        OptionError, match=r"similarity\(\): [14] samples? to compare. It needs 8 or more"
+    ):
         similarity(recording(x=[torch.ones(samples, 2)]), most=most)
 
 
 def test_a_transformer_can_be_drawn_in_every_way() -> None:
     model = TinyTransformer()
     with record(model, [nn.Linear, nn.LayerNorm]) as acts:
+        model(model.example(batch=4))
         model(model.example(batch=4))
     for draw in (distributions, drift, similarity):
         assert np.size(draw(acts))

@@ -32,6 +32,8 @@ __all__ = ["similarity"]
 
 _GRAM_BLOCK = 1 << 22  # elements: 32 MB of float64
 _MOST_LABELS: Final = 50
+#: Of fewer samples, layers that have nothing in common look alike.
+_FEWEST: Final = 8
 
 
 def similarity(acts: Layers, *, most: int = 256, ax: Axes | None = None) -> Axes:
@@ -65,7 +67,7 @@ def similarity(acts: Layers, *, most: int = 256, ax: Axes | None = None) -> Axes
         layer that returns the same for all samples has no similarity, and stays white.
 
     Raises:
-        OptionError: no two samples are left.
+        OptionError: fewer than 8 samples are left, of which the measure would mislead.
     """
     tables = {
         name: table
@@ -73,10 +75,12 @@ def similarity(acts: Layers, *, most: int = 256, ax: Axes | None = None) -> Axes
         if (table := _table(acts[name])) is not None
     }
     samples = Counter(table.samples for table in tables.values()).most_common(1)
-    if not samples or samples[0][0] < 2 or most < 2:  # noqa: PLR2004  # one alone
+    if not samples or min(samples[0][0], most) < _FEWEST:
+        there = min(samples[0][0], most) if samples else 0
         message = (
-            "similarity(): there is nothing to compare. It needs two samples or more, in the first dimension of "
-            "values that agree in all others; pool them with record(model, layers, transform=...)."
+            f"similarity(): {count(there, 'sample')} to compare. It needs {_FEWEST} or more, of fewer the measure is "
+            "large whatever the layers do. Samples are the first dimension of values that agree in all others; pool them with "
+            "record(model, layers, transform=...)."
         )
         raise OptionError(message)
     total = samples[0][0]

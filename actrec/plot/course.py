@@ -9,6 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
+from actrec._text import count
 from actrec._values.moments import Moments
 from actrec._values.spec import leaves
 from actrec.errors import OptionError
@@ -39,8 +40,8 @@ def drift(acts: Layers) -> Array:
     >>> [axes.get_ylabel() for axes in drift(acts)]
     ['mean', 'std', 'zeros']
 
-    Each point is one call; of more than 256 calls of a layer, as many are drawn, evenly spread. The
-    numbers are exact, as in :meth:`actrec.Recording.stats`.
+    Each point is one call; of more than 256 calls of a layer, as many are drawn, evenly spread, and the
+    title says so. The numbers are exact, as in :meth:`actrec.Recording.stats`.
 
     Args:
         acts: a recording, or some layers of one in a dict.
@@ -49,11 +50,17 @@ def drift(acts: Layers) -> Array:
         An array of three ``Axes``, one below the other.
 
     Raises:
-        OptionError: no layer was called.
+        OptionError: no layer has calls in two passes.
     """
     names = ordered("drift", acts)
     if not names:
         message = "drift(): there is nothing to draw, no layer was called."
+        raise OptionError(message)
+    if all(len({*acts[name].passes}) < 2 for name in names):  # noqa: PLR2004  # one is no course
+        message = (
+            "drift(): no layer has calls in two passes, so there is no course to draw. Record several batches, or draw "
+            "distributions(acts)."
+        )
         raise OptionError(message)
     figure, axes = plt.subplots(3, 1, sharex=True, figsize=(8, 6.5), layout="constrained")
     colours = _colours(len(names))
@@ -68,6 +75,7 @@ def drift(acts: Layers) -> Array:
     for ax, label in zip(axes, ("mean", "std", "zeros"), strict=True):
         ax.set_ylabel(label)
         ax.grid(alpha=0.25)
+    axes[0].set_title(_left_out(acts, names), fontsize=10)
     axes[2].set_ylim(-0.03, 1.03)
     axes[2].yaxis.set_major_formatter("{x:.0%}")
     axes[2].set_xlabel("pass")
@@ -84,6 +92,15 @@ def drift(acts: Layers) -> Array:
         bar.set_label("layer, in execution order", fontsize=8)
     result: Array = axes
     return result
+
+
+def _left_out(acts: Layers, names: list[str]) -> str:
+    """What the picture does not show, if there is anything."""
+    most = max(len(acts[name]) for name in names)
+    facts = [f"{MOST_CALLS} of up to {most:,} calls of each layer"] * (most > MOST_CALLS)
+    never = len(acts) - len(names)
+    facts += [f"{count(never, 'layer')} left out, never called"] * (never > 0)
+    return "; ".join(facts)
 
 
 def _course(layer: Layer[Any]) -> tuple[list[int], Array]:

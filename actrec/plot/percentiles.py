@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
+from actrec._text import count
 from actrec._values.chunks import dense
 from actrec._values.spec import leaves
 from actrec.errors import OptionError
@@ -42,7 +43,8 @@ def distributions(acts: Layers, *, ax: Axes | None = None) -> Axes:
     The thin line spans the first to the 99th percentile, the thick one the middle half, and the dot is
     the median; what lies beyond does not stretch the picture. Where the layers differ by orders of
     magnitude, the axis is linear around zero and logarithmic beyond. The percentiles are those of up to
-    50,000 finite elements of a layer, spread over its calls. Layers without any are left out.
+    50,000 finite elements of a layer, spread over its calls. Layers without any are left out,
+    and the title says how many.
 
     Args:
         acts: a recording, or some layers of one in a dict.
@@ -76,6 +78,8 @@ def distributions(acts: Layers, *, ax: Axes | None = None) -> Axes:
     if typical > 0 and extents.max() > 30 * typical:  # lines of a pixel say nothing
         ax.set_xscale("symlog", linthresh=typical)
     _name_rows(ax, names)
+    if left_out := len(acts) - len(names):
+        ax.set_title(f"{count(left_out, 'layer')} left out, without a finite element", fontsize=10)
     ax.set_xlabel("value: 1st to 99th percentile, middle half, median")
     return ax
 
