@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from actrec._calls.forwards import Forward
 from actrec._calls.hooks import Hook
 
 from ._text import listed
@@ -54,4 +55,6 @@ def assert_unhooked(model: nn.Module) -> None:
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    if isinstance(vars(module).get("forward"), Forward):
+        return True
     return any(isinstance(hook, Hook) for table in hook_tables(module) for hook in table.values())

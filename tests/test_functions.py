@@ -593,6 +593,33 @@ def test_a_recording_that_is_dropped_is_gone_at_once() -> None:
     assert unwrapped(net)
 
 
+def test_attention_that_is_fused_in_evaluation_stays_fused() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.attention(x, x, x, need_weights=False)[0]
+
+    model = Attends().eval()
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        plain = model(x)
+        with record(model, "**:*") as acts:
+            assert torch.equal(model(x), plain)
+        with (
+            pytest.warns(UnusedLayerWarning, match="'attention' is fused in evaluation"),
+            record(model, "attention:*"),
+        ):
+            model(x)
+    assert list(acts) == [":add"]
+    model.train()
+    with record(model, "attention:*") as acts:
+        model(x)
+    assert "attention:multi_head_attention_forward" in acts
+
+
 def test_nothing_is_wrapped_where_no_function_was_asked_for() -> None:
     net = Net()
     with record(net):

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
 
-    from torch import nn
-
     from actrec._selection.functions import FunctionQuery, Owner, What
     from actrec._selection.queries import Transform
 
@@ -56,6 +54,8 @@ if TYPE_CHECKING:
 __all__ = ["Functions", "Missing", "name_of", "stop_key"]
 
 _ATTRIBUTE: Final = ("__get__", "__set__", "__delete__")
+#: In evaluation they compute all in one fused function, but for a mode that is on: it would change the last bits.
+_FUSED: Final = (nn.MultiheadAttention, nn.TransformerEncoder)
 _DISPATCH: Final = ("__torch_function__", "handle_torch_function")
 
 
@@ -89,6 +89,7 @@ class Watcher:
         self.queries: list[FunctionQuery] = []
         self.unrecorded: Counter[Unrecorded] = Counter()
         self.ran = 0
+        self.fused = 0  # how often it was left alone, so that it runs as it would
         self.by_name: dict[str, _Function] = {}
         self._by_function: dict[Any, _Function] = {}
 
@@ -129,6 +130,10 @@ class Watcher:
         self.ran += 1
         if not session.listens():
             self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
+            return False
+        module = self.owner.module
+        if isinstance(module, _FUSED) and not module.training:
+            self.fused += 1
             return False
         traced = is_tracing()
         self.unrecorded[Unrecorded.TRACED] += traced
@@ -350,6 +355,8 @@ class Functions:
         who = repr(watchers[0].owner.key) if one else f"the {len(watchers)} modules that it names"
         if not any(watcher.ran for watcher in watchers):
             return f"{who} {'was' if one else 'were'} never called, so no function was called there"
+        if all(watcher.fused == watcher.ran for watcher in watchers):
+            return f"{who} {'is' if one else 'are'} fused in evaluation, which looking inside would turn off. Record the module"
         elsewhere: Counter[Unrecorded] = Counter()
         for counted in [*(w.unrecorded for w in watchers), *(t.unrecorded for t in tracks)]:
             elsewhere.update(counted)
