@@ -142,6 +142,13 @@ def recipes(session: nox.Session) -> None:
     run(session, "pytest", "tests/recipes", *session.posargs)
 
 
+@nox.session
+def tracer(session: nox.Session) -> None:
+    """Compare functions that are recorded with those that torchvision's feature extractor traces, in ten of its models."""
+    install(session, "tracer", "-e", ".")
+    session.run("pytest", "tests/tracer", *session.posargs)
+
+
 @in_shared
 def bench(session: nox.Session) -> None:
     """Measure what recording costs, as ratios, and print the table."""

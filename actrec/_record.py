@@ -410,7 +410,8 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         for module in parents:
             caller = Caller(module, hooks, is_root=module is self._model)
             yield module, Hook(Event.ENTER, session, caller.enters)
-            if self._functions is not None:
+        if self._functions is not None:
+            for module in self._functions.replicated(self._model):
                 yield module, Hook(Event.ENTER, self._functions, Functions.enters)
         for module, its_hooks in hooks.items():
             yield from ((module, hook) for hook in its_hooks)

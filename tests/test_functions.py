@@ -469,11 +469,12 @@ def test_interrupted_at_any_line_no_mode_and_no_forward_stays() -> None:
 
         try:
             with record(net, ["blocks.0:*"], transform=torch.sum):
+                before = sys.gettrace()  # of coverage
                 sys.settrace(trace)
                 try:
                     net(X)
                 finally:
-                    sys.settrace(None)
+                    sys.settrace(before)
         except Stop:
             return True
         finally:

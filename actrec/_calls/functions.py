@@ -36,7 +36,7 @@ from actrec._values.spec import tensors
 
 from .forwards import Forward
 from .layer import Unrecorded
-from .own_calls import is_tracing
+from .own_calls import OWN_MODES, is_tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from actrec._selection.functions import FunctionQuery, Owner, What
     from actrec._selection.queries import Transform
+    from actrec._values.containers import Value
 
     from .layer import Track
     from .session import Session
@@ -91,7 +92,7 @@ class Watcher:
         self.ran = 0
         self.fused = 0  # how often it was left alone, so that it runs as it would
         self.by_name: dict[str, _Function] = {}
-        self._by_function: dict[Any, _Function] = {}
+        self.by_function: dict[Any, _Function] = {}
 
     @property
     def owner(self) -> Owner:
@@ -106,26 +107,28 @@ class Watcher:
         if is_dynamo_compiling():
             return stood_for.forward(*args, **kwargs)
         room = self._room
-        forward = stood_for.forward_of(_called_module() if room.replicas else None)
+        forward = stood_for.forward
+        if room.replicas:
+            forward = stood_for.forward_of(_called_module())
         mode = room.thread.mode
-        before, was_on = mode.watcher, mode.is_on()
-        watcher = self if self._owner is not None and self._is_heard() else None
-        if watcher is None and not was_on:
-            return forward(*args, **kwargs)
+        before = mode.watcher
+        if self._owner is None or not self._is_heard(inside=before is not None):
+            return forward(*args, **kwargs) if before is None else mode.aside(forward, args, kwargs)
+        is_first = not mode.is_on
         try:
             try:
-                mode.switch(watcher)
+                mode.listen_to(self, is_first=is_first)
                 result = forward(*args, **kwargs)
             finally:
-                mode.restore(before, was_on=was_on)
+                mode.listen_again(before, was_first=is_first)
         finally:
-            mode.restore(before, was_on=was_on)  # again, in case that was interrupted
-        if watcher is not None and room.session.stop is not None:
-            room.session.stop.ran(stop_key(watcher.owner))
+            mode.listen_again(before, was_first=is_first)  # in case that was interrupted
+        if room.session.stop is not None:
+            room.session.stop.ran(stop_key(self._owner))
         return result
 
-    def _is_heard(self) -> bool:
-        """Whether what is called in it is looked at."""
+    def _is_heard(self, *, inside: bool) -> bool:
+        """Whether what is called in it is looked at. If it runs ``inside`` another owner, that has been asked already."""
         session = self._room.session
         self.ran += 1
         if not session.listens():
@@ -135,18 +138,25 @@ class Watcher:
         if isinstance(module, _FUSED) and not module.training:
             self.fused += 1
             return False
-        traced = is_tracing()
+        traced = not inside and is_tracing()
         self.unrecorded[Unrecorded.TRACED] += traced
         return not traced
 
     # --- What is called -------------------------------------------------------------------------------------
 
     def function(self, function: Any) -> _Function:
-        """Return what is recorded of a function."""
-        found = self._by_function.get(function)
-        if found is None:
-            found = self._by_function[function] = self.named(name_of(function))
+        """Return what is recorded of a function that is called for the first time."""
+        found = self.by_function[function] = self.named(name_of(function))
+        found.calls += 1
         return found
+
+    def gives(self, function: _Function, track: Track, returned: Value, received: Value) -> None:
+        """A function that is recorded has returned a value."""
+        try:
+            track.gives(self.owner.module, returned, received)
+        finally:
+            if function.publish is not None and track.called:
+                self.publish(function)
 
     def named(self, name: str) -> _Function:
         """Return what is recorded of functions of a name."""
@@ -185,6 +195,7 @@ class _Mode(TorchFunctionMode):
     """Hears of every function that the forward of an owner calls, in one thread."""
 
     watcher: Watcher | None = None  # whose functions are called now
+    is_on = False  # whether it is on the stack of this thread
 
     @override
     def __torch_function__(
@@ -194,51 +205,65 @@ class _Mode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
         watcher = self.watcher
-        if watcher is None or _is_called_by_us():
-            return func(*args, **kwargs)
-        function = watcher.function(func)
-        function.calls += 1
-        track = function.track
-        if track is None:
-            return func(*args, **kwargs)
-        received = None if track.inputs is None else track.takes(func, args, kwargs)
-        result = func(*args, **kwargs)
-        returned = args[0] if function.is_set else result
-        if type(returned) is Tensor or tensors(returned):
-            try:
-                track.gives(watcher.owner.module, returned, received)
-            finally:
-                if function.publish is not None and track.called:
-                    watcher.publish(function)
-        return result
+        if watcher is not None:
+            function = watcher.by_function.get(func)
+            if (function is None or function.track is not None) and not _is_called_by_us():
+                function = function or watcher.function(func)
+                if function.track is not None:
+                    # All in this one frame: a mode of another block looks at who calls the function.
+                    kwargs = kwargs or {}
+                    track = function.track
+                    function.calls += 1
+                    received = None if track.inputs is None else track.takes(func, args, kwargs)
+                    result = func(*args, **kwargs)
+                    returned = args[0] if function.is_set else result
+                    if type(returned) is Tensor or tensors(returned):
+                        watcher.gives(function, track, returned, received)
+                    return result
+        return func(*args, **kwargs) if kwargs else func(*args)
 
     # --- The stack of this thread ---------------------------------------------------------------------------
 
-    def is_on(self) -> bool:
-        """Whether it is on the stack."""
-        return any(function_mode_at(at) is self for at in range(count_function_modes()))
+    def aside(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the forward of a module below an owner, whose functions are nobody's."""
+        before, self.watcher = self.watcher, None
+        many = count_function_modes()
+        # Below a mode of the model's own, it stays where it is.
+        is_last = many > 0 and function_mode_at(many - 1) is self
+        if is_last:
+            pop_function_mode()
+            self.is_on = False
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            if is_last:
+                push_function_mode(self)
+                self.is_on = True
+            self.watcher = before
 
-    def switch(self, watcher: Watcher | None) -> None:
-        """Hear of the functions of ``watcher`` from now on; of nobody's, if there is none."""
+    def listen_to(self, watcher: Watcher, *, is_first: bool) -> None:
+        """The functions of an owner are called from now on."""
         self.watcher = watcher
-        if watcher is None:  # and it is on: below a mode of the model's own, it stays there
-            if function_mode_at(count_function_modes() - 1) is self:
-                pop_function_mode()
-        elif not self.is_on():
+        if is_first:
             push_function_mode(self)
+            self.is_on = True
 
-    def restore(self, watcher: Watcher | None, *, was_on: bool) -> None:
+    def listen_again(self, watcher: Watcher | None, *, was_first: bool) -> None:
         """Go back to what was before."""
         self.watcher = watcher
-        if was_on and not self.is_on():
-            push_function_mode(self)
-        above = []
-        while not was_on and self.is_on():
-            above.append(pop_function_mode())
-        for mode in reversed(above[:-1]):  # which the model has left there
-            push_function_mode(mode)
+        if was_first:
+            above = []
+            while any(function_mode_at(at) is self for at in range(count_function_modes())):
+                above.append(pop_function_mode())
+            for mode in reversed(above[:-1]):  # which the model has left there
+                push_function_mode(mode)
+            self.is_on = False
+
+
+OWN_MODES.add(_Mode)
 
 
 class _Thread(threading.local):
@@ -320,6 +345,11 @@ class Functions:
         self._watchers.clear()
         self._others.clear()
 
+    def replicated(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The modules that ``DataParallel`` may make replicas of."""
+        yield model
+        yield from (m.module for m in model.modules() if isinstance(m, nn.DataParallel))
+
     # --- As what hooks report to ----------------------------------------------------------------------------
 
     def runs_uncompiled(self) -> bool:
@@ -327,7 +357,7 @@ class Functions:
         return self.session.runs_uncompiled()
 
     def enters(self, _: object, module: nn.Module, *__: object) -> None:
-        """A call of a module begins, or of a replica of it."""
+        """A call of a module begins, or of a replica of it that ``DataParallel`` has made."""
         self.replicas = self.replicas or is_replica(module)
 
     # --- Never silent ---------------------------------------------------------------------------------------

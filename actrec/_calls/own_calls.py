@@ -11,6 +11,7 @@ from actrec._torch import (
     backward_number,
     count_dispatch_modes,
     count_function_modes,
+    function_mode_at,
     is_jit_comparing,
     is_jit_tracing,
     is_read,
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
     from actrec._values.containers import Value
 
-__all__ = ["comparing", "is_own_call", "is_symbolic", "is_tracing", "is_written_down"]
+__all__ = ["OWN_MODES", "comparing", "is_own_call", "is_symbolic", "is_tracing", "is_written_down"]
+
+#: The modes that are on while functions inside modules are recorded, which read nothing.
+OWN_MODES: set[type] = set()
 
 #: The threads that torch.jit.trace may be comparing its trace with the model in.
 comparing: set[int] = set()
@@ -49,9 +53,14 @@ def is_tracing() -> bool:
     if is_jit_tracing():
         comparing.add(threading.get_ident())
         return True
-    if (count_dispatch_modes() or count_function_modes()) and is_read():
+    if (count_dispatch_modes() or (count_function_modes() and not _is_own_mode())) and is_read():
         return True
     return bool(comparing) and _is_compared()
+
+
+def _is_own_mode() -> bool:
+    """Whether the only function mode of this thread is one that looks for functions to record."""
+    return count_function_modes() == 1 and type(function_mode_at(0)) in OWN_MODES
 
 
 def _is_compared() -> bool:

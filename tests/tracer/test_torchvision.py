@@ -32,7 +32,14 @@ MODELS = {
     "regnet_y_400mf": (32, ()),
     "mnasnet0_5": (32, ()),
     "vit_b_32": (224, ("getitem",)),
-    "swin_t": (64, ("_get_relative_position_bias", "shifted_window_attention")),
+    "swin_t": (
+        64,
+        (
+            "_patch_merging_pad",
+            "_get_relative_position_bias",
+            "shifted_window_attention",
+        ),
+    ),
 }
 KINDS = {"call_function", "call_method"}
 OPTIONS = {"googlenet": {"init_weights": True, "aux_logits": False}}
