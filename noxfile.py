@@ -15,6 +15,9 @@ import nox
 PROJECT = nox.project.load_toml("pyproject.toml")
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # models come out of packages, never from the network
 
+# A process for each core, with one thread for PyTorch; each collects all tests, so more than eight gain little.
+EACH_CORE = ["--numprocesses=logical", "--maxprocesses=8", "--dist=worksteal"]
+
 #: PyTorch alone takes more than a gigabyte: sessions whose packages go together share one environment.
 SHARED = Path(".nox/shared").resolve()
 
@@ -81,11 +84,9 @@ def tests(session: nox.Session) -> None:
         f"{SIZE}. The tests then take ten to fifteen minutes on an idle machine of two cores."
     )
     bring(session, "tests")
-    if session.posargs:
-        run(session, "pytest", *session.posargs)
-        return
-    run(session, "coverage", "run", "-m", "pytest")
-    run(session, "coverage", "report")
+    # Everywhere the examples that CI has, and no deadlines for them: the processes slow each other down.
+    options = ["--hypothesis-profile=ci", "--cov", "--cov-report=term-missing:skip-covered"]
+    run(session, "pytest", *(session.posargs or EACH_CORE + options), OMP_NUM_THREADS="1")
 
 
 @nox.session
