@@ -412,7 +412,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
             yield module, Hook(Event.ENTER, session, caller.enters)
         if self._functions is not None:
             for module in self._functions.replicated(self._model):
-                yield module, Hook(Event.ENTER, self._functions, Functions.enters)
+                yield module, Hook(Event.ENTER, session, Session.look_for_replicas)
         for module, its_hooks in hooks.items():
             yield from ((module, hook) for hook in its_hooks)
         for module in parents:

@@ -8,6 +8,7 @@ import pickle
 import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +22,7 @@ from actrec import (
     ActrecError,
     CaptureError,
     IncompleteLayerWarning,
+    OverflowWarning,
     SelectionError,
     TransformError,
     UnusedLayerWarning,
@@ -29,7 +31,9 @@ from actrec import (
     load,
     record,
 )
+from actrec._calls import functions
 from actrec._calls.forwards import Forward
+from actrec._calls.parameters import named
 from actrec._torch import count_function_modes
 
 if TYPE_CHECKING:
@@ -469,12 +473,11 @@ def test_interrupted_at_any_line_no_mode_and_no_forward_stays() -> None:
 
         try:
             with record(net, ["blocks.0:*"], transform=torch.sum):
-                before = sys.gettrace()  # of coverage
                 sys.settrace(trace)
                 try:
                     net(X)
                 finally:
-                    sys.settrace(before)
+                    sys.settrace(None)
         except Stop:
             return True
         finally:
@@ -482,10 +485,15 @@ def test_interrupted_at_any_line_no_mode_and_no_forward_stays() -> None:
             assert unwrapped(net), at
         return False
 
-    at = 1
-    while interrupted(at):
-        at += 1
-    assert at > 100
+    def at_every_line() -> int:
+        at = 1
+        while interrupted(at):
+            at += 1
+        return at
+
+    # In a thread of its own: coverage traces this one.
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(at_every_line).result() > 100
 
 
 def test_modes_of_the_model_and_around_it_keep_their_places() -> None:
@@ -819,3 +827,46 @@ def test_a_compiled_model_runs_eagerly_and_its_functions_are_recorded() -> None:
     with record(compiled, ["**:*"]) as acts:
         compiled(X)
     assert torch.equal(acts["blocks.1:relu"][0], expected(net)["blocks.1:relu"])
+
+
+def test_what_the_compiler_reads_is_the_plain_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    with pytest.warns(UnusedLayerWarning), record(net, "blocks.*:add"):
+        monkeypatch.setattr(functions, "is_dynamo_compiling", lambda: True)
+        net(X)
+        assert count_function_modes() == 0
+
+
+def test_a_recorder_that_is_dropped_inside_a_forward_records_no_more() -> None:
+    held: list[Any] = []
+
+    class Drops(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 1
+            held.clear()
+            return x * 2
+
+    model = Drops()
+    block = record(model, ":*")
+    held += [block.__enter__(), block]
+    del block
+    assert torch.equal(model(X), (X + 1) * 2)
+    assert unwrapped(model)
+
+
+def test_values_are_cast_and_what_overflows_is_said() -> None:
+    class Large(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 1e6
+
+    model = Large()
+    with (
+        pytest.warns(OverflowWarning, match="':mul'"),
+        record(model, ":mul", dtype=torch.float16) as acts,
+    ):
+        model(X)
+    assert acts[":mul"][0].dtype == torch.float16
+
+
+def test_arguments_of_a_function_without_a_signature_are_args() -> None:
+    assert named(iter, (X,), {}) == {"args": (X,)}

@@ -28,7 +28,6 @@ from actrec._torch import (
     children_of,
     count_function_modes,
     function_mode_at,
-    is_replica,
     pop_function_mode,
     push_function_mode,
 )
@@ -108,7 +107,7 @@ class Watcher:
             return stood_for.forward(*args, **kwargs)
         room = self._room
         forward = stood_for.forward
-        if room.replicas:
+        if room.session.has_replicas:
             forward = stood_for.forward_of(_called_module())
         mode = room.thread.mode
         before = mode.watcher
@@ -305,7 +304,6 @@ class Functions:
         self.make = make
         self.lock = threading.RLock()
         self.thread = _Thread()
-        self.replicas = False  # whether DataParallel has called any
         self._queries = queries
         self._watchers: dict[int, Watcher] = {}
         for query in queries:
@@ -349,16 +347,6 @@ class Functions:
         """The modules that ``DataParallel`` may make replicas of."""
         yield model
         yield from (m.module for m in model.modules() if isinstance(m, nn.DataParallel))
-
-    # --- As what hooks report to ----------------------------------------------------------------------------
-
-    def runs_uncompiled(self) -> bool:
-        """Whether a hook that the compiler has come across has to run, uncompiled."""
-        return self.session.runs_uncompiled()
-
-    def enters(self, _: object, module: nn.Module, *__: object) -> None:
-        """A call of a module begins, or of a replica of it that ``DataParallel`` has made."""
-        self.replicas = self.replicas or is_replica(module)
 
     # --- Never silent ---------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from actrec._torch import compiles_itself
+from actrec._torch import compiles_itself, is_replica
 from actrec._values.snapshot import explain
 
 from .clean_room import depth, inside
@@ -42,6 +42,9 @@ class Session:
     interrupted: bool = False
     pauses: int = 0
     was_paused: bool = False
+    has_replicas: bool = (
+        False  # whether DataParallel has called any; asked where functions are recorded
+    )
     depth: int = 0  # how deep in code of the user's, which the recorder runs, the block was begun
     #: The layers, by the end of their first call.
     order: dict[str, None] = field(default_factory=dict)
@@ -98,6 +101,10 @@ class Session:
         if is_root and self.stop is not None:
             self.stop.enters(module)
         return True
+
+    def look_for_replicas(self, _: object, module: nn.Module, *__: object) -> None:
+        """A call of a module begins, or of a replica of it that ``DataParallel`` has made."""
+        self.has_replicas = self.has_replicas or is_replica(module)
 
     def leave(self, _: object, module: nn.Module, __: object, ___: object, output: object) -> None:
         """Such a call has ended, also by an exception."""
