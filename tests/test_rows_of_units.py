@@ -492,3 +492,71 @@ def test_recordings_that_make_no_loader_are_refused(name: str) -> None:
         acts.add("odd", torch.zeros(3, 2))
     with pytest.raises(error, match=message):
         call(numbers(0, 9), acts)
+
+
+# --- Units -------------------------------------------------------------------------------------------
+
+
+def of_units(keys: Sequence[Any], into: Any = list, *, failing: Sequence[Any] = ()) -> Any:
+    """Units in some order, each with a value of its own in every call."""
+    model = Steps()
+    with record(model, "hidden", into=into) as acts:
+        for key in keys:
+            value = float(hash(key) % 1000 if isinstance(key, str) else key)
+            try:
+                with acts.unit(key):
+                    model([torch.full((2, 3, WIDTH), value), torch.full((2, 1, WIDTH), value)])
+                    if key in failing:
+                        raise ValueError
+                    model([torch.full((2, 1, WIDTH), value)])
+                    acts.add("label", torch.tensor([value, -value]))
+            except ValueError:
+                continue
+    return acts
+
+
+@given(
+    order=st.permutations([3, 1, 4, 15]),
+    failing=st.sets(st.sampled_from([3, 1, 4, 15]), max_size=2),
+)
+@settings(max_examples=12, deadline=None)
+def test_layers_of_two_recordings_are_aligned_by_the_keys_of_their_units(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], failing: set[int]
+) -> None:
+    path = tmp_path_factory.mktemp("units") / "r"
+    a, b = of_units([3, 1, 4, 15]), of_units(order, path, failing=[*failing])
+    for other in (b, load(path)):
+        if failing:
+            with pytest.raises(AlignmentError, match=r"in unit \d+.*passes=\"common\""):
+                rows(a, "hidden", other["hidden"], flatten=True)
+        found = rows(a, "hidden", other["hidden"], "label", "unit", flatten=True, passes="common")
+        one, two, label, unit = found[:]
+        assert len(one) == (4 - len(failing)) * 2 * 5
+        assert same(one, two)
+        assert same(one[:, 0], label.abs())
+        assert same(one[:, 0].long(), unit)
+
+
+def test_two_keys_of_strings_and_of_integers_come_in_one_loader() -> None:
+    a, b = of_units(["x", "y"]), of_units([7, 8, 9])
+    batches = shuffled([a, b], "unit", "hidden", "recording", flatten=True, batch_size=4)
+    seen = set()
+    for unit, hidden, recording in batches:
+        assert isinstance(unit, list)
+        for key, row, number in zip(unit, hidden[:, 0].tolist(), recording.tolist(), strict=True):
+            assert isinstance(key, (str, int)[number])
+            assert row == (hash(key) % 1000 if isinstance(key, str) else key)
+            seen.add(key)
+    assert seen == {"x", "y", 7, 8, 9}
+    assert rows(a, "unit", "hidden", flatten=True)[3][0] == "x"
+
+
+def test_calls_outside_of_units_are_aligned_by_their_passes() -> None:
+    model = nn.Identity()
+    with record(model, "") as acts:
+        model(torch.zeros(2, 3))
+        with acts.unit("a"):
+            model(torch.ones(2, 3))
+    dataset = rows(acts, "", "unit")
+    assert dataset[:][1] == [None, None, "a", "a"]
+    assert dataset.where(2).unit == "a"
