@@ -8,9 +8,11 @@ module's forward runs; where that is inside a mode of the model's own, it stays 
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -57,6 +59,8 @@ _ATTRIBUTE: Final = ("__get__", "__set__", "__delete__")
 #: In evaluation they compute all in one fused function, but for a mode that is on: it would change the last bits.
 _FUSED: Final = (nn.MultiheadAttention, nn.TransformerEncoder)
 _DISPATCH: Final = ("__torch_function__", "handle_torch_function")
+#: The folder that the files of actrec are in.
+_PACKAGE: Final = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def name_of(function: Any) -> str:
@@ -274,8 +278,8 @@ def _is_called_by_us() -> bool:
     """Whether actrec calls the function that is running, to keep a value of a layer, or lets a transform call it."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        room = str(frame.f_globals.get("__name__"))
-        if room.startswith("actrec.") and room != __name__:
+        file = frame.f_code.co_filename
+        if file.startswith(_PACKAGE) and file != __file__:
             return True
         frame = frame.f_back if frame.f_code.co_name in _DISPATCH else None
     return False
