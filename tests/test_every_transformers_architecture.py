@@ -14,7 +14,8 @@ import dataclasses
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MappingProxyType
@@ -508,11 +509,17 @@ def callable_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def leaves(model: nn.Module) -> dict[str, nn.Module]:
-    """Those of them that hold no other module."""
+    """Those of them that hold no other module; of an attention that never calls what it holds, itself."""
+    found = callable_modules(model)
+    whole = nn.MultiheadAttention
     return {
         name: module
-        for name, module in callable_modules(model).items()
-        if not {child for child, _ in module.named_children()} - {"parametrizations"}
+        for name, module in found.items()
+        if isinstance(module, whole)
+        or not (
+            {child for child, _ in module.named_children()} - {"parametrizations"}
+            or isinstance(found.get(name.rpartition(".")[0]), whole)
+        )
     }
 
 
@@ -627,6 +634,7 @@ class Outcome(NamedTuple):
     hooks: list[list[str]]
     expected_hooks: list[list[str]]
     warned: list[str]
+    bare: set[str]  # leaves that nobody chose, and that have no weights of their own
 
 
 def hook_names(model: nn.Module) -> list[list[str]]:
@@ -656,7 +664,19 @@ def outcome(name: str, mode: Mode, recorder: Recorder = record) -> Outcome:
         with located("the hooks that were there before"):
             after = {id(hook) for hook in hooks_of(model)}
             assert all(id(hook) in after for hook in before)
-    return Outcome(acts, reference, actual, expected, hook_names(model), hook_names(twin), warned)
+    hooks = hook_names(model), hook_names(twin)
+    bare = without_weights(model, modules) if mode.layers is None else set()
+    return Outcome(acts, reference, actual, expected, *hooks, warned, bare)
+
+
+def without_weights(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """The names of those of the modules whose parameters, if any, others have as well."""
+    owners = Counter(id(one) for module in model.modules() for one in module._parameters.values())
+    return {
+        name
+        for name, module in modules.items()
+        if all(owners[id(one)] > 1 for one in module.parameters())
+    }
 
 
 @contextmanager
@@ -700,9 +720,11 @@ def located(where: str) -> Iterator[None]:
         raise
 
 
-def assert_warned(warned: list[str], reference: Reference) -> None:
-    """The warning names the layers that never ran, all of them and no other."""
-    unused = {name for name, calls in reference.outputs.items() if not calls}
+def assert_warned(
+    warned: list[str], reference: Reference, bare: Collection[str] = frozenset()
+) -> None:
+    """The warning names the layers that never ran, all of them and no other; none that is ``bare``."""
+    unused = {name for name, calls in reference.outputs.items() if not calls} - {*bare}
     assert len(warned) == bool(unused), warned
     for text in warned:
         named = re.findall(r"'([^']*)'", text)
@@ -722,7 +744,7 @@ def check(name: str, mode: Mode, recorder: Recorder = record) -> Outcome:
     with located("the hooks that the model has in the end"):
         assert done.hooks == done.expected_hooks
     with located("the warning about layers that never ran"):
-        assert_warned(done.warned, done.reference)
+        assert_warned(done.warned, done.reference, done.bare)
     return done
 
 
