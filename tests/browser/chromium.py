@@ -39,26 +39,26 @@ addEventListener("load", () => {{
 """
 
 
-def found(page: str, probe: str, folder: Path) -> Any:
+def found(page: str, probe: str, folder: Path, width: int = WIDTH) -> Any:
     """What a JavaScript function returns in a page that is loaded."""
-    dom = _chromium(page + _PROBE.format(probe=probe), folder, "--dump-dom")
+    dom = _chromium(page + _PROBE.format(probe=probe), folder, "--dump-dom", width=width)
     match = re.search(r'id="found" content="([^"]*)"', dom)
     assert match, f"the page did not get as far as its probe:\n{dom[-2000:]}"
     return json.loads(base64.b64decode(match[1]))
 
 
-def screenshot(page: str, folder: Path, picture: Path, height: int) -> None:
+def screenshot(page: str, folder: Path, picture: Path, height: int, width: int = WIDTH) -> None:
     """Write a picture of the first ``height`` pixels of a page."""
-    _chromium(page, folder, f"--screenshot={picture}", height=height)
+    _chromium(page, folder, f"--screenshot={picture}", height=height, width=width)
 
 
-def _chromium(page: str, folder: Path, *options: str, height: int = 768) -> str:
+def _chromium(page: str, folder: Path, *options: str, height: int = 768, width: int = WIDTH) -> str:
     program = shutil.which("chromium")
     assert program, "these tests need Chromium: apt-get install chromium"
     file, profile = folder / "page.html", folder / "profile"
     file.write_text(page)
     shutil.rmtree(profile, ignore_errors=True)
-    size = (f"--window-size={WIDTH},{height}", f"--user-data-dir={profile}")
+    size = (f"--window-size={width},{height}", f"--user-data-dir={profile}")
     run = subprocess.run(
         [program, *OPTIONS, *size, *options, file.as_uri()],
         capture_output=True,
