@@ -58,7 +58,7 @@ nitpick_ignore_regex = [
     ("py:class", r"nn\.Module|AbstractContextManager|Callable\[.*|.*\b(Query|Transform|Value)\b.*"),
     (
         "py:class",
-        r"(Axes|Layers|Recording|Role|Selector|StoredLayer|Tensor|V|numpy\.ndarray|actrec\.store\.(reader|layers|whole)\.\w+)(\[.*)?",
+        r"(Array|Axes|K|Key|Layers|Mask|Overflows|Passes|T|Where|Recording|Role|Selector|StoredLayer|Tensor|V|numpy\.ndarray|actrec\.store\.(reader|layers|whole)\.\w+)(\[.*)?",
     ),
     ("py:.*", r"actrec\._.*"),
 ]

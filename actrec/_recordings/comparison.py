@@ -93,7 +93,7 @@ class Comparison(Rows[Row]):
 
     @property
     def equal(self) -> bool:
-        """Whether all is the same: calls, shapes, dtypes and bits of every layer, and no layer is in one recording alone.
+        """Whether calls, shapes, dtypes and bits of every layer are the same, and no layer is in one recording alone.
 
         >>> import torch
         >>> from actrec import compare, record
@@ -115,7 +115,10 @@ class Comparison(Rows[Row]):
 
     @property
     def different(self) -> bool:
-        """Whether anything is not within the tolerances, or in one recording alone: the opposite of :attr:`close`."""
+        """Whether anything is not within the tolerances, or in one recording alone.
+
+        It is the opposite of :attr:`close`.
+        """
         return not self.close
 
     def _is_all(self, what: str) -> bool:

@@ -223,7 +223,9 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     @property
     def units(self) -> Sequence[Key]:
-        """The keys of the units, in the order of their passes: see :meth:`Recorder.unit`.
+        """The keys of the units, in the order of their passes.
+
+        See :meth:`Recorder.unit`.
 
         >>> import torch
         >>> from actrec import record
