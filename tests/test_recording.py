@@ -829,7 +829,7 @@ def test_a_recording_says_what_state_it_is_in() -> None:
         == "recorded Sequential (interrupted, partial): 1 layer, 1 pass, 28 B with inputs"
     )
     assert repr(acts.inputs).splitlines() == [
-        "recorded Sequential: 1 layer, 1 pass, 16 B",
+        "recorded inputs of Sequential: 1 layer, 1 pass, 16 B",
         "layer  type    calls  shape      dtype    memory",
         "lin    Linear      1  dict of 1  float32    16 B",
     ]

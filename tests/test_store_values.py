@@ -158,7 +158,7 @@ def test_the_most_absurd_memory_layouts_come_back() -> None:
 
 
 def test_small_and_large_pieces_keep_their_order(monkeypatch: Any) -> None:
-    monkeypatch.setattr(_container, "_SMALL", 100)
+    monkeypatch.setattr(_layout, "_SMALL", 100)
     monkeypatch.setattr(_container, "_CHUNK", 150)
     values = [torch.randn(n) for n in (3, 20, 100, 1, 24, 24, 24, 30, 2)]
     assert all(map(same, there_and_back(*values), values))

@@ -108,7 +108,7 @@ class Masks:
             masks = self._masks(moment)
             if masks is None:  # nothing says what counts in a pass that raised, so nothing does
                 found |= {
-                    number: torch.zeros(outlines[number].shape[:1], dtype=torch.bool)
+                    number: torch.zeros(outlines[number].shape[:1], dtype=torch.bool, device="cpu")
                     for number in own
                 }
                 continue

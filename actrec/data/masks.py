@@ -55,7 +55,9 @@ def computed(call: str, recording: Recording[Any], function: Function, beside: C
     which = [looks.setdefault(Look(tuple(one.shape), one.dtype), len(looks)) for one in found]
     begins = accumulate((one.numel() for one in found), initial=0)
     places = [(look, 0, begin) for look, begin in zip(which, begins, strict=False)]
-    flat = torch.cat([torch.empty(0, dtype=torch.bool), *(one.reshape(-1) for one in found)])
+    flat = torch.cat(
+        [torch.empty(0, dtype=torch.bool, device="cpu"), *(one.reshape(-1) for one in found)]
+    )
     return Calls(
         "the mask",
         [beside.moments[number] for number in kept],
