@@ -15,11 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from actrec._calls.draws import OwnDraws
 from actrec._values.modes import normal_mode
+from actrec._values.spec import tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-__all__ = ["depth", "in_a_clean_room", "inside"]
+__all__ = ["depth", "devices_of", "in_a_clean_room", "inside"]
 
 #: The threads that are running such code, and how deep in it they are.
 inside: dict[int, int] = {}
@@ -28,6 +29,11 @@ inside: dict[int, int] = {}
 def depth() -> int:
     """How many pieces of such code this thread is running, one inside the other."""
     return inside.get(get_ident(), 0)
+
+
+def devices_of(value: Any) -> set[torch.device]:
+    """Return the devices of the value's tensors, besides the CPU."""
+    return {tensor.device for tensor in tensors(value) if not tensor.is_cpu}
 
 
 def in_a_clean_room(

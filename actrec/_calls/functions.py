@@ -274,12 +274,16 @@ class _Thread(threading.local):
         self.mode = _Mode()
 
 
+def _is_ours(frame: FrameType) -> bool:
+    """Whether the code of a frame is actrec's. Examples in its docstrings are a user's."""
+    return frame.f_code.co_filename.startswith(_PACKAGE)
+
+
 def _is_called_by_us() -> bool:
     """Whether actrec calls the function that is running, to keep a value of a layer, or lets a transform call it."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_PACKAGE) and file != __file__:
+        if _is_ours(frame) and frame.f_code.co_filename != __file__:
             return True
         frame = frame.f_back if frame.f_code.co_name in _DISPATCH else None
     return False
@@ -419,7 +423,7 @@ _UNSEEN: Final = (
 def _called_module() -> nn.Module | None:
     """The module whose forward is about to run: it may be a replica of the one that is known."""
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and str(frame.f_globals.get("__name__")).startswith("actrec."):
+    while frame is not None and _is_ours(frame):
         frame = frame.f_back
     # Where there are hooks, a function inside it calls the forward.
     callers = [] if frame is None else [frame, frame.f_back]

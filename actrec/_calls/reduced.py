@@ -16,7 +16,7 @@ from actrec._values.summary import Summary
 from actrec.errors import ActrecError, CaptureError
 from actrec.reduce import Reduction
 
-from .clean_room import in_a_clean_room
+from .clean_room import devices_of, in_a_clean_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -111,11 +111,10 @@ class ReducedLayer(Layer[Any]):
         calls, masks = self._waiting.pop(number), self._masks.pop(number, [])
         if self.mask is not None and not masks:
             raise ActrecError(self._without_mask([number]))
-        devices = {
-            tensor.device for value in calls for tensor in tensors(value) if not tensor.is_cpu
-        }
         update = self._reduce if isinstance(self.sink, Reduction) else self._update
-        in_a_clean_room(partial(update, masks, number, joined), calls, devices, grad=False)
+        in_a_clean_room(
+            partial(update, masks, number, joined), calls, devices_of(calls), grad=False
+        )
         self._passes += [number] * len(calls)
 
     def _update(self, _: object, __: object, ___: object, calls: list[Value]) -> None:

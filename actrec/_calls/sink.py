@@ -18,7 +18,7 @@ from actrec._recordings.passes import ListView
 from actrec._values.spec import tensors
 from actrec.errors import ActrecError
 
-from .clean_room import in_a_clean_room
+from .clean_room import devices_of, in_a_clean_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -91,8 +91,7 @@ class SinkLayer(Layer[Any]):
 
     def _append(self, value: Value, number: int) -> None:
         before, last = len(self), self._last()
-        devices = {tensor.device for tensor in tensors(value) if not tensor.is_cpu}
-        in_a_clean_room(self.sink.append, value, devices, grad=torch.is_grad_enabled())
+        in_a_clean_room(self.sink.append, value, devices_of(value), grad=torch.is_grad_enabled())
         newest = self._last()
         grown = len(self) - before if hasattr(self.sink, "__len__") else 1
         if grown > 0:
