@@ -58,7 +58,8 @@ def what_record_returns() -> None:
         with acts.unit("a") as nothing:
             assert_type(nothing, None)
         assert_type(acts.remaining(enumerate([batch])), Iterator[tuple[int, Tensor]])
-        assert_type(acts.remaining([("a", 1)], divide=True), Iterator[tuple[str, int]])
+        named: list[tuple[str, int]] = []
+        assert_type(acts.remaining(named, divide=True), Iterator[tuple[str, int]])
         acts.unit(1.0)  # type: ignore[arg-type]
     assert_type(acts.inputs, Recording[dict[str, Any]])
     assert_type(acts.inputs["0"][0]["input"], Any)
