@@ -93,3 +93,8 @@ def test_the_script_of_the_package_is_there() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     module, _, name = project["scripts"]["actrec"].partition(":")
     assert callable(getattr(import_module(module), name))
+
+
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "verify" in capsys.readouterr().out

@@ -35,6 +35,7 @@ from actrec._calls import functions
 from actrec._calls.forwards import Forward
 from actrec._calls.parameters import named
 from actrec._torch import count_function_modes
+from actrec.testing import assert_unhooked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -870,3 +871,58 @@ def test_values_are_cast_and_what_overflows_is_said() -> None:
 
 def test_arguments_of_a_function_without_a_signature_are_args() -> None:
     assert named(iter, (X,), {}) == {"args": (X,)}
+
+
+def test_an_input_transform_that_fails_on_a_functions_argument_stops_the_forward_and_is_named() -> (
+    None
+):
+    def refuse(_value: Tensor) -> Tensor:
+        raise ValueError("no")
+
+    net = Net()
+    with (
+        pytest.raises(TransformError, match="relu"),
+        record(net, (), inputs={"**:relu": refuse}),
+    ):
+        net(X)
+
+
+class Pausing(nn.Module):
+    """Pauses the recorder around one of its functions."""
+
+    acts: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.relu()
+        with self.acts.pause():
+            x = x.relu()
+        return x.relu()
+
+
+def test_a_function_in_a_pause_is_not_recorded_and_neither_are_its_arguments() -> None:
+    net = Pausing()
+    with record(net, ":relu", inputs=True) as net.acts:
+        net(X)
+    assert len(net.acts[":relu"]) == len(net.acts.inputs[":relu"]) == 2
+
+
+def test_an_overload_packet_of_torch_ops_names_its_arguments() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.aten.relu(x)
+
+    net = Net()
+    with record(net, ":relu", inputs=True) as acts:
+        net(X)
+    assert [*acts.inputs[":relu"][0]] == ["input"]
+
+
+def test_a_wrapped_forward_is_told_while_the_block_is_open() -> None:
+    net = Net()
+    with (
+        record(net, "**:relu"),
+        pytest.raises(AssertionError, match="hooks of actrec"),
+    ):
+        net(X)
+        assert_unhooked(net)
+    assert_unhooked(net)

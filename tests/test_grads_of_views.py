@@ -617,3 +617,21 @@ def test_where_pytorch_does_not_tell_who_uses_a_base_gradients_of_written_views_
     assert _torch.owners_of_one_view() == (0, 0)
     monkeypatch.setattr(_views, "_FROM_PYTHON", 0)
     assert_left_out(Residual(nn.Linear(4, 4)))
+
+
+def test_a_view_of_a_leaf_and_a_view_of_nothing_have_their_gradients_too() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.weight[:1], (x * self.weight)[:0]
+
+    model = nn.Sequential(Both())
+    with record(model, "0", grads=True) as acts:
+        row, nothing = model(torch.ones(2, 3))
+        ((row * 2).sum() + nothing.sum()).backward()
+    of_row, of_nothing = acts.grads["0"][0]
+    assert torch.equal(of_row, torch.full((1, 3), 2.0))
+    assert of_nothing.shape == (0, 3)

@@ -349,3 +349,8 @@ def test_another_error_of_a_loop_is_not_explained() -> None:
     with pytest.raises(TypeError) as caught, record(net, "conv1", stop_early=True):
         net(X, X)
     assert not hasattr(caught.value, "__notes__")
+
+
+def test_a_query_with_an_open_parenthesis_is_no_regular_expression_and_is_refused() -> None:
+    with pytest.raises(SelectionError, match=re.escape("'fc('")):
+        record(nn.Sequential(nn.Linear(4, 4)), "fc(")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from actrec import IncompleteLayerWarning, UnusedLayerWarning, record
+from actrec import IncompleteLayerWarning, TransformError, UnusedLayerWarning, record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -363,3 +363,18 @@ def test_a_copy_of_the_hooks_alone_records_nothing(inputs: bool) -> None:
             assert hook(model, (X,), X) is None
         model(X)
     assert len(acts[""]) == 1
+
+
+def test_an_input_transform_that_fails_on_what_a_late_hook_put_in_place_is_named() -> None:
+    def refuse_negative(value: Tensor) -> Tensor:
+        if value.sum() < -100:
+            raise ValueError("no")
+        return value
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with (
+        pytest.raises(TransformError, match="no"),
+        record(model, (), inputs={"1": refuse_negative}),
+    ):
+        model[1].register_forward_pre_hook(lambda _module, args: (args[0] - 1000,))
+        model(X)

@@ -979,3 +979,11 @@ def test_outside_of_a_capture_a_value_on_the_gpu_stays_where_it_is_on_request(
     with record(net, "0", device=None) as acts:
         net(x)
     assert acts["0"][0].device.type == "cuda"
+
+
+@in_place_of_a_gpu
+def test_inputs_alone_arrive_too() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True))
+    with record(net, (), inputs="1") as acts:
+        net(X)
+    assert torch.equal(acts.inputs["1"][0]["input"], net[0](X))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -573,3 +574,14 @@ def test_a_pass_that_goes_on_later_is_stored_whole(tmp_path: Any) -> None:
     assert len(rest) == 2
     assert sorted(stored["head"].passes) == [n for n in range(4) for _ in range(3)]
     assert acts.num_passes == 4
+
+
+def test_one_call_of_each_pass_is_selected_from_a_container_too() -> None:
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Linear(4, 4), relu, relu)
+    with record(model, "1", into=deque) as acts:
+        model(torch.ones(2, 4))
+        model(torch.zeros(2, 4))
+    last = acts["1"].nth(-1)
+    assert last.passes == [0, 1]
+    assert torch.equal(last[1], acts["1"][3])

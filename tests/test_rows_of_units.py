@@ -476,6 +476,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "steps": (lambda a, b: shuffled([a, b], (a[""], 0), batch_size=1), OptionError, "a layer is that of one recording. Name it"),
     "mask": (lambda a, b: shuffled([a, b], "", batch_size=1, mask=torch.ones(9)), OptionError, "a tensor is the mask of one recording"),
     "shape": (lambda a, b: shuffled([a, b], "odd", batch_size=1), AlignmentError, r"'odd' has rows of shape \(\) and torch.float32 in recording 0, and of shape \(2,\)"),
+    "empty": (lambda a, b: shuffled([a, numbers(0, 0)], "", batch_size=1, weights=[1, 1]), OptionError, "recording 1 has no rows"),
     **{
         str(weights): (lambda a, _, w=weights: shuffled([a, a], "", batch_size=1, weights=w), OptionError, r"greater than 0 for each of 2 recordings")
         for weights in ([1], [1, 0], [1, -2], [1, True], [1, float("inf")], [1, "2"], 3, [1, float("nan")])
@@ -560,3 +561,11 @@ def test_calls_outside_of_units_are_aligned_by_their_passes() -> None:
     dataset = rows(acts, "", "unit")
     assert dataset[:][1] == [None, None, "a", "a"]
     assert dataset.where(2).unit == "a"
+
+
+def test_numbers_of_one_unit_that_have_no_tokens_are_rows_one_after_the_other() -> None:
+    model = nn.Identity()
+    with record(model, "") as acts, acts.unit(0):
+        model(torch.arange(3.0))
+        model(torch.arange(2.0))
+    assert rows(acts, "", flatten=True)[:].tolist() == [0, 1, 2, 0, 1]

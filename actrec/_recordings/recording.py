@@ -555,7 +555,7 @@ class _Part(Recording[V], Generic[V]):
     def __init__(self, whole: Recording[V], names: Iterable[str]) -> None:
         super().__init__(
             whole._model,
-            _some(whole, names) or {},
+            _some(whole, names),
             whole._aliases,
             whole._order,
             whole._passes,
@@ -588,8 +588,6 @@ class _Part(Recording[V], Generic[V]):
         return self._whole._state()
 
 
-def _some(recording: Recording[T] | None, names: Iterable[str]) -> dict[str, Layer[T]] | None:
-    """The layers of these names that are in a recording, if there is one."""
-    if recording is None:
-        return None
+def _some(recording: Recording[T], names: Iterable[str]) -> dict[str, Layer[T]]:
+    """The layers of these names that are in a recording."""
     return {name: recording._layers[name] for name in names if name in recording._layers}

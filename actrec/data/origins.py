@@ -131,10 +131,6 @@ class Origin(Column):
             found = found + self._first_name if self._names is not None else units[found]  # type: ignore[call-overload]
         return found[:, None].view(torch.uint8)
 
-    @override
-    def picked(self, rows: Tensor) -> Origin:
-        return Origin(self._which, self._origins.picked(rows), self._recording)
-
 
 def together(columns: Sequence[Column]) -> Sequence[Column]:
     """Return the same column of several recordings, with one list of names between them, if any of them needs one."""
