@@ -65,8 +65,18 @@ def _parser() -> argparse.ArgumentParser:
         compare.add_argument(
             f"--{name}", type=float, help="tolerance, by default that of the dtypes"
         )
+    compare.add_argument(
+        "--mask",
+        metavar="NAME",
+        help="leave out what the mask of that name leaves out, such as padding",
+    )
     command("verify", "check a recording, its data included, and list every problem", "path")
     return parser
+
+
+def _watched() -> bool:
+    """Whether somebody sees how far a command is: progress goes to stderr."""
+    return sys.stderr.isatty()
 
 
 # --- The commands. What needs PyTorch is imported when one runs. -----------------------------------------
@@ -79,19 +89,26 @@ def _show(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
     yield acts, False
     if options.stats:
         yield "", False
-        yield acts.stats(), False
+        yield acts.stats(progress=_watched()), False
 
 
 def _stats(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
     from . import load  # noqa: PLC0415
 
-    yield load(options.path).stats(), False
+    yield load(options.path).stats(progress=_watched()), False
 
 
 def _compare(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
     from . import compare, load  # noqa: PLC0415
 
-    found = compare(load(options.a), load(options.b), rtol=options.rtol, atol=options.atol)
+    found = compare(
+        load(options.a),
+        load(options.b),
+        rtol=options.rtol,
+        atol=options.atol,
+        mask=options.mask,
+        progress=_watched(),
+    )
     yield found, False
     if found.different:
         yield f"{options.a} and {options.b} differ", True
@@ -100,7 +117,7 @@ def _compare(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
 def _verify(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
     from . import verify  # noqa: PLC0415
 
-    problems = verify(options.path)
+    problems = verify(options.path, progress=_watched())
     for problem in problems:
         yield problem, True
     if not problems:

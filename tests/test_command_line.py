@@ -82,6 +82,23 @@ def test_compare_ends_as_diff_does(runs: Path, capsys: Any) -> None:
     assert "expected a number that is not negative" in capsys.readouterr().err
 
 
+def test_compare_leaves_out_what_a_mask_leaves_out(tmp_path: Path, capsys: Any) -> None:
+    model = nn.Sequential(nn.Embedding(4, 3))
+    ids = torch.tensor([[1, 2, 3, 0]])
+    for name, padding in (("a", 0.0), ("b", 5.0)):
+        with torch.no_grad():
+            model[0].weight[0] = padding
+        with record(model, into=tmp_path / name) as acts:
+            model(ids)
+            acts.add("mask", ids != 0)
+    paths = [str(tmp_path / name) for name in "ab"]
+    assert main(["compare", *paths]) == 1
+    assert main(["compare", *paths, "--mask", "mask"]) == 0
+    capsys.readouterr()
+    assert main(["compare", *paths, "--mask", "musk"]) == 1
+    assert "mask='musk'" in capsys.readouterr().err
+
+
 def test_a_path_that_is_no_recording_is_named(runs: Path, capsys: Any) -> None:
     for command in (["show"], ["stats"], ["compare", "a"], ["verify"]):
         assert main([*command, "nothing"]) == 1

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from actrec._progress import showing
 from actrec._text import count, nearest
 from actrec._values.difference import Difference, Mismatch, Tolerances
 from actrec._values.spec import leaves
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from actrec._progress import Each
+
 __all__ = ["Names", "compare"]
 
 #: The names that layers of the first recording have in the second.
@@ -37,6 +40,7 @@ def compare(
     rtol: float | None = None,
     atol: float | None = None,
     mask: Mask | None = None,
+    progress: bool = False,
 ) -> Comparison:
     """Compare two recordings, layer by layer and call by call.
 
@@ -71,6 +75,7 @@ def compare(
         mask: the name of a mask ``(batch, tokens)`` in ``a``, or a function that makes one, as in :meth:`Recording.stats`: what it
             leaves out, such as padding, is not compared. If ``b`` has a mask of that name, it is that of ``b``, so the same
             tokens may lie in other places. Tensors that have no such positions are compared in full.
+        progress: whether to show how far it is, as in :meth:`Recording.stats`.
 
     Returns:
         A :class:`Comparison`: a tuple of rows in the execution order of ``a``, which prints as a table.
@@ -87,9 +92,12 @@ def compare(
     tolerances = rtol, atol
     masks = None if mask is None else _masks(a, b, mask)
     compared = [(name, other) for name, other in pairs if other in b]
-    result = Comparison(
-        row for name, other in compared for row in _rows(a[name], b[other], tolerances, masks)
-    )
+    layers = [(a[name], b[other]) for name, other in compared]
+    calls = sum(min(len(one), len(two)) for one, two in layers)
+    with showing("compare", calls, progress=progress) as each:
+        result = Comparison(
+            row for one, two in layers for row in _rows(one, two, tolerances, masks, each)
+        )
     if masks is not None:
         masks[0].check()
     matched = {b[other].name for _, other in compared}
@@ -154,11 +162,12 @@ def _rows(
     b: Layer[Any],
     tolerances: Tolerances,
     masks: tuple[Masks, Masks | None] | None,
+    each: Each,
 ) -> Iterator[Row]:
     found: dict[str, _Tally] = {}
     kept_a = [] if masks is None else masks[0].of(a)
     kept_b = kept_a if masks is None or masks[1] is None else masks[1].of(b)
-    for call, (x, y, number) in enumerate(zip(a, b, a.passes, strict=False)):
+    for call, (x, y, number) in enumerate(zip(each(a), b, a.passes, strict=False)):
         xs = dict(leaves(x))
         ys: Mapping[str, Tensor] = dict(leaves(y))
         if masks is not None and (masks[1] is not None or _shapes(xs) == _shapes(ys)):

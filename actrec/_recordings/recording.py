@@ -454,7 +454,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             raise JoinError(message)
         return {name: layer._join(how, dim) for name, layer in self.items()}
 
-    def stats(self, *, mask: Mask | None = None) -> Stats:
+    def stats(self, *, mask: Mask | None = None, progress: bool = False) -> Stats:
         """Compute statistics of every layer over all its calls, with one row for each tensor that it returns.
 
         >>> import torch
@@ -490,6 +490,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
                 ``(batch, tokens, ...)``, of the calls of a pass joined, and ``(batch * tokens, ...)``, as in
                 :func:`actrec.data.rows`. What has other positions, such as one vector for each sample, counts in full:
                 ``left_out`` says how much was left out of each tensor.
+            progress: whether to show how far it is: a bar of ``tqdm`` where that is installed, else a line on stderr.
 
         Returns:
             :class:`Stats`: a tuple of rows in execution order, which prints as a table. ``pandas.DataFrame(acts.stats())``
@@ -501,9 +502,11 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             OptionError: ``mask`` is neither a name nor a function.
         """
         masks = None if mask is None else Masks("acts.stats", self, self._raised(), mask)
-        return stats((self[name] for name in self._in_order()), masks)
+        return stats([self[name] for name in self._in_order()], masks, progress=progress)
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, overwrite: bool = False, progress: bool = False
+    ) -> None:
         """Write the recording to ``path``, to be opened with :func:`actrec.load`: :func:`actrec.save` as a method.
 
         >>> import tempfile, torch, actrec
@@ -515,6 +518,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         Args:
             path: a new folder, or the URL of one.
             overwrite: whether a recording that is there may be replaced.
+            progress: whether to show how far it is.
 
         Raises:
             RecordingExistsError: there is something at the path; it was not touched.
@@ -522,7 +526,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             WriteError: writing failed.
         """
         # The store imports recordings, not the other way round.
-        import_module("actrec.store").save(self, path, overwrite=overwrite)
+        import_module("actrec.store").save(self, path, overwrite=overwrite, progress=progress)
 
     def _state(self) -> State:
         return "recorded"

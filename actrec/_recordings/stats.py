@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from typing_extensions import override
 
+from actrec._progress import showing
 from actrec._tables.drawn import Badge, Bar
 from actrec._tables.rows import Rows
 from actrec._tables.table import Cells, Column, Table
@@ -19,10 +20,11 @@ from .masked import left_in
 from .tally import Tally, drawn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from actrec._progress import Each
     from actrec._values.histogram import Histogram
 
     from .layer import Layer
@@ -144,20 +146,21 @@ def _cells(row: Row, largest: int) -> Cells:
     )
 
 
-def stats(layers: Iterable[Layer[Any]], masks: Masks | None = None) -> Stats:
+def stats(layers: Sequence[Layer[Any]], masks: Masks | None = None, *, progress: bool) -> Stats:
     """Return the statistics of some layers. See :meth:`actrec.Recording.stats`."""
-    found = Stats(row for layer in layers for row in _rows(layer, masks))
+    with showing("statistics", sum(map(len, layers)), progress=progress) as each:
+        found = Stats(row for layer in layers for row in _rows(layer, masks, each))
     if masks is not None:
         masks.check()
     return found
 
 
-def _rows(layer: Layer[Any], masks: Masks | None) -> Iterator[Row]:
+def _rows(layer: Layer[Any], masks: Masks | None, each: Each) -> Iterator[Row]:
     found: dict[str, Tally] = {}
     nonfinite: dict[str, int] = {}  # the first pass with any
     by_cast = {} if layer.overflows is None else layer.overflows.nonfinite()
     kept: Iterable[Mapping[str, Tensor]] = repeat({}) if masks is None else masks.of(layer)
-    for value, number, counts in zip(layer, layer.passes, kept, strict=False):
+    for value, number, counts in zip(each(layer), layer.passes, kept, strict=False):
         for path, tensor in leaves(value):
             mask = counts.get(path)
             counted = None if mask is None else left_in(tensor, mask)

@@ -13,25 +13,26 @@ from .ledger import Heading, Ledger
 from .shard import Shard
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from .part import Part
     from .place import Place
 
-__all__ = ["shard_problems"]
+__all__ = ["shard_problems", "shards_expected"]
 
 _CHUNK: Final = 1 << 24
 
 
-def shard_problems(disk: Place, nothing: Heading | None) -> Iterator[str]:
+def shard_problems(disk: Place, nothing: Heading | None, numbers: Iterable[int]) -> Iterator[str]:
     """Yield what is wrong with the shards in the folder of a rank.
 
     Args:
         disk: the folder.
         nothing: what holds before the first shard; ``None`` if nobody knows, so that nothing is counted.
+        numbers: those of all shards that there should be.
     """
     ledger = None if nothing is None else Ledger(nothing)
-    for number in _expected(disk):
+    for number in numbers:
         try:
             shard = Shard(disk, shard_name(number))
             if nothing is not None:
@@ -51,8 +52,8 @@ def shard_problems(disk: Place, nothing: Heading | None) -> Iterator[str]:
             ledger = None
 
 
-def _expected(disk: Place) -> range:
-    """The numbers of all shards that there should be, judging by the last that there is."""
+def shards_expected(disk: Place) -> range:
+    """Return the numbers of all shards that there should be, judging by the last that there is."""
     names = shard_names(disk)
     last = int(names[-1].partition(".")[0]) if names else -1
     # A number that is far off is a name, not a count.

@@ -39,6 +39,7 @@ def load(
     units: Iterable[Key] | None = None,
     storage_options: Mapping[str, Any] | None = None,
     cache_bytes: int = 1 << 30,
+    progress: bool = False,
 ) -> StoredRecording[V]:
     """Open a stored recording.
 
@@ -90,6 +91,7 @@ def load(
         units: the keys of units that have to be there. :meth:`Recording.missing` says which are not without raising.
         storage_options: what ``fsspec`` passes to the file system of a URL: credentials, an endpoint.
         cache_bytes: about how many bytes of what was downloaded are kept.
+        progress: whether to show how far the check is, as in :meth:`Recording.stats`.
 
     Returns:
         A :class:`actrec.Recording` whose layers are lazy. It also has ``complete``, ``ranks`` and ``rank()``.
@@ -103,7 +105,7 @@ def load(
         ReadError: an object store could not be reached, or refused.
     """
     recording = opened(place(path, storage_options, cache_bytes), rank=rank)
-    problem = next(recording.problems(), None) if check else None
+    problem = next(recording.problems(progress=progress), None) if check else None
     if problem is not None:
         raise CorruptRecordingError(problem)
     if units is not None:

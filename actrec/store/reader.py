@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from typing_extensions import override
 
+from actrec._progress import showing
 from actrec._recordings.layer import V
 from actrec._recordings.passes import Count
 from actrec._recordings.recording import Recording
 from actrec._text import count, shown
 from actrec.errors import OptionError
 
-from .check import shard_problems
+from .check import shard_problems, shards_expected
 from .format import ROLES, corrupt
 from .layers import Source, StoredLayer
 from .ranks import listed_ranks, summary
 from .units import UNIT, StoredUnits
-from .whole import WholeLayer, made_whole
+from .whole import WholeLayer, made_whole, whole_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -167,12 +168,16 @@ class StoredRecording(Recording[V], Generic[V]):
         """The layers whose calls are made of parts."""
         return [layer for layer in self.everything() if isinstance(layer, WholeLayer)]
 
-    def problems(self) -> Iterator[str]:
+    def problems(self, *, progress: bool = False) -> Iterator[str]:
         """Yield what is wrong with the shards, all of whose data is read, and with tensors in parts."""
-        for rank in self._ranks:
-            yield from shard_problems(rank.index.disk, rank.description.heading(rank.number))
-        for layer in self.wholes:
-            yield from layer.problems()
+        expected = [(rank, shards_expected(rank.index.disk)) for rank in self._ranks]
+        with showing(
+            "check", sum(len(shards) for _, shards in expected), progress=progress
+        ) as each:
+            for rank, shards in expected:
+                nothing = rank.description.heading(rank.number)
+                yield from shard_problems(rank.index.disk, nothing, each(shards))
+        yield from whole_problems(self.wholes, progress=progress)
 
     @property
     def _left_out(self) -> int:

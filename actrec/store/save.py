@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from actrec._progress import showing
 from actrec.errors import CaptureError, OptionError
 
 from .call import Call
@@ -32,7 +33,11 @@ __all__ = ["save"]
 
 
 def save(
-    recording: Recording[Any], path: str | os.PathLike[str], *, overwrite: bool = False
+    recording: Recording[Any],
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
 ) -> None:
     """Write a recording to ``path``, a new folder or the URL of one, to be opened with :func:`actrec.load`.
 
@@ -55,6 +60,7 @@ def save(
         overwrite: whether a recording that is there may be replaced. The new one is written beside it and then takes its
             place, so that one of them is there whatever happens. Anything but a recording is left alone. Only for a
             path on disk.
+        progress: whether to show how far it is, as in :meth:`Recording.stats`.
 
     Raises:
         RecordingExistsError: there is something at the path already, or, with ``overwrite``, something other than a
@@ -64,14 +70,14 @@ def save(
         WriteError: writing failed.
     """
     layers = list(_layers(recording))
-    _check(layers)
+    _check(layers, progress=progress)
     folder = Folder.of(path)
     there = place(folder)
     if not (overwrite and there.names()):
-        _write(recording, layers, folder)
+        _write(recording, layers, folder, progress=progress)
     elif isinstance(there, Disk):
         with replacing(there) as new:
-            _write(recording, layers, replace(folder, path=new))
+            _write(recording, layers, replace(folder, path=new), progress=progress)
     else:
         message = (
             f"save({str(there)!r}, overwrite=True): an object store cannot put one recording in the place of another in "
@@ -81,7 +87,11 @@ def save(
 
 
 def _write(
-    recording: Recording[Any], layers: list[tuple[Slot, Layer[Any]]], folder: Folder
+    recording: Recording[Any],
+    layers: list[tuple[Slot, Layer[Any]]],
+    folder: Folder,
+    *,
+    progress: bool,
 ) -> None:
     description = Description(
         recording._model,
@@ -100,7 +110,7 @@ def _write(
         writer = Writer(opening.own, opening.ledger, folder, lambda: passes, raised)
         error: str | None = "save() did not finish"
         try:
-            for call in _calls(recording, layers, numbers):
+            for call in _calls(recording, layers, numbers, progress=progress):
                 passes = call.number
                 writer.keep(call)
             error = None
@@ -126,15 +136,17 @@ def _layers(recording: Recording[Any]) -> Iterator[tuple[Slot, Layer[Any]]]:
             yield Slot(role, index, layer.name, layer.type), layer
 
 
-def _check(layers: list[tuple[Slot, Layer[Any]]]) -> None:
+def _check(layers: list[tuple[Slot, Layer[Any]]], *, progress: bool) -> None:
     """Find what cannot be stored before anything is written."""
-    for slot, layer in layers:
-        for number, value in enumerate(layer):
-            try:
-                Call.of(slot, 0, value)
-            except CaptureError as error:
-                message = f"save(): call {number} of {slot.name!r} cannot be stored: {error}."
-                raise CaptureError(message) from error
+    calls = sum(len(layer) for _, layer in layers)
+    with showing("save, first look", calls, progress=progress) as each:
+        for slot, layer in layers:
+            for number, value in enumerate(each(layer)):
+                try:
+                    Call.of(slot, 0, value)
+                except CaptureError as error:
+                    message = f"save(): call {number} of {slot.name!r} cannot be stored: {error}."
+                    raise CaptureError(message) from error
 
 
 def _numbers(
@@ -154,7 +166,11 @@ def _numbers(
 
 
 def _calls(
-    recording: Recording[Any], layers: list[tuple[Slot, Layer[Any]]], numbers: dict[Moment, int]
+    recording: Recording[Any],
+    layers: list[tuple[Slot, Layer[Any]]],
+    numbers: dict[Moment, int],
+    *,
+    progress: bool,
 ) -> Iterator[Call]:
     """All calls, pass after pass, in a pass in the order of execution, and behind them the key of the unit that it is."""
     names = dict.fromkeys([*recording._order, *recording])
@@ -168,9 +184,10 @@ def _calls(
         numbers.get(moment, moment[1]): key for moment, key in dict(recording._units.keys).items()
     }
     order += [(number, len(rank) + 1, len(layers), 0) for number in keys]
-    for number, _, at, call in sorted(order):
-        if at == len(layers):
-            yield key_call(number, keys[number])
-        else:
-            slot, layer = layers[at]
-            yield Call.of(slot, number, layer[call])
+    with showing("save", len(order), progress=progress) as each:
+        for number, _, at, call in each(sorted(order)):
+            if at == len(layers):
+                yield key_call(number, keys[number])
+            else:
+                slot, layer = layers[at]
+                yield Call.of(slot, number, layer[call])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from actrec._progress import showing
 from actrec.errors import CorruptRecordingError
 
-from .check import shard_problems
+from .check import shard_problems, shards_expected
 from .description import read_description
 from .load import opened
 from .place import place
 from .rank_folder import rank_folders, rank_number
+from .whole import whole_problems
 
 if TYPE_CHECKING:
     import os
@@ -23,7 +25,10 @@ __all__ = ["verify"]
 
 
 def verify(
-    path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = False,
 ) -> list[str]:
     """Check all of a stored recording, and return every problem found: an empty list if there is none.
 
@@ -43,6 +48,7 @@ def verify(
     Args:
         path: the folder, or the URL.
         storage_options: what ``fsspec`` passes to the file system of a URL.
+        progress: whether to show how far it is, as in :meth:`Recording.stats`.
 
     Returns:
         A sentence for each problem.
@@ -51,21 +57,22 @@ def verify(
         RecordingNotFoundError: there is no recording at ``path``.
         ReadError: it is in an object store that cannot be reached, or refuses.
     """
-    return list(dict.fromkeys(_problems(place(path, storage_options))))
+    return list(dict.fromkeys(_problems(place(path, storage_options), progress=progress)))
 
 
-def _problems(disk: Place) -> Iterator[str]:
+def _problems(disk: Place, *, progress: bool) -> Iterator[str]:
     try:
-        for layer in opened(disk).wholes:
-            yield from layer.problems()
+        yield from whole_problems(opened(disk).wholes, progress=progress)
     except CorruptRecordingError as error:
         yield str(error)
-    for folder in rank_folders(disk):
-        nothing: Heading | None = None
-        try:
-            nothing = read_description(folder).heading(rank_number(folder.name))
-        except CorruptRecordingError as error:
-            yield str(error)
-        except FileNotFoundError:
-            pass  # if there are shards, opening has said so
-        yield from shard_problems(folder, nothing)
+    expected = [(folder, shards_expected(folder)) for folder in rank_folders(disk)]
+    with showing("verify", sum(len(shards) for _, shards in expected), progress=progress) as each:
+        for folder, shards in expected:
+            nothing: Heading | None = None
+            try:
+                nothing = read_description(folder).heading(rank_number(folder.name))
+            except CorruptRecordingError as error:
+                yield str(error)
+            except FileNotFoundError:
+                pass  # if there are shards, opening has said so
+            yield from shard_problems(folder, nothing, each(shards))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from typing_extensions import override
 
+from actrec._progress import showing
 from actrec._recordings.passes import ListView
 from actrec._values.summary import Summary
 from actrec.errors import CorruptRecordingError
@@ -21,7 +22,7 @@ from .format import Defect, corrupt
 from .read_only import ReadOnlyLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from .index import Found
     from .layers import StoredLayer
 
-__all__ = ["WholeLayer", "made_whole"]
+__all__ = ["WholeLayer", "made_whole", "whole_problems"]
 
 
 class _Call(NamedTuple):
@@ -155,10 +156,13 @@ class WholeLayer(ReadOnlyLayer):
     def nbytes(self) -> int:
         return sum(tensor.nbytes for _, tensors in self.outlines() for tensor in tensors)
 
-    def problems(self) -> Iterator[str]:
-        """What is wrong with the calls whose parts do not fit together."""
-        for index in range(len(self)):
-            try:
-                self._call(index)
-            except CorruptRecordingError as error:
-                yield str(error)
+
+def whole_problems(layers: Sequence[WholeLayer], *, progress: bool) -> Iterator[str]:
+    """What is wrong with the calls whose parts do not fit together."""
+    with showing("verify parts", sum(map(len, layers)), progress=progress) as each:
+        for layer in layers:
+            for index in each(range(len(layer))):
+                try:
+                    layer._call(index)
+                except CorruptRecordingError as error:
+                    yield str(error)
