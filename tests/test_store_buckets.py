@@ -40,8 +40,8 @@ from actrec.data import rows, shuffled
 from actrec.store import Folder
 from actrec.store import blocks as _blocks
 from actrec.store import bucket as _bucket
+from actrec.store import new_file as _new_file
 from actrec.store import objects as _objects
-from actrec.store import unfinished as _unfinished
 from actrec.store import upload as _upload
 from actrec.store.bucket import Bucket
 from actrec.store.disk import Disk
@@ -877,7 +877,7 @@ def test_a_spool_without_room_is_told_and_nothing_stays_in_it(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(_unfinished.FileBeingWritten, "write", full)
+        patch.setattr(_new_file.FileBeingWritten, "write", full)
         failure = failing(lambda *_: None, url)
     assert failure is not None
     assert "No space left on device. Folder(..., spool=...) puts it elsewhere" in failure

@@ -26,7 +26,7 @@ from actrec import (
     record,
 )
 from actrec.store import Folder
-from actrec.store import unfinished as _unfinished
+from actrec.store import new_file as _new_file
 from tests.stored import Net, assert_same, batches, same
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def steps_of(path: Path, monkeypatch: pytest.MonkeyPatch, stop: int | None) -> i
 
     with monkeypatch.context() as patch:
         for owner, name in (
-            (os, "open"), (os, "fsync"), (os, "link"), (_unfinished.FileBeingWritten, "write"), (_unfinished.FileBeingWritten, "write_at_start"),
+            (os, "open"), (os, "fsync"), (os, "link"), (_new_file.FileBeingWritten, "write"), (_new_file.FileBeingWritten, "write_at_start"),
             (type(path), "replace"), (type(path), "mkdir"),
         ):  # fmt: skip
             patch.setattr(owner, name, step(getattr(owner, name)))
@@ -189,10 +189,10 @@ def test_what_is_complete_is_committed_in_time_though_no_call_follows(
 FULL = """
 import resource, sys
 from actrec import WriteError
-from actrec.store import unfinished as _unfinished
+from actrec.store import new_file as _new_file
 from tests.test_store_resume import run
 
-write, written = _unfinished.FileBeingWritten.write, 0
+write, written = _new_file.FileBeingWritten.write, 0
 
 def until_full(file, data):
     global written
@@ -201,7 +201,7 @@ def until_full(file, data):
     if written > 600_000:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 
-_unfinished.FileBeingWritten.write = until_full
+_new_file.FileBeingWritten.write = until_full
 try:
     run(sys.argv[1], shard_bytes=100_000)
 except WriteError as error:

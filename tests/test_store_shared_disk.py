@@ -29,7 +29,7 @@ from actrec import (
 )
 from actrec.store import Folder
 from actrec.store import disk as _disk
-from actrec.store import unfinished as _unfinished
+from actrec.store import new_file as _new_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -293,7 +293,7 @@ def test_what_a_process_left_that_was_killed_while_it_gave_a_name_stops_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "link", _no_links)
-    monkeypatch.setattr(_unfinished, "_PATIENCE", 0.05)
+    monkeypatch.setattr(_new_file, "_PATIENCE", 0.05)
     path = tmp_path / "r"
     (path / "rank-00000").mkdir(parents=True)
     (path / "rank-00000/rank.json.turn.tmp").touch()
@@ -320,10 +320,10 @@ def test_a_run_that_could_not_begin_is_not_in_the_way_of_the_next(
         monkeypatch.setattr(os, "link", _no_links)
     model = nn.Identity()
     with monkeypatch.context() as patch:
-        owner = {"write": _unfinished.FileBeingWritten, "link": os, "replace": Path}[fails]
+        owner = {"write": _new_file.FileBeingWritten, "link": os, "replace": Path}[fails]
         patch.setattr(owner, fails, full)
         if fails == "link":
-            patch.setattr(_unfinished, "_name_without_links", full)
+            patch.setattr(_new_file, "_name_without_links", full)
         with pytest.raises(OSError, match="No space left on device"):
             Run(tmp_path / "r", 1)
     with record(model, "", into=tmp_path / "r"):
@@ -368,14 +368,14 @@ def test_a_file_that_is_tidied_up_before_it_has_its_name_is_told(tmp_path: Path)
 def test_where_there_are_no_links_a_name_that_was_given_while_one_waited_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = _unfinished._take
+    take = _new_file._take
 
     def late(turn: Path) -> None:
         take(turn)
         (tmp_path / "a").write_bytes(b"theirs")
 
     monkeypatch.setattr(os, "link", _no_links)
-    monkeypatch.setattr(_unfinished, "_take", late)
+    monkeypatch.setattr(_new_file, "_take", late)
     with pytest.raises(FileExistsError, match="another run has written it"):
         _disk.Disk(tmp_path).begin("a", lambda file: file.write(b"ours")).finish()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"theirs"}

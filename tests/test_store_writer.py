@@ -42,7 +42,7 @@ from actrec.store import Folder
 from actrec.store import disk as _disk
 from actrec.store import held as _held
 from actrec.store import lock as _lock
-from actrec.store import unfinished as _unfinished
+from actrec.store import new_file as _new_file
 from actrec.store import writer as _writer
 from tests.conftest import own_hooks
 from tests.stored import Net, assert_same, batches, bits, opened_shards
@@ -70,13 +70,13 @@ def recorded(count: int, **options: Any) -> Any:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that takes its time."""
-    write, finish = _unfinished.Unfinished.write, _unfinished.Unfinished.finish
+    write, finish = _new_file.Unfinished.write, _new_file.Unfinished.finish
 
     def slowly(function: Callable[..., None]) -> Callable[..., None]:
         return lambda *args: (time.sleep(0.005), function(*args))[1]
 
-    monkeypatch.setattr(_unfinished.Unfinished, "write", slowly(write))
-    monkeypatch.setattr(_unfinished.Unfinished, "finish", slowly(finish))
+    monkeypatch.setattr(_new_file.Unfinished, "write", slowly(write))
+    monkeypatch.setattr(_new_file.Unfinished, "finish", slowly(finish))
 
 
 class Gate:
@@ -441,7 +441,7 @@ def test_a_shard_is_written_while_the_disk_has_yet_to_confirm_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     second = threading.Event()
-    finish, write = _unfinished.Unfinished.finish, _writer.layout.write
+    finish, write = _new_file.Unfinished.finish, _writer.layout.write
 
     def confirm(unfinished: Any) -> None:
         if unfinished._name == "000000.safetensors":
@@ -454,7 +454,7 @@ def test_a_shard_is_written_while_the_disk_has_yet_to_confirm_the_one_before(
             assert load(tmp_path / "r").num_passes == 0
             second.set()
 
-    monkeypatch.setattr(_unfinished.Unfinished, "finish", confirm)
+    monkeypatch.setattr(_new_file.Unfinished, "finish", confirm)
     monkeypatch.setattr(_writer.layout, "write", written)
     net = nn.Linear(4, 3)
     with record(net, "", into=Folder(tmp_path / "r", seconds=0)):
@@ -918,7 +918,7 @@ def test_closing_twice_does_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "method"), [(_writer.Writer, "_write"), (_unfinished.Unfinished, "finish")]
+    ("owner", "method"), [(_writer.Writer, "_write"), (_new_file.Unfinished, "finish")]
 )
 def test_a_block_that_the_writers_own_threads_collect_is_closed_without_a_deadlock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, method: str

@@ -14,7 +14,7 @@ from actrec._values.memory import writable
 
 from .format import ANOTHER, UNFINISHED, Defect, need
 from .lock import Lock, locked
-from .unfinished import Unfinished, sync
+from .new_file import Unfinished, sync
 
 if TYPE_CHECKING:
     from collections.abc import Callable

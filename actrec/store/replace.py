@@ -13,8 +13,8 @@ from .disk import Disk
 from .format import DESCRIPTION, UNFINISHED
 from .index import shard_names
 from .lock import LOCK
+from .new_file import sync
 from .rank_folder import rank_folders
-from .unfinished import sync
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from actrec.errors import ReadError, WriteError
 
+from .new_file import FileBeingWritten
 from .objects import said
-from .unfinished import FileBeingWritten
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from .folder import Folder
     from .held import Batch
     from .ledger import Ledger
+    from .new_file import Unfinished
     from .place import Place
-    from .unfinished import Unfinished
     from .upload import Upload
 
 __all__ = ["Writer"]
