@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 from importlib.metadata import metadata
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 # The map on the page about contributing shows the imports as they are now.
 house = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "house.py"))
 house["PICTURE"].write_text(house["picture"]())
+
+# Figures fit light and dark pages; the kernels of the notebooks inherit this.
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent)
 
 about = metadata("actrec")
 
@@ -18,12 +22,20 @@ copyright = f"2026, {author}"  # noqa: A001  # Sphinx wants this name
 version = release = about["Version"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "**/.ipynb_checkpoints", "jupyter_execute", "benchmarks*.md"]
+exclude_patterns = [
+    "_build",
+    "**/.ipynb_checkpoints",
+    "jupyter_execute",
+    "benchmarks*.md",
+    "*.ipynb",
+]
 
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
+html_extra_path = ["llms.txt"]
+pygments_dark_style = "github-dark"  # that of the theme underlines what is imported
 
 # --- Text ----------------------------------------------------------------------------------------
 

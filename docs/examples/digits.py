@@ -143,8 +143,8 @@ def print_differences(stored: Mapping[str, Tensor], truth: Mapping[str, Tensor])
     for name in LAYERS:
         values, true = stored[name], truth[name]
         wrong = int((values != true).sum())
-        share = f"{wrong:>7,} of {true.numel():>7,} values wrong ({wrong / true.numel():5.1%})"
-        print(f"  {name:<6}  {share}  smallest {values.min():6.2f}, should be {true.min():6.2f}")
+        share = f"{wrong / true.numel():6.1%} wrong"
+        print(f"  {name:<6}{share}, smallest {values.min():6.2f}, should be {true.min():6.2f}")
 
 
 def main() -> None:
@@ -161,11 +161,11 @@ def main() -> None:
 
     right = (acts["head"].cat().argmax(1) == acts["label"].cat()).sum()
     print(f"\nThe network itself reads {right / len(test_set):.1%} of the test digits correctly.")
-    print("A linear probe, fitted on the training digits and scored on the test digits, reads")
+    print("A linear probe, fitted on the training digits\nand scored on the test digits, reads")
     print_probes(recorded(model, DataLoader(train_set, batch_size=100)), acts)
 
     truth = reference(model, loader)
-    print("\nThe usual hook, out.detach().cpu(), against a computation without hooks:")
+    print("\nThe usual hook, out.detach().cpu(),\nagainst a computation without hooks:")
     print_differences(classic(model, loader), truth)
     print("\nactrec, against the same:")
     print_differences({name: acts[name].cat() for name in LAYERS}, truth)

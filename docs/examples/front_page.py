@@ -28,10 +28,12 @@ def main() -> None:
         for images, _ in DataLoader(test_set, batch_size=100):
             model(images)
 
-    plt.rcParams.update({"font.size": 9, "axes.titlesize": 10})
+    plt.style.use(PICTURE.parents[1] / "matplotlibrc")  # for light and dark pages
+    plt.rcParams.update({"font.size": 10, "axes.titlesize": 11})
     figure, axes = plt.subplots(
-        1, 4, figsize=(10, 2.9), layout="constrained", width_ratios=[0.9, 1.9, 1.35, 1.6]
+        2, 2, figsize=(6.4, 5), layout="constrained", width_ratios=[1, 1.35]
     )
+    axes = axes.flatten()
     axes[0].imshow(test_set[DIGIT][0].squeeze(), cmap="gray_r")
     axes[0].set(xticks=[], yticks=[], title="a digit")
     plot.feature_maps(acts["conv1"][0], item=DIGIT, ax=axes[1])

@@ -25,7 +25,7 @@ if not __package__:  # started as a file
 import torch
 
 from actrec import record
-from tests.benchmarks import report
+from tests.benchmarks import page, report
 from tests.benchmarks.models import GPT, mlp, resnet
 from tests.benchmarks.timing import Row, ratios, take_turns
 from tests.benchmarks.usual import classic_hook, clone_hook, exact, leaves
@@ -199,12 +199,17 @@ def _executed(model: nn.Module, x: Tensor) -> list[str]:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Measure actrec against other libraries.")
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
-    parser.add_argument("--markdown", action="store_true", help="print for the documentation")
+    parser.add_argument("--markdown", action="store_true", help="print as Markdown")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the rows, and write the pages about speed anew"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.no_grad():
         rows = list(measure(quick=options.quick))
+    if options.keep:
+        page.keep("peers", rows)
     show = report.markdown if options.markdown else report.text
     print(show(rows, " ".join(["python tests/benchmarks/peers.py", *arguments])))
 

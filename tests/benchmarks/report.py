@@ -28,11 +28,14 @@ def text(rows: Iterable[Row], command: str) -> str:
 
 def markdown(rows: Iterable[Row], command: str) -> str:
     """Return the rows as a Markdown table."""
+    return "\n".join([f"`{command}`", "", machine(), "", *table(rows)])
+
+
+def table(rows: Iterable[Row]) -> list[str]:
+    """Return the lines of a Markdown table of the rows."""
     header, *others = _without_empty_columns([HEADER, *map(_cells, rows)])
     rules = ["---:" if name in NUMBERS else "---" for name in header]
-    cells = [header, rules, *others]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([f"`{command}`", "", machine(), "", *lines])
+    return [f"| {' | '.join(row)} |" for row in (header, rules, *others)]
 
 
 def machine() -> str:

@@ -28,6 +28,7 @@ from tests.benchmarks import (
     memory_pages,
     networks,
     opening,
+    page,
     ranks,
     reading_statistics,
     report,
@@ -58,23 +59,34 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Measure what recording costs, as ratios.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}")
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
-    parser.add_argument("--markdown", action="store_true", help="print for the documentation")
+    parser.add_argument("--markdown", action="store_true", help="print as Markdown")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the rows, and write the pages about speed anew"
+    )
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in BENCHMARKS:
             parser.error(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
-    rows = _measured(options.names or list(BENCHMARKS), quick=options.quick)
+    if options.keep and options.quick:
+        parser.error("what --quick measures is not to be kept")
+    measured = {
+        name: _measured(name, quick=options.quick) for name in options.names or list(BENCHMARKS)
+    }
+    if options.keep:
+        for name, found in measured.items():
+            page.keep(name, found)
+    rows = [row for found in measured.values() for row in found]
     command = " ".join(["python tests/benchmarks/run.py", *arguments])
     show = report.markdown if options.markdown else report.text
     print(show(rows, command))
 
 
-def _measured(names, *, quick):
+def _measured(name, *, quick):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        return [row for name in names for row in BENCHMARKS[name](quick=quick)]
+        return list(BENCHMARKS[name](quick=quick))
     finally:
         torch.set_num_threads(threads)
 

@@ -1,0 +1,157 @@
+"""The pages about speed, made of what was measured: ten rows, a chart of them, and the log of all rows.
+
+``python tests/benchmarks/run.py NAME --keep`` measures, keeps the rows in ``measured.json`` beside this file, and writes the
+pages anew. ``python -m tests.benchmarks.page`` writes them of what was kept before.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import astuple
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .report import machine, table
+from .timing import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+MEASURED = Path(__file__).with_name("measured.json")
+DOCS = Path(__file__).parents[2] / "docs"
+
+#: The ten rows: what a reader wants to know, the benchmark and the row that say it (a wildcard), and what 1 stands for.
+SHOWN = (
+    ("GPT shape, every layer kept", "networks", "forward: kept / unrecorded, GPT shape, 12 layers of 512, 4x256, no_grad", "not recorded"),
+    ("GPT shape, every layer pooled", "networks", "forward: pooled / unrecorded, GPT shape, 12 layers of 512, 4x256, no_grad", "not recorded"),
+    ("ResNet-50 shape, every layer kept", "networks", "forward: kept / unrecorded, ResNet-50 shape, nothing in place, 32x3x64x64, no_grad", "not recorded"),
+    ("the same, against hooks that clone", "networks", "forward: kept / clone hook, ResNet-50 shape, nothing in place, 32x3x64x64, no_grad", "hooks that clone"),
+    ("ResNet-50 shape, every layer pooled", "networks", "forward: pooled / unrecorded, ResNet-50 shape, nothing in place, 32x3x64x64, no_grad", "not recorded"),
+    ("50 tiny layers, against hooks that clone", "networks", "forward: kept / clone hook, 50 linear layers with ReLUs, 8x16, no_grad", "hooks that clone"),
+    ("training step with values and gradients, pooled", "gradients", "training step, ResNet shape, every block: values and gradients, pooled / unrecorded", "not recorded"),
+    ("forward that stops early, after a quarter", "stopping", "stop_early after 12 of 48 blocks / the whole forward", "the whole forward"),
+    ("recording to the disk, 4 MiB values", "storing", "writing 3 GiB in values of 4,096 KiB: actrec / os.write", "os.write and fsync"),
+    ("stats() of 5 GB on the disk", "reading", "stats() of a stored recording of * / reading its files once", "reading the files once"),
+)  # fmt: skip
+
+Kept = dict[str, Any]  # by benchmark: the machine, the day, and the rows as lists
+
+
+def keep(name: str, rows: Iterable[Row]) -> None:
+    """Keep the rows of a benchmark in place of those that it had, and write the pages."""
+    kept = load() if MEASURED.exists() else {}
+    day = datetime.now(UTC).date().isoformat()
+    kept[name] = {"machine": machine(), "day": day, "rows": [astuple(row) for row in rows]}
+    MEASURED.write_text(json.dumps(kept, indent=1) + "\n")
+    write(kept)
+
+
+def load() -> Kept:
+    return json.loads(MEASURED.read_text())
+
+
+def write(kept: Mapping[str, Any]) -> None:
+    for path, text in pages(kept).items():
+        path.write_text(text)
+
+
+def pages(kept: Mapping[str, Any]) -> dict[Path, str]:
+    """Return the text of each page that is made of what was measured."""
+    shown = list(_shown(kept))
+    return {
+        DOCS / "benchmarks.md": _ten(shown, kept),
+        DOCS / "_static" / "speed.svg": chart([(says, row) for says, row, _ in shown]),
+        DOCS / "why" / "log.md": _log(kept),
+    }
+
+
+def rows_of(kept: Mapping[str, Any], name: str) -> list[Row]:
+    return [Row(*row) for row in kept[name]["rows"]]
+
+
+def _shown(kept: Mapping[str, Any]) -> Iterator[tuple[str, Row, str]]:
+    for says, name, wanted, one in SHOWN:
+        (row,) = (row for row in rows_of(kept, name) if fnmatchcase(row.name, wanted))
+        yield says, row, one
+
+
+def _ten(shown: Iterable[tuple[str, Row, str]], kept: Mapping[str, Any]) -> str:
+    lines = [
+        "| what | takes | quartiles | 1 is | target | met |",
+        "| --- | ---: | ---: | --- | ---: | --- |",
+    ]
+    for says, row, one in shown:
+        target = "" if row.target is None else f"≤ {row.target:g}"
+        met = {None: "", True: "yes", False: "no"}[row.met]
+        cells = says, f"**{row.median:.2f}**", f"{row.low:.2f} - {row.high:.2f}", one, target, met
+        lines.append(f"| {' | '.join(cells)} |")
+    machines = sorted(
+        {f"{kept[n]['machine']}, {kept[n]['day']}" for n in {n for _, n, *_ in SHOWN}}
+    )
+    return "\n".join([*lines, "", f"Measured on {'; '.join(machines)}.", ""])
+
+
+def _log(kept: Mapping[str, Any]) -> str:
+    everything = [row for name in kept for row in rows_of(kept, name)]
+    aimed = [row for row in everything if row.target is not None]
+    met = [row for row in aimed if row.met]
+    lines = [
+        "# Every benchmark",
+        "",
+        "All rows of all benchmarks, as they were measured last; this page is written by `python tests/benchmarks/run.py --keep`.",
+        "A ratio below 1 means that actrec took less. The quartiles say how far to trust a row: the machine is a virtual one, and others used it too.",
+        f"[The short version](speed.md) has ten of them. Of {len(aimed)} rows with a target, {len(met)} meet it.",
+        "",
+    ]
+    for name, one in kept.items():
+        script = "peers.py" if name == "peers" else f"run.py {name}"
+        lines += [
+            f"## {name}",
+            "",
+            f"`python tests/benchmarks/{script}` on {one['machine']}, {one['day']}",
+            "",
+        ]
+        lines += [*table(rows_of(kept, name)), ""]
+    return "\n".join(lines)
+
+
+# --- The chart ---------------------------------------------------------------------------------------
+
+WIDTH, LEFT, RIGHT, STEP = 720, 300, 56, 30
+MOST = 1.6  # where the axis ends
+STYLE = "max-width:100%;height:auto;font:13px sans-serif;color:var(--color-foreground-primary,#777)"
+
+
+def chart(shown: Iterable[tuple[str, Row]]) -> str:
+    """Return bars of the medians with lines from quartile to quartile, as SVG in the colours of the page around it."""
+    shown = list(shown)
+    bottom = STEP * len(shown) + 12
+
+    def x(value: float) -> float:
+        return round(LEFT + min(value, MOST) / MOST * (WIDTH - LEFT - RIGHT), 1)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 28}" role="img" style="{STYLE}">',
+        "<title>What recording takes, as a multiple of the time without</title>",
+    ]
+    for at, (says, row) in enumerate(shown):
+        y = 8 + STEP * at
+        parts += [
+            f'<text x="{LEFT - 10}" y="{y + 15}" text-anchor="end" fill="currentColor">{escape(says)}</text>',
+            f'<rect x="{LEFT}" y="{y + 3}" width="{round(x(row.median) - LEFT, 1)}" height="16" rx="2" fill="#2a7fba"/>',
+            f'<path d="M{x(row.low)} {y + 11}H{x(row.high)}" stroke="currentColor" stroke-width="1.5"/>',
+            f'<text x="{max(x(row.median), x(row.high)) + 6}" y="{y + 15}" fill="currentColor">{row.median:.2f}</text>',
+        ]
+    parts += [
+        f'<path d="M{x(1)} 4V{bottom}" stroke="currentColor" stroke-dasharray="3 3"/>',
+        f'<text x="{x(1)}" y="{bottom + 18}" text-anchor="middle" fill="currentColor">1: without actrec</text>',
+        "</svg>",
+    ]
+    return "\n".join([*parts, ""])
+
+
+if __name__ == "__main__":
+    write(load())
