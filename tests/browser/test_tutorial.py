@@ -125,7 +125,10 @@ def test_every_table_is_there_as_plain_text_too(notebook: NotebookNode) -> None:
         if 'class="actrec"' in o.get("data", {}).get("text/html", "")
     ]
     assert len(tables) >= 4
-    assert all(data["text/plain"].startswith(("7 layers of Net", "recorded Net", "stored Net")) for data in tables)
+    assert all(
+        data["text/plain"].startswith(("7 layers of Net", "recorded Net", "stored Net"))
+        for data in tables
+    )
 
 
 # --- The page ----------------------------------------------------------------------------------------
