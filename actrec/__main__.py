@@ -71,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out what the mask of that name leaves out, such as padding",
     )
     command("verify", "check a recording, its data included, and list every problem", "path")
+    report = command("report", "write a page of HTML about a recording, with charts", "path")
+    report.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="the file, by default the name of the recording and .html",
+    )
     return parser
 
 
@@ -124,11 +131,20 @@ def _verify(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
         yield f"{options.path}: no problems found", False
 
 
+def _report(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
+    from . import load  # noqa: PLC0415
+
+    name = options.output or f"{Path(options.path).expanduser().resolve().name}.html"
+    load(options.path).report(name, progress=_watched())
+    yield name, False
+
+
 _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], Iterator[tuple[object, bool]]]]] = {
     "show": _show,
     "stats": _stats,
     "compare": _compare,
     "verify": _verify,
+    "report": _report,
 }
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["Each", "showing"]
+__all__ = ["Each", "showing", "unseen"]
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def showing(what: str, total: int, *, progress: bool) -> Iterator[Each]:
         A context manager that gives the wrapper.
     """
     if not (progress and total):
-        yield _as_they_are
+        yield unseen
         return
     with closing(_bar()(total=total, desc=what, leave=False)) as bar:
 
@@ -60,7 +60,8 @@ def showing(what: str, total: int, *, progress: bool) -> Iterator[Each]:
         yield each
 
 
-def _as_they_are(items: Iterable[T], /) -> Iterable[T]:
+def unseen(items: Iterable[T], /) -> Iterable[T]:
+    """Return the items: a wrapper that shows nothing."""
     return items
 
 

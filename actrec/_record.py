@@ -28,7 +28,7 @@ from actrec._calls.self_test import offload_for
 from actrec._calls.session import Session
 from actrec._calls.stop_early import EarlyStop, refuse_sharded
 from actrec._calls.tracks import ROLES, Tracks
-from actrec._calls.warnings import warn
+from actrec._calls.warnings import warned_of
 from actrec._recordings.layer import FUNCTION
 from actrec._selection.names import type_name
 from actrec._selection.selection import Selection, select
@@ -288,7 +288,10 @@ class _Block(AbstractContextManager[Recorder[Any]]):
             # The model has caught it: without this, calls would be missing without a word.
             raise session.error
         if not self._yielded._is_idle():
-            warn(self._model, self._tracks.of, session, missing, stacklevel=2)
+            found = [*warned_of(self._model, self._tracks.of, session, missing)]
+            self._yielded._warned = [message for message, _ in found]
+            for message, category in found:
+                warnings.warn(message, category, stacklevel=2)
         self._warn_of_steps(stacklevel=2)
 
     def _warn_of_steps(self, stacklevel: int) -> None:

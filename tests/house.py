@@ -19,7 +19,7 @@ FLOORS = [
     {"_torch": 0, "errors": 1, "_text": 2, "_progress": 3},
     {"_selection": 0, "_attention": 1, "_values": 2, "_tables": 3},
     {"reduce": 0, "_layers": 1, "_recordings": 3},
-    {"_calls": 0, "store": 2},
+    {"_calls": 0, "store": 2, "_report": 3},
     {"_record": 1},
     {"testing": 0, "data": 2, "plot": 3},
     {"": 1},

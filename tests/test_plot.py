@@ -21,8 +21,10 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from actrec import OptionError, Recording, record
+from actrec._recordings import course
+from actrec._recordings import similarity as cka
 from actrec._recordings.in_memory import ListLayer
-from actrec.plot import cka, distributions, drift, feature_maps, grid, shared, similarity
+from actrec.plot import distributions, drift, feature_maps, grid, shared, similarity
 from tests.models import ConvNet, TinyTransformer
 
 if TYPE_CHECKING:
@@ -156,7 +158,7 @@ def test_nothing_to_draw_is_an_error(draw: Any) -> None:
 
 @given(st.integers(1, 300), st.integers(1, 100))
 def test_what_is_left_of_many_is_evenly_spread(number: int, most: int) -> None:
-    places = shared.spread(number, most)
+    places = course.spread(number, most)
     assert len(places) == len(set(places)) == min(number, most)
     assert places[0] == 0
     assert places == sorted(places)
@@ -336,7 +338,7 @@ def test_drift_draws_the_statistics_of_each_call() -> None:
 
 def test_drift_draws_some_of_very_many_calls() -> None:
     line = drift(recording(a=[torch.ones(1)] * 1000))[0].lines[0]
-    assert len(line.get_xdata()) == shared.MOST_CALLS
+    assert len(line.get_xdata()) == course.MOST_CALLS
     assert (line.get_xdata()[0], line.get_xdata()[-1]) == (0, 999)
 
 

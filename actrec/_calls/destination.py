@@ -27,6 +27,7 @@ class Destination(Protocol):
 
     order: list[str]  #: the layers that have calls of earlier runs, by the first of them
     rank: int | None  #: of this process; ``None`` in memory
+    where: str  #: the path, if it is one
 
     def layer(self, role: Role, number: int, name: str, kind: str) -> Layer[Any]:
         """Return the layer for values of a chosen module: of its ``number``, name and type."""
@@ -72,6 +73,7 @@ class Memory:
         """``held`` are the passes whose calls no container of the user's gets yet; it changes."""
         self.order: list[str] = []
         self.rank: int | None = None
+        self.where = ""
         self._options = options
         self._held = held
 

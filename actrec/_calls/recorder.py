@@ -91,6 +91,7 @@ class Recorder(Recording[V], Generic[V]):
         for beside in (self._inputs, self._grads):
             if beside is not None:
                 beside._keys_of = self._keys_of
+        self._where = destination.where
         self._added = destination.added
         self._chosen = frozenset([*layers, *(inputs or ()), *(grads or ()), *aliases])
         self._session = session
@@ -397,7 +398,7 @@ class Recorder(Recording[V], Generic[V]):
         self._session.passes.restart()
 
     @override
-    def __reduce__(self) -> tuple[Callable[..., Recording[Any]], tuple[dict[str, Any]]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # What is copied or pickled is what was recorded, not the recording of it.
         self._deliver()
         state = {
@@ -410,7 +411,7 @@ class Recorder(Recording[V], Generic[V]):
             "grads": None if self._grads is None else self._grads._layers,
             "units": self._units.copy(),
         }
-        return _copied, (state,)
+        return _copied, (state,), {"_where": self._where, "_warned": self._warned}
 
     @override
     def _state(self) -> State:

@@ -187,6 +187,11 @@ class ReducedLayer(Layer[Any]):
         kinds = {type(self.sink).__name__: None} if len(self) else {}
         return Summary(kinds), places
 
+    @property
+    @override
+    def is_kept(self) -> bool:
+        return False
+
     @override
     def _readable(self) -> Iterator[Value]:
         self._refuse()

@@ -164,12 +164,17 @@ class SinkLayer(Layer[Any]):
     def _of(self, calls: list[int]) -> Layer[Any]:
         return chosen(self, calls)
 
+    @property
+    @override
+    def is_kept(self) -> bool:
+        return hasattr(self.sink, "__iter__")
+
     @override
     def _readable(self) -> Iterable[Value]:
-        return self.sink if hasattr(self.sink, "__iter__") else ()
+        return self.sink if self.is_kept else ()
 
     def _items(self) -> Any:
-        if not hasattr(self.sink, "__iter__"):
+        if not self.is_kept:
             message = (
                 f"acts[{self.name!r}]: its calls went into a {type(self.sink).__name__}, from which they cannot be "
                 f"read. It is at acts[{self.name!r}].sink."

@@ -6,7 +6,6 @@ come; and forwards that did not stop early.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
     _Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
 
-__all__ = ["warn"]
+__all__ = ["warned_of"]
 
 _NEVER_CALLED = (
     "it was never called. Usual causes: its .forward() or its weights are used directly (hooks run only when "
@@ -72,10 +71,10 @@ _TOO_LATE = (
 _BACKWARD = "where calls are not recorded: they may repeat those of the forward. If these do not, keep what they return with acts.add()"
 
 
-def warn(
-    model: nn.Module, tracks: _Tracks, session: Session, missing: Missing | None, *, stacklevel: int
-) -> None:
-    """Warn of all that was asked for and is not in the recording, each kind once.
+def warned_of(
+    model: nn.Module, tracks: _Tracks, session: Session, missing: Missing | None
+) -> Iterator[tuple[str, type[UserWarning]]]:
+    """Yield the warnings of all that was asked for and is not in the recording, each kind once.
 
     ``missing`` says what was not recorded of functions, if any were asked for.
     """
@@ -90,24 +89,23 @@ def warn(
         },
     }
     stop = session.stop
-    _warn_unused(model, tracks, session, missing, stacklevel + 1)
+    yield from _unused(model, tracks, session, missing)
     for (kind, what), layers in causes.items():
         if layers:
-            message = _explained(what, layers, model, tracks)
-            warnings.warn(message, kind, stacklevel=stacklevel + 1)
-    _warn_overflow(model, tracks, stacklevel + 1)
+            yield _explained(what, layers, model, tracks), kind
+    yield from _too_large(model, tracks)
     if stop is not None and stop.caught:
         forwards = "a forward" if stop.caught == 1 else f"{stop.caught} forwards"
         message = (
             f"record(stop_early=True): {forwards} of this {type(model).__name__} went on to the end, because the model has "
             'caught what ends them. Let it catch errors with "except Exception:", not with a bare "except:".'
         )
-        warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
+        yield message, UserWarning
 
 
-def _warn_unused(
-    model: nn.Module, tracks: _Tracks, session: Session, missing: Missing | None, stacklevel: int
-) -> None:
+def _unused(
+    model: nn.Module, tracks: _Tracks, session: Session, missing: Missing | None
+) -> Iterator[tuple[str, type[UserWarning]]]:
     """Warn once about all layers of which nothing was recorded."""
     unused = {
         key: (choice, track)
@@ -136,7 +134,7 @@ def _warn_unused(
             f"record(): nothing was recorded, this {type(model).__name__} was not called inside the with block{outside}."
             f" {_why(session)}"
         )
-    warnings.warn(message, UnusedLayerWarning, stacklevel=stacklevel + 1)
+    yield message, UnusedLayerWarning
 
 
 def _shared(model: nn.Module) -> set[int]:
@@ -166,7 +164,7 @@ def _why(session: Session) -> str:
     return "Was its .forward() called, a copy of it, or a model made from it (exported, scripted)?"
 
 
-def _warn_overflow(model: nn.Module, tracks: _Tracks, stacklevel: int) -> None:
+def _too_large(model: nn.Module, tracks: _Tracks) -> Iterator[tuple[str, type[UserWarning]]]:
     """Warn once about values that do not fit into the dtype that they were cast to."""
     found = {
         what + repr(key): overflows
@@ -185,7 +183,7 @@ def _warn_overflow(model: nn.Module, tracks: _Tracks, stacklevel: int) -> None:
         f"record(dtype={one.dtype}): finite values of this {type(model).__name__} are too large for it, and are {what}. "
         "torch.bfloat16 has the range of float32; without dtype values stay as they are."
     )
-    warnings.warn("\n".join([message, *lines]), OverflowWarning, stacklevel=stacklevel + 1)
+    yield "\n".join([message, *lines]), OverflowWarning
 
 
 _MOST_LINES = 8

@@ -287,6 +287,11 @@ class Layer(Sequence[V], Generic[V]):
         """The bytes that the calls hold, in memory or on disk. What several of them share counts once."""
         return sum(self._seen()[1].values())
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether the calls can be read: not if they were reduced. Internal."""
+        return True
+
     def _readable(self) -> Iterable[V]:
         """The calls that can be read: all of them, unless a container of the user's keeps them."""
         return self

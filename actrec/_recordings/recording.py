@@ -75,6 +75,10 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     #: What the values are, where they are not what layers returned.
     _role: str = ""
+    #: Where it is stored, if that is known.
+    _where: str = ""
+    #: What the end of the block has warned of. Only a :class:`Recorder` knows any.
+    _warned: Sequence[str] = ()
     #: The names of the modules that were recorded, while those are there. Only a :class:`Recorder` knows any.
     _keys_of: Mapping[nn.Module, str] = MappingProxyType({})
 
@@ -528,6 +532,35 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         # The store imports recordings, not the other way round.
         import_module("actrec.store").save(self, path, overwrite=overwrite, progress=progress)
 
+    def report(self, path: str | os.PathLike[str], *, progress: bool = False) -> None:
+        """Write a page of HTML about the recording: one file, which needs no server and nothing from elsewhere.
+
+        >>> import tempfile, torch
+        >>> from actrec import record
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+        >>> with record(model) as acts:
+        ...     for batch in torch.randn(5, 16, 8):
+        ...         output = model(batch)
+        >>> acts.report(tempfile.mkdtemp() + "/run.html")
+
+        It has the table, what was warned of, the statistics with the first NaN or infinity, the distributions, how they go over
+        the passes, how similar the layers are, and how to load the recording. A picture says what it leaves out.
+
+        A recording may be larger than memory: it is read call by call, three times, and not changed. A page that is there is
+        replaced when the new one is whole.
+
+        Args:
+            path: the file, which ends in ``.html``.
+            progress: whether to show how far it is, as in :meth:`stats`.
+
+        Raises:
+            OptionError: the path is that of a folder, or not one of a page. Raised before anything is read.
+            RecordingExistsError: there is a file at the path that is no report. It was not touched.
+            WriteError: writing failed. What was there before is there.
+        """
+        # Reports are made of recordings, not the other way round.
+        import_module("actrec._report").report(self, path, progress=progress)
+
     def _state(self) -> State:
         return "recorded"
 
@@ -570,13 +603,19 @@ class _Part(Recording[V], Generic[V]):
         self._whole = whole
         self._keys_of = whole._keys_of
         self._role = whole._role
+        self._where, self._warned = whole._where, whole._warned
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
         # What is copied or pickled is the part.
         names = dict(self._aliases), [*self._order]
         count = Count(self.num_passes, set(self.failed_passes))
-        beside = {"_inputs": self._inputs, "_grads": self._grads, "_units": self._units}
+        beside: dict[str, Any] = {
+            "_inputs": self._inputs,
+            "_grads": self._grads,
+            "_units": self._units,
+        }
+        beside |= {"_where": self._where, "_warned": self._warned}
         return Recording, (self._model, self._layers, *names, count), beside
 
     @override

@@ -9,12 +9,12 @@ from matplotlib import pyplot as plt
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
+from actrec._progress import unseen
+from actrec._recordings.course import MOST_CALLS, course
 from actrec._text import count
-from actrec._values.moments import Moments
-from actrec._values.spec import leaves
 from actrec.errors import OptionError
 
-from .shared import FEW, MOST_CALLS, ordered, short, spread
+from .shared import FEW, ordered, short
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,14 +105,8 @@ def _left_out(acts: Layers, names: list[str]) -> str:
 
 def _course(layer: Layer[Any]) -> tuple[list[int], Array]:
     """The passes of some calls, and their means, standard deviations and shares of zeros."""
-    passes, calls = layer.passes, spread(len(layer), MOST_CALLS)
-    points = []
-    for call in calls:
-        moments = Moments()
-        for _, tensor in leaves(layer[call]):
-            moments.add(tensor)
-        points.append((moments.mean, moments.std, moments.zero_share))
-    return [passes[call] for call in calls], np.array(points)
+    points = course(layer, unseen)
+    return [point.number for point in points], np.array(points)[:, 1:]
 
 
 def _colours(number: int) -> Sequence[Any]:

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
+from actrec._recordings.course import spread
 from actrec._recordings.layer import Layer
 from actrec._text import count
 from actrec._values.spec import leaves
 from actrec._values.summary import shape_of
 from actrec.errors import OptionError
 
-from .shared import numbers, spread
+from .shared import numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

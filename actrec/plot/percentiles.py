@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
+from actrec._recordings.course import MOST_CALLS, spread
 from actrec._text import count
 from actrec._values.chunks import dense
 from actrec._values.spec import leaves
 from actrec.errors import OptionError
 
-from .shared import FEW, MOST_CALLS, numbers, ordered, short, spread
+from .shared import FEW, numbers, ordered, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

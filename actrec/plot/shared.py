@@ -18,20 +18,17 @@ if TYPE_CHECKING:
 __all__ = [
     "FEW",
     "LONGEST_NAME",
-    "MOST_CALLS",
     "Array",
     "Layers",
     "numbers",
     "ordered",
     "short",
-    "spread",
 ]
 
 #: A recording, or some layers of one: ``{name: acts[name] for name in chosen}``.
 Layers: TypeAlias = Mapping[str, Layer[Any]]
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-MOST_CALLS: Final = 256
 LONGEST_NAME: Final = 40
 #: Up to so many layers or points are drawn with room between them.
 FEW: Final = 30
@@ -49,15 +46,6 @@ def ordered(call: str, acts: Layers) -> list[str]:
         )
         raise OptionError(message)
     return [name for name, layer in acts.items() if len(layer)]
-
-
-def spread(number: int, most: int) -> list[int]:
-    """Up to ``most`` of ``number`` places, evenly spread, the first and the last among them."""
-    if number <= most:
-        return list(range(number))
-    if most == 1:
-        return [0]
-    return [round(index * (number - 1) / (most - 1)) for index in range(most)]
 
 
 def short(name: str) -> str:

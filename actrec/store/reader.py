@@ -72,6 +72,7 @@ class StoredRecording(Recording[V], Generic[V]):
             grads=layers["gradient"] or None,
             units=StoredUnits(sources.get((UNIT.role, UNIT.name), [])),
         )
+        self._where = str(disk)
 
     @property
     @override

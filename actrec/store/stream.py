@@ -54,6 +54,7 @@ class Stream:
         self._passes.count = rank.committed
         self._passes.raised.update(ledger.heading.raised)
         self.disk = disk = self._opening.disk
+        self.where = str(disk)
         self._before: StoredRecording[Any] = StoredRecording(disk, [rank], only=rank.number)
         self._after: StoredRecording[Any] | None = None
         self._chosen = sum(layer.role == "output" for layer in description.layers)

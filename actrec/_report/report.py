@@ -1,0 +1,203 @@
+"""``acts.report()``: what a recording says of itself, put on one page.
+
+A recording is read three times, call by call: for its statistics, for their course over the passes, and for the
+similarity of layers. Only results are in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from html import escape
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from actrec._progress import showing
+from actrec._recordings.course import Point, course, spread
+from actrec._recordings.similarity import FEWEST, similarity
+from actrec._recordings.stats import Stats, stats
+from actrec._tables.html import as_html
+from actrec._text import count, own_version, shown
+
+from .charts import STYLE as CHARTS
+from .charts import Box, Line, boxes, heat, key, lines
+from .file import MARK, checked, write
+from .notes import notes
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Sequence
+
+    from actrec._recordings.layer import Layer
+    from actrec._recordings.recording import Recording
+    from actrec._recordings.stats import Row
+
+__all__ = ["report"]
+
+#: Of more layers, so many are drawn where each is a line or a row, evenly spread.
+_LAYERS: Final = 60
+#: And so many where each is a row alone.
+_ROWS: Final = 200
+#: So many calls of a layer are points of its line.
+_POINTS: Final = 128
+#: So many samples are compared.
+_SAMPLES: Final = 128
+_PERCENTILES: Final = (0.01, 0.25, 0.5, 0.75, 0.99)
+
+
+def report(acts: Recording[Any], path: str | os.PathLike[str], *, progress: bool = False) -> None:
+    """Write a page of HTML about a recording. See :meth:`actrec.Recording.report`."""
+    place = checked(path)
+    acts._deliver()
+    write(place, _page(acts, progress=progress))
+
+
+def _page(acts: Recording[Any], *, progress: bool) -> str:
+    layers = [acts[name] for name in acts._in_order()]
+    kept = [layer for layer in layers if layer.is_kept]
+    found = stats(kept, progress=progress)
+    left_out = [layer for layer in layers if not layer.is_kept]
+    drawn = [layer for layer in kept if len(layer)]
+    sections = {
+        "To know": _list(notes(acts, found, left_out)),
+        "Layers": as_html(acts._table()),
+        "Values": as_html(found._table()),
+        **_beside(acts, progress=progress),
+        "Distributions": _distributions(found),
+        "Drift": _drift(drawn, progress=progress),
+        "Similarity": _similarity(acts, drawn, progress=progress),
+        "Load it": _loading(acts, drawn),
+    }
+    first = found._verdict()
+    verdict = getattr(first, "html", '<span class="good">no NaN, no infinity</span>')
+    title = acts._title()
+    made = f"actrec {own_version()}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
+    where = f" from <code>{escape(acts._where)}</code>" if acts._where else ""
+    links = "".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in sections)
+    body = "".join(
+        f'<section id="{_anchor(name)}"><h2>{name}</h2>{html}</section>'
+        for name, html in sections.items()
+    )
+    return (
+        f'{MARK}<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}{CHARTS}</style><main><h1>{escape(title)}</h1><p>{verdict}</p><p>made by {escape(made)}{where}</p>"
+        f"<nav>{links}</nav>{body}</main>\n"
+    )
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _list(sentences: Iterator[str]) -> str:
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f"<ul>{items}</ul>" if items else "<p>Nothing was warned of, and nothing is missing.</p>"
+
+
+def _beside(acts: Recording[Any], *, progress: bool) -> dict[str, str]:
+    """The statistics of inputs and of gradients, as far as they were recorded."""
+    names = {"inputs": "Inputs", "grads": "Gradients"}
+    return {
+        names[what]: as_html(
+            stats(
+                [one[name] for name in one._in_order() if one[name].is_kept], progress=progress
+            )._table()
+        )
+        for what, one in acts._besides().items()
+    }
+
+
+# --- Charts --------------------------------------------------------------------------------------------
+
+
+def _distributions(found: Stats) -> str:
+    rows = [row for row in found if row.histogram.counts]
+    if not rows:
+        return "<p>No layer has a finite value.</p>"
+    some = [rows[at] for at in spread(len(rows), _ROWS)]
+    about = "A thin line from the 1st to the 99th percentile, a thick one over the middle half, a dot at the median."
+    return f"<p>{about}{_some(len(some), len(rows), 'tensor')}</p>{boxes([*map(_box, some)])}"
+
+
+def _box(row: Row) -> Box:
+    low, lower, median, upper, high = (
+        min(max(row.histogram.quantile(share), row.min), row.max) for share in _PERCENTILES
+    )
+    return Box(shown(row.layer) + row.leaf, (low, lower, median, upper, high))
+
+
+def _drift(layers: Sequence[Layer[Any]], *, progress: bool) -> str:
+    moving = [layer for layer in layers if len({*layer.passes}) > 1]
+    if not moving:
+        return "<p>No layer has calls in two passes, so there is no course to draw.</p>"
+    some = [moving[at] for at in spread(len(moving), _LAYERS)]
+    with showing("drift", sum(min(len(one), _POINTS) for one in some), progress=progress) as each:
+        points = [(shown(layer.name), course(layer, each, _POINTS)) for layer in some]
+    most = max(map(len, some))
+    calls = f" Of up to {most:,} calls of each layer {_POINTS} are drawn." if most > _POINTS else ""
+    charts = "".join(
+        lines(what, [Line(name, _along(course, at)) for name, course in points])
+        for at, what in enumerate(("mean", "standard deviation", "share of zeros"), 1)
+    )
+    about = f"Each point is one call.{calls}{_some(len(some), len(moving), 'layer')}"
+    return f"<p>{about}</p>{charts}{key([name for name, _ in points])}"
+
+
+def _along(points: Sequence[Point], at: int) -> list[tuple[float, float]]:
+    return [(point.number, point[at]) for point in points]
+
+
+def _similarity(acts: Recording[Any], layers: Sequence[Layer[Any]], *, progress: bool) -> str:
+    some = [layers[at].name for at in spread(len(layers), _LAYERS)]
+    with showing("similarity", 2 * len(some), progress=progress) as each:
+        found = similarity(acts, some, _SAMPLES, each)
+    if not found.matrix:
+        return (
+            f"<p>Not drawn: it needs {FEWEST} samples or more that layers have in common, and there are {found.samples}. Of fewer it "
+            "is large whatever the layers do.</p>"
+        )
+    alike = _some(len(found.names), len(layers), "layer")
+    about = (
+        f"Linear CKA of {count(found.samples, 'sample')}: 1 where layers represent them in the same way, up to rotation and scale; "
+        "nothing where a layer has NaN, or the same for all of them."
+    )
+    return f"<p>{about}{alike}</p>{heat([*map(shown, found.names)], found.matrix)}"
+
+
+def _some(many: int, total: int, noun: str) -> str:
+    """What a chart leaves out, if it does."""
+    return f" It shows {many:,} of {count(total, noun)}." if many < total else ""
+
+
+# --- Loading -------------------------------------------------------------------------------------------
+
+
+def _loading(acts: Recording[Any], layers: Sequence[Layer[Any]]) -> str:
+    """Code that opens the recording."""
+    name = layers[0].name if layers else next(iter(acts), "name")
+    lines = ["import actrec", ""]
+    where = acts._where or "run"
+    lines += ['acts.save("run")  # this recording was in memory'] * (not acts._where)
+    lines += [
+        f"acts = actrec.load({where!r})",
+        f"acts[{name!r}][0]      # what the first call returned",
+        f"acts[{name!r}].cat()   # all calls, joined along the batch",
+        "acts.stats()",
+    ]
+    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+
+
+_STYLE: Final = """
+:root { color-scheme: light dark; --back: #fff; --fore: #1b1b1b; --line: #8888; --soft: #8881; --blue: rgb(47, 111, 176); --good: #1a7a46; }
+@media (prefers-color-scheme: dark) { :root { --back: #16181c; --fore: #e8e8e8; --blue: #6aa7e0; } }
+body { margin: 0; background: var(--back); color: var(--fore); font: 15px/1.5 system-ui, sans-serif; }
+main { max-width: 1400px; margin: 0 auto; padding: 12px 16px 48px; }
+h1 { font-size: 22px; overflow-wrap: anywhere; margin: 8px 0; } h2 { font-size: 18px; margin: 32px 0 8px; }
+h3 { font-size: 14px; margin: 14px 0 0; } p { margin: 6px 0; overflow-wrap: anywhere; }
+main > p > span { font-weight: 600; padding: 1px 7px; border-radius: 3px; color: #fff; background: #b83226; }
+main > p > span.good { background: var(--good); }
+nav { display: flex; flex-wrap: wrap; gap: 4px 16px; } a { color: var(--blue); }
+li { white-space: pre-line; overflow-wrap: anywhere; }
+pre { background: var(--soft); padding: 10px 12px; overflow-x: auto; font-size: 13px; }
+code { overflow-wrap: anywhere; }
+"""
