@@ -20,7 +20,7 @@ from actrec._calls.forwards import Forward
 from actrec._calls.functions import Functions, stop_key
 from actrec._calls.hooks import Event, Hook
 from actrec._calls.layer import Track
-from actrec._calls.options import Options
+from actrec._calls.options import Options, refuse_functions
 from actrec._calls.own_calls import is_tracing
 from actrec._calls.placing import Hooks
 from actrec._calls.recorder import Recorder
@@ -63,6 +63,7 @@ def record(
     device: torch.device | str | int | None = "cpu",
     dtype: torch.dtype | None = None,
     stop_early: bool = False,
+    compiled: bool = False,
     into: Callable[[], Any] | str | os.PathLike[str] = list,
     resume: bool = False,
 ) -> AbstractContextManager[Recorder[V]]:
@@ -118,7 +119,7 @@ def record(
     ``"**:*"`` records all that are called, in execution order: the way to find their names.
 
     Args:
-        model: any ``torch.nn.Module``. Compiled models run eagerly inside the block.
+        model: any ``torch.nn.Module``. Compiled models run eagerly inside the block, unless ``compiled=True``.
         layers: the layer queries. With ``()`` nothing is recorded but what ``inputs`` or ``grads`` ask for:
             ``record(model, (), inputs="**.o_proj")``.
         transform: ``value -> value``, applied to what a layer returns before it is copied or moved, such
@@ -147,6 +148,11 @@ def record(
         stop_early: end each forward as soon as every chosen layer has run in it once: later layers are not computed, and
             the call of the model returns ``None``. A forward in which one of them does not run is not ended. For functions, the
             module that calls them has to run. With ``grads=True`` it needs ``detach=False``.
+        compiled: keep compiled code compiled in the block: compiled models, blocks and functions that call the model, as
+            :func:`torch.compile` makes them. What calls a chosen layer is compiled once more, when it is first called in the
+            block. Entering again with the same layers compiles nothing, and behind the block the code of before is used again.
+            Recorded is what the compiled code computes, which may differ from eager mode in the last bits. It is not supported
+            with ``stop_early``, ``detach=False`` and functions.
         into: a factory of the container for the calls of a layer, which needs ``append``, such as
             ``functools.partial(collections.deque, maxlen=10)``. Or of what reduces them, with ``update`` and ``compute``: a
             metric of torchmetrics, or a reduction of :mod:`actrec.reduce`, such as its ``Moments``. Both run as transforms do,
@@ -203,12 +209,18 @@ def record(
         device=device,
         dtype=dtype,
         stop_early=stop_early,
+        compiled=compiled,
         into=into,
         resume=resume,
     )
     selection = select(model, layers, transform, inputs=inputs, grads=grads)
     if stop_early:
         refuse_sharded(model)
+    if compiled:
+        refuse_functions(selection)
+        from ._calls.in_graph.self_test import prepare  # noqa: PLC0415
+
+        prepare()
     return _Block(model, selection, options)
 
 
@@ -227,6 +239,12 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         )
         stop = EarlyStop() if options.stop_early else None
         self._session = Session(stop=stop)
+        self._hook: type[Hook[Any]] = Hook
+        if options.compiled:
+            from ._calls.in_graph.hook import HookInGraph  # noqa: PLC0415
+            from ._calls.in_graph.room import Room  # noqa: PLC0415
+
+            self._hook, self._session.eager = HookInGraph, Room()
         self._session.offload = offload_for(self._capture, self._session.passes)
         self._functions: Functions | None = None
         self._doubted = False
@@ -250,7 +268,10 @@ class _Block(AbstractContextManager[Recorder[Any]]):
                 stack.callback(forward.remove)
                 forward.place()
             stack.callback(hooks.remove)
-            hooks.place(self._plan())
+            plan = [*self._plan()]
+            hooks.place(plan)
+            if self._options.compiled:
+                stack.enter_context(self._marks(plan))
             stack.callback(self._tracks.end)
             # If the block is dropped without being left, as with a generator, this runs all the same.
             self._clean_up = weakref.finalize(recorder, stack.pop_all().close)
@@ -401,28 +422,35 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         owners = [owner for query in self._selection.functions for owner in query.owners]
         return names | {f"{name}:": f"{owner.key}:" for owner in owners for name in owner.names}
 
+    def _marks(self, plan: list[tuple[nn.Module, Hook[Any]]]) -> AbstractContextManager[None]:
+        """What makes the compiler see the hooks. It goes off the model before they do."""
+        from ._calls.in_graph.mark import Marks  # noqa: PLC0415
+
+        return Marks(self._model, [(module, hook.event) for module, hook in plan])
+
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""
+        hook = self._hook
         hooks: dict[nn.Module, list[Hook[Track]]] = {}
         for choice in self._selection.choices:
             _, track = self._tracks.of[choice.key]
-            hooks[choice.module] = [Hook(Event.RETURN, track, Track.returns)]
+            hooks[choice.module] = [hook(Event.RETURN, track, Track.returns)]
             if track.inputs is not None:
-                hooks[choice.module].insert(0, Hook(Event.RECEIVE, track, Track.receives))
+                hooks[choice.module].insert(0, hook(Event.RECEIVE, track, Track.receives))
         session, parents = self._session, self._selection.parents
         for module in parents:
             caller = Caller(module, hooks, is_root=module is self._model)
-            yield module, Hook(Event.ENTER, session, caller.enters)
+            yield module, hook(Event.ENTER, session, caller.enters)
         if self._functions is not None:
             for module in self._functions.replicated(self._model):
-                yield module, Hook(Event.ENTER, session, Session.look_for_replicas)
+                yield module, hook(Event.ENTER, session, Session.look_for_replicas)
         for module, its_hooks in hooks.items():
-            yield from ((module, hook) for hook in its_hooks)
+            yield from ((module, one) for one in its_hooks)
         for module in parents:
-            yield module, Hook(Event.LEAVE, session, Session.leave)
+            yield module, hook(Event.LEAVE, session, Session.leave)
         if session.stop is not None:
             for module in dict.fromkeys([*hooks, *(owner.module for owner in self._owners())]):
-                yield module, Hook(Event.STOP, session, Session.may_stop)
+                yield module, hook(Event.STOP, session, Session.may_stop)
 
 
 def _position(into: object) -> tuple[int, int, str | None]:

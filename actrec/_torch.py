@@ -129,6 +129,20 @@ def hook_tables(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     return forward_hooks(module), forward_pre_hooks(module)
 
 
+def renumber(module: nn.Module, old: int, new: int) -> int:
+    """Give a hook of ``module`` another number, in the table that it is in and in those of how it is called. Return that."""
+    for name, table in vars(module).items():
+        if name.startswith("_forward") and "hooks" in name and old in table:
+            is_first = next(iter(table)) == old
+            table[new] = table.pop(old)
+            if is_first:
+                table.move_to_end(new, last=False)
+    return new
+
+
+#: How ``DataParallel`` makes a replica of a module: the name of a method. A version without it does not ask for one.
+REPLICATE: Final = "_replicate_for_data_parallel"
+
 #: The code that calls a module, by which its calls are found on Python's stack. Without it, none are.
 CALL_CODE: Final = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
 
@@ -315,6 +329,38 @@ def stance_setter() -> Callable[[Any], Any] | None:
     """What replaces that. The public one takes no object that answers by itself, and undoes what a user sets behind it."""
     setter: Callable[[Any], Any] | None = _of("torch._dynamo.eval_frame", "_set_stance")
     return setter
+
+
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether it is what ``torch.compile(model)`` returns. Without the name, it is taken for any module."""
+    kind = _of("torch._dynamo.eval_frame", "OptimizedModule")
+    return kind is not None and isinstance(module, kind)
+
+
+def not_compiled_alone(*functions: Any) -> None:
+    """Keep the compiler from compiling calls of functions, and what those call, that it has not come across in other code."""
+    from torch._C._dynamo import eval_frame  # noqa: PLC0415
+    from torch._dynamo import types  # noqa: PLC0415  # which takes a second, where nobody has imported it
+
+    action: Any = types.FrameAction  # type: ignore[attr-defined]
+    strategy: Any = types.FrameExecStrategy  # type: ignore[attr-defined]
+    for function in functions:
+        eval_frame.set_code_exec_strategy(function.__code__, strategy(action.SKIP, action.SKIP))
+
+
+def count_graphs() -> int:
+    """How many graphs were compiled in this process."""
+    counters = _of("torch._dynamo.utils", "counters")
+    return int(counters["stats"]["unique_graphs"])
+
+
+#: The limits of how often a piece of code is compiled: settings of ``torch._dynamo.config``.
+LIMITS: Final = ("recompile_limit", "accumulated_recompile_limit")
+
+
+def compiler_config() -> Any:
+    """The settings of the compiler, which is loaded."""
+    return _of("torch._dynamo", "config")
 
 
 def as_constant(function: F) -> F:

@@ -31,7 +31,7 @@ from actrec._torch import (
 )
 from actrec.errors import ActrecError
 
-__all__ = ["COMPILING", "Eager"]
+__all__ = ["COMPILING", "Eager", "Stance"]
 
 COMPILING = (
     "record() was called inside a function that torch.compile is compiling, where hooks do not run. "
@@ -43,7 +43,17 @@ COMPILING = (
 _taking = threading.RLock()
 
 
-class Eager(AbstractContextManager[None]):
+class Stance(AbstractContextManager[None]):
+    """What a block does to the compiler while it is open."""
+
+    replaced = False  # by one that the user has set inside the block
+    made_way = False  # for an operator that compiles itself
+
+    def hold(self) -> None:
+        """Take it now, if the compiler was not there when the block began."""
+
+
+class Eager(Stance):
     """A stance of the compiler while a block is open; after that, it is the one that it took the place of.
 
     So it does no harm where it is left: a stance that the user sets inside the block stays, and may bring this
@@ -55,8 +65,6 @@ class Eager(AbstractContextManager[None]):
         self._public: Any = None
         self._set: Any = None
         self._ended = False
-        self.replaced = False  # by one that the user has set inside the block
-        self.made_way = False  # for an operator that compiles itself
 
     @property
     def stance(self) -> str:
@@ -81,8 +89,8 @@ class Eager(AbstractContextManager[None]):
         ) as error:  # the compiler forbids it in what it compiles
             raise ActrecError(COMPILING) from error
 
+    @override
     def hold(self) -> None:
-        """Take the stance now, if the compiler was not there when the block began."""
         if self._before is None and is_compiler_loaded():
             with suppress(RuntimeError):  # as above
                 self._take()

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Forward", "Runner", "when_copied"]
+__all__ = ["Forward", "Runner", "placing", "when_copied", "without_ended"]
 
 
 #: A module has one ``forward``, and blocks of several threads may be about to change it.
-_placing = threading.RLock()
+placing = threading.RLock()
 
 
 class Runner(Protocol):
@@ -73,7 +73,7 @@ class Forward:
 
     def place(self) -> None:
         """Put it on the module."""
-        with _placing:
+        with placing:
             self.forward = self.module.forward
             self.own = vars(self.module).get("forward")
             update_wrapper(self, self.forward, updated=())
@@ -83,7 +83,7 @@ class Forward:
         """Take it off again, unless somebody has put another forward in its place meanwhile."""
         self._runner = _nothing
         attributes = vars(self.module)
-        with _placing:
+        with placing:
             above = attributes.get("forward")
             if above is self:
                 del attributes["forward"]
@@ -94,6 +94,13 @@ class Forward:
                 if above.own is self:
                     above.forward, above.own = self.forward, self.own
                 above = above.own
+
+
+def without_ended(forward: Any) -> Any:
+    """Return what was set on a module, or what that stands for, if it is of a block that has ended."""
+    while isinstance(forward, Forward) and forward._runner is _nothing:
+        forward = forward.own
+    return forward
 
 
 def _nothing() -> None:

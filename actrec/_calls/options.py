@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from actrec._selection.queries import Transform
+    from actrec._selection.selection import Selection
 
-__all__ = ["Options"]
+__all__ = ["Options", "refuse_functions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ class Options:
     device: torch.device | str | int | None = "cpu"  #: once it is checked, as tensors say it
     dtype: torch.dtype | None = None
     stop_early: bool = False
+    compiled: bool = False
     into: Callable[[], Any] | str | os.PathLike[str] = list
     resume: bool = False
 
@@ -52,6 +54,7 @@ class Options:
             raise OptionError(message)
         self._check_into()
         self._check_gradients()
+        self._check_compiled()
         object.__setattr__(self, "device", _checked_device(self.device))
         _check_dtype(self.dtype)
 
@@ -111,6 +114,36 @@ class Options:
                 "back. Record without stop_early, or pass detach=False and take the loss of what was recorded."
             )
             raise OptionError(message)
+
+    def _check_compiled(self) -> None:
+        if not self.compiled:
+            return
+        if self.stop_early:
+            message = (
+                "record(compiled=True, stop_early=True): compiled code cannot be left in the middle. Without compiled=True the "
+                "model runs eagerly in the block, and stops early."
+            )
+            raise OptionError(message)
+        if self.grads is not False:
+            message = "record(compiled=True, grads=...): gradients are not recorded in compiled code. Record without compiled=True."
+            raise OptionError(message)
+        if not self.detach:
+            message = (
+                "record(compiled=True, detach=False): the graph of compiled code has no nodes of single layers. Let the model "
+                "return what the loss needs, or record without compiled=True."
+            )
+            raise OptionError(message)
+
+
+def refuse_functions(selection: Selection) -> None:
+    """Raise ``OptionError`` if functions are to be recorded in compiled code."""
+    if selection.functions:
+        query = selection.functions[0].query
+        message = (
+            f"record({query!r}, compiled=True): compiled code does not call the functions that the model calls, it has them fused. "
+            "Record the modules around them, or without compiled=True."
+        )
+        raise OptionError(message)
 
 
 def _bad_container(into: object) -> str:

@@ -13,7 +13,7 @@ from actrec._torch import compiles_itself, is_replica
 from actrec._values.snapshot import explain
 
 from .clean_room import depth, inside
-from .compiled import Eager
+from .compiled import Eager, Stance
 from .own_calls import is_own_call
 from .passes import Passes
 
@@ -36,7 +36,7 @@ class Session:
     stop: EarlyStop | None = None
     offload: Offload | None = None  # what moves values from a GPU into memory
     passes: Passes = field(default_factory=Passes)
-    eager: Eager = field(default_factory=Eager)  # what keeps compiled code from running
+    eager: Stance = field(default_factory=Eager)  # towards the compiler
     recording: bool = False  # active, and not paused
     active: bool = False
     interrupted: bool = False

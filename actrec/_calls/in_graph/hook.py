@@ -1,0 +1,104 @@
+"""The hook in compiled code: the compiler reads a call of the operator in its place, which tells the hook itself.
+
+Where the module is called by code that is not compiled, it is called as any hook is.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling, is_exporting  # constants in what the compiler reads
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from actrec._calls.forwards import when_copied
+from actrec._calls.hooks import Event, Hook, T
+from actrec._torch import hook_tables, renumber
+
+from .mark import own_forward, unmark
+from .operator import TOKEN, new_key, tell, tell_nested
+from .outline import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+__all__ = ["HookInGraph"]
+
+_OUTPUT, _RECEIVED, _NOTHING = range(3)
+#: What of a call a hook is told.
+_TOLD: Final = {Event.RETURN: _OUTPUT, Event.RECEIVE: _RECEIVED}
+
+
+class HookInGraph(Hook[T]):
+    """A hook that compiled code reports to."""
+
+    __slots__ = ("__weakref__", "key", "told")
+
+    def __init__(self, event: Event, target: T, hear: Callable[..., object]) -> None:
+        super().__init__(event, target, hear)
+        self.told = _TOLD.get(event, _NOTHING)
+        self.key = new_key(self)
+
+    @override
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, output: Any = None
+    ) -> None:
+        if is_dynamo_compiling():
+            if not is_exporting():
+                _tell(self, args, kwargs, output)
+            return
+        target = self._target()
+        if target is not None:
+            self._hear(target, self, module, args, kwargs, output)
+
+    def hear(self, value: Any) -> None:
+        """Compiled code has called the module; ``value`` is what the module has returned, or received."""
+        target, module = self._target(), self.module()
+        if target is None or module is None:
+            return
+        self.looked = (
+            RemovableHandle.next_id
+        )  # hooks of others are where the compiler has found them
+        if self.told == _RECEIVED:
+            args, kwargs = value
+            self._hear(target, self, module, args, kwargs, None)
+        else:
+            self._hear(target, self, module, (), None, value)
+
+    @override
+    def register(self, module: nn.Module) -> RemovableHandle:
+        """Register this hook on ``module``, under a number that is the same each time: code was compiled for that."""
+        handle = super().register(module)
+        used = {number for table in hook_tables(module) for number in [*table]}
+        # No other hook has a number below zero.
+        numbers = (-self.event.value - depth * len(Event) for depth in itertools.count())
+        handle.id = renumber(module, handle.id, next(n for n in numbers if n not in used))
+        return handle
+
+    @override
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Callable[..., None]:
+        module = self.module()
+        copied = memo.get(id(module))
+        if module is not None and copied is not None:
+            when_copied(memo, partial(unmark, copied, copy.deepcopy(own_forward(module), memo)))
+        return super().__deepcopy__(memo)
+
+
+def _tell(hook: HookInGraph[Any], args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+    """What the compiler reads: a call of the operator."""
+    if hook.told == _NOTHING:
+        tell(None, hook.key, TOKEN)
+    elif hook.told == _OUTPUT and type(output) is Tensor:
+        tell(output, hook.key, TOKEN)
+    else:
+        tensors: list[Tensor] = []
+        numbers: list[int] = []
+        value = output if hook.told == _OUTPUT else (args, kwargs)
+        outline = encode(value, tensors, numbers)
+        tell_nested(tensors, numbers, outline, hook.key, TOKEN)

@@ -1,0 +1,187 @@
+"""A nested value on its way out of compiled code: its tensors, its numbers, and a text that says all the rest.
+
+:func:`encode` is read by the compiler, which knows the structure of a value while it reads, and keeps the text as a
+constant of the graph. So it is written in what the compiler can read, and takes apart what a compiled model can return;
+anything else becomes an :class:`Opaque`, as it does in eager mode. :func:`decode` makes the value again when the graph runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+from actrec._torch import as_constant
+from actrec._values.stand_ins import Opaque, qualified
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["decode", "encode"]
+
+
+# --- What the compiler reads -----------------------------------------------------------------------------
+
+_LITERALS = (type(None), bool, str, float, complex, bytes)
+_NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, type)
+
+
+def encode(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
+    """Put the tensors and integers of ``value`` into the lists, each tensor once, and return the rest as a text."""
+    if isinstance(value, Tensor):
+        for at, known in enumerate(tensors):
+            if known is value:
+                return f"('tensor', {at})"
+        tensors.append(value)
+        return f"('tensor', {len(tensors) - 1})"
+    if value is None or isinstance(value, _LITERALS):
+        return f"('literal', {value!r})"
+    if isinstance(value, int):
+        numbers.append(value)
+        return f"('number', {len(numbers) - 1})"
+    if isinstance(value, _NAMED):
+        return f"('named', {_name(value)!r})"
+    return _encode_object(value, tensors, numbers)
+
+
+def _encode_object(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
+    kind = type(value)
+    name = _name(kind)
+    if isinstance(value, (tuple, list)):
+        children = [encode(item, tensors, numbers) for item in value]
+        return f"('sequence', {name!r}, [{', '.join(children)}])"
+    if isinstance(value, dict):
+        children = [
+            f"({encode(key, tensors, numbers)}, {encode(item, tensors, numbers)})"
+            for key, item in value.items()
+        ]
+        return f"('mapping', {name!r}, [{', '.join(children)}])"
+    if dataclasses.is_dataclass(kind):
+        fields = [
+            f"({field.name!r}, {encode(getattr(value, field.name), tensors, numbers)})"
+            for field in dataclasses.fields(kind)
+            if hasattr(value, field.name)
+        ]
+        return f"('record', {name!r}, [{', '.join(fields)}])"
+    return f"('opaque', {name!r})"
+
+
+_named: dict[str, Any] = {}
+
+
+@as_constant
+def _name(constant: Any) -> str:
+    """Return a name for a class, or for a constant that has no literal, by which :func:`decode` finds it."""
+    name = what = qualified(constant) if isinstance(constant, type) else repr(constant)
+    number = 1
+    while _named.setdefault(name, constant) != constant:  # another one of the same name
+        number += 1
+        name = f"{what} #{number}"
+    return name
+
+
+# --- When the graph runs -----------------------------------------------------------------------------------
+
+_Fill: TypeAlias = Callable[["Sequence[Tensor]", "Sequence[int]"], Any]
+
+
+def decode(outline: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
+    """Return the value again, of these tensors and numbers."""
+    return _parsed(outline)(tensors, numbers)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(outline: str) -> _Fill:
+    return _filling(ast.literal_eval(outline))
+
+
+def _filling(parsed: tuple[Any, ...]) -> _Fill:
+    """What makes the value that the text is about."""
+    what, *rest = parsed
+    return _FILLING[what](*rest)
+
+
+def _tensor(at: int) -> _Fill:
+    return lambda tensors, _: tensors[at]
+
+
+def _number(at: int) -> _Fill:
+    return lambda _, numbers: numbers[at]
+
+
+def _constant(value: Any) -> _Fill:
+    return lambda _, __: value
+
+
+def _sequence(name: str, children: list[tuple[Any, ...]]) -> _Fill:
+    kind, fills = _named[name], [*map(_filling, children)]
+
+    def fill(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
+        items = [child(tensors, numbers) for child in fills]
+        if kind is list:
+            return items
+        base: Any = tuple if issubclass(kind, tuple) else list
+        if issubclass(kind, tuple):
+            # One that was made in C is made of one sequence.
+            return (
+                kind(items)
+                if kind.__module__ == "torch.return_types"
+                else base.__new__(kind, items)
+            )
+        made = base.__new__(kind)
+        base.extend(made, items)
+        return made
+
+    return fill
+
+
+def _mapping(name: str, children: list[tuple[tuple[Any, ...], tuple[Any, ...]]]) -> _Fill:
+    kind, keys = _named[name], [_filling(key) for key, _ in children]
+    fills = [_filling(item) for _, item in children]
+    base: Any = OrderedDict if issubclass(kind, OrderedDict) else dict
+    is_record = dataclasses.is_dataclass(kind)  # whose items are attributes too
+
+    def fill(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
+        made = base.__new__(kind)
+        for key, item in zip(keys, fills, strict=True):
+            name, value = key(tensors, numbers), item(tensors, numbers)
+            base.__setitem__(made, name, value)
+            if is_record:
+                object.__setattr__(made, name, value)
+        if is_record:
+            for field in dataclasses.fields(kind):
+                if field.name not in made:
+                    object.__setattr__(made, field.name, None)
+        return made
+
+    return fill
+
+
+def _record(name: str, children: list[tuple[str, tuple[Any, ...]]]) -> _Fill:
+    kind, fills = _named[name], [(field, _filling(item)) for field, item in children]
+
+    def fill(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
+        made = object.__new__(kind)
+        for field, item in fills:
+            object.__setattr__(made, field, item(tensors, numbers))
+        return made
+
+    return fill
+
+
+_FILLING: Final[dict[str, Callable[..., _Fill]]] = {
+    "tensor": _tensor,
+    "number": _number,
+    "literal": _constant,
+    "named": lambda name: _constant(_named[name]),
+    "opaque": lambda name: _constant(Opaque(qualified(_named[name]))),
+    "sequence": _sequence,
+    "mapping": _mapping,
+    "record": _record,
+}

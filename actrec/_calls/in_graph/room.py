@@ -1,0 +1,54 @@
+"""Room in the compiler's limits, for code that is compiled once more because it is recorded.
+
+Of one piece of code the compiler compiles so many versions, and then runs it eagerly, or raises. Those that are compiled for
+a block come on top of the user's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Final
+
+from typing_extensions import override
+
+from actrec._calls.compiled import Stance
+from actrec._torch import LIMITS, compiler_config, count_graphs
+
+__all__ = ["Room"]
+
+_changing: Final = threading.RLock()
+
+
+class _Open:
+    """How many blocks are open, how much room they have been given, and how many graphs there were before."""
+
+    blocks = 0
+    graphs = 0
+    given: dict[str, int]
+
+
+class Room(Stance):
+    """While a block is open, there may be twice as many versions; behind it, those that were compiled in it count on top."""
+
+    @override
+    def __enter__(self) -> None:
+        config = compiler_config()
+        with _changing:
+            _Open.blocks += 1
+            if _Open.blocks == 1:
+                _Open.graphs = count_graphs()
+                _Open.given = {limit: getattr(config, limit) for limit in LIMITS}
+                for limit, given in _Open.given.items():
+                    setattr(config, limit, getattr(config, limit) + given)
+
+    @override
+    def __exit__(self, *_: object) -> None:
+        config = compiler_config()
+        with _changing:
+            _Open.blocks -= 1
+            if _Open.blocks == 0:
+                used = max(
+                    0, count_graphs() - _Open.graphs
+                )  # unless somebody has set the counter back
+                for limit, given in _Open.given.items():
+                    setattr(config, limit, getattr(config, limit) - given + min(used, given))
