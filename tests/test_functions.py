@@ -31,7 +31,7 @@ from actrec import (
     load,
     record,
 )
-from actrec._calls import functions
+from actrec._calls import function_mode
 from actrec._calls.forwards import Forward
 from actrec._calls.parameters import named
 from actrec._torch import count_function_modes
@@ -461,10 +461,8 @@ def test_interrupted_at_any_line_no_mode_and_no_forward_stays() -> None:
 
         def trace(frame: Any, event: str, _: object) -> Any:
             nonlocal lines
-            if (
-                "actrec/_calls/functions.py" not in frame.f_code.co_filename
-                and "forwards.py" not in frame.f_code.co_filename
-            ):
+            files = ("_calls/function_mode.py", "_calls/functions.py", "_calls/forwards.py")
+            if not frame.f_code.co_filename.endswith(files):
                 return trace if event == "call" and "actrec" in frame.f_code.co_filename else None
             if event == "line":
                 lines += 1
@@ -833,7 +831,7 @@ def test_a_compiled_model_runs_eagerly_and_its_functions_are_recorded() -> None:
 def test_what_the_compiler_reads_is_the_plain_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net()
     with pytest.warns(UnusedLayerWarning), record(net, "blocks.*:add"):
-        monkeypatch.setattr(functions, "is_dynamo_compiling", lambda: True)
+        monkeypatch.setattr(function_mode, "is_dynamo_compiling", lambda: True)
         net(X)
         assert count_function_modes() == 0
 

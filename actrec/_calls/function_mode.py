@@ -1,0 +1,353 @@
+"""The mode of PyTorch's that sees what the forward of a module calls, on only while that runs, and what turns it on and off.
+
+The ``forward`` of each module whose functions are asked for (an :class:`Owner`) is run by a :class:`Watcher`, and that of
+each module below it by an :class:`Aside`. They say whose functions are called now, and push and pop the :class:`_Mode` of
+the thread, in a ``finally``: hooks would not run behind a ``KeyboardInterrupt``. Below an owner the mode is popped while another
+module's forward runs; where that is inside a mode of the model's own, it stays on, and records nothing.
+
+Whatever is asked of a function that is not recorded is asked once: from then on it costs what PyTorch takes to call a mode.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+from actrec._selection.functions import canonical
+from actrec._selection.selection import Choice
+from actrec._torch import (
+    CALL_CODE,
+    count_function_modes,
+    function_mode_at,
+    pop_function_mode,
+    push_function_mode,
+)
+from actrec._values.spec import tensors
+
+from .layer import Unrecorded
+from .own_calls import OWN_MODES, is_tracing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import FrameType
+
+    from actrec._selection.functions import FunctionQuery, Owner, What
+    from actrec._selection.queries import Transform
+
+    from .forwards import Forward
+    from .layer import Track
+    from .session import Session
+
+    #: Makes the track of a chosen function, and what makes its layers part of the recording.
+    Make = Callable[[Choice], tuple[Track, Callable[[], None]]]
+
+__all__ = ["Aside", "Asked", "Shared", "Watcher", "stop_key"]
+
+_ATTRIBUTE: Final = ("__get__", "__set__", "__delete__")
+#: In evaluation they compute all in one fused function, but for a mode that is on: it would change the last bits.
+_FUSED: Final = (nn.MultiheadAttention, nn.TransformerEncoder)
+_DISPATCH: Final = ("__torch_function__", "handle_torch_function")
+#: The folder that the files of actrec are in.
+_PACKAGE: Final = f"{Path(__file__).parents[1]}{os.sep}"
+
+
+def name_of(function: Any) -> str:
+    """Return the name of a function of PyTorch's: that of an operator, an attribute or an overload is the plain one."""
+    name: str = getattr(function, "__name__", type(function).__name__)
+    if name in _ATTRIBUTE:
+        name = function.__self__.__name__
+    return canonical(name.partition(".")[0])
+
+
+def stop_key(owner: Owner) -> str:
+    """Return what stands for an owner among the layers that a forward ends behind."""
+    return f"{owner.key}:"
+
+
+class Asked:
+    """What some queries ask for, by the names of functions."""
+
+    def __init__(self, queries: Iterable[FunctionQuery]) -> None:
+        # One that spells a function out goes before others.
+        self.queries = sorted(queries, key=lambda query: not query.is_spelled_out)
+        self._of: dict[str, dict[What, Transform | None]] = {}
+
+    def of(self, name: str) -> dict[What, Transform | None]:
+        """Return what is to be recorded of functions of a name: the transform of each."""
+        found = self._of.get(name)
+        if found is None:
+            found = {}
+            for query in self.queries:
+                if query.asks_for(name):
+                    found.setdefault(query.what, query.transform)
+            self._of[name] = found
+        return found
+
+
+class _Function:
+    """The functions of one name that one module calls: what is recorded of them, if anything is."""
+
+    __slots__ = ("calls", "is_set", "publish", "track")
+
+    def __init__(self, name: str) -> None:
+        self.calls = 0  # of those that are recorded, all; of others, the first of each
+        #: It returns nothing: its value is what it has written to.
+        self.is_set = name == "setitem"
+        self.track: Track | None = None
+        self.publish: Callable[[], None] | None = None  # until a call has returned a tensor
+
+
+class _Mode(TorchFunctionMode):
+    """Hears of every function that the forward of an owner calls, in one thread."""
+
+    watcher: Watcher | None = None  # whose functions are called now
+    is_on = False  # whether it is on the stack of this thread
+
+    @override
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        watcher = self.watcher
+        if watcher is not None:
+            function = watcher.by_function.get(func)
+            if (function is None or function.track is not None) and not _is_called_by_us():
+                function = function or watcher.function(func)
+                track = function.track
+                if track is not None:
+                    # All in this one frame: a mode of another block looks at who calls the function.
+                    kwargs = kwargs or {}
+                    function.calls += 1
+                    received = None if track.inputs is None else track.takes(func, args, kwargs)
+                    result = func(*args, **kwargs)
+                    returned = args[0] if function.is_set else result
+                    if type(returned) is Tensor or tensors(returned):
+                        try:
+                            track.gives(watcher.owner.module, returned, received)
+                        finally:
+                            if function.publish is not None and track.called:
+                                watcher.publish(function)
+                    return result
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+    # --- The stack of this thread ---------------------------------------------------------------------------
+
+    def is_last(self) -> bool:
+        """Whether it is the mode that a function is given to first."""
+        many = count_function_modes()
+        return many > 0 and function_mode_at(many - 1) is self
+
+    def aside(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the forward of a module below an owner, whose functions are nobody's."""
+        before, self.watcher = self.watcher, None
+        # Below a mode of the model's own, it stays where it is.
+        is_last = self.is_last()
+        if is_last:
+            pop_function_mode()
+            self.is_on = False
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            if is_last:
+                self.is_on = True
+                push_function_mode(self)
+            self.watcher = before
+
+    def listen_again(self, watcher: Watcher | None, *, was_first: bool) -> None:
+        """Go back to what was before, whatever is on the stack."""
+        self.watcher = watcher
+        if was_first:
+            above = []
+            while any(function_mode_at(at) is self for at in range(count_function_modes())):
+                above.append(pop_function_mode())
+            for mode in reversed(above[:-1]):  # which the model has left there
+                push_function_mode(mode)
+            self.is_on = False
+
+
+OWN_MODES.add(_Mode)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.mode = _Mode()
+
+
+# --- Running forwards ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Shared:
+    """What those that run the forwards of one block share."""
+
+    session: Session
+    make: Make
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    names: dict[Any, str] = field(default_factory=dict)  # of the functions that were called
+    thread: _Thread = field(default_factory=_Thread)
+
+    def forward(self, stood_for: Forward) -> Callable[..., Any]:
+        """Return the forward that is about to run: that of the module, or of a replica of it."""
+        if self.session.has_replicas:
+            return stood_for.forward_of(_called_module())
+        return stood_for.forward
+
+
+class Aside:
+    """Runs the forward of a module below an owner: what it calls is nobody's."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+
+    def run(self, stood_for: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the forward. Whatever ends it, the mode of this thread is as it was."""
+        if is_dynamo_compiling():
+            return stood_for.forward(*args, **kwargs)
+        forward = self._shared.forward(stood_for)
+        mode = self._shared.thread.mode
+        if mode.watcher is None:
+            return forward(*args, **kwargs)
+        return mode.aside(forward, args, kwargs)
+
+
+class Watcher:
+    """Runs the forward of an owner, and records the functions that it calls."""
+
+    def __init__(self, shared: Shared, owner: Owner, asked: Asked) -> None:
+        self.owner = owner
+        self.asked = asked
+        self._shared = shared
+        self.unrecorded: Counter[Unrecorded] = Counter()
+        self.ran = 0
+        self.fused = 0  # how often it was left alone, so that it runs as it would
+        self.by_name: dict[str, _Function] = {}
+        self.by_function: dict[Any, _Function] = {}
+
+    # --- Running it -----------------------------------------------------------------------------------------
+
+    def run(self, stood_for: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the forward. Whatever ends it, the mode of this thread is as it was."""
+        if is_dynamo_compiling():
+            return stood_for.forward(*args, **kwargs)
+        shared = self._shared
+        forward = shared.forward(stood_for)
+        mode = shared.thread.mode
+        before = mode.watcher
+        if not self._is_heard(inside=before is not None):
+            return forward(*args, **kwargs) if before is None else mode.aside(forward, args, kwargs)
+        is_first = not mode.is_on
+        try:
+            try:
+                mode.watcher = self
+                if is_first:
+                    mode.is_on = True  # first, so that it is looked for
+                    push_function_mode(mode)
+                result = forward(*args, **kwargs)
+            finally:
+                mode.watcher = before
+                if is_first and mode.is_last():
+                    pop_function_mode()
+                    mode.is_on = False
+        finally:
+            # That was interrupted, or the model has left modes of its own above this one.
+            if mode.watcher is not before or (is_first and mode.is_on):
+                mode.listen_again(before, was_first=is_first)
+        if shared.session.stop is not None:
+            shared.session.stop.ran(stop_key(self.owner))
+        return result
+
+    def _is_heard(self, *, inside: bool) -> bool:
+        """Whether what is called in it is looked at. If it runs ``inside`` another owner, that has been asked already."""
+        session = self._shared.session
+        self.ran += 1
+        if not session.listens():
+            self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
+            return False
+        module = self.owner.module
+        if isinstance(module, _FUSED) and not module.training:
+            self.fused += 1
+            return False
+        if not inside and is_tracing():
+            self.unrecorded[Unrecorded.TRACED] += 1
+            return False
+        return True
+
+    # --- What is called -------------------------------------------------------------------------------------
+
+    def function(self, function: Any) -> _Function:
+        """Return what is recorded of a function that is called for the first time."""
+        names = self._shared.names
+        name = names.get(function)
+        if name is None:
+            name = names[function] = name_of(function)
+        found = self.by_function[function] = self.named(name)
+        found.calls += 1
+        return found
+
+    def named(self, name: str) -> _Function:
+        """Return what is recorded of functions of a name."""
+        found = self.by_name.get(name)
+        return self._made(name) if found is None else found
+
+    def _made(self, name: str) -> _Function:
+        with self._shared.lock:
+            found = self.by_name.get(name)
+            if found is None:
+                found = _Function(name)
+                transforms = self.asked.of(name)
+                if transforms:
+                    key, module = f"{self.owner.key}:{name}", self.owner.module
+                    choice = Choice(key, module, (), transforms, is_function=True)
+                    found.track, found.publish = self._shared.make(choice)
+                self.by_name[name] = found
+        return found
+
+    def publish(self, function: _Function) -> None:
+        """Make what is recorded of a function part of the recording."""
+        with self._shared.lock:
+            if function.publish is not None:
+                function.publish()
+                function.publish = None
+
+
+# --- Who calls -------------------------------------------------------------------------------------------
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Whether the code of a frame is actrec's. Examples in its docstrings are a user's."""
+    return frame.f_code.co_filename.startswith(_PACKAGE)
+
+
+def _is_called_by_us() -> bool:
+    """Whether actrec calls the function that is running, to keep a value of a layer, or lets a transform call it."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if _is_ours(frame) and frame.f_code.co_filename != __file__:
+            return True
+        frame = frame.f_back if frame.f_code.co_name in _DISPATCH else None
+    return False
+
+
+def _called_module() -> nn.Module | None:
+    """The module whose forward is about to run: it may be a replica of the one that is known."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and _is_ours(frame):
+        frame = frame.f_back
+    # Where there are hooks, a function inside it calls the forward.
+    callers = [] if frame is None else [frame, frame.f_back]
+    return next((f.f_locals["self"] for f in callers if f and f.f_code is CALL_CODE), None)
