@@ -24,6 +24,7 @@ from actrec._calls.options import Options, refuse_functions
 from actrec._calls.own_calls import is_tracing
 from actrec._calls.placing import Hooks
 from actrec._calls.recorder import Recorder
+from actrec._calls.reduced import ReducedLayer
 from actrec._calls.self_test import offload_for
 from actrec._calls.session import Session
 from actrec._calls.stop_early import EarlyStop, refuse_sharded
@@ -214,6 +215,7 @@ def record(
         resume=resume,
     )
     selection = select(model, layers, transform, inputs=inputs, grads=grads)
+    options.check_reductions(selection)
     if stop_early:
         refuse_sharded(model)
     if compiled:
@@ -343,24 +345,30 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         """Open what the values go to, before anything happens to the model."""
         if self._options.path is None:
             return Memory(self._options, self._session.passes.undecided)
-        from .store.description import Description, LayerInfo, named  # noqa: PLC0415
+        from .store.description import Description, LayerInfo  # noqa: PLC0415
         from .store.folder import Folder  # noqa: PLC0415
         from .store.stream import Stream  # noqa: PLC0415
 
         layers = tuple(
-            LayerInfo(choice.key, type_name(choice.module), named(choice.transforms[role]), role)
+            LayerInfo.of(choice.key, type_name(choice.module), choice.treatments[role], role)
             for role in ROLES
             for choice in self._selection.of(role)
         )
         dtype = None if self._options.dtype is None else str(self._options.dtype)
         kind = type_name(self._model)
         functions = tuple(
-            LayerInfo(query.query, FUNCTION, named(query.transform), query.what)
+            LayerInfo.of(query.query, FUNCTION, query.treatment, query.what)
             for query in self._selection.functions
         )
         description = Description(kind, layers, self._names(), dtype=dtype, functions=functions)
         folder = Folder.of(self._options.path)
-        return Stream(folder, description, self._session.passes, resume=self._options.resume)
+        return Stream(
+            folder,
+            description,
+            self._session.passes,
+            reduced=ReducedLayer,
+            resume=self._options.resume,
+        )
 
     def _recorder(self) -> Recorder[Any]:
         """Make what keeps the calls: layers for each choice, and the track that leads to them."""
@@ -401,7 +409,9 @@ class _Block(AbstractContextManager[Recorder[Any]]):
 
     def _layers(self, role: What) -> dict[str, Layer[Any]]:
         return {
-            choice.key: self._destination.layer(role, at, choice.key, type_name(choice.module))
+            choice.key: self._destination.layer(
+                role, at, choice.key, type_name(choice.module), choice.treatments[role].make
+            )
             for at, choice in enumerate(self._selection.of(role))
         }
 

@@ -400,13 +400,19 @@ def unit(masks: list[Tensor], calls: list[Tensor], *, mask: str | None = "mask")
 
     undecided = {3}
     make = partial(reduce.TopK, k=100, mask=mask)
-    layer = ReducedLayer("up", make(), make, "Linear", undecided)
+    layer = ReducedLayer("up", make, "Linear", undecided)
     for call in calls:
         layer.keep(call, 3)
     for one in masks:
         layer.add("mask", one, 3)
     assert len(layer) == 0
     return layer
+
+
+def settle(layer: Any) -> None:
+    """The unit ends."""
+    layer.settle(3)
+    layer._undecided.discard(3)
 
 
 def test_the_calls_of_a_unit_are_joined_along_the_positions() -> None:
@@ -416,18 +422,18 @@ def test_the_calls_of_a_unit_are_joined_along_the_positions() -> None:
     whole = reduce.TopK(k=100)
     whole.update(x, mask, number=3)
     layer = unit([mask], parts)
-    layer.settle(3)
+    settle(layer)
     assert close(layer.compute(), whole.compute())
     assert layer.passes == [3, 3, 3]
     layer = unit(list(mask.split([3, 1, 1], dim=1)), parts)
-    layer.settle(3)
+    settle(layer)
     assert close(layer.compute(), whole.compute())
 
 
 def test_one_entry_for_each_sample_holds_for_all_calls() -> None:
     x = numbers(2, 3)
     layer = unit([torch.tensor([1, 0])], [x, x])
-    layer.settle(3)
+    settle(layer)
     assert layer.rows == 2
 
 
@@ -459,15 +465,13 @@ def test_a_unit_that_is_dropped_leaves_nothing() -> None:
 def test_a_unit_that_is_dropped_because_of_another_layer_leaves_nothing() -> None:
     layer = unit([torch.ones(2, 5)], [numbers(2, 5, 3)])
     layer.settle(3)
+    assert layer.rows == len(layer) == 0  # the unit has not ended
+    layer.drop(3)
+    layer._undecided.discard(3)
+    assert layer.rows == len(layer) == 0
     layer.keep(numbers(2, 5, 3), 4)
     layer.add("mask", torch.ones(2, 5), 4)
-    assert layer.rows == 20
-    layer.drop(3)  # which was not the latest
-    assert layer.rows == 20
-    layer = unit([torch.ones(2, 5)], [numbers(2, 5, 3)])
-    layer.settle(3)
-    layer.drop(3)
-    assert layer.rows == len(layer) == 0
+    assert layer.rows == 10
 
 
 @torch.no_grad()

@@ -166,7 +166,8 @@ def negate(t: Tensor) -> Tensor:
 
 def transforms(model: nn.Module, layers: Any, default: Any = None) -> dict[str, Any]:
     return {
-        choice.key: choice.transforms["output"] for choice in select(model, layers, default).choices
+        choice.key: choice.treatments["output"].transform
+        for choice in select(model, layers, default).choices
     }
 
 
@@ -772,7 +773,7 @@ def test_a_model_of_containers_alone_has_no_leaf_to_record() -> None:
 
 
 def test_a_transform_that_cannot_be_called_is_refused_by_name(net: Net) -> None:
-    with pytest.raises(OptionError, match="transform of 'stem' must be callable or None, not 3"):
+    with pytest.raises(OptionError, match="the mapping gives 'stem' 3; expected a transform"):
         record(net, {"stem": 3})  # type: ignore[dict-item]
 
 

@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actrec import CaptureError, load, record
+from actrec._recordings import (
+    runs as _runs,
+)
 from actrec.store import (
     Folder,
 )
@@ -28,9 +31,6 @@ from actrec.store import (
 )
 from actrec.store import (
     layout as _layout,
-)
-from actrec.store import (
-    runs as _runs,
 )
 from actrec.store import (
     safetensors as _container,

@@ -24,6 +24,7 @@ from actrec import (
     WriteError,
     load,
     record,
+    reduce,
     verify,
 )
 from actrec._calls.units import Share
@@ -33,6 +34,7 @@ from actrec.store import units as _units
 from tests.stored import same
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 X = torch.ones(2, 4)
@@ -60,9 +62,13 @@ def work_off(acts: Any, model: Steps, key: int) -> None:
     acts.add("key", torch.tensor([key]))
 
 
-def unbroken(keys: range) -> Any:
+#: One layer is kept, another one reduced, its inputs too: to what does not depend on the order in which units come.
+LAYERS = {"linear": None, "": reduce.TopK(k=3)}
+
+
+def unbroken(keys: Iterable[int]) -> Any:
     model = Steps()
-    with record(model, ["linear"], inputs=True) as acts:
+    with record(model, LAYERS, inputs=True) as acts:
         for key in keys:
             with acts.unit(key):
                 work_off(acts, model, key)
@@ -85,6 +91,21 @@ def assert_the_same_units(found: Any, whole: Any) -> None:
         assert all(same(a[key], b[key]) for key in a)
     assert found.done == set(by_unit(found["linear"]))
     assert len(found.units) == len(found.done)
+    if found.done:
+        assert_the_same_reductions(found, unbroken(sorted(found.done)))
+
+
+def assert_the_same_reductions(found: Any, whole: Any) -> None:
+    # Where the zeros of the ReLU were is open.
+    for one, other, what in (
+        (found, whole, ["values"]),
+        (found.inputs, whole.inputs, ["values", "unit", "sample"]),
+    ):
+        mine, theirs = one[""], other[""]
+        assert sorted(mine.units) == sorted(theirs.units)
+        assert int(mine.rows) == int(theirs.rows)
+        a, b = mine.compute(), theirs.compute()
+        assert all(torch.equal(a[name], b[name]) for name in what)
 
 
 # --- Any failures, kills and restarts ----------------------------------------------------------------------
@@ -109,7 +130,7 @@ def runs(draw: st.DrawFn) -> list[tuple[int, set[int], list[int]]]:
 def one_rank(folder: Folder, failing: set[int], most: int | None) -> None:
     """Work off what is left for a rank; it is killed in the middle of a unit, after ``most`` of them."""
     model, done = Steps(), 0
-    recording = record(model, ["linear"], inputs=True, into=folder, resume=True)
+    recording = record(model, LAYERS, inputs=True, into=folder, resume=True)
     acts = recording.__enter__()
     try:
         for key, item in acts.remaining(zip(KEYS, KEYS, strict=True), divide=True):
@@ -167,10 +188,10 @@ SCRIPT = """
 import os, signal, sys, time
 from actrec import record
 from actrec.store import Folder
-from tests.test_units_resumed import KEYS, Steps, work_off
+from tests.test_units_resumed import KEYS, LAYERS, Steps, work_off
 model = Steps()
 into = Folder(sys.argv[1], seconds=0)
-with record(model, ["linear"], inputs=True, into=into, resume=True) as acts:
+with record(model, LAYERS, inputs=True, into=into, resume=True) as acts:
     for key, item in acts.remaining(zip(KEYS, KEYS)):
         with acts.unit(key):
             work_off(acts, model, item)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.layer import FUNCTION
 from actrec._recordings.units import Units
+from actrec._selection.treatment import is_reduction
 
-from .reduced import ReducedLayer, is_reduction
+from .reduced import ReducedLayer
 from .sink import SinkLayer
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from actrec._recordings.layer import Layer, Role
     from actrec._recordings.units import Key
+    from actrec._selection.treatment import Make
 
     from .options import Options
 
@@ -29,10 +31,12 @@ class Destination(Protocol):
     rank: int | None  #: of this process; ``None`` in memory
     where: str  #: the path, if it is one
 
-    def layer(self, role: Role, number: int, name: str, kind: str) -> Layer[Any]:
-        """Return the layer for values of a chosen module: of its ``number``, name and type."""
+    def layer(
+        self, role: Role, number: int, name: str, kind: str, make: Make | None = None
+    ) -> Layer[Any]:
+        """Return the layer for values of a chosen module: of its ``number``, name and type; ``make`` makes what reduces them."""
 
-    def function(self, role: Role, name: str) -> Layer[Any]:
+    def function(self, role: Role, name: str, make: Make | None = None) -> Layer[Any]:
         """Return the layer for values of a function, which is first called while the block runs."""
 
     def added(self, name: str) -> Layer[Any]:
@@ -77,19 +81,28 @@ class Memory:
         self._options = options
         self._held = held
 
-    def layer(self, role: Role, number: int, name: str, kind: str) -> Layer[Any]:  # noqa: ARG002  # see Destination
+    def layer(
+        self,
+        role: Role,  # noqa: ARG002  # see Destination
+        number: int,  # noqa: ARG002
+        name: str,
+        kind: str,
+        make: Make | None = None,
+    ) -> Layer[Any]:
         """Return a new layer."""
+        if make is not None:
+            return ReducedLayer(name, make, kind, self._held)
         if self._options.into is not list:
             container = self._options.container()
             if is_reduction(container):
-                return ReducedLayer(name, container, self._options.container, kind, self._held)
+                return ReducedLayer(name, self._options.container, kind, self._held)
             if type(container) is not list:
                 return SinkLayer(name, container, self._options.container, kind, self._held)
         return ListLayer(name, (), kind)
 
-    def function(self, role: Role, name: str) -> Layer[Any]:
+    def function(self, role: Role, name: str, make: Make | None = None) -> Layer[Any]:
         """Return a new layer."""
-        return self.layer(role, 0, name, FUNCTION)
+        return self.layer(role, 0, name, FUNCTION, make)
 
     def added(self, name: str) -> Layer[Any]:
         """Return a new layer, a list."""

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from actrec._selection.functions import FunctionQuery, Owner, What
-    from actrec._selection.queries import Transform
+    from actrec._selection.treatment import Treatment
 
     from .forwards import Forward
     from .layer import Track
@@ -80,16 +80,16 @@ class Asked:
     def __init__(self, queries: Iterable[FunctionQuery]) -> None:
         # One that spells a function out goes before others.
         self.queries = sorted(queries, key=lambda query: not query.is_spelled_out)
-        self._of: dict[str, dict[What, Transform | None]] = {}
+        self._of: dict[str, dict[What, Treatment]] = {}
 
-    def of(self, name: str) -> dict[What, Transform | None]:
-        """Return what is to be recorded of functions of a name: the transform of each."""
+    def of(self, name: str) -> dict[What, Treatment]:
+        """Return what is to be recorded of functions of a name, and how."""
         found = self._of.get(name)
         if found is None:
             found = {}
             for query in self.queries:
                 if query.asks_for(name):
-                    found.setdefault(query.what, query.transform)
+                    found.setdefault(query.what, query.treatment)
             self._of[name] = found
         return found
 

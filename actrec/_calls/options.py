@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from actrec._recordings.reduced import why_not_stored
+from actrec._selection.treatment import is_reduction, maker
 from actrec.errors import OptionError
-
-from .reduced import is_reduction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +46,12 @@ class Options:
 
     def __post_init__(self) -> None:
         given: object = self.transform
+        if maker(given) is not None:
+            message = (
+                f"record(transform={given!r}): a reduction takes in all values, and a transform changes each. Give it with the layers: "
+                "record(model, {layers: reduction}), or as into=."
+            )
+            raise OptionError(message)
         if not (given is None or callable(given)):
             message = (
                 f"record(transform={self.transform!r}): a transform is a function of the value, such as "
@@ -69,11 +75,7 @@ class Options:
         container = self.into()
         if is_reduction(container):
             if self.grads is not False:
-                message = (
-                    f"record(grads=..., into={self.into!r}): a gradient comes after its call, perhaps in several parts, so it "
-                    "cannot be reduced as it comes. Record gradients in a block of their own, and update() with them."
-                )
-                raise OptionError(message)
+                raise OptionError(_late("a layer"))
             return container
         if not hasattr(container, "append"):
             raise OptionError(_bad_container(self.into))
@@ -93,7 +95,31 @@ class Options:
             raise OptionError(message)
         return container
 
+    def check_reductions(self, selection: Selection) -> None:
+        """Check what reduces layers, before anything happens."""
+        path = None if self.path is None else os.fspath(self.path)
+        into = None if path is not None else maker(self.into)
+        for what in ("output", "input", "gradient"):
+            chosen = [(one.key, one.treatments[what]) for one in selection.of(what)]
+            chosen += [(q.query, q.treatment) for q in selection.functions if q.what == what]
+            for name, treatment in chosen:
+                make = treatment.make or into
+                if make is None:
+                    continue
+                if what == "gradient":
+                    raise OptionError(_late(name))
+                why = None if path is None else why_not_stored(make)
+                if why is not None:
+                    message = (
+                        f"record(into={path!r}): {name!r} is reduced by {make!r}, of which the state cannot be stored: "
+                        f"{why}. Record into memory."
+                    )
+                    raise OptionError(message)
+
     def _check_into(self) -> None:
+        make = None if isinstance(self.into, (str, os.PathLike)) else maker(self.into)
+        if make is not None:
+            object.__setattr__(self, "into", make)
         into = self.into
         if not (callable(into) or isinstance(into, (str, os.PathLike))):
             raise OptionError(_bad_container(into))
@@ -144,6 +170,13 @@ def refuse_functions(selection: Selection) -> None:
             "Record the modules around them, or without compiled=True."
         )
         raise OptionError(message)
+
+
+def _late(name: str) -> str:
+    return (
+        f"record(grads=...): the gradient of {name!r} comes after its call, perhaps in several parts, so it cannot be reduced as it "
+        "comes. Record gradients in a block of their own, and update() with them."
+    )
 
 
 def _bad_container(into: object) -> str:

@@ -1,72 +1,111 @@
-"""A layer whose calls are reduced as they come: by a metric of torchmetrics, or a reduction of :mod:`actrec.reduce`."""
+"""A layer whose calls are reduced as they come: by a metric of torchmetrics, or a reduction of :mod:`actrec.reduce`.
+
+What can be taken back, a unit that may still fail, or, where the recording goes to a path, a pass that is not complete, is in a
+part of its own: a reduction of that pass alone, which is merged with the rest once nothing can happen to it any more.
+"""
 
 from __future__ import annotations
 
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from typing_extensions import override
 
-from actrec._recordings.layer import Layer
 from actrec._recordings.passes import ListView
-from actrec._values.memory import held
+from actrec._recordings.reduced import Reduced, followed, merged
+from actrec._recordings.runs import PassRuns
 from actrec._values.spec import tensors
-from actrec._values.summary import Summary
 from actrec.errors import ActrecError, CaptureError
 from actrec.reduce import Reduction
 
 from .clean_room import devices_of, in_a_clean_room
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
+    from actrec._recordings.passes import Moment
     from actrec._values.containers import Value
 
-__all__ = ["ReducedLayer", "is_reduction"]
+__all__ = ["ReducedLayer", "States"]
 
 
-def is_reduction(made: object) -> bool:
-    """Whether values go to ``made`` by ``update()``, and a result comes from ``compute()``, as in torchmetrics."""
-    return not hasattr(made, "append") and all(
-        callable(getattr(made, method, None)) for method in ("update", "compute")
-    )
+class States(Protocol):
+    """The path that the states of a reduction go to."""
+
+    rank: int | None
+    closed: bool
+
+    def take_from(self, layer: ReducedLayer) -> None:
+        """Ask ``layer`` for its state whenever passes are committed."""
+
+    def complete(self) -> int:
+        """Return how many passes are complete."""
+
+    def expect(self, number: int) -> None:
+        """Pass ``number`` has calls."""
+
+    def stored(self) -> Reduced:
+        """Return what is on the disk: before the block and in it, what was there when it began."""
 
 
-class ReducedLayer(Layer[Any]):
-    """A layer whose calls are reduced by ``sink``.
+class _Part(NamedTuple):
+    """What a layer has of one pass."""
 
-    Whatever else that can do, the layer can do: ``acts["conv1"].compute()`` is the metric's.
-    """
+    sink: Any
+    calls: int
+
+
+class ReducedLayer(Reduced):
+    """A layer whose calls are reduced while they are recorded."""
 
     def __init__(
         self,
         name: str,
-        sink: Any,
         make: Callable[[], Any],
         kind: str,
         undecided: Collection[int] = (),
+        states: States | None = None,
     ) -> None:
-        """``undecided`` are the passes that may still be taken back; it changes."""
+        """``undecided`` are the passes that may still be taken back; it changes. Without ``states``, it stays in memory."""
         self.name = name
         self.type = kind
-        self.sink = sink
-        self.mask: str | None = sink.mask if isinstance(sink, Reduction) else None
         self._make = make
         self._undecided = undecided
-        self._passes: list[int] = []
+        self._disk = states
+        self._rank = None if states is None else states.rank
+        self._lock = threading.RLock()  # whoever holds it calls no writer
+        self._empty()
+        if states is not None:
+            before = states.stored()
+            for number in before.passes:
+                self._runs.add(number)
+            before.merge_into(self._sink)
+            states.take_from(self)
+
+    def _empty(self) -> None:
+        self._sink: Any = self._make()
+        self._merges = self._disk is not None or isinstance(self._sink, Reduction)
+        self.mask: str | None = self._sink.mask if isinstance(self._sink, Reduction) else None
+        self._runs = PassRuns()  # of the calls that are in it
+        self._latest: int | None = None  # the last pass that came into it since it was written
+        self._parts: dict[int, _Part] = {}  # by pass
         self._waiting: dict[int, list[Value]] = {}  # by pass, calls that are not taken in yet
         self._masks: dict[int, list[Tensor]] = {}
-        self._before: Reduction | None = None  # without the latest unit
-        self._lock = threading.RLock()
 
     # --- What comes ----------------------------------------------------------------------------------------
 
     @override
     def keep(self, value: Value, number: int) -> None:
+        if self._disk is not None:
+            self._disk.expect(number)
+        settled = self._settled() if self._parts else None
         with self._lock:
+            if settled is not None:
+                self._merge(settled)
             self._waiting.setdefault(number, []).append(value)
             if self.mask is None and number not in self._undecided:
                 self._take_in(number)
@@ -89,12 +128,8 @@ class ReducedLayer(Layer[Any]):
     @override
     def drop(self, number: int) -> None:
         with self._lock:
-            self._waiting.pop(number, None)
-            self._masks.pop(number, None)
-            if self._before is not None and self._passes[-1:] == [number]:
-                # Another layer could not be settled. Nothing can be taken back from a metric.
-                self.sink, self._before = self._before, None
-                self._passes = [one for one in self._passes if one != number]
+            for of_passes in (self._waiting, self._masks, self._parts):
+                of_passes.pop(number, None)
 
     def unmasked(self, raised: Collection[int]) -> ActrecError | None:
         """Return what is wrong if calls wait for a mask, other than those of passes that raised."""
@@ -111,102 +146,147 @@ class ReducedLayer(Layer[Any]):
         calls, masks = self._waiting.pop(number), self._masks.pop(number, [])
         if self.mask is not None and not masks:
             raise ActrecError(self._without_mask([number]))
-        update = self._reduce if isinstance(self.sink, Reduction) else self._update
-        in_a_clean_room(
-            partial(update, masks, number, joined), calls, devices_of(calls), grad=False
-        )
-        self._passes += [number] * len(calls)
+        is_part = self._merges and (joined or len(calls) > 1 or self._disk is not None)
+        sink = self._make() if is_part else self._sink  # all of them, or none
+        update = partial(_reduce, sink, masks, number, joined)
+        in_a_clean_room(update, calls, devices_of(calls), grad=False)
+        if is_part:
+            before = self._parts.get(number)
+            if before is not None:
+                sink = followed(before.sink, sink)
+            self._parts[number] = _Part(sink, len(calls) + (0 if before is None else before.calls))
+        else:
+            self._count(number, len(calls))
 
-    def _update(self, _: object, __: object, ___: object, calls: list[Value]) -> None:
-        for value in calls:
-            found = tensors(value)
-            self.sink.update(found[0] if len(found) == 1 else value)
+    # --- What is merged ------------------------------------------------------------------------------------
 
-    def _reduce(self, masks: list[Tensor], number: int, joined: bool, calls: list[Value]) -> None:  # noqa: FBT001
-        part = self.sink.new() if joined or len(calls) > 1 else self.sink  # all of them, or none
-        lengths = [part.positions(value) if joined else 0 for value in calls]
-        start = 0
-        for at, (value, length) in enumerate(zip(calls, lengths, strict=True)):
-            mask = _mask_of(at, masks, start, lengths) if masks else None
-            part.update(value, mask, number=number, start=start)
-            start += length
-        if part is not self.sink:
-            before, after = self.sink, self.sink.new()
-            after.merge(before)
-            after.merge(part)
-            self.sink, self._before = after, before
+    def _settled(self) -> Callable[[int], bool]:
+        """What tells whether nothing can happen to a pass any more."""
+        if self._disk is None:
+            return lambda number: number not in self._undecided
+        complete = self._disk.complete()  # asks for a lock, and so is called outside ours
+        return lambda number: number < complete
+
+    def _merge(self, settled: Callable[[int], bool]) -> None:
+        for number in sorted(filter(settled, self._parts)):
+            part = self._parts.pop(number)
+            self._sink = followed(self._sink, part.sink)
+            self._count(number, part.calls)
+
+    def _count(self, number: int, calls: int) -> None:
+        for _ in range(calls):
+            self._runs.add(number)
+        self._latest = number if self._latest is None else max(self._latest, number)
+
+    def state(self, complete: int) -> tuple[int, dict[str, Any]] | None:
+        """Return what is stored after the passes before ``complete``, behind the last of them; ``None`` if that is nothing new."""
+        with self._lock:
+            self._merge(lambda number: number < complete)
+            latest, self._latest = self._latest, None
+            if latest is None:
+                return None
+            return latest, self._value([self._sink.metric_state], self._runs)
 
     # --- As a layer ----------------------------------------------------------------------------------------
 
     @property
     @override
-    def passes(self) -> ListView[int]:
-        return ListView(self._passes)
-
-    @override
-    def __len__(self) -> int:
-        return len(self._passes)
-
-    @override
-    def clear(self) -> None:
+    def sink(self) -> Any:
+        """The reduction. Where it goes to a path, a copy of it."""
+        settled = self._settled()
         with self._lock:
-            self.sink = self._make()
-            self._passes = []
-            self._before = None
-            self._waiting.clear()
-            self._masks.clear()
-
-    @overload
-    def __getitem__(self, index: int) -> Value: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Value]: ...
-    @override
-    def __getitem__(self, index: int | slice) -> Value:
-        self._refuse()
-
-    @override
-    def __iter__(self) -> Iterator[Value]:
-        self._refuse()
-
-    @override
-    def _of(self, calls: list[int]) -> Layer[Any]:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        message = (
-            f"acts[{self.name!r}]: its calls were not kept, they were reduced by {type(self.sink).__name__}. The result is "
-            f"acts[{self.name!r}].compute()."
+            self._merge(settled)
+            if self._disk is None:
+                return self._sink
+            parts = [self._parts[number].sink for number in self._decided()]
+            states = [one.metric_state for one in (self._sink, *parts)]
+        sink = merged(
+            self._make(), *(self._disk.stored()._states() if self._disk.closed else states)
         )
-        raise ActrecError(message)
+        if isinstance(sink, Reduction):
+            sink.of_rank(self._rank or 0)
+        return sink
+
+    def _decided(self) -> list[int]:
+        """The passes in parts of their own that are there for who reads now."""
+        return sorted(number for number in self._parts if number not in self._undecided)
 
     @override
-    def _seen(self) -> tuple[Summary, Mapping[object, int]]:
-        places: dict[object, int] = {}
-        for tensor in tensors(vars(self.sink)):
-            places.update(held(tensor))
-        kinds = {type(self.sink).__name__: None} if len(self) else {}
-        return Summary(kinds), places
+    def _states(self) -> list[Mapping[str, Any]]:
+        return [self.sink.metric_state]
 
     @property
     @override
-    def is_kept(self) -> bool:
-        return False
+    def passes(self) -> ListView[int]:
+        if self._disk is not None and self._disk.closed:
+            return ListView([*self._disk.stored().passes])
+        with self._lock:
+            parts = [[number] * self._parts[number].calls for number in self._decided()]
+            return ListView([*self._runs, *chain.from_iterable(parts)])
 
     @override
-    def _readable(self) -> Iterator[Value]:
-        self._refuse()
+    def __len__(self) -> int:
+        if self._disk is not None and self._disk.closed:
+            return len(self._disk.stored())
+        with self._lock:
+            return len(self._runs) + sum(self._parts[number].calls for number in self._decided())
+
+    @override
+    def _moment(self, rank: int, number: int) -> Moment:
+        return self._rank, number
+
+    @property
+    @override
+    def _kind(self) -> str:
+        return type(self._sink).__name__
+
+    @override
+    def _moments(self) -> list[Moment]:
+        return [self._moment(0, number) for number in self.passes]
+
+    @override
+    def clear(self) -> None:
+        if self._disk is not None:
+            message = (
+                f"acts[{self.name!r}].clear(): what was written to a path stays there. To reduce only a part of a run, record "
+                "that part: acts.pause() records nothing."
+            )
+            raise ActrecError(message)
+        with self._lock:
+            self._empty()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "_lock"} | {"_undecided": ()}
+        # What is copied or pickled is what there is, in memory.
+        sink, runs = self.sink, PassRuns()
+        for number in self.passes:
+            runs.add(number)
+        kept = {k: v for k, v in vars(self).items() if k not in {"_lock", "_parts"}}
+        return kept | {"_undecided": (), "_disk": None, "_sink": sink, "_runs": runs}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())
+        vars(self).update(state, _lock=threading.RLock(), _parts={})
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "sink" or name.startswith("__"):  # while it is copied there is none yet
-            raise AttributeError(name)
-        return getattr(self.sink, name)
+
+def _reduce(
+    sink: Any,
+    masks: list[Tensor],
+    number: int,
+    joined: bool,  # noqa: FBT001
+    calls: list[Value],
+) -> None:
+    """Let ``sink`` take in calls of a pass; those of a unit are joined along the positions."""
+    if not isinstance(sink, Reduction):
+        for value in calls:
+            found = tensors(value)
+            sink.update(found[0] if len(found) == 1 else value)
+        return
+    lengths = [sink.positions(value) if joined else 0 for value in calls]
+    start = 0
+    for at, (value, length) in enumerate(zip(calls, lengths, strict=True)):
+        mask = _mask_of(at, masks, start, lengths) if masks else None
+        sink.update(value, mask, number=number, start=start)
+        start += length
 
 
 def _mask_of(at: int, masks: list[Tensor], start: int, lengths: list[int]) -> Tensor:

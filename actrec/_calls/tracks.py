@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from actrec._selection.treatment import Treatment
+
 from .gradients import Gradients
 from .inputs import Inputs
 from .layer import Track
@@ -48,7 +50,10 @@ class Tracks:
 
     def add_function(self, choice: Choice) -> tuple[Track, Callable[[], None]]:
         """Make the track of a function, and what makes it and its layers part of the recording."""
-        layers = {role: self._destination.function(role, choice.key) for role in choice.transforms}
+        layers = {
+            role: self._destination.function(role, choice.key, treatment.make)
+            for role, treatment in choice.treatments.items()
+        }
         track = self._track(choice, layers)
         return track, partial(self._publish, choice, track, layers)
 
@@ -70,10 +75,10 @@ class Tracks:
             what: replace(
                 self._capture,
                 layer=choice.key,
-                transform=transform,
+                transform=treatment.transform,
                 offload=self._session.offload,
             )
-            for what, transform in {"output": None, **choice.transforms}.items()
+            for what, treatment in {"output": Treatment(), **choice.treatments}.items()
         }
         capture = self._counting(captures["output"], outputs)
         track = Track(self._session, capture, outputs)

@@ -18,6 +18,7 @@ from .comparison import Comparison, Row
 from .layer import Layer
 from .masked import Mask, Masks, left_in
 from .recording import Recording
+from .reduced import Reduced
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -165,9 +166,12 @@ def _rows(
     each: Each,
 ) -> Iterator[Row]:
     found: dict[str, _Tally] = {}
+    if isinstance(a, Reduced) or isinstance(b, Reduced):
+        masks = None  # it was applied when they were recorded
     kept_a = [] if masks is None else masks[0].of(a)
     kept_b = kept_a if masks is None or masks[1] is None else masks[1].of(b)
-    for call, (x, y, number) in enumerate(zip(each(a), b, a.passes, strict=False)):
+    calls = zip(each(_values(a)), _values(b), a.passes, strict=False)
+    for call, (x, y, number) in enumerate(calls):
         xs = dict(leaves(x))
         ys: Mapping[str, Tensor] = dict(leaves(y))
         if masks is not None and (masks[1] is not None or _shapes(xs) == _shapes(ys)):
@@ -187,6 +191,11 @@ def _rows(
             tally.differ(longer.passes[len(shorter)], f"{len(a):,} and {count(len(b), 'call')}")
     for path, tally in found.items():
         yield tally.row(a.name, path, b.name)
+
+
+def _values(layer: Layer[Any]) -> Iterable[Any]:
+    """The calls of a layer; where it was reduced, the result."""
+    return [layer.compute()] if isinstance(layer, Reduced) else layer
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, object]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .names import Model, Name
-    from .queries import Transform
+    from .treatment import Treatment
 
 __all__ = ["FunctionQuery", "Owner", "What", "ask", "canonical", "is_function_query"]
 
@@ -75,7 +75,7 @@ class FunctionQuery:
     query: str  #: as it was written
     owners: tuple[Owner, ...]
     function: str  #: a canonical name, or a glob
-    transform: Transform | None
+    treatment: Treatment
     what: What
     is_spelled_out: bool  #: without globs: a function of one name, called by one module
 
@@ -91,7 +91,7 @@ def is_function_query(query: object, model: Model) -> TypeGuard[str]:
     return isinstance(query, str) and ":" in query and model.spelled(query) is None
 
 
-def ask(model: Model, query: str, transform: Transform | None, what: What) -> FunctionQuery:
+def ask(model: Model, query: str, treatment: Treatment, what: What) -> FunctionQuery:
     """Return what a function query means.
 
     Raises:
@@ -112,7 +112,7 @@ def ask(model: Model, query: str, transform: Transform | None, what: What) -> Fu
     owners = {id(name.module): _owner(model, name, module) for name in names}
     is_spelled_out = not (is_glob(function) or is_glob(module))
     function = function if is_glob(function) else canonical(function)
-    return FunctionQuery(query, tuple(owners.values()), function, transform, what, is_spelled_out)
+    return FunctionQuery(query, tuple(owners.values()), function, treatment, what, is_spelled_out)
 
 
 def _modules(model: Model, query: str) -> Iterator[Name]:

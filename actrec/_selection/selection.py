@@ -15,6 +15,7 @@ from .functions import FunctionQuery, What, ask, is_function_query
 from .globs import is_glob
 from .names import Model, upwards
 from .queries import answer
+from .treatment import Treatment
 
 if TYPE_CHECKING:
     from .names import Name
@@ -33,7 +34,7 @@ class Choice:
     key: str  # its name in the recording: without wrapper segments, unless another chosen layer has that name
     module: nn.Module
     names: tuple[str, ...]  # everything else it may be called, with and without wrapper segments
-    transforms: Mapping[What, Transform | None]  # of what is recorded of it
+    treatments: Mapping[What, Treatment]  # of what is recorded of it
     by_default: bool = (
         False  # whether it is one of all leaf modules, and no other query asks for it
     )
@@ -102,7 +103,7 @@ def select(
             key,
             first.name.module,
             tuple(dict.fromkeys(n for claim in of_one.values() for n in claim.names(names))),
-            {what: claim.transform for what, claim in of_one.items()},
+            {what: claim.treatment for what, claim in of_one.items()},
             by_default=all(claim.by_default for claim in of_one.values()),
         )
         for key, first, of_one in zip(keys, firsts, claims.values(), strict=True)
@@ -117,9 +118,9 @@ def select(
 def _claimed(names: Model, queries: Any, transform: Transform | None, what: What) -> _Claims:
     """What some queries choose."""
     claims = _Claims()
-    for query, own in _flatten(queries, transform):
-        if own is not transform and id(own) in names.of:
-            raise OptionError(layer_for_transform(query, own))
+    for query, own in _flatten(queries, Treatment(transform)):
+        if own.transform is not transform and id(own.transform) in names.of:
+            raise OptionError(layer_for_transform(query, own.transform))
         if is_function_query(query, names):
             claims.functions.append(ask(names, query, own, what))
             continue
@@ -151,14 +152,13 @@ def _claimed_besides(
         )
         raise SelectionError(message)
     if given is True:
-        keeps = what == "gradient"
         return _Claims(
             {
-                module: replace(claim, transform=claim.transform if keeps else None)
+                module: replace(claim, treatment=_besides(claim.treatment, what))
                 for module, claim in outputs.modules.items()
             },
             [
-                replace(query, transform=query.transform if keeps else None, what=what)
+                replace(query, treatment=_besides(query.treatment, what), what=what)
                 for query in outputs.functions
             ],
         )
@@ -169,25 +169,23 @@ def _claimed_besides(
     return claims
 
 
-def _flatten(
-    queries: Any, transform: Transform | None
-) -> Iterator[tuple[Query | None, Transform | None]]:
-    """The single queries, each with its transform."""
+def _besides(treatment: Treatment, what: What) -> Treatment:
+    """What becomes of the inputs or gradients of a layer whose outputs are treated so."""
+    return treatment if what == "gradient" else Treatment(None, treatment.make)
+
+
+def _flatten(queries: Any, treatment: Treatment) -> Iterator[tuple[Query | None, Treatment]]:
+    """The single queries, each with what becomes of the values."""
     if isinstance(queries, Mapping):
         for query, own in queries.items():
-            if own is not None and not callable(own):
-                message = (
-                    f"record(): the transform of {query!r} must be callable or None, not {own!r}."
-                )
-                raise OptionError(message)
-            yield from _flatten(query, transform if own is None else own)
+            yield from _flatten(query, Treatment.of(query, own, treatment))
     elif isinstance(queries, Iterable) and not isinstance(
         queries, (str, bytes, Tensor, nn.Module, type)
     ):
         for query in queries:
-            yield from _flatten(query, transform)
+            yield from _flatten(query, treatment)
     else:
-        yield queries, transform
+        yield queries, treatment
 
 
 # --- One layer, which several queries may choose -------------------------------------------------------
@@ -200,7 +198,7 @@ class _Claim:
     name: Name
     spellings: list[str]  # how it was called, for messages and as further names
     is_spelled_out: bool
-    transform: Transform | None
+    treatment: Treatment
     by_default: bool  # whether it was asked for only as one of all leaf modules
 
     def merge(self, other: _Claim) -> None:
@@ -210,14 +208,14 @@ class _Claim:
         """
         self.by_default = self.by_default and other.by_default
         both = self.is_spelled_out and other.is_spelled_out
-        if both and self.transform is not other.transform:
+        if both and not self.treatment.is_same(other.treatment):
             message = (
                 f"record(): {self.spellings[0]!r} and {other.spellings[0]!r} are one module and cannot have two "
                 "transforms."
             )
             raise SelectionError(message)
         if other.is_spelled_out and not self.is_spelled_out:
-            self.name, self.transform, self.is_spelled_out = other.name, other.transform, True
+            self.name, self.treatment, self.is_spelled_out = other.name, other.treatment, True
             self.spellings = other.spellings + self.spellings
         else:
             self.spellings += other.spellings
@@ -239,12 +237,12 @@ class _Claims:
         return bool(self.modules or self.functions)
 
 
-def _claims(model: Model, query: Query | None, transform: Transform | None) -> Iterator[_Claim]:
+def _claims(model: Model, query: Query | None, treatment: Treatment) -> Iterator[_Claim]:
     spelled = query if isinstance(query, str) and not is_glob(query) else None
     is_spelled_out = spelled is not None or isinstance(query, nn.Module)
     for name in answer(model, query):
         spelling = name.short if spelled is None else spelled
-        yield _Claim(name, [spelling], is_spelled_out, transform, by_default=query is None)
+        yield _Claim(name, [spelling], is_spelled_out, treatment, by_default=query is None)
 
 
 # --- Keys and parents ----------------------------------------------------------------------------------

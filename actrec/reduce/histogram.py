@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Histogram"]
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, repr=False)
 class Histogram(Reduction):
     """How many elements are in each bin, of all channels together or of each.
 
@@ -104,6 +104,10 @@ class Histogram(Reduction):
             bins = bins.where(~block.isnan(), kinds - 1)
             bins += kinds * torch.arange(width, device=bins.device)
             self._join(torch.bincount(bins.flatten(), minlength=width * kinds).view(width, kinds))
+
+    @override
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"_counts": (None, len(self.edges) + 2)}
 
     @override
     def _take(self, other: Histogram) -> None:

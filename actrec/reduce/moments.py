@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Moments"]
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, repr=False)
 class Moments(Reduction):
     """The mean and the variance of each channel, and the covariance of all.
 
@@ -71,6 +71,10 @@ class Moments(Reduction):
             squares = away.T @ away if self.covariance else away.square().sum(0)
             self._join(count, len(block), mean, squares)
             count += len(block)
+
+    @override
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"mean": (None,), "_squares": (None, None) if self.covariance else (None,)}
 
     @override
     def _take(self, other: Moments) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Norms"]
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, repr=False)
 class Norms(Reduction):
     """The norm of each channel over all rows, as Wanda and AWQ use them.
 
@@ -75,6 +75,10 @@ class Norms(Reduction):
                 self._join(size.amax(0))
             else:
                 self._join((size if self.ord == 1 else size**self.ord).sum(0))
+
+    @override
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"_total": (None,)}
 
     @override
     def _take(self, other: Norms) -> None:

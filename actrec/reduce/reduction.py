@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from actrec._text import count
 from actrec._values.chunks import dense
@@ -16,7 +17,7 @@ from actrec._values.spec import tensors
 from actrec.errors import CaptureError, OptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from actrec._values.containers import Value
 
@@ -48,7 +49,7 @@ class Rows:
         return rows // inner, rows % inner
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, repr=False)
 class Reduction:
     """What a layer's calls are reduced to.
 
@@ -131,6 +132,11 @@ class Reduction:
 
     # --- State ---------------------------------------------------------------------------------------------
 
+    @override
+    def __repr__(self) -> str:
+        said = (f"{name}={value!r}" for name, value in self.settings().items() if value is not None)
+        return f"{type(self).__name__}({', '.join(said)})"
+
     def settings(self) -> dict[str, Any]:
         """The arguments that it was made with."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
@@ -140,15 +146,45 @@ class Reduction:
         held = {one.name: getattr(self, one.name) for one in fields(self)}
         return {"kind": type(self).__name__, **{k: v for k, v in held.items() if v is not None}}
 
+    @property
+    def metric_state(self) -> dict[str, Any]:
+        """The same, as torchmetrics calls it."""
+        return self.state()
+
+    def merge_state(self, state: Mapping[str, Any]) -> None:
+        """Take in what another one, of which this is the ``state()``, has taken in."""
+        self.merge(type(self).of(state))
+
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Self:
         """Make one of its ``state()``."""
-        inits = {one.name: state.get(one.name) for one in fields(cls) if one.init}
-        made = cls(**inits)
-        for one in fields(cls):
-            if not one.init and one.name in state:
-                setattr(made, one.name, state[one.name].clone())
+        made = cls(**{one.name: state.get(one.name) for one in fields(cls) if one.init})
+        shapes = {"rows": (), **made._shapes()}
+        for name, shape in shapes.items():
+            value = state.get(name)
+            if value is None and name != "rows" and not made.rows:
+                continue
+            if not isinstance(value, Tensor) or value.ndim != len(shape):
+                message = f"its {name} has to be a tensor of {count(len(shape), 'dimension')}"
+                raise TypeError(message)
+            for size, expected in zip(value.shape, shape, strict=True):
+                if expected not in {None, size}:
+                    message = f"its {name} has the shape {tuple(value.shape)}, which does not fit"
+                    raise ValueError(message)
+            setattr(made, name, value.clone())
         return made
+
+    @abstractmethod
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        """Return the shape of each tensor of the state, with ``None`` for what is a number of any size."""
+
+    # --- Where rows were, for those that remember it -------------------------------------------------------
+
+    def of_rank(self, rank: int) -> None:
+        """Say which rank has counted the passes."""
+
+    def renumber(self, number: Callable[[int, int], int]) -> None:
+        """Count the passes anew: ``number(rank, pass)``, all of them as one rank."""
 
     def new(self) -> Self:
         """Return another one that has taken in nothing."""

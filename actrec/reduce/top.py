@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from typing_extensions import override
@@ -13,12 +13,14 @@ from actrec.errors import OptionError
 from .reduction import Reduction, Rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 __all__ = ["TopK"]
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True, repr=False)
 class TopK(Reduction):
     """The ``k`` largest values of each channel, and where they were.
 
@@ -59,22 +61,40 @@ class TopK(Reduction):
             raise OptionError(message)
 
     @override
-    def compute(self) -> dict[str, Tensor]:
+    def compute(self) -> dict[str, Any]:
         """Return the result.
 
         Returns:
-            ``values``, the largest first, ``(k, C)``, and for each of them ``pass``, ``sample`` and ``position``, ``(k, C)``:
-            the number of the pass or unit, the index in its batch, and that among the other dimensions of the sample, those of
-            earlier calls of the same pass included; and the ``rank`` that counted the pass. With fewer than ``k`` rows there are
-            as many as rows; without rows nothing.
+            ``values``, the largest first, ``(k, C)``, and of each of them ``unit``, ``sample`` and ``position``, ``(k, C)``: the key of
+            the unit (a list of ``k`` lists, where keys are strings; without units the number of the pass), the index in its
+            batch, and that among the other dimensions of the sample, those of earlier calls of the unit included; and the
+            ``pass`` with the ``rank`` that counted it. With fewer than ``k`` rows there are as many as rows; without rows nothing.
         """
         if self._largest is None or self._where is None:
             return {}
-        names = ("pass", "sample", "position", "rank")
+        number, sample, position, rank = self._where.clone()
         return {
             "values": self._largest.clone(),
-            **dict(zip(names, self._where.clone(), strict=True)),
+            "unit": number.clone(),
+            "sample": sample,
+            "position": position,
+            "pass": number,
+            "rank": rank,
         }
+
+    def name_units(
+        self, found: dict[str, Any], keys: Callable[[Tensor, Tensor], list[Any]]
+    ) -> dict[str, Any]:
+        """Return a result with the keys of units; ``keys(ranks, passes)`` are those of some passes."""
+        if found:
+            units = keys(found["rank"].flatten(), found["pass"].flatten())
+            width = found["pass"].shape[1]
+            found["unit"] = (
+                torch.tensor(units, dtype=torch.int64, device="cpu").view(-1, width)
+                if all(type(unit) is int for unit in units)
+                else [units[at : at + width] for at in range(0, len(units), width)]
+            )
+        return found
 
     @override
     def _add(self, rows: Rows, number: int, start: int) -> None:
@@ -85,16 +105,28 @@ class TopK(Reduction):
         self._join(values, torch.stack(where))
 
     @override
+    def _shapes(self) -> dict[str, tuple[int | None, ...]]:
+        return {"_largest": (None, None), "_where": (4, None, None)}
+
+    @override
     def _take(self, other: TopK) -> None:
         assert other._largest is not None  # noqa: S101  # it has rows
         assert other._where is not None  # noqa: S101
         self._check_width(self._largest, other._largest)
         self._join(other._largest, other._where)
 
+    @override
     def of_rank(self, rank: int) -> None:
-        """Say which rank has counted the passes."""
         if self._where is not None:
             self._where[3] = rank
+
+    @override
+    def renumber(self, number: Callable[[int, int], int]) -> None:
+        if self._where is not None:
+            passes, ranks = self._where[0], self._where[3]
+            pairs = zip(ranks.flatten().tolist(), passes.flatten().tolist(), strict=True)
+            passes.copy_(torch.tensor([number(*pair) for pair in pairs]).view_as(passes))
+            ranks.zero_()
 
     def _join(self, values: Tensor, where: Tensor) -> None:
         if self._largest is not None and self._where is not None:

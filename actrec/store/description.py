@@ -31,6 +31,8 @@ from .ledger import Heading
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from actrec._selection.treatment import Treatment
+
     from .place import Place
 
 __all__ = ["Description", "LayerInfo", "named", "read_description"]
@@ -66,6 +68,17 @@ class LayerInfo:
     type: str
     transform: str | None = None
     role: Role = "output"
+    reduction: str | None = None  #: what its values are reduced by, with arguments
+
+    @classmethod
+    def of(cls, name: str, kind: str, treatment: Treatment, role: Role) -> LayerInfo:
+        """Return what is said of a layer that is treated so."""
+        return cls(name, kind, named(treatment.transform), role, treatment.reduction)
+
+    def node(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        node = {key: getattr(self, key) for key in ("role", *_LAYER)}
+        return node if self.reduction is None else {**node, "reduction": self.reduction}
 
     @property
     def shown(self) -> str:
@@ -109,12 +122,8 @@ class Description:
                 **{option: self.has(role) for role, option in _BESIDES.items()},
                 "dtype": self.dtype,
             },
-            "layers": [
-                {key: getattr(layer, key) for key in ("role", *_LAYER)} for layer in self.layers
-            ],
-            "functions": [
-                {key: getattr(one, key) for key in ("role", *_LAYER)} for one in self.functions
-            ],
+            "layers": [layer.node() for layer in self.layers],
+            "functions": [one.node() for one in self.functions],
             "names": {name: key for name, key in self.names.items() if name != key},
         }
         return json.dumps(about, indent=1).encode()
@@ -151,7 +160,7 @@ class Description:
         return [
             (f"the {what} of layer {a.shown[:60]!r} was", getattr(a, what), getattr(b, what))
             for a, b in pairs
-            for what in ("type", "transform")
+            for what in ("type", "transform", "reduction")
         ]
 
 
@@ -212,7 +221,8 @@ def _layers(listed: list[dict[str, Any]], options: dict[str, bool]) -> Iterator[
     for layer in listed:
         role = layer.get("role", "output")
         need(role in ROLES, f"a layer has the role {str(role)[:40]!r}, which there is not")
-        yield LayerInfo(layer["name"], layer["type"], layer["transform"], role)
+        reduction = checked(layer.get("reduction"), Maybe(str), "the reduction of a layer")
+        yield LayerInfo(layer["name"], layer["type"], layer["transform"], role, reduction)
     for role, option in _BESIDES.items():
         if options[option]:
             without = (layer for layer in listed if "role" not in layer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from typing_extensions import override
 
@@ -29,12 +29,19 @@ if TYPE_CHECKING:
 __all__ = ["Backwards", "LateLayer"]
 
 
+class Late(Protocol):
+    """What has something of a pass to write when the pass is committed."""
+
+    def take(self, complete: int) -> Iterator[Call]:
+        """Hand out what is written with the passes before ``complete``."""
+
+
 class Backwards:
     """Which passes wait for their gradients, for all layers of a block."""
 
     def __init__(self, complete: Callable[[], int]) -> None:
         """``complete`` says how many passes nothing is going to be recorded of, but for gradients."""
-        self.layers: list[LateLayer] = []
+        self.layers: list[Late] = []
         self.lock = threading.RLock()  # whoever holds it calls no writer
         self.written = 0  # the gradients of passes before this number
         self._complete = complete

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from typing_extensions import override
 
 from actrec._recordings.passes import ListView
+from actrec._recordings.runs import PassRuns
 from actrec._values.summary import Summary
 from actrec.errors import ActrecError
 
 from .call import Call
 from .read_only import ReadOnlyLayer
-from .runs import PassRuns
 
 if TYPE_CHECKING:
     from collections.abc import Callable

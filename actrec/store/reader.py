@@ -22,6 +22,7 @@ from .check import shard_problems, shards_expected
 from .format import ROLES, corrupt
 from .layers import Source, StoredLayer
 from .ranks import listed_ranks, summary
+from .reduced import StoredReduction, made_reduced
 from .units import UNIT, StoredUnits
 from .whole import WholeLayer, made_whole, whole_problems
 
@@ -153,7 +154,7 @@ class StoredRecording(Recording[V], Generic[V]):
         """Return a layer by its role, if there is one, as the ranks have recorded it."""
         layers = {"input": self._inputs, "gradient": self._grads}.get(role, self)
         found = None if layers is None else layers._layers.get(name)
-        return found.recorded if isinstance(found, WholeLayer) else found  # type: ignore[return-value]
+        return found.recorded if isinstance(found, (WholeLayer, StoredReduction)) else found  # type: ignore[return-value]
 
     @override
     def _raised(self) -> set[Moment]:
@@ -178,7 +179,14 @@ class StoredRecording(Recording[V], Generic[V]):
             for rank, shards in expected:
                 nothing = rank.description.heading(rank.number)
                 yield from shard_problems(rank.index.disk, nothing, each(shards))
+        yield from self.misfits(progress=progress)
+
+    def misfits(self, *, progress: bool) -> Iterator[str]:
+        """Yield what is wrong with what is made of several calls: tensors in parts, and reductions."""
         yield from whole_problems(self.wholes, progress=progress)
+        for layer in self.everything():
+            if isinstance(layer, StoredReduction):
+                yield from layer.problems()
 
     @property
     def _left_out(self) -> int:
@@ -240,11 +248,15 @@ def _layers(
     whole: bool,
 ) -> dict[str, Layer[Any]]:
     of_role = [[layer for layer in one.layers if layer.role == role] for one in described]
-    info = {layer.name: layer.type for layers in reversed(of_role) for layer in layers}
+    info = {layer.name: layer for layers in reversed(of_role) for layer in layers}
     info = {layer.name: info[layer.name] for layers in of_role for layer in layers}
     kinds = {name: found[0].type for (kind, name), found in sources.items() if kind == role}
-    layers = {
-        name: StoredLayer(name, kind, sources.get((role, name), ()))
-        for name, kind in {**info, **kinds}.items()
-    }
-    return {name: made_whole(layer) if whole else layer for name, layer in layers.items()}
+    functions = any(query.reduction for one in described for query in one.functions)
+    found = {}
+    for name in dict.fromkeys([*info, *kinds]):
+        layer = StoredLayer(name, kinds.get(name) or info[name].type, sources.get((role, name), ()))
+        reduction = info[name].reduction if name in info else None
+        found[name] = made_reduced(layer, reduction, by_functions=functions)
+        if found[name] is layer and whole:
+            found[name] = made_whole(layer)
+    return found

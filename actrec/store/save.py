@@ -6,7 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from actrec._progress import showing
+from actrec._recordings.reduced import Reduced
 from actrec.errors import CaptureError, OptionError
+from actrec.reduce import Reduction
 
 from .call import Call
 from .description import Description, LayerInfo
@@ -15,6 +17,7 @@ from .folder import Folder
 from .format import Slot
 from .opening import Opening
 from .place import place
+from .reduced import state_call
 from .replace import replacing
 from .units import key_call
 from .writer import Writer
@@ -96,8 +99,8 @@ def _write(
     description = Description(
         recording._model,
         tuple(
-            LayerInfo(slot.name, slot.type, role=slot.role)
-            for slot, _ in layers
+            LayerInfo(slot.name, slot.type, role=slot.role, reduction=_reduction(layer))
+            for slot, layer in layers
             if slot.role != "added"
         ),
         dict(recording._aliases),
@@ -136,17 +139,37 @@ def _layers(recording: Recording[Any]) -> Iterator[tuple[Slot, Layer[Any]]]:
             yield Slot(role, index, layer.name, layer.type), layer
 
 
+def _reduction(layer: Layer[Any]) -> str | None:
+    """What reduces a layer, for people."""
+    if not isinstance(layer, Reduced):
+        return None
+    sink = layer.sink
+    return repr(sink) if isinstance(sink, Reduction) else layer._kind
+
+
 def _check(layers: list[tuple[Slot, Layer[Any]]], *, progress: bool) -> None:
     """Find what cannot be stored before anything is written."""
-    calls = sum(len(layer) for _, layer in layers)
+    kept = [(slot, layer) for slot, layer in layers if not isinstance(layer, Reduced)]
+    for slot, layer in layers:
+        if isinstance(layer, Reduced):
+            _check_reduction(slot, layer)
+    calls = sum(len(layer) for _, layer in kept)
     with showing("save, first look", calls, progress=progress) as each:
-        for slot, layer in layers:
+        for slot, layer in kept:
             for number, value in enumerate(each(layer)):
                 try:
                     Call.of(slot, 0, value)
                 except CaptureError as error:
                     message = f"save(): call {number} of {slot.name!r} cannot be stored: {error}."
                     raise CaptureError(message) from error
+
+
+def _check_reduction(slot: Slot, layer: Reduced) -> None:
+    try:
+        state_call(slot, layer, lambda moment: moment[1])
+    except (CaptureError, AttributeError) as error:
+        message = f"save(): the {layer._kind} of {slot.name!r} cannot be stored: {error}."
+        raise CaptureError(message) from error
 
 
 def _numbers(
@@ -175,19 +198,32 @@ def _calls(
     """All calls, pass after pass, in a pass in the order of execution, and behind them the key of the unit that it is."""
     names = dict.fromkeys([*recording._order, *recording])
     rank = {name: number for number, name in enumerate(names)}
-    order = [
-        (max(numbers.get(moment, moment[1]), 0), rank.get(slot.name, len(rank)), at, call)
+
+    def number(moment: Moment) -> int:
+        return max(numbers.get(moment, moment[1]), 0)  # pass -1: the user appended it
+
+    reduced = {
+        at: state_call(slot, layer, number)
         for at, (slot, layer) in enumerate(layers)
-        for call, moment in enumerate(layer._moments())  # pass -1: the user appended it
+        if isinstance(layer, Reduced) and len(layer)
+    }
+    order = [
+        (number(moment), rank.get(slot.name, len(rank)), at, call)
+        for at, (slot, layer) in enumerate(layers)
+        if not isinstance(layer, Reduced)
+        for call, moment in enumerate(layer._moments())
     ]
+    order += [(call.number, len(rank), at, 0) for at, call in reduced.items()]
     keys = {
         numbers.get(moment, moment[1]): key for moment, key in dict(recording._units.keys).items()
     }
-    order += [(number, len(rank) + 1, len(layers), 0) for number in keys]
+    order += [(own, len(rank) + 1, len(layers), 0) for own in keys]
     with showing("save", len(order), progress=progress) as each:
-        for number, _, at, call in each(sorted(order)):
+        for pass_, _, at, call in each(sorted(order)):
             if at == len(layers):
-                yield key_call(number, keys[number])
+                yield key_call(pass_, keys[pass_])
+            elif at in reduced:
+                yield reduced[at]
             else:
                 slot, layer = layers[at]
-                yield Call.of(slot, number, layer[call])
+                yield Call.of(slot, pass_, layer[call])

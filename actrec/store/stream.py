@@ -11,13 +11,15 @@ from .live import LiveLayer
 from .load import opened
 from .opening import Opening
 from .reader import StoredRecording
+from .reduced import States
 from .steps import steps
 from .units import key_call
 from .writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
+    from actrec._recordings.layer import Layer
     from actrec._recordings.units import Key, Units
     from actrec.errors import WriteError
 
@@ -43,11 +45,19 @@ class Stream:
     """A path that is being recorded into: opened before the block begins, closed when it has ended."""
 
     def __init__(
-        self, folder: Folder, description: Description, passes: Passes, *, resume: bool = False
+        self,
+        folder: Folder,
+        description: Description,
+        passes: Passes,
+        *,
+        reduced: Callable[..., Layer[Any]],
+        resume: bool = False,
     ) -> None:
+        """``reduced`` makes a layer whose values a reduction takes in: of name, maker, type, undecided passes and states."""
         self._opening = Opening("record(into={path!r})", folder, description, resume=resume)
         rank, ledger = self._opening.rank, self._opening.ledger
         self._resumed = resume
+        self._reduced = reduced
         self.rank: int | None = rank.number
         self._passes = passes
         self.undecided = passes.undecided
@@ -80,25 +90,36 @@ class Stream:
 
     # --- Layers ----------------------------------------------------------------------------------------
 
-    def layer(self, role: Role, index: int, name: str, kind: str) -> LiveLayer:
+    def layer(
+        self,
+        role: Role,
+        index: int,
+        name: str,
+        kind: str,
+        make: Callable[[], Any] | None = None,
+    ) -> Layer[Any]:
         """Return the layer that stands for a chosen one."""
         slot = Slot(role, index, name, kind)
+        if make is not None:
+            return self._reduced(
+                name, make, kind, self.undecided, States(self, slot, self._backwards)
+            )
         if role == "gradient":
             return LateLayer(self, slot, self._backwards)
         return LiveLayer(self, slot)
 
-    def function(self, role: Role, name: str) -> LiveLayer:
+    def function(self, role: Role, name: str, make: Callable[[], Any] | None = None) -> Layer[Any]:
         """Return the layer that stands for a function."""
         following = max(self._functions.values(), default=self._most - 1) + 1
-        return self.layer(role, self._functions.setdefault(name, following), name, FUNCTION)
+        return self.layer(role, self._functions.setdefault(name, following), name, FUNCTION, make)
 
-    def added(self, name: str) -> LiveLayer:
+    def added(self, name: str) -> Layer[Any]:
         """Return the layer that stands for values that are added by a name."""
         if name not in self._added:
             self._added.append(name)
         return self.layer("added", self._chosen + self._added.index(name), name, "added")
 
-    def added_before(self) -> dict[str, LiveLayer]:
+    def added_before(self) -> dict[str, Layer[Any]]:
         """Return the layers of names that were added in earlier runs."""
         return {name: self.added(name) for name in self._added}
 

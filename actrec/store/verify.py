@@ -12,7 +12,6 @@ from .description import read_description
 from .load import opened
 from .place import place
 from .rank_folder import rank_folders, rank_number
-from .whole import whole_problems
 
 if TYPE_CHECKING:
     import os
@@ -62,7 +61,7 @@ def verify(
 
 def _problems(disk: Place, *, progress: bool) -> Iterator[str]:
     try:
-        yield from whole_problems(opened(disk).wholes, progress=progress)
+        yield from opened(disk).misfits(progress=progress)
     except CorruptRecordingError as error:
         yield str(error)
     expected = [(folder, shards_expected(folder)) for folder in rank_folders(disk)]

@@ -7,9 +7,9 @@ from itertools import repeat
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
-__all__ = ["PassRuns"]
+__all__ = ["PassRuns", "in_runs"]
 
 
 class PassRuns:
@@ -41,8 +41,17 @@ class PassRuns:
         return self._state[-1]
 
     def __iter__(self) -> Iterator[int]:
+        return in_runs(self.runs())
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Return the runs: first pass, how many passes, and how many calls in each."""
         over, first, many, each, latest, calls, _ = self._state
         flat = iter((*self._over[:over], first, many, each, latest, 1, calls))
-        for first_of_run, passes, repeated in zip(flat, flat, flat, strict=True):
-            for number in range(first_of_run, first_of_run + passes):
-                yield from repeat(number, repeated)
+        return (run for run in zip(flat, flat, flat, strict=True) if run[1] * run[2])
+
+
+def in_runs(runs: Iterable[tuple[int, int, int]]) -> Iterator[int]:
+    """Return the pass of each call in some runs."""
+    for first, passes, calls in runs:
+        for number in range(first, first + passes):
+            yield from repeat(number, calls)

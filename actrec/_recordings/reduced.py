@@ -1,0 +1,168 @@
+"""A layer whose calls were not kept: a reduction has taken them in, and is there in their place.
+
+What a reduction is asked for is what metrics of torchmetrics have: ``update()`` and ``compute()``, and where it is stored
+``metric_state``, a dict of tensors, and ``merge_state()``, which takes in such a dict.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, overload
+
+import torch
+from typing_extensions import override
+
+from actrec._values.memory import held
+from actrec._values.spec import tensors
+from actrec._values.summary import Summary
+from actrec.errors import ActrecError
+
+from .layer import Layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from actrec._values.containers import Value
+
+    from .passes import Moment
+    from .runs import PassRuns
+
+__all__ = ["Reduced", "followed", "merged", "why_not_stored"]
+
+M = TypeVar("M")
+
+#: How torchmetrics merges the states that come to the same whatever is merged first.
+_EXACT: Final = {"dim_zero_sum", "dim_zero_max", "dim_zero_min", "dim_zero_cat"}
+
+
+def why_not_stored(make: Callable[[], Any]) -> str | None:
+    """Return why the states of such a reduction cannot be stored and merged; ``None`` if they can be."""
+    made = make()
+    if not (hasattr(made, "metric_state") and callable(getattr(made, "merge_state", None))):
+        return "it has no metric_state and merge_state(), which reductions of actrec.reduce and metrics of torchmetrics have"
+    for name, how in getattr(made, "_reductions", {}).items():
+        if getattr(how, "__name__", None) not in _EXACT:
+            return f"its state {name!r} is none that can be added up, or joined, in any order"
+    try:
+        made.merge_state(make().metric_state)
+    except Exception as error:  # noqa: BLE001  # whatever it is, it says why
+        return f"its merge_state() raised {type(error).__name__}: {error}".rstrip(".")
+    return None
+
+
+def merged(into: M, *states: Mapping[str, Any]) -> M:
+    """Return ``into``, which has taken in these states, too, before what it had."""
+    metric: Any = into
+    for state in reversed(states):  # torchmetrics puts what comes first
+        metric.merge_state(state)
+        if getattr(metric, "_update_count", None) == 0:
+            metric._update_count = 1  # or else torchmetrics would warn that there is nothing in it
+    return into
+
+
+def followed(first: Any, second: Any) -> Any:
+    """Return what has taken in all that both have, in order; one of them is used up."""
+    if hasattr(first, "merge"):  # which copies less
+        first.merge(second)
+        return first
+    return merged(second, first.metric_state)
+
+
+class Reduced(Layer[Any]):
+    """A layer of which a reduction is there in place of the calls.
+
+    Whatever else that can do, the layer can do: ``acts["conv1"].compute()`` is the metric's.
+    """
+
+    @property
+    @abstractmethod
+    def sink(self) -> Any:
+        """The reduction."""
+
+    @abstractmethod
+    def _states(self) -> list[Mapping[str, Any]]:
+        """Return its states: of several ranks one each, if only their class can merge them."""
+
+    def compute(self) -> Any:
+        """Return the result."""
+        sink = self.sink
+        found = sink.compute()
+        name_units = getattr(sink, "name_units", None)
+        return found if name_units is None else name_units(found, self._keys)
+
+    def merge_into(self, metric: M) -> M:
+        """Let ``metric``, a reduction of the same kind, take in what this one has, and return it.
+
+        Of a stored recording, in which states of several ranks may be, it is the way to a metric that is no reduction
+        of :mod:`actrec.reduce`: ``acts["conv1"].merge_into(MeanMetric()).compute()``.
+        """
+        return merged(metric, *self._states())
+
+    def _keys(self, ranks: Tensor, passes: Tensor) -> list[Any]:
+        """Return of each pass the key of its unit, or without units its number."""
+        moments = [self._moment(*one) for one in zip(ranks.tolist(), passes.tolist(), strict=True)]
+        keys = [None] * len(moments) if self._units is None else self._units.of(moments)
+        return [
+            number if key is None else key for key, (_, number) in zip(keys, moments, strict=True)
+        ]
+
+    def _moment(self, rank: int, number: int) -> Moment:  # noqa: ARG002  # where there are several
+        return None, number
+
+    def _value(self, states: Sequence[Mapping[str, Any]], passes: PassRuns) -> dict[str, Any]:
+        """What is stored: a copy of these states, and the passes of the calls that they have taken in."""
+        runs = torch.tensor([*passes.runs()], dtype=torch.int64, device="cpu").view(-1, 3)
+        return {"reduction": self._kind, "states": deepcopy([*states]), "passes": runs}
+
+    # --- There are no calls ----------------------------------------------------------------------------------
+
+    @overload
+    def __getitem__(self, index: int) -> Value: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Value]: ...
+    @override
+    def __getitem__(self, index: int | slice) -> Value:
+        self._refuse()
+
+    @override
+    def __iter__(self) -> Iterator[Value]:
+        self._refuse()
+
+    @override
+    def _of(self, calls: list[int]) -> Layer[Any]:
+        self._refuse()
+
+    @property
+    @override
+    def is_kept(self) -> bool:
+        return False
+
+    @override
+    def _readable(self) -> Iterator[Value]:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        message = (
+            f"acts[{self.name!r}]: its calls were not kept, they were reduced by {self._kind}. The result is "
+            f"acts[{self.name!r}].compute()."
+        )
+        raise ActrecError(message)
+
+    @property
+    def _kind(self) -> str:
+        return type(self.sink).__name__
+
+    @override
+    def _seen(self) -> tuple[Summary, Mapping[object, int]]:
+        places: dict[object, int] = {}
+        for tensor in tensors(vars(self.sink)):
+            places.update(held(tensor))
+        return Summary({self._kind: None} if len(self) else {}), places
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # while it is copied there is no reduction yet
+            raise AttributeError(name)
+        return getattr(self.sink, name)

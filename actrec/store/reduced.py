@@ -1,0 +1,269 @@
+"""Layers on disk that a reduction stands for: with each commit its state is written, and the last one of each rank counts.
+
+A state is a call of the layer, of the last pass that it has taken in: a dict of ``reduction``, the name of its class, ``states``, a list
+of dicts of tensors, and ``passes``, the passes of the calls in runs ``(first, how many, calls in each)``.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from actrec._recordings.passes import ListView
+from actrec._recordings.reduced import Reduced, merged
+from actrec._recordings.runs import PassRuns, in_runs
+from actrec._values.spec import tensors
+from actrec._values.summary import Summary
+from actrec.errors import ActrecError, CorruptRecordingError, OptionError
+from actrec.reduce import KINDS, Reduction
+
+from .call import Call
+from .format import FUNCTION, Defect, corrupt, need
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import Protocol
+
+    from actrec._recordings.layer import Layer
+    from actrec._recordings.passes import Moment
+
+    from .format import Slot
+    from .late import Backwards
+    from .layers import Source, StoredLayer
+    from .live import Writing
+
+    class Reducing(Protocol):
+        """A layer that is reduced while it is recorded."""
+
+        def state(self, complete: int) -> tuple[int, dict[str, Any]] | None:
+            """Return what is stored after the passes before ``complete``, and the last of them, if that is new."""
+
+
+__all__ = ["States", "StoredReduction", "made_reduced", "state_call"]
+
+_FORM: Final = ["reduction", "states", "passes"]
+_MOST: Final = 1 << 40  # calls
+
+
+class States:
+    """Where the states of a reduction go while it is recorded."""
+
+    def __init__(self, stream: Writing, slot: Slot, backwards: Backwards) -> None:
+        self.rank = stream.rank
+        self.complete = backwards.complete
+        self.expect = stream.expect
+        self._stream = stream
+        self._slot = slot
+        self._backwards = backwards
+        self._layer: Reducing | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the recording has ended."""
+        return self._stream.closed
+
+    def take_from(self, layer: Reducing) -> None:
+        """Ask ``layer`` for its state whenever passes are committed."""
+        self._layer = layer
+        self._backwards.layers.append(self)
+
+    def take(self, complete: int) -> Iterator[Call]:
+        """Hand out the state after the passes before ``complete``, if it is new."""
+        assert self._layer is not None  # noqa: S101  # it has asked to be asked
+        found = self._layer.state(complete)
+        if found is not None:
+            yield Call.of(self._slot, *found)
+
+    def stored(self) -> StoredReduction:
+        """Return what is on the disk: before the block and in it, what was there when it began."""
+        return StoredReduction(self._stream.stored(self._slot))
+
+
+def state_call(slot: Slot, layer: Reduced, number: Callable[[Moment], int]) -> Call:
+    """Return a reduction as it is written, its passes numbered anew."""
+    passes = sorted(map(number, layer._moments()))
+    runs = PassRuns()
+    for one in passes:
+        runs.add(one)
+    states = layer._states()
+    sink = layer.sink
+    if isinstance(sink, Reduction):
+        sink = deepcopy(sink)
+        sink.renumber(lambda rank, own: number(layer._moment(rank, own)))
+        states = [sink.metric_state]
+    return Call.of(slot, max(passes, default=0), layer._value(states, runs))
+
+
+class _Foreign:
+    """A reduction of whose class nothing is known but the name."""
+
+    def __init__(self, layer: str, kind: str) -> None:
+        self.kind = kind
+        self._layer = layer
+
+    def compute(self) -> NoReturn:
+        message = (
+            f"acts[{self._layer!r}].compute(): it was reduced by {self.kind}, and a file does not get to say what is imported. Let a "
+            f"new one take in what is stored: acts[{self._layer!r}].merge_into({self.kind}(...)).compute()."
+        )
+        raise ActrecError(message)
+
+
+class StoredReduction(Reduced):
+    """A layer on disk that a reduction stands for, that of all ranks. It is read when it is asked for."""
+
+    def __init__(self, recorded: StoredLayer) -> None:
+        self.name = recorded.name
+        self.type = recorded.type
+        self.recorded = recorded
+
+    @cached_property
+    def _found(self) -> list[tuple[int, _State]]:
+        """The last state of each rank."""
+        sources = [source for source in self.recorded._sources if source.so_far.calls]
+        return [(source.rank.number, _last(source)) for source in sources]
+
+    @property
+    @override
+    def _kind(self) -> str:
+        return self._found[0][1].kind if self._found else "nothing"
+
+    @cached_property
+    @override
+    def sink(self) -> Any:
+        """The reduction of all ranks."""
+        if self._kind not in KINDS:
+            return _Foreign(self.name, self._kind)
+        of_ranks = []
+        for rank, found in self._found:
+            one = KINDS[self._kind].of(found.states[0])
+            merged(one, *found.states[1:]).of_rank(rank)
+            of_ranks.append(one.metric_state)
+        return merged(KINDS[self._kind].of(of_ranks[0]), *of_ranks[1:])
+
+    @override
+    def _states(self) -> list[Mapping[str, Any]]:
+        return [state for _, found in self._found for state in found.states]
+
+    @cached_property
+    def _ordered(self) -> list[Moment]:
+        """The moments of the calls, by pass."""
+        moments = [(rank, number) for rank, found in self._found for number in in_runs(found.runs)]
+        return sorted(moments, key=lambda one: one[1])
+
+    @property
+    @override
+    def passes(self) -> ListView[int]:
+        return ListView([number for _, number in self._ordered])
+
+    @property
+    def ranks(self) -> list[int]:
+        """For each call, the rank that has recorded it."""
+        return [rank or 0 for rank, _ in self._ordered]
+
+    @override
+    def __len__(self) -> int:
+        return len(self._ordered)
+
+    @override
+    def _moment(self, rank: int, number: int) -> Moment:
+        return rank, number
+
+    @override
+    def _seen(self) -> tuple[Summary, Mapping[object, int]]:
+        nbytes = sum(tensor.nbytes for tensor in tensors(self._states()))
+        return Summary({self._kind: None} if len(self) else {}), {id(self): nbytes}
+
+    @override
+    def keep(self, value: Any, number: int) -> None:
+        self._refuse_to("keep")
+
+    @override
+    def drop(self, number: int) -> None:
+        self._refuse_to("drop")
+
+    @override
+    def clear(self) -> None:
+        self._refuse_to("clear")
+
+    def _refuse_to(self, method: str) -> NoReturn:
+        message = (
+            f"acts[{self.name!r}].{method}(): this is a stored recording, which can only be read."
+        )
+        raise ActrecError(message)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the states."""
+        try:
+            self.sink  # noqa: B018  # it is made of them
+            self._ordered  # noqa: B018
+        except CorruptRecordingError as error:
+            yield str(error)
+
+
+class _State(NamedTuple):
+    """What a rank has stored last."""
+
+    kind: str
+    states: list[dict[str, Any]]
+    runs: list[tuple[int, int, int]]
+
+
+def _last(source: Source) -> _State:
+    """The last state of a rank."""
+    found = source.find(source.so_far.calls - 1)
+    value = found.shard.value(found.group, found.call)
+    try:
+        return _checked(value)
+    except Defect as defect:
+        raise corrupt(found.shard.path, defect) from None
+
+
+def _checked(value: Any) -> _State:
+    need(is_state(value), "the state of a reduction is something else")
+    kind, states, runs = (value[key] for key in _FORM)
+    need(
+        runs.dtype is torch.int64 and runs.shape[1:] == (3,) and bool((runs >= 0).all()),
+        "the passes of a reduction are no runs",
+    )
+    need(int(runs[:, 1:].prod(1).sum()) <= _MOST, "a reduction has impossibly many calls")
+    if kind in KINDS:
+        need(len(states) > 0, "a reduction has no state")
+        for state in states:
+            try:
+                KINDS[kind].of(state)
+            except (OptionError, TypeError, ValueError) as error:
+                message = f"the state of a reduction is none of {kind}: {error}"
+                raise Defect(message) from None
+    return _State(kind, states, [(first, many, each) for first, many, each in runs.tolist()])
+
+
+def is_state(value: Any) -> bool:
+    """Return whether a value is the state of a reduction."""
+    return (
+        isinstance(value, dict)
+        and [*value] == _FORM
+        and isinstance(value["reduction"], str)
+        and isinstance(value["states"], list)
+        and all(isinstance(state, dict) for state in value["states"])
+        and isinstance(value["passes"], Tensor)
+    )
+
+
+def made_reduced(layer: StoredLayer, name: str | None, *, by_functions: bool) -> Layer[Any]:
+    """Return what stands for a layer: itself, unless it is reduced.
+
+    Args:
+        layer: as it is stored.
+        name: what reduces it, as its rank says.
+        by_functions: whether functions are reduced, which no rank lists one by one.
+    """
+    is_reduced = name is not None
+    if by_functions and layer.type == FUNCTION and len(layer):
+        is_reduced = is_state(layer[-1])
+    return StoredReduction(layer) if is_reduced else layer
