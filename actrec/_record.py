@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from actrec._selection.functions import Owner
     from actrec._selection.queries import Query, Transform
     from actrec._selection.selection import What
+    from actrec._selection.treatment import Given, Reducing
 
 
 __all__ = ["record"]
@@ -55,17 +56,17 @@ __all__ = ["record"]
 
 def record(
     model: nn.Module,
-    layers: Query | Iterable[Query] | Mapping[Query, Transform | None] | None = None,
+    layers: Query | Iterable[Query] | Mapping[Query, Given] | None = None,
     *,
     transform: Transform | None = None,
-    inputs: bool | Query | Iterable[Query] | Mapping[Query, Transform | None] = False,
+    inputs: bool | Query | Iterable[Query] | Mapping[Query, Given] = False,
     grads: bool | Query | Iterable[Query] | Mapping[Query, Transform | None] = False,
     detach: bool = True,
     device: torch.device | str | int | None = "cpu",
     dtype: torch.dtype | None = None,
     stop_early: bool = False,
     compiled: bool = False,
-    into: Callable[[], Any] | str | os.PathLike[str] = list,
+    into: Callable[[], Any] | Reducing | str | os.PathLike[str] = list,
     resume: bool = False,
 ) -> AbstractContextManager[Recorder[V]]:
     r"""Record what the chosen layers of ``model`` return while the ``with`` block runs.
@@ -109,11 +110,16 @@ def record(
     ``model.layer4``                             that module object
     ``lambda name, module: ...``                 the modules for which it returns true
     ``{query: transform}``                       as above, each with a transform of its own
+    ``{query: reduction}``                       what the calls come to, in place of the calls
     ===========================================  ====================================================
 
     Names may leave out the segments that wrappers add, such as ``module.`` and ``_orig_mod.``; the keys of the recording
     are without them. A module with several names is recorded once and found under each of them. Where queries overlap,
     a layer that is named or given as an object takes precedence over a pattern, otherwise the first query does.
+
+    A reduction takes in each value as it comes, and keeps none: one of :mod:`actrec.reduce`, or a metric of torchmetrics. Each
+    layer has its own. In a mapping one stands behind its query, where needed together with a transform, and goes to where the recording goes:
+    ``record(model, {"layer*": reduce.Moments(), "head": (torch.abs, reduce.TopK(k=5))}, into="runs/x")``.
 
     Behind a colon stands a function, method or operator of PyTorch that the forward of the module calls itself, not the
     modules inside it: ``add`` for ``x + y``, ``x.add(y)`` and ``x += y``. Each call is one item, and ``inputs`` are its arguments.
@@ -155,8 +161,8 @@ def record(
             Recorded is what the compiled code computes, which may differ from eager mode in the last bits. It is not supported
             with ``stop_early``, ``detach=False`` and functions.
         into: a factory of the container for the calls of a layer, which needs ``append``, such as
-            ``functools.partial(collections.deque, maxlen=10)``. Or of what reduces them, with ``update`` and ``compute``: a
-            metric of torchmetrics, or a reduction of :mod:`actrec.reduce`, such as its ``Moments``. Both run as transforms do,
+            ``functools.partial(collections.deque, maxlen=10)``. Or what reduces those of all layers, in memory: a class with
+            ``update`` and ``compute``, such as ``actrec.reduce.Moments`` or a metric of torchmetrics. Both run as transforms do,
             without gradients and autocast. Or a path, a URL such as ``"s3://bucket/run"``, or a
             :class:`actrec.store.Folder`, which is a path with settings: values are written while the block runs, within a
             budget of memory (1 GiB), and committed pass by pass. Committed passes survive a crash of the process or the machine and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 from actrec.errors import OptionError
 
@@ -13,10 +13,26 @@ if TYPE_CHECKING:
 
     from .queries import Transform
 
-__all__ = ["Make", "Treatment", "is_reduction", "maker"]
+__all__ = ["Given", "Make", "Reducing", "Treatment", "is_reduction", "maker"]
 
 #: Makes what reduces the values of a layer, a new one for each.
 Make: TypeAlias = "Callable[[], Any]"
+
+
+class Reducing(Protocol):
+    """What reduces values: a reduction of :mod:`actrec.reduce`, or a metric of torchmetrics."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Take in a value."""
+
+    def compute(self) -> Any:
+        """Return the result."""
+
+
+#: What may stand behind a query: a transform, a reduction or its class, or both.
+Given: TypeAlias = (
+    "Callable[..., Any] | Reducing | tuple[Transform | None, Callable[..., Any] | Reducing] | None"
+)
 
 
 class Treatment(NamedTuple):

@@ -6,6 +6,7 @@ of dicts of tensors, and ``passes``, the passes of the calls in runs ``(first, h
 
 from __future__ import annotations
 
+from collections import Counter
 from copy import deepcopy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
@@ -169,6 +170,11 @@ class StoredReduction(Reduced):
     @override
     def __len__(self) -> int:
         return len(self._ordered)
+
+    @override
+    def _per_pass(self) -> tuple[int, int]:
+        counts = Counter(self._ordered)  # each rank has passes of its own
+        return max(counts.values(), default=0), len(counts)
 
     @override
     def _moment(self, rank: int, number: int) -> Moment:

@@ -86,6 +86,7 @@ def every_kind_of_query() -> None:
     record(model, (str(i) for i in range(2)))
     record(model, {"0": pooled, "1": None})
     record(model, {nn.ReLU: torch.sum, "0": lambda t: t[0]})
+    record(model, {"0": reduce.Norms(), "1": reduce.TopK, nn.ReLU: (torch.abs, reduce.Moments())})
     record(model, (), inputs="0")
     record(model, [], inputs={nn.Linear: lambda received: received["input"]}, grads=["0", nn.ReLU])
     record(model, "0", inputs=True, grads={"1": pooled})
