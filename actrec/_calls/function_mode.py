@@ -309,10 +309,10 @@ class Watcher:
             found = self.by_name.get(name)
             if found is None:
                 found = _Function(name)
-                transforms = self.asked.of(name)
-                if transforms:
+                treatments = self.asked.of(name)
+                if treatments:
                     key, module = f"{self.owner.key}:{name}", self.owner.module
-                    choice = Choice(key, module, (), transforms, is_function=True)
+                    choice = Choice(key, module, (), treatments, is_function=True)
                     found.track, found.publish = self._shared.make(choice)
                 self.by_name[name] = found
         return found
