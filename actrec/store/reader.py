@@ -179,9 +179,9 @@ class StoredRecording(Recording[V], Generic[V]):
             for rank, shards in expected:
                 nothing = rank.description.heading(rank.number)
                 yield from shard_problems(rank.index.disk, nothing, each(shards))
-        yield from self.misfits(progress=progress)
+        yield from self._misfits(progress=progress)
 
-    def misfits(self, *, progress: bool) -> Iterator[str]:
+    def _misfits(self, *, progress: bool) -> Iterator[str]:
         """Yield what is wrong with what is made of several calls: tensors in parts, and reductions."""
         yield from whole_problems(self.wholes, progress=progress)
         for layer in self.everything():

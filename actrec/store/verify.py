@@ -61,7 +61,7 @@ def verify(
 
 def _problems(disk: Place, *, progress: bool) -> Iterator[str]:
     try:
-        yield from opened(disk).misfits(progress=progress)
+        yield from opened(disk)._misfits(progress=progress)
     except CorruptRecordingError as error:
         yield str(error)
     expected = [(folder, shards_expected(folder)) for folder in rank_folders(disk)]
