@@ -67,7 +67,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(collections|contextlib|os|types)\..*"),  # and so has the standard library
     # Signatures stand as they are written: names that only the type checker imports, and short ones
     # for types that the text explains.
-    ("py:class", r"nn\.Module|AbstractContextManager|Callable\[.*|.*\b(Query|Transform|Value)\b.*"),
+    ("py:class", r"nn\.Module|AbstractContextManager|Callable\[.*|.*\bValue\b.*"),
     (
         "py:class",
         r"(Array|Axes|K|Key|Layers|Mask|Overflows|Passes|T|Where|Recording|Role|Selector|StoredLayer|Tensor|V|numpy\.ndarray|actrec\.store\.(reader|layers|whole)\.\w+)(\[.*)?",
