@@ -21,6 +21,9 @@ EACH_CORE = ["--numprocesses=logical", "--maxprocesses=8", "--dist=worksteal"]
 #: PyTorch alone takes more than a gigabyte: sessions whose packages go together share one environment.
 SHARED = Path(".nox/shared").resolve()
 
+#: Where the documentation is built.
+PAGES = Path("docs/_build/html")
+
 # What the installed package has to do, far from the checkout.
 SMOKE = """
 from importlib.metadata import files
@@ -77,6 +80,13 @@ def packages(group: str) -> list[str]:
     return ["install", "--no-compile", *nox.project.dependency_groups(PROJECT, group)]
 
 
+def build_docs(session: nox.Session, *arguments: str) -> None:
+    """Build the pages."""
+    bring(session, "docs")
+    options = ["-W", "-n", "--keep-going", "-b", "html", "-j", "auto"]
+    run(session, "sphinx-build", *options, "docs", str(PAGES), *arguments, OMP_NUM_THREADS="1")
+
+
 @in_shared
 def tests(session: nox.Session) -> None:
     """Run the tests with branch coverage; ``nox -s tests -- -k exact`` runs some, without."""
@@ -108,10 +118,7 @@ def types(session: nox.Session) -> None:
 @in_shared
 def docs(session: nox.Session) -> None:
     """Build the documentation and execute its notebooks; a warning is an error."""
-    bring(session, "docs")
-    options = ["-W", "-n", "--keep-going", "-b", "html", "-j", "auto"]
-    arguments = ["docs", "docs/_build/html", *session.posargs]
-    run(session, "sphinx-build", *options, *arguments, OMP_NUM_THREADS="1")
+    build_docs(session, *session.posargs)
 
 
 @in_shared
@@ -131,7 +138,9 @@ def demo_minilm(session: nox.Session) -> None:
 
 @in_shared
 def browser(session: nox.Session) -> None:
-    """Run the tutorial as a notebook, and look at it in Chromium, which has to be there."""
+    """Look at every page and view in Chromium, which has to be there: wide and narrow, light and dark. The pictures stay in tests/browser/pictures."""
+    if not (PAGES / "index.html").exists():
+        build_docs(session)
     bring(session, "browser")
     run(session, "pytest", "tests/browser", *session.posargs)
 
@@ -185,6 +194,21 @@ def versions(session: nox.Session) -> None:
     install(session, "tests", "-e", ".")
     session.install(f"torch=={version}", silent=False)
     session.run("pytest", *options, env=OFFLINE)
+
+
+@nox.session(reuse_venv=False)
+def release(session: nox.Session) -> None:
+    """Build sdist and wheel into ``dist``, check them, install from the sdist, and write the notes. It uploads nothing."""
+    install(session, "release")
+    dist = Path("dist").resolve()
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist))
+    session.run("python", "-m", "twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
+    session.run("python", "tests/release.py", str(dist))
+    (sdist,) = dist.glob("*.tar.gz")
+    install(session, "torch", str(sdist))
+    session.chdir(session.create_tmp())
+    session.run("python", "-W", "error", "-c", SMOKE)
 
 
 @nox.session(reuse_venv=False)

@@ -6,13 +6,16 @@ import ast
 import json
 import re
 import runpy
+import tarfile
 import tomllib
+import zipfile
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
+from tests import release
 from tests.benchmarks import page
 
 ROOT = Path(__file__).parents[1]
@@ -196,3 +199,63 @@ def test_the_package_has_addresses_keywords_and_policies():
         assert f"## {heading}\n" in stability
     assert (ROOT / "CITATION.cff").exists()
     assert (DOCS / "contributing.md").exists()
+
+
+# --- A release -----------------------------------------------------------------------------------------
+
+
+def test_the_notes_of_a_release_are_its_section_of_the_changelog():
+    changelog = (
+        "# Changelog\n\n## 0.2.0 - today\n\n### Added\n\n- New.\n\n## 0.1.0 - before\n\n- Old.\n"
+    )
+    assert release.notes(changelog, "0.2.0") == "# actrec 0.2.0\n\n### Added\n\n- New.\n"
+    assert release.notes(changelog, "0.1.0") == "# actrec 0.1.0\n\n- Old.\n"
+    with pytest.raises(LookupError, match=r"no section '## 0\.2'"):
+        release.notes(changelog.replace("0.2.0", "0.20"), "0.2")
+    assert "record()" in release.notes(
+        (DOCS / "changelog.md").read_text(), PROJECT["project"]["version"]
+    )
+
+
+def built(folder, *, without=(), more=(), readme="[docs](https://a.b/c)", version=None):
+    """A wheel and an sdist with the files of the tree."""
+    files = [
+        p for p in (ROOT / "actrec").rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    ]
+    names = {p.relative_to(ROOT).as_posix() for p in files} - set(without) | set(more)
+    version = version or PROJECT["project"]["version"]
+    wheel, sdist = folder / "a.whl", folder / "a.tar.gz"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in names:
+            archive.writestr(name, "")
+        about = f"Metadata-Version: 2.4\nVersion: {version}\nProject-URL: Source, https://a.b\n\n{readme}\n"
+        archive.writestr("actrec.dist-info/METADATA", about)
+    with tarfile.open(sdist, "w:gz") as archive:
+        for name in {*release.IN_SDIST, *names}:
+            archive.addfile(tarfile.TarInfo(f"actrec-{version}/{name}"))
+    return release.problems(wheel, sdist)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, None),
+        ({"without": ["actrec/py.typed"]}, "the wheel lacks actrec/py.typed"),
+        ({"without": ["actrec/errors.py"]}, "the sdist lacks actrec/errors.py"),
+        ({"more": ["tests/conftest.py"]}, "the wheel has tests/conftest.py"),
+        ({"readme": "[docs](docs/tutorial.md)"}, "has the link docs/tutorial.md"),
+        ({"readme": "nothing"}, "no README with links"),
+        ({"version": "9.9.9"}, "is of version 9.9.9"),
+    ],
+)
+def test_what_is_wrong_with_the_files_of_a_release_is_said(tmp_path, change, problem):
+    found = built(tmp_path, **change)
+    assert bool(found) == bool(problem)
+    assert any((problem or "") in one for one in found) == bool(problem)
+
+
+def test_a_release_says_what_is_left_to_decide():
+    (address, day) = release.to_decide("## 0.1.0 - unreleased\n")
+    assert "example.org" in address
+    assert "unreleased" in day
+    assert release.to_decide("## 0.1.0 - 2026-12-01\n") == [address]

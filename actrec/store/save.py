@@ -63,7 +63,7 @@ def save(
         overwrite: whether a recording that is there may be replaced. The new one is written beside it and then takes its
             place, so that one of them is there whatever happens. Anything but a recording is left alone. Only for a
             path on disk.
-        progress: whether to show how far it is, as in :meth:`Recording.stats`.
+        progress: whether to show how far it is, as in :meth:`Recording.stats() <actrec.Recording.stats>`.
 
     Raises:
         RecordingExistsError: there is something at the path already, or, with ``overwrite``, something other than a

@@ -86,7 +86,7 @@ def _ten(shown: Iterable[tuple[str, Row, str]], kept: Mapping[str, Any]) -> str:
     for says, row, one in shown:
         target = "" if row.target is None else f"≤ {row.target:g}"
         met = {None: "", True: "yes", False: "no"}[row.met]
-        cells = says, f"**{row.median:.2f}**", f"{row.low:.2f} - {row.high:.2f}", one, target, met
+        cells = says, f"**{row.median:.2f}**", f"{row.low:.2f} .. {row.high:.2f}", one, target, met
         lines.append(f"| {' | '.join(cells)} |")
     machines = sorted(
         {f"{kept[n]['machine']}, {kept[n]['day']}" for n in {n for _, n, *_ in SHOWN}}
@@ -120,7 +120,7 @@ def _log(kept: Mapping[str, Any]) -> str:
 
 # --- The chart ---------------------------------------------------------------------------------------
 
-WIDTH, LEFT, RIGHT, STEP = 720, 300, 56, 30
+WIDTH, LEFT, RIGHT, STEP = 780, 350, 56, 30
 MOST = 1.6  # where the axis ends
 STYLE = "max-width:100%;height:auto;font:13px sans-serif;color:var(--color-foreground-primary,#777)"
 
@@ -136,6 +136,7 @@ def chart(shown: Iterable[tuple[str, Row]]) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {bottom + 28}" role="img" style="{STYLE}">',
         "<title>What recording takes, as a multiple of the time without</title>",
+        f'<path d="M{x(1)} 4V{bottom}" stroke="currentColor" stroke-dasharray="3 3"/>',
     ]
     for at, (says, row) in enumerate(shown):
         y = 8 + STEP * at
@@ -146,7 +147,6 @@ def chart(shown: Iterable[tuple[str, Row]]) -> str:
             f'<text x="{max(x(row.median), x(row.high)) + 6}" y="{y + 15}" fill="currentColor">{row.median:.2f}</text>',
         ]
     parts += [
-        f'<path d="M{x(1)} 4V{bottom}" stroke="currentColor" stroke-dasharray="3 3"/>',
         f'<text x="{x(1)}" y="{bottom + 18}" text-anchor="middle" fill="currentColor">1: without actrec</text>',
         "</svg>",
     ]
