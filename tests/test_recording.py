@@ -32,7 +32,6 @@ from actrec import (
     load,
     record,
 )
-from actrec._recordings import layer as _layer
 from actrec._recordings import recording as _recording
 from actrec._recordings.in_memory import ListLayer
 from actrec._text import count as count_of
@@ -64,18 +63,6 @@ def recorded(*sizes: int, layers: Any = None, **options: Any) -> Recorder:
 
 def layer(*values: Any) -> Layer:
     return ListLayer("x", values)
-
-
-def test_the_table_looks_at_each_call_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    acts = recorded(1, 2, 2)
-    expected = acts.nbytes
-    looks: list[Tensor] = []
-    held = _layer.held
-    monkeypatch.setattr(_layer, "held", lambda tensor: looks.append(tensor) or held(tensor))
-    for show in (lambda: repr(acts), acts._repr_html_):
-        looks.clear()
-        assert f"3 layers, 3 passes, {expected} B" in show()
-        assert len(looks) == 9
 
 
 def test_to_ask_whether_a_layer_is_there_makes_no_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, overload
 
 from typing_extensions import override
 
+from actrec._values.summary import Summary
+
 from .guesses import no_index
 from .layer import Layer, V
+from .look import Look
 from .passes import ListView
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from typing import SupportsIndex
 
 __all__ = ["ListLayer", "chosen"]
@@ -34,6 +37,8 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         self.name = name
         self.type = kind
         self._passes = list(range(len(self)))
+        self._edits = 0  # of the calls that there were: what is appended is none
+        self._look: tuple[Look, int] | None = None  # the last look, and the edits before it
 
     __eq__ = Layer.__eq__
     __ne__ = Layer.__ne__
@@ -58,6 +63,33 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         self.append(value)
 
     @override
+    def _seen(self) -> tuple[Summary, Mapping[object, int]]:
+        look = self._looked()
+        summary = Summary()
+        summary.update(look.summary)
+        return summary, look.places
+
+    @override
+    def _per_pass(self) -> tuple[int, int]:
+        return self._looked().count(self.passes)
+
+    @override
+    def _look_again(self) -> None:
+        self._edits += 1
+
+    def _looked(self) -> Look:
+        """Look at the calls that were not looked at, or at all of them where others were taken away or changed places."""
+        edits, before = self._edits, self._look
+        self._look = None  # no other thread goes on with this look meanwhile
+        look = Look() if before is None or before[1] != edits else before[0]
+        if look.calls > len(self):
+            look = Look()
+        look.at(self)
+        if not look.can_change:
+            self._look = look, edits
+        return look
+
+    @override
     def drop(self, number: int) -> None:
         passes = self.passes
         for index in [index for index, own in enumerate(passes) if own == number][::-1]:
@@ -73,6 +105,7 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         self._align()
         value = super().pop(index)
         self._passes.pop(index)
+        self._edits += 1
         return value
 
     @override
@@ -80,6 +113,7 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         self._align()
         super().__delitem__(index)
         del self._passes[index]
+        self._edits += 1
 
     @overload
     def __getitem__(self, index: SupportsIndex, /) -> V: ...
@@ -103,12 +137,21 @@ class ListLayer(list[V], Layer[V], Generic[V]):
             self._passes[index] = [-1] * len(value)
         else:
             super().__setitem__(index, value)
+        self._edits += 1
 
     @override
     def insert(self, index: SupportsIndex, value: V) -> None:
         self._align()
         super().insert(index, value)
         self._passes.insert(index, -1)
+        self._edits += 1
+
+    @override
+    def __imul__(self, times: SupportsIndex) -> Self:
+        self._align()
+        super().__imul__(times)
+        self._edits += 1
+        return self
 
     @override
     def remove(self, value: V) -> None:
@@ -119,6 +162,7 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         self._align()
         super().reverse()
         self._passes.reverse()
+        self._edits += 1
 
     @override
     def sort(self, *, key: Callable[[Any], Any] | None = None, reverse: bool = False) -> None:
@@ -127,14 +171,16 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         calls, passes = [*self], self.passes
         super().__setitem__(slice(None), [calls[index] for index in order])
         self._passes[:] = [passes[index] for index in order]
+        self._edits += 1
 
     @override
     def __getstate__(self) -> dict[str, Any]:
         # A copy has passes of its own, and units that stay as they are now.
         units = None if self._units is None else self._units.copy()
-        return {**vars(self), "_passes": [*self.passes], "_units": units}
+        return {**vars(self), "_passes": [*self.passes], "_units": units, "_look": None}
 
     @override
     def clear(self) -> None:
         super().clear()
         self._passes = []  # a view of the old passes keeps them
+        self._edits += 1

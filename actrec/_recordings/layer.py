@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Final, Generic, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,16 +15,17 @@ from typing_extensions import TypeVar, override
 from actrec._tables.html import as_html
 from actrec._text import count, shown, size
 from actrec._values.join import How, joined
-from actrec._values.memory import held
-from actrec._values.spec import same, tensors
-from actrec._values.summary import Summary
+from actrec._values.spec import same
 from actrec.errors import JoinError
 
 from .guesses import explained, no_attribute_of_layer
 from .layer_view import layer_table
+from .look import Look
 from .passes import ListView, Moment, nth_calls
 
 if TYPE_CHECKING:
+    from actrec._values.summary import Summary
+
     from .units import Key, Units
 
 __all__ = ["FUNCTION", "Layer", "Overflows", "Role", "V"]
@@ -285,6 +286,7 @@ class Layer(Sequence[V], Generic[V]):
     @property
     def nbytes(self) -> int:
         """The bytes that the calls hold, in memory or on disk. What several of them share counts once."""
+        self._look_again()
         return sum(self._seen()[1].values())
 
     @property
@@ -307,21 +309,13 @@ class Layer(Sequence[V], Generic[V]):
 
     def _seen(self) -> tuple[Summary, Mapping[object, int]]:
         """Look at each call once: return a summary of all, and the bytes at each address that they hold."""
-        looks = Summary()
-        places: dict[object, int] = {}
-        known: set[object] = set()
-        value: Any
-        for value in self._readable():
-            if type(value) is Tensor and not value.is_nested:  # most are, with few different looks
-                look = value.shape, value.dtype, value.device
-                if look in known:
-                    places.update(held(value))
-                    continue
-                known.add(look)
-            looks.add(value)
-            for tensor in tensors(value):
-                places.update(held(tensor))
-        return looks, places
+        look = Look()
+        look.at(self._readable())
+        return look.summary, look.places
+
+    def _look_again(self) -> None:
+        """The calls may look otherwise, though they are the same."""
+        # Most layers are looked at anew each time.
 
     def _per_pass(self) -> tuple[int, int]:
         """Return the most calls of any pass, and the number of passes that have any."""

@@ -18,6 +18,7 @@ from actrec.errors import JoinError, UnknownLayerError
 
 from .guesses import NOT_RECORDED, explained, no_attribute_of_recording, no_layer
 from .layer import Layer, V
+from .look import Together
 from .masked import Mask, Masks
 from .passes import Count, ListView
 from .selecting import Known, chosen
@@ -95,6 +96,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         units: Units | None = None,
     ) -> None:
         self._model = model
+        self._together = Together()
         self._layers = dict(layers)
         self._aliases = aliases
         self._order = order
@@ -183,7 +185,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_keys_of"}
+        found = {name: value for name, value in vars(self).items() if name != "_keys_of"}
+        return found | {"_together": Together()}
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -341,6 +344,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         held: dict[object, int] = {}
         for recording in (self, *self._besides().values()):
             for layer in recording.values():
+                layer._look_again()
                 held.update(layer._seen()[1])
         return sum(held.values())
 
@@ -579,6 +583,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             passes=self.num_passes,
             raised=len(self.failed_passes),
             beside={what: [*one.values()] for what, one in self._besides().items()},
+            together=self._together,
             units=len(self._units),
         )
 

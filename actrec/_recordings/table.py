@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from .layer import Layer
+    from .look import Together
 
 __all__ = ["State", "recording_table"]
 
@@ -39,6 +40,7 @@ def recording_table(
     passes: int,
     raised: int,
     beside: Mapping[str, Sequence[Layer[Any]]],
+    together: Together,
     units: int = 0,
 ) -> Table:
     """Return the table of a recording, after one look at each call.
@@ -51,16 +53,17 @@ def recording_table(
         raised: how many of them raised.
         beside: the layers of inputs and of gradients, where they were recorded. Those of which outputs were not recorded
             have rows of their own.
+        together: adds up the memory of all layers.
         units: how many of the passes are units that have ended.
     """
     rows: list[Cells] = []
     names: list[str] = []  # of the rows
-    memory: dict[object, int] = {}
+    places: list[Mapping[object, int]] = []
     outputs = {layer.name for layer in layers}
     for what, those in {"": layers, **beside}.items():
         for layer in those:
             looks, held = layer._seen()
-            memory.update(held)
+            places.append(held)
             if what and layer.name in outputs:
                 continue
             notes = (_WORDS.get(what, ""), _note(layer, state, passes - 1))
@@ -82,7 +85,7 @@ def recording_table(
         count(len(set(names)), "layer"),
         count(passes, "pass") + (f" ({raised:,} raised)" if raised else ""),
         *[count(units, "unit")] * bool(units),
-        size(sum(memory.values())) + (f" with {words}" if words else ""),
+        size(together.nbytes(places)) + (f" with {words}" if words else ""),
     )
     return Table(f"{title}: {', '.join(facts)}", _COLUMNS, rows, names)
 

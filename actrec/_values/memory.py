@@ -13,7 +13,7 @@ from actrec._torch import data_address, sparse_parts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["WORTH_IT", "address", "give_back", "held", "memory", "writable"]
+__all__ = ["WORTH_IT", "address", "give_back", "held", "held_strided", "memory", "writable"]
 
 # --- Where it lies, and how many bytes -------------------------------------------------------------
 
@@ -27,10 +27,15 @@ def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
     elif tensor.layout in {torch.sparse_csc, torch.sparse_bsc}:
         parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     else:
-        yield address(tensor), 0 if tensor.is_meta else _size(tensor)
+        yield held_strided(tensor)
         return
     for part in parts:
         yield from held(part)
+
+
+def held_strided(tensor: Tensor) -> tuple[object, int]:
+    """Return the memory that a tensor holds that is not sparse."""
+    return address(tensor), 0 if tensor.is_meta else _size(tensor)
 
 
 def address(tensor: Tensor) -> object:

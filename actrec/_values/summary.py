@@ -64,7 +64,10 @@ class Summary:
 
     def add(self, value: Value) -> None:
         """Take in a value."""
-        tensors, spec = flatten(value)
+        self.add_flat(*flatten(value))
+
+    def add_flat(self, tensors: Sequence[Tensor], spec: Spec) -> None:
+        """Take in a value that was taken apart."""
         self.add_spec(spec, [shape_of(t) for t in tensors])
         for tensor in tensors:
             self.dtypes[dtype_name(tensor)] = None

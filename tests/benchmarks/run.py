@@ -25,6 +25,7 @@ from tests.benchmarks import (
     importing,
     instructions,
     loading,
+    looking,
     memory_pages,
     networks,
     opening,
@@ -52,6 +53,7 @@ BENCHMARKS = {
     "opening": opening.measure,
     "ranks": ranks.measure,
     "loading": loading.measure,
+    "looking": looking.measure,
 }
 
 
