@@ -291,6 +291,9 @@ def test_a_layer_on_disk_is_shown_without_reading_a_value() -> None:
             looks.add_shape((2, 3), (2, 3))
             return looks, {"a": 24}
 
+        def _per_pass(self) -> tuple[int, int]:
+            return 1, 2
+
     layer = Lazy("a", [1, 2], "Linear")
     assert repr(layer) == "Layer 'a' (Linear): 2 calls, (2, 3) float32, 24 B"
     assert "(2, 3)" in Recording("Net", {"a": layer}, {})._repr_html_()
