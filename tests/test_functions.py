@@ -924,3 +924,18 @@ def test_a_wrapped_forward_is_told_while_the_block_is_open() -> None:
         net(X)
         assert_unhooked(net)
     assert_unhooked(net)
+
+
+@pytest.mark.parametrize("queries", [["blocks.*:*"], ["blocks.*:*", "blocks.0", "blocks.0.a"]])
+def test_a_module_that_is_called_by_itself_is_one_pass(queries: list[str]) -> None:
+    net = Net()
+    with record(net, queries) as acts:
+        out = net.blocks[0](X)
+        net.blocks[1](out)
+        with pytest.raises(RuntimeError):
+            net.blocks[0](X[:, :2])
+        net(X)
+    assert acts.num_passes == 4
+    assert acts["blocks.0:mul"].passes == acts["blocks.0:relu"].passes == [0, 3]
+    assert acts["blocks.1:mul"].passes == acts["blocks.1:relu"].passes == [1, 3]
+    assert acts.failed_passes == [2]

@@ -150,24 +150,6 @@ class _Mode(TorchFunctionMode):
         many = count_function_modes()
         return many > 0 and function_mode_at(many - 1) is self
 
-    def aside(
-        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run the forward of a module below an owner, whose functions are nobody's."""
-        before, self.watcher = self.watcher, None
-        # Below a mode of the model's own, it stays where it is.
-        is_last = self.is_last()
-        if is_last:
-            pop_function_mode()
-            self.is_on = False
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            if is_last:
-                self.is_on = True
-                push_function_mode(self)
-            self.watcher = before
-
     def listen_again(self, watcher: Watcher | None, *, was_first: bool) -> None:
         """Go back to what was before, whatever is on the stack."""
         self.watcher = watcher
@@ -201,12 +183,6 @@ class Shared:
     names: dict[Any, str] = field(default_factory=dict)  # of the functions that were called
     thread: _Thread = field(default_factory=_Thread)
 
-    def forward(self, stood_for: Forward) -> Callable[..., Any]:
-        """Return the forward that is about to run: that of the module, or of a replica of it."""
-        if self.session.has_replicas:
-            return stood_for.forward_of(_called_module())
-        return stood_for.forward
-
 
 class Aside:
     """Runs the forward of a module below an owner: what it calls is nobody's."""
@@ -218,20 +194,35 @@ class Aside:
         """Run the forward. Whatever ends it, the mode of this thread is as it was."""
         if is_dynamo_compiling():
             return stood_for.forward(*args, **kwargs)
-        forward = self._shared.forward(stood_for)
+        forward = stood_for.forward
+        if self._shared.session.has_replicas:
+            forward = stood_for.forward_of(_called_module())
         mode = self._shared.thread.mode
-        if mode.watcher is None:
+        before = mode.watcher
+        if before is None:
             return forward(*args, **kwargs)
-        return mode.aside(forward, args, kwargs)
+        mode.watcher = None
+        is_last = mode.is_last()
+        if is_last:  # below a mode of the model's own, it stays where it is
+            pop_function_mode()
+            mode.is_on = False
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            if is_last:
+                mode.is_on = True
+                push_function_mode(mode)
+            mode.watcher = before
 
 
 class Watcher:
     """Runs the forward of an owner, and records the functions that it calls."""
 
-    def __init__(self, shared: Shared, owner: Owner, asked: Asked) -> None:
+    def __init__(self, shared: Shared, aside: Aside, owner: Owner, asked: Asked) -> None:
         self.owner = owner
         self.asked = asked
         self._shared = shared
+        self._aside = aside
         self.unrecorded: Counter[Unrecorded] = Counter()
         self.ran = 0
         self.fused = 0  # how often it was left alone, so that it runs as it would
@@ -244,15 +235,21 @@ class Watcher:
         """Run the forward. Whatever ends it, the mode of this thread is as it was."""
         if is_dynamo_compiling():
             return stood_for.forward(*args, **kwargs)
-        shared = self._shared
-        forward = shared.forward(stood_for)
+        shared, session = self._shared, self._shared.session
         mode = shared.thread.mode
         before = mode.watcher
         if not self._is_heard(inside=before is not None):
-            return forward(*args, **kwargs) if before is None else mode.aside(forward, args, kwargs)
+            return self._aside.run(stood_for, args, kwargs)
+        module, forward = self.owner.module, stood_for.forward
+        if session.has_replicas:
+            module = _called_module() or module
+            forward = stood_for.forward_of(module)
         is_first = not mode.is_on
+        begins, result = False, None
         try:
             try:
+                # A pass begins with it, if it is called by itself.
+                begins = not session.passes.running and session.enter(module, is_root=False)
                 mode.watcher = self
                 if is_first:
                     mode.is_on = True  # first, so that it is looked for
@@ -267,8 +264,10 @@ class Watcher:
             # That was interrupted, or the model has left modes of its own above this one.
             if mode.watcher is not before or (is_first and mode.is_on):
                 mode.listen_again(before, was_first=is_first)
-        if shared.session.stop is not None:
-            shared.session.stop.ran(stop_key(self.owner))
+            if begins:
+                session.leave(None, module, None, None, result)
+        if session.stop is not None:
+            session.stop.ran(stop_key(self.owner))
         return result
 
     def _is_heard(self, *, inside: bool) -> bool:

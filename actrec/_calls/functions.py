@@ -52,6 +52,7 @@ class Functions:
         self._watchers = {
             module: Watcher(
                 self._shared,
+                self._aside,
                 owner,
                 asked.setdefault(tuple(map(id, asking[module])), Asked(asking[module])),
             )

@@ -276,6 +276,9 @@ class Track:
     def _look_at_first(self, value: Value) -> None:
         """The first call is kept, or there was no tensor in those before."""
         self.session.order.setdefault(self.capture.layer)
+        if type(value) is Tensor:  # the shortest way
+            self.has_tensors = True
+            return
         tensors, spec = flatten(value)
         self.has_tensors = bool(tensors)
         if not tensors and self.placeholder is None:

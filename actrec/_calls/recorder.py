@@ -93,7 +93,7 @@ class Recorder(Recording[V], Generic[V]):
                 beside._keys_of = self._keys_of
         self._where = destination.where
         self._added = destination.added
-        self._chosen = frozenset([*layers, *(inputs or ()), *(grads or ()), *aliases])
+        self._chosen = {*layers, *(inputs or ()), *(grads or ()), *aliases}
         self._session = session
         self._capture = capture
         self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
@@ -121,7 +121,7 @@ class Recorder(Recording[V], Generic[V]):
                 if recording is not None and role in layers:
                     layers[role]._units = recording._units
                     recording._layers = {**recording._layers, name: layers[role]}
-            self._chosen |= {name}
+            self._chosen.add(name)
             self._reduced += [one for one in layers.values() if isinstance(one, ReducedLayer)]
             self._tracks.append(track)
 

@@ -259,12 +259,23 @@ def _keys(names: list[Name]) -> list[str]:
 def _parents(
     model: Model, chosen: list[nn.Module], callers: list[nn.Module]
 ) -> Iterator[nn.Module]:
-    """The root, the modules whose functions are chosen, and every module above those and the chosen ones that is called."""
-    found = {id(module): module for module in (model.names[0].module, *callers)}
-    for module in (*chosen, *callers):
+    """The root, and every module that is called above chosen ones, or above modules whose functions are (``callers``).
+
+    Those begin passes themselves: they are among them only if hooks of layers need one around their calls.
+    """
+    alone = {*map(id, callers)} - {*map(id, chosen)}
+    found = {id(model.names[0].module): model.names[0].module, **_above(model, chosen)}
+    more = {id(module): module for module in callers} | _above(model, callers)
+    return iter((found | {key: more[key] for key in more if key not in alone}).values())
+
+
+def _above(model: Model, modules: list[nn.Module]) -> dict[int, nn.Module]:
+    """The modules that are called above some, by their ids."""
+    found: dict[int, nn.Module] = {}
+    for module in modules:
         for name in model.of[id(module)]:
             for full in upwards(name.full.rpartition(".")[0]):
                 above = model.by_full.get(full)  # none, where a segment has a dot in it
                 if above and id(above.module) not in found and why_not(model, above) is None:
                     found[id(above.module)] = above.module
-    return iter(found.values())
+    return found
