@@ -442,7 +442,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         """What makes the compiler see the hooks. It goes off the model before they do."""
         from ._calls.in_graph.mark import Marks  # noqa: PLC0415
 
-        return Marks(self._model, [(module, hook.event) for module, hook in plan])
+        return Marks(self._model, [(module, hook.kind) for module, hook in plan])
 
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""

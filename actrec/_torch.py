@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from importlib.util import find_spec
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -54,6 +55,11 @@ version: Final[Callable[[Tensor], int]] = attrgetter("_version")
 
 #: The tensor whose memory a view shares, or ``None``. It is in the documentation of views, and has no other name.
 base_of: Final[Callable[[Tensor], Tensor | None]] = attrgetter("_base")
+
+
+def read_base_of(tensor: Tensor) -> Tensor | None:
+    """Return the same, in words that the compiler can read."""
+    return tensor._base
 
 
 def sparse_parts(tensor: Tensor) -> list[Tensor]:
@@ -346,6 +352,19 @@ def not_compiled_alone(*functions: Any) -> None:
     strategy: Any = types.FrameExecStrategy  # type: ignore[attr-defined]
     for function in functions:
         eval_frame.set_code_exec_strategy(function.__code__, strategy(action.SKIP, action.SKIP))
+
+
+def compiles_tensor_hooks() -> bool:
+    """Whether ``Tensor.register_hook()`` can be compiled. Without it, gradients are not recorded in compiled code."""
+    return find_spec("torch._higher_order_ops.register_hook") is not None
+
+
+def compiled_frame() -> FrameType | None:
+    """The frame of the compiled code that has called the code which asks. Without the name, it is not known."""
+    file = _of("torch._dynamo.eval_frame", "__file__")
+    around = (frame for frame in _frames() if frame.f_code.co_filename == file)
+    wrapper = next(around, None)
+    return None if wrapper is None else wrapper.f_back
 
 
 def count_graphs() -> int:

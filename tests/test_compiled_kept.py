@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from actrec import OptionError, record
+from actrec import CaptureError, MissingGradientWarning, OptionError, record
 from actrec._values.spec import same
 
 # The compiler warns about its own deprecations when it is first used.
@@ -138,7 +140,97 @@ def test_it_is_recorded_as_in_eager_mode_and_compiled_once_more(form: str, kind:
         assert same([*acts.inputs[name]], [*eager.inputs[name]]), name
 
 
-@pytest.mark.parametrize("options", [{"stop_early": True}, {"detach": False}, {"grads": True}])
+class Pair(nn.Module):
+    """Returns containers, of its own tensor and of views of it, with numbers and words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.linear(x)
+        return (
+            ModelOutput(y, hidden=[y, (y.chunk(2, 1), None)]),
+            x.shape,
+            Named(y, 1.5),
+            {"a": x.dtype},
+        )
+
+
+class Named(NamedTuple):
+    tensor: Tensor
+    number: float
+
+
+@dataclass
+class ModelOutput(OrderedDict[str, Any]):
+    """As transformers has them: the fields are items, too."""
+
+    last: Tensor | None = None
+    hidden: Any = None
+    more: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("last", "hidden"):
+            OrderedDict.__setitem__(self, name, getattr(self, name))
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.relu = Pair(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, _, _, _ = self.pair(x)
+        _, _, second, _ = self.pair(self.relu(first["hidden"][0] + 1))  # called twice in a pass
+        return second.tensor
+
+
+def test_nested_values_inputs_and_gradients_are_those_of_eager_mode() -> None:
+    model = Nested()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    recordings = []
+    for compiled in (False, True):
+        model.zero_grad()
+        with record(model, ["**", ""], inputs=True, grads=True, compiled=compiled) as acts:
+            for x in (X, X + 1):
+                run(x).square().sum().backward()
+        recordings.append((acts, [parameter.grad for parameter in model.parameters()]))
+    (eager, expected), (acts, gradients) = recordings
+    assert same(gradients, expected)
+    assert [*acts] == [*eager]
+    for name in eager:
+        assert acts[name].passes == eager[name].passes, name
+        assert same([*acts[name]], [*eager[name]]), name
+        assert same([*acts.inputs[name]], [*eager.inputs[name]]), name
+        assert same([*acts.grads[name]], [*eager.grads[name]]), name
+
+
+def test_a_view_that_is_written_in_place_has_no_gradient_in_compiled_code_and_that_is_told() -> (
+    None
+):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (2, 2)), nn.ReLU(inplace=True))
+    run = torch.compile(model, backend="aot_eager")
+    with (
+        pytest.warns(
+            MissingGradientWarning, match=r"1 of 3 .*\n  '1': no gradient has come of 1 tensor"
+        ),
+        record(model, grads=True, compiled=True) as acts,
+    ):
+        run(X).sum().backward()
+    assert acts.grads["1"] == [None]
+    assert acts.grads["0"][0] is not None
+
+
+def test_a_leaf_that_is_returned_as_it_is_has_no_gradient_in_compiled_code() -> None:
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 3))
+    run = torch.compile(model, backend="aot_eager")
+    told = pytest.raises(CaptureError, match="layer '0': what it returned is a leaf")
+    with told, record(model, grads=True, compiled=True):
+        run(X.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("options", [{"stop_early": True}, {"detach": False}])
 def test_what_cannot_be_in_compiled_code_is_refused_before_the_block(options: Any) -> None:
     with pytest.raises(OptionError, match=rf"record\(compiled=True, {next(iter(options))}="):
         record(Net(), compiled=True, **options)

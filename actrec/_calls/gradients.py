@@ -12,10 +12,11 @@ hook moves from the leaf into the graph.
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from bisect import bisect_left, insort
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,8 +33,7 @@ from .reentrant import Regions
 from .views import View
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Collection, MutableMapping
+    from collections.abc import Collection, Iterator, MutableMapping
 
     from torch.autograd.graph import Node
     from torch.utils.hooks import RemovableHandle
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from .capture import Capture
 
-__all__ = ["Gradients"]
+__all__ = ["Gradients", "arrived_in_graph", "watched_in_graph"]
 
 
 class _Like(NamedTuple):
@@ -75,6 +75,9 @@ class _Call:
     #: Of a nested output, what has arrived, by the number of the tensor. Only the recording keeps it.
     arrived: MutableMapping[int, Tensor] | None = None
     dropped: bool = False  # its unit has failed
+    views: Collection[
+        int
+    ] = ()  # in compiled code: the views among its tensors whose gradient has not come
 
 
 @dataclass(eq=False, slots=True)
@@ -135,6 +138,52 @@ def _is_in_graph(tensor: Tensor) -> bool:
         return False
 
 
+# --- In compiled code ------------------------------------------------------------------------------------
+
+
+class _InGraph(threading.local):
+    """What the calls are, in this thread, whose gradients compiled code will tell of; ``None`` outside of that."""
+
+    calls: list[_Call] | None = None
+    leaf = -1
+    views: Collection[int] = ()
+
+
+_in_graph = _InGraph()
+
+
+@contextmanager
+def watched_in_graph(leaf: int, views: Collection[int]) -> Iterator[list[_Call]]:
+    """Collect the calls that are recorded in this block: no hooks are placed for their gradients.
+
+    ``leaf`` is the number of a tensor that is a leaf; -1 if there is none. ``views`` are the numbers of those that are views.
+    """
+    calls: list[_Call] = []
+    _in_graph.calls, _in_graph.leaf, _in_graph.views = calls, leaf, views
+    try:
+        yield calls
+    finally:
+        _in_graph.calls = None
+
+
+def arrived_in_graph(call: _Call, index: int, grad: Tensor) -> None:
+    """The gradient of tensor number ``index`` of such a call is there."""
+    gradients = call.gradients()
+    if gradients is not None and index in call.views:
+        call.views = [at for at in call.views if at != index]
+        gradients.views_waiting -= 1
+    _Arrival(call, index, None)(grad)
+
+
+_LEAF = (
+    "what it returned is a leaf of the graph, such as a parameter or an input of the model, as it is, and compiled code cannot "
+    "tell the gradient of one call of it. Record it without grads, or without compiled=True"
+)
+
+
+# --- A layer ---------------------------------------------------------------------------------------------
+
+
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Gradients:
     """The gradients of the calls of one layer."""
@@ -147,6 +196,7 @@ class Gradients:
     undecided: Collection[int] = ()  # the passes that may still be dropped; it changes
     watched: bool = False  # whether there was anything that a gradient could reach
     came: bool = False  # whether one has arrived
+    views_waiting: int = 0  # how many views of compiled code no gradient has come of
     regions: Regions[_Call] = field(default_factory=Regions)
     _warned: set[str] = field(default_factory=set)
     _leaves: list[_Leaf] = field(default_factory=list)
@@ -224,7 +274,9 @@ class Gradients:
 
     def expect(self, output: Value, kept: Value, call: _Call | None) -> None:
         """Listen for the gradients of ``output``, of a call that has a place (or else ``None``)."""
-        if call is not None:
+        if call is not None and _in_graph.calls is not None:
+            self._expect_in_graph(call, _in_graph.leaf)
+        elif call is not None:
             self._watch(output, kept, call)
         if not torch.is_grad_enabled():
             self.regions.remember(call)
@@ -257,6 +309,17 @@ class Gradients:
                 base_of(tensor).register_hook(arrival.at_base)  # type: ignore[union-attr]
             elif tensor.is_leaf:
                 self._add_leaf(_Leaf(arrival, handle, get_gradient_edge(tensor).node))
+
+    def _expect_in_graph(self, call: _Call, leaf: int) -> None:
+        """The gradients of a call will come from compiled code."""
+        if leaf >= 0:
+            raise CaptureError(_LEAF)
+        call.views = _in_graph.views
+        self.views_waiting += len(call.views)
+        _in_graph.calls.append(call)  # type: ignore[union-attr]  # there are some
+        self.watched = True
+        if self.backwards is not None:
+            self.backwards.expect(call.number)
 
     def _add_leaf(self, new: _Leaf) -> None:
         with self.lock:

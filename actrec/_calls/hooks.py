@@ -22,7 +22,7 @@ from actrec._torch import as_constant, hook_tables, never_compiled
 from .forwards import when_copied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
@@ -75,6 +75,11 @@ class Hook(Generic[T]):
         self._target: weakref.ref[T] = weakref.ref(target)
         self._hear = hear
         self._runs = _asked_by_the_compiler(self._target)
+
+    @property
+    def kind(self) -> Hashable:
+        """What the compiler reads in its place, if it does."""
+        return self.event
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, output: Any = None

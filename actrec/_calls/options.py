@@ -14,6 +14,7 @@ import torch
 
 from actrec._recordings.reduced import why_not_stored
 from actrec._selection.treatment import is_reduction, maker
+from actrec._torch import compiles_tensor_hooks
 from actrec.errors import OptionError
 
 if TYPE_CHECKING:
@@ -151,13 +152,16 @@ class Options:
                 "model runs eagerly in the block, and stops early."
             )
             raise OptionError(message)
-        if self.grads is not False:
-            message = "record(compiled=True, grads=...): gradients are not recorded in compiled code. Record without compiled=True."
+        if self.grads is not False and not compiles_tensor_hooks():
+            message = (
+                f"record(compiled=True, grads=...): torch {torch.__version__} cannot compile hooks on tensors; torch 2.13 can. "
+                "Record gradients without compiled=True."
+            )
             raise OptionError(message)
         if not self.detach:
             message = (
-                "record(compiled=True, detach=False): the graph of compiled code has no nodes of single layers. Let the model "
-                "return what the loss needs, or record without compiled=True."
+                "record(compiled=True, detach=False): the graph of compiled code has no nodes of single layers. Record with "
+                "grads=True, or let the model return what the loss needs; or record without compiled=True."
             )
             raise OptionError(message)
 

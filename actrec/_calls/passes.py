@@ -22,6 +22,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from actrec._recordings.passes import Count
-from actrec._torch import CALL_CODE, is_replica
+from actrec._torch import CALL_CODE, compiled_frame, is_replica
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, MutableMapping
@@ -58,7 +59,7 @@ _units_around: ContextVar[tuple[Unit, ...]] = ContextVar("actrec units", default
 class _Thread:
     """What one thread is in: the modules it is calling, and the pass that their calls belong to."""
 
-    __slots__ = ("calling", "handled", "is_root", "number", "opener")
+    __slots__ = ("calling", "graph", "handled", "is_root", "number", "opened_in", "opener")
 
     def __init__(self) -> None:
         self.calling: list[int] = []  # their ids
@@ -66,6 +67,8 @@ class _Thread:
         self.opener: Callable[[], nn.Module | None] = lambda: None  # whose call began the pass
         self.is_root = False  # whether that is the root
         self.handled = 0  # the id of the exception that was being handled when the pass began
+        self.graph: FrameType | None = None  # of the compiled code that reports a call right now
+        self.opened_in: FrameType | None = None  # that of the one that began the pass
 
     def leads_to(self, module: nn.Module) -> bool:
         """Whether ``module`` is inside the one whose call began the pass."""
@@ -132,15 +135,33 @@ class Passes(Count):
     def begin(self, module: nn.Module, *, is_root: bool) -> None:
         """A call of ``module`` begins, and with it a pass, unless this thread is in one."""
         thread = self._local.thread
-        if thread.calling and is_root and not _is_inside_itself([*thread.calling, id(module)]):
+        if thread.calling and is_root and not self._goes_on(thread, module):
             self._close(thread, raised=True)
         if not thread.calling:
             thread.handled = id(sys.exception())
+            thread.opened_in = thread.graph
             thread.opener, thread.is_root = weakref.ref(module), is_root
             with self._lock:  # so that no pass is counted and not open, as complete() would see it
                 thread.number = self._number(module)
                 self._open.append(thread)
         thread.calling.append(id(module))
+
+    @contextmanager
+    def in_graph(self) -> Iterator[None]:
+        """What is begun in this block, compiled code calls: such a call is not on Python's stack."""
+        thread = self._local.thread
+        thread.graph = compiled_frame()
+        try:
+            yield
+        finally:
+            thread.graph = None
+
+    def _goes_on(self, thread: _Thread, module: nn.Module) -> bool:
+        """Whether the calls that this thread is in go on, and ``module`` is called inside them; or they were interrupted."""
+        if thread.graph is None:
+            return _is_inside_itself([*thread.calling, id(module)])
+        frames = _frames(sys._getframe(1))
+        return _is_inside(thread.calling) or any(one is thread.opened_in for one in frames)
 
     def end(self, module: nn.Module, output: object, error: BaseException | None) -> None:
         """The call of ``module`` has ended, and with it those inside that did not say so.
@@ -170,7 +191,7 @@ class Passes(Count):
                 if raised:
                     self.raised.add(number)
                 drop = self._leaving.pop(number, None)
-        thread.number = None
+        thread.number = thread.opened_in = None
         if drop is not None:
             drop()
             self.undecided.discard(number)

@@ -68,6 +68,11 @@ _TOO_LATE = (
     "call backward() inside it"
 )
 
+_WRITTEN_VIEW = (
+    "no gradient has come of {many} that it returned, and they are views. If the model writes such a view in place, compiled "
+    "code does not tell its gradient. Let the layer return a clone(), or record without compiled=True"
+)
+
 _BACKWARD = "where calls are not recorded: they may repeat those of the forward. If these do not, keep what they return with acts.add()"
 
 
@@ -78,9 +83,15 @@ def warned_of(
 
     ``missing`` says what was not recorded of functions, if any were asked for.
     """
+    came = any(track.grads is not None and track.grads.came for _, track in tracks.values())
     causes = {
         (MissingGradientWarning, "no gradient can reach"): {
             key: cause for key, (_, track) in tracks.items() if (cause := _no_graph(track))
+        },
+        (MissingGradientWarning, "gradients may be missing of"): {
+            key: cause
+            for key, (_, track) in tracks.items()
+            if came and (cause := _written_view(track))
         },
         (IncompleteLayerWarning, "not all is right that was recorded of"): {
             key: cause
@@ -244,6 +255,12 @@ def _no_graph(track: Track) -> str | None:
     if kept and not any(t.requires_grad for value in kept for t in tensors(value)):
         return _NO_GRAPH
     return None
+
+
+def _written_view(track: Track) -> str | None:
+    if track.grads is None or not track.grads.views_waiting:
+        return None
+    return _WRITTEN_VIEW.format(many=_times(track.grads.views_waiting, "tensor"))
 
 
 def _not_kept(track: Track) -> str:

@@ -10,6 +10,7 @@ import itertools
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling, is_exporting  # constants in what the compiler reads
 from torch.utils.hooks import RemovableHandle
@@ -17,10 +18,10 @@ from typing_extensions import override
 
 from actrec._calls.forwards import when_copied
 from actrec._calls.hooks import Event, Hook, T
-from actrec._torch import hook_tables, renumber
+from actrec._torch import hook_tables, read_base_of, renumber
 
 from .mark import own_forward, unmark
-from .operator import TOKEN, new_key, tell, tell_nested
+from .operator import TOKEN, new_key, tell, tell_gradient, tell_nested, tell_watched
 from .outline import encode
 
 if TYPE_CHECKING:
@@ -38,12 +39,19 @@ _TOLD: Final = {Event.RETURN: _OUTPUT, Event.RECEIVE: _RECEIVED}
 class HookInGraph(Hook[T]):
     """A hook that compiled code reports to."""
 
-    __slots__ = ("__weakref__", "key", "told")
+    __slots__ = ("__weakref__", "key", "told", "watches")
 
     def __init__(self, event: Event, target: T, hear: Callable[..., object]) -> None:
         super().__init__(event, target, hear)
         self.told = _TOLD.get(event, _NOTHING)
+        self.watches = event is Event.RETURN and getattr(target, "grads", None) is not None
         self.key = new_key(self)
+
+    @property
+    @override
+    def kind(self) -> tuple[Event, bool]:
+        """What is compiled in its place."""
+        return self.event, self.watches
 
     @override
     def __call__(
@@ -62,10 +70,12 @@ class HookInGraph(Hook[T]):
         target, module = self._target(), self.module()
         if target is None or module is None:
             return
-        self.looked = (
-            RemovableHandle.next_id
-        )  # hooks of others are where the compiler has found them
-        if self.told == _RECEIVED:
+        # Hooks of others are where the compiler has found them.
+        self.looked = RemovableHandle.next_id
+        if self.event is Event.ENTER:
+            with target.passes.in_graph():  # type: ignore[attr-defined]  # of a session
+                self._hear(target, self, module, (), None, None)
+        elif self.told == _RECEIVED:
             args, kwargs = value
             self._hear(target, self, module, args, kwargs, None)
         else:
@@ -90,15 +100,51 @@ class HookInGraph(Hook[T]):
         return super().__deepcopy__(memo)
 
 
+# --- What the compiler reads -----------------------------------------------------------------------------
+
+
 def _tell(hook: HookInGraph[Any], args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-    """What the compiler reads: a call of the operator."""
+    """A call of the operator."""
     if hook.told == _NOTHING:
         tell(None, hook.key, TOKEN)
+    elif hook.watches and torch.is_grad_enabled():
+        _tell_watched(hook, output)
     elif hook.told == _OUTPUT and type(output) is Tensor:
         tell(output, hook.key, TOKEN)
     else:
         tensors: list[Tensor] = []
         numbers: list[int] = []
-        value = output if hook.told == _OUTPUT else (args, kwargs)
-        outline = encode(value, tensors, numbers)
+        outline = encode(output if hook.told == _OUTPUT else (args, kwargs), tensors, numbers)
         tell_nested(tensors, numbers, outline, hook.key, TOKEN)
+
+
+def _tell_watched(hook: HookInGraph[Any], output: Any) -> None:
+    """The same, and a hook on each tensor that a gradient may reach."""
+    tensors: list[Tensor] = []
+    numbers: list[int] = []
+    outline = encode(output, tensors, numbers)
+    watched = [at for at, tensor in enumerate(tensors) if tensor.requires_grad]
+    if not watched:
+        tell_nested(tensors, numbers, outline, hook.key, TOKEN)
+        return
+    leaves = [at for at in watched if tensors[at].is_leaf]
+    leaf = leaves[0] if leaves else -1
+    bases = [read_base_of(tensor) for tensor in tensors]
+    # Of several views of one tensor, such as its chunks, PyTorch lets nobody write to one.
+    views = [at for at in watched if _count(bases, bases[at]) == 1]
+    ticket = tell_watched(tensors, numbers, outline, leaf, views, hook.key, TOKEN)
+    for at in watched:
+        if at not in leaves:
+            _watch(tensors[at], ticket, at)
+
+
+def _count(bases: list[Tensor | None], one: Tensor | None) -> int:
+    """How many views there are of ``one``."""
+    return 0 if one is None else len([base for base in bases if base is one])
+
+
+def _watch(tensor: Tensor, ticket: Tensor, at: int) -> None:
+    def arrives(grad: Tensor) -> None:
+        tell_gradient(grad, ticket, at, TOKEN)
+
+    tensor.register_hook(arrives)  # type: ignore[no-untyped-call]

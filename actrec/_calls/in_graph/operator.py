@@ -11,15 +11,30 @@ that are compiled alike would have a graph of its own.
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
+from actrec._calls.gradients import arrived_in_graph, watched_in_graph
+
 from .outline import decode
 
-__all__ = ["RECEIVER_OF", "TOKEN", "Receiver", "new_key", "tell", "tell_nested"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "RECEIVER_OF",
+    "TOKEN",
+    "Receiver",
+    "new_key",
+    "tell",
+    "tell_gradient",
+    "tell_nested",
+    "tell_watched",
+]
 
 
 class Receiver(Protocol):
@@ -61,15 +76,77 @@ def _tell_nested(
         receiver.hear(decode(outline, tensors, numbers))
 
 
+# --- Gradients -------------------------------------------------------------------------------------------
+
+
+class _Ticket(bytearray):
+    """The memory of a tensor that stands for a call in the graph of autograd, and keeps the call as long as that has it."""
+
+    call: Any
+
+
+#: By their number, which is what they hold.
+_tickets: Final[weakref.WeakValueDictionary[int, _Ticket]] = weakref.WeakValueDictionary()
+_ticket_numbers: Final = itertools.count()
+
+
+def _tell_watched(
+    tensors: list[Tensor],
+    numbers: list[int],
+    outline: str,
+    leaf: int,
+    views: list[int],
+    *key: Tensor,
+) -> Tensor:
+    """The same, of a value that gradients may reach. Return what :func:`_tell_gradient` is given with them."""
+    with watched_in_graph(leaf, views) as calls:
+        _tell_nested(tensors, numbers, outline, *key)
+    number = next(_ticket_numbers)
+    ticket = _Ticket(number.to_bytes(8, sys.byteorder))
+    ticket.call = calls[0] if calls else None  # none is recorded now
+    _tickets[number] = ticket
+    return torch.frombuffer(ticket, dtype=torch.int64).view(())
+
+
+def _tell_gradient(grad: Tensor, ticket: Tensor, index: int, _: Tensor) -> None:
+    call = _tickets[int(ticket)].call
+    if call is not None:
+        arrived_in_graph(call, index, grad)
+
+
+def _any_ticket(*_: object) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
+
+
+# --- The operators -----------------------------------------------------------------------------------------
+
+
+def _nothing(*_: object) -> None:
+    """What an operator returns where nothing runs."""
+
+
 _library: Final[Any] = torch.library.Library("actrec", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _schema, _body in {
-    "tell_1(Tensor? value, Tensor key, Tensor(a!) token) -> ()": _tell,
-    "tell_nested_1(Tensor[] tensors, SymInt[] numbers, str outline, Tensor key, Tensor(a!) token) -> ()": _tell_nested,
-}.items():
+_VALUE = "Tensor[] tensors, SymInt[] numbers, str outline"
+_TO = "Tensor key, Tensor(a!) token"
+_OPERATORS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
+    f"tell_1(Tensor? value, {_TO}) -> ()": (_tell, _nothing),
+    f"tell_nested_1({_VALUE}, {_TO}) -> ()": (_tell_nested, _nothing),
+    f"tell_watched_1({_VALUE}, int leaf, int[] views, {_TO}) -> Tensor": (
+        _tell_watched,
+        _any_ticket,
+    ),
+    "tell_gradient_1(Tensor grad, Tensor ticket, int index, Tensor(a!) token) -> ()": (
+        _tell_gradient,
+        _nothing,
+    ),
+}
+for _schema, (_body, _fake) in _OPERATORS.items():
     _name = _schema.partition("(")[0]
     _library.define(_schema)
     _library.impl(_name, _body, "CompositeExplicitAutograd")
-    _library.impl(_name, lambda *_: None, "Meta")
+    torch.library.register_fake(f"actrec::{_name}", _fake, lib=_library)
 
 tell: Final[Any] = torch.ops.actrec.tell_1.default
 tell_nested: Final[Any] = torch.ops.actrec.tell_nested_1.default
+tell_watched: Final[Any] = torch.ops.actrec.tell_watched_1.default
+tell_gradient: Final[Any] = torch.ops.actrec.tell_gradient_1.default

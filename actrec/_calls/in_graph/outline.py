@@ -121,21 +121,16 @@ def _constant(value: Any) -> _Fill:
 
 def _sequence(name: str, children: list[tuple[Any, ...]]) -> _Fill:
     kind, fills = _named[name], [*map(_filling, children)]
+    is_in_c = kind is torch.Size or kind.__module__ == "torch.return_types"  # made of one sequence
 
     def fill(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
         items = [child(tensors, numbers) for child in fills]
         if kind is list:
             return items
-        base: Any = tuple if issubclass(kind, tuple) else list
         if issubclass(kind, tuple):
-            # One that was made in C is made of one sequence.
-            return (
-                kind(items)
-                if kind.__module__ == "torch.return_types"
-                else base.__new__(kind, items)
-            )
-        made = base.__new__(kind)
-        base.extend(made, items)
+            return kind(items) if is_in_c else tuple.__new__(kind, items)
+        made = list.__new__(kind)
+        list.extend(made, items)
         return made
 
     return fill
@@ -152,12 +147,9 @@ def _mapping(name: str, children: list[tuple[tuple[Any, ...], tuple[Any, ...]]])
         for key, item in zip(keys, fills, strict=True):
             name, value = key(tensors, numbers), item(tensors, numbers)
             base.__setitem__(made, name, value)
-            if is_record:
-                object.__setattr__(made, name, value)
         if is_record:
             for field in dataclasses.fields(kind):
-                if field.name not in made:
-                    object.__setattr__(made, field.name, None)
+                object.__setattr__(made, field.name, base.get(made, field.name))
         return made
 
     return fill

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from actrec._calls.hooks import Event
+from actrec._calls.passes import Passes
 from actrec._calls.placing import Hooks
 from actrec._torch import count_graphs, not_compiled_alone
 from actrec.errors import OptionError
@@ -50,6 +51,7 @@ class _Target:
     """What the hooks of the test report to."""
 
     def __init__(self) -> None:
+        self.passes = Passes()
         self.told: list[tuple[Event, list[float]]] = []
 
     def runs_uncompiled(self) -> bool:
@@ -89,7 +91,7 @@ def _tested(model: nn.Sequential, x: Tensor) -> str | None:
         with Room():
             hooks.place(plan)
             try:
-                with Marks(model, [(module, hook.event) for module, hook in plan]):
+                with Marks(model, [(module, hook.kind) for module, hook in plan]):
                     compiled(x)
             finally:
                 hooks.remove()
