@@ -436,6 +436,10 @@ def test_the_replicas_of_data_parallel_compute_with_their_own_weights() -> None:
             for key, parameter in getattr(model, name)._parameters.items():
                 setattr(layer, key, parameter.detach() * 2)
             replica._modules[name] = layer
+        plain = copy.deepcopy(model)
+        plain.load_state_dict({name: 2 * one for name, one in model.state_dict().items()})
+        with acts.pause():
+            assert torch.equal(replica(X), plain(X))
         threads = [
             threading.Thread(target=lambda n, m: outs.update({n: m(X)}), args=item)
             for item in enumerate((replica, model))

@@ -26,6 +26,7 @@ from actrec import (
     SelectionError,
     TransformError,
     UnusedLayerWarning,
+    attention,
     compare,
     layers,
     load,
@@ -414,20 +415,103 @@ def test_replicas_and_threads_record_their_own_calls() -> None:
         )
 
 
-def test_a_replica_computes_with_its_own_weights() -> None:
+def replica_of_zeros(model: nn.Module) -> nn.Module:
+    """What DataParallel makes of a model, with weights of its own."""
+    replica = model._replicate_for_data_parallel()
+    for name, child in model.named_children():
+        replica._modules[name] = replica_of_zeros(child)
+    for key, parameter in model.named_parameters(recurse=False):
+        setattr(replica, key, parameter.detach() * 0)
+    return replica
+
+
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_a_replica_computes_with_its_own_weights(stop_early: bool) -> None:
     model = Block()
-    with record(model, ":*") as acts:
-        replica = model._replicate_for_data_parallel()
-        for name, layer in model.named_children():
-            twin = layer._replicate_for_data_parallel()
-            for key, parameter in layer.named_parameters():
-                setattr(twin, key, parameter.detach() * 0)
-            replica._modules[name] = twin
+    with record(model, ":*", stop_early=stop_early) as acts:
+        replica = replica_of_zeros(model)
+        with acts.pause():
+            assert torch.equal(replica(X), F.relu(X - 0.5))
         out = replica(X)
         model(X)
+    assert len(acts[":mul"]) == 2
     assert torch.equal(acts[":mul"][0], torch.zeros(3, 4))
-    assert torch.equal(out, F.relu(X - 0.5))
+    assert torch.equal(acts[":relu"][0], F.relu(X - 0.5))
+    assert out is None or torch.equal(out, F.relu(X - 0.5))
     assert not torch.equal(acts[":mul"][1], torch.zeros(3, 4))
+
+
+def test_a_replica_whose_modules_call_forwards_themselves_is_no_other_module() -> None:
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.doubles = Doubles()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.doubles.forward(self.inner(x)) + 1
+
+    model = nn.Sequential(Calls())
+    with record(model, "**:*") as acts:
+        replica = replica_of_zeros(model)
+        assert torch.equal(replica(X), torch.ones(3, 4))
+    assert torch.equal(acts["0.doubles:mul"][0], torch.zeros(3, 4))
+
+
+class Doubles(nn.Module):
+    factor = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def test_a_functional_call_computes_with_the_weights_that_it_is_given() -> None:
+    net = Net()
+    zeros = {name: torch.zeros_like(one) for name, one in net.named_parameters()}
+    with record(net, "blocks.*:*") as acts:
+        out = torch.func.functional_call(net, zeros, X)
+        net(X)
+    assert torch.equal(acts["blocks.0:add"][0], X - 0.5)
+    assert torch.equal(out, torch.full((3, 2), 0.5))
+    for name, value in expected(net).items():
+        assert torch.equal(acts[name][1], value)
+
+
+def test_functions_under_autocast_and_a_default_device_are_what_they_are_there() -> None:
+    class Products(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ x.T + torch.ones(3)
+
+    model = Products()
+    with torch.autocast("cpu", torch.bfloat16), record(model, ":*") as acts:
+        out = model(X)
+    assert torch.equal(acts[":matmul"][0], (X.bfloat16() @ X.T.bfloat16()))
+    assert torch.equal(acts[":add"][0], out)
+    with torch.device("meta"), record(model, ":*") as acts:
+        model(X.to("meta"))
+    assert acts[":ones"][0].is_meta
+
+
+def test_each_step_of_generate_has_its_functions_and_the_tokens_are_the_same() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=32, pad_token_id=0, **sizes, **heads)
+    model = transformers.LlamaForCausalLM(config).eval()
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    ids = torch.tensor([[5, 6, 7]])
+    plain = model.generate(ids, **options)
+    name = "model.layers.*.self_attn:scaled_dot_product_attention"
+    with record(model, name, inputs=True) as acts:
+        assert torch.equal(model.generate(ids, **options), plain)
+    for layer, calls in acts.items():
+        assert len(calls) == 3
+        given = acts.inputs[layer]
+        assert [one["query"].shape[2] for one in given] == [3, 1, 1]
+        assert [one["key"].shape[2] for one in given] == [3, 4, 5]
+        for received, output in zip(given, calls, strict=True):
+            attention(**received, output=output)
 
 
 # --- Nothing is felt of it ----------------------------------------------------------------------------
@@ -672,10 +756,6 @@ def test_the_reason_is_told(query: str, said: str) -> None:
     class Empty(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x
-
-    class Doubles(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * 2
 
     class Model(nn.Module):
         def __init__(self) -> None:

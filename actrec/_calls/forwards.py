@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 import types
 import weakref
@@ -12,8 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import override
 
+from actrec._torch import CALL_CODE
+
+from .frames import is_ours
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from torch import nn
 
@@ -50,9 +56,30 @@ class Forward:
             return self.forward(*args, **kwargs)
         return runner.run(self, args, kwargs)
 
-    def forward_of(self, module: nn.Module | None) -> Callable[..., Any]:
-        """The forward of the module, or of a replica of it: that has its attributes, this one included."""
-        replicated = module is not None and module is not self.module and self.own is None
+    def called(self) -> nn.Module:
+        """The module whose forward is about to run: this one, or a replica of it that ``DataParallel`` has made."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and is_ours(frame):
+            frame = frame.f_back
+        # Where there are hooks, a function inside it calls the forward.
+        for caller in (frame, frame and frame.f_back):
+            if caller is not None and caller.f_code is CALL_CODE:
+                found: nn.Module = caller.f_locals["self"]
+                if self._is_part_of(vars(found).get("forward")):
+                    return found
+        return self.module
+
+    def _is_part_of(self, forward: object) -> bool:
+        """Whether ``forward``, of some module, leads to this: a replica has the attributes of what it was made of."""
+        while isinstance(forward, Forward):
+            if forward is self:
+                return True
+            forward = forward.own
+        return False
+
+    def forward_of(self, module: nn.Module) -> Callable[..., Any]:
+        """The forward of the module, or of a replica of it."""
+        replicated = module is not self.module and self.own is None
         return types.MethodType(type(self.module).forward, module) if replicated else self.forward
 
     @override

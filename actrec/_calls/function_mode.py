@@ -10,12 +10,10 @@ Whatever is asked of a function that is not recorded is asked once: from then on
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor, nn
@@ -26,7 +24,6 @@ from typing_extensions import override
 from actrec._selection.functions import canonical
 from actrec._selection.selection import Choice
 from actrec._torch import (
-    CALL_CODE,
     count_function_modes,
     function_mode_at,
     pop_function_mode,
@@ -34,6 +31,7 @@ from actrec._torch import (
 )
 from actrec._values.spec import tensors
 
+from .frames import is_ours
 from .layer import Unrecorded
 from .own_calls import OWN_MODES, is_tracing
 
@@ -57,8 +55,6 @@ _ATTRIBUTE: Final = ("__get__", "__set__", "__delete__")
 #: In evaluation they compute all in one fused function, but for a mode that is on: it would change the last bits.
 _FUSED: Final = (nn.MultiheadAttention, nn.TransformerEncoder)
 _DISPATCH: Final = ("__torch_function__", "handle_torch_function")
-#: The folder that the files of actrec are in.
-_PACKAGE: Final = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def name_of(function: Any) -> str:
@@ -196,7 +192,7 @@ class Aside:
             return stood_for.forward(*args, **kwargs)
         forward = stood_for.forward
         if self._shared.session.has_replicas:
-            forward = stood_for.forward_of(_called_module())
+            forward = stood_for.forward_of(stood_for.called())
         mode = self._shared.thread.mode
         before = mode.watcher
         if before is None:
@@ -242,7 +238,7 @@ class Watcher:
             return self._aside.run(stood_for, args, kwargs)
         module, forward = self.owner.module, stood_for.forward
         if session.has_replicas:
-            module = _called_module() or module
+            module = stood_for.called()
             forward = stood_for.forward_of(module)
         is_first = not mode.is_on
         begins, result = False, None
@@ -327,26 +323,11 @@ class Watcher:
 # --- Who calls -------------------------------------------------------------------------------------------
 
 
-def _is_ours(frame: FrameType) -> bool:
-    """Whether the code of a frame is actrec's. Examples in its docstrings are a user's."""
-    return frame.f_code.co_filename.startswith(_PACKAGE)
-
-
 def _is_called_by_us() -> bool:
     """Whether actrec calls the function that is running, to keep a value of a layer, or lets a transform call it."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if _is_ours(frame) and frame.f_code.co_filename != __file__:
+        if is_ours(frame) and frame.f_code.co_filename != __file__:
             return True
         frame = frame.f_back if frame.f_code.co_name in _DISPATCH else None
     return False
-
-
-def _called_module() -> nn.Module | None:
-    """The module whose forward is about to run: it may be a replica of the one that is known."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None and _is_ours(frame):
-        frame = frame.f_back
-    # Where there are hooks, a function inside it calls the forward.
-    callers = [] if frame is None else [frame, frame.f_back]
-    return next((f.f_locals["self"] for f in callers if f and f.f_code is CALL_CODE), None)

@@ -98,8 +98,6 @@ class Session:
             if self.offload is not None and self.passes.running:
                 self.offload.finish()  # a pass that was interrupted may be about to be closed
         self.passes.begin(module, is_root=is_root)
-        if is_root and self.stop is not None:
-            self.stop.enters(module)
         return True
 
     def look_for_replicas(self, _: object, module: nn.Module, *__: object) -> None:

@@ -30,7 +30,6 @@ class _Thread(threading.local):
     """What one thread is doing: whether it is inside a forward, and which layers have not run in it."""
 
     def __init__(self) -> None:
-        self.module: nn.Module | None = None  # whose forward comes next
         self.inside = False
         self.stopped = False
         self.missing: set[str] = set()
@@ -46,10 +45,6 @@ class EarlyStop:
         )
         self._thread = _Thread()
 
-    def enters(self, module: nn.Module) -> None:
-        """A call of the model begins, or of a replica of it that DataParallel has made."""
-        self._thread.module = module
-
     def ran(self, layer: str) -> None:
         """A chosen layer has run."""
         if self._thread.inside:
@@ -64,8 +59,7 @@ class EarlyStop:
     def run(self, stood_for: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward up to that point. A model that calls itself runs inside one such call."""
         thread = self._thread
-        forward = stood_for.forward_of(thread.module)
-        thread.module = None  # or the recording would keep the model
+        forward = stood_for.forward_of(stood_for.called())
         if thread.inside:
             return forward(*args, **kwargs)
         thread.inside, thread.stopped, thread.missing = True, False, set(self.layers)
