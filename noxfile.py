@@ -204,7 +204,7 @@ def release(session: nox.Session) -> None:
     shutil.rmtree(dist, ignore_errors=True)
     session.run("python", "-m", "build", "--outdir", str(dist))
     session.run("python", "-m", "twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
-    session.run("python", "tests/release.py", str(dist))
+    session.run("python", "-m", "tests.release", str(dist))
     (sdist,) = dist.glob("*.tar.gz")
     install(session, "torch", str(sdist))
     session.chdir(session.create_tmp())

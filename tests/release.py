@@ -1,4 +1,4 @@
-"""What a release has to be: ``python tests/release.py FOLDER`` checks the wheel and the sdist there, and writes the notes beside them.
+"""What a release has to be: ``python -m tests.release FOLDER`` checks the wheel and the sdist there, and writes the notes beside them.
 
 ``nox -s release`` builds them first, and installs the sdist. Each problem is a line, and makes it fail. What only the one who releases can
 decide is a line too, and does not: an address that leads nowhere, a changelog that says *unreleased*.

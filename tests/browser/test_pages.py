@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.browser.driven import Browser
+from tests.browser.chromium import LARGE, LOOK, READABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from tests.browser.chromium import Browser
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 HTML = DOCS / "_build" / "html"
 PICTURES = Path(__file__).parent / "pictures"
 
-READABLE = 4.5  # the contrast of text that WCAG 2 asks for at level AA
-LARGE = 3.0  # and of what is drawn, and of large text
 WIDTHS = (1280, 420)
 THEMES = ("light", "dark")
 PAGES = sorted(
@@ -32,25 +30,8 @@ PAGES = sorted(
 #: Pages that people meet first: there no code is cut at the usual width, and on the front page not on a telephone either.
 FIRST = ("index", "tutorial", "cookbook", "how-to/index", "why/speed")
 
-PROBE = """() => {
-  const shown = element => element.getClientRects().length > 0 && getComputedStyle(element).visibility !== "hidden";
-  const numbers = text => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
-  const behind = element => {
-    const layers = [];
-    for (let node = element; node; node = node.parentElement) layers.push(numbers(getComputedStyle(node).backgroundColor));
-    return layers.reverse().reduce((below, [r, g, b, a = 1]) =>
-      below.map((part, i) => part + ([r, g, b][i] - part) * a), [255, 255, 255]);
-  };
-  const luminance = rgb => rgb.map(p => p / 255)
-    .map(p => p <= 0.03928 ? p / 12.92 : ((p + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, p, i) => sum + p * [0.2126, 0.7152, 0.0722][i], 0);
-  const contrast = (element, colour) => {
-    const background = behind(element), [r, g, b, a = 1] = numbers(colour || getComputedStyle(element).color);
-    const opacity = a * getComputedStyle(element).opacity;
-    const text = [r, g, b].map((part, i) => background[i] + (part - background[i]) * opacity);
-    const [light, dark] = [luminance(text), luminance(background)].sort((a, b) => b - a);
-    return (light + 0.05) / (dark + 0.05);
-  };
+PROBE = (
+    """() => {LOOK
   const own = element => [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
   const article = document.querySelector("article");
   const all = selector => [...article.querySelectorAll(selector)].filter(shown);
@@ -75,18 +56,15 @@ PROBE = """() => {
       const [inner, outer] = [text.getBoundingClientRect(), svg.getBoundingClientRect()];
       return inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1;
     }).map(text => text.textContent)),
-    paleFigures: figures.flatMap(svg => [...svg.querySelectorAll("text")].filter(t => contrast(t, getComputedStyle(t).fill) < 3).map(t => t.textContent)),
+    paleFigures: figures.flatMap(svg => [...svg.querySelectorAll("text")].filter(t => contrast(t, getComputedStyle(t).fill) < LARGE).map(t => t.textContent)),
     tables: all(".actrec-table").length,
     plain: all(".actrec-text").length,
     drawn: all(".actrec svg").length,
   };
-}""".replace("LIMIT", str(READABLE))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with Browser() as browser:
-        yield browser
+}""".replace("LOOK", LOOK)
+    .replace("LIMIT", str(READABLE))
+    .replace("LARGE", str(LARGE))
+)
 
 
 @pytest.mark.parametrize("theme", THEMES)
