@@ -144,6 +144,8 @@ def _answers(call: str, mask: Tensor) -> Tensor:
 
 def _counting(call: str, calls: Calls, nth: int | None, raised: AbstractSet[Moment]) -> Calls:
     """Leave out the calls of passes that raised, and all but the n-th of each pass."""
+    if not raised and nth is None:
+        return calls
     numbers = {number for _, number in raised}
 
     def is_good(rank: int | None, number: int) -> bool:

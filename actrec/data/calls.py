@@ -93,6 +93,7 @@ class _Table:
         self._looks: dict[Look, int] = {}
         self._sources: list[Source] = []
         self._moments: list[Moment] = []
+        self._passes = [torch.zeros(0, dtype=torch.int64, device="cpu")]  # of a stored layer
         self._places = [torch.empty((0, 3), dtype=torch.int64, device="cpu")]
 
     def add_part(self, file: Stored, part: Part, rank: int) -> None:
@@ -107,6 +108,7 @@ class _Table:
         self._places.append(torch.cat(groups)[firsts[part.group] + part.within])
         self._sources.append(file)
         self._moments += [(rank, number) for number in part.passes.tolist()]
+        self._passes.append(part.passes)
 
     def add_values(self) -> None:
         """Take in the calls of a layer in memory, or of one whose calls are put together when they are asked for."""
@@ -126,16 +128,17 @@ class _Table:
     def calls(self) -> Calls:
         """Return the calls that were given, in the order of the layer: stored ones lie by rank, and count by pass."""
         moments, places = self._moments, torch.cat(self._places)
-        if isinstance(self.selected.layer, StoredLayer):
-            passes = torch.tensor([number for _, number in moments], device="cpu")
+        passes = torch.cat(self._passes)
+        if bool((passes.diff() < 0).any()):
             order = passes.argsort(stable=True)
             moments, places = [moments[number] for number in order.tolist()], places[order]
         numbers, among = range(len(moments)), self.selected.among
-        units = getattr(self.selected.layer, "units", None)
+        known = getattr(self.selected.layer, "_units", None)
+        units = [] if known is None or not (known or known.open) else known.of(moments)
         found = Calls(
             self.selected.title,
             moments,
-            [*units] if units and any(key is not None for key in units) else None,
+            units if any(key is not None for key in units) else None,
             numbers,
             places,
             [*self._looks],

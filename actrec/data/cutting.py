@@ -87,7 +87,7 @@ class _Cut:
         whole: list[Sequence[bool]] = [
             [bool(mark) for mark in key[many:]] or [False] * many for key in looks
         ] or [[False] * many]
-        self._kind_of = look_of
+        self._kind_of = torch.tensor(look_of, dtype=torch.int64, device="cpu")
         self._kinds = [
             _Kind(one, (), marked, (), is_covered=False)
             for one, marked in zip(found, whole, strict=True)
@@ -105,7 +105,8 @@ class _Cut:
         kinds: dict[tuple[int, Shape, bool], int] = {}
         of_pass = joint.rows_of_passes() if steps.has_whole else [()] * len(look_of)
         keys = zip(look_of, of_pass, self._covered.is_covered.tolist(), strict=True)
-        self._kind_of = [kinds.setdefault(key, len(kinds)) for key in keys]
+        kind_of = [kinds.setdefault(key, len(kinds)) for key in keys]
+        self._kind_of = torch.tensor(kind_of, dtype=torch.int64, device="cpu")
         self._kinds = [
             _Kind(found[look], rows[look], whole[look], of_pass, is_covered=is_covered)
             for look, of_pass, is_covered in (kinds or [(0, (), False)])
@@ -159,8 +160,7 @@ class _Cut:
 
     def _of_steps(self, of_kinds: Sequence[_Place]) -> Tensor:
         """What each step has of what its kind has."""
-        which = torch.tensor(self._kind_of, dtype=torch.int64, device="cpu")
-        return torch.tensor(of_kinds, dtype=torch.int64, device="cpu").view(-1, 3)[which]
+        return torch.tensor(of_kinds, dtype=torch.int64, device="cpu").view(-1, 3)[self._kind_of]
 
     # --- Positions -------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class _Cut:
 
     def _at(self, column: int, kind: int) -> str:
         """The first call of a kind, in a message."""
-        first = self._kind_of.index(kind)
+        first = int((self._kind_of == kind).nonzero()[0])
         return f"{self._call}: {self._layers[column].at(first)}"
 
     def _check_dimensions(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from actrec.errors import AlignmentError
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Sequence
 
     from .calls import Calls
 
@@ -64,25 +64,23 @@ def steps(call: str, layers: Sequence[Calls], *, flatten: bool, common: bool) ->
     """
     keys = _keys(call, layers)
     if any(own != keys[0] for own in keys[1:]):
-        layers, keys, whole = _side_by_side(call, layers, keys, flatten=flatten, common=common)
+        layers, keys, marks = _side_by_side(call, layers, keys, flatten=flatten, common=common)
+        whole = torch.tensor(marks, dtype=torch.bool, device="cpu").view(len(layers), -1)
     else:
-        whole = [[False] * len(keys[0]) for _ in layers]
-    numbers: dict[Hashable, int] = {}
-    passes = [numbers.setdefault(key, len(numbers)) for key in keys[0]]
-    return Steps(
-        [*layers],
-        torch.tensor(whole, dtype=torch.bool, device="cpu").view(len(layers), -1),
-        torch.tensor(passes, dtype=torch.int64, device="cpu"),
-        _names(layers, keys[0]),
-    )
-
-
-def _names(layers: Sequence[Calls], keys: list[Any]) -> Sequence[Any] | Tensor:
-    """The names of the passes that the calls of the first layer are of."""
+        whole = torch.zeros(len(layers), len(keys[0]), dtype=torch.bool, device="cpu")
     units = next((one.units for one in layers if one.units is not None), None)
-    own = [key[-1] for key in keys] if units is None else units
-    names = [*dict(zip(keys, own, strict=True)).values()]
-    if all(isinstance(name, int) for name in names):
+    names = dict(zip(keys[0], units or [key[-1] for key in keys[0]], strict=True))
+    if len(names) == len(keys[0]):
+        passes = torch.arange(len(names), device="cpu")
+    else:
+        numbers = {key: number for number, key in enumerate(names)}
+        passes = torch.tensor([numbers[key] for key in keys[0]], dtype=torch.int64, device="cpu")
+    return Steps([*layers], whole, passes, _in_a_tensor([*names.values()]))
+
+
+def _in_a_tensor(names: list[Any]) -> list[Any] | Tensor:
+    """The names of passes in a tensor, if all are integers."""
+    if set(map(type, names)) <= {int}:
         return torch.tensor(names, dtype=torch.int64, device="cpu")
     return names
 
@@ -91,7 +89,7 @@ def _keys(call: str, layers: Sequence[Calls]) -> list[list[Any]]:
     """What tells the pass of each call: its unit, else its rank and number."""
     if all(one.units is not None and None not in one.units for one in layers):
         return [[(key,) for key in one.units or ()] for one in layers]
-    alone = next((one for one in layers if any(rank is None for rank, _ in one.moments)), None)
+    alone = next((one for one in layers if one.moments[:1] and one.moments[0][0] is None), None)
     if alone is None:
         return [one.moments for one in layers]
     for one in layers:
