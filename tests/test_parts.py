@@ -29,6 +29,7 @@ from actrec import (
 )
 from actrec._selection.names import type_name
 from actrec._values.spec import tensors
+from actrec.store import Folder
 from actrec.store import dtensor as _parts
 from actrec.store import index as _index
 from actrec.store.decoding import decode
@@ -166,6 +167,39 @@ def test_parts_are_recorded_as_they_are_and_read_as_a_whole(tmp_path: Path, how:
         own = acts.rank(rank)["layer"]
         assert all(same(*pair) for pair in zip(own, (parts[rank] for parts in every), strict=True))
     assert actrec.verify(tmp_path / "r") == []
+
+
+def test_parts_of_a_unit_belong_together_whatever_the_numbers_of_its_passes_are(
+    tmp_path: Path,
+) -> None:
+    values = {key: torch.randn(4, 3) for key in ("a", "b", "c")}
+    every = {key: parts_of(value, (2,), (("shard", 0),)) for key, value in values.items()}
+
+    def work(rank: int) -> None:
+        model, there = Same(), mesh_of((2,))
+        into = Folder(tmp_path / "r", rank=rank, world_size=2, run="of the test")
+        with record(model, "layer", into=into) as acts:
+            for key in ("a", "b", "c") if rank else ("b", "c", "a"):
+                part = distributed(every[key][rank], values[key], there, (("shard", 0),))
+                if rank:  # where each unit has failed once
+                    with contextlib.suppress(MemoryError), acts.unit(key):
+                        raise MemoryError
+                with acts.unit(key):
+                    model(part)
+
+    on_every_rank(2, work)
+    acts = load(tmp_path / "r")
+    assert acts.complete
+    assert sorted(acts["layer"].units) == ["a", "b", "c"]
+    for found in (acts, saved(acts, tmp_path / "saved")):
+        assert sorted(found.units) == sorted(values) or found is acts
+        for key, value in zip(found["layer"].units, found["layer"], strict=True):
+            assert same(value, values[key])
+
+
+def saved(acts: Any, path: Path) -> Any:
+    acts.save(path)
+    return load(path)
 
 
 @pytest.mark.parametrize(

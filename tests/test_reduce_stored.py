@@ -43,8 +43,15 @@ class Net(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
+def dim_zero_sum(values: Tensor) -> Tensor:
+    return values.sum(0)
+
+
 class Sum:
     """A metric with the protocol of torchmetrics."""
+
+    _reductions = {"total": dim_zero_sum}  # noqa: RUF012  # as it is there
+    _update_count = 0
 
     def __init__(self) -> None:
         self.total = torch.zeros(())
@@ -141,6 +148,19 @@ def test_passes_without_units_are_committed_too_and_can_be_looked_at_on_the_way(
     assert load(tmp_path / "run")["up"].passes == list(range(8))
 
 
+def test_several_calls_of_a_pass_are_one_state(tmp_path: Path) -> None:
+    relu = nn.ReLU()
+    model = nn.Sequential(relu, nn.Linear(4, 4), relu)
+    with torch.no_grad(), record(model, {"0": reduce.Norms()}, into=tmp_path / "run") as acts:
+        for x in XS:
+            model(x)
+    assert acts["0"].passes == [0, 0, 1, 1, 2, 2, 3, 3]
+    with torch.no_grad(), record(model, {"0": reduce.Norms()}) as whole:
+        for x in XS:
+            model(x)
+    assert equal(load(tmp_path / "run")["0"].compute(), whole["0"].compute())
+
+
 def test_ranks_and_runs_are_merged_and_top_rows_know_their_units(tmp_path: Path) -> None:
     whole = units(list, LAYERS, range(4))
     for number in range(2):
@@ -214,6 +234,12 @@ def test_a_layer_that_was_never_called_is_empty(tmp_path: Path) -> None:
     for one in (acts, load(tmp_path / "run")):
         assert len(one["down"]) == 0
         assert one["down"].passes == []
+    assert acts["down"].merge_into(reduce.TopK()).compute() == {}
+    with record(model, {"up": reduce.TopK()}) as none:
+        assert none["up"].compute() == {}
+        model.up(XS[0])
+    with pytest.raises(ActrecError, match="nothing was recorded of this layer"):
+        load(tmp_path / "run")["down"].compute()
     save(acts, tmp_path / "saved")
     assert len(load(tmp_path / "saved")["down"]) == 0
 
@@ -226,6 +252,7 @@ def test_a_metric_of_another_class_is_merged_by_one_of_that_class(tmp_path: Path
     for number in range(2):
         acts = units(rank(tmp_path / "run", number), {"up": Sum}, [number, 2 + number])
         assert len(acts["up"]) == 4
+    assert equal(acts["up"].compute(), units(list, {"up": Sum}, [1, 3])["up"].compute())
     found = load(tmp_path / "run")
     assert "Sum" in repr(found)
     with pytest.raises(ActrecError, match=r"merge_into\(Sum\(...\)\).compute\(\)"):

@@ -109,8 +109,9 @@ class Reduced(Layer[Any]):
             number if key is None else key for key, (_, number) in zip(keys, moments, strict=True)
         ]
 
-    def _moment(self, rank: int, number: int) -> Moment:  # noqa: ARG002  # where there are several
-        return None, number
+    @abstractmethod
+    def _moment(self, rank: int, number: int) -> Moment:
+        """Return what a recording knows a pass by, which ``rank`` has counted."""
 
     def _value(self, states: Sequence[Mapping[str, Any]], passes: PassRuns) -> dict[str, Any]:
         """What is stored: a copy of these states, and the passes of the calls that they have taken in."""
@@ -152,8 +153,9 @@ class Reduced(Layer[Any]):
         raise ActrecError(message)
 
     @property
+    @abstractmethod
     def _kind(self) -> str:
-        return type(self.sink).__name__
+        """The name of its class."""
 
     @override
     def _seen(self) -> tuple[Summary, Mapping[object, int]]:

@@ -186,10 +186,6 @@ class Reduction:
     def renumber(self, number: Callable[[int, int], int]) -> None:
         """Count the passes anew: ``number(rank, pass)``, all of them as one rank."""
 
-    def new(self) -> Self:
-        """Return another one that has taken in nothing."""
-        return type(self)(**self.settings())
-
     def positions(self, value: Value) -> int:
         """Return how many positions the samples of a value have; 0 if a row is a whole sample."""
         shape = [self._rows(tensor, None).shape for tensor in tensors(value)]

@@ -49,6 +49,7 @@ __all__ = ["States", "StoredReduction", "made_reduced", "state_call"]
 
 _FORM: Final = ["reduction", "states", "passes"]
 _MOST: Final = 1 << 40  # calls
+_NOTHING: Final = "nothing"
 
 
 class States:
@@ -108,6 +109,9 @@ class _Foreign:
         self._layer = layer
 
     def compute(self) -> NoReturn:
+        if self.kind == _NOTHING:
+            message = f"acts[{self._layer!r}].compute(): nothing was recorded of this layer, so there is no result."
+            raise ActrecError(message)
         message = (
             f"acts[{self._layer!r}].compute(): it was reduced by {self.kind}, and a file does not get to say what is imported. Let a "
             f"new one take in what is stored: acts[{self._layer!r}].merge_into({self.kind}(...)).compute()."
@@ -132,7 +136,7 @@ class StoredReduction(Reduced):
     @property
     @override
     def _kind(self) -> str:
-        return self._found[0][1].kind if self._found else "nothing"
+        return self._found[0][1].kind if self._found else _NOTHING
 
     @cached_property
     @override

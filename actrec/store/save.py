@@ -17,6 +17,7 @@ from .folder import Folder
 from .format import Slot
 from .opening import Opening
 from .place import place
+from .read_only import LayerOnDisk
 from .reduced import state_call
 from .replace import replacing
 from .units import key_call
@@ -149,14 +150,19 @@ def _reduction(layer: Layer[Any]) -> str | None:
 
 def _check(layers: list[tuple[Slot, Layer[Any]]], *, progress: bool) -> None:
     """Find what cannot be stored before anything is written."""
-    kept = [(slot, layer) for slot, layer in layers if not isinstance(layer, Reduced)]
     for slot, layer in layers:
         if isinstance(layer, Reduced):
             _check_reduction(slot, layer)
-    calls = sum(len(layer) for _, layer in kept)
+    # What was stored can be stored again, if it can be read at all.
+    kept = [
+        (slot, layer[:1] if isinstance(layer, LayerOnDisk) else layer)
+        for slot, layer in layers
+        if not isinstance(layer, Reduced)
+    ]
+    calls = sum(len(values) for _, values in kept)
     with showing("save, first look", calls, progress=progress) as each:
-        for slot, layer in kept:
-            for number, value in enumerate(each(layer)):
+        for slot, values in kept:
+            for number, value in enumerate(each(values)):
                 try:
                     Call.of(slot, 0, value)
                 except CaptureError as error:
@@ -178,14 +184,21 @@ def _numbers(
     """How many passes are written, and the numbers of those that have another one.
 
     Each rank counts its own passes, and a pass has the key of one unit: where there are units of several ranks, all passes
-    are numbered anew, in the order in which their calls are read.
+    are numbered anew, in the order in which their calls are read. What several ranks have of one unit is one pass, if these are
+    parts; if each of them has recorded all of it, that stays as it is.
     """
     units = recording._units.keys
     if len({rank for rank, _ in units}) <= 1:
         return recording.num_passes, {}
     moments = {moment for _, layer in layers for moment in layer._moments()}
     ordered = sorted({*moments, *units, *recording._raised()}, key=lambda one: (one[1], one[0]))
-    return len(ordered), {moment: number for number, moment in enumerate(ordered)}
+    in_parts = not getattr(recording, "_repeated", 0)
+    names = {moment: units.get(moment) if in_parts else None for moment in ordered}
+    passes: dict[object, int] = {}  # by unit, or else moment
+    for moment, key in names.items():
+        passes.setdefault(moment if key is None else (key,), len(passes))
+    numbers = {one: passes[one if key is None else (key,)] for one, key in names.items()}
+    return len(passes), numbers
 
 
 def _calls(

@@ -1,7 +1,7 @@
 """A layer of which several ranks have recorded parts: each call is put together when it is asked for.
 
-Parts belong together that are of the same layer and pass, have the same number among the calls of it in that pass, and are
-spread in the same way. A call of which parts are missing is left out, as a pass that was never committed is.
+Parts belong together that are of the same layer and unit, or outside of units pass, have the same number among the calls of it
+there, and are spread in the same way. A call of which parts are missing is left out, as a pass that was never committed is.
 """
 
 from __future__ import annotations
@@ -65,10 +65,14 @@ class WholeLayer(ReadOnlyLayer):
         calls: dict[object, _Call] = {}
         counts: Counter[tuple[int, int]] = Counter()
         recorded = self.recorded
-        for index, owner in enumerate(zip(recorded.passes, recorded.ranks, strict=True)):
-            number, rank = owner
+        moments = [*zip(recorded.ranks, recorded.passes, strict=True)]
+        units = [None] * len(moments) if self._units is None else self._units.of(moments)
+        for index, (owner, unit) in enumerate(zip(moments, units, strict=True)):
+            rank, number = owner
             spreads = recorded.find(index).group.structure.parts
-            key = (number, counts[owner], spreads) if spreads else index
+            # Where a unit has failed on one rank, say, the passes of the ranks have other numbers.
+            of = number if unit is None else (unit,)
+            key = (of, counts[owner], spreads) if spreads else index
             calls.setdefault(key, _Call(number, rank, spreads, {})).parts[rank] = index
             counts[owner] += 1
         whole = [
