@@ -51,7 +51,8 @@ def attention(
     tensor([1., 0., 0., 0., 0.])
 
     The parameters are those of the function, so that what was recorded of a call can be given as it is. The map is computed
-    in blocks over batch and heads, so that besides it a few megabytes are needed; where all maps are too large to be
+    in blocks over batch and heads, so that besides it a few megabytes are needed, or what the keys and values of one head take
+    in ``float32``; where all maps are too large to be
     kept, let a transform of the inputs make less of each one while the model runs:
     ``record(model, (), inputs={"**:scaled_dot_product_attention": lambda given: actrec.attention(**given).mean(1)})``.
 
@@ -89,31 +90,32 @@ def attention(
         raise OptionError(message)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if enable_gqa:  # each head of the keys belongs to as many of the queries
-        key = _shared(key, query.shape[-3])
-        value = None if value is None else _shared(value, query.shape[-3])
-    heads = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])  # type: ignore[no-untyped-call]
-    shape = torch.Size([*heads, query.shape[-2], key.shape[-2]])
-    weights = query.new_empty(shape, dtype=dtype)
-    wide = [
-        tensor if tensor is None else tensor.expand(*heads, *tensor.shape[-2:])
-        for tensor in (query, key, value, output)
-    ]
-    mask = None if attn_mask is None else attn_mask.expand(shape)
-    for block in _blocks([weights, mask, *wide]):
+    lead = query.shape[:-2], key.shape[:-2]
+    heads = query.shape[:-2] if enable_gqa else torch.broadcast_shapes(*lead)  # type: ignore[no-untyped-call]
+    weights = query.new_empty((*heads, query.shape[-2], key.shape[-2]), dtype=dtype)
+    mask = None if attn_mask is None else attn_mask.expand(weights.shape)
+    of_queries: list[Any] = [weights, mask, _expanded(query, heads), _expanded(output, heads)]
+    of_keys: list[Any] = [key, value]
+    if enable_gqa:  # the heads that share one of the keys, in a dimension of their own
+        groups = (key.shape[-3], -1)
+        of_queries = [None if one is None else one.unflatten(-3, groups) for one in of_queries]
+        of_keys = [None if one is None else one.unsqueeze(-3) for one in of_keys]
+        heads = of_queries[0].shape[:-2]
+    for block in _blocks([*of_queries, *(_expanded(one, heads) for one in of_keys)]):
         _compute(block, scale=scale, is_causal=is_causal)
     return weights
 
 
-def _shared(tensor: Tensor, heads: int) -> Tensor:
-    """Keys or values of some heads, for each of ``heads`` of the queries."""
-    return tensor.repeat_interleave(heads // tensor.shape[-3], dim=-3)
+def _expanded(tensor: Tensor | None, heads: torch.Size) -> Tensor | None:
+    """The same for each of the heads, as a view."""
+    return None if tensor is None else tensor.expand(*heads, *tensor.shape[-2:])
 
 
 def _blocks(tensors: list[Any]) -> Iterator[list[Any]]:
-    """Take tensors apart along batch and heads, until the first is small."""
+    """Take tensors apart along batch and heads, until all are small, or there is one head."""
     first = tensors[0]
-    if first.numel() <= BLOCK or first.dim() == 2:  # noqa: PLR2004  # a map
+    is_small = all(tensor is None or tensor.numel() <= BLOCK for tensor in tensors)
+    if is_small or first.dim() == 2:  # noqa: PLR2004  # a map
         yield tensors
         return
     for at in range(len(first)):
@@ -122,12 +124,13 @@ def _blocks(tensors: list[Any]) -> Iterator[list[Any]]:
 
 def _compute(block: list[Any], *, scale: float, is_causal: bool) -> None:
     """Fill in a block of the map, some queries at a time."""
-    weights, mask, query, key, value, output = block
+    weights, mask, query, output, key, value = block
     keys = key.shape[-2]
+    key = key.to(weights.dtype)
     rows = max(1, BLOCK * query.shape[-2] // max(1, weights.numel()))
     for at in range(0, query.shape[-2], rows):
         some = slice(at, at + rows)
-        scores = query[..., some, :].to(weights.dtype) @ key.to(weights.dtype).mT * scale
+        scores = query[..., some, :].to(weights.dtype) @ key.mT * scale
         if mask is not None and mask.dtype == torch.bool:
             scores.masked_fill_(~mask[..., some, :], -torch.inf)
         elif mask is not None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # as everybody calls it
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from actrec import OptionError, attention, record
 from actrec import _attention as room
@@ -81,14 +82,49 @@ def test_the_weights_are_what_the_plain_kernel_gives_for_unit_values() -> None:
     torch.testing.assert_close(attention(query, key), wanted, rtol=1e-6, atol=1e-7)
 
 
-def test_heads_of_queries_share_those_of_keys() -> None:
+@pytest.mark.parametrize("kind", ["none", "causal", "bool", "float"])
+@pytest.mark.parametrize("block", [1, 1 << 22])
+def test_heads_of_queries_share_those_of_keys(
+    kind: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     query, key, value = seeded(2, 6, 5, 8), seeded(2, 2, 5, 8, seed=1), seeded(2, 2, 5, 8, seed=2)
+    mask = {"bool": seeded(2, 1, 5, 5) > -1, "float": seeded(6, 5, 5)}.get(kind)
+    monkeypatch.setattr(room, "BLOCK", block)
     model = Fused()
     with record(model, NAME, inputs=True) as acts:
-        model(query, key, value, None, 0.0, True, enable_gqa=True)
+        model(query, key, value, mask, 0.0, kind == "causal", enable_gqa=True)
     weights = attention(**acts.inputs[NAME][0], output=acts[NAME][0])
     wide = key.repeat_interleave(3, dim=1)
-    torch.testing.assert_close(weights, attention(query, wide, is_causal=True))
+    causal = kind == "causal"
+    torch.testing.assert_close(weights, attention(query, wide, None, mask, is_causal=causal))
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that is made, besides views and the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out._base is None and not func.is_view:
+            self.sizes.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 64), (64, 64)])
+def test_besides_the_map_little_memory_is_needed(
+    queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "BLOCK", 1024)
+    query = seeded(2, 8, queries, 16).half()
+    key, value = (seeded(2, 2, keys, 16, seed=at).half() for at in (1, 2))
+    output = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    with Largest() as largest:
+        weights = attention(query, key, value, enable_gqa=True, output=output)
+    assert largest.sizes[0] == weights.numel() == 2 * 8 * queries * keys
+    assert max(largest.sizes[1:]) <= 1024
 
 
 def test_a_query_that_sees_no_key_has_zeros() -> None:

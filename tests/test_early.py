@@ -451,6 +451,21 @@ def test_the_replicas_of_data_parallel_compute_with_their_own_weights() -> None:
     assert torch.allclose(acts["a"][0], 2 * acts["a"][1])
 
 
+def test_a_forward_that_another_module_calls_without_calling_the_model_is_the_models() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Plain()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net.forward(x)
+
+    outer = Outer()
+    with record(outer.net, "a", stop_early=True) as acts:
+        assert outer(X) is None
+    assert len(acts["a"]) == 1
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_stopping_inside_a_checkpoint_leaves_training_as_it_was(reentrant: bool) -> None:
     class Checkpointed(Plain):
