@@ -211,7 +211,9 @@ def test_finite_against_not_is_infinitely_wrong(one: float, other: float) -> Non
     row = only(torch.tensor([one, 2.0]), torch.tensor([other, 2.0]))
     assert (row.max_abs, row.close, row.max_rel) == (INF, False, INF)
     assert row.cosine == 1  # of what is finite in both
-    assert only(torch.tensor([one]), torch.tensor([other])).max_abs == INF
+    alone = only(torch.tensor([one]), torch.tensor([other]))
+    assert alone.max_abs == INF
+    assert math.isnan(alone.cosine), "nothing is finite in both"
 
 
 def test_a_zero_against_something_has_no_angle() -> None:

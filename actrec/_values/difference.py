@@ -83,8 +83,8 @@ class Difference:
         """The cosine of the angle between all first and all second tensors, each seen as one vector."""
         if not self.count:
             return math.nan
-        if self._aa == self._bb == self._ab:  # equal, or zero both
-            return 1.0
+        if self._aa == self._bb == self._ab:  # equal, or zero both, or nothing was finite in both
+            return math.nan if not self._aa and math.isinf(self._max_abs) else 1.0
         lengths = math.sqrt(self._aa) * math.sqrt(self._bb)
         return max(-1.0, min(1.0, self._ab / lengths)) if lengths else 0.0
 
