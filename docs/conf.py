@@ -11,6 +11,10 @@ from pathlib import Path
 house = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "house.py"))
 house["PICTURE"].write_text(house["picture"]())
 
+# So does the map for language models.
+llms = runpy.run_path(str(Path(__file__).parent / "examples" / "llms.py"))
+llms["FILE"].write_text(llms["llms"]())
+
 # Figures fit light and dark pages; the kernels of the notebooks inherit this.
 os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent)
 

@@ -82,22 +82,26 @@ def test_the_index_names_each_how_to_page_once_by_its_title_with_a_sentence():
     assert [name for _, name in listed] == in_tree, "the sidebar has the order of the page"
 
 
-def test_llms_txt_is_current():
-    made = script("llms")
-    assert made["FILE"].read_text() == made["llms"](), "run: python docs/examples/llms.py"
-
-
-def test_every_link_and_every_name_in_llms_txt_exists():
+def test_llms_txt_names_every_page_of_the_index_and_every_public_name_and_only_what_exists():
     text = (DOCS / "llms.txt").read_text()
     links = re.findall(r"\]\(([^)]+)\.html\)", text)
-    assert len(links) > 30
     assert [link for link in links if not (DOCS / f"{link}.md").exists()] == []
+    how_to = {f"how-to/{p.stem}" for p in (DOCS / "how-to").glob("*.md") if p.name != "index.md"}
+    assert how_to <= set(links), "run: python docs/examples/llms.py"
     for section in re.split(r"^## ", text, flags=re.MULTILINE):
         if section.startswith("actrec"):
             module = import_module(section.splitlines()[0])
             names = re.findall(r"^- `(\w+)`: .", section, re.MULTILINE)
-            assert names
-            assert [name for name in names if not hasattr(module, name)] == []
+            public = {name for name in module.__all__ if callable(getattr(module, name))}
+            assert set(names) == public, "run: python docs/examples/llms.py"
+            for owner, member in re.findall(r"^  - `(\w+)\.(\w+)", section, re.MULTILINE):
+                assert hasattr(getattr(module, owner), member)
+    assert "  - `Recording.stats()`: " in text
+
+
+def test_llms_txt_says_of_a_name_what_its_docstring_says():
+    sentence = script("llms")["_first_sentence"]
+    assert sentence("Open ``a`` as\n:func:`b` does.\n\nMore.") == "Open `a` as `b` does."
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Make ``docs/llms.txt``, a map of the documentation for language models: ``python docs/examples/llms.py``.
+"""Make ``docs/llms.txt``, a map of the documentation for language models: ``python docs/examples/llms.py``. The build of the pages does too.
 
 What it says of each how-to page is on their index, and what it says of each name is the first sentence of its docstring.
 """
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DOCS = Path(__file__).parents[1]
 FILE = DOCS / "llms.txt"
+WITH_MEMBERS = ("Recording", "Recorder", "Layer", "Stats", "Comparison")
+INTERNAL = ("drop", "is_kept", "keep", "settle")  # the package calls these, its users do not
 MODULES = (
     "actrec",
     "actrec.data",
@@ -83,7 +85,24 @@ def _names() -> Iterator[str]:
         for name in sorted(public, key=lambda name: (not inspect.isfunction(public[name]), name)):
             if inspect.isfunction(public[name]) or inspect.isclass(public[name]):
                 yield f"- `{name}`: {_first_sentence(inspect.getdoc(public[name]))}"
+            if name in WITH_MEMBERS:
+                yield from _members(public[name])
         yield ""
+
+
+def _members(public: type) -> Iterator[str]:
+    """Say what a class can do, with what it inherits, but for what is said of another class."""
+    said = {
+        name for base in public.__mro__[1:] if base.__name__ in WITH_MEMBERS for name in dir(base)
+    }
+    mine = [base for base in public.__mro__ if base.__module__.startswith("actrec.")]
+    members = {name: member for base in reversed(mine) for name, member in vars(base).items()}
+    for name, member in members.items():
+        is_method = inspect.isfunction(member)
+        described = inspect.getdoc(member) if is_method or isinstance(member, property) else None
+        if described and not name.startswith("_") and name not in {*said, *INTERNAL}:
+            shown = f"{public.__name__}.{name}{'()' if is_method else ''}"
+            yield f"  - `{shown}`: {_first_sentence(described)}"
 
 
 def _first_sentence(docstring: str) -> str:
