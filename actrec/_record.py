@@ -7,7 +7,7 @@ import warnings
 import weakref
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Never, NoReturn, cast
 
 from torch.compiler import is_dynamo_compiling
 from typing_extensions import override
@@ -35,7 +35,7 @@ from actrec._selection.names import type_name
 from actrec._selection.selection import Selection, select
 from actrec._values.fsdp import frees_weights
 
-from .errors import ActrecError, ResumeWarning
+from .errors import ActrecError, OptionError, ResumeWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,7 +57,7 @@ __all__ = ["record"]
 def record(
     model: nn.Module,
     layers: Query | Iterable[Query] | Mapping[Query, Given] | None = None,
-    *,
+    *others: Never,
     transform: Transform | None = None,
     inputs: bool | Query | Iterable[Query] | Mapping[Query, Given] = False,
     grads: bool | Query | Iterable[Query] | Mapping[Query, Transform | None] = False,
@@ -129,6 +129,7 @@ def record(
         model: any ``torch.nn.Module``. Compiled models run eagerly inside the block, unless ``compiled=True``.
         layers: the layer queries. With ``()`` nothing is recorded but what ``inputs`` or ``grads`` ask for:
             ``record(model, (), inputs="**.o_proj")``.
+        others: nothing: several queries are one list.
         transform: ``value -> value``, applied to what a layer returns before it is copied or moved, such
             as ``lambda t: t.mean((2, 3))``. It runs on the tensor's device, without gradients, autocast and inference mode, on
             a value that is independent of the model's. Layers that it calls are not recorded, and what it draws from PyTorch's global
@@ -201,6 +202,8 @@ def record(
         IncompleteLayerWarning: calls of a layer are missing, or may differ from what it returned: the module was replaced, or
             hooks were added to it in the middle of a forward.
     """
+    if others:
+        raise OptionError(_several(layers, others))
     if is_dynamo_compiling() or is_tracing():
         raise ActrecError(COMPILING)
     if isinstance(into, (str, os.PathLike)):
@@ -230,6 +233,18 @@ def record(
 
         prepare()
     return _Block(model, selection, options)
+
+
+def _several(layers: object, others: tuple[object, ...]) -> str:
+    """What to say of more than one query, or an option without its name."""
+    shown = ", ".join(
+        repr(one) if isinstance(one, str) else getattr(one, "__name__", "...")
+        for one in (layers, *others)
+    )
+    return (
+        f"record(model, {shown}): several layers are one list, record(model, [{shown}]). Options have names, such as "
+        "transform=... and into=..."
+    )
 
 
 class _Block(AbstractContextManager[Recorder[Any]]):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["count", "folded", "listed", "nearest", "own_version", "shown", "size"]
+__all__ = ["count", "folded", "function_name", "listed", "nearest", "own_version", "shown", "size"]
 
 KILO: Final = 1000
 UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
@@ -117,6 +117,18 @@ def _leaves_out(segments: list[str], others: Iterable[str]) -> bool:
 def _in_common(one: str, other: str) -> int:
     """How many characters two names begin with in common."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def function_name(function: Callable[..., object] | None) -> str | None:
+    """Return the name of a function, or of the class of what can be called like one; ``None`` where there is none.
+
+    >>> function_name(print), function_name(None)
+    ('print', None)
+    """
+    if function is None:
+        return None
+    name: str = getattr(function, "__qualname__", type(function).__qualname__)
+    return name
 
 
 def folded(names: Iterable[str], least: int = 3) -> list[str]:

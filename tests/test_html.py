@@ -266,7 +266,7 @@ def test_ragged_dimensions_are_ranges_and_nested_values_say_what_they_are() -> N
     }
     acts = Recording("Net", {name: ListLayer(name, v, "X") for name, v in layers.items()}, {})
     shapes = [row[3] for row in Page(acts._repr_html_()).rows[1:]]
-    assert shapes == ["(2, 3-5)", "(2,) | (2, 2)", "Tensor | tuple of 1 | dict of 1", "int"]
+    assert shapes == ["(2, 3-5)", "(2,) | (2, 2)", "(2,) | ((2,),) | {a: int}", "int"]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

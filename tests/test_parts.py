@@ -237,7 +237,10 @@ def test_parts_in_a_nested_value_are_made_whole_there(tmp_path: Path) -> None:
     assert value["twice"][0] is value["twice"][1]
     assert same(value["plain"], (torch.ones(2), 3))
     assert acts["layer"].nbytes == whole.nbytes + 8
-    assert repr(acts["layer"]) == "Layer 'layer' (Identity): 1 call, dict of 2 float32, 104 B"
+    assert (
+        repr(acts["layer"])
+        == "Layer 'layer' (Identity): 1 call, {twice: [(6, 4) x 2], plain: ((2,), int)} float32, 104 B"
+    )
     assert same(acts.rank(1)["layer"][0]["twice"][1], whole[2:4])
 
 

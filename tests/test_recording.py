@@ -731,16 +731,16 @@ LINES: dict[str, tuple[list[Any], str]] = {
     ),
     "tuple": (
         [(torch.zeros(2), torch.arange(2))],
-        "Layer 'x' (Tensor): 1 call, tuple of 2 float32, int64, 24 B",
+        "Layer 'x' (Tensor): 1 call, (2,) x 2 float32, int64, 24 B",
     ),
     "named tuple": (
         [Pair(torch.zeros(2), None)],
-        "Layer 'x' (Tensor): 1 call, Pair of 2 float32, 8 B",
+        "Layer 'x' (Tensor): 1 call, Pair((2,), None) float32, 8 B",
     ),
-    "dict": ([{"a": torch.zeros(2)}], "Layer 'x' (Tensor): 1 call, dict of 1 float32, 8 B"),
+    "dict": ([{"a": torch.zeros(2)}], "Layer 'x' (Tensor): 1 call, {a: (2,)} float32, 8 B"),
     "mixed": (
         [torch.zeros(2), None, None, [torch.zeros(2)]],
-        "Layer 'x' (Tensor): 4 calls, Tensor | NoneType | list of 1 float32, 16 B",
+        "Layer 'x' (Tensor): 4 calls, (2,) | None | [(2,)] float32, 16 B",
     ),
     "opaque": (
         [Opaque("transformers.cache_utils.DynamicCache")],
@@ -817,8 +817,8 @@ def test_a_recording_says_what_state_it_is_in() -> None:
     )
     assert repr(acts.inputs).splitlines() == [
         "recorded inputs of Sequential: 1 layer, 1 pass, 16 B",
-        "layer  type    calls  shape      dtype    memory",
-        "lin    Linear      1  dict of 1  float32    16 B",
+        "layer  type    calls  shape            dtype    memory",
+        "lin    Linear      1  {input: (1, 4)}  float32    16 B",
     ]
 
 

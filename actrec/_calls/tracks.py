@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from actrec._selection.treatment import Treatment
+from actrec._text import function_name
 
 from .gradients import Gradients
 from .inputs import Inputs
@@ -80,6 +81,8 @@ class Tracks:
             )
             for what, treatment in {"output": Treatment(), **choice.treatments}.items()
         }
+        for role, layer in layers.items():
+            layer._transform = function_name(captures[role].transform)
         capture = self._counting(captures["output"], outputs)
         track = Track(self._session, capture, outputs)
         if inputs is not None:

@@ -25,7 +25,7 @@ def chosen(layer: Layer[V], calls: list[int]) -> ListLayer[V]:
     passes = layer.passes
     found = ListLayer(layer.name, [layer[index] for index in calls], layer.type)
     found._passes = [passes[index] for index in calls]
-    found._units = layer._units
+    found._units, found._transform = layer._units, layer._transform
     return found
 
 

@@ -88,6 +88,8 @@ class Layer(Sequence[V], Generic[V]):
     type: str
     #: Counts what overflowed in the cast to ``dtype=``. Internal.
     overflows: Overflows | None = None
+    #: The name of the transform that its values have gone through. Internal.
+    _transform: str | None = None
     #: The units of its recording. Internal.
     _units: Units | None = None
 

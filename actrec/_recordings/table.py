@@ -8,7 +8,7 @@ from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, shown, size
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from .layer import Layer
     from .look import Together
@@ -66,7 +66,7 @@ def recording_table(
             places.append(held)
             if what and layer.name in outputs:
                 continue
-            notes = (_WORDS.get(what, ""), _note(layer, state, passes - 1))
+            notes = (_WORDS.get(what, ""), *_notes(layer, state, passes - 1))
             names.append(layer.name)
             rows.append(
                 (
@@ -90,16 +90,20 @@ def recording_table(
     return Table(f"{title}: {', '.join(facts)}", _COLUMNS, rows, names)
 
 
-def _note(layer: Layer[Any], state: State, last_pass: int) -> str:
+def _notes(layer: Layer[Any], state: State, last_pass: int) -> Iterator[str]:
     """What needs attention, if anything does."""
     if not len(layer):
-        return "no call yet" if state == "recording" else "never called"
+        yield "no call yet" if state == "recording" else "never called"
+        return
     if state == "interrupted" and last_pass not in layer.passes:
-        return "not in the last pass"
+        yield "not in the last pass"
     if layer.overflows is not None and (many := sum(layer.overflows.counts().values())):
         dtype = str(layer.overflows.dtype).removeprefix("torch.")
-        return f"{count(many, 'value')} too large for {dtype}"
+        yield f"{count(many, 'value')} too large for {dtype}"
     most, passes = layer._per_pass()
     if most > 1:
-        return f"{'' if most * passes == len(layer) else 'up to '}{most:,} per pass"
-    return ""
+        yield f"{'' if most * passes == len(layer) else 'up to '}{most:,} per pass"
+    if not layer.is_kept:
+        yield "reduced"
+    if layer._transform is not None:
+        yield f"transform {shown(layer._transform.rpartition('.')[2])}"

@@ -36,6 +36,12 @@ class Constant:
 
     __hash__ = None  # type: ignore[assignment]
 
+    @property
+    def kind(self) -> str:
+        """What it is, for people."""
+        value = self.value
+        return value.type.rpartition(".")[2] if isinstance(value, Opaque) else type(value).__name__
+
     def _content(self) -> object:
         value = self.value
         return (value.shape, value.dtype, value.tobytes()) if is_array(value) else repr(value)

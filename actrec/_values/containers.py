@@ -34,6 +34,13 @@ class Container:
     maxlen: int | None = None  #: of a deque
 
     @property
+    def kind(self) -> str:
+        """What it is, for people: ``"tuple of 2"``."""
+        many = len(self.keys) if issubclass(self.type, tuple) else self.items
+        counts = many or issubclass(self.type, (tuple, list, dict))
+        return f"{self.type.__name__} of {many}" if counts else self.type.__name__
+
+    @property
     def paths(self) -> list[str]:
         """What one writes behind the container to reach each child."""
         items = (f"[{key!r}]" for key in self.keys[: self.items])

@@ -36,7 +36,7 @@ from typing_extensions import override
 from . import containers, nodes
 from .constants import CONSTANTS, Constant, is_array
 from .containers import Container, Value
-from .stand_ins import Opaque, opaque
+from .stand_ins import opaque
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -133,14 +133,7 @@ class Spec:
     def kind(self) -> str:
         """What the value is, for people: ``""`` for a tensor, else ``"tuple of 2"``, ``"dict of 3"``, ``"int"``."""
         last = self.steps[-1]
-        if isinstance(last, Container):
-            many = len(last.keys) if issubclass(last.type, tuple) else last.items
-            counts = many or issubclass(last.type, (tuple, list, dict))
-            return f"{last.type.__name__} of {many}" if counts else last.type.__name__
-        if type(last) is not Constant:
-            return ""
-        value = last.value
-        return value.type.rpartition(".")[2] if isinstance(value, Opaque) else type(value).__name__
+        return last.kind if isinstance(last, (Constant, Container)) else ""
 
     @override
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from actrec._text import shown
 
+from .outline import drawn, outline
 from .spec import flatten
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class Summary:
     devices: dict[str, None] = field(default_factory=dict)
     #: The least and the largest shape, by the names among the sizes (``None`` for a number).
     shapes: dict[tuple[str | None, ...], tuple[list[Any], list[Any]]] = field(default_factory=dict)
+    #: The least and the largest sizes in nested values, by their outlines; ``None`` if not all are known.
+    nested: dict[str, tuple[list[int], list[int]]] | None = field(default_factory=dict)
+    _latest: object = field(default=None, compare=False, repr=False)
 
     def add(self, value: Value) -> None:
         """Take in a value."""
@@ -68,17 +72,34 @@ class Summary:
 
     def add_flat(self, tensors: Sequence[Tensor], spec: Spec) -> None:
         """Take in a value that was taken apart."""
-        self.add_spec(spec, [shape_of(t) for t in tensors])
+        shapes = [shape_of(t) for t in tensors]
+        self.add_spec(spec, shapes, shapes)
         for tensor in tensors:
             self.dtypes[dtype_name(tensor)] = None
             self.devices[str(tensor.device)] = None
 
-    def add_spec(self, spec: Spec, shapes: Sequence[Sequence[Size]]) -> None:
-        """Take in the structure of a value, and the shapes of its tensors."""
+    def add_spec(
+        self, spec: Spec, low: Sequence[Sequence[Size]], high: Sequence[Sequence[Size]]
+    ) -> None:
+        """Take in the structure of values, and the least and the largest shapes of their tensors."""
         kind = spec.kind
         self._add_kind(kind)
         if not kind:
-            self.add_shape(shapes[0], shapes[0])
+            self.add_shape(low[0], high[0])
+        elif (spec, low, high) != self._latest:
+            template, sizes = outline(spec, low)
+            self.add_outline(template, sizes, outline(spec, high)[1])
+            self._latest = spec, low, high  # most are like the one before
+
+    def add_outline(self, template: str, low: Sequence[int], high: Sequence[int]) -> None:
+        """Take in the outline of nested values, with its sizes."""
+        if self.nested is None:
+            return
+        known = self.nested.setdefault(template, ([*low], [*high]))
+        known[0][:] = map(min, known[0], low)
+        known[1][:] = map(max, known[1], high)
+        if len(self.nested) > MOST:
+            self.nested = None
 
     def _add_kind(self, kind: str) -> None:
         if kind not in self.kinds:
@@ -104,13 +125,23 @@ class Summary:
         self.devices.update(other.devices)
         for low, high in other.shapes.values():
             self.add_shape(low, high)
+        if other.nested is None:
+            self.nested = None
+        else:
+            for template, sizes in other.nested.items():
+                self.add_outline(template, *sizes)
 
     @property
     def what(self) -> str:
-        """The shapes of the values; or what the values are, if not all are tensors."""
-        if any(self.kinds):
-            return " | ".join(shown(kind or "Tensor") for kind in self.kinds)
-        return self.shape
+        """The shapes of the values, also of the tensors in them; or what the values are, where that is shorter."""
+        if not any(self.kinds):
+            return self.shape
+        if self.nested and len(self.nested) <= _SHOWN:
+            texts = [self.shape] * ("" in self.kinds)
+            texts += [drawn(template, *sizes) for template, sizes in self.nested.items()]
+            if max(map(len, texts)) <= _LONGEST:
+                return " | ".join(map(shown, texts))
+        return " | ".join(shown(kind or "Tensor") for kind in self.kinds)
 
     @property
     def shape(self) -> str:
@@ -121,6 +152,7 @@ class Summary:
 
 
 _SHOWN: Final = 3
+_LONGEST: Final = 72
 
 
 def _range(low: Iterable[Size], high: Iterable[Size]) -> str:

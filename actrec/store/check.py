@@ -112,7 +112,7 @@ def _miscounted(ledger: Ledger, shard: Shard, parts: list[Part]) -> Iterator[str
     here = {one.slot: len(one.passes) for one in parts}
     for slot, so_far in ledger.layers.items():
         stored = so_far.stored - here.get(slot, 0)
-        if found[slot].before != stored or found[slot].so_far.node() != so_far.node():
+        if found[slot].before != stored or not found[slot].so_far.agrees(so_far):
             yield f"what it says of the calls of layer {slot.name[:60]!r} so far is not so"
 
 

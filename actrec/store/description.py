@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from actrec._text import own_version
+from actrec._text import function_name, own_version
 from actrec.errors import ResumeError
 
 from .format import (
@@ -29,13 +29,13 @@ from .forms import Maybe, checked
 from .ledger import Heading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from actrec._selection.treatment import Treatment
 
     from .place import Place
 
-__all__ = ["Description", "LayerInfo", "named", "read_description"]
+__all__ = ["Description", "LayerInfo", "read_description"]
 
 _LAYER: Final = {"name": str, "type": str, "transform": Maybe(str)}
 #: Of what else layers may be listed, and the option that says so where they were not listed by role.
@@ -53,13 +53,6 @@ _FORM: Final = {
 }
 
 
-def named(transform: Callable[..., Any] | None) -> str | None:
-    """Return the name of a transform, by which a resumed run is compared with the first."""
-    if transform is None:
-        return None
-    return getattr(transform, "__qualname__", type(transform).__qualname__)
-
-
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
     """A layer that was chosen, and what of it is recorded."""
@@ -73,7 +66,7 @@ class LayerInfo:
     @classmethod
     def of(cls, name: str, kind: str, treatment: Treatment, role: Role) -> LayerInfo:
         """Return what is said of a layer that is treated so."""
-        return cls(name, kind, named(treatment.transform), role, treatment.reduction)
+        return cls(name, kind, function_name(treatment.transform), role, treatment.reduction)
 
     def node(self) -> dict[str, Any]:
         """As it stands in the file."""

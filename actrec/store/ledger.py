@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from actrec._values.outline import drawn
 from actrec._values.summary import Summary
 
 from .format import MAX_DIMS, MAX_RANKS, need
-from .forms import Maybe
+from .forms import Maybe, checked
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -49,6 +50,10 @@ SO_FAR: Final = {
     "dtypes": [str],
     "shapes": [([int], [int])],
 }
+
+
+#: What earlier versions did not write.
+_NESTED: Final = Maybe([(str, [int], [int])])
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +134,7 @@ class SoFar:
 
     def node(self) -> dict[str, Any]:
         """As it stands in the metadata, in the form ``SO_FAR``."""
+        nested = self.looks.nested
         return {
             "stored": self.stored,
             "calls": self.calls,
@@ -142,12 +148,21 @@ class SoFar:
             "kinds": list(self.looks.kinds),
             "dtypes": list(self.looks.dtypes),
             "shapes": [[*pair] for pair in self.looks.shapes.values()],
+            "nested": None if nested is None else [[key, *sizes] for key, sizes in nested.items()],
         }
+
+    def agrees(self, other: SoFar) -> bool:
+        """Whether two say the same, as far as both say something: a shard of an earlier version says less."""
+        own, others = self.node(), other.node()
+        if own["nested"] is None or others["nested"] is None:
+            own["nested"] = others["nested"] = None
+        return own == others
 
     @classmethod
     def of(cls, node: Any) -> SoFar:
         """What the metadata say, which have the form ``SO_FAR``."""
         *facts, kinds, dtypes, shapes = (node[key] for key in SO_FAR)
+        nested = checked(node.get("nested"), _NESTED, "the outlines of nested values")
         devices = {"cpu": None} if dtypes else {}
         looks = Summary(dict.fromkeys(kinds), dict.fromkeys(dtypes), devices)
         for low, high in shapes:
@@ -156,9 +171,21 @@ class SoFar:
                 fit, "the least and the largest shape differ in their dimensions, or have too many"
             )
             looks.add_shape(low, high)
+        looks.nested = None if nested is None else {}
+        for template, low, high in nested or ():
+            need(_is_outline(template, low, high), "an outline of nested values is damaged")
+            looks.add_outline(template, low, high)
         found = cls(*facts)
         found.looks = looks
         return found
+
+
+def _is_outline(template: str, low: Sequence[int], high: Sequence[int]) -> bool:
+    try:
+        drawn(template, low, high)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(slots=True)

@@ -111,7 +111,9 @@ class Part:
         found = Summary()
         for group in self.groups:
             found.dtypes.update(dict.fromkeys(leaf.dtype_name for leaf in group.leaves))
-            for ends in (torch.amin, torch.amax):
-                shapes = [ends(leaf.shapes, 0).tolist() for leaf in group.leaves]
-                found.add_spec(group.structure.spec, shapes)
+            low, high = (
+                [end(leaf.shapes, 0).tolist() for leaf in group.leaves]
+                for end in (torch.amin, torch.amax)
+            )
+            found.add_spec(group.structure.spec, low, high)
         return found

@@ -99,7 +99,7 @@ class ChosenLayer(ReadOnlyLayer):
         self.type = base.type
         self.base = base
         self.calls = calls
-        self._units = base._units
+        self._units, self._transform = base._units, base._transform
 
     @property
     @override

@@ -259,4 +259,5 @@ def _layers(
         found[name] = made_reduced(layer, reduction, by_functions=functions)
         if found[name] is layer and whole:
             found[name] = made_whole(layer)
+        found[name]._transform = info[name].transform if name in info else None
     return found

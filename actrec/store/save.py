@@ -100,7 +100,9 @@ def _write(
     description = Description(
         recording._model,
         tuple(
-            LayerInfo(slot.name, slot.type, role=slot.role, reduction=_reduction(layer))
+            LayerInfo(
+                slot.name, slot.type, layer._transform, slot.role, reduction=_reduction(layer)
+            )
             for slot, layer in layers
             if slot.role != "added"
         ),

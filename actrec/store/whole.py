@@ -152,7 +152,8 @@ class WholeLayer(ReadOnlyLayer):
         looks = self.recorded._summary()
         summary = Summary(dtypes=looks.dtypes, devices=looks.devices)
         for spec, tensors in self.outlines():
-            summary.add_spec(spec, [tensor.shape for tensor in tensors])
+            shapes = [tensor.shape for tensor in tensors]
+            summary.add_spec(spec, shapes, shapes)
         return summary
 
     @property

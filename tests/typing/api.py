@@ -235,7 +235,7 @@ def mistakes() -> None:
     record(nn.Linear)  # type: ignore[arg-type]
     record(model, 3)  # type: ignore[arg-type]
     record(model, ["0", 3])  # type: ignore[list-item]
-    record(model, "0", pooled)  # type: ignore[call-arg]
+    record(model, "0", pooled)  # type: ignore[arg-type]
     record(model, layer="0")  # type: ignore[call-arg]
     record(model, transform=3)  # type: ignore[arg-type]
     record(model, dtype="float16")  # type: ignore[arg-type]
