@@ -75,8 +75,8 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 
 def test_options_have_names() -> None:
-    with pytest.raises(TypeError, match="positional"):
-        record(net(), None, torch.relu)  # type: ignore[misc]
+    with pytest.raises(OptionError, match="Options have names, such as transform="):
+        record(net(), None, torch.relu)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unexpected keyword argument 'layer'"):
         record(net(), layer="0")  # type: ignore[call-arg]
 
