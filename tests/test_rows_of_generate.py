@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from actrec import load, record
 from actrec.data import rows, shuffled
@@ -138,3 +146,47 @@ def test_routers_of_a_mixture_have_the_rows_of_the_tokens() -> None:
         torch.testing.assert_close(scores[mine], own, rtol=1e-4, atol=1e-5)
     both = rows(acts, LAYER, router, flatten=True, mask="mask")[:]
     assert torch.equal(both[1], scores)
+
+
+IMAGE = 3  # stands four times in a prompt with an image
+VISION, LANGUAGE = "model.vision_tower.**.layers.1", "model.language_model.layers.1"
+
+
+def test_a_model_that_sees_has_rows_of_text_and_images_and_its_vision_tower_where_there_are_any() -> (
+    None
+):
+    torch.manual_seed(0)
+    sees = CLIPVisionConfig(
+        hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=sees, text_config=LlamaConfig(**SIZES), image_token_index=IMAGE, vision_feature_layer=-1
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).eval()
+    images = torch.randn(2, 3, 8, 8)
+    prompts = {"seen": [[1, *[IMAGE] * 4, 5], [1, *[IMAGE] * 4, 6, 7, 8]], "told": PROMPTS[:2]}
+    with torch.no_grad(), record(model, [LANGUAGE, VISION]) as acts:
+        for key, some in prompts.items():
+            batch = padded(some) | ({"pixel_values": images} if key == "seen" else {})
+            with acts.unit(key):
+                out = model.generate(**batch, do_sample=False, max_new_tokens=3, eos_token_id=39)
+                acts.add("ids", out[:, :-1])
+                acts.add("mask", batch["attention_mask"])
+                acts.add("label", torch.tensor([0, 1]))
+    hidden, ids, unit, sample = rows(
+        acts, LANGUAGE, "ids", "unit", "sample", flatten=True, mask="mask"
+    )[:]
+    for key, number in ((key, number) for key in prompts for number in range(2)):
+        mine = [at for at, one in enumerate(unit) if one == key and sample[at] == number]
+        assert ids[mine][:-2].tolist() == prompts[key][number]
+        with torch.no_grad(), record(model, LANGUAGE) as alone:
+            given = {"pixel_values": images[number : number + 1]} if key == "seen" else {}
+            model(input_ids=ids[mine][None], **given)
+        torch.testing.assert_close(hidden[mine], alone[LANGUAGE][0][0], rtol=1e-4, atol=1e-5)
+    (tower,) = acts.select(VISION)
+    patches, label, unit = rows(acts, tower, "label", "unit", flatten=True, passes="common")[:]
+    assert torch.equal(patches, acts[tower][0].flatten(0, 1))
+    assert (label.tolist(), set(unit)) == ([0] * 5 + [1] * 5, {"seen"})
+    of_images = rows(acts, LANGUAGE, flatten=True, mask=lambda values: values["ids"] == IMAGE)
+    assert [of_images.where(at) for at in (0, 7)] == [("seen", 0, 3), ("seen", 1, 4)]
+    assert len(of_images) == 8
