@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from actrec._selection.functions import Owner
     from actrec._selection.queries import Query, Transform
     from actrec._selection.selection import What
-    from actrec._selection.treatment import Given, Reducing
+    from actrec._selection.treatment import Reducer
 
 
 __all__ = ["record"]
@@ -56,17 +56,23 @@ __all__ = ["record"]
 
 def record(
     model: nn.Module,
-    layers: Query | Iterable[Query] | Mapping[Query, Given] | None = None,
+    layers: Query
+    | Iterable[Query]
+    | Mapping[Query, Transform | Reducer | tuple[Transform | None, Reducer] | None]
+    | None = None,
     *others: Never,
     transform: Transform | None = None,
-    inputs: bool | Query | Iterable[Query] | Mapping[Query, Given] = False,
+    inputs: bool
+    | Query
+    | Iterable[Query]
+    | Mapping[Query, Transform | Reducer | tuple[Transform | None, Reducer] | None] = False,
     grads: bool | Query | Iterable[Query] | Mapping[Query, Transform | None] = False,
     detach: bool = True,
     device: torch.device | str | int | None = "cpu",
     dtype: torch.dtype | None = None,
     stop_early: bool = False,
     compiled: bool = False,
-    into: Callable[[], Any] | Reducing | str | os.PathLike[str] = list,
+    into: Callable[[], Any] | Reducer | str | os.PathLike[str] = list,
     resume: bool = False,
 ) -> AbstractContextManager[Recorder[V]]:
     r"""Record what the chosen layers of ``model`` return while the ``with`` block runs.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from actrec._selection.queries import Transform
     from actrec._selection.selection import Selection
-    from actrec._selection.treatment import Reducing
+    from actrec._selection.treatment import Reducer
 
 __all__ = ["Options", "refuse_functions"]
 
@@ -43,7 +43,7 @@ class Options:
     dtype: torch.dtype | None = None
     stop_early: bool = False
     compiled: bool = False
-    into: Callable[[], Any] | Reducing | str | os.PathLike[str] = list
+    into: Callable[[], Any] | Reducer | str | os.PathLike[str] = list
     resume: bool = False
 
     def __post_init__(self) -> None:

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
     from .queries import Transform
 
-__all__ = ["Given", "Make", "Reducing", "Treatment", "is_reduction", "maker"]
+__all__ = ["Make", "Reducer", "Treatment", "is_reduction", "maker"]
 
 #: Makes what reduces the values of a layer, a new one for each.
 Make: TypeAlias = "Callable[[], Any]"
 
 
-class Reducing(Protocol):
+class Reduces(Protocol):
     """What reduces values: a reduction of :mod:`actrec.reduce`, or a metric of torchmetrics."""
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
@@ -29,10 +29,8 @@ class Reducing(Protocol):
         """Return the result."""
 
 
-#: What may stand behind a query: a transform, a reduction or its class, or both.
-Given: TypeAlias = (
-    "Callable[..., Any] | Reducing | tuple[Transform | None, Callable[..., Any] | Reducing] | None"
-)
+#: What is given for values to be reduced by: one like which each layer gets a new one, its class, or a partial of that.
+Reducer: TypeAlias = "Reduces | Callable[..., Any]"
 
 
 class Treatment(NamedTuple):
