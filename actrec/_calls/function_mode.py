@@ -146,16 +146,14 @@ class _Mode(TorchFunctionMode):
         many = count_function_modes()
         return many > 0 and function_mode_at(many - 1) is self
 
-    def listen_again(self, watcher: Watcher | None, *, was_first: bool) -> None:
-        """Go back to what was before, whatever is on the stack."""
-        self.watcher = watcher
-        if was_first:
-            above = []
-            while any(function_mode_at(at) is self for at in range(count_function_modes())):
-                above.append(pop_function_mode())
-            for mode in reversed(above[:-1]):  # which the model has left there
-                push_function_mode(mode)
-            self.is_on = False
+    def take_off(self) -> None:
+        """Take it off, wherever it is on the stack, or if it is there at all."""
+        above = []
+        while any(function_mode_at(at) is self for at in range(count_function_modes())):
+            above.append(pop_function_mode())
+        for mode in reversed(above[:-1]):  # which the model has left there
+            push_function_mode(mode)
+        self.is_on = False
 
 
 OWN_MODES.add(_Mode)
@@ -257,9 +255,9 @@ class Watcher:
                     pop_function_mode()
                     mode.is_on = False
         finally:
-            # That was interrupted, or the model has left modes of its own above this one.
-            if mode.watcher is not before or (is_first and mode.is_on):
-                mode.listen_again(before, was_first=is_first)
+            mode.watcher = before
+            if is_first and mode.is_on:  # interrupted, or the model has left modes of its own above
+                mode.take_off()
             if begins:
                 session.leave(None, module, None, None, result)
         if session.stop is not None:
@@ -296,10 +294,6 @@ class Watcher:
 
     def named(self, name: str) -> _Function:
         """Return what is recorded of functions of a name."""
-        found = self.by_name.get(name)
-        return self._made(name) if found is None else found
-
-    def _made(self, name: str) -> _Function:
         with self._shared.lock:
             found = self.by_name.get(name)
             if found is None:
