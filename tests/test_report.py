@@ -35,7 +35,7 @@ from actrec.store.layers import StoredLayer
 class Page(HTMLParser):
     """What a browser would see: elements, whether they nest, the text of each section."""
 
-    VOID = frozenset({"meta", "col", "wbr", "img"})
+    VOID = frozenset({"br", "meta", "col", "wbr", "img"})
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -27,14 +27,15 @@ __all__ = ["layer_table"]
 #: So many elements are read.
 MOST: Final = 1 << 22
 #: So many channels of an image are shown, none larger than so many pixels.
-_CHANNELS: Final = 6
-_PIXELS: Final = 40
+_CHANNELS: Final = 3
+_PIXELS: Final = 32
+_SMALLEST: Final = 6  # pixels, or it is no image
 _IMAGES: Final = 4  # dimensions: batch, channel, height, width
 
 _COLUMNS: Final = (
     Column("value"),
     Column("shape"),
-    Column("dtype"),
+    Column("dtype", usual=("float32",)),
     Column("calls", is_number=True),
     Column("values, 0.5-99.5 %"),
     *(Column(name, is_number=True) for name in ("min", "mean", "max")),
@@ -94,7 +95,7 @@ class _Seen:
         histogram = self._tally.bins.histogram()
         numbers = (moments.min, moments.mean, moments.max)
         return (
-            drawn(histogram, moments.min, moments.max, moments.count),
+            drawn(histogram, moments.min, moments.max, moments.count, below=True),
             *("" if not histogram.counts else f"{number:.4g}" for number in numbers),
             self._picture,
         )
@@ -102,7 +103,7 @@ class _Seen:
 
 def _picture(tensor: Tensor) -> str | Drawn:
     """Some channels of the first image, if the tensor is a batch of images."""
-    if tensor.is_nested or tensor.dim() != _IMAGES or min(tensor.shape[2:]) < _CHANNELS:
+    if tensor.is_nested or tensor.dim() != _IMAGES or min(tensor.shape[2:]) < _SMALLEST:
         return ""
     if tensor.is_meta or not tensor.numel() or tensor.is_complex():
         return ""

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Tally", "drawn"]
 
-#: So many bars has a histogram.
+#: So many bars has a histogram, and a narrow one.
 _BARS: Final = 40
+_FEW_BARS: Final = 32
 #: The highest bar is drawn at most so many times as high as the next one.
 _STICKS_OUT: Final = 1.5
 #: The share of the elements below and above that is drawn as if it were at the end.
@@ -42,7 +43,7 @@ class Tally:
         return self.moments.add(tensor)
 
 
-def drawn(found: Histogram, low: float, high: float, count: int) -> str:
+def drawn(found: Histogram, low: float, high: float, count: int, *, below: bool = False) -> str:
     """Return a histogram as a cell, without the last of the tails on both sides.
 
     Args:
@@ -50,6 +51,7 @@ def drawn(found: Histogram, low: float, high: float, count: int) -> str:
         low: the smallest of its numbers.
         high: the largest.
         count: how many there are, those included that are not finite.
+        below: whether the range stands below the bars, which makes a narrow cell.
     """
     if not found.counts:
         return "no finite value" if count else ""
@@ -57,7 +59,7 @@ def drawn(found: Histogram, low: float, high: float, count: int) -> str:
     if left >= right:
         left, right = low, high
     label = f"{left:.3g} ... {right:.3g}" if left < right else f"{left:.3g}"
-    bars = found.bars(left, right, _BARS)
+    bars = found.bars(left, right, _FEW_BARS if below else _BARS)
     # The zeros of a ReLU would leave nothing of the others: a bar that sticks out is cut.
     most = _STICKS_OUT * sorted(bars)[-2]
-    return Bars([min(bar, most) if most else bar for bar in bars], label)
+    return Bars([min(bar, most) if most else bar for bar in bars], label, below=below)

@@ -59,7 +59,7 @@ class Framed(str):
 
 
 class Bars(Drawn):
-    """A histogram: SVG in HTML, and behind it the range; in text a block character for two bars.
+    """A histogram: SVG in HTML, and behind it or below it the range; in text a block character for two bars.
 
     >>> Bars([1, 1, 4, 4, 2, 1], "0 ... 3")
     '▃█▄'
@@ -67,7 +67,7 @@ class Bars(Drawn):
 
     __slots__ = ()
 
-    def __new__(cls, heights: Sequence[float], label: str) -> Self:
+    def __new__(cls, heights: Sequence[float], label: str, *, below: bool = False) -> Self:
         """Make a cell of heights; the highest is as high as the cell."""
         pairs = [sum(heights[at : at + 2]) for at in range(0, len(heights), 2)]
         text = "".join(_BLOCKS[round(share * (len(_BLOCKS) - 1))] for share in _shares(pairs))
@@ -77,8 +77,9 @@ class Bars(Drawn):
             if share
         )
         picture = _svg(path, _STEP * len(heights), label)
-        width = _STEP * len(heights) // _CHARACTER + len(label) * 3 // 4
-        return super().__new__(cls, text, f"{picture}<small>{escape(label)}</small>", width)
+        widths = _STEP * len(heights) // _CHARACTER, len(label) * 3 // 4
+        html = f"{picture}{'<br>' * below}<small>{escape(label)}</small>"
+        return super().__new__(cls, text, html, max(widths) if below else sum(widths))
 
 
 def _shares(heights: Sequence[float]) -> list[float]:
