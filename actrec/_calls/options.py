@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from actrec._selection.queries import Transform
     from actrec._selection.selection import Selection
-    from actrec._selection.treatment import Reducer
+    from actrec._selection.treatment import Make, Reducer
 
 __all__ = ["Options", "refuse_functions"]
 
@@ -101,16 +101,16 @@ class Options:
         """Check what reduces layers, before anything happens."""
         path = None if self.path is None else os.fspath(self.path)
         into = None if path is not None else maker(self.into)
-        for what in ("output", "input", "gradient"):
-            chosen = [(one.key, one.treatments[what]) for one in selection.of(what)]
-            chosen += [(q.query, q.treatment) for q in selection.functions if q.what == what]
-            for name, treatment in chosen:
-                make = treatment.make or into
-                if make is None:
-                    continue
+        chosen = [(one.key, *pair) for one in selection.choices for pair in one.treatments.items()]
+        chosen += [(one.query, one.what, one.treatment) for one in selection.functions]
+        storable: set[Make] = set()
+        for name, what, treatment in chosen:
+            make = treatment.make or into
+            if make is not None:
                 if what == "gradient":
                     raise OptionError(_late(name))
-                why = None if path is None else why_not_stored(make)
+                why = None if path is None or make in storable else why_not_stored(make)
+                storable.add(make)
                 if why is not None:
                     message = (
                         f"record(into={path!r}): {name!r} is reduced by {make!r}, of which the state cannot be stored: "

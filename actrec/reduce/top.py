@@ -90,7 +90,7 @@ class TopK(Reduction):
             units = keys(found["rank"].flatten(), found["pass"].flatten())
             width = found["pass"].shape[1]
             found["unit"] = (
-                torch.tensor(units, dtype=torch.int64, device="cpu").view(-1, width)
+                torch.tensor(units, device=found["pass"].device).view(-1, width)
                 if all(type(unit) is int for unit in units)
                 else [units[at : at + width] for at in range(0, len(units), width)]
             )
@@ -125,7 +125,9 @@ class TopK(Reduction):
         if self._where is not None:
             passes, ranks = self._where[0], self._where[3]
             pairs = zip(ranks.flatten().tolist(), passes.flatten().tolist(), strict=True)
-            passes.copy_(torch.tensor([number(*pair) for pair in pairs]).view_as(passes))
+            passes.copy_(
+                torch.tensor([number(*pair) for pair in pairs], device="cpu").view_as(passes)
+            )
             ranks.zero_()
 
     def _join(self, values: Tensor, where: Tensor) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from actrec._values.containers import Value
     from actrec._values.join import How
 
-__all__ = ["ChosenLayer", "LayerOnDisk", "ReadOnlyLayer"]
+__all__ = ["ChosenLayer", "LayerOnDisk", "ReadOnlyLayer", "Unchanged"]
 
 
 class LayerOnDisk(Layer[Any]):
@@ -36,7 +36,29 @@ class LayerOnDisk(Layer[Any]):
         return self._summary(), {id(self): self.nbytes}
 
 
-class ReadOnlyLayer(LayerOnDisk):
+class Unchanged(Layer[Any]):
+    """A layer that was stored, and can only be read."""
+
+    @override
+    def keep(self, value: Value, number: int) -> None:
+        self._refuse_to("keep")
+
+    @override
+    def drop(self, number: int) -> None:
+        self._refuse_to("drop")
+
+    @override
+    def clear(self) -> NoReturn:
+        self._refuse_to("clear")
+
+    def _refuse_to(self, method: str) -> NoReturn:
+        message = (
+            f"acts[{self.name!r}].{method}(): this is a stored recording, which can only be read."
+        )
+        raise ActrecError(message)
+
+
+class ReadOnlyLayer(Unchanged, LayerOnDisk):
     """A layer whose calls are read when they are asked for."""
 
     @abstractmethod
@@ -71,24 +93,6 @@ class ReadOnlyLayer(LayerOnDisk):
     @override
     def _of(self, calls: list[int]) -> Layer[Any]:
         return ChosenLayer(self, calls)
-
-    @override
-    def keep(self, value: Value, number: int) -> None:
-        self._refuse("keep")
-
-    @override
-    def drop(self, number: int) -> None:
-        self._refuse("drop")
-
-    @override
-    def clear(self) -> NoReturn:
-        self._refuse("clear")
-
-    def _refuse(self, method: str) -> NoReturn:
-        message = (
-            f"acts[{self.name!r}].{method}(): this is a stored recording, which can only be read."
-        )
-        raise ActrecError(message)
 
 
 class ChosenLayer(ReadOnlyLayer):

@@ -25,6 +25,7 @@ from actrec.reduce import KINDS, Reduction
 
 from .call import Call
 from .format import FUNCTION, Defect, corrupt, need
+from .read_only import Unchanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -119,7 +120,7 @@ class _Foreign:
         raise ActrecError(message)
 
 
-class StoredReduction(Reduced):
+class StoredReduction(Unchanged, Reduced):
     """A layer on disk that a reduction stands for, that of all ranks. It is read when it is asked for."""
 
     def __init__(self, recorded: StoredLayer) -> None:
@@ -188,24 +189,6 @@ class StoredReduction(Reduced):
     def _seen(self) -> tuple[Summary, Mapping[object, int]]:
         nbytes = sum(tensor.nbytes for tensor in tensors(self._states()))
         return Summary({self._kind: None} if len(self) else {}), {id(self): nbytes}
-
-    @override
-    def keep(self, value: Any, number: int) -> None:
-        self._refuse_to("keep")
-
-    @override
-    def drop(self, number: int) -> None:
-        self._refuse_to("drop")
-
-    @override
-    def clear(self) -> None:
-        self._refuse_to("clear")
-
-    def _refuse_to(self, method: str) -> NoReturn:
-        message = (
-            f"acts[{self.name!r}].{method}(): this is a stored recording, which can only be read."
-        )
-        raise ActrecError(message)
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the states."""
