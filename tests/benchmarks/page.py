@@ -7,6 +7,7 @@ pages anew. ``python -m tests.benchmarks.page`` writes them of what was kept bef
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import astuple
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -25,16 +26,16 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 #: The ten rows: what a reader wants to know, the benchmark and the row that say it (a wildcard), and what 1 stands for.
 SHOWN = (
-    ("GPT shape, every layer kept", "networks", "forward: kept / unrecorded, GPT shape, 12 layers of 512, 4x256, no_grad", "without recording"),
-    ("GPT shape, every layer pooled", "networks", "forward: pooled / unrecorded, GPT shape, 12 layers of 512, 4x256, no_grad", "without recording"),
-    ("ResNet-50 shape, every layer kept", "networks", "forward: kept / unrecorded, ResNet-50 shape, nothing in place, 32x3x64x64, no_grad", "without recording"),
-    ("the same, against hooks that clone", "networks", "forward: kept / clone hook, ResNet-50 shape, nothing in place, 32x3x64x64, no_grad", "hooks that clone"),
-    ("ResNet-50 shape, every layer pooled", "networks", "forward: pooled / unrecorded, ResNet-50 shape, nothing in place, 32x3x64x64, no_grad", "without recording"),
-    ("50 tiny layers, against hooks that clone", "networks", "forward: kept / clone hook, 50 linear layers with ReLUs, 8x16, no_grad", "hooks that clone"),
-    ("training step with values and gradients, pooled", "gradients", "training step, ResNet shape, every block: values and gradients, pooled / unrecorded", "without recording"),
-    ("forward that stops early, after a quarter", "stopping", "stop_early after 12 of 48 blocks / the whole forward", "the whole forward"),
-    ("recording to the disk, 4 MiB values", "storing", "writing 3 GiB in values of 4,096 KiB: actrec / os.write", "os.write and fsync"),
-    ("stats() of 5 GB on the disk", "reading", "stats() of a stored recording of * / reading its files once", "reading the files once"),
+    ("a transformer, every layer kept", "networks", "forward: kept / unrecorded, GPT shape, 12 layers of 512, 4x256, no_grad", "without recording"),
+    ("the same", "networks", "forward: kept / classic hook, GPT shape, 12 layers of 512, 4x256, no_grad", "hooks that copy nothing"),
+    ("the same", "networks", "forward: kept / clone hook, GPT shape, 12 layers of 512, 4x256, no_grad", "hooks that clone"),
+    ("a ResNet-50, every layer kept", "networks", "forward: kept / unrecorded, ResNet-50 shape, nothing in place, 32x3x64x64, no_grad", "without recording"),
+    ("the same", "networks", "forward: kept / classic hook, ResNet-50 shape, nothing in place, 32x3x64x64, no_grad", "hooks that copy nothing"),
+    ("the same", "networks", "forward: kept / clone hook, ResNet-50 shape, nothing in place, 32x3x64x64, no_grad", "hooks that clone"),
+    ("50 tiny layers", "networks", "forward: kept / clone hook, 50 linear layers with ReLUs, 8x16, no_grad", "hooks that clone"),
+    ("a step of training, values and gradients pooled", "gradients", "training step, ResNet shape, every block: values and gradients, pooled / unrecorded", "without recording"),
+    ("a forward that stops after a quarter", "stopping", "stop_early after 12 of 48 blocks / the whole forward", "the whole forward"),
+    ("recording to the disk", "storing", "writing 3 GiB in values of 4,096 KiB: actrec / os.write", "os.write and fsync"),
 )  # fmt: skip
 
 Kept = dict[str, Any]  # by benchmark: the machine, the day, and the rows as lists
@@ -44,7 +45,9 @@ def keep(name: str, rows: Iterable[Row]) -> None:
     """Keep the rows of a benchmark in place of those that it had, and write the pages."""
     kept = load() if MEASURED.exists() else {}
     day = datetime.now(UTC).date().isoformat()
-    kept[name] = {"machine": machine(), "day": day, "rows": [astuple(row) for row in rows]}
+    load_average = round(os.getloadavg()[0], 1)
+    rows = [astuple(row) for row in rows]
+    kept[name] = {"machine": machine(), "day": day, "load": load_average, "rows": rows}
     MEASURED.write_text(json.dumps(kept, indent=1) + "\n")
     write(kept)
 
@@ -63,7 +66,9 @@ def pages(kept: Mapping[str, Any]) -> dict[Path, str]:
     shown = list(_shown(kept))
     return {
         DOCS / "benchmarks.md": _ten(shown, kept),
-        DOCS / "_static" / "speed.svg": chart([(says, row) for says, row, _ in shown]),
+        DOCS / "_static" / "speed.svg": chart(
+            [(f"{says} / {one}", row) for says, row, one in shown]
+        ),
         DOCS / "why" / "log.md": _log(kept),
     }
 
@@ -88,7 +93,7 @@ def _ten(shown: Iterable[tuple[str, Row, str]], kept: Mapping[str, Any]) -> str:
         }
         lines.append(f"| {says} | **{row.median:.2f}** | {one} | {met[row.met]} |")
     names = {name for _, name, *_ in SHOWN}
-    machines = sorted({f"{kept[name]['machine']}, {kept[name]['day']}" for name in names})
+    machines = sorted({_where(kept[name]) for name in names})
     return "\n".join([*lines, "", f"Measured on {'; '.join(machines)}.", ""])
 
 
@@ -100,7 +105,8 @@ def _log(kept: Mapping[str, Any]) -> str:
         "# Every benchmark",
         "",
         "All rows of all benchmarks, as they were measured last; this page is written by `nox -s bench -- --keep`.",
-        "A ratio below 1 means that actrec took less. The quartiles say how far to trust a row: the machine is a virtual one, and others used it too.",
+        "A ratio below 1 means that actrec took less. The quartiles and the load average say how far to trust a row: the machine is a virtual one, and others",
+        "used it too; a load beyond its two cores makes memory dearer, and with it what keeps much of it.",
         "[The short version](speed.md) has ten of them.",
         "",
         "## Targets",
@@ -113,9 +119,14 @@ def _log(kept: Mapping[str, Any]) -> str:
     for name in names:
         one = kept[name]
         script = "peers.py" if name == "peers" else f"run.py {name}"
-        where = f"`python tests/benchmarks/{script}` on {one['machine']}, {one['day']}"
+        where = f"`python tests/benchmarks/{script}` on {_where(one)}"
         lines += [f"## {name}", "", where, "", *table(rows_of(kept, name)), ""]
     return "\n".join(lines)
+
+
+def _where(one: Mapping[str, Any]) -> str:
+    load_average = f", load average {one['load']:g}" if one.get("load") else ""
+    return f"{one['machine']}, {one['day']}{load_average}"
 
 
 # --- The chart ---------------------------------------------------------------------------------------
