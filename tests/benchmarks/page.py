@@ -93,8 +93,10 @@ def _ten(shown: Iterable[tuple[str, Row, str]], kept: Mapping[str, Any]) -> str:
         }
         lines.append(f"| {says} | **{row.median:.2f}** | {one} | {met[row.met]} |")
     names = {name for _, name, *_ in SHOWN}
-    machines = sorted({_where(kept[name]) for name in names})
-    return "\n".join([*lines, "", f"Measured on {'; '.join(machines)}.", ""])
+    machines = sorted({_where({**kept[name], "load": None}) for name in names})
+    loads = sorted({kept[name]["load"] for name in names if kept[name].get("load")})
+    under = f", under a load average of up to {loads[-1]:g}" if loads else ""
+    return "\n".join([*lines, "", f"Measured on {'; on '.join(machines)}{under}.", ""])
 
 
 def _log(kept: Mapping[str, Any]) -> str:
