@@ -6,6 +6,7 @@ No other module of actrec uses one, and ``tests/test_private_names.py`` notices 
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from contextlib import ExitStack
 from importlib.util import find_spec
 from operator import attrgetter
@@ -201,6 +202,23 @@ def number_of(node: Any) -> int:
     """The number of a node: each thread counts those that it makes. Those of leaves are the highest."""
     number: int = node._sequence_nr()
     return number
+
+
+def listen(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Register a hook on a tensor that is no leaf, as ``register_hook()`` does in more time, and for good.
+
+    That gives out a number, of those by which one sees that somebody has registered a hook on a module; this does not,
+    unless the version lacks the names.
+    """
+    try:
+        hooks: Any = tensor._backward_hooks
+        if hooks is None:
+            register = tensor.grad_fn._register_hook_dict  # type: ignore[union-attr]
+            hooks = tensor._backward_hooks = OrderedDict()
+            register(tensor)
+        hooks[hook] = hook
+    except AttributeError:
+        tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def is_writable_view(tensor: Tensor) -> bool:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 import actrec
@@ -327,6 +328,28 @@ def test_nodes_of_the_pytree_say_what_is_in_them() -> None:
 
 
 # --- The graph of autograd -------------------------------------------------------------------------
+
+
+def test_a_hook_on_a_tensor_is_called_and_takes_no_number_of_a_handle() -> None:
+    came: list[Tensor] = []
+    tensor = torch.ones(2, requires_grad=True) * 2
+    numbers = RemovableHandle.next_id
+    _torch.listen(tensor, came.append)
+    _torch.listen(tensor, came.append)
+    assert RemovableHandle.next_id == numbers
+    tensor.register_hook(came.append)  # beside those of others
+    tensor.sum().backward()
+    assert [grad.tolist() for grad in came] == [[1, 1]] * 2
+
+
+def test_a_hook_on_a_tensor_is_registered_where_the_names_are_gone() -> None:
+    came: list[Tensor] = []
+
+    class Without:
+        register_hook = came.append
+
+    _torch.listen(Without(), "hook")  # type: ignore[arg-type]
+    assert came == ["hook"]
 
 
 def test_what_may_be_written_in_place() -> None:

@@ -10,13 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor
-
 from actrec._text import listed
 from actrec._torch import version
 from actrec._values.dtensor import cloned, detached, is_distributed, on_part
-from actrec._values.modes import normal_mode, unseen
+from actrec._values.modes import normal_mode_unseen, unseen
 from actrec._values.snapshot import check, snapshot, twin
 from actrec._values.spec import rebuild
 from actrec.errors import CaptureError, TransformError
@@ -25,6 +22,9 @@ from .clean_room import in_a_clean_room
 from .device import refuse_graph_capture
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from actrec._selection.queries import Transform
     from actrec._values.containers import Value
 
@@ -64,8 +64,7 @@ class Capture:
         """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
         if self.transform is None:
             return rebuild(value, self.keep)
-        with unseen():
-            value = self._transformed(self.transform, value, call)
+        value = self._transformed(self.transform, value, call)
         # What the user's own function made is kept, also where it is no tensor.
         return SKIPPED if value is None else rebuild(value, self.keep, unknown=_itself)
 
@@ -104,7 +103,7 @@ class Capture:
         if not (move or cast):
             return snapshot(tensor, detach=self.detach, share=self.share)
         check(tensor)
-        with normal_mode(), unseen():
+        with normal_mode_unseen():
             if cast and self.overflows is not None:
                 self.overflows.look(tensor)
             if self.detach and not move and is_distributed(tensor):
@@ -142,6 +141,8 @@ SMALL = 4096
 class _Loan:
     """Lends tensors to a transform: a copy, or, of what is large and on another device, an alias."""
 
+    __slots__ = ("aliases", "detach", "devices", "share")
+
     def __init__(self, *, detach: bool, share: bool) -> None:
         self.detach = detach
         self.share = share
@@ -149,21 +150,21 @@ class _Loan:
         self.aliases: list[tuple[Tensor, int]] = []
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        is_free = self.detach and self.share
+        copy = twin(tensor) if is_free else None
+        if copy is not None:  # the shortest way
+            return copy
         if not tensor.is_cpu:
             self.devices.add(tensor.device)
             if tensor.is_cuda:
                 refuse_graph_capture()
-        if not (self.detach and self.share):
+        if not is_free:
             return snapshot(tensor, detach=self.detach, share=self.share)
-        alias = tensor if type(tensor) is Tensor else detached(tensor)
-        copy = twin(alias)
-        if copy is not None:
-            return copy
         check(tensor)
-        if alias is tensor:
+        with unseen():
             alias = detached(tensor)
         if alias.numel() <= SMALL:
-            with normal_mode():
+            with normal_mode_unseen():
                 return cloned(alias)
         if alias.is_cpu:  # NumPy could write to an alias, and nobody would notice
             return snapshot(alias)

@@ -11,10 +11,11 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import is_autocast_enabled
 from torch.autograd.graph import saved_tensors_hooks
 
 from actrec._calls.draws import OwnDraws
-from actrec._values.modes import normal_mode
+from actrec._values.modes import normal_mode_unseen
 from actrec._values.spec import tensors
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def in_a_clean_room(
     inside[thread] = outside + 1
     try:
         draws = OwnDraws()
-        with normal_mode(), draws:  # the former lets gradients in
+        with normal_mode_unseen(), draws:  # the former lets gradients in
             result = _called(function, value, devices, grad=grad)
         draws.check_unseeded()
     finally:
@@ -59,7 +60,7 @@ def in_a_clean_room(
 def _called(
     function: Callable[[Any], Any], value: Any, devices: Collection[torch.device], *, grad: bool
 ) -> Any:
-    if not (devices or grad or torch.is_autocast_enabled("cpu")):  # the shortest way
+    if not (devices or grad or is_autocast_enabled("cpu")):  # the shortest way
         return _without_graph(function, value)
     autocasting = [t for t in {"cpu", *(device.type for device in devices)} if _autocasts(t)]
     with ExitStack() as clean_room:
@@ -85,7 +86,7 @@ def _without_graph(function: Callable[[Any], Any], value: Any) -> Any:
 def _autocasts(device_type: str) -> bool:
     # Every PyTorch has it for the CPU, and others raise an error if they are asked.
     available = device_type == "cpu" or torch.amp.is_autocast_available(device_type)
-    return available and torch.is_autocast_enabled(device_type)
+    return available and is_autocast_enabled(device_type)
 
 
 def _itself(value: Any) -> Any:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from actrec._torch import base_of
+from actrec._torch import base_of, listen
 from actrec._values.spec import TENSOR, Spec, flatten, rebuild, tensors
 from actrec.errors import CaptureError, MissingGradientWarning
 
@@ -198,6 +198,9 @@ class Gradients:
     came: bool = False  # whether one has arrived
     views_waiting: int = 0  # how many views of compiled code no gradient has come of
     regions: Regions[_Call] = field(default_factory=Regions)
+    #: What is told of gradients that go to a path; ``None`` in memory.
+    backwards: Any = field(init=False)
+    _itself: weakref.ref[Gradients] = field(init=False)  # for the graph
     _warned: set[str] = field(default_factory=set)
     _leaves: list[_Leaf] = field(default_factory=list)
     _calls: int = 0  # that have had a place
@@ -206,6 +209,10 @@ class Gradients:
         default_factory=list
     )  # the tickets of calls that were dropped, ascending
 
+    def __post_init__(self) -> None:
+        self.backwards = self.layer.backwards
+        self._itself = weakref.ref(self)
+
     def reserve(self, output: Value, kept: Value, number: int) -> _Call:
         """Make a place for a call of pass ``number``, in one step with its value.
 
@@ -213,7 +220,7 @@ class Gradients:
         """
         found, spec = flatten(output)
         likes = [] if self.capture.transform is None else [*map(_Like.of, found)]
-        call = _Call(weakref.ref(self), -1, number, spec, likes)
+        call = _Call(self._itself, -1, number, spec, likes)
         if spec is not TENSOR and spec != TENSOR:
             call.arrived = weakref.WeakValueDictionary()
         if not self.alike:
@@ -229,11 +236,6 @@ class Gradients:
             self._enter(call)
         return call
 
-    @property
-    def backwards(self) -> Any:
-        """What is told of gradients that go to a path; ``None`` in memory."""
-        return getattr(self.layer, "backwards", None)
-
     def _enter(self, call: _Call) -> None:
         """The call is the latest in its layer."""
         call.ticket = self._calls
@@ -241,7 +243,8 @@ class Gradients:
 
     def _waiting(self, number: int) -> list[Value]:
         """The gradients of a unit that its container does not have yet."""
-        return getattr(self.layer, "waiting", {}).get(number, [])  # type: ignore[no-any-return]
+        waiting: list[Value] = self.layer.waiting.get(number, [])
+        return waiting
 
     def settle(self, number: int) -> None:
         """Keep the gradients of a unit. The caller holds the lock."""
@@ -295,20 +298,22 @@ class Gradients:
             self._leaves.pop().hand_over()
 
     def _watch(self, output: Value, kept: Value, call: _Call) -> None:
-        found = [(at, t) for at, t in enumerate(tensors(output)) if _is_in_graph(t)]
+        found = {at: t for at, t in enumerate(tensors(output)) if _is_in_graph(t)}
         if found and self.backwards is not None:
             self.backwards.expect(call.number)
-        for index, tensor in found:
+        for index, tensor in found.items():
             self.watched = True
             view = None
-            if base_of(tensor) is not None:
-                view = View.of(tensor, [other for _, other in found], kept)
+            if base_of(tensor) is not None:  # no variable: the view counts who refers to it
+                view = View.of(tensor, [*found.values()], kept)
             arrival = _Arrival(call, index, view)
-            handle: RemovableHandle = tensor.register_hook(arrival)  # type: ignore[no-untyped-call]
-            if view is not None:
-                base_of(tensor).register_hook(arrival.at_base)  # type: ignore[union-attr]
-            elif tensor.is_leaf:
+            if tensor.is_leaf:
+                handle: RemovableHandle = tensor.register_hook(arrival)  # type: ignore[no-untyped-call]
                 self._add_leaf(_Leaf(arrival, handle, get_gradient_edge(tensor).node))
+            else:
+                listen(tensor, arrival)
+            if view is not None:
+                listen(base_of(tensor), arrival.at_base)  # type: ignore[arg-type]
 
     def _expect_in_graph(self, call: _Call, leaf: int) -> None:
         """The gradients of a call will come from compiled code."""

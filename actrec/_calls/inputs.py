@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from actrec._torch import version
 from actrec._values.snapshot import twin
 from actrec._values.spec import tensors
@@ -72,7 +70,14 @@ class Inputs:
     calls: Layer[Any]
     capture: Capture
     _parameters: _Parameters
+    #: The name of a tensor that is all that is received, where it is kept just as it is.
+    _alone: str | None = field(init=False)
     _stacks: dict[int, list[Arrival]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        is_kept = self.capture.direct and self.capture.transform is None
+        names = self._parameters.positional
+        self._alone = names[0] if names and is_kept else None
 
     @classmethod
     def of(cls, module: nn.Module, calls: Layer[Any], capture: Capture) -> Inputs:
@@ -93,13 +98,11 @@ class Inputs:
 
         If hooks that come behind ours may replace what it receives, ``is_late``.
         """
-        names, capture = self._parameters.positional, self.capture
-        is_short = len(args) == 1 and type(args[0]) is Tensor and names and not kwargs
-        if is_short and capture.transform is None:  # the shortest way
-            copy = twin(args[0]) if capture.direct else None
-            inputs = {names[0]: capture.keep(args[0]) if copy is None else copy}
-        else:
-            inputs = capture.received(self._parameters.named(args, kwargs), call)
+        is_alone = self._alone is not None and len(args) == 1 and not kwargs
+        copy = twin(args[0]) if is_alone else None
+        inputs: Value = {self._alone: copy}  # the shortest way
+        if copy is None:
+            inputs = self.capture.received(self._parameters.named(args, kwargs), call)
         late = (args, _versions((args, kwargs))) if is_late else None
         number = passes.number_of(module)
         stack = self._stacks.setdefault(get_ident(), [])

@@ -32,7 +32,7 @@ from .own_calls import comparing, is_own_call, is_symbolic, is_written_down
 from .parameters import named
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
@@ -69,18 +69,34 @@ class Track:
     grads: Gradients | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while a call is kept
     called: int = 0
-    kept: int = 0
+    earlier: int = 0  # calls that were kept in runs that this one goes on with
+    lost: int = 0  # calls that were skipped, or could not be kept
     unrecorded: Counter[Unrecorded] = field(default_factory=Counter)
     overtaken: int = 0  # calls that hooks of others may have changed behind ours
     compiled: int = 0  # how many calls the compiler has read and hooks do not run in
     has_tensors: bool = False  # whether one was in anything that was kept
     placeholder: Opaque | None = None  # the first one, in what was kept before
     error: str | None = None  # the first one that recording a call raised
-    _direct: bool = field(init=False)  # whether a tensor on the CPU is kept just as it is returned
+    _is_direct: bool = field(
+        init=False
+    )  # whether a tensor on the CPU is kept just as it is returned
+    _is_plain: bool = (
+        False  # whether a call is put into its layers, and that is all; known from the first one on
+    )
+
+    #: What keeps an output, if any are kept: looked up once, for layers look for every attribute in their class first.
+    _keep_output: Callable[[Value, int], None] = field(init=False)
 
     def __post_init__(self) -> None:
-        plain = self.outputs is not None and self.capture.transform is None
-        self._direct = plain and self.capture.direct
+        if self.outputs is not None:
+            self._keep_output = self.outputs.keep
+        is_kept = self.outputs is not None and self.capture.transform is None
+        self._is_direct = is_kept and self.capture.direct
+
+    @property
+    def kept(self) -> int:
+        """How many calls are in the recording."""
+        return self.earlier + self.called - self.lost
 
     def runs_uncompiled(self) -> bool:
         """Whether a hook that the compiler has come across has to run, uncompiled."""
@@ -134,8 +150,8 @@ class Track:
         session = self.session
         if not session.recording or (inside and not session.listens()) or not is_own_call():
             return
-        is_tensor = len(args) == 1 and type(args[0]) is Tensor
-        if not (is_tensor and not kwargs) and is_symbolic((*args, *kwargs.values())):
+        is_tensor = len(args) == 1 and not kwargs and type(args[0]) is Tensor
+        if not is_tensor and is_symbolic((*args, *kwargs.values())):
             return
         assert self.inputs is not None  # noqa: S101  # or this hook would not be there
         is_late = RemovableHandle.next_id != hook.looked and is_overtaken(hook, module)
@@ -170,11 +186,10 @@ class Track:
             arrival = None if self.inputs is None else self.inputs.pop(kwargs)
             if arrival is None:  # no inputs are recorded, or the call began before it was hooked
                 self.keep(output, session.passes.number_of(module))
+            elif arrival.late is None:
+                self.keep(output, arrival.number, arrival.inputs)
             else:
-                received = arrival.inputs
-                if arrival.late is not None:
-                    received = self._received_late(arrival, args, kwargs)
-                self.keep(output, arrival.number, received)
+                self.keep(output, arrival.number, self._received_late(arrival, args, kwargs))
 
     def _received_late(self, arrival: Arrival, args: tuple[Any, ...], kwargs: Any) -> Value:
         """What a call received of hooks that may have replaced what ours was told."""
@@ -225,44 +240,59 @@ class Track:
         """Keep what a call of pass ``number`` returned, and what it had received: whatever is recorded comes here."""
         call = self.called
         self.called = call + 1
-        session = self.session
-        place = None  # of the gradient
         try:
-            value = twin(output) if self._direct else None  # the shortest way
-            if value is None:
-                value = self._captured(output, call)
-            if value is not SKIPPED and received is not SKIPPED:
-                if not self.has_tensors:
-                    self._look_at_first(self._first(output, value, received))
-                self.kept += 1
-                with self.lock:
-                    if session.offload is None:
-                        if self.outputs is not None:
-                            self.outputs.keep(value, number)
-                        if self.inputs is not None:
-                            self.inputs.calls.keep(received, number)
-                    else:
-                        session.offload.keep(partial(self._arrived, call, value, received, number))
-                    grads = self.grads
-                    place = None if grads is None else grads.reserve(output, value, number)
-            if self.grads is not None:
-                self.grads.expect(output, value, place)
+            value = twin(output) if self._is_direct else None
+            if value is None and self.outputs is not None:
+                value = self.capture(output, call)
+            if (
+                self._is_plain and value is not SKIPPED and received is not SKIPPED
+            ):  # the shortest way
+                self.lock.acquire()  # not with "with", which takes twice the time
+                try:
+                    self._keep_output(value, number)
+                    if self.inputs is not None:
+                        self.inputs.calls.keep(received, number)
+                finally:
+                    self.lock.release()
+            else:
+                self._keep(output, value, received, number, call)
         except Exception as error:  # of the transform, from the disk, or the user's container
+            self.lost += 1
             self._failed(error, call)
             raise
+
+    def _keep(self, output: Value, value: Value, received: Value, number: int, call: int) -> None:
+        """Keep what a call returned, as ``value``, and all that belongs to it."""
+        session, grads = self.session, self.grads
+        if value is SKIPPED or received is SKIPPED:
+            self.lost += 1
+            if grads is not None:
+                grads.expect(output, value, None)
+        else:
+            if not self.has_tensors:
+                self._look_at_first(self._first(output, value, received))
+            with self.lock:
+                if session.offload is None:
+                    self._put(value, received, number)
+                else:
+                    session.offload.keep(partial(self._arrived, call, value, received, number))
+                place = None if grads is None else grads.reserve(output, value, number)
+            if grads is not None:
+                grads.expect(output, value, place)
         if session.stop is not None:
             session.stop.ran(self.capture.layer)
 
-    def _captured(self, output: Value, call: int) -> Value:
-        return None if self.outputs is None else self.capture(output, call)
+    def _put(self, value: Value, received: Value, number: int) -> None:
+        """Put a call into its layers."""
+        if self.outputs is not None:
+            self._keep_output(value, number)
+        if self.inputs is not None:
+            self.inputs.calls.keep(received, number)
 
     def _arrived(self, call: int, value: Value, received: Value, number: int) -> None:
         """The values of a call have come from a device; nobody knows by then which call it was."""
         try:
-            if self.outputs is not None:
-                self.outputs.keep(value, number)
-            if self.inputs is not None:
-                self.inputs.calls.keep(received, number)
+            self._put(value, received, number)
         except Exception as error:
             error.add_note(f"raised while actrec kept call {call} of layer {self.capture.layer!r}")
             raise
@@ -278,7 +308,12 @@ class Track:
         self.session.order.setdefault(self.capture.layer)
         if type(value) is Tensor:  # the shortest way
             self.has_tensors = True
-            return
+        else:
+            self._look_inside(value)
+        beside = (self.grads, self.session.offload, self.session.stop)
+        self._is_plain = self.has_tensors and self.outputs is not None and not any(beside)
+
+    def _look_inside(self, value: Value) -> None:
         tensors, spec = flatten(value)
         self.has_tensors = bool(tensors)
         if not tensors and self.placeholder is None:

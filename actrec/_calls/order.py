@@ -18,12 +18,13 @@ __all__ = ["is_overtaken", "put_stops_last"]
 
 
 def is_overtaken(hook: Hook[Any], module: nn.Module) -> bool:
-    """Whether hooks of others come behind this one. They do not any more from the next call on."""
-    if RemovableHandle.next_id == hook.looked:  # nobody has registered one since
-        return False
+    """Whether hooks of others come behind this one. They do not any more from the next call on.
+
+    To be asked when somebody has registered a hook since it was asked last: when ``hook.looked`` is out of date.
+    """
     hook.looked = RemovableHandle.next_id
-    is_first = hook.event is Event.RECEIVE
-    hooks = [*(forward_pre_hooks(module) if is_first else forward_hooks(module)).values()]
+    table = forward_pre_hooks(module) if hook.event is Event.RECEIVE else forward_hooks(module)
+    hooks = [*table.values()]
     if hooks and hooks[-1] is hook:  # the shortest way
         return False
     place = next((place for place, found in enumerate(hooks) if found is hook), len(hooks))

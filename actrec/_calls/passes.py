@@ -184,9 +184,10 @@ class Passes(Count):
         thread.calling.clear()
         number = thread.number
         assert number is not None  # noqa: S101  # it was calling something
+        drop = None
         with self._lock:
-            self._open = [one for one in self._open if one is not thread]
-            drop = None
+            while thread in self._open:  # more than once if begin() was interrupted
+                self._open.remove(thread)
             if (raised or self._leaving) and number not in [one.number for one in self._open]:
                 if raised:
                     self.raised.add(number)

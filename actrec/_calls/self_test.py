@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from actrec._values.modes import normal_mode, unseen
+from actrec._values.modes import normal_mode_unseen
 
 from .device import CUDA, Cuda
 from .passes import Passes
@@ -62,7 +62,7 @@ _LAYOUTS: Final[tuple[Callable[[Tensor], Tensor], ...]] = (
 def passes_self_test(device: Cuda, where: torch.device) -> bool:
     """Return whether tensors that are overwritten right behind :meth:`Offload.start` arrive as they were, bit for bit."""
     try:
-        with normal_mode(), unseen():
+        with normal_mode_unseen():
             pairs = _moved_and_expected(Offload(Passes(), device), where)
     except Exception:  # noqa: BLE001  # no memory, no driver, ...
         return False

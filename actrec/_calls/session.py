@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from actrec._torch import compiles_itself, is_replica
+from actrec._torch import compiles_itself, is_compiler_loaded, is_replica
 from actrec._values.snapshot import explain
 
 from .clean_room import depth, inside
@@ -94,7 +94,8 @@ class Session:
         if not self.recording or (inside and not self.listens()) or not is_own_call():
             return False
         if is_root:
-            self.eager.hold()
+            if is_compiler_loaded():
+                self.eager.hold()
             if self.offload is not None and self.passes.running:
                 self.offload.finish()  # a pass that was interrupted may be about to be closed
         self.passes.begin(module, is_root=is_root)

@@ -97,7 +97,7 @@ class Tracks:
                 self._counting(what, grads), grads, track.lock, alike, undecided
             )
         of_it = (layer for layer in (outputs, inputs, grads) if layer is not None)
-        track.kept = len(next(of_it))  # in a run that is resumed
+        track.earlier = len(next(of_it))  # in a run that is resumed
         return track
 
     def _counting(self, capture: Capture, layer: Layer[Any] | None) -> Capture:

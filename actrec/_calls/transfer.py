@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from actrec._values.modes import normal_mode, unseen
+from actrec._values.modes import normal_mode_unseen
 from actrec._values.snapshot import snapshot
 from actrec.errors import CaptureError
 
@@ -104,7 +104,7 @@ class Offload:
         Raises:
             CaptureError: an earlier copy has failed, or there is no memory left on the device.
         """
-        with self._lock, normal_mode(), unseen():
+        with self._lock, normal_mode_unseen():
             self._refuse_if_broken()
             try:
                 copied = _on_device(tensor.detach(), dtype)
@@ -179,7 +179,7 @@ class Offload:
         """Work off the queue; ``before`` a copy of so many bytes, what is there, and what makes room for it."""
         self._at_work = True
         try:
-            with normal_mode(), unseen():
+            with normal_mode_unseen():
                 while self._queue and (before is None or self._is_next_due(before)):
                     self._next()
         except Exception as error:  # noqa: BLE001  # of the device: said in our words

@@ -57,10 +57,11 @@ class ListLayer(list[V], Layer[V], Generic[V]):
 
     @override
     def keep(self, value: V, number: int) -> None:
-        if len(self._passes) != len(self):
+        passes = self._passes  # every attribute of a layer is looked for in its class first
+        if len(passes) != len(self):
             self._align()
-        self._passes.append(number)
-        self.append(value)
+        passes.append(number)
+        list.append(self, value)
 
     @override
     def _seen(self) -> tuple[Summary, Mapping[object, int]]:

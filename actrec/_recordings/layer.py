@@ -6,7 +6,8 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, ClassVar, Final, Generic, Literal, Protocol, TypeAlias
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -90,6 +91,10 @@ class Layer(Sequence[V], Generic[V]):
     overflows: Overflows | None = None
     #: The name of the transform that its values have gone through. Internal.
     _transform: str | None = None
+    #: What is told of gradients, in a layer of gradients that go to a path. Internal.
+    backwards: Any = None
+    #: By pass, what units that have not ended keep back. Internal.
+    waiting: Mapping[int, list[Any]] = MappingProxyType({})
     #: The units of its recording. Internal.
     _units: Units | None = None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import is_inference_mode_enabled
 
 from actrec._torch import (
     InferenceMode,
@@ -19,7 +19,7 @@ from actrec._torch import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["normal_mode", "unseen"]
+__all__ = ["normal_mode", "normal_mode_unseen", "unseen"]
 
 _OFF = False
 _AS_IT_IS = nullcontext()
@@ -30,7 +30,7 @@ def normal_mode() -> AbstractContextManager[object]:
 
     Enter it at once: PyTorch's guard takes effect when it is made.
     """
-    return InferenceMode(_OFF) if torch.is_inference_mode_enabled() else _AS_IT_IS
+    return InferenceMode(_OFF) if is_inference_mode_enabled() else _AS_IT_IS
 
 
 def unseen() -> AbstractContextManager[object]:
@@ -43,6 +43,16 @@ def unseen() -> AbstractContextManager[object]:
     if number and any(is_caching(dispatch_mode_at(at)) for at in range(number)):
         return _without_caching()
     return _AS_IT_IS
+
+
+def normal_mode_unseen() -> AbstractContextManager[object]:
+    """Both at once. Enter it at once, too."""
+    if not (is_inference_mode_enabled() or count_dispatch_modes()):  # the shortest way
+        return _AS_IT_IS
+    both = ExitStack()
+    both.enter_context(normal_mode())
+    both.enter_context(unseen())
+    return both
 
 
 @contextmanager

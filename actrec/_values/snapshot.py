@@ -22,15 +22,14 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_inference_mode_enabled, strided
 
 from actrec._torch import InferenceMode, is_batch, is_wrapped, lazy_clone
 from actrec.errors import CaptureError
 
 from .dtensor import cloned, detached, is_distributed
 from .fsdp import refuse_freed
-from .modes import normal_mode, unseen
+from .modes import normal_mode, normal_mode_unseen
 
 __all__ = ["check", "explain", "snapshot", "twin"]
 
@@ -54,7 +53,7 @@ def twin(tensor: Tensor, *, detach: bool = True) -> Tensor | None:
     ):
         return None
     # The mode ends when this is made, until it is gone; "with" would only add time.
-    guard = InferenceMode(_OFF) if torch.is_inference_mode_enabled() else None
+    guard = InferenceMode(_OFF) if is_inference_mode_enabled() else None
     try:
         storage = tensor.untyped_storage()
         if storage.nbytes() == tensor.nbytes and storage.resizable():
@@ -74,28 +73,28 @@ def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tens
     leaves the other as it was. With ``detach=False`` it is part of the autograd graph. With ``share=False``
     it is a clone, for models of which :func:`frees_weights` is true.
     """
-    with normal_mode():
-        if detach and type(tensor) is not Tensor:
+    if detach and type(tensor) is not Tensor:
+        with normal_mode():
             tensor = detached(tensor)
-        if share:
-            copy = twin(tensor, detach=detach)
-            if copy is not None:
-                return copy
-        else:
-            refuse_freed(tensor)
+    if share:
+        copy = twin(tensor, detach=detach)
+        if copy is not None:
+            return copy
+    else:
+        refuse_freed(tensor)
+    check(tensor)
+    with normal_mode_unseen():
         return _clone(tensor.detach() if detach and tensor.requires_grad else tensor)
 
 
 def _clone(tensor: Tensor) -> Tensor:
     """A clone that is as small as its content: dimensions that were expanded stay expanded."""
-    check(tensor)
-    with unseen():
-        if is_distributed(tensor):
-            return cloned(tensor)
-        if tensor.layout is torch.strided and not tensor.is_nested and 0 in tensor.stride():
-            stored = tensor[tuple(slice(1 if stride == 0 else None) for stride in tensor.stride())]
-            return stored.clone().expand(tensor.shape)
-        return tensor.clone()
+    if is_distributed(tensor):
+        return cloned(tensor)
+    if tensor.layout is strided and not tensor.is_nested and 0 in tensor.stride():
+        stored = tensor[tuple(slice(1 if stride == 0 else None) for stride in tensor.stride())]
+        return stored.clone().expand(tensor.shape)
+    return tensor.clone()
 
 
 # --- What goes wrong ---------------------------------------------------------------------------------
