@@ -24,6 +24,7 @@ from actrec import (
     verify,
 )
 from actrec._recordings.reduced import Reduced
+from actrec._recordings.runs import in_runs
 from actrec.errors import CorruptRecordingError
 from actrec.store import Folder
 
@@ -146,6 +147,43 @@ def test_passes_without_units_are_committed_too_and_can_be_looked_at_on_the_way(
         with pytest.raises(ActrecError, match=r"clear\(\): what was written to a path stays"):
             acts["up"].clear()
     assert load(tmp_path / "run")["up"].passes == list(range(8))
+
+
+@pytest.mark.parametrize("seconds", [0, 60])
+def test_each_state_has_the_calls_of_what_is_committed_with_it_and_no_others(
+    tmp_path: Path, seconds: float
+) -> None:
+    model, layers = Net(), {"up": reduce.Norms(mask="mask"), "down": None}
+    folder = Folder(tmp_path / "run", seconds=seconds, shard_bytes=100)
+    with record(model, layers, grads="down", into=folder) as acts:
+        for number, x in enumerate([*XS, *XS, *XS]):
+            output = model(x)
+            acts.add("mask", torch.ones(2, 3))
+            if number % 3:
+                output.sum().backward()
+    (rank,) = load(tmp_path / "run")._ranks
+    states = 0
+    for shard in rank.index.shards():
+        part = shard.part("output", "up")
+        if part is not None:
+            (value,) = (shard.value(*part.place(call)) for call in range(len(part)))
+            states += 1
+            assert [*in_runs(value["passes"].tolist())] == [*range(shard.heading.committed)]
+    assert states > 1
+
+
+def test_a_mask_of_a_pass_in_which_the_layer_was_not_called_is_forgotten() -> None:
+    model = Net()
+    with torch.no_grad(), record(model, {"down": reduce.Norms(mask="mask")}) as acts:
+        for key in range(3):
+            model.up(XS[0])  # on the way to nothing that is recorded
+            model(XS[0])
+            acts.add("mask", torch.ones(2, 3))
+            acts.add("mask", torch.ones(2, 3))
+            with acts.unit(key):
+                acts.add("mask", torch.ones(2, 3))
+    assert acts["down"].rows == 18
+    assert not acts["down"]._masks
 
 
 def test_several_calls_of_a_pass_are_one_state(tmp_path: Path) -> None:
@@ -360,6 +398,7 @@ def test_a_run_goes_on_with_the_same_reduction_alone(tmp_path: Path) -> None:
         (lambda value: {**value, "passes": torch.ones(3)}, "are no runs"),
         (lambda value: {**value, "passes": torch.tensor([[0, 1 << 50, 1]])}, "impossibly many"),
         (lambda value: {**value, "states": []}, "has no state"),
+        (lambda value: {**value, "passes": torch.tensor([[0, 2, 1]])}, "what is not committed"),
         (lambda value: {**value, "states": [{"ord": 2.0}]}, "rows has to be a tensor of 0"),
         (lambda value: {**value, "states": [{**value["states"][0], "ord": -1}]}, "none of Norms"),
         (

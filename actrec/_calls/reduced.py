@@ -115,7 +115,8 @@ class ReducedLayer(Reduced):
         if name != self.mask:
             return
         with self._lock:
-            self._masks.setdefault(number, []).append(value)
+            if number in self._undecided or number in self._waiting:
+                self._masks.setdefault(number, []).append(value)
             if number not in self._undecided and number in self._waiting:
                 self._take_in(number)
 
@@ -124,6 +125,7 @@ class ReducedLayer(Reduced):
         with self._lock:
             if number in self._waiting:
                 self._take_in(number, joined=True)
+            self._masks.pop(number, None)  # of a unit in which the layer was not called
 
     @override
     def drop(self, number: int) -> None:

@@ -1,7 +1,7 @@
 """What the calls of a layer are reduced to while they are recorded, in place of keeping them.
 
-``record(model, layers, into=actrec.reduce.Moments)``. Several of one kind, of other batches or other ranks, are one by
-``merge()``; ``state()`` is a dict of tensors and numbers, of which ``of()`` makes the reduction again.
+``record(model, {"layer*": actrec.reduce.Moments()})``, and with a path for ``into`` on the disk. Several of one kind, of other
+batches or other ranks, are one by ``merge()``; ``state()`` is a dict of tensors and numbers, of which ``of()`` makes it again.
 """
 
 from .histogram import Histogram

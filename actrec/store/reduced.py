@@ -24,7 +24,7 @@ from actrec.errors import ActrecError, CorruptRecordingError, OptionError
 from actrec.reduce import KINDS, Reduction
 
 from .call import Call
-from .format import FUNCTION, Defect, corrupt, need
+from .format import FUNCTION, MAX_SIZE, Defect, corrupt, need
 from .read_only import Unchanged
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["States", "StoredReduction", "made_reduced", "state_call"]
 
 _FORM: Final = ["reduction", "states", "passes"]
-_MOST: Final = 1 << 40  # calls
+_MOST: Final = 1 << 32  # calls
 _NOTHING: Final = "nothing"
 
 
@@ -212,19 +212,24 @@ def _last(source: Source) -> _State:
     found = source.find(source.so_far.calls - 1)
     value = found.shard.value(found.group, found.call)
     try:
-        return _checked(value)
+        return _checked(value, source.rank.committed)
     except Defect as defect:
         raise corrupt(found.shard.path, defect) from None
 
 
-def _checked(value: Any) -> _State:
+def _checked(value: Any, committed: int) -> _State:
     need(is_state(value), "the state of a reduction is something else")
     kind, states, runs = (value[key] for key in _FORM)
     need(
-        runs.dtype is torch.int64 and runs.shape[1:] == (3,) and bool((runs >= 0).all()),
+        runs.dtype is torch.int64
+        and runs.shape[1:] == (3,)
+        and bool(((runs >= 0) & (runs <= MAX_SIZE // 4)).all()),
         "the passes of a reduction are no runs",
     )
-    need(int(runs[:, 1:].prod(1).sum()) <= _MOST, "a reduction has impossibly many calls")
+    many = runs[:, 1:].double().prod(1).sum()  # which may be more than 64 bits hold
+    need(many <= _MOST, "a reduction has impossibly many calls")
+    last = int(runs[:, :2].sum(1).max()) if len(runs) else 0
+    need(last <= committed, "a reduction has taken in what is not committed")
     if kind in KINDS:
         need(len(states) > 0, "a reduction has no state")
         for state in states:
