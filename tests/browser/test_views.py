@@ -101,3 +101,39 @@ def test_the_folds_of_a_long_table_open_by_keyboard(browser: Browser, tmp_path: 
         browser.press("Tab")
     browser.press("Enter")
     assert browser.found(CLOSED) == closed - 1
+
+
+#: Of a report: everything that has a text of its own.
+REPORT = f"""() => {{
+  {LOOK}
+  const own = element => [...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
+  const texts = [...document.querySelectorAll("main *")].filter(e => shown(e) && own(e) && !e.closest("svg"));
+  return {{
+    faint: texts.filter(e => contrast(e) < {READABLE}).map(e => e.innerText.slice(0, 60)),
+    small: texts.filter(e => parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.innerText.slice(0, 60)),
+    width: innerWidth,
+    pageWidth: document.documentElement.scrollWidth,
+    pictures: [...document.querySelectorAll("#distributions svg, #drift svg, #similarity svg")]
+      .map(e => e.getBoundingClientRect()).filter(box => box.width > 60 && box.height > 10).length,
+  }};
+}}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 420])
+def test_a_report_can_be_read(browser: Browser, width: int, theme: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    with actrec.record(model) as acts:
+        for number in range(12):
+            x = torch.randn(9, 8)
+            x[0, 0] = float("nan") if number == 7 else 0
+            model(x)
+    acts.report(tmp_path / "run.html")
+    browser.open(tmp_path / "run.html", width, theme)
+    browser.picture(PICTURES / f"report-{width}-{theme}.png")
+    seen = browser.found(REPORT)
+    assert seen["faint"] == []
+    assert seen["small"] == []
+    assert seen["pageWidth"] <= seen["width"] == width, "what is too wide scrolls inside"
+    assert seen["pictures"] == 3 + 3 + 3
