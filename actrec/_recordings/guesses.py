@@ -69,10 +69,10 @@ def explained(why: Callable[[Any, str], str]) -> Callable[[K], K]:
 def no_attribute_of_layer(layer: Sequence[Any], name: str) -> str:
     """Return what to write for an attribute that tensors have, and a layer has not."""
     place = f"acts[{getattr(layer, 'name', '...')!r}]"
-    if not hasattr(Tensor, name):
+    access = _access(name)
+    if access is None:
         return f"{place}.{name}: a layer has no such attribute. It is a list of calls: {place}.cat(), or {place}[0]."
-    call = f"{name}()" if callable(getattr(Tensor, name)) else name
-    return f"{place}.{name}: {_instead(layer, place, f'.{call}')}"
+    return f"{place}.{name}: {_instead(layer, place, access)}"
 
 
 def no_index(layer: Sequence[Any], index: object) -> str:
@@ -91,6 +91,13 @@ def _instead(layer: Sequence[Any], place: str, access: str) -> str:
     (path, _), *_ = spec.paths
     kind = f", each a {spec.kind}" if path else ""
     return f"{calls}{kind}: {place}.cat(){path}{access}, or {place}[0]{path}{access}."
+
+
+def _access(name: str) -> str | None:
+    """An attribute of a tensor as one writes it; ``None`` if tensors have no such one."""
+    if not hasattr(Tensor, name):
+        return None
+    return f".{name}()" if callable(getattr(Tensor, name)) else f".{name}"
 
 
 def _shown(index: object) -> str:
@@ -117,9 +124,9 @@ def no_attribute_of_recording(recording: Mapping[str, Any], name: str) -> str:
     if name in _OTHERWISE:
         return f"acts.{name}: write {_OTHERWISE[name]}."
     first = next(iter(recording), "name")
-    if hasattr(Tensor, name):
-        call = f"{name}()" if callable(getattr(Tensor, name)) else name
-        return f"acts.{name}: acts maps names to layers, and a layer is a list of calls: acts[{first!r}].cat().{call}."
+    access = _access(name)
+    if access is not None:
+        return f"acts.{name}: acts maps names to layers, and a layer is a list of calls: acts[{first!r}].cat(){access}."
     return f"acts.{name}: a recording has no such attribute. Layers are items: acts[{first!r}]."
 
 
