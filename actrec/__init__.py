@@ -131,6 +131,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return own_version()
     message = f"module {__name__!r} has no attribute {name!r}"
+    if not name.startswith("_"):
+        from actrec._recordings.guesses import no_name  # noqa: PLC0415
+
+        message += no_name(name, __dir__())
     raise AttributeError(message)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import actrec
 from actrec import (
     JoinError,
     Recording,
@@ -85,6 +86,14 @@ ATTRIBUTES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda acts: acts["pair"].mean(),
         "a list of 2 calls, each a tuple of 2: acts['pair'].cat()[0].mean(), or acts['pair'][0][0].mean().",
     ),
+    "output": (lambda acts: acts["conv1"].output, "acts['conv1'].output: write acts['conv1'].cat(), or acts['conv1'][0]."),
+    "input of a layer": (lambda acts: acts["conv1"].input, "write acts.inputs['conv1'], after record(model, layers, inputs=True)."),
+    "gradient of a layer": (lambda acts: acts["conv1"].grad, "write acts.grads['conv1'], after record(model, layers, grads=True)."),
+    "statistics of a layer": (lambda acts: acts["conv1"].stats(), "write acts.select('conv1').stats()."),
+    "saving a layer": (lambda acts: acts["conv1"].save("a"), "write acts.select('conv1').save(path)."),
+    "data frame": (lambda acts: acts.to_pandas(), "write pandas.DataFrame(acts.stats())."),
+    "first NaN": (lambda acts: acts.first_nan, "write acts.stats().first_nonfinite."),
+    "page": (lambda acts: acts.to_html(), "write acts.report('run.html')."),
     "no attribute at all": (lambda acts: acts["conv1"].foo, "acts['conv1'].cat(), or acts['conv1'][0]."),
     "layer as an attribute": (lambda acts: acts.conv1, "layers are items of a recording: acts['conv1']."),
     "part of a name": (lambda acts: acts.layer1, "such as those in acts.select('layer1.**')."),
@@ -112,6 +121,10 @@ INDICES: dict[str, tuple[Callable[[Any], Any], str]] = {
         "acts['conv1'][:, 0, ..., 1:8:2]: acts['conv1'] is a list of 2 calls: acts['conv1'].cat()[:, 0, ..., 1:8:2], or",
     ),
     "as of a dict": (lambda acts: acts["pair"]["a"], "acts['pair'][0][0]['a']."),
+    "row of a table": (
+        lambda acts: acts.stats()["conv1"],
+        "[row for row in table if row.layer == 'conv1']",
+    ),
     "as of an array": (lambda acts: acts["conv1"][None], "acts['conv1'].cat()[index]"),
 }
 
@@ -123,6 +136,42 @@ def test_an_index_that_only_tensors_take_says_what_to_write(
     for recording in (acts, stored):
         with pytest.raises(TypeError, match=re.escape(message)):
             guess(recording)
+
+
+def test_a_call_that_is_not_there_says_how_many_there_are(acts: Any, stored: Any) -> None:
+    for recording in (acts, stored):
+        for index in (2, -3):
+            with pytest.raises(IndexError, match=rf"acts\['conv1'\]\[{index}\]: there are 2 calls"):
+                recording["conv1"][index]
+
+
+def test_adding_to_a_layer_says_what_to_add_to(acts: Any) -> None:
+    assert len(acts["conv1"] + acts["pair"]) == 4
+    with pytest.raises(
+        TypeError, match=re.escape("acts['conv1'].cat() + ..., or acts['conv1'][0] + ...")
+    ):
+        acts["conv1"] + 1
+
+
+def test_a_table_says_where_its_columns_are(acts: Any) -> None:
+    with pytest.raises(AttributeError, match=re.escape("[row.mean for row in table]")):
+        acts.stats().mean  # noqa: B018
+    assert not hasattr(acts.stats(), "__array__")
+
+
+NOT_IN_ACTREC = {
+    "stats": "It is part of a recording: acts.stats",
+    "to_pandas": "With a recording acts: pandas.DataFrame(acts.stats())",
+    "recrod": "Did you mean 'record'",
+    "make_hooks_now": "Recordings are made by actrec.record(model)",
+}
+
+
+@pytest.mark.parametrize(("name", "message"), NOT_IN_ACTREC.items())
+def test_a_name_that_actrec_does_not_have_says_what_to_write(name: str, message: str) -> None:
+    with pytest.raises(AttributeError, match=re.escape(message)):
+        getattr(actrec, name)
+    assert not hasattr(actrec, "__wrapped__")
 
 
 def test_what_no_tensor_can_be_read_from_is_said_as_it_is() -> None:

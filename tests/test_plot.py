@@ -462,3 +462,8 @@ def test_a_transformer_can_be_drawn_in_every_way() -> None:
         model(model.example(batch=4))
     for draw in (distributions, drift, similarity):
         assert np.size(draw(acts))
+
+
+def test_a_layer_alone_is_told_how_it_is_drawn() -> None:
+    with pytest.raises(OptionError, match=r"got ListLayer\. Write drift\(acts\.select\('a'\)\)\."):
+        drift(ListLayer("a", [torch.ones(2)], "Linear"))  # type: ignore[arg-type]

@@ -20,8 +20,11 @@ __all__ = [
     "explained",
     "no_attribute_of_layer",
     "no_attribute_of_recording",
+    "no_call",
     "no_index",
     "no_layer",
+    "no_name",
+    "no_sum",
 ]
 
 K = TypeVar("K", bound=type)
@@ -40,9 +43,31 @@ _OTHERWISE: Final = {
     **dict.fromkeys(("summary", "describe", "statistics"), "acts.stats()"),
     **dict.fromkeys(("filter", "find", "subset"), "acts.select('layer*')"),
     **dict.fromkeys(("remove", "close", "detach_hooks", "remove_hooks"), "nothing: the hooks are gone when the with block ends"),
+    **dict.fromkeys(("to_pandas", "to_dataframe", "dataframe", "df"), "pandas.DataFrame(acts.stats())"),
+    **dict.fromkeys(("shapes", "show", "print", "table", "info", "head"), "acts, or print(acts)"),
+    **dict.fromkeys(("gradients", "gradient"), "acts.grads"),
+    **dict.fromkeys(("memory", "size_bytes"), "acts.nbytes"),
+    **dict.fromkeys(("num_calls", "calls", "lengths"), "{name: len(layer) for name, layer in acts.items()}"),
+    **dict.fromkeys(("first_nan", "nans", "has_nan", "first_nonfinite"), "acts.stats().first_nonfinite"),
+    **dict.fromkeys(("pop", "copy", "update"), "dict(acts), a dict of the layers that you may change"),
+    **dict.fromkeys(("start", "stop", "hooks", "register", "attach"), "with record(model) as acts: hooks are there while the block runs"),
+    **dict.fromkeys(("html", "to_html", "dashboard"), "acts.report('run.html')"),
     "compare": "actrec.compare(acts, others)",
     "load": "actrec.load(path)",
     "plot": "actrec.plot.distributions(acts)",
+}  # fmt: skip
+
+
+#: What people look for in a layer.
+_OF_LAYER: Final = {
+    **dict.fromkeys(("output", "outputs", "value", "tensor", "tensors", "activations", "concat"), "{place}.cat(), or {place}[0]"),
+    **dict.fromkeys(("input", "inputs"), "acts.inputs[{name!r}], after record(model, layers, inputs=True)"),
+    **dict.fromkeys(("grad", "grads", "gradient", "gradients"), "acts.grads[{name!r}], after record(model, layers, grads=True)"),
+    **dict.fromkeys(("stats", "summary", "describe"), "acts.select({name!r}).stats()"),
+    **dict.fromkeys(("report", "save"), "acts.select({name!r}).{attribute}(path)"),
+    "first": "{place}[0]",
+    "last": "{place}[-1]",
+    "calls": "len({place})",
 }  # fmt: skip
 
 
@@ -69,6 +94,9 @@ def explained(why: Callable[[Any, str], str]) -> Callable[[K], K]:
 def no_attribute_of_layer(layer: Sequence[Any], name: str) -> str:
     """Return what to write for an attribute that tensors have, and a layer has not."""
     place = f"acts[{getattr(layer, 'name', '...')!r}]"
+    if name in _OF_LAYER:
+        own = getattr(layer, "name", "...")
+        return f"{place}.{name}: write {_OF_LAYER[name].format(place=place, name=own, attribute=name)}."
     access = _access(name)
     if access is None:
         return f"{place}.{name}: a layer has no such attribute. It is a list of calls: {place}.cat(), or {place}[0]."
@@ -79,6 +107,17 @@ def no_index(layer: Sequence[Any], index: object) -> str:
     """Return what to write for an index that tensors take, and a layer does not."""
     place = f"acts[{getattr(layer, 'name', '...')!r}]"
     return f"{place}[{_shown(index)}]: {_instead(layer, place, f'[{_shown(index)}]')}"
+
+
+def no_call(layer: Sequence[Any], index: object) -> str:
+    """Return what to say of an index behind the last call."""
+    return f"acts[{getattr(layer, 'name', '...')!r}][{index}]: there are {len(layer)} calls"
+
+
+def no_sum(layer: Sequence[Any]) -> str:
+    """Return what to write for adding something to a layer that is no list."""
+    place = f"acts[{getattr(layer, 'name', '...')!r}]"
+    return f"{place} + ...: {_instead(layer, place, ' + ...')}"
 
 
 def _instead(layer: Sequence[Any], place: str, access: str) -> str:
@@ -108,6 +147,18 @@ def _shown(index: object) -> str:
         ends = ["" if end is None else repr(end) for end in (index.start, index.stop)]
         return ":".join([*ends, *([repr(index.step)] if index.step is not None else [])])
     return "..." if index is ... else repr(index) if isinstance(index, (int, str)) else "index"
+
+
+def no_name(name: str, names: Iterable[str]) -> str:
+    """Return what to write for a name that :mod:`actrec` does not have."""
+    if name in _OTHERWISE:
+        return f". With a recording acts: {_OTHERWISE[name]}"
+    if name in {"stats", "report", "select", "inputs", "grads", "cat", "stack"}:
+        return f". It is part of a recording: acts.{name}"
+    near = nearest(name, names)
+    return (
+        f". {near}" if near.startswith("Did") else ". Recordings are made by actrec.record(model)"
+    )
 
 
 # --- A recording -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from actrec._values.summary import Summary
 
-from .guesses import no_index
+from .guesses import no_call, no_index, no_sum
 from .layer import Layer, V
 from .look import Look
 from .passes import ListView
@@ -126,6 +126,15 @@ class ListLayer(list[V], Layer[V], Generic[V]):
             return super().__getitem__(index)
         except TypeError:
             raise TypeError(no_index(self, index)) from None
+        except IndexError:
+            raise IndexError(no_call(self, index)) from None
+
+    @override
+    def __add__(self, other: Any, /) -> list[Any]:
+        try:
+            return super().__add__(other)
+        except TypeError:
+            raise TypeError(no_sum(self)) from None
 
     # Users may change the list as any other: passes stay with their calls.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Generic, NoReturn, Self, TypeVar, overload
 
 from typing_extensions import override
 
@@ -47,12 +47,30 @@ class Rows(Shown, tuple[R, ...], Generic[R]):
         found = [(number, row) for row in self if (number := getattr(row, column)) is not None]
         return min(found, key=lambda pair: pair[0])[1] if found else None
 
+    if not TYPE_CHECKING:  # to type checkers, what is not there is an error as before
+
+        def __getattr__(self, name: str) -> NoReturn:
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            if not name.startswith("_"):
+                message += (
+                    f". A table is a tuple of rows: [row.{name} for row in table] if that is a column, and "
+                    "pandas.DataFrame(table) is a data frame"
+                )
+            raise AttributeError(message)
+
     @overload
     def __getitem__(self, index: SupportsIndex, /) -> R: ...
     @overload
     def __getitem__(self, index: slice, /) -> Self: ...
     @override
     def __getitem__(self, index: SupportsIndex | slice, /) -> R | Self:
+        given: object = index
+        if isinstance(given, str):
+            message = (
+                f"[{given!r}]: a table is a tuple of rows. The rows of a layer: [row for row in table if row.layer == {given!r}], "
+                "and as a data frame pandas.DataFrame(table)."
+            )
+            raise TypeError(message)
         if not isinstance(index, slice):
             return super().__getitem__(index)
         some = type(self)(super().__getitem__(index))

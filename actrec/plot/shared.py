@@ -44,6 +44,8 @@ def ordered(call: str, acts: Layers) -> list[str]:
             f"{call}(): expected a recording, or some layers of one in a dict such as {{name: acts[name]}}, got "
             f"{type(given).__name__}."
         )
+        if isinstance(given, Layer):
+            message += f" Write {call}(acts.select({given.name!r}))."
         raise OptionError(message)
     return [name for name, layer in acts.items() if len(layer)]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 from typing_extensions import override
 
-from actrec._recordings.guesses import no_index
+from actrec._recordings.guesses import no_call, no_index
 from actrec._recordings.layer import Layer
 from actrec._recordings.passes import ListView
 from actrec._values.spec import tensors
@@ -76,8 +76,7 @@ class ReadOnlyLayer(Unchanged, LayerOnDisk):
         try:
             at = range(len(self))[index]
         except IndexError:
-            message = f"acts[{self.name!r}][{index}]: there are {len(self)} calls"
-            raise IndexError(message) from None
+            raise IndexError(no_call(self, index)) from None
         except TypeError:
             raise TypeError(no_index(self, index)) from None
         return self._call(at)
