@@ -160,6 +160,13 @@ def tracer(session: nox.Session) -> None:
 
 
 @in_shared
+def compiled(session: nox.Session) -> None:
+    """Record models that Inductor compiles, twenty architectures of transformers among them. It needs a compiler of C++."""
+    bring(session, "tests")
+    run(session, "pytest", "tests/compiled", *session.posargs, OMP_NUM_THREADS="1")
+
+
+@in_shared
 def bench(session: nox.Session) -> None:
     """Measure what recording costs, as ratios, and print the table."""
     bring(session, "bench")

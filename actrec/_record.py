@@ -166,7 +166,7 @@ def record(
             :func:`torch.compile` makes them. What calls a chosen layer is compiled once more, when it is first called in the
             block. Entering again with the same layers compiles nothing, and behind the block the code of before is used again.
             Recorded is what the compiled code computes, which may differ from eager mode in the last bits. It is not supported
-            with ``stop_early``, ``detach=False`` and functions.
+            with ``stop_early``, ``detach=False`` and functions. See :doc:`/how-to/compiled`.
         into: a factory of the container for the calls of a layer, which needs ``append``, such as
             ``functools.partial(collections.deque, maxlen=10)``. Or what reduces those of all layers, in memory: a class with
             ``update`` and ``compute``, such as ``actrec.reduce.Moments`` or a metric of torchmetrics. Both run as transforms do,

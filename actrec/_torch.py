@@ -378,11 +378,34 @@ def compiles_tensor_hooks() -> bool:
 
 
 def compiled_frame() -> FrameType | None:
-    """The frame of the compiled code that has called the code which asks. Without the name, it is not known."""
-    file = _of("torch._dynamo.eval_frame", "__file__")
-    around = (frame for frame in _frames() if frame.f_code.co_filename == file)
-    wrapper = next(around, None)
-    return None if wrapper is None else wrapper.f_back
+    """The frame whose compiled code has called the code which asks. Without the names, it is not known."""
+    file, other = (_of(name, "__file__") for name in ("torch._dynamo.eval_frame", "torch._compile"))
+    callers = (one.f_back for one in _frames() if one.f_code.co_filename == file)
+    return next((one for one in callers if one and one.f_code.co_filename != other), None)
+
+
+def is_recomputing_in_graph() -> bool:
+    """Whether the compiled code that has called the code which asks is that of a backward. Without the name, it is not known."""
+    file = _of("torch._functorch._aot_autograd.runtime_wrappers", "__file__")
+    names = (one.f_code.co_name for one in _frames() if one.f_code.co_filename == file)
+    return any("backward" in name for name in names)
+
+
+def is_in_body() -> bool:
+    """Whether the compiler is reading the body of an operator such as ``torch.cond``. Without the names, it is not known."""
+    file = _of("torch._dynamo.variables.higher_order_ops", "__file__")
+    around = (one for one in _frames() if one.f_code.co_filename == file)
+    what = [one.f_locals.get("description") for one in around if one.f_code.co_name == _READS_BODY]
+    return any("checkpoint" not in str(one) for one in what)
+
+
+_READS_BODY = "speculate_subgraph"
+
+
+def is_in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is running. Without the name, it is not known."""
+    peek = getattr(_functorch, "peek_interpreter_stack", None)
+    return peek is not None and peek() is not None
 
 
 def count_graphs() -> int:

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from actrec import CaptureError, MissingGradientWarning, OptionError, record
+from actrec import (
+    CaptureError,
+    MissingGradientWarning,
+    OptionError,
+    TransformError,
+    UnusedLayerWarning,
+    load,
+    record,
+)
+from actrec._calls import options
+from actrec._calls.in_graph import self_test
 from actrec._values.spec import same
+
+from .test_laws import CASES, Case, first
+from .test_laws import MODES as MODES_OF_LAWS
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # The compiler warns about its own deprecations when it is first used.
 pytestmark = [
@@ -61,6 +85,9 @@ class Net(nn.Module):
             x = block(x)
         return self.head(x)
 
+
+#: Generated models, each compiled; ``nox -s compiled`` tries more.
+MOST = int(os.environ.get("ACTREC_COMPILED", "2"))
 
 Run = Callable[[Tensor], Any]
 
@@ -188,22 +215,16 @@ class Nested(nn.Module):
 
 def test_nested_values_inputs_and_gradients_are_those_of_eager_mode() -> None:
     model = Nested()
-    run = torch.compile(model, backend="aot_eager", fullgraph=True)
-    recordings = []
-    for compiled in (False, True):
-        model.zero_grad()
-        with record(model, ["**", ""], inputs=True, grads=True, compiled=compiled) as acts:
-            for x in (X, X + 1):
-                run(x).square().sum().backward()
-        recordings.append((acts, [parameter.grad for parameter in model.parameters()]))
-    (eager, expected), (acts, gradients) = recordings
-    assert same(gradients, expected)
-    assert [*acts] == [*eager]
-    for name in eager:
-        assert acts[name].passes == eager[name].passes, name
-        assert same([*acts[name]], [*eager[name]]), name
-        assert same([*acts.inputs[name]], [*eager.inputs[name]]), name
-        assert same([*acts.grads[name]], [*eager.grads[name]]), name
+    run = compiled(model, fullgraph=True)
+    gradients = []
+
+    def work(_: object) -> None:
+        for x in (X, X + 1):
+            run(x).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+
+    both(model, ["**", ""], work, inputs=True, grads=True)
+    assert same(*gradients)
 
 
 def test_a_view_that_is_written_in_place_has_no_gradient_in_compiled_code_and_that_is_told() -> (
@@ -228,6 +249,369 @@ def test_a_leaf_that_is_returned_as_it_is_has_no_gradient_in_compiled_code() -> 
     told = pytest.raises(CaptureError, match="layer '0': what it returned is a leaf")
     with told, record(model, grads=True, compiled=True):
         run(X.clone().requires_grad_())
+
+
+# --- The same as in eager mode -----------------------------------------------------------------------------
+
+
+def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:
+    """A compiled function that calls the model: all hooks are read by the compiler then."""
+
+    def run(*args: Any) -> Any:
+        return model(*args)
+
+    return torch.compile(run, backend="aot_eager", **options)
+
+
+def both(model: nn.Module, layers: Any, work: Callable[[Any], object], **options: Any) -> Any:
+    """Record ``work(acts)`` in eager mode and in compiled code, and compare the recordings. Return the latter."""
+    recordings = []
+    for kept in (False, True):
+        model.zero_grad()
+        into = {name: value() if name == "into" else value for name, value in options.items()}
+        with record(model, layers, compiled=kept, **into) as acts:
+            work(acts)
+        recordings.append(load(into["into"]) if "into" in into else acts)
+    alike(*recordings)
+    return recordings[1]
+
+
+def alike(eager: Any, acts: Any) -> None:
+    assert [*acts] == [*eager]
+    assert (acts.num_passes, acts.failed_passes) == (eager.num_passes, eager.failed_passes)
+    for beside in ("", "inputs", "grads"):
+        one, other = (getattr(of, beside, None) if beside else of for of in (acts, eager))
+        for name in [] if other is None else other:
+            assert [*one[name].passes] == [*other[name].passes], (beside, name)
+            assert same([*one[name]], [*other[name]]), (beside, name)
+
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": partial(torch.autocast, "cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_every_mode(mode: str) -> None:
+    model = Net()
+    run = compiled(model, fullgraph=True)
+    with MODES[mode]():
+        acts = both(model, ["**", ""], lambda _: run(X))
+    assert not acts["head"][0].is_inference()
+    assert acts["head"][0].dtype == (torch.bfloat16 if mode == "autocast" else torch.float32)
+
+
+def test_with_other_shapes_from_call_to_call() -> None:
+    model = Net()
+    run = compiled(model, dynamic=True, fullgraph=True)
+    acts = both(
+        model, ["**", ""], lambda _: [run(torch.ones(n, 4)) for n in (2, 3, 5)], inputs=True
+    )
+    assert [t.shape[0] for t in acts["head"]] == [2, 3, 5]
+    assert graphs_of(lambda: run(torch.ones(7, 4))) == 1, "and the user's own code is one graph"
+
+
+def graphs_of(work: Callable[[], object]) -> int:
+    before = graphs()
+    work()
+    return graphs() - before
+
+
+def test_transforms_casts_units_and_gradients_to_disk(tmp_path: Path) -> None:
+    model = Net()
+    run = compiled(model)
+    folders = iter([tmp_path / "eager", tmp_path / "compiled"])
+
+    def work(acts: Any) -> None:
+        for key in "ab":
+            with acts.unit(key):
+                run(X).sum().backward()
+                run(X + 1).sum().backward()
+            with acts.pause():
+                run(X)
+        with pytest.raises(ZeroDivisionError), acts.unit("failed"):
+            run(X / 0)
+            raise ZeroDivisionError
+
+    layers = {"blocks.*": lambda t: t.mean(1), "head": None}
+    options: dict[str, Any] = {"inputs": "head", "grads": True, "dtype": torch.bfloat16}
+    acts = both(model, layers, work, into=lambda: next(folders), **options)
+    assert acts["head"].units == ["a", "a", "b", "b"]
+
+
+class Recursive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, times: int = 2) -> Tensor:
+        x = self.linear(x)
+        return self(x, times - 1) if times else x
+
+
+@pytest.mark.parametrize("form", ["a compiled function", "model.compile()"])
+def test_a_model_that_calls_itself_is_in_one_pass(form: str) -> None:
+    model = Recursive()
+    run, _ = FORMS[form](model, backend="aot_eager")
+    both(model, ["", "linear"], lambda _: [run(X), run(X)])
+
+
+class Breaks(nn.Module):
+    """Cannot be one graph, in the middle of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 4), Broken(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(self.first(x)))
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        torch._dynamo.graph_break()
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("form", ["a compiled function", "torch.compile(model)"])
+def test_a_model_that_cannot_be_one_graph(form: str) -> None:
+    run, model = FORMS[form](Breaks(), backend="aot_eager")
+    both(model, ["**", ""], lambda _: [run(X), run(X)], inputs=True)
+    own = graphs_of(lambda: run(X))
+    assert own == 2 * (form == "torch.compile(model)") or own > 0
+
+
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(4, 4), nn.Embedding(3, 4)
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        return self.linear(x) + self.table(at)
+
+
+def test_a_pass_that_raises_in_compiled_code_is_one_that_failed() -> None:
+    model = Lookup()
+    run = compiled(model)
+
+    def work(_: object) -> None:
+        for at in (0, 7, 1, 7):
+            with suppress(IndexError, RuntimeError):
+                run(X, torch.tensor([0, at]))
+
+    assert both(model, ["", "table"], work).failed_passes == [1, 3]
+
+
+def test_what_a_transform_raises_comes_out_of_the_compiled_model() -> None:
+    model = Net()
+    run = compiled(model)
+    told = pytest.raises(TransformError, match="layer 'head' raised ZeroDivisionError on call 0")
+    with told, record(model, "head", transform=lambda _: 1 // 0, compiled=True):
+        run(X)
+    both(model, "head", lambda _: run(X))
+
+
+def test_blocks_that_overlap_end_in_any_order() -> None:
+    model = Net()
+    run = compiled(model)
+    with record(model, "**") as expected:
+        run(X)
+    first, second = record(model, "**", compiled=True), record(model, "head", compiled=True)
+    acts, more = first.__enter__(), second.__enter__()
+    run(X)
+    first.__exit__(None, None, None)
+    run(X)
+    second.__exit__(None, None, None)
+    alike(expected, acts)
+    assert len(more["head"]) == 2
+    with record(model, "**", compiled=True) as outer, record(model, "head") as eager:
+        run(X)
+    assert same(outer["head"][0], eager["head"][0])
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_threads_record_into_one_compiled_block() -> None:
+    model = Net()
+    run = compiled(model)
+    with record(model, ["**", ""], compiled=True) as acts:
+        run(X)
+        work = partial(lambda: [run(X) for _ in range(10)])
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert acts.num_passes == 31
+    assert all(sorted(layer.passes) == [*range(31)] for layer in acts.values())
+
+
+def test_copies_of_a_model_that_is_recorded_have_nothing_of_the_recording() -> None:
+    model = Net()
+    model.head.forward = partial(type(model.head).forward, model.head)  # as users patch it
+    run = compiled(model)
+    with record(model, ["**", ""], compiled=True) as acts:
+        run(X)
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)]
+        copies.append(model.blocks[0].linear._replicate_for_data_parallel())
+        for one in copies[:3]:
+            one(X)
+    assert len(acts["head"]) == 1 + 1, "the shallow copy has the layers of the model"
+    for one in [*copies, model]:
+        for name, module in one.named_modules():
+            assert ("forward" in vars(module)) == (name == "head"), name
+            assert not {"__getstate__", "_replicate_for_data_parallel"} & {*vars(module)}
+
+
+# --- What is compiled --------------------------------------------------------------------------------------
+
+
+def test_what_was_compiled_is_kept_for_the_latest_selections_and_the_limits_have_room_for_it() -> (
+    None
+):
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    run = compiled(model, fullgraph=True)
+    run(X)
+    limit = torch._dynamo.config.recompile_limit
+    for _ in range(2):
+        for at in range(3):
+            with record(model, str(at), compiled=True):
+                assert torch._dynamo.config.recompile_limit > limit
+                new = graphs_of(lambda: run(X))
+        assert graphs_of(lambda: run(X)) == 0
+    assert new == 0
+    assert torch._dynamo.config.recompile_limit == limit + 3
+    for at in range(4):
+        with record(model, f"{at + 1}", inputs=True, compiled=True):
+            run(X)
+    torch._dynamo.config.recompile_limit = limit
+
+
+@settings(derandomize=True, max_examples=MOST, deadline=None, database=None)
+@given(CASES)
+def test_laws_hold_of_generated_models(case: Case) -> None:
+    assume(not case.draws())
+    model, grads = case.model(), case.mode == "grad"
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="aot_eager")
+
+    def work(_: object) -> None:
+        for batch in case.batches():
+            output = run(batch)
+            if grads:
+                first(output).sum().backward()
+
+    with MODES_OF_LAWS[case.mode]():
+        both(model, case.layers(model), work, inputs=case.options["inputs"], grads=grads)
+
+
+# --- What cannot be ----------------------------------------------------------------------------------------
+
+
+class Controlled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return torch.cond(x.sum() > -99, lambda x: self.body(1 * x), lambda x: -x, (x,))
+
+
+def test_a_layer_in_the_body_of_an_operator_is_named() -> None:
+    model = Controlled()
+    run = compiled(model, fullgraph=True)
+    expected = run(X)
+    told = partial(pytest.warns, UnusedLayerWarning, match=r"1 of 2 .*\n  'body': .*torch\.cond")
+    for _ in range(2):  # the second time, nothing is compiled
+        with told(), record(model, compiled=True) as acts:
+            assert torch.equal(run(X), expected)
+        assert len(acts["stem"]) == 1
+
+
+def test_a_layer_under_vmap_is_refused_by_name() -> None:
+    model = Net()
+
+    def run(x: Tensor) -> Tensor:
+        return torch.vmap(model)(x)
+
+    told = pytest.raises(
+        Exception, match=r"record\(compiled=True\): a layer is called inside torch\.func"
+    )
+    with told, record(model, compiled=True):
+        torch.compile(run, backend="aot_eager")(X)
+
+
+AGAIN = partial(
+    pytest.raises, CaptureError, match="activation checkpointing runs compiled code again"
+)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.blocks, self.reentrant = nn.ModuleList([Block(), Block()]), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
+
+
+def test_checkpointing_inside_compiled_code_records_each_call_once_and_refuses_gradients() -> None:
+    model = Checkpointed(reentrant=False)
+    run = compiled(model, fullgraph=True)
+    both(model, None, lambda _: run(X).sum().backward())
+    with AGAIN(), record(model, grads=True, compiled=True):
+        run(X).sum().backward()
+
+
+def test_checkpointing_around_compiled_blocks() -> None:
+    for reentrant in (True, False):
+        model = Checkpointed(reentrant=reentrant)
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+        both(
+            model,
+            "**",
+            lambda _, model=model: model(X.clone().requires_grad_()).sum().backward(),
+            grads=reentrant,
+        )
+    with AGAIN(), record(model, grads=True, compiled=True):
+        model(X).sum().backward()
+
+
+@pytest.mark.parametrize("failure", ["RuntimeError: no", "1 was recorded in the place of 2"])
+def test_a_pytorch_in_which_it_does_not_work_is_named(
+    monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    def fail() -> str:
+        if "Error" in failure:
+            raise RuntimeError("no")
+        return failure
+
+    monkeypatch.setattr(self_test, "_results", [])
+    monkeypatch.setattr(self_test, "_failure", fail)
+    with pytest.raises(
+        OptionError, match=rf"on torch {torch.__version__[0]}.*{failure}.*Without compiled=True"
+    ):
+        record(Net(), compiled=True)
+    with pytest.raises(OptionError, match="Without compiled=True"):
+        record(Net(), compiled=True)
+
+
+def test_gradients_need_a_pytorch_that_compiles_their_hooks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(options, "compiles_tensor_hooks", lambda: False)
+    with pytest.raises(OptionError, match=r"grads=...\): torch .* cannot compile hooks on tensors"):
+        record(Net(), grads=True, compiled=True)
 
 
 @pytest.mark.parametrize("options", [{"stop_early": True}, {"detach": False}])

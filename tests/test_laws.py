@@ -239,6 +239,15 @@ class Case:
         picked = [name for bit, name in enumerate(names) if self.chosen >> bit % 16 & 1]
         return picked or names
 
+    def draws(self) -> bool:
+        """Whether it may take random numbers, which are others where it is compiled."""
+
+        def parts(plan: Plan) -> Iterator[str | int]:
+            for part in plan.parts:
+                yield from parts(part) if isinstance(part, Plan) else [part]
+
+        return any("drop" in str(part) or part == "draws" for part in parts(self.plan))
+
     @contextmanager
     def snapshots(self) -> Iterator[None]:
         with mock.patch.object(

@@ -46,6 +46,7 @@ _taking = threading.RLock()
 class Stance(AbstractContextManager[None]):
     """What a block does to the compiler while it is open."""
 
+    in_graph = False  # whether compiled code stays compiled, and tells of its calls itself
     replaced = False  # by one that the user has set inside the block
     made_way = False  # for an operator that compiles itself
 

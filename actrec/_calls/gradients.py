@@ -175,6 +175,10 @@ def arrived_in_graph(call: _Call, index: int, grad: Tensor) -> None:
     _Arrival(call, index, None)(grad)
 
 
+_AGAIN = (
+    "activation checkpointing runs compiled code again in backward(), and nothing tells which call it repeats. Record it without "
+    "grads, or without compiled=True"
+)
 _LEAF = (
     "what it returned is a leaf of the graph, such as a parameter or an input of the model, as it is, and compiled code cannot "
     "tell the gradient of one call of it. Record it without grads, or without compiled=True"
@@ -291,6 +295,11 @@ class Gradients:
         call = self.regions.find()
         if call is not None:
             self.expect(output, None, call)
+        elif _in_graph.calls is not None:
+            message = (
+                f"record() cannot keep the gradients of layer {self.capture.layer!r}: {_AGAIN}."
+            )
+            raise CaptureError(message)
 
     def end(self) -> None:
         """The block ends: leave nothing on a leaf, which may be part of the model."""

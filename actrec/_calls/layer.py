@@ -18,6 +18,7 @@ from actrec._torch import (
     count_function_modes,
     is_jit_tracing,
     is_recomputing,
+    is_recomputing_in_graph,
 )
 from actrec._values.constants import Constant
 from actrec._values.snapshot import twin
@@ -204,7 +205,7 @@ class Track:
 
     def _returns_in_backward(self, output: Value) -> None:
         """A call ran inside ``backward()``: one that was recorded before, run again, or another one."""
-        if not is_recomputing():
+        if not (is_recomputing() or is_recomputing_in_graph()):
             self.unrecorded[Unrecorded.BACKWARD] += 1
             return
         self.unrecorded[Unrecorded.RECOMPUTED] += 1

@@ -47,8 +47,11 @@ class Regions(Generic[T]):
             self._regions.setdefault(frame.f_locals["ctx"], _Region()).calls.append(call)
 
     def find(self) -> T | None:
-        """Return the call that runs again now, if it was remembered. Something is being recomputed in this thread."""
-        run, frame = next(item for item in checkpoint_frames() if item[0] != "forward")
+        """Return the call that runs again now, if it was remembered."""
+        again = next((item for item in checkpoint_frames() if item[0] != "forward"), None)
+        if again is None:  # compiled code recomputes it by itself
+            return None
+        run, frame = again
         region = self._regions.get(frame.f_locals["ctx"]) if run == "backward" else None
         return None if region is None else region.next()
 

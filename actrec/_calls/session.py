@@ -65,7 +65,8 @@ class Session:
         """The block ends; hooks that are still somewhere do nothing from now on."""
         self.active = self.recording = False
         self.interrupted = interrupted
-        if interrupted:
+        if interrupted or self.eager.in_graph:
+            # Compiled code that raised has not told that its pass is over.
             self.passes.abandon()
 
     def pause(self, by: int) -> None:

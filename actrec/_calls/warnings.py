@@ -49,6 +49,10 @@ _IN_A_BODY = (
     "map, while_loop), and hooks do not run in there. They do under torch.no_grad(), if torch._dynamo was imported before "
     "the block"
 )
+_IN_A_COMPILED_BODY = (
+    "it is called in the body of an operator (torch.cond, scan, map, while_loop, nested_compile_region), and compiled code does "
+    "not tell what is computed in there. Without compiled=True it is recorded, under torch.no_grad()"
+)
 _STANCE = (
     "torch.compiler.set_stance() was called inside the with block, so what is compiled ran compiled from then on, "
     "without hooks. Call it before the block"
@@ -225,7 +229,7 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
             f"there is not one tensor in what was recorded of it, but {track.placeholder!r}, which stands for an object that "
             "is not taken apart. Let a transform return what you need of it"
         )
-    return _IN_A_BODY if track.compiled else None
+    return _in_a_body(track) if track.compiled else None
 
 
 def _times(count: int, what: str) -> str:
@@ -299,8 +303,12 @@ def _elsewhere(track: Track) -> str | None:
         if track.unrecorded[unrecorded]:
             return f"all of its {_times(track.unrecorded.total(), 'call')} {where}"
     if track.compiled:
-        return _IN_A_BODY
+        return _in_a_body(track)
     return _STANCE if track.session.eager.replaced else None
+
+
+def _in_a_body(track: Track) -> str:
+    return _IN_A_COMPILED_BODY if track.session.eager.in_graph else _IN_A_BODY
 
 
 def _not_called(there: Collection[int], choice: Choice, track: Track) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from tests.benchmarks import (
     calls,
+    compiled,
     dataset,
     entry,
     functions,
@@ -43,6 +44,7 @@ BENCHMARKS = {
     "networks": networks.measure,
     "dataset": dataset.measure,
     "functions": functions.measure,
+    "compiled": compiled.measure,
     "gradients": gradients.measure,
     "stopping": stopping.measure,
     "memory_pages": memory_pages.measure,

@@ -5,22 +5,30 @@ Where the module is called by code that is not compiled, it is called as any hoo
 
 from __future__ import annotations
 
-import copy
 import itertools
-from functools import partial
+import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling, is_exporting  # constants in what the compiler reads
+from torch.compiler import (
+    is_dynamo_compiling,  # a constant in what the compiler reads
+    is_exporting,
+)
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from actrec._calls.forwards import when_copied
 from actrec._calls.hooks import Event, Hook, T
-from actrec._torch import hook_tables, read_base_of, renumber
+from actrec._torch import (
+    as_constant,
+    hook_tables,
+    is_in_body,
+    is_in_transform,
+    read_base_of,
+    renumber,
+)
+from actrec.errors import CaptureError
 
-from .mark import own_forward, unmark
 from .operator import TOKEN, new_key, tell, tell_gradient, tell_nested, tell_watched
 from .outline import encode
 
@@ -36,16 +44,21 @@ _OUTPUT, _RECEIVED, _NOTHING = range(3)
 _TOLD: Final = {Event.RETURN: _OUTPUT, Event.RECEIVE: _RECEIVED}
 
 
+#: The modules that the compiler has come across in such bodies.
+_in_bodies: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
+
+
 class HookInGraph(Hook[T]):
     """A hook that compiled code reports to."""
 
-    __slots__ = ("__weakref__", "key", "told", "watches")
+    __slots__ = ("__weakref__", "is_told", "key", "told", "watches")
 
     def __init__(self, event: Event, target: T, hear: Callable[..., object]) -> None:
         super().__init__(event, target, hear)
         self.told = _TOLD.get(event, _NOTHING)
         self.watches = event is Event.RETURN and getattr(target, "grads", None) is not None
         self.key = new_key(self)
+        self.is_told = _asked_by_the_compiler(self)
 
     @property
     @override
@@ -58,7 +71,7 @@ class HookInGraph(Hook[T]):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, output: Any = None
     ) -> None:
         if is_dynamo_compiling():
-            if not is_exporting():
+            if self.is_told():
                 _tell(self, args, kwargs, output)
             return
         target = self._target()
@@ -81,26 +94,52 @@ class HookInGraph(Hook[T]):
         else:
             self._hear(target, self, module, (), None, value)
 
+    def is_in_body(self) -> None:
+        """The module is called in the body of an operator such as ``torch.cond``, of which compiled code does not tell."""
+        target, module = self._target(), self.module()
+        if target is not None and module is not None and self.event is Event.RETURN:
+            target.compiled += 1  # type: ignore[attr-defined]  # of a track
+            _in_bodies.add(module)
+
     @override
     def register(self, module: nn.Module) -> RemovableHandle:
         """Register this hook on ``module``, under a number that is the same each time: code was compiled for that."""
         handle = super().register(module)
+        if module in _in_bodies:
+            self.is_in_body()
         used = {number for table in hook_tables(module) for number in [*table]}
         # No other hook has a number below zero.
         numbers = (-self.event.value - depth * len(Event) for depth in itertools.count())
         handle.id = renumber(module, handle.id, next(n for n in numbers if n not in used))
         return handle
 
-    @override
-    def __deepcopy__(self, memo: dict[Any, Any]) -> Callable[..., None]:
-        module = self.module()
-        copied = memo.get(id(module))
-        if module is not None and copied is not None:
-            when_copied(memo, partial(unmark, copied, copy.deepcopy(own_forward(module), memo)))
-        return super().__deepcopy__(memo)
-
 
 # --- What the compiler reads -----------------------------------------------------------------------------
+
+
+def _asked_by_the_compiler(hook: HookInGraph[Any]) -> Callable[[], bool]:
+    """Return what the compiler calls while it reads a hook, and takes the answer of for a constant."""
+    known = weakref.ref(hook)
+
+    @as_constant
+    def is_told() -> bool:
+        found = known()
+        if found is None or is_exporting():
+            return False
+        if is_in_transform():
+            raise CaptureError(_TRANSFORM)
+        if is_in_body():
+            found.is_in_body()
+            return False
+        return True
+
+    return is_told
+
+
+_TRANSFORM = (
+    "record(compiled=True): a layer is called inside torch.func (vmap, grad, jvp) in a function that is compiled, where a tensor "
+    "stands for many and cannot be kept. Record a call of the model outside of it"
+)
 
 
 def _tell(hook: HookInGraph[Any], args: tuple[Any, ...], kwargs: Any, output: Any) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["Marks", "own_forward", "unmark"]
+__all__ = ["Marks"]
 
 #: The copies of forwards that one selection has, by what they are copies of.
 _Copies: TypeAlias = dict[Any, types.FunctionType]
@@ -96,8 +96,8 @@ class _Mark:
 
     def place(self) -> None:
         attributes = vars(self.module)
-        if self.own is None:
-            attributes.setdefault(REPLICATE, _Replicating(self.module))
+        for name in _METHODS:
+            attributes.setdefault(name, _Inert(self, name))
         _marks.setdefault(self.module, []).append(self)
         attributes["forward"] = self.forward
 
@@ -107,8 +107,12 @@ class _Mark:
         _marks[self.module] = others
         attributes = vars(self.module)
         own = without_ended(self.own)
-        if not others:
-            attributes.pop(REPLICATE, None)
+        for name in _METHODS:
+            method = attributes.get(name)
+            if isinstance(method, _Inert) and method._mark is self:
+                del attributes[name]
+                if others:
+                    attributes[name] = _Inert(others[0], name)
         if attributes.get("forward") is self.forward:
             del attributes["forward"]
             if own is not None:
@@ -124,6 +128,9 @@ class _Mark:
                 stands.own = own
             stands = stands.own
 
+
+#: What makes a copy, a pickle or a replica of a module.
+_METHODS: Final = ("__getstate__", REPLICATE)
 
 #: All that are there.
 _marks: MutableMapping[nn.Module, list[_Mark]] = weakref.WeakKeyDictionary()
@@ -155,33 +162,26 @@ def _standing_for(original: Any, own: Any) -> Callable[..., Any]:
     return forward
 
 
-def own_forward(module: nn.Module) -> Any:
-    """Return the forward that was set on the module itself, if any, below all marks."""
-    marks = _marks.get(module)
-    return marks[0].own if marks else vars(module).get("forward")
+class _Inert:
+    """Stands in for a method of a module with a mark, and returns what that returns without the mark."""
 
+    def __init__(self, mark: _Mark, name: str) -> None:
+        self._mark = mark
+        self._name = name
 
-def unmark(copied: nn.Module, own: Any = None) -> None:
-    """Take off a copy of a module what it has of marks. ``own`` is the forward that it has without."""
-    attributes = vars(copied)
-    attributes.pop(REPLICATE, None)
-    attributes.pop("forward", None)
-    if own is not None:
-        attributes["forward"] = own
-
-
-class _Replicating:
-    """How ``DataParallel`` makes a replica of a module with a mark: without it, for it is a method of this module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def __call__(self) -> nn.Module:
-        replica: nn.Module = getattr(type(self._module), REPLICATE)(self._module)
-        unmark(replica)
-        return replica
-
-    @override
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # In a pickle of the model, what every module has, in words that a process without actrec knows too.
-        return getattr, (self._module, REPLICATE)
+    def __call__(self) -> Any:
+        module = self._mark.module
+        found = getattr(type(module), self._name)(module)
+        state = vars(found) if isinstance(found, type(module)) else found
+        if not isinstance(state, dict):  # of a class that has other ideas of it
+            return found
+        own = without_ended(self._mark.own)
+        kept = {name: value for name, value in state.items() if not isinstance(value, _Inert)}
+        kept.pop("forward", None)
+        if own is not None:
+            kept["forward"] = own
+        if state is found:
+            return kept
+        state.clear()
+        state.update(kept)
+        return found

@@ -30,6 +30,8 @@ class _Open:
 class Room(Stance):
     """While a block is open, there may be twice as many versions; behind it, those that were compiled in it count on top."""
 
+    in_graph = True
+
     @override
     def __enter__(self) -> None:
         config = compiler_config()

@@ -1,0 +1,1 @@
+"""Recording in what Inductor compiles, which takes minutes: ``nox -s compiled``."""
