@@ -113,6 +113,9 @@ is_wrapped: Callable[[Tensor], bool] = getattr(
     _functorch, "is_functorch_wrapped_tensor", lambda _: False
 )
 
+#: How deep this thread is in transforms of ``torch.func``; ``None`` outside. Without it, functions in one raise ``CaptureError``.
+transform_depth: Callable[[], int | None] = getattr(_functorch, "maybe_current_level", lambda: None)
+
 #: Whether a tensor is a batch of gradients at once (``is_grads_batched=True``). Without it, no.
 is_batch: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda _: False)
 

@@ -7,6 +7,7 @@ import gc
 import pickle
 import sys
 import threading
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -514,6 +515,53 @@ def test_each_step_of_generate_has_its_functions_and_the_tokens_are_the_same() -
             attention(**received, output=output)
 
 
+def test_what_hooks_of_modules_inside_call_is_nothing_that_the_forward_calls() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.utils.spectral_norm(nn.Linear(4, 4))
+            self.lazy = nn.LazyLinear(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lazy(self.a(x)).relu()
+
+    torch.manual_seed(0)
+    model = Normed().eval()
+    with record(model, "**:*") as acts:
+        model(X)
+    assert list(acts) == ["a:linear", "lazy:linear", ":relu"]
+
+
+def test_two_stars_go_for_the_model_where_nothing_inside_is_called() -> None:
+    class Lists(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.ParameterList([torch.eye(4)])
+            with warnings.catch_warnings(action="ignore"):  # it is deprecated
+                self.script = torch.jit.script(nn.Identity())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.script(x) @ self.weights[0]
+
+    model = Lists()
+    with record(model, "**:*") as acts:
+        model(X)
+    assert list(acts) == [":matmul"]
+
+
+def test_a_function_that_compiles_what_it_is_given_does_so_as_ever() -> None:
+    class Chooses(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda t: t * 2, lambda t: t - 2, (x,)) + 1
+
+    model = Chooses()
+    with record(model, ":*") as acts:
+        out = model(X + 1)
+    assert torch.equal(out, (X + 1) * 2 + 1)
+    assert torch.equal(acts[":cond"][0][0], (X + 1) * 2)
+    assert torch.equal(acts[":add"][0], out)
+
+
 # --- Nothing is felt of it ----------------------------------------------------------------------------
 
 
@@ -748,8 +796,9 @@ def test_a_name_that_nothing_has_is_told_at_the_end_with_what_was_called() -> No
     [
         (":size", "'size' was called there, and returned no tensor"),
         ("never:add", "'never' was never called"),
-        ("*:nothing", "the 2 modules that it names did not call it. Called there: 'mul'"),
+        ("*:nothing", "the 3 modules that it names did not call it. Called there: 'mul'"),
         ("empty:*", "Called there: nothing."),
+        ("steps:mul", "the forward of 'steps' is a generator or a coroutine"),
     ],
 )
 def test_the_reason_is_told(query: str, said: str) -> None:
@@ -757,12 +806,17 @@ def test_the_reason_is_told(query: str, said: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
+    class Steps(nn.Module):
+        def forward(self, x: Tensor) -> Iterator[Tensor]:
+            yield x * 2
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.empty, self.never = Empty(), Doubles()
+            self.empty, self.never, self.steps = Empty(), Doubles(), Steps()
 
         def forward(self, x: Tensor) -> Tensor:
+            next(self.steps(x))
             return self.empty(x[: x.size(0)])
 
     model = Model()
@@ -812,6 +866,29 @@ def test_a_model_that_is_read_is_not_recorded() -> None:
     net = Net().eval()
     with pytest.warns(UnusedLayerWarning, match="reads the model"), record(net, "blocks.0:add"):
         torch.fx.experimental.proxy_tensor.make_fx(net)(X)
+
+
+def test_functions_inside_torch_func_are_told_where_a_glob_asks_for_all() -> None:
+    class Differentiates(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.grad(lambda t: (t.sin() * 2).sum())(x) * 2 + 1
+
+    model = Differentiates()
+    with (
+        pytest.warns(UnusedLayerWarning, match="':sin', ':sum'.*: it was called inside torch.func"),
+        pytest.warns(IncompleteLayerWarning, match="':mul': 1 call of it ran inside torch.func"),
+        record(model, ":*", inputs=True) as acts,
+    ):
+        out = model(X)
+    assert torch.equal(acts[":add"][0], out)
+    assert len(acts[":mul"]) == 1
+    with (
+        pytest.warns(UnusedLayerWarning, match="'' was called inside torch.func"),
+        record(model, ":s*"),
+    ):
+        model(X)
+    with pytest.raises(CaptureError, match=r"inside torch\.func"), record(model, ":sin"):
+        model(X)
 
 
 @pytest.mark.parametrize(

@@ -390,6 +390,14 @@ class TestTorchScript:
         with pytest.raises(SelectionError, match="TorchScript"):
             record(nn.Sequential(scripted), "0")
 
+    @pytest.mark.parametrize("query", ["1", "**"])
+    def test_what_stands_beside_a_scripted_module_is_recorded(self, query: str) -> None:
+        model = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 4))
+        with record(model, query) as acts:
+            out = model(X)
+        assert [*acts] == ["1"]
+        assert torch.equal(acts["1"][0], out)
+
     def test_tracing_inside_the_block_is_not_recorded_and_traces_what_it_would(self) -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
         plain = torch.jit.trace(model, X)

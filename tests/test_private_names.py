@@ -243,6 +243,7 @@ def test_tensors_in_transforms_are_wrapped() -> None:
 
     def look(x: Tensor) -> Tensor:
         seen.append((_torch.is_wrapped(x), _torch.is_batch(x)))
+        assert (_torch.transform_depth() is not None) == _torch.is_wrapped(x)
         return x.sum()
 
     for function in (look, torch.func.vmap(look), torch.func.grad(look)):

@@ -22,15 +22,19 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from actrec._selection.functions import canonical
+from actrec._selection.globs import is_glob
 from actrec._selection.selection import Choice
 from actrec._torch import (
+    CALL_CODE,
     count_function_modes,
     function_mode_at,
     pop_function_mode,
     push_function_mode,
+    transform_depth,
 )
 from actrec._values.spec import tensors
 
+from .forwards import Forward
 from .frames import is_ours
 from .layer import Unrecorded
 from .own_calls import OWN_MODES, is_tracing
@@ -42,19 +46,17 @@ if TYPE_CHECKING:
     from actrec._selection.functions import FunctionQuery, Owner, What
     from actrec._selection.treatment import Treatment
 
-    from .forwards import Forward
     from .layer import Track
     from .session import Session
 
     #: Makes the track of a chosen function, and what makes its layers part of the recording.
     Make = Callable[[Choice], tuple[Track, Callable[[], None]]]
 
-__all__ = ["Aside", "Asked", "Shared", "Watcher", "stop_key"]
+__all__ = ["Aside", "Asked", "Function", "Shared", "Watcher", "stop_key"]
 
 _ATTRIBUTE: Final = ("__get__", "__set__", "__delete__")
 #: In evaluation they compute all in one fused function, but for a mode that is on: it would change the last bits.
 _FUSED: Final = (nn.MultiheadAttention, nn.TransformerEncoder)
-_DISPATCH: Final = ("__torch_function__", "handle_torch_function")
 
 
 def name_of(function: Any) -> str:
@@ -76,6 +78,8 @@ class Asked:
     def __init__(self, queries: Iterable[FunctionQuery]) -> None:
         # One that spells a function out goes before others.
         self.queries = sorted(queries, key=lambda query: not query.is_spelled_out)
+        #: The functions that a query names; globs ask for others.
+        self.names = {query.function for query in self.queries if not is_glob(query.function)}
         self._of: dict[str, dict[What, Treatment]] = {}
 
     def of(self, name: str) -> dict[What, Treatment]:
@@ -90,12 +94,14 @@ class Asked:
         return found
 
 
-class _Function:
+class Function:
     """The functions of one name that one module calls: what is recorded of them, if anything is."""
 
-    __slots__ = ("calls", "is_set", "publish", "track")
+    __slots__ = ("calls", "is_named", "is_set", "publish", "track")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, is_named: bool) -> None:
+        #: A query names it: where it cannot be recorded, that is an error.
+        self.is_named = is_named
         self.calls = 0  # of those that are recorded, all; of others, the first of each
         #: It returns nothing: its value is what it has written to.
         self.is_set = name == "setitem"
@@ -120,10 +126,11 @@ class _Mode(TorchFunctionMode):
         watcher = self.watcher
         if watcher is not None:
             function = watcher.by_function.get(func)
-            if (function is None or function.track is not None) and not _is_called_by_us():
+            is_new = function is None or function.track is not None
+            if is_new and not (is_dynamo_compiling() or _is_nobodys()):
                 function = function or watcher.function(func)
                 track = function.track
-                if track is not None:
+                if track is not None and (function.is_named or transform_depth() is None):
                     # All in this one frame: a mode of another block looks at who calls the function.
                     kwargs = kwargs or {}
                     function.calls += 1
@@ -136,6 +143,10 @@ class _Mode(TorchFunctionMode):
                         finally:
                             if function.publish is not None and track.called:
                                 watcher.publish(function)
+                    return result
+                if track is not None:
+                    result = func(*args, **(kwargs or {}))
+                    track.unrecorded[Unrecorded.TRANSFORMED] += bool(tensors(result))
                     return result
         return func(*args, **kwargs) if kwargs else func(*args)
 
@@ -220,8 +231,8 @@ class Watcher:
         self.unrecorded: Counter[Unrecorded] = Counter()
         self.ran = 0
         self.fused = 0  # how often it was left alone, so that it runs as it would
-        self.by_name: dict[str, _Function] = {}
-        self.by_function: dict[Any, _Function] = {}
+        self.by_name: dict[str, Function] = {}
+        self.by_function: dict[Any, Function] = {}
 
     # --- Running it -----------------------------------------------------------------------------------------
 
@@ -282,7 +293,7 @@ class Watcher:
 
     # --- What is called -------------------------------------------------------------------------------------
 
-    def function(self, function: Any) -> _Function:
+    def function(self, function: Any) -> Function:
         """Return what is recorded of a function that is called for the first time."""
         names = self._shared.names
         name = names.get(function)
@@ -292,12 +303,12 @@ class Watcher:
         found.calls += 1
         return found
 
-    def named(self, name: str) -> _Function:
+    def named(self, name: str) -> Function:
         """Return what is recorded of functions of a name."""
         with self._shared.lock:
             found = self.by_name.get(name)
             if found is None:
-                found = _Function(name)
+                found = Function(name, is_named=name in self.asked.names)
                 treatments = self.asked.of(name)
                 if treatments:
                     key, module = f"{self.owner.key}:{name}", self.owner.module
@@ -306,7 +317,7 @@ class Watcher:
                 self.by_name[name] = found
         return found
 
-    def publish(self, function: _Function) -> None:
+    def publish(self, function: Function) -> None:
         """Make what is recorded of a function part of the recording."""
         with self._shared.lock:
             if function.publish is not None:
@@ -317,11 +328,23 @@ class Watcher:
 # --- Who calls -------------------------------------------------------------------------------------------
 
 
-def _is_called_by_us() -> bool:
-    """Whether actrec calls the function that is running, to keep a value of a layer, or lets a transform call it."""
+#: What runs the forward that a function is called in.
+_RUNS: Final = {Watcher.run.__code__, Aside.run.__code__}
+
+
+def _is_nobodys() -> bool:
+    """Whether no forward calls the function that is running.
+
+    actrec does, to keep a value of a layer, or lets a transform call it; or a hook of a module inside, such as that of
+    ``spectral_norm``.
+    """
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
+    while frame is not None and frame.f_code not in _RUNS:
         if is_ours(frame) and frame.f_code.co_filename != __file__:
             return True
-        frame = frame.f_back if frame.f_code.co_name in _DISPATCH else None
+        if frame.f_code is CALL_CODE:
+            module: nn.Module = frame.f_locals["self"]
+            if isinstance(vars(module).get("forward"), Forward):
+                return True
+        frame = frame.f_back
     return False

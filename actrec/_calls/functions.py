@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from actrec._selection.functions import FunctionQuery, Owner
 
-    from .function_mode import Make
+    from .function_mode import Function, Make
     from .session import Session
 
 __all__ = ["Functions", "Missing", "stop_key"]
@@ -84,7 +85,7 @@ class Functions:
         }
         for module in below.values():
             is_script = isinstance(module, torch.jit.ScriptModule)
-            if id(module) not in self._watchers and is_called(module) and not is_script:
+            if id(module) not in self._watchers and not is_script and is_called(module):
                 yield Forward(module, self._aside)
 
     def end(self) -> None:
@@ -101,21 +102,34 @@ class Functions:
 
     def missing(self) -> Missing:
         """Return the queries for which nothing was recorded."""
-        causes = {query.query: self._cause(query) for query in self._queries}
-        return Missing(
-            {query: cause for query, cause in causes.items() if cause is not None},
-            any(watcher.ran for watcher in self._watchers.values()),
-        )
+        causes: dict[str, str] = {}
+        for query in self._queries:
+            cause = self._cause(query)
+            causes |= self._transformed(query) if cause is None else {query.query: cause}
+        return Missing(causes, any(watcher.ran for watcher in self._watchers.values()))
 
-    def _cause(self, query: FunctionQuery) -> str | None:
-        watchers = [self._watchers[id(owner.module)] for owner in query.owners]
-        asked = [
-            (name, function)
-            for watcher in watchers
+    def _asked(self, query: FunctionQuery) -> list[tuple[str, str, Function]]:
+        """What a query asks for, of what was called: the modules, the names and what was recorded."""
+        return [
+            (watcher.owner.key, name, function)
+            for watcher in (self._watchers[id(owner.module)] for owner in query.owners)
             for name, function in watcher.by_name.items()
             if query.asks_for(name)
         ]
-        tracks = [function.track for _, function in asked if function.track is not None]
+
+    def _transformed(self, query: FunctionQuery) -> dict[str, str]:
+        """The functions that a glob asks for besides others, and that were called where they cannot be recorded."""
+        where = Unrecorded.TRANSFORMED
+        return {
+            f"{key}:{name}": f"it was called {_ELSEWHERE[where]}"
+            for key, name, function in self._asked(query)
+            if function.track and not function.track.called and function.track.unrecorded[where]
+        }
+
+    def _cause(self, query: FunctionQuery) -> str | None:
+        watchers = [self._watchers[id(owner.module)] for owner in query.owners]
+        asked = self._asked(query)
+        tracks = [function.track for *_, function in asked if function.track is not None]
         if any(track.called or track.kept or track.error for track in tracks):
             return None
         one = len(watchers) == 1
@@ -130,13 +144,15 @@ class Functions:
         for where, cause in _ELSEWHERE.items():
             if elsewhere[where]:
                 return f"{who} {'was' if one else 'were'} called {cause}"
-        silent = sorted({name for name, function in asked if function.calls})
+        silent = sorted({name for _, name, function in asked if function.calls})
         if silent:
             return f"{listed(silent)} was called there, and returned no tensor"
-        return f"{who} did not call it. {self._instead(query, watchers)}"
+        return self._instead(query, watchers, who)
 
-    def _instead(self, query: FunctionQuery, watchers: list[Watcher]) -> str:
+    def _instead(self, query: FunctionQuery, watchers: list[Watcher], who: str) -> str:
         """What was called there, and what may have been meant."""
+        if all(map(_runs_later, watchers)):
+            return f"the forward of {who} is a generator or a coroutine: what it calls when it goes on is not seen"
         called = sorted(
             {n for w in watchers for n, function in w.by_name.items() if function.calls}
         )
@@ -146,16 +162,24 @@ class Functions:
         if any(children_of(watcher.owner.module) for watcher in watchers):
             inside = f"{watchers[0].owner.key}.**".lstrip(".")
             said += f" What modules inside call has their names, such as {f'{inside}:{query.function}'!r}."
-        return f"{said} {_UNSEEN}"
+        return f"{who} did not call it. {said} {_UNSEEN}"
 
 
 _ELSEWHERE: Final = {
     Unrecorded.PAUSED: "inside acts.pause()",
     Unrecorded.BACKWARD: "inside backward(), where calls are not recorded",
     Unrecorded.RECOMPUTED: "inside backward(), where activation checkpointing recomputes what was recorded before",
+    Unrecorded.TRANSFORMED: "inside torch.func (vmap, grad, jvp), where a tensor stands for many",
     Unrecorded.TRACED: "by something that reads the model (torch.jit.trace, make_fx, torch.export)",
 }
 _UNSEEN: Final = (
     "Not seen is what PyTorch's own functions call (multi_head_attention_forward, say), torch.autograd.Function.apply, and "
     "what runs in C++ or TorchScript"
 )
+
+
+def _runs_later(watcher: Watcher) -> bool:
+    """Whether the forward of a module returns before it has run."""
+    forward = type(watcher.owner.module).forward
+    kinds = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
+    return any(is_kind(forward) for is_kind in kinds)

@@ -57,6 +57,7 @@ class Unrecorded(Enum):
     BACKWARD = auto()  # and repeat no call of the forward
     RECOMPUTED = auto()
     TRACED = auto()  # made to write down what the model does
+    TRANSFORMED = auto()  # in a transform of torch.func, where tensors have no values of their own
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)

@@ -219,6 +219,8 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
         )
     if again := track.unrecorded[Unrecorded.BACKWARD]:
         return f"{_times(again, 'call')} of it ran inside backward(), {_BACKWARD}"
+    if inside := track.unrecorded[Unrecorded.TRANSFORMED]:
+        return f"{_times(inside, 'call')} of it ran inside torch.func (vmap, grad, jvp), where a tensor stands for many"
     if track.overtaken:
         return (
             f"hooks were added to it in the middle of {_times(track.overtaken, 'forward')}, and ran behind those of actrec: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeGuard
 
@@ -117,9 +118,10 @@ def ask(model: Model, query: str, treatment: Treatment, what: What) -> FunctionQ
 
 def _modules(model: Model, query: str) -> Iterator[Name]:
     if query == "**" and why_not(model, model.names[0]) is None:
-        yield model.names[0]  # of a model without modules inside, there is nothing else
-        if len(model.names) == 1:
-            return
+        yield model.names[0]
+        with suppress(SelectionError):  # inside, there may be nothing that is called
+            yield from answer(model, query)
+        return
     yield from answer(model, query)
 
 

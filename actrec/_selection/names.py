@@ -105,6 +105,8 @@ def _last(name: str) -> str:
 
 def is_called(module: nn.Module) -> bool:
     """Return whether there is a forward: ``ModuleList`` and its like have none, so hooks on them never run."""
+    if isinstance(module, torch.jit.ScriptModule):  # whose class has one for objects alone
+        return True
     return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
