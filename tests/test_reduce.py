@@ -375,6 +375,23 @@ def test_calls_cannot_be_read_and_the_message_says_what_can() -> None:
         acts["up"].nothing_of_that_name  # noqa: B018
 
 
+def test_calls_that_were_kept_have_no_result_and_the_message_says_how_to_get_one() -> None:
+    model = Net()
+    with record(model, "up") as acts:
+        model(numbers(2, 4))
+    for ask in (acts["up"].compute, lambda: acts["up"].merge_into(reduce.Norms())):
+        with pytest.raises(ActrecError, match=r"were kept.*record\(model, \{'up': actrec.reduce"):
+            ask()
+
+    class Calls(list[Any]):
+        def compute(self) -> int:
+            return len(self)
+
+    with record(model, "up", into=Calls) as acts:
+        model(numbers(2, 4))
+    assert acts["up"].compute() == 1
+
+
 def test_gradients_are_not_reduced_as_they_come() -> None:
     with pytest.raises(OptionError, match="cannot be reduced as it comes"):
         record(Net(), "up", grads=True, into=reduce.Norms).__enter__()

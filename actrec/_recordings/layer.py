@@ -17,7 +17,7 @@ from actrec._tables.html import as_html
 from actrec._text import count, shown, size
 from actrec._values.join import How, joined
 from actrec._values.spec import same
-from actrec.errors import JoinError
+from actrec.errors import ActrecError, JoinError
 
 from .guesses import explained, no_attribute_of_layer
 from .layer_view import layer_table
@@ -40,6 +40,7 @@ FUNCTION: Final = "function"
 
 #: What each call of a layer returned: a tensor, unless the user says otherwise.
 V = TypeVar("V", default=Tensor)
+M = TypeVar("M")
 
 
 class Overflows(Protocol):
@@ -272,6 +273,64 @@ class Layer(Sequence[V], Generic[V]):
             OptionError: ``dim`` is not an int.
         """
         return self._join("stack", dim, release=release)
+
+    def compute(self) -> Any:
+        """Return what the calls come to, of a layer that a reduction has taken in.
+
+        >>> import torch
+        >>> from actrec import record, reduce
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with torch.no_grad(), record(model, {"": reduce.Norms()}) as acts:
+        ...     for batch in torch.randn(2, 5, 4):
+        ...         output = model(batch)
+        >>> acts[""].compute().shape
+        torch.Size([3])
+
+        Returns:
+            What ``compute()`` of the reduction returns. In a :class:`actrec.reduce.TopK`, units have their keys.
+
+        Raises:
+            ActrecError: the calls were kept; or what reduced them is of a class that a file cannot name.
+        """
+        sink: Any = getattr(self, "sink", None)  # a container of the user's
+        if hasattr(sink, "compute"):
+            return sink.compute()
+        raise ActrecError(self._not_reduced("compute()"))
+
+    def merge_into(self, metric: M) -> M:
+        """Let a reduction take in what the reduction of this layer has taken in.
+
+        >>> import torch
+        >>> from actrec import record, reduce
+        >>> model = torch.nn.Linear(4, 3)
+        >>> with torch.no_grad(), record(model, {"": reduce.Norms()}) as acts:
+        ...     output = model(torch.randn(5, 4))
+        >>> both = acts[""].merge_into(reduce.Norms())
+        >>> both.merge_state(acts[""].sink.state())
+        >>> both.rows
+        tensor(10)
+
+        Of a stored recording it is the way to a metric that is no reduction of :mod:`actrec.reduce`, for all ranks:
+        ``acts["conv1"].merge_into(MeanMetric()).compute()``.
+
+        Args:
+            metric: one of the same kind, which has ``merge_state()``. It is changed.
+
+        Returns:
+            ``metric``.
+
+        Raises:
+            ActrecError: the calls were kept.
+            OptionError: ``metric`` is of another kind, or has other settings.
+        """
+        raise ActrecError(self._not_reduced(f"merge_into({type(metric).__name__}(...))"))
+
+    def _not_reduced(self, call: str) -> str:
+        return (
+            f"acts[{self.name!r}].{call}: its calls were kept. A reduction that takes them in stands behind the query, "
+            f"record(model, {{{self.name!r}: actrec.reduce.Moments()}}); one of what was kept is told by its update(): "
+            f"for value in acts[{self.name!r}]: moments.update(value)."
+        )
 
     def _join(self, how: How, dim: int, *, release: bool = False) -> V:
         call = f"acts[{self.name!r}].{how}(dim={dim!r})"

@@ -86,19 +86,15 @@ class Reduced(Layer[Any]):
     def _states(self) -> list[Mapping[str, Any]]:
         """Return its states: of several ranks one each, if only their class can merge them."""
 
+    @override
     def compute(self) -> Any:
-        """Return the result."""
         sink = self.sink
         found = sink.compute()
         name_units = getattr(sink, "name_units", None)
         return found if name_units is None else name_units(found, self._keys)
 
+    @override
     def merge_into(self, metric: M) -> M:
-        """Let ``metric``, a reduction of the same kind, take in what this one has, and return it.
-
-        Of a stored recording, in which states of several ranks may be, it is the way to a metric that is no reduction
-        of :mod:`actrec.reduce`: ``acts["conv1"].merge_into(MeanMetric()).compute()``.
-        """
         return merged(metric, *self._states())
 
     def _keys(self, ranks: Tensor, passes: Tensor) -> list[Any]:

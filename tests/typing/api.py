@@ -121,6 +121,8 @@ def what_a_recording_is(acts: Recording) -> None:
     assert_type(acts.units, Sequence[int | str])
     assert_type(acts.missing(range(3)), list[int | str])
     assert_type(acts.nbytes, int)
+    assert_type(acts["0"].merge_into(reduce.Norms()), reduce.Norms)
+    acts["0"].compute()
     mapping: Mapping[str, Layer] = acts
     assert_type(mapping["0"], Layer)
 
