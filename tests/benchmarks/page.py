@@ -161,6 +161,8 @@ def chart(shown: Iterable[tuple[str, Row]]) -> str:
     ]
     for at, (says, row) in enumerate(shown):
         y, end = STEP * at, max(x(row.median), x(row.high))
+        if end < x(1) < end + RIGHT:  # the number would stand on the mark
+            end = x(1)
         parts += [
             f'<text x="{LEFT}" y="{y + 14}" fill="currentColor">{escape(says)}</text>',
             f'<rect x="{LEFT}" y="{y + 19}" width="{round(x(row.median) - LEFT, 1)}" height="14" rx="2" fill="#2a7fba"/>',
