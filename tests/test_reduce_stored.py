@@ -123,6 +123,13 @@ def test_a_reduction_in_a_path_is_the_one_in_memory(tmp_path: Path) -> None:
     assert stored.nbytes > stored["up"].nbytes > 0
 
 
+def test_a_histogram_may_have_more_bins_than_a_value_has_parts(tmp_path: Path) -> None:
+    bins = reduce.Histogram(edges=torch.linspace(-9, 9, 70_000))
+    whole, stored = units(list, {"up": bins}, [0]), units(tmp_path / "run", {"up": bins}, [0])
+    assert equal(stored["up"].compute(), whole["up"].compute())
+    assert int(load(tmp_path / "run")["up"].compute().sum()) == 18
+
+
 def test_functions_are_reduced_into_a_path(tmp_path: Path) -> None:
     queries = {":relu": reduce.Norms(), "up": None}
     whole, stored = units(list, queries, range(2)), units(tmp_path / "run", queries, range(2))

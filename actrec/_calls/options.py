@@ -188,7 +188,8 @@ def _bad_container(into: object) -> str:
     return (
         f"record(into={into!r}): expected a function that makes a container with append(), such as list or "
         "functools.partial(collections.deque, maxlen=10), or a metric with update() and compute(), such as "
-        "actrec.reduce.Moments, or a path to record into."
+        "actrec.reduce.Moments, or a path to record into. What is reduced and goes to a path stands behind its query: "
+        "record(model, {layers: actrec.reduce.Moments()}, into=path)."
     )
 
 

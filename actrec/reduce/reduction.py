@@ -144,6 +144,9 @@ class Reduction:
     def state(self) -> dict[str, Any]:
         """Settings and state, of tensors and constants: what is stored."""
         held = {one.name: getattr(self, one.name) for one in fields(self)}
+        for name, value in held.items():
+            if isinstance(value, list):  # of numbers: as many as there are, one thing to store
+                held[name] = torch.tensor(value, dtype=torch.float64, device="cpu")
         return {"kind": type(self).__name__, **{k: v for k, v in held.items() if v is not None}}
 
     @property
