@@ -201,6 +201,8 @@ def test_the_package_has_addresses_keywords_and_policies():
     stability = (DOCS / "stability.md").read_text()
     for heading in ("What is public", "Versions and deprecation", "Stored recordings", "Security"):
         assert f"## {heading}\n" in stability
+    public = script("llms")["MODULES"]
+    assert [name for name in public if f"`{name}`" not in stability and name != "actrec"] == []
     assert (ROOT / "CITATION.cff").exists()
     assert (DOCS / "contributing.md").exists()
 
