@@ -346,6 +346,23 @@ def test_what_checkpointing_runs_again_is_not_recorded_again(use_reentrant: bool
     assert torch.equal(acts.grads["inner:sub"][0], relu * 3.0)
 
 
+def test_part_of_a_forward_in_reentrant_checkpointing_has_values_and_says_why_no_gradients() -> None:
+    class Part(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda t: t.sin() * 2, x, use_reentrant=True) + 1
+
+    model = Part()
+    x = X.clone().requires_grad_()
+    with (
+        pytest.warns(UserWarning, match="':sin', ':mul': its calls ran inside reentrant"),
+        record(model, ":*", grads=True) as acts,
+    ):
+        model(x).sum().backward()
+    assert torch.equal(acts[":mul"][0], X.sin() * 2)
+    assert torch.equal(acts.grads[":add"][0], torch.ones(3, 4))
+    assert list(acts.grads[":sin"]) == [None]
+
+
 def test_transforms_are_applied_and_each_query_may_have_its_own() -> None:
     net = Net()
     queries = {"blocks.*:*": lambda t: t.mean(0) + 1, "blocks.0:add": torch.sum}
@@ -530,6 +547,17 @@ def test_what_hooks_of_modules_inside_call_is_nothing_that_the_forward_calls() -
     with record(model, "**:*") as acts:
         model(X)
     assert list(acts) == ["a:linear", "lazy:linear", ":relu"]
+
+
+def test_a_module_that_a_forward_makes_for_itself_is_a_helper() -> None:
+    class Makes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.ReLU()(x) + 1
+
+    model = Makes()
+    with record(model, ":*") as acts:
+        model(X)
+    assert list(acts) == [":relu", ":add"]
 
 
 def test_two_stars_go_for_the_model_where_nothing_inside_is_called() -> None:

@@ -202,6 +202,7 @@ class Gradients:
     came: bool = False  # whether one has arrived
     views_waiting: int = 0  # how many views of compiled code no gradient has come of
     regions: Regions[_Call] = field(default_factory=Regions)
+    reentrant: bool = False  # whether calls ran in such regions, which are gone when their backward has run
     #: What is told of gradients that go to a path; ``None`` in memory.
     backwards: Any = field(init=False)
     _itself: weakref.ref[Gradients] = field(init=False)  # for the graph
@@ -287,6 +288,7 @@ class Gradients:
             self._watch(output, kept, call)
         if not torch.is_grad_enabled():
             self.regions.remember(call)
+            self.reentrant = self.reentrant or bool(self.regions)
             if call is not None and self.regions and self.backwards is not None:
                 self.backwards.expect(call.number)
 

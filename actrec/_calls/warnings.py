@@ -253,7 +253,7 @@ def _no_graph(track: Track) -> str | None:
         return None
     grads = track.grads
     if grads is not None and not grads.watched:
-        return _REENTRANT if grads.regions else _NO_GRAPH
+        return _REENTRANT if grads.reentrant else _NO_GRAPH
     if grads is not None and grads.backwards is not None and not grads.came:
         return _TOO_LATE
     outputs: Any = track.outputs
