@@ -202,7 +202,7 @@ class Gradients:
     came: bool = False  # whether one has arrived
     views_waiting: int = 0  # how many views of compiled code no gradient has come of
     regions: Regions[_Call] = field(default_factory=Regions)
-    reentrant: bool = False  # whether calls ran in such regions, which are gone when their backward has run
+    reentrant: bool = False  # whether calls ran in such regions, which may be gone by now
     #: What is told of gradients that go to a path; ``None`` in memory.
     backwards: Any = field(init=False)
     _itself: weakref.ref[Gradients] = field(init=False)  # for the graph
