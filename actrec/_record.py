@@ -340,6 +340,7 @@ class _Block(AbstractContextManager[Recorder[Any]]):
         if not self._yielded._is_idle():
             found = [*warned_of(self._model, self._tracks.of, session, missing)]
             self._yielded._warned = [message for message, _ in found]
+            self._destination.warned(self._yielded._warned)
             for message, category in found:
                 warnings.warn(message, category, stacklevel=2)
         self._warn_of_steps(stacklevel=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import os
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from actrec import (
+    CorruptRecordingError,
     OptionError,
     Recording,
     RecordingExistsError,
@@ -25,10 +27,13 @@ from actrec import (
     load,
     record,
     reduce,
+    verify,
 )
 from actrec.__main__ import main
 from actrec._recordings.in_memory import ListLayer
 from actrec._report import charts, report
+from actrec.store import Folder
+from actrec.store.disk import Disk
 from actrec.store.layers import StoredLayer
 
 
@@ -68,6 +73,9 @@ class Page(HTMLParser):
 def page(acts: Any, tmp_path: Path, **given: Any) -> Page:
     acts.report(tmp_path / "run.html", **given)
     return Page(tmp_path / "run.html")
+
+
+COMMIT = Disk.commit
 
 
 class Net(nn.Module):
@@ -151,12 +159,55 @@ def test_all_is_well_where_nothing_is_wrong(tmp_path: Path) -> None:
     assert seen.text["to-know"].endswith("Nothing was warned of, and nothing is missing.")
 
 
-def test_what_was_warned_of_is_on_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["memory", "saved", "path"])
+def test_what_was_warned_of_is_on_it(way: str, tmp_path: Path) -> None:
     net = Net()
-    with pytest.warns(UnusedLayerWarning) as caught, record(net) as acts:
+    into: Any = tmp_path / "a" if way == "path" else list
+    with pytest.warns(UnusedLayerWarning) as caught, record(net, into=into) as acts:
         net(torch.ones(2, 4))
-    for one in (acts, acts.select(["a", "spare"])):
+    if way == "saved":
+        acts.save(tmp_path / "a")
+    shown = acts if way == "memory" else load(tmp_path / "a")
+    for one in (shown, shown.select(["a", "spare"]), copy.copy(shown.select("a"))):
         assert str(caught[0].message) in page(one, tmp_path).text["to-know"]
+    if way != "memory":
+        assert verify(tmp_path / "a") == []
+        recorded().save(tmp_path / "a", overwrite=True)
+        assert [*load(tmp_path / "a")._warnings()] == []
+
+
+def test_warnings_of_several_runs_and_ranks_are_there_once(tmp_path: Path) -> None:
+    net = Net()
+    for resume in (False, True):
+        for rank in range(2):
+            folder = Folder(tmp_path / "a", rank=rank, world_size=2, run="a")
+            with pytest.warns(UnusedLayerWarning), record(net, into=folder, resume=resume):
+                net(torch.ones(2, 4))
+    assert len(load(tmp_path / "a")._warnings()) == 1
+
+
+def test_a_full_disk_keeps_no_warning_and_the_block_ends_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(
+        Disk,
+        "commit",
+        lambda self, name, write: full() if "warned" in name else COMMIT(self, name, write),
+    )
+    with pytest.warns(UnusedLayerWarning), record(Net(), into=tmp_path / "a"):
+        pass
+    assert [*load(tmp_path / "a")._warnings()] == []
+
+
+@pytest.mark.parametrize("content", ["", "[", "[3]", "{}"])
+def test_a_damaged_file_of_warnings_is_named(content: str, tmp_path: Path) -> None:
+    recorded(into=tmp_path / "a")
+    (tmp_path / "a" / "rank-00000" / "warned-7.json").write_text(content)
+    with pytest.raises(CorruptRecordingError, match=r"warned-7\.json is damaged"):
+        load(tmp_path / "a").report(tmp_path / "run.html")
 
 
 def test_what_is_missing_or_odd_is_on_it(tmp_path: Path) -> None:

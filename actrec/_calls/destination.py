@@ -13,7 +13,7 @@ from .reduced import ReducedLayer
 from .sink import SinkLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from actrec._recordings.layer import Layer, Role
     from actrec._recordings.units import Key
@@ -62,6 +62,9 @@ class Destination(Protocol):
 
     def left_by(self, error: BaseException | None) -> None:
         """The block ends; ``error`` is what it was left by."""
+
+    def warned(self, messages: Sequence[str]) -> None:
+        """The end of the block warns of this."""
 
     def close(self) -> None:
         """Nothing more is going to be kept. May be called again."""
@@ -131,6 +134,9 @@ class Memory:
 
     def left_by(self, error: BaseException | None) -> None:
         """Memory keeps what there is, however the block ends."""
+
+    def warned(self, messages: Sequence[str]) -> None:
+        """The recorder has them."""
 
     def close(self) -> None:
         """There is nothing to close."""

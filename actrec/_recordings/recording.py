@@ -565,6 +565,10 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         # Reports are made of recordings, not the other way round.
         import_module("actrec._report").report(self, path, progress=progress)
 
+    def _warnings(self) -> Sequence[str]:
+        """What the end of the block has warned of."""
+        return self._warned
+
     def _state(self) -> State:
         return "recorded"
 
@@ -608,7 +612,7 @@ class _Part(Recording[V], Generic[V]):
         self._whole = whole
         self._keys_of = whole._keys_of
         self._role = whole._role
-        self._where, self._warned = whole._where, whole._warned
+        self._where = whole._where
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
@@ -620,12 +624,16 @@ class _Part(Recording[V], Generic[V]):
             "_grads": self._grads,
             "_units": self._units,
         }
-        beside |= {"_where": self._where, "_warned": self._warned}
+        beside |= {"_where": self._where, "_warned": [*self._warnings()]}
         return Recording, (self._model, self._layers, *names, count), beside
 
     @override
     def _deliver(self) -> None:
         self._whole._deliver()
+
+    @override
+    def _warnings(self) -> Sequence[str]:
+        return self._whole._warnings()
 
     @override
     def _raised(self) -> set[Moment]:

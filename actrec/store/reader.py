@@ -24,6 +24,7 @@ from .layers import Source, StoredLayer
 from .ranks import listed_ranks, summary
 from .reduced import StoredReduction, made_reduced
 from .units import UNIT, StoredUnits
+from .warned import warnings_of
 from .whole import WholeLayer, made_whole, whole_problems
 
 if TYPE_CHECKING:
@@ -144,6 +145,11 @@ class StoredRecording(Recording[V], Generic[V]):
         """
         whole = not (self._left_out or self._repeated)
         return all(rank.complete for rank in self._latest) and whole
+
+    @override
+    def _warnings(self) -> Sequence[str]:
+        found = (text for rank in self._ranks for text in warnings_of(rank.index.disk))
+        return [*dict.fromkeys(found)]  # ranks of one run warn alike
 
     @property
     @override

@@ -15,6 +15,7 @@ from .index import shard_names
 from .lock import LOCK
 from .new_file import sync
 from .rank_folder import rank_folders
+from .warned import is_warnings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +64,7 @@ def _foreign(disk: Disk, ranks: list[Disk]) -> str | None:
         described |= DESCRIPTION in names
         own = {DESCRIPTION, LOCK, *shard_names(rank)}
         for name in names:
-            if name not in own and not name.endswith(UNFINISHED):
+            if name not in own and not name.endswith(UNFINISHED) and not is_warnings(name):
                 return f"{rank.name}/{name}"
     return None if described else ranks[0].name
 

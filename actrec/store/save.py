@@ -21,6 +21,7 @@ from .read_only import LayerOnDisk
 from .reduced import state_call
 from .replace import replacing
 from .units import key_call
+from .warned import keep_warnings
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def _write(
             error = None
         finally:
             writer.close(count if error is None else 0, error)
+        keep_warnings(opening.own, opening.ledger.heading.began, recording._warnings())
         failure = writer.unseen()
         if failure is not None:
             raise failure

@@ -14,10 +14,11 @@ from .reader import StoredRecording
 from .reduced import States
 from .steps import steps
 from .units import key_call
+from .warned import keep_warnings
 from .writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from actrec._recordings.layer import Layer
     from actrec._recordings.units import Key, Units
@@ -170,6 +171,10 @@ class Stream:
     def left_by(self, error: BaseException | None) -> None:
         """Say how the block was left."""
         self.error = None if error is None else type(error).__name__
+
+    def warned(self, messages: Sequence[str]) -> None:
+        """Keep what the end of the block warns of beside the shards."""
+        keep_warnings(self._opening.own, self._opening.ledger.heading.began, messages)
 
     def close(self) -> None:
         """Commit what is complete. May be called again."""

@@ -1,0 +1,61 @@
+"""What the end of a block has warned of, in a file beside the shards, so that who opens a recording later knows it, too."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from actrec.errors import ActrecError
+
+from .format import MAX_JSON, Defect, corrupt, need
+from .forms import checked
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .place import Place
+
+__all__ = ["is_warnings", "keep_warnings", "warnings_of"]
+
+_NAME: Final = re.compile(r"warned-[0-9]{1,20}\.json")
+
+
+def is_warnings(name: str) -> bool:
+    """Whether a file in the folder of a rank is one of warnings."""
+    return _NAME.fullmatch(name) is not None
+
+
+def keep_warnings(rank: Place, began: int, messages: Sequence[str]) -> None:
+    """Write what a run has warned of, which began then, if it is anything.
+
+    The user hears of it anyway: if the file cannot be written, as on a full disk, there is none.
+    """
+    if messages:
+        content = json.dumps([*messages]).encode()
+        with suppress(OSError, ActrecError):
+            rank.commit(f"warned-{began}.json", lambda file: file.write(content))
+
+
+def warnings_of(rank: Place) -> list[str]:
+    """Return what the runs of a rank have warned of.
+
+    Raises:
+        CorruptRecordingError: a file is damaged.
+    """
+    return [
+        text for name in sorted(filter(is_warnings, rank.names())) for text in _read(rank, name)
+    ]
+
+
+def _read(rank: Place, name: str) -> list[str]:
+    try:
+        size = rank.size(name)
+        need(0 < size <= MAX_JSON, f"it has {size} bytes")
+        found: list[str] = checked(json.loads(rank.read(name, 0, size)), [str], "the file")
+    except (ValueError, RecursionError) as error:
+        raise corrupt(rank.shown(name), f"it is no JSON ({error})") from None
+    except Defect as defect:
+        raise corrupt(rank.shown(name), defect) from None
+    return found
