@@ -467,3 +467,17 @@ def test_a_transformer_can_be_drawn_in_every_way() -> None:
 def test_a_layer_alone_is_told_how_it_is_drawn() -> None:
     with pytest.raises(OptionError, match=r"got ListLayer\. Write drift\(acts\.select\('a'\)\)\."):
         drift(ListLayer("a", [torch.ones(2)], "Linear"))  # type: ignore[arg-type]
+
+
+def test_a_call_of_which_no_sample_was_chosen_is_read_once(monkeypatch: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer: ListLayer[Any] = ListLayer(
+        "a", [torch.randn(1, 4, generator=generator) for _ in range(40)], "Linear"
+    )
+    read: list[int] = []
+    item = ListLayer.__getitem__
+    monkeypatch.setattr(
+        ListLayer, "__getitem__", lambda self, index: read.append(index) or item(self, index)
+    )
+    assert "linear CKA of 8 samples" in similarity({"a": layer}, most=8).get_title()
+    assert len({*read}) == len(read) == 8
