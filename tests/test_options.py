@@ -74,6 +74,12 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         record(net(), device="cuda:99")
 
 
+@pytest.mark.parametrize("device", ["gpu", "GPU:1", "nvidia"])
+def test_a_gpu_has_another_name(device: str) -> None:
+    with pytest.raises(OptionError, match=r"PyTorch calls the first GPU 'cuda'\. None keeps"):
+        record(net(), device=device)
+
+
 def test_options_have_names() -> None:
     with pytest.raises(OptionError, match="Options have names, such as transform="):
         record(net(), None, torch.relu)  # type: ignore[arg-type]

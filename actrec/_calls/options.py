@@ -201,6 +201,8 @@ def _checked_device(device: torch.device | str | int | None) -> torch.device | N
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
+        if isinstance(device, str) and device.partition(":")[0].lower() in {"gpu", "nvidia"}:
+            reason = "PyTorch calls the first GPU 'cuda'"
         message = f"record(device={device!r}): {reason}. None keeps values where they are."
         raise OptionError(message) from error
 
