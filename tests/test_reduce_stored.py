@@ -119,6 +119,10 @@ def test_a_reduction_in_a_path_is_the_one_in_memory(tmp_path: Path) -> None:
         assert len(acts.inputs["up"][0]) == 1  # kept, beside what is reduced
         assert compare(acts, whole).equal
     assert verify(tmp_path / "run") == []
+    statistics = stored.stats()
+    assert {row.layer for row in statistics} == {"mask"}
+    assert statistics.without == ("up", "down")
+    assert "without those whose calls were not kept: 'up', 'down'" in repr(statistics)
     assert "Moments" in repr(stored)
     assert stored.nbytes > stored["up"].nbytes > 0
 

@@ -480,7 +480,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         The title says where the first NaN or infinity is. The range of a histogram leaves out half a per cent of the elements
         on each side, which are in its first and last bar; a bar that sticks out is cut, such as that of the zeros of a ReLU.
 
-        Calls are read one after the other in blocks of a few megabytes, and not changed. It may be called inside the block.
+        Calls are read one after the other in blocks of a few megabytes, and not changed. It may be called inside the block. Layers
+        whose calls were not kept, because they were reduced, have no rows; the title names them.
 
         With a mask, such as the attention mask of each batch, padding does not count:
 

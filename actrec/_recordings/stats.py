@@ -13,7 +13,7 @@ from actrec._progress import showing
 from actrec._tables.drawn import Badge, Bar
 from actrec._tables.rows import Rows
 from actrec._tables.table import Cells, Column, Table
-from actrec._text import count, shown, size
+from actrec._text import count, listed, shown, size
 from actrec._values.spec import leaves
 
 from .masked import left_in
@@ -90,6 +90,9 @@ class Stats(Rows[Row]):
     of quantized tensors. Without finite elements they are NaN. Tensors on the meta device have 0 elements.
     """
 
+    #: The layers whose calls were not kept, such as those that a reduction has taken in.
+    without: tuple[str, ...] = ()
+
     @property
     def first_nonfinite(self) -> Row | None:
         """The row of the layer that was the first to return a NaN or an infinity, or ``None``.
@@ -101,6 +104,8 @@ class Stats(Rows[Row]):
     @override
     def _table(self) -> Table:
         title = f"statistics of {count(len({row.layer for row in self}), 'layer')}"
+        if self.without:
+            title += f", without those whose calls were not kept: {listed(self.without)}"
         names = [row.layer + row.leaf for row in self]
         largest = max((row.nbytes for row in self), default=0)
         rows = [_cells(row, largest) for row in self]
@@ -148,8 +153,10 @@ def _cells(row: Row, largest: int) -> Cells:
 
 def stats(layers: Sequence[Layer[Any]], masks: Masks | None = None, *, progress: bool) -> Stats:
     """Return the statistics of some layers. See :meth:`actrec.Recording.stats`."""
-    with showing("statistics", sum(map(len, layers)), progress=progress) as each:
-        found = Stats(row for layer in layers for row in _rows(layer, masks, each))
+    kept = [layer for layer in layers if layer.is_kept] or layers  # if none is, it is an error
+    with showing("statistics", sum(map(len, kept)), progress=progress) as each:
+        found = Stats(row for layer in kept for row in _rows(layer, masks, each))
+    found.without = tuple(layer.name for layer in layers if not layer.is_kept)
     if masks is not None:
         masks.check()
     return found
