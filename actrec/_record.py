@@ -33,6 +33,7 @@ from actrec._calls.warnings import warned_of
 from actrec._recordings.layer import FUNCTION
 from actrec._selection.names import type_name
 from actrec._selection.selection import Selection, select
+from actrec._torch import is_of_compiler
 from actrec._values.fsdp import frees_weights
 
 from .errors import ActrecError, OptionError, ResumeWarning
@@ -331,6 +332,8 @@ class _Block(AbstractContextManager[Recorder[Any]]):
                 error.add_note(str(failure))
             if session.stop is not None and "NoneType" in str(error):
                 error.add_note(_STOPPED)
+            if session.eager.in_graph and is_of_compiler(error):
+                error.add_note(_COMPILED)
             return
         if failure is not None:
             raise failure
@@ -502,6 +505,10 @@ def _position(into: object) -> tuple[int, int, str | None]:
 _STOPPED = (
     "record(stop_early=True): the call of the model returns None, because the forward ends as soon as the chosen layers have "
     "run. Use what was recorded, or record without stop_early"
+)
+_COMPILED = (
+    "record(compiled=True): this was compiled with the recording in it. Record without compiled=True, and the model runs "
+    "eagerly in the block"
 )
 _FORGOTTEN = (
     "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"

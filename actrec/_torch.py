@@ -375,6 +375,12 @@ def not_compiled_alone(*functions: Any) -> None:
         eval_frame.set_code_exec_strategy(function.__code__, strategy(action.SKIP, action.SKIP))
 
 
+def is_of_compiler(error: BaseException) -> bool:
+    """Whether it was raised by the compiler. Without the name, it was not."""
+    kind = _of("torch._dynamo.exc", "TorchDynamoException")
+    return kind is not None and isinstance(error, kind)
+
+
 def compiles_tensor_hooks() -> bool:
     """Whether ``Tensor.register_hook()`` can be compiled. Without it, gradients are not recorded in compiled code."""
     return find_spec("torch._higher_order_ops.register_hook") is not None

@@ -29,7 +29,7 @@ from actrec import (
     record,
 )
 from actrec._calls import options
-from actrec._calls.in_graph import self_test
+from actrec._calls.in_graph import self_test, trial
 from actrec._values.spec import same
 
 from .test_laws import CASES, Case, first
@@ -544,8 +544,9 @@ def test_a_layer_under_vmap_is_refused_by_name() -> None:
     told = pytest.raises(
         Exception, match=r"record\(compiled=True\): a layer is called inside torch\.func"
     )
-    with told, record(model, compiled=True):
+    with told as info, record(model, compiled=True):
         torch.compile(run, backend="aot_eager")(X)
+    assert "Record without compiled=True" in str(info.value.__notes__)
 
 
 AGAIN = partial(
@@ -587,23 +588,27 @@ def test_checkpointing_around_compiled_blocks() -> None:
         model(X).sum().backward()
 
 
-@pytest.mark.parametrize("failure", ["RuntimeError: no", "1 was recorded in the place of 2"])
-def test_a_pytorch_in_which_it_does_not_work_is_named(
-    monkeypatch: pytest.MonkeyPatch, failure: str
-) -> None:
+def test_a_pytorch_in_which_it_does_not_work_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> str:
-        if "Error" in failure:
-            raise RuntimeError("no")
-        return failure
+        raise RuntimeError("no\nmore")
 
-    monkeypatch.setattr(self_test, "_results", [])
-    monkeypatch.setattr(self_test, "_failure", fail)
-    with pytest.raises(
-        OptionError, match=rf"on torch {torch.__version__[0]}.*{failure}.*Without compiled=True"
-    ):
-        record(Net(), compiled=True)
-    with pytest.raises(OptionError, match="Without compiled=True"):
-        record(Net(), compiled=True)
+    for failure, told in {fail: "RuntimeError: no", lambda: "1, not 2": "1, not 2"}.items():
+        monkeypatch.setattr(self_test, "_results", [])
+        monkeypatch.setattr(trial, "failure", failure)
+        for _ in range(2):
+            with pytest.raises(
+                OptionError, match=rf"on torch {torch.__version__[0]}.*\({told}\).*Without"
+            ):
+                record(Net(), compiled=True)
+
+
+def test_the_trial_finds_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trial.Marks, "__enter__", lambda _: None)
+        assert "was recorded in the place of" in str(trial.failure()), "nothing misses"
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "count_graphs", iter(range(99)).__next__)
+        assert "graphs were compiled" in str(trial.failure())
 
 
 def test_gradients_need_a_pytorch_that_compiles_their_hooks(

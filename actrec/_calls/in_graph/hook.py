@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.compiler import (
     is_dynamo_compiling,  # a constant in what the compiler reads
-    is_exporting,
 )
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -124,7 +123,7 @@ def _asked_by_the_compiler(hook: HookInGraph[Any]) -> Callable[[], bool]:
     @as_constant
     def is_told() -> bool:
         found = known()
-        if found is None or is_exporting():
+        if found is None or torch.compiler.is_exporting():
             return False
         if is_in_transform():
             raise CaptureError(_TRANSFORM)

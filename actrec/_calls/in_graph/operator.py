@@ -140,9 +140,11 @@ _OPERATORS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
         _nothing,
     ),
 }
+#: That Python would not run in the replays of a CUDA graph, where this version knows such a tag.
+_TAGS: Final = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 for _schema, (_body, _fake) in _OPERATORS.items():
     _name = _schema.partition("(")[0]
-    _library.define(_schema)
+    _library.define(_schema, tags=_TAGS)
     _library.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"actrec::{_name}", _fake, lib=_library)
 
