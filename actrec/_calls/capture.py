@@ -37,7 +37,7 @@ __all__ = ["SKIPPED", "Capture"]
 SKIPPED: Final = object()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Capture:
     """How the values of one layer are kept."""
 
@@ -53,12 +53,20 @@ class Capture:
     direct: bool = field(init=False)  # is_direct(), which never changes
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "direct", self.is_direct())
+        self.direct = self.is_direct()
 
     def is_direct(self) -> bool:
         """Whether a tensor on the CPU is kept just as it is."""
         moved = self.device is not None and self.device.type != "cpu"
         return self.dtype is None and self.detach and self.share and not moved
+
+    def of(
+        self, layer: str, transform: Transform | None, what: str, offload: Offload | None
+    ) -> Capture:
+        """Return the same for the values of one layer."""
+        return Capture(
+            layer, transform, self.detach, self.share, self.device, self.dtype, what, offload
+        )
 
     def __call__(self, value: Value, call: int) -> Value:
         """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from actrec._selection.treatment import Treatment
 from actrec._text import function_name
 
 from .gradients import Gradients
@@ -29,6 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["ROLES", "Tracks"]
 
 ROLES: Final[tuple[What, ...]] = ("output", "input", "gradient")
+#: What is captured, for messages: before the number of the call.
+_OF: Final[dict[What, str]] = {
+    "output": "call",
+    "input": "what it received in call",
+    "gradient": "the gradient of call",
+}
 
 
 class Tracks:
@@ -72,37 +76,29 @@ class Tracks:
 
     def _track(self, choice: Choice, layers: Mapping[What, Layer[Any]]) -> Track:
         outputs, inputs, grads = (layers.get(role) for role in ROLES)
-        captures = {
-            what: replace(
-                self._capture,
-                layer=choice.key,
-                transform=treatment.transform,
-                offload=self._session.offload,
-            )
-            for what, treatment in {"output": Treatment(), **choice.treatments}.items()
-        }
-        for role, layer in layers.items():
-            layer._transform = function_name(captures[role].transform)
-        capture = self._counting(captures["output"], outputs)
+        capture = self._capture_of("output", choice, outputs)
         track = Track(self._session, capture, outputs)
         if inputs is not None:
-            received = replace(captures["input"], what="what it received in call")
-            track.inputs = Inputs.of(choice.module, inputs, self._counting(received, inputs))
+            received = self._capture_of("input", choice, inputs)
+            track.inputs = Inputs.of(choice.module, inputs, received)
         if grads is not None:
-            # A backward has no end at which it could be delivered: a gradient is moved at once.
-            what = replace(captures["gradient"], what="the gradient of call", offload=None)
+            gradient = self._capture_of("gradient", choice, grads)
             undecided = self._session.passes.undecided
-            alike = outputs is not None and what.transform is capture.transform
-            track.grads = Gradients(
-                self._counting(what, grads), grads, track.lock, alike, undecided
-            )
+            alike = outputs is not None and gradient.transform is capture.transform
+            track.grads = Gradients(gradient, grads, track.lock, alike, undecided)
         of_it = (layer for layer in (outputs, inputs, grads) if layer is not None)
         track.earlier = len(next(of_it))  # in a run that is resumed
         return track
 
-    def _counting(self, capture: Capture, layer: Layer[Any] | None) -> Capture:
-        """The same capture, which counts what does not fit into the dtype, for ``layer`` to say."""
-        if capture.dtype is None or layer is None:
-            return capture
-        layer.overflows = Overflows(capture.dtype, self._session.passes)
-        return replace(capture, overflows=layer.overflows)
+    def _capture_of(self, role: What, choice: Choice, layer: Layer[Any] | None) -> Capture:
+        """What makes the values that ``layer`` keeps, if there is one."""
+        treatment = choice.treatments.get(role)
+        transform = None if treatment is None else treatment.transform
+        # A backward has no end at which it could be delivered: a gradient is moved at once.
+        offload = None if role == "gradient" else self._session.offload
+        capture = self._capture.of(choice.key, transform, _OF[role], offload)
+        if layer is not None:
+            layer._transform = function_name(transform)
+            if capture.dtype is not None:
+                capture.overflows = layer.overflows = Overflows(capture.dtype, self._session.passes)
+        return capture
