@@ -90,6 +90,8 @@ ATTRIBUTES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "input of a layer": (lambda acts: acts["conv1"].input, "write acts.inputs['conv1'], after record(model, layers, inputs=True)."),
     "gradient of a layer": (lambda acts: acts["conv1"].grad, "write acts.grads['conv1'], after record(model, layers, grads=True)."),
     "statistics of a layer": (lambda acts: acts["conv1"].stats(), "write acts.select('conv1').stats()."),
+    "histogram of a layer": (lambda acts: acts["conv1"].hist(), "write acts.select('conv1').stats()."),
+    "drawing a layer": (lambda acts: acts["conv1"].plot(), "write actrec.plot.distributions(acts.select('conv1'))."),
     "saving a layer": (lambda acts: acts["conv1"].save("a"), "write acts.select('conv1').save(path)."),
     "data frame": (lambda acts: acts.to_pandas(), "write pandas.DataFrame(acts.stats())."),
     "first NaN": (lambda acts: acts.first_nan, "write acts.stats().first_nonfinite."),

@@ -40,7 +40,7 @@ _OTHERWISE: Final = {
     **dict.fromkeys(("names", "layers", "layer_names"), "list(acts)"),
     **dict.fromkeys(("activations", "features", "outputs", "data", "tensors"), "acts.values()"),
     **dict.fromkeys(("to_dict", "as_dict", "dict", "concat", "concatenate"), "acts.cat()"),
-    **dict.fromkeys(("summary", "describe", "statistics"), "acts.stats()"),
+    **dict.fromkeys(("summary", "describe", "statistics", "hist", "histogram", "histograms"), "acts.stats()"),
     **dict.fromkeys(("filter", "find", "subset"), "acts.select('layer*')"),
     **dict.fromkeys(("remove", "close", "detach_hooks", "remove_hooks"), "nothing: the hooks are gone when the with block ends"),
     **dict.fromkeys(("to_pandas", "to_dataframe", "dataframe", "df"), "pandas.DataFrame(acts.stats())"),
@@ -63,8 +63,9 @@ _OF_LAYER: Final = {
     **dict.fromkeys(("output", "outputs", "value", "tensor", "tensors", "activations", "concat"), "{place}.cat(), or {place}[0]"),
     **dict.fromkeys(("input", "inputs"), "acts.inputs[{name!r}], after record(model, layers, inputs=True)"),
     **dict.fromkeys(("grad", "grads", "gradient", "gradients"), "acts.grads[{name!r}], after record(model, layers, grads=True)"),
-    **dict.fromkeys(("stats", "summary", "describe"), "acts.select({name!r}).stats()"),
+    **dict.fromkeys(("stats", "summary", "describe", "hist", "histogram"), "acts.select({name!r}).stats()"),
     **dict.fromkeys(("report", "save"), "acts.select({name!r}).{attribute}(path)"),
+    "plot": "actrec.plot.distributions(acts.select({name!r}))",
     "first": "{place}[0]",
     "last": "{place}[-1]",
     "calls": "len({place})",
@@ -111,7 +112,8 @@ def no_index(layer: Sequence[Any], index: object) -> str:
 
 def no_call(layer: Sequence[Any], index: object) -> str:
     """Return what to say of an index behind the last call."""
-    return f"acts[{getattr(layer, 'name', '...')!r}][{index}]: there are {len(layer)} calls"
+    there = f"there {'is' if len(layer) == 1 else 'are'} {count(len(layer), 'call')}"
+    return f"acts[{getattr(layer, 'name', '...')!r}][{index}]: {there}"
 
 
 def no_sum(layer: Sequence[Any]) -> str:
