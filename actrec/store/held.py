@@ -13,7 +13,7 @@ from .format import MAX_HEADER
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
-    from .call import Call
+    from .call import Call, Look
 
 __all__ = ["Batch", "Held"]
 
@@ -45,7 +45,9 @@ class Held:
         self._passes: dict[int, list[Call]] = {}
         self._parted: set[int] = set()  # passes of which parts were handed out
         self._dropped: set[int] = set()  # of those, the ones that do not count
-        self._groups: dict[object, int] = {}  # with what they take in a header
+        self._looks: set[Look] = set()  # of the calls, whose groups are known then
+        self._groups: set[object] = set()
+        self._header = 0  # the bytes that those take in the header of a shard
 
     def __bool__(self) -> bool:
         return bool(self._passes)
@@ -54,7 +56,12 @@ class Held:
         """Take a call."""
         self._passes.setdefault(call.number, []).append(call)
         self.size += call.look.size
-        self._groups[call.slot, call.look.group] = call.look.header
+        if call.look not in self._looks:
+            self._looks.add(call.look)
+            group = call.slot, call.look.group
+            if group not in self._groups:
+                self._groups.add(group)
+                self._header += call.look.header
 
     def expect(self, number: int) -> None:
         """There will be calls of a pass when it is complete."""
@@ -63,7 +70,7 @@ class Held:
     def is_full(self) -> bool:
         """Whether there is as much as a shard should hold."""
         # A group has entries in the header of a shard, however many calls there are in it.
-        full = len(self._groups) > 1 and sum(self._groups.values()) >= MAX_HEADER // 4
+        full = len(self._groups) > 1 and self._header >= MAX_HEADER // 4
         return self.size >= self._limit or full
 
     def whole(self, complete: int) -> Iterator[Batch]:
@@ -112,5 +119,7 @@ class Held:
     def _take(self, numbers: Iterable[int]) -> list[Call]:
         calls = [call for number in numbers for call in self._passes.pop(number)]
         self.size -= sum(call.look.size for call in calls)
+        self._looks.clear()
         self._groups.clear()
+        self._header = 0
         return calls

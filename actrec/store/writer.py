@@ -93,7 +93,7 @@ class Writer:
         """
         with self._changed:
             self._raise()
-            while self.used and self.used + call.look.size > self._budget and not self._failed:
+            while self.used + call.look.size > self._budget and self.used and not self._failed:
                 self._make_room()
             if self._failed or self._closed:
                 return
