@@ -109,7 +109,7 @@ def test_every_table_is_there_as_plain_text_too(notebook: NotebookNode) -> None:
     ]
     assert len(tables) >= 4
     assert all(
-        data["text/plain"].startswith(("7 layers of Net", "recorded Net", "stored Net"))
+        data["text/plain"].startswith(("7 layers of Net", "recorded Net", "stored Net", "Layer"))
         for data in tables
     )
 
