@@ -384,8 +384,28 @@ class Broken(nn.Module):
 def test_a_model_that_cannot_be_one_graph(form: str) -> None:
     run, model = FORMS[form](Breaks(), backend="aot_eager")
     both(model, ["**", ""], lambda _: [run(X), run(X)], inputs=True)
-    own = graphs_of(lambda: run(X))
-    assert own == 2 * (form == "torch.compile(model)") or own > 0
+
+
+def test_gradients_come_from_the_graphs_of_several_blocks_and_forwards() -> None:
+    model = Net()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    gradients = []
+
+    def work(_: object) -> None:
+        (model(X) * model(X + 1)).sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+
+    both(model, "**", work, grads=True)
+    assert same(*gradients)
+
+
+def test_gradients_of_gradients_are_refused_where_they_would_be_wrong() -> None:
+    model = nn.Linear(4, 3)
+    run = torch.compile(lambda x: model(x).exp(), backend="eager")
+    told = pytest.raises(CaptureError, match="gradients of gradients")
+    with told, record(model, "", grads=True, compiled=True):
+        torch.autograd.grad(run(X).sum(), model.weight, create_graph=True)
 
 
 class Lookup(nn.Module):

@@ -76,7 +76,7 @@ NETS = {
     "breaks": (Breaks, torch.randn(2, 4)),
     "convolutions": (ConvNet, ConvNet().example()),
     "transformer": (TinyTransformer, TinyTransformer().example()),
-    "lstm": (lambda: nn.LSTM(4, 3, num_layers=2), torch.randn(5, 2, 4)),
+    "lstm": (lambda: nn.Sequential(nn.LSTM(4, 3, num_layers=2)), torch.randn(5, 2, 4)),
     "encoder": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0), 2),
         torch.randn(5, 2, 8),
@@ -86,7 +86,7 @@ NETS = {
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)),
         torch.randn(2, 1, 8, 8),
     ),
-    "embedding bag": (lambda: nn.EmbeddingBag(10, 4), torch.randint(10, (3, 5))),
+    "embedding bag": (lambda: nn.Sequential(nn.EmbeddingBag(10, 4)), torch.randint(10, (3, 5))),
 }
 
 

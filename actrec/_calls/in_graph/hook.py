@@ -182,7 +182,7 @@ def _count(bases: list[Tensor | None], one: Tensor | None) -> int:
 
 
 def _watch(tensor: Tensor, ticket: Tensor, at: int) -> None:
-    def arrives(grad: Tensor) -> None:
-        tell_gradient(grad, ticket, at, TOKEN)
+    def arrives(grad: Tensor) -> Any:
+        return tell_gradient(grad, ticket, at)
 
     tensor.register_hook(arrives)  # type: ignore[no-untyped-call]

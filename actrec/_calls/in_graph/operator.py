@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from actrec._calls.gradients import arrived_in_graph, watched_in_graph
+from actrec._values.snapshot import twin
+from actrec.errors import CaptureError
 
 from .outline import decode
 
@@ -108,10 +110,22 @@ def _tell_watched(
     return torch.frombuffer(ticket, dtype=torch.int64).view(())
 
 
-def _tell_gradient(grad: Tensor, ticket: Tensor, index: int, _: Tensor) -> None:
+def _tell_gradient(grad: Tensor, ticket: Tensor, index: int) -> Tensor:
+    """A gradient is there. Return one like it, which goes on its way in its place.
+
+    Writing to a token would not do: the graphs of several forwards would have saved it, and each would find it changed.
+    """
     call = _tickets[int(ticket)].call
     if call is not None:
         arrived_in_graph(call, index, grad)
+    if grad.requires_grad:
+        message = (
+            "record(compiled=True, grads=...): gradients of gradients (create_graph=True) do not go through compiled code. "
+            "Record without compiled=True"
+        )
+        raise CaptureError(message)
+    copy = twin(grad)
+    return grad.clone() if copy is None else copy
 
 
 def _any_ticket(*_: object) -> Tensor:
@@ -119,6 +133,10 @@ def _any_ticket(*_: object) -> Tensor:
 
 
 # --- The operators -----------------------------------------------------------------------------------------
+
+
+def _alike(grad: Tensor, *_: object) -> Tensor:
+    return grad.clone()
 
 
 def _nothing(*_: object) -> None:
@@ -135,10 +153,7 @@ _OPERATORS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
         _tell_watched,
         _any_ticket,
     ),
-    "tell_gradient_1(Tensor grad, Tensor ticket, int index, Tensor(a!) token) -> ()": (
-        _tell_gradient,
-        _nothing,
-    ),
+    "tell_gradient_1(Tensor grad, Tensor ticket, int index) -> Tensor": (_tell_gradient, _alike),
 }
 #: That Python would not run in the replays of a CUDA graph, where this version knows such a tag.
 _TAGS: Final = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
