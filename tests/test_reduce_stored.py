@@ -123,7 +123,10 @@ def test_a_reduction_in_a_path_is_the_one_in_memory(tmp_path: Path) -> None:
     assert {row.layer for row in statistics} == {"mask"}
     assert statistics.without == ("up", "down")
     assert "without those whose calls were not kept: 'up', 'down'" in repr(statistics)
-    assert "Moments" in repr(stored)
+    for acts in (whole, stored):
+        assert "Moments" in repr(acts)
+        assert "8 calls, Moments" in acts["up"]._repr_html_()
+        assert "Moments" in acts._repr_html_()
     assert stored.nbytes > stored["up"].nbytes > 0
 
 

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, overload
 import torch
 from typing_extensions import override
 
+from actrec._tables.html import as_html
 from actrec._values.memory import held
 from actrec._values.spec import tensors
 from actrec._values.summary import Summary
 from actrec.errors import ActrecError
 
 from .layer import Layer
+from .layer_view import layer_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,6 +142,10 @@ class Reduced(Layer[Any]):
     @override
     def _readable(self) -> Iterator[Value]:
         self._refuse()
+
+    @override
+    def _repr_html_(self) -> str:
+        return as_html(layer_table(repr(self), 0, ()))
 
     def _refuse(self) -> NoReturn:
         message = (
