@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from actrec import record
 
@@ -95,9 +96,35 @@ def _counted(count: Callable[[Callable[[], object]], None]) -> Iterator[str]:
         with torch.set_grad_enabled(name == "grads"), record(eight, **options):
             count(partial(eight, x))
         yield f"eight layers, actrec, {name}"
+    adds = nn.Sequential(_Adds())
+    of_functions: dict[str, Any] = {
+        "no mode": no_hook,
+        "an empty mode": lambda _: _Empty(),
+        "actrec, the last": partial(record, layers="0:relu"),
+        "actrec, all": partial(record, layers="0:*"),
+        "actrec, all, inputs": partial(record, layers="0:*", inputs=True),
+    }
+    for name, mode in of_functions.items():
+        with torch.no_grad(), mode(adds):
+            count(partial(adds, x))
+        yield f"nine functions, {name}"
     with torch.no_grad():
         count(partial(_block, eight, x))
     yield "eight layers, actrec, one forward with entering and leaving"
+
+
+class _Adds(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(LAYERS):
+            x = x + 1
+        return x.relu()
+
+
+class _Empty(TorchFunctionMode):
+    """The least that a mode can cost."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 def _block(model: nn.Module, x: torch.Tensor) -> None:
