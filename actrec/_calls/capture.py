@@ -10,8 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from torch import Tensor
+
 from actrec._text import listed
 from actrec._torch import version
+from actrec._values.constants import CONSTANTS
 from actrec._values.dtensor import cloned, detached, is_distributed, on_part
 from actrec._values.modes import normal_mode_unseen, unseen
 from actrec._values.snapshot import check, snapshot, twin
@@ -23,7 +26,6 @@ from .device import refuse_graph_capture
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from actrec._selection.queries import Transform
     from actrec._values.containers import Value
@@ -86,7 +88,13 @@ class Capture:
                     f"{error}. It gets a dict from parameter name to value, here of {listed(given)}"
                 )
                 raise TransformError(message) from error.__cause__
-        if len(given) == 1:  # nothing can stand in two places, so there is nothing to look out for
+        values = given.values()
+        found = [id(value) for value in values if type(value) is Tensor]
+        # Where nothing can stand in two places, there is nothing to look out for.
+        if len(given) == 1 or (
+            len({*found}) == len(found)
+            and all(type(value) is Tensor or isinstance(value, CONSTANTS) for value in values)
+        ):
             return {name: rebuild(value, self.keep) for name, value in given.items()}
         return rebuild(given, self.keep)
 

@@ -262,5 +262,7 @@ def rebuild(
     """Return a value like ``value``, with ``change(t)`` in the place of every tensor ``t``. See :func:`flatten`."""
     if type(value) is Tensor:
         return change(value)
+    if isinstance(value, CONSTANTS):
+        return value
     found, spec = flatten(value, unknown, stand_ins=stand_ins)
     return spec.fill([change(tensor) for tensor in found])
