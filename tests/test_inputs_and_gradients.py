@@ -169,7 +169,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "an empty list": ({"inputs": []}, SelectionError, r"inputs=\[\].*False means none"),
     "None": ({"grads": None}, OptionError, r"grads=None.*False means none, True the layers"),
     "no such layer": ({"grads": "3"}, SelectionError, "'3' matches no layer"),
-    "no transform": ({"inputs": {"2": 3}}, OptionError, "transform of '2'"),
+    "no transform": ({"inputs": {"2": 3}}, OptionError, "gives '2' 3; expected a transform"),
     "a graph that ends": (
         {"layers": (), "grads": "0", "stop_early": True},
         OptionError,
