@@ -21,7 +21,7 @@ from tests.frozen.described import described, value
 
 FOLDER = Path(__file__).parent / "frozen/version-2"
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-NAMES = ["crashed", "kinds", "ranks", "roles"]
+NAMES = ["crashed", "kinds", "ranks", "roles", "units"]
 
 
 def about(name: str) -> Any:
@@ -92,3 +92,26 @@ def test_ranks_are_merged_and_parts_of_tensors_made_whole() -> None:
         calls = [[*who, value(v)] for *who, v in zip(layer.passes, layer.ranks, layer, strict=True)]
         assert plain(calls) == expected[name]
     assert len(found["b"]) == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_units_functions_gradients_and_reductions_of_a_rank_come_back(rank: int) -> None:
+    found, expected = load(FOLDER / "units", rank=rank), about("units")["ranks"][rank]
+    assert {name: list(found[name].units) for name in expected["units"]} == expected["units"]
+    layers = {name: [value(one) for one in found[name]] for name in expected["layers"]}
+    assert plain(layers) == expected["layers"]
+    assert plain([value(one) for one in found.grads["linear"]]) == expected["grads"]
+    moments = value(found["relu"].compute())
+    assert plain(moments) == expected["reduced"]["relu"]
+    assert found.failed_passes == [1]
+
+
+def test_units_and_reductions_of_all_ranks_are_merged() -> None:
+    found = load(FOLDER / "units")
+    one, other = (load(FOLDER / "units", rank=rank) for rank in range(2))
+    assert list(found.units) == ["a0", "a1", "c0", "c1"]
+    assert found.missing(["a0", "b0"]) == ["b0"]
+    counts = [acts["relu"].compute()["count"] for acts in (one, other, found)]
+    assert counts[0] + counts[1] == counts[2]
+    best = torch.stack([acts["rnn"].compute()["values"][0] for acts in (one, other)]).amax(0)
+    assert torch.equal(found["rnn"].compute()["values"][0], best)

@@ -1,5 +1,7 @@
 """Makes the recordings beside it: ``python -m tests.frozen.make``. Only where the format gets another version, into another folder.
 
+``python -m tests.frozen.make units`` makes one of them, one that is new.
+
 What is written into the JSON files is what was recorded in memory, not what is read again.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections import OrderedDict, deque, namedtuple
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import actrec
-from actrec import Opaque, record
+from actrec import Opaque, record, reduce
 from actrec.store import Folder
 from actrec.store.format import DTYPES
 from tests.frozen.described import described
@@ -188,10 +191,61 @@ def ranks() -> None:
     })  # fmt: skip
 
 
+KEPT = ["linear", "relu:relu", ":sub", "mask"]
+
+
+def of_units(into: Any, rank: int) -> Any:
+    """Units of one rank, one of which fails; functions, gradients and reductions."""
+    torch.manual_seed(rank)
+    net = Net()
+    layers: dict[Any, Any] = {
+        "linear": None,
+        "relu:relu": None,
+        ":sub": None,
+        "relu": reduce.Moments(),
+        "rnn": (first, reduce.TopK(k=2)),
+    }
+    with record(net, layers, grads="linear", into=into) as acts:
+        for key in ("a", "b", "c"):
+            net.fails = key == "b"
+            try:
+                with acts.unit(f"{key}{rank}"):
+                    for rows in (2, 1):
+                        net(torch.randn(rows, 3)).hidden.sum().backward()
+                    acts.add("mask", torch.tensor([key == "a"]))
+            except ZeroDivisionError:
+                pass
+    return acts
+
+
+def first(value: tuple[Tensor, Any]) -> Tensor:
+    return value[0]
+
+
+def units() -> None:
+    """What two ranks have recorded in units."""
+    expected = [of_units(list, rank) for rank in range(2)]
+    for rank in range(2):
+        of_units(Folder(FOLDER / "units", rank=rank, world_size=2, run="frozen"), rank)
+    write("units", {
+        "ranks": [
+            {
+                "units": {name: list(acts[name].units) for name in KEPT},
+                "layers": {name: [describe(one) for one in acts[name]] for name in KEPT},
+                "grads": [describe(one) for one in acts.grads["linear"]],
+                "reduced": {name: describe(acts[name].compute()) for name in ("relu", "rnn")},
+            }
+            for acts in expected
+        ]
+    })  # fmt: skip
+
+
 if __name__ == "__main__":
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
-    for make in (roles, kinds, crashed, ranks):
-        make()
+    if not sys.argv[1:]:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(exist_ok=True)
+    for make in (roles, kinds, crashed, ranks, units):
+        if make.__name__ in (sys.argv[1:] or [make.__name__]):
+            make()
     for left in [*FOLDER.rglob("writer.lock"), *FOLDER.rglob("*.tmp")]:
         left.unlink()
