@@ -22,14 +22,18 @@ from torch.utils.checkpoint import checkpoint
 from actrec import (
     CaptureError,
     MissingGradientWarning,
+    Opaque,
     OptionError,
     TransformError,
     UnusedLayerWarning,
     load,
     record,
 )
-from actrec._calls import options
+from actrec._calls import options, session
+from actrec._calls.hooks import Event
+from actrec._calls.in_graph import hook as in_graph
 from actrec._calls.in_graph import self_test, trial
+from actrec._calls.in_graph.outline import decode, encode
 from actrec._values.spec import same
 
 from .test_laws import CASES, Case, first
@@ -529,6 +533,76 @@ def test_laws_hold_of_generated_models(case: Case) -> None:
 
     with MODES_OF_LAWS[case.mode]():
         both(model, case.layers(model), work, inputs=case.options["inputs"], grads=grads)
+
+
+# --- What the compiler reads -------------------------------------------------------------------------------
+
+
+def test_what_the_compiler_reads_in_the_place_of_a_hook_tells_the_same_where_python_runs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(in_graph, "is_dynamo_compiling", lambda: True)
+    for model in (Nested(), Net(), nn.Sequential(nn.Unflatten(1, (2, 2)))):
+        both(model, ["**", ""], lambda _, model=model: model(X), inputs=True)
+        options = {"inputs": True, "grads": any(True for _ in model.parameters())}
+        if options["grads"]:
+            both(model, ["**", ""], lambda _, model=model: model(X).sum().backward(), **options)
+    hook = in_graph.HookInGraph(Event.RETURN, session.Session(), print)
+    assert not hook.is_told() or hook.told == 0
+    asked = hook.is_told
+    del hook
+    assert not asked(), "the block has ended"
+
+
+class Words(list[Any]):
+    pass
+
+
+@dataclass(frozen=True)
+class Record:
+    tensor: Tensor
+    size: int = 3
+
+
+def test_values_come_back_as_they_were() -> None:
+    def local() -> type:
+        class Same(NamedTuple):
+            tensor: Tensor
+
+        return Same
+
+    tensor = torch.ones(2)
+    values = [
+        *(tensor, None, 3, 1.5, "a'b", b"c", True, 2j, ..., slice(1, 2), torch.float16, nn.Linear),
+        *((tensor, [tensor, torch.zeros(1)]), X.shape, X.max(0), Words([tensor]), Record(tensor)),
+        *({"a": tensor, 3: (1, 2)}, OrderedDict(a=tensor), ModelOutput(tensor, [tensor])),
+        *(local()(tensor), local()(tensor), (), [], {}, torch.device("cpu"), torch.strided),
+    ]
+    for value in values:
+        tensors: list[Tensor] = []
+        numbers: list[int] = []
+        outline = encode(value, tensors, numbers)
+        again = decode(outline, tensors, numbers)
+        assert same(again, value), outline
+        assert type(again) is type(value), outline
+    assert decode(encode(object(), [], []), [], []) == Opaque("object")
+
+
+def test_a_block_that_stops_early_may_be_open_too_and_both_end_in_any_order() -> None:
+    model = Net()
+    for early_first, first_out in ((True, 0), (True, 1), (False, 0), (False, 1)):
+        blocks = [
+            record(model, "head", stop_early=True),
+            record(model, ["head", ""], compiled=True),
+        ]
+        blocks = blocks if early_first else blocks[::-1]
+        entered = [block.__enter__() for block in blocks]
+        model(X)
+        for block in blocks if first_out == 0 else blocks[::-1]:
+            block.__exit__(None, None, None)
+        assert [len(acts["head"]) for acts in entered] == [1, 1]
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert model(X).shape == (2, 3)
 
 
 # --- What cannot be ----------------------------------------------------------------------------------------

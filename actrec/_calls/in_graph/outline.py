@@ -11,6 +11,7 @@ import ast
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
+from enum import Enum
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -29,7 +30,10 @@ __all__ = ["decode", "encode"]
 # --- What the compiler reads -----------------------------------------------------------------------------
 
 _LITERALS = (type(None), bool, str, float, complex, bytes)
-_NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, type)
+_NAMED = (
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(type, type(...), slice, range, Enum),
+)
 
 
 def encode(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
