@@ -67,8 +67,8 @@ class _Thread:
         self.opener: Callable[[], nn.Module | None] = lambda: None  # whose call began the pass
         self.is_root = False  # whether that is the root
         self.handled = 0  # the id of the exception that was being handled when the pass began
-        self.graph: FrameType | None = None  # of the compiled code that reports a call right now
-        self.opened_in: FrameType | None = None  # that of the one that began the pass
+        self.graph = False  # whether compiled code reports a call right now
+        self.opened_in: FrameType | None = None  # that of the compiled code that began the pass
 
     def leads_to(self, module: nn.Module) -> bool:
         """Whether ``module`` is inside the one whose call began the pass."""
@@ -139,7 +139,7 @@ class Passes(Count):
             self._close(thread, raised=True)
         if not thread.calling:
             thread.handled = id(sys.exception())
-            thread.opened_in = thread.graph
+            thread.opened_in = compiled_frame() if thread.graph else None
             thread.opener, thread.is_root = weakref.ref(module), is_root
             with self._lock:  # so that no pass is counted and not open, as complete() would see it
                 thread.number = self._number(module)
@@ -150,15 +150,15 @@ class Passes(Count):
     def in_graph(self) -> Iterator[None]:
         """What is begun in this block, compiled code calls: such a call is not on Python's stack."""
         thread = self._local.thread
-        thread.graph = compiled_frame()
+        thread.graph = True
         try:
             yield
         finally:
-            thread.graph = None
+            thread.graph = False
 
     def _goes_on(self, thread: _Thread, module: nn.Module) -> bool:
         """Whether the calls that this thread is in go on, and ``module`` is called inside them; or they were interrupted."""
-        if thread.graph is None:
+        if not thread.graph:
             return _is_inside_itself([*thread.calling, id(module)])
         frames = _frames(sys._getframe(1))
         return _is_inside(thread.calling) or any(one is thread.opened_in for one in frames)
