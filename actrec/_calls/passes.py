@@ -139,7 +139,6 @@ class Passes(Count):
             self._close(thread, raised=True)
         if not thread.calling:
             thread.handled = id(sys.exception())
-            thread.opened_in = compiled_frame() if thread.graph else None
             thread.opener, thread.is_root = weakref.ref(module), is_root
             with self._lock:  # so that no pass is counted and not open, as complete() would see it
                 thread.number = self._number(module)
@@ -150,11 +149,13 @@ class Passes(Count):
     def in_graph(self) -> Iterator[None]:
         """What is begun in this block, compiled code calls: such a call is not on Python's stack."""
         thread = self._local.thread
-        thread.graph = True
+        thread.graph, before = True, thread.number
         try:
             yield
         finally:
             thread.graph = False
+            if before is None:  # it may have begun a pass
+                thread.opened_in = compiled_frame()
 
     def _goes_on(self, thread: _Thread, module: nn.Module) -> bool:
         """Whether the calls that this thread is in go on, and ``module`` is called inside them; or they were interrupted."""
