@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that actrec uses, what it is for, and what happens in a version that lacks it.
+"""Every private name of PyTorch, and of torchmetrics, that actrec uses, what it is for, and what happens in a version that lacks it.
 
 No other module of actrec uses one, and ``tests/test_private_names.py`` notices when one of them changes what it does.
 """
@@ -451,3 +451,18 @@ def never_compiled(reason: str) -> Callable[[F], F]:
 
 #: What ``torch.distributions`` draws with.
 PRIVATE_DRAWS: Final = frozenset({"_standard_gamma", "_sample_dirichlet"})
+
+
+# --- Metrics of torchmetrics ---------------------------------------------------------------------------
+
+
+def reductions_of(metric: Any) -> dict[str, str | None]:
+    """How each state of a metric is merged, by the name of the function. Without it, its ``merge_state()`` is trusted."""
+    found = getattr(metric, "_reductions", {})
+    return {name: getattr(how, "__name__", None) for name, how in found.items()}
+
+
+def count_an_update(metric: Any) -> None:
+    """A metric has taken in states of others, and would warn that there is nothing in it. Without the name, none does."""
+    if getattr(metric, "_update_count", None) == 0:
+        metric._update_count = 1

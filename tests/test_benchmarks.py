@@ -25,6 +25,7 @@ def printed_here(module: str, call: str) -> list[float]:
     return [float(number) for number in printed.getvalue().split()]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of the compiler's own imports
 @pytest.mark.parametrize("name", run.BENCHMARKS)
 def test_every_benchmark_runs_and_measures_something_with_a_target(
     name: str, monkeypatch: pytest.MonkeyPatch

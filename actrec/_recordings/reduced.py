@@ -14,6 +14,7 @@ import torch
 from typing_extensions import override
 
 from actrec._tables.html import as_html
+from actrec._torch import count_an_update, reductions_of
 from actrec._values.memory import held
 from actrec._values.spec import tensors
 from actrec._values.summary import Summary
@@ -45,8 +46,8 @@ def why_not_stored(make: Callable[[], Any]) -> str | None:
     made = make()
     if not (hasattr(made, "metric_state") and callable(getattr(made, "merge_state", None))):
         return "it has no metric_state and merge_state(), which reductions of actrec.reduce and metrics of torchmetrics have"
-    for name, how in getattr(made, "_reductions", {}).items():
-        if getattr(how, "__name__", None) not in _EXACT:
+    for name, how in reductions_of(made).items():
+        if how not in _EXACT:
             return f"its state {name!r} is none that can be added up, or joined, in any order"
     try:
         made.merge_state(make().metric_state)
@@ -60,8 +61,7 @@ def merged(into: M, *states: Mapping[str, Any]) -> M:
     metric: Any = into
     for state in reversed(states):  # torchmetrics puts what comes first
         metric.merge_state(state)
-        if getattr(metric, "_update_count", None) == 0:
-            metric._update_count = 1  # or else torchmetrics would warn that there is nothing in it
+        count_an_update(metric)
     return into
 
 
