@@ -299,6 +299,32 @@ def test_kinds_of_modules() -> None:
     assert _torch.is_replica(nn.Linear(1, 1)._replicate_for_data_parallel())
 
 
+def test_the_method_that_makes_a_replica_is_the_one_that_is_asked() -> None:
+    assert f"module.{_torch.REPLICATE}()" in inspect.getsource(
+        sys.modules["torch.nn.parallel.replicate"]
+    )
+
+
+@pytest.mark.parametrize("prepend", [False, True])
+def test_a_hook_is_given_another_number_and_nothing_else_of_it_changes(prepend: bool) -> None:
+    module, calls = nn.Linear(4, 4), []
+    module.register_forward_hook(lambda *_: calls.append("other"))
+    handle = module.register_forward_hook(
+        lambda _, __, kwargs, ___: calls.append(*kwargs),
+        with_kwargs=True,
+        always_call=True,
+        prepend=prepend,
+    )
+    handle.id = _torch.renumber(module, handle.id, -7)
+    module(input=X)
+    assert calls == (["input", "other"] if prepend else ["other", "input"])
+    with pytest.raises(RuntimeError):
+        module(input=X[:, :2])
+    assert calls[2:] == ["input"], "it is called also where the module raises"
+    handle.remove()
+    assert not any(isinstance(table, dict) and -7 in table for table in vars(module).values())
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_guards_of_an_exported_model() -> None:
     model = torch.export.export(nn.Sequential(nn.Linear(4, 4)), (X,)).module()
@@ -530,3 +556,165 @@ def test_operators_that_compile_themselves_say_so() -> None:
     torch.cond(X.sum() > 0, lambda x: x + ask(), lambda x: x - 1, (X.clone().requires_grad_(),))
     assert set(seen) == {True}
     assert not _torch.compiles_itself()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_what_the_compiler_is_reading_is_told() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    @_torch.as_constant
+    def ask() -> int:
+        seen.append((_torch.is_in_body(), _torch.is_in_transform()))
+        return 1
+
+    def add(x: Tensor) -> Tensor:
+        return x + ask()
+
+    def branch(x: Tensor) -> Any:
+        return torch.cond(x.sum() > 0, add, lambda x: x - 1, (x,))
+
+    def region(x: Tensor) -> Any:
+        return checkpoint(add, x, use_reentrant=False)
+
+    expected = {
+        add: {(False, False)},
+        branch: {(True, False)},
+        region: {(False, False)},
+        torch.vmap(add): {(True, True), (False, True)},
+    }
+    for function, told in expected.items():
+        compiled(function)(X)
+        assert {*seen} <= told, function
+        assert seen, function
+        seen.clear()
+    assert not _torch.is_in_body()
+    torch.vmap(add)(X)
+    assert seen == [(False, True)]
+
+
+def compiled(function: Any, backend: Any = "eager") -> Any:
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+
+
+def test_views_are_compared_in_code_that_is_compiled() -> None:
+    def is_view(x: Tensor) -> Tensor:
+        y = x + 1
+        return x + (_torch.read_base_of(y.view(-1)) is y)
+
+    assert _torch.read_base_of(X) is None
+    assert _torch.read_base_of(X.view(-1)) is X
+    assert torch.equal(compiled(is_view)(X), X + 1)
+
+
+def test_graphs_are_counted_and_limited() -> None:
+    function = compiled(lambda x, number: x + number)
+    before = _torch.count_graphs()
+    for number in (1, 1, 2):
+        function(X, number)
+    assert _torch.count_graphs() == before + 2
+    for limit in _torch.LIMITS:
+        with (
+            _torch.compiler_config().patch({limit: 2}),
+            pytest.raises(Exception, match=r"failure|limit"),
+        ):
+            function(X, 3)
+    function(X, 3)  # and there is room again
+
+
+def test_what_the_compiler_raises_is_told() -> None:
+    with pytest.raises(Exception, match="graph_break") as info:
+        compiled(torch._dynamo.graph_break)()
+    assert _torch.is_of_compiler(info.value)
+    assert not _torch.is_of_compiler(RuntimeError())
+
+
+def test_what_torch_compile_returns_is_a_wrapper() -> None:
+    model = nn.Linear(4, 4)
+    assert _torch.is_compiled_wrapper(torch.compile(model, backend="eager"))
+    model.compile(backend="eager")
+    assert not _torch.is_compiled_wrapper(model)
+
+
+def test_a_function_that_is_not_compiled_alone_is_compiled_as_part_of_others() -> None:
+    def one(x: Tensor) -> Tensor:
+        return x + 1
+
+    def other(x: Tensor) -> Tensor:
+        return x + 1
+
+    @torch.compiler.disable(recursive=False)
+    def between(function: Any, x: Tensor) -> Any:
+        return function(x)
+
+    def around(function: Any, x: Tensor) -> Any:
+        return between(function, x)
+
+    def alone(function: Any, x: Tensor) -> Any:
+        return function(x)
+
+    torch._dynamo.reset()  # which forgets the mark, of what it has compiled
+    _torch.not_compiled_alone(other)
+    for caller, function, graphs in ((around, one, 1), (around, other, 0), (alone, other, 1)):
+        before = _torch.count_graphs()
+        assert torch.equal(torch.compile(caller, backend="eager")(function, X), X + 1)
+        assert _torch.count_graphs() == before + graphs
+
+
+def test_hooks_on_tensors_are_compiled_where_that_is_said() -> None:
+    def watched(x: Tensor) -> Tensor:
+        y = x + 1
+        y.register_hook(lambda grad: grad * 2)
+        return y * 3
+
+    x = X.clone().requires_grad_()
+    if _torch.compiles_tensor_hooks():
+        compiled(watched, "aot_eager")(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.unique().tolist() == [6]
+    else:
+        with pytest.raises(Exception) as info:  # noqa: PT011
+            compiled(watched, "aot_eager")(x)
+        assert _torch.is_of_compiler(info.value)
+
+
+def test_compiled_code_is_found_on_the_stack() -> None:
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen: list[tuple[str | None, bool]] = []
+
+    def compiler(graph: Any, _: object) -> Any:
+        def run(*args: Tensor) -> Any:
+            frame = _torch.compiled_frame()
+            name = None if frame is None else frame.f_code.co_name
+            seen.append((name, _torch.is_recomputing_in_graph()))
+            return graph(*args)
+
+        return make_boxed_func(run)
+
+    def double(x: Tensor) -> Tensor:
+        return x.exp()
+
+    function = compiled(double, aot_autograd(fw_compiler=compiler, bw_compiler=compiler))
+    function(X.clone().requires_grad_()).sum().backward()
+    assert seen[0] == ("double", False)
+    assert [again for _, again in seen] == [False, True]
+    assert _torch.compiled_frame() is None
+
+
+# --- Metrics of torchmetrics -----------------------------------------------------------------------------
+
+
+def test_how_metrics_are_merged_and_that_they_were_updated() -> None:
+    metrics = pytest.importorskip("torchmetrics")
+    metric = metrics.MeanMetric()
+    assert _torch.reductions_of(metric) == {"mean_value": "dim_zero_sum", "weight": "dim_zero_sum"}
+    assert _torch.reductions_of(metrics.CatMetric()) == {"value": "dim_zero_cat"}
+    with pytest.warns(UserWarning, match="was called before"):
+        metric.compute()
+    metric = metrics.MeanMetric()
+    for _ in range(2):
+        _torch.count_an_update(metric)
+    assert metric.update_count == 1
+    metric.compute()  # without a warning
