@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from actrec import Recording
+from actrec import Recording, record
 from actrec._recordings import look
 from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.look import Look
@@ -148,3 +149,13 @@ def test_a_look_that_another_thread_goes_on_with_begins_anew() -> None:
     repr(layer)
     assert others == [None]
     assert "(3,) float32, 12 B" in repr(layer)
+
+
+def test_a_call_that_was_taken_away_past_the_layer_is_not_counted() -> None:
+    model = nn.Identity()
+    with record(model, "") as acts:
+        model(torch.ones(2, 3))
+        model(torch.ones(5, 3))
+    assert "2 calls" in repr(acts[""])
+    list.pop(acts[""])
+    assert "1 call, (2, 3)" in repr(acts[""])
