@@ -17,8 +17,10 @@ from actrec import (
     ActrecError,
     IncompleteLayerWarning,
     UnusedLayerWarning,
+    _torch,
     record,
 )
+from actrec._calls import compiled as compiled_code
 from actrec._calls.compiled import Eager
 
 X = torch.randn(2, 4)
@@ -452,3 +454,34 @@ assert len(acts["0"]) == 1, acts
 
 def test_one_that_cannot_be_recorded_then_says_what_to_do() -> None:
     subprocess.run([sys.executable, "-c", FULLGRAPH], check=True, timeout=300)
+
+
+def test_a_compiler_that_comes_inside_the_block_is_told_when_a_pass_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_there = False
+    monkeypatch.setattr(compiled_code, "is_compiler_loaded", lambda: is_there)
+    model = nn.Linear(4, 4)
+    run = torch.compile(lambda x: model(x), backend="eager")  # noqa: PLW0108
+    run(X)
+    for calls in (1, 2):
+        with record(model) as acts:
+            model(X)
+            is_there = calls == 2
+            model(X)
+            run(X)
+        assert len(acts[""]) == 1 + calls
+        assert _torch.stance().stance == "default"
+
+
+def test_without_the_private_names_the_public_stance_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiled_code, "stance_setter", lambda: None)
+    model = nn.Linear(4, 4)
+    run = torch.compile(model, backend="eager")
+    run(X)
+    with record(model) as acts:
+        run(X)
+    assert len(acts[""]) == 1
+    assert _torch.stance().stance == "default"

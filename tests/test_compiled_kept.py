@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import pickle
 import threading
@@ -33,6 +34,7 @@ from actrec._calls import options, session
 from actrec._calls.hooks import Event
 from actrec._calls.in_graph import hook as in_graph
 from actrec._calls.in_graph import self_test, trial
+from actrec._calls.in_graph.operator import TOKEN, tell, tell_nested
 from actrec._calls.in_graph.outline import decode, encode
 from actrec._values.spec import same
 
@@ -548,11 +550,50 @@ def test_what_the_compiler_reads_in_the_place_of_a_hook_tells_the_same_where_pyt
         options = {"inputs": True, "grads": any(True for _ in model.parameters())}
         if options["grads"]:
             both(model, ["**", ""], lambda _, model=model: model(X).sum().backward(), **options)
-    hook = in_graph.HookInGraph(Event.RETURN, session.Session(), print)
-    assert not hook.is_told() or hook.told == 0
-    asked = hook.is_told
-    del hook
-    assert not asked(), "the block has ended"
+    model = nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Linear(2, 2))
+    with pytest.warns(MissingGradientWarning, match="no gradient can reach 1 of 3"):
+        both(model, ["**", ""], lambda _: model(X).sum().backward(), grads=True)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    with pytest.warns(UnusedLayerWarning), record(model, compiled=True) as acts:
+        model(X)
+    assert all(len(layer) == 0 for layer in acts.values()), "an exported model tells nobody"
+
+
+def test_what_is_told_for_a_block_that_is_gone_is_told_to_nobody() -> None:
+    model, target, heard = nn.Linear(4, 4), session.Session(), []
+    hook = in_graph.HookInGraph(Event.RETURN, target, lambda *_: heard.append(1))
+    handle = hook.register(model)
+    model(X)
+    tell(X, hook.key, TOKEN)
+    assert heard == [1, 1]
+    del target
+    model(X)
+    tell(X, hook.key, TOKEN)
+    hook.is_in_body()
+    handle.remove()
+    asked, key = hook.is_told, hook.key
+    del hook, handle
+    tell(X, key, TOKEN)
+    tell_nested([X], [], "('tensor', 0)", key, TOKEN)
+    assert not asked()
+    assert heard == [1, 1]
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_part_that_is_not_recorded_has_no_gradients_and_its_leaves_are_not_refused(
+    read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_graph, "is_dynamo_compiling", lambda: read)
+    model = nn.Sequential(nn.Identity(), nn.Linear(4, 3))
+    run = model if read else torch.compile(model, backend="aot_eager")
+    x = X.clone().requires_grad_()
+    with record(model, grads=True, compiled=True) as acts:
+        with acts.pause():
+            run(x).sum().backward()
+        run(x * 2).sum().backward()
+    torch.testing.assert_close(x.grad, 3 * model[1].weight.sum(0).expand(2, 4))
+    assert [len(grads) for grads in acts.grads.values()] == [1, 1]
+    assert acts.grads["1"][0].tolist() == [[1, 1, 1]] * 2
 
 
 class Words(list[Any]):
@@ -589,21 +630,49 @@ def test_values_come_back_as_they_were() -> None:
     assert decode(encode(object(), [], []), [], []) == Opaque("object")
 
 
-def test_a_block_that_stops_early_may_be_open_too_and_both_end_in_any_order() -> None:
-    model = Net()
-    for early_first, first_out in ((True, 0), (True, 1), (False, 0), (False, 1)):
+@pytest.mark.parametrize("kinds", [*itertools.product([False, True], repeat=3)])
+def test_blocks_end_in_any_order_and_some_of_them_may_stop_early(kinds: list[bool]) -> None:
+    for order in itertools.permutations(range(3)):
+        model = Net()
         blocks = [
-            record(model, "head", stop_early=True),
-            record(model, ["head", ""], compiled=True),
+            record(model, "head", stop_early=True)
+            if is_early
+            else record(model, ["head", ""], compiled=True)
+            for is_early in kinds
         ]
-        blocks = blocks if early_first else blocks[::-1]
         entered = [block.__enter__() for block in blocks]
-        model(X)
-        for block in blocks if first_out == 0 else blocks[::-1]:
-            block.__exit__(None, None, None)
-        assert [len(acts["head"]) for acts in entered] == [1, 1]
-        assert not any("forward" in vars(module) for module in model.modules())
+        for at in order:
+            model(X)
+            blocks[at].__exit__(None, None, None)
+            assert not is_marked(copy.deepcopy(model))
+        assert [len(acts["head"]) for acts in entered] == [order.index(at) + 1 for at in range(3)]
+        assert not is_marked(model)
         assert model(X).shape == (2, 3)
+
+
+def is_marked(model: nn.Module) -> bool:
+    names = {name for module in model.modules() for name in vars(module)}
+    return bool({"forward", "__getstate__", "_replicate_for_data_parallel"} & names)
+
+
+class Compact(nn.Linear):
+    """Its state is no dict."""
+
+    def __getstate__(self) -> Any:
+        return self.weight, self.bias
+
+    def __setstate__(self, state: Any) -> None:
+        super().__init__(4, 4)
+        self.weight, self.bias = state
+
+
+def test_a_module_whose_state_is_no_dict_is_copied_as_it_says() -> None:
+    model = nn.Sequential(Compact(4, 4))
+    with record(model, compiled=True) as acts:
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        assert all(torch.equal(one(X), model(X)) for one in copies)
+    assert len(acts["0"]) == len(copies)
+    assert not any(map(is_marked, copies))
 
 
 # --- What cannot be ----------------------------------------------------------------------------------------
@@ -704,6 +773,9 @@ def test_the_trial_finds_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(trial, "count_graphs", iter(range(99)).__next__)
         assert "graphs were compiled" in str(trial.failure())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda run, **_: lambda x: run(x) + 1)
+        assert "something else" in str(trial.failure())
 
 
 def test_gradients_need_a_pytorch_that_compiles_their_hooks(

@@ -114,8 +114,9 @@ class Forward:
             above = attributes.get("forward")
             if above is self:
                 del attributes["forward"]
-                if self.own is not None:
-                    attributes["forward"] = self.own
+                own = without_ended(self.own)
+                if own is not None:
+                    attributes["forward"] = own
             # A block that was entered later ends later: from now on it stands for what we stood for.
             while isinstance(above, Forward):
                 if above.own is self:

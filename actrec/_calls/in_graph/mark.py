@@ -119,14 +119,18 @@ class _Mark:
                 attributes["forward"] = own
             return
         # A block that was entered later ends later: from now on it stands for what this one stood for.
-        for above in others:
+        above = _standing(attributes.get("forward"), others)
+        while above is not None:
             if above.own is self.forward:
                 above.own = own
-        stands = attributes.get("forward")
-        while isinstance(stands, Forward):
-            if stands.own is self.forward:
-                stands.own = own
-            stands = stands.own
+            above = _standing(above.own, others)
+
+
+def _standing(forward: Any, marks: list[_Mark]) -> _Mark | Forward | None:
+    """What has set ``forward`` on the module while its block is open: one of its marks, or a forward that stands in."""
+    if isinstance(forward, Forward):
+        return forward
+    return next((mark for mark in marks if mark.forward is forward), None)
 
 
 #: What makes a copy, a pickle or a replica of a module.
