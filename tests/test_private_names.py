@@ -405,6 +405,21 @@ def test_references_are_counted() -> None:
     del other, kept
 
 
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (torch.ops.aten.clamp.Tensor, [["self", "min", "max"]]),
+        (torch.ops.aten.relu, [["self"], ["self"]]),
+        (torch.relu, [["self"], ["self"]]),
+        (Tensor.__add__, []),
+        (nn.functional.scaled_dot_product_attention.__class__, []),
+    ],
+)
+def test_operators_say_what_their_parameters_are(function: Any, names: list[list[str]]) -> None:
+    schemas = _torch.schemas_of(function)
+    assert [[one.name for one in schema.arguments][: len(names[0])] for schema in schemas] == names
+
+
 # --- What this thread is doing -----------------------------------------------------------------------
 
 
@@ -494,6 +509,14 @@ def test_a_model_that_is_read_is_told(options: dict[str, Any]) -> None:
     make_fx(forward, **options)(X)
     forward(X)
     assert seen == [True, False]
+
+
+def test_a_model_that_aot_autograd_reads_is_told() -> None:
+    seen: list[bool] = []
+    context = torch._guards.TracingContext(None)  # type: ignore[no-untyped-call]
+    with torch._guards.tracing(context):
+        seen.append(_torch.is_read())
+    assert [*seen, _torch.is_read()] == [True, False]
 
 
 # --- The compiler --------------------------------------------------------------------------------------
