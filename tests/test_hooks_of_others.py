@@ -373,7 +373,7 @@ def test_an_input_transform_that_fails_on_what_a_late_hook_put_in_place_is_named
 
     model = Told()
     with (
-        pytest.raises(TransformError, match="shifted|ValueError") as raised,
+        pytest.raises(TransformError, match="ValueError") as raised,
         record(model, (), inputs={"": refuse_shifted}),
     ):
         model(X.clone())
