@@ -231,7 +231,17 @@ def is_writable_view(tensor: Tensor) -> bool:
 
 def owners(base: Any) -> tuple[int, int]:
     """How many references there are to ``base`` from Python, and from anywhere."""
-    return sys.getrefcount(base), base._use_count()
+    return sys.getrefcount(base) - _references(_PROBE) + _USUAL, base._use_count()
+
+
+def _references(thing: object) -> int:
+    return sys.getrefcount(thing)
+
+
+#: Once a limit of the compiler was reached with ``fullgraph=True``, a call of a function holds its arguments once more. So
+#: what a call holds is counted with something that nothing else refers to.
+_PROBE: Final = object()
+_USUAL: Final = _references(_PROBE)
 
 
 def owners_of_one_view() -> tuple[int, int]:

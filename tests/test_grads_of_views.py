@@ -635,3 +635,19 @@ def test_a_view_of_a_leaf_and_a_view_of_nothing_have_their_gradients_too() -> No
     of_row, of_nothing = acts.grads["0"][0]
     assert torch.equal(of_row, torch.full((1, 3), 2.0))
     assert of_nothing.shape == (0, 3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of the compiler's own imports
+def test_the_gradient_of_a_view_comes_also_after_the_compiler_has_met_a_limit() -> None:
+    """From then on a call of a function holds its arguments once more, and references are what tells who uses a base."""
+    add = torch.compile(lambda x, number: x + number, backend="eager", fullgraph=True)
+    with (
+        torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1),
+        pytest.raises(Exception, match=r"failure|limit"),
+    ):
+        for number in range(3):
+            add(X, number)
+    model = RESIDUALS["Linear"]()
+    with record(model, "layer", grads=True) as acts:
+        model(X.clone().requires_grad_()).sum().backward()
+    assert acts.grads["layer"][0] is not None
