@@ -724,20 +724,3 @@ def test_compiled_code_is_found_on_the_stack() -> None:
     assert seen[0] == ("double", False)
     assert [again for _, again in seen] == [False, True]
     assert _torch.compiled_frame() is None
-
-
-# --- Metrics of torchmetrics -----------------------------------------------------------------------------
-
-
-def test_how_metrics_are_merged_and_that_they_were_updated() -> None:
-    metrics = pytest.importorskip("torchmetrics")
-    metric = metrics.MeanMetric()
-    assert _torch.reductions_of(metric) == {"mean_value": "dim_zero_sum", "weight": "dim_zero_sum"}
-    assert _torch.reductions_of(metrics.CatMetric()) == {"value": "dim_zero_cat"}
-    with pytest.warns(UserWarning, match="was called before"):
-        metric.compute()
-    metric = metrics.MeanMetric()
-    for _ in range(2):
-        _torch.count_an_update(metric)
-    assert metric.update_count == 1
-    metric.compute()  # without a warning

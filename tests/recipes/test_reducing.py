@@ -10,7 +10,7 @@ import torch
 import torchmetrics
 from torch import nn
 
-from actrec import OptionError, load, record
+from actrec import OptionError, _torch, load, record
 from actrec.store import Folder
 
 if TYPE_CHECKING:
@@ -60,3 +60,16 @@ def test_a_metric_of_torchmetrics_goes_to_a_path_and_those_of_all_ranks_are_merg
 def test_what_torchmetrics_cannot_merge_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"reduced by .*merge_state.*full_state_update"):
         record(nn.ReLU(), {"": torchmetrics.MaxMetric}, into=tmp_path / "run")
+
+
+def test_how_metrics_are_merged_and_that_they_were_updated() -> None:
+    metric = torchmetrics.MeanMetric()
+    assert _torch.reductions_of(metric) == {"mean_value": "dim_zero_sum", "weight": "dim_zero_sum"}
+    assert _torch.reductions_of(torchmetrics.CatMetric()) == {"value": "dim_zero_cat"}
+    with pytest.warns(UserWarning, match="was called before"):
+        metric.compute()
+    metric = torchmetrics.MeanMetric()
+    for _ in range(2):
+        _torch.count_an_update(metric)
+    assert metric.update_count == 1
+    metric.compute()  # without a warning
