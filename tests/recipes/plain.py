@@ -32,6 +32,10 @@ class Plain(dict[str, list["Tensor"]]):
         finally:
             self.paused -= 1
 
+    @contextlib.contextmanager
+    def unit(self, _key: object) -> Iterator[None]:
+        yield
+
     def add(self, name: str, value: Tensor) -> None:
         if not self.paused:
             self.setdefault(name, []).append(value.detach().clone())

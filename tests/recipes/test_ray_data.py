@@ -109,4 +109,4 @@ def test_an_error_of_actrec_reaches_the_one_who_started_the_run(recipe):
     with pytest.raises(ray.exceptions.RayTaskError) as raised:
         features.take_all()
     assert "SelectionError" in str(raised.value)
-    assert "Did you mean 'conv2' or 'conv1'?" in str(raised.value)
+    assert "Did you mean 'conv1' or 'conv2'?" in str(raised.value)

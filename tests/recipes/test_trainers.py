@@ -69,9 +69,8 @@ def test_trainer_records_what_plain_hooks_see_and_trains_as_without(hugging_face
 
 def test_every_other_step_of_trainer_is_recorded_and_no_evaluation(hugging_face):
     acts = hugging_face(actrec.record)["acts"]
-    assert torch.stack([*acts["step"]]).tolist() == [1, 3, 5]
-    assert acts["step"].passes == [1, 3, 5]  # two passes to a step
-    assert acts["model.layers.1"].passes == [0, 1, 2, 3, 4, 5]
+    assert len(acts.units) == 3
+    assert acts["model.layers.1"].passes == [0, 0, 1, 1, 2, 2]  # two calls to a step
     assert acts["model.layers.1"][0].shape == (4, 16)
 
 
@@ -83,8 +82,8 @@ def test_trainer_in_two_processes_leaves_one_recording(tmp_path):
     launch(["torchrun", "--nproc-per-node", "2", "train.py"], tmp_path)
     acts = actrec.load(tmp_path / "run")
     assert acts.complete
-    assert [rank.num_passes for rank in acts.ranks] == [6, 6]
-    assert torch.stack([*acts["step"]]).tolist() == [1, 1, 3, 3, 5, 5]
+    assert [rank.num_passes for rank in acts.ranks] == [3, 3]
+    assert len(set(acts.units)) == 6
 
 
 # --- accelerate --------------------------------------------------------------------------------------
@@ -162,7 +161,7 @@ def test_every_other_batch_of_lightning_is_recorded_and_no_validation(lightning)
     assert all(grad is not None for grad in acts.grads["net.0"])
 
 
-def test_parts_that_lightning_calls_one_by_one_are_passes_of_their_own(lightning):
+def test_parts_that_lightning_calls_one_by_one_are_one_pass_of_the_step(lightning):
     names = lightning(actrec.record)
 
     class Parts(names["Classifier"]):
@@ -183,7 +182,7 @@ def test_parts_that_lightning_calls_one_by_one_are_passes_of_their_own(lightning
         max_epochs=1, accelerator="cpu", callbacks=[recording], **names["quiet"]
     )
     trainer.fit(Parts(), names["loader"], names["loader"])
-    assert recording.acts["net.2"].passes == [*range(2, 24, 3)]
+    assert recording.acts["net.2"].passes == [*range(8)]  # a unit makes one pass of them
 
 
 def test_lightning_leaves_no_hook_when_a_step_fails(lightning):
@@ -203,7 +202,7 @@ def test_lightning_leaves_no_hook_when_a_step_fails(lightning):
     with pytest.raises(KeyError):
         trainer.fit(module, names["loader"], names["loader"])
     assert_unhooked(module)
-    assert recording.acts["net.0"].passes == [0, 1, 2, 3]
+    assert recording.acts["net.0"].passes == [0, 1, 2]  # the one that failed is dropped whole
     assert "interrupted" in str(recording.acts)
 
 
