@@ -81,8 +81,7 @@ class ReducedLayer(Reduced):
         self._empty()
         if states is not None:
             before = states.stored()
-            for number in before.passes:
-                self._runs.add(number)
+            self._runs = PassRuns(before.passes)
             before.merge_into(self._sink)
             states.take_from(self)
 
@@ -260,9 +259,7 @@ class ReducedLayer(Reduced):
     @override
     def __getstate__(self) -> dict[str, Any]:
         # What is copied or pickled is what there is, in memory.
-        sink, runs = self.sink, PassRuns()
-        for number in self.passes:
-            runs.add(number)
+        sink, runs = self.sink, PassRuns(self.passes)
         kept = {k: v for k, v in vars(self).items() if k not in {"_lock", "_parts"}}
         return kept | {"_undecided": (), "_disk": None, "_sink": sink, "_runs": runs}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import torch
 from typing_extensions import override
@@ -118,12 +118,8 @@ class Reduced(Layer[Any]):
 
     # --- There are no calls ----------------------------------------------------------------------------------
 
-    @overload
-    def __getitem__(self, index: int) -> Value: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Value]: ...
     @override
-    def __getitem__(self, index: int | slice) -> Value:
+    def __getitem__(self, index: int | slice) -> NoReturn:
         self._refuse()
 
     @override

@@ -19,10 +19,12 @@ class PassRuns:
     in each. It may be read while another thread adds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, passes: Iterable[int] = ()) -> None:
         self._over = array("q")  # runs that do not go on
         # How many numbers those are, the run that goes on, the latest pass, its calls, and all calls: changed in one step.
         self._state = (0, 0, 0, 0, -1, 0, 0)
+        for number in passes:
+            self.add(number)
 
     def add(self, number: int) -> None:
         """Add a call of a pass."""

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
@@ -29,13 +29,15 @@ from .forms import Maybe, checked
 from .ledger import Heading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from actrec._selection.treatment import Treatment
 
     from .place import Place
 
-__all__ = ["Description", "LayerInfo", "read_description"]
+__all__ = ["Description", "LayerInfo", "read_description", "read_json"]
+
+T = TypeVar("T")
 
 _LAYER: Final = {"name": str, "type": str, "transform": Maybe(str)}
 #: Of what else layers may be listed, and the option that says so where they were not listed by role.
@@ -167,13 +169,23 @@ def read_description(disk: Place) -> Description:
         CorruptRecordingError: it is damaged, or of another version of the format.
         FileNotFoundError: there is none.
     """
+    return read_json(disk, DESCRIPTION, _parsed)
+
+
+def read_json(place: Place, name: str, parsed: Callable[[Any], T]) -> T:
+    """Read a file of JSON, and return what ``parsed`` makes of it.
+
+    Raises:
+        CorruptRecordingError: it is damaged; also if ``parsed`` raises ``Defect``.
+        FileNotFoundError: there is none.
+    """
     try:
-        size = disk.size(DESCRIPTION)
+        size = place.size(name)
         need(size, "it is empty, or no file")  # a pipe would be waited for
         need(size <= MAX_JSON, f"it has {size} bytes, and {MAX_JSON} is the limit")
-        return _parsed(_json(disk.read(DESCRIPTION, 0, size)))
+        return parsed(_json(place.read(name, 0, size)))
     except Defect as defect:
-        raise corrupt(disk.shown(DESCRIPTION), defect) from None
+        raise corrupt(place.shown(name), defect) from None
 
 
 def _json(data: bytes) -> Any:

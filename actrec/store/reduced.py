@@ -90,9 +90,7 @@ class States:
 def state_call(slot: Slot, layer: Reduced, number: Callable[[Moment], int]) -> Call:
     """Return a reduction as it is written, its passes numbered anew."""
     passes = sorted(map(number, layer._moments()))
-    runs = PassRuns()
-    for one in passes:
-        runs.add(one)
+    runs = PassRuns(passes)
     states = layer._states()
     sink = layer.sink
     if isinstance(sink, Reduction):

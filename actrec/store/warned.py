@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from actrec.errors import ActrecError
 
-from .format import MAX_JSON, Defect, corrupt, need
+from .description import read_json
 from .forms import checked
 
 if TYPE_CHECKING:
@@ -44,18 +44,10 @@ def warnings_of(rank: Place) -> list[str]:
     Raises:
         CorruptRecordingError: a file is damaged.
     """
-    return [
-        text for name in sorted(filter(is_warnings, rank.names())) for text in _read(rank, name)
-    ]
+    names = sorted(filter(is_warnings, rank.names()))
+    return [text for name in names for text in read_json(rank, name, _texts)]
 
 
-def _read(rank: Place, name: str) -> list[str]:
-    try:
-        size = rank.size(name)
-        need(0 < size <= MAX_JSON, f"it has {size} bytes")
-        found: list[str] = checked(json.loads(rank.read(name, 0, size)), [str], "the file")
-    except (ValueError, RecursionError) as error:
-        raise corrupt(rank.shown(name), f"it is no JSON ({error})") from None
-    except Defect as defect:
-        raise corrupt(rank.shown(name), defect) from None
-    return found
+def _texts(content: Any) -> list[str]:
+    texts: list[str] = checked(content, [str], "the file")
+    return texts
