@@ -152,6 +152,16 @@ def recipes(session: nox.Session) -> None:
     run(session, "pytest", "tests/recipes", *session.posargs)
 
 
+@in_shared
+def sweeps(session: nox.Session) -> None:
+    """Go through every operator and module of PyTorch, a hundred architectures, and all benchmarks; the tests see some of each."""
+    bring(session, "tests")
+    every = ["every_torch_module", "every_transformers_architecture"]
+    files = [f"tests/test_{file}.py" for file in ["sharing_every_operator", *every, "benchmarks"]]
+    options = session.posargs or EACH_CORE
+    run(session, "pytest", *files, *options, OMP_NUM_THREADS="1", ACTREC_SWEEPS="whole")
+
+
 @nox.session
 def tracer(session: nox.Session) -> None:
     """Compare functions that are recorded with those that torchvision's feature extractor traces, in ten of its models."""
@@ -200,7 +210,7 @@ def versions(session: nox.Session) -> None:
     version, *options = session.posargs
     install(session, "tests", "-e", ".")
     session.install(f"torch=={version}", silent=False)
-    session.run("pytest", *options, env=OFFLINE)
+    session.run("pytest", *options, env=OFFLINE | {"ACTREC_SWEEPS": "whole"})
 
 
 @nox.session(reuse_venv=False)

@@ -13,6 +13,7 @@ import torch
 
 from tests.benchmarks import dataset, report, run
 from tests.benchmarks.timing import Row, added, ratios, take_turns
+from tests.sweep import WHOLE
 
 if TYPE_CHECKING:
     from tests.benchmarks.timing import Times
@@ -26,7 +27,7 @@ def printed_here(module: str, call: str) -> list[float]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of the compiler's own imports
-@pytest.mark.parametrize("name", run.BENCHMARKS)
+@pytest.mark.parametrize("name", run.BENCHMARKS if WHOLE else ["calls", "gradients", "looking"])
 def test_every_benchmark_runs_and_measures_something_with_a_target(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

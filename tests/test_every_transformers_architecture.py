@@ -29,6 +29,7 @@ from transformers import AutoConfig, set_seed
 
 from actrec import IncompleteLayerWarning, Opaque, UnusedLayerWarning, record
 
+from .sweep import some
 from .test_every_torch_module import (
     _one_thread,  # noqa: F401  # a fixture: sums are added up in one order
     assert_same,
@@ -769,8 +770,9 @@ def _no_true_randomness(monkeypatch: pytest.MonkeyPatch) -> None:
 SHARING = "actrec._values.snapshot.lazy_clone"
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "mode"), some([(name, mode) for name in ARCHITECTURES for mode in MODES], 23)
+)
 def test_every_call_is_recorded_exactly_and_the_model_feels_nothing(
     name: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
