@@ -8,15 +8,21 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import FrozenInstanceError
+from itertools import count
+from pathlib import Path
 from threading import Barrier
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import actrec
@@ -29,16 +35,16 @@ from actrec import (
     record,
 )
 from actrec.store import Folder, RankInfo
+from actrec.store import layers as _layers
 from actrec.store import opening as _opening
 from actrec.store import rank as _rank
 from actrec.store.disk import Disk
 from actrec.store.rank import here
 from tests.ranked import Same, as_rank, write
-from tests.stored import assert_same, same
+from tests.stored import Shards, assert_same, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 LAUNCHER = re.compile(
     "RANK|WORLD_SIZE|MASTER_|TORCHELASTIC_|LOCAL_|GROUP_|SLURM_|PMI|OMPI_|I_MPI_|PALS_|FLUX_"
@@ -245,6 +251,56 @@ def test_calls_are_ordered_by_pass_and_then_by_rank(uneven: Path) -> None:
     assert layer.passes == [0, 0, 0, 1, 1, 1, 1, 2]
     assert layer.ranks == [0, 1, 2, 0, 1, 2, 2, 2]
     assert layer.stack().shape == (8, 1, 1)
+
+
+PASSES = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 2), st.integers(0, 3)), max_size=6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.lists(PASSES, min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bool, torch.complex64, torch.float8_e5m2]),
+    width=st.integers(0, 3),
+    limits=st.sampled_from([(1, 1), (1 << 16, 1 << 22), (1 << 16, 8)]),
+)
+def test_ranks_are_joined_as_if_call_by_call(
+    ranks: list[list[tuple[int, int, int]]], dtype: torch.dtype, width: int, limits: tuple[int, int]
+) -> None:
+    """Each rank has passes, some of them without a call, with calls of so many rows; each pass or two are a shard."""
+    numbers = count(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for rank, passes in enumerate(ranks):
+            shards = Shards(Path(folder), ["a"], rank=rank, ranks=len(ranks))
+            number, calls = 0, []
+            for at, (skipped, many, rows) in enumerate(passes):
+                number += skipped
+                for _ in range(many):
+                    value = torch.full((rows, width), next(numbers) % 7, dtype=torch.float32)
+                    calls.append((0, number, value.to(dtype)))
+                number += 1
+                if at % 2:
+                    shards.write(calls, number)
+                    calls = []
+            shards.write(calls, number, ended="")
+        layer = load(folder).get("a", [])
+        one = [*layer]
+        with (
+            mock.patch.object(_layers, "_RUN", limits[0]),
+            mock.patch.object(_layers, "_PIECE", limits[1]),
+        ):
+            if not one:
+                return
+            assert same(layer.cat(), torch.cat(one))
+            if len({value.shape for value in one}) == 1:
+                assert same(layer.stack(), torch.stack(one))
+
+
+def test_calls_of_ranks_are_joined_without_reading_them_one_by_one(
+    uneven: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = load(uneven)["layer"]
+    monkeypatch.setattr(type(layer), "_call", None)
+    assert layer.cat().flatten().tolist() == [0, 10, 20, 1, 11, 21, 21.5, 22]
 
 
 def test_the_ranks_of_a_single_process_are_zero(tmp_path: Path) -> None:

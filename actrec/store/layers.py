@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from actrec._recordings.passes import ListView
+from actrec._values.memory import words
 from actrec._values.summary import Summary
 
 from .read_only import ReadOnlyLayer
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from .shard import Shard
 
 __all__ = ["Source", "StoredLayer"]
+
+#: Bytes that are read to their place in one go; of shorter runs many are read together, and then copied.
+_RUN: Final = 1 << 16
+_PIECE: Final = 1 << 22  # that are read together
 
 
 class Source(NamedTuple):
@@ -135,21 +139,20 @@ class StoredLayer(ReadOnlyLayer):
     @override
     def _join(self, how: How, dim: int, *, release: bool = False) -> Value:
         new = how == "stack"
-        results = self._room(new=new) if dim == 0 and self._order is None else []
-        if not results:
+        room = self._room(new=new) if dim == 0 else []
+        if not room:
             return super()._join(how, dim)
-        rest = list(results)
+        calls = 0
         for shard, part in self._read():
-            for at, leaf in enumerate(part.groups[0].leaves):
-                many = leaf.count(new=new)
-                shard.read_into(leaf.begin, rest[at][:many])
-                rest[at] = rest[at][many:]
-        return part.groups[0].structure.spec.fill(results)
+            here = slice(calls, calls := calls + len(part))
+            for leaf, (joined, firsts) in zip(part.groups[0].leaves, room, strict=True):
+                _scatter(shard, leaf.begin, joined, firsts[here], leaf.counts(new=new))
+        return part.groups[0].structure.spec.fill([joined for joined, _ in room])
 
-    def _room(self, *, new: bool) -> list[Tensor]:
-        """Memory for the tensors of all calls, joined; none where that takes more than copying bytes."""
+    def _room(self, *, new: bool) -> list[tuple[Tensor, Tensor]]:
+        """Memory for each tensor of all calls, joined, and where in it each stored call begins; none if that is not enough."""
         known: tuple[str, list[tuple[torch.dtype, list[int] | None]]] | None = None
-        counts: Counter[int] = Counter()
+        counts: list[tuple[Tensor, ...]] = []
         for _, part in self._read():
             group, *others = part.groups
             rows = [leaf.row(new=new) for leaf in group.leaves]
@@ -160,13 +163,43 @@ class StoredLayer(ReadOnlyLayer):
             known = known or look
             if others or look != known or None in rows or not group.structure.joins:
                 return []
-            for at, leaf in enumerate(group.leaves):
-                counts[at] += leaf.count(new=new)
+            counts.append(tuple(leaf.counts(new=new) for leaf in group.leaves))
         kinds = known[1] if known else []
-        return [
-            torch.empty((counts[at], *(shape or ())), dtype=dtype, device="cpu")
-            for at, (dtype, shape) in enumerate(kinds)
-        ]
+        room = []
+        for (dtype, shape), parts in zip(kinds, zip(*counts, strict=True), strict=True):
+            many = torch.cat(parts)
+            joined = torch.empty((int(many.sum()), *(shape or ())), dtype=dtype, device="cpu")
+            room.append((joined, self._firsts(many)))
+        return room
+
+    def _firsts(self, counts: Tensor) -> Tensor:
+        """The row with which each stored call begins, of all rows in the order of the calls."""
+        if self._order is None:
+            return counts.cumsum(0) - counts
+        ordered = counts[self._order]
+        return torch.empty_like(counts).index_copy_(0, self._order, ordered.cumsum(0) - ordered)
 
     def _read(self) -> Iterator[tuple[Shard, Part]]:
         return chain.from_iterable(source.parts() for source in self._sources)
+
+
+def _scatter(shard: Shard, begin: int, joined: Tensor, firsts: Tensor, counts: Tensor) -> None:
+    """Read the rows of calls that lie behind each other in a shard, those of each call to their place in ``joined``."""
+    if not joined.numel():
+        return
+    heads = (firsts[1:] != (firsts + counts)[:-1]).nonzero()[:, 0] + 1
+    rows = joined.view(len(joined), -1).view(torch.uint8)
+    width, many = rows.shape[1], int(counts.sum())
+    if len(heads) * _RUN <= many * width:  # few, and long
+        for some in torch.tensor_split(torch.stack([firsts, counts], 1), heads.tolist()):
+            first, total = int(some[0, 0]), int(some[:, 1].sum())
+            shard.read_into(begin, rows[first : first + total])
+            begin += total * width
+        return
+    before = counts.cumsum(0) - counts
+    places = torch.repeat_interleave(firsts - before, counts) + torch.arange(many, device="cpu")
+    for some in torch.split(places, max(1, _PIECE // width)):
+        read = torch.empty((len(some), width), dtype=torch.uint8, device="cpu")
+        shard.read_into(begin, read)
+        words(rows).index_copy_(0, some, words(read))
+        begin += read.nbytes

@@ -103,7 +103,7 @@ def _data(name: str, leaf: Leaf, column: Sequence[Tensor]) -> safetensors.Tensor
     """The elements of all calls; as rows, where all calls have rows of one shape."""
     stored = _STORED[leaf.dtype]
     row = leaf.row(new=False)
-    shape = [int(leaf.starts[-1])] if row is None else [leaf.count(new=False), *row]
+    shape = [int(leaf.starts[-1])] if row is None else [int(leaf.counts(new=False).sum()), *row]
     shape += [2] * stored.pair
     size = leaf.dtype.itemsize
     pieces = partial(_pieces, column, are_rows=row is not None)

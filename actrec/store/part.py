@@ -47,9 +47,13 @@ class Leaf:
         alike = (new or self.shapes.shape[1]) and bool((shapes == shapes[0]).all())
         return shapes[0].tolist() if alike else None
 
-    def count(self, *, new: bool) -> int:
-        """How many rows all calls have."""
-        return len(self.shapes) if new else int(self.shapes[:, 0].sum())
+    def counts(self, *, new: bool) -> Tensor:
+        """How many rows each call has, ``(calls,)``."""
+        return (
+            torch.ones(len(self.shapes), dtype=torch.int64, device="cpu")
+            if new
+            else self.shapes[:, 0]
+        )
 
     @property
     def dtype_name(self) -> str:
