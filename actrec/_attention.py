@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from .errors import OptionError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["attention"]
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from typing_extensions import override
 
 from actrec._selection.names import type_name
-from actrec._selection.selection import select
+from actrec._selection.queries import Query, Transform
+from actrec._selection.selection import Choice, select
 from actrec._tables.rows import Rows
 from actrec._tables.table import Column, Table
 from actrec._text import count, listed, shown
 from actrec.errors import SelectionError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from torch import nn
-
-    from actrec._selection.queries import Query, Transform
-    from actrec._selection.selection import Choice
 
 __all__ = ["LayerRow", "Layers", "layers"]
 

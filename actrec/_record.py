@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, Never, NoReturn, cast
+from types import TracebackType
+from typing import Any, Never, NoReturn, cast
 
+import torch
+from torch import nn
 from torch.compiler import is_dynamo_compiling
 from typing_extensions import override
 
@@ -30,27 +34,16 @@ from actrec._calls.session import Session
 from actrec._calls.stop_early import EarlyStop, refuse_sharded
 from actrec._calls.tracks import ROLES, Tracks
 from actrec._calls.warnings import warned_of
-from actrec._recordings.layer import FUNCTION
+from actrec._recordings.layer import FUNCTION, Layer, V
+from actrec._selection.functions import Owner
 from actrec._selection.names import type_name
-from actrec._selection.selection import Selection, select
+from actrec._selection.queries import Query, Transform
+from actrec._selection.selection import Selection, What, select
+from actrec._selection.treatment import Reducer
 from actrec._torch import is_of_compiler
 from actrec._values.fsdp import frees_weights
 
 from .errors import ActrecError, OptionError, ResumeWarning
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from types import TracebackType
-
-    import torch
-    from torch import nn
-
-    from actrec._recordings.layer import Layer, V
-    from actrec._selection.functions import Owner
-    from actrec._selection.queries import Query, Transform
-    from actrec._selection.selection import What
-    from actrec._selection.treatment import Reducer
-
 
 __all__ = ["record"]
 

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from importlib.util import find_spec
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from types import FrameType
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from types import FrameType
 
 F = TypeVar("F", bound="Callable[..., Any]")
 

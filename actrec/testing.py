@@ -10,16 +10,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from torch import nn
 
 from actrec._calls.forwards import Forward
 from actrec._calls.hooks import Hook
 
 from ._text import listed
 from ._torch import hook_tables
-
-if TYPE_CHECKING:
-    from torch import nn
 
 __all__ = ["assert_unhooked"]
 

@@ -7,6 +7,8 @@ import runpy
 from importlib.metadata import metadata
 from pathlib import Path
 
+from sphinx.util.inspect import TypeAliasForwardRef
+
 # The map on the page about contributing shows the imports as they are now.
 house = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "house.py"))
 house["PICTURE"].write_text(house["picture"]())
@@ -61,6 +63,10 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+#: Names of types that the text explains: a signature shows them, not what they stand for.
+_ALIASES = "Array Key Layers Mask Passes Query Role Selector Value Where"
+autodoc_type_aliases = {name: name for name in _ALIASES.split()}
+TypeAliasForwardRef.__repr__ = lambda self: self.name  # in a union Sphinx shows this class else
 
 python_maximum_signature_line_length = 88
 
@@ -69,8 +75,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"torch(\..*)?"),  # PyTorch has its own reference
     ("py:.*", r"(collections|contextlib|os|types)\..*"),  # and so has the standard library
-    # Signatures stand as they are written: names that only the type checker imports, and short ones
-    # for types that the text explains.
+    # Signatures stand as they are written, with short names for types that the text explains.
     ("py:class", r"nn\.Module|AbstractContextManager|Callable\[.*|.*\bValue\b.*"),
     (
         "py:class",

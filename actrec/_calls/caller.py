@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from actrec._selection.names import WRAPPERS, is_called
@@ -11,17 +13,11 @@ from actrec._torch import children_of
 
 from .hooks import Event, Hook
 from .order import is_overtaken
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-    from torch import nn
-
-    from .session import Session
-
-    _Children: TypeAlias = Mapping[str, nn.Module | None]
+from .session import Session
 
 __all__ = ["Caller"]
+
+_Children: TypeAlias = Mapping[str, nn.Module | None]
 
 
 class Caller:

@@ -8,13 +8,16 @@ random numbers of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+import torch
 from torch import Tensor
 
+from actrec._selection.queries import Transform
 from actrec._text import listed
 from actrec._torch import version
 from actrec._values.constants import CONSTANTS
+from actrec._values.containers import Value
 from actrec._values.dtensor import cloned, detached, is_distributed, on_part
 from actrec._values.modes import normal_mode_unseen, unseen
 from actrec._values.snapshot import check, snapshot, twin
@@ -23,15 +26,8 @@ from actrec.errors import CaptureError, TransformError
 
 from .clean_room import in_a_clean_room
 from .device import refuse_graph_capture
-
-if TYPE_CHECKING:
-    import torch
-
-    from actrec._selection.queries import Transform
-    from actrec._values.containers import Value
-
-    from .overflow import Overflows
-    from .transfer import Offload
+from .overflow import Overflows
+from .transfer import Offload
 
 __all__ = ["SKIPPED", "Capture"]
 

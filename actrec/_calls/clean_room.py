@@ -6,9 +6,10 @@ model, draws random numbers of its own, and what it calls in the model is no cal
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import is_autocast_enabled
@@ -17,9 +18,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from actrec._calls.draws import OwnDraws
 from actrec._values.modes import normal_mode_unseen
 from actrec._values.spec import tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
 
 __all__ = ["depth", "devices_of", "in_a_clean_room", "inside"]
 

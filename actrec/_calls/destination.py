@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from actrec._recordings.in_memory import ListLayer
-from actrec._recordings.layer import FUNCTION
-from actrec._recordings.units import Units
-from actrec._selection.treatment import is_reduction
+from actrec._recordings.layer import FUNCTION, Layer, Role
+from actrec._recordings.units import Key, Units
+from actrec._selection.treatment import Make, is_reduction
 
+from .options import Options
 from .reduced import ReducedLayer
 from .sink import SinkLayer
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
-
-    from actrec._recordings.layer import Layer, Role
-    from actrec._recordings.units import Key
-    from actrec._selection.treatment import Make
-
-    from .options import Options
 
 __all__ = ["Destination", "Memory"]
 

@@ -13,8 +13,9 @@ microsecond to enter, and next to nothing where a function draws nothing.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -22,9 +23,6 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from actrec._torch import PRIVATE_DRAWS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 __all__ = ["OwnDraws"]
 

@@ -7,21 +7,18 @@ import sys
 import threading
 import types
 import weakref
+from collections.abc import Callable
 from functools import partial, update_wrapper
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Protocol
+from types import FrameType
+from typing import Any, Protocol
 
+from torch import nn
 from typing_extensions import override
 
 from actrec._torch import CALL_CODE
 
 from .frames import is_ours
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import FrameType
-
-    from torch import nn
 
 __all__ = ["Forward", "Runner", "placing", "when_copied", "without_ended"]
 

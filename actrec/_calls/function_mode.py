@@ -13,17 +13,20 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from types import FrameType
+from typing import Any, Final
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from actrec._selection.functions import canonical
+from actrec._selection.functions import FunctionQuery, Owner, What, canonical
 from actrec._selection.globs import is_glob
 from actrec._selection.selection import Choice
+from actrec._selection.treatment import Treatment
 from actrec._torch import (
     CALL_CODE,
     count_function_modes,
@@ -36,23 +39,14 @@ from actrec._values.spec import tensors
 
 from .forwards import Forward
 from .frames import is_ours
-from .layer import Unrecorded
+from .layer import Track, Unrecorded
 from .own_calls import OWN_MODES, is_tracing
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from types import FrameType
-
-    from actrec._selection.functions import FunctionQuery, Owner, What
-    from actrec._selection.treatment import Treatment
-
-    from .layer import Track
-    from .session import Session
-
-    #: Makes the track of a chosen function, and what makes its layers part of the recording.
-    Make = Callable[[Choice], tuple[Track, Callable[[], None]]]
+from .session import Session
 
 __all__ = ["Aside", "Asked", "Function", "Shared", "Watcher", "stop_key"]
+
+#: Makes the track of a chosen function, and what makes its layers part of the recording.
+Make = Callable[[Choice], tuple[Track, Callable[[], None]]]
 
 _ATTRIBUTE: Final = ("__get__", "__set__", "__delete__")
 #: In evaluation they compute all in one fused function, but for a mode that is on: it would change the last bits.

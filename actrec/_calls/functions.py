@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 import torch
 from torch import nn
 
+from actrec._selection.functions import FunctionQuery, Owner
 from actrec._selection.globs import is_glob
 from actrec._selection.names import is_called
 from actrec._text import listed, nearest
 from actrec._torch import children_of
 
 from .forwards import Forward
-from .function_mode import Aside, Asked, Shared, Watcher, stop_key
+from .function_mode import Aside, Asked, Function, Make, Shared, Watcher, stop_key
 from .layer import Unrecorded
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from actrec._selection.functions import FunctionQuery, Owner
-
-    from .function_mode import Function, Make
-    from .session import Session
+from .session import Session
 
 __all__ = ["Functions", "Missing", "stop_key"]
 

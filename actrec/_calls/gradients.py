@@ -16,31 +16,24 @@ import threading
 import warnings
 import weakref
 from bisect import bisect_left, insort
+from collections.abc import Collection, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from actrec._torch import base_of, listen
+from actrec._values.containers import Value
 from actrec._values.spec import TENSOR, Spec, flatten, rebuild, tensors
 from actrec.errors import CaptureError, MissingGradientWarning
 
-from .capture import SKIPPED
+from .capture import SKIPPED, Capture
 from .reentrant import Regions
 from .views import View
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, MutableMapping
-
-    from torch.autograd.graph import Node
-    from torch.utils.hooks import RemovableHandle
-
-    from actrec._values.containers import Value
-
-    from .capture import Capture
 
 __all__ = ["Gradients", "arrived_in_graph", "watched_in_graph"]
 

@@ -8,24 +8,21 @@ else would replace the layer's output.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from enum import Enum, auto
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import torch
+from torch import nn
 from torch.compiler import is_dynamo_compiling  # a constant in what the compiler reads
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from actrec._torch import as_constant, hook_tables, never_compiled
 
 from .forwards import when_copied
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
-
-    from torch import nn
-    from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Event", "Hook", "delete"]
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
+
+from actrec._recordings.layer import Layer
 from actrec._torch import version
+from actrec._values.containers import Value
 from actrec._values.snapshot import twin
 from actrec._values.spec import tensors
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import nn
-
-    from actrec._recordings.layer import Layer
-    from actrec._values.containers import Value
-
-    from .capture import Capture
-    from .passes import Passes
+from .capture import Capture
+from .passes import Passes
 
 __all__ = ["Arrival", "Inputs"]
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from actrec._recordings.layer import Layer
 from actrec._torch import (
     backward_number,
     compiles_itself,
@@ -21,31 +23,22 @@ from actrec._torch import (
     is_recomputing_in_graph,
 )
 from actrec._values.constants import Constant
+from actrec._values.containers import Value
 from actrec._values.snapshot import twin
 from actrec._values.spec import flatten
 from actrec._values.stand_ins import Opaque
 from actrec.errors import CaptureError, TransformError, WriteError
 
-from .capture import SKIPPED
+from .capture import SKIPPED, Capture
 from .clean_room import inside
+from .gradients import Gradients
+from .hooks import Hook
+from .inputs import Arrival, Inputs
 from .order import is_overtaken
 from .own_calls import comparing, is_own_call, is_symbolic, is_written_down
 from .parameters import named
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch import nn
-
-    from actrec._recordings.layer import Layer
-    from actrec._values.containers import Value
-
-    from .capture import Capture
-    from .gradients import Gradients
-    from .hooks import Hook
-    from .inputs import Arrival, Inputs
-    from .session import Session
-    from .units import Kept
+from .session import Session
+from .units import Kept
 
 __all__ = ["Track", "Unrecorded"]
 

@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from actrec._recordings.reduced import why_not_stored
-from actrec._selection.treatment import is_reduction, maker
+from actrec._selection.queries import Transform
+from actrec._selection.selection import Selection
+from actrec._selection.treatment import Make, Reducer, is_reduction, maker
 from actrec._torch import compiles_tensor_hooks
 from actrec.errors import OptionError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from actrec._selection.queries import Transform
-    from actrec._selection.selection import Selection
-    from actrec._selection.treatment import Make, Reducer
 
 __all__ = ["Options", "refuse_functions"]
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from actrec._torch import forward_hooks, forward_pre_hooks
 
 from .hooks import Event, Hook
-
-if TYPE_CHECKING:
-    from torch import nn
 
 __all__ = ["is_overtaken", "put_stops_last"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from torch import fx
 
@@ -16,11 +16,7 @@ from actrec._torch import (
     is_jit_tracing,
     is_read,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from actrec._values.containers import Value
+from actrec._values.containers import Value
 
 __all__ = ["OWN_MODES", "comparing", "is_own_call", "is_symbolic", "is_tracing", "is_written_down"]
 

@@ -22,24 +22,19 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import AsyncGeneratorType, CoroutineType, GeneratorType
-from typing import TYPE_CHECKING, Any
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
+from typing import Any
 
+from torch import nn
 from typing_extensions import override
 
 from actrec._recordings.passes import Count
+from actrec._recordings.units import Key
 from actrec._torch import CALL_CODE, compiled_frame, is_replica
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, MutableMapping
-    from types import FrameType
-
-    from torch import nn
-
-    from actrec._recordings.units import Key
 
 __all__ = ["Passes", "Unit"]
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from actrec._torch import forward_hooks, hook_tables
 
 from .hooks import Hook, delete
 from .order import put_stops_last
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch import nn
 
 __all__ = ["Hooks"]
 

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import threading
 import weakref
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
 
+from torch import nn
 from typing_extensions import override
 
 from actrec._recordings.layer import Layer, V
 from actrec._recordings.passes import Count
 from actrec._recordings.recording import Recording
+from actrec._recordings.table import State
 from actrec._recordings.units import Key
+from actrec._selection.functions import What
+from actrec._values.containers import Value
 from actrec.errors import ActrecError, CaptureError, OptionError
 
+from .capture import Capture
+from .destination import Destination
+from .layer import Track
+from .passes import Unit
 from .reduced import ReducedLayer
+from .session import Session
 from .units import UnitRecorder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from collections.abc import Set as AbstractSet
-    from contextlib import AbstractContextManager
-
-    from torch import nn
-
-    from actrec._recordings.table import State
-    from actrec._selection.functions import What
-    from actrec._values.containers import Value
-
-    from .capture import Capture
-    from .destination import Destination
-    from .layer import Track
-    from .passes import Unit
-    from .session import Session
 
 __all__ = ["Recorder"]
 

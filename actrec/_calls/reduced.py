@@ -7,28 +7,23 @@ part of its own: a reduction of that pass alone, which is merged with the rest o
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from torch import Tensor
 from typing_extensions import override
 
-from actrec._recordings.passes import ListView
+from actrec._recordings.passes import ListView, Moment
 from actrec._recordings.reduced import Reduced, followed, merged
 from actrec._recordings.runs import PassRuns
+from actrec._values.containers import Value
 from actrec._values.spec import tensors
 from actrec.errors import ActrecError, CaptureError
 from actrec.reduce import Reduction
 
 from .clean_room import devices_of, in_a_clean_room
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
-
-    from torch import Tensor
-
-    from actrec._recordings.passes import Moment
-    from actrec._values.containers import Value
 
 __all__ = ["ReducedLayer", "States"]
 

@@ -6,21 +6,18 @@ GPU that fails, for whatever reason, is not asked again: its values are moved wh
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from actrec._values.modes import normal_mode_unseen
 
+from .capture import Capture
 from .device import CUDA, Cuda
 from .passes import Passes
 from .transfer import Offload
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from .capture import Capture
 
 __all__ = ["offload_for", "passes_self_test"]
 

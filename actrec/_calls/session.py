@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from actrec._torch import compiles_itself, is_compiler_loaded, is_replica
 from actrec._values.snapshot import explain
@@ -16,12 +16,8 @@ from .clean_room import depth, inside
 from .compiled import Eager, Stance
 from .own_calls import is_own_call
 from .passes import Passes
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from .stop_early import EarlyStop
-    from .transfer import Offload
+from .stop_early import EarlyStop
+from .transfer import Offload
 
 __all__ = ["Session"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice, zip_longest
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from typing_extensions import override
@@ -15,15 +16,11 @@ from typing_extensions import override
 from actrec._recordings.in_memory import chosen
 from actrec._recordings.layer import Layer
 from actrec._recordings.passes import ListView
+from actrec._values.containers import Value
 from actrec._values.spec import tensors
 from actrec.errors import ActrecError
 
 from .clean_room import devices_of, in_a_clean_room
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-
-    from actrec._values.containers import Value
 
 __all__ = ["SinkLayer"]
 

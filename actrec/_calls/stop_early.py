@@ -9,15 +9,14 @@ that, while the block is open, an :class:`EarlyStop` runs the forward of the mod
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from actrec._values.fsdp import sharded
 from actrec.errors import UnsupportedModelError
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from .forwards import Forward
+from .forwards import Forward
 
 __all__ = ["EarlyStop", "refuse_sharded"]
 

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from actrec._recordings.layer import Layer
+from actrec._selection.selection import Choice, What
 from actrec._text import function_name
 
+from .capture import Capture
+from .destination import Destination
 from .gradients import Gradients
 from .inputs import Inputs
 from .layer import Track
 from .overflow import Overflows
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from actrec._recordings.layer import Layer
-    from actrec._selection.selection import Choice, What
-
-    from .capture import Capture
-    from .destination import Destination
-    from .recorder import Recorder
-    from .session import Session
+from .recorder import Recorder
+from .session import Session
 
 __all__ = ["ROLES", "Tracks"]
 

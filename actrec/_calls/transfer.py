@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,11 +32,8 @@ from actrec._values.modes import normal_mode_unseen
 from actrec._values.snapshot import snapshot
 from actrec.errors import CaptureError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from .device import Cuda
-    from .passes import Passes
+from .device import Cuda
+from .passes import Passes
 
 __all__ = ["BUDGET", "Offload"]
 

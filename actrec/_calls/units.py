@@ -9,24 +9,20 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from actrec._recordings.units import Key, checked_key
+from actrec._recordings.passes import Moment
+from actrec._recordings.units import Key, Units, checked_key
 from actrec._text import count
 from actrec.errors import ActrecError, OptionError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from collections.abc import Set as AbstractSet
-
-    from actrec._recordings.passes import Moment
-    from actrec._recordings.units import Units
-
-    from .destination import Destination
-    from .passes import Unit
-    from .session import Session
+from .destination import Destination
+from .passes import Unit
+from .session import Session
 
 __all__ = ["Kept", "UnitRecorder"]
 

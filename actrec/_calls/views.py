@@ -11,10 +11,12 @@ view is cut from the base, is that of the view, if nothing but the view has used
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from actrec._torch import (
     base_of,
@@ -25,16 +27,10 @@ from actrec._torch import (
     owners_of_one_view,
     version,
 )
+from actrec._values.containers import Value
 from actrec._values.modes import unseen
 from actrec._values.snapshot import check
 from actrec._values.spec import tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from torch.autograd.graph import Node
-
-    from actrec._values.containers import Value
 
 __all__ = ["View"]
 

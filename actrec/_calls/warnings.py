@@ -7,10 +7,12 @@ come; and forwards that did not stop early.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, TypeAlias
 
 from torch import nn
 
+from actrec._selection.selection import Choice
 from actrec._text import folded, listed
 from actrec._torch import DROPOUTS
 from actrec._values.spec import tensors
@@ -21,21 +23,14 @@ from actrec.errors import (
     UnusedLayerWarning,
 )
 
+from .functions import Missing
 from .layer import Track, Unrecorded
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
-    from typing import TypeAlias
-
-    from actrec._selection.selection import Choice
-
-    from .functions import Missing
-    from .overflow import Overflows
-    from .session import Session
-
-    _Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
+from .overflow import Overflows
+from .session import Session
 
 __all__ = ["warned_of"]
+
+_Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
 
 _NEVER_CALLED = (
     "it was never called. Usual causes: its .forward() or its weights are used directly (hooks run only when "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from actrec._progress import showing
+from torch import Tensor
+
+from actrec._progress import Each, showing
 from actrec._text import count, nearest
 from actrec._values.difference import Difference, Mismatch, Tolerances
 from actrec._values.spec import leaves
@@ -19,13 +21,6 @@ from .layer import Layer
 from .masked import Mask, Masks, left_in
 from .recording import Recording
 from .reduced import Reduced
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from torch import Tensor
-
-    from actrec._progress import Each
 
 __all__ = ["Names", "compare"]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from typing_extensions import override
 
@@ -12,9 +13,6 @@ from actrec._tables.drawn import Badge, Framed
 from actrec._tables.rows import Rows
 from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, listed, shown
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["Comparison", "Row"]
 

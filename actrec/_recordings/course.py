@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from actrec._progress import Each
 from actrec._values.moments import Moments
 from actrec._values.spec import leaves
 
-if TYPE_CHECKING:
-    from actrec._progress import Each
-
-    from .layer import Layer
+from .layer import Layer
 
 __all__ = ["MOST_CALLS", "Point", "course", "spread"]
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 from torch import Tensor, nn
 
 from actrec._selection.globs import glob, is_glob
 from actrec._text import count, nearest
 from actrec._values.spec import flatten
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = [
     "NOT_RECORDED",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Generic, Self, SupportsIndex, overload
 
 from typing_extensions import override
 
@@ -12,10 +13,6 @@ from .guesses import no_call, no_index, no_sum
 from .layer import Layer, V
 from .look import Look
 from .passes import ListView
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-    from typing import SupportsIndex
 
 __all__ = ["ListLayer", "chosen"]
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Final, Generic, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,17 +17,14 @@ from actrec._tables.html import as_html
 from actrec._text import count, shown, size
 from actrec._values.join import How, joined
 from actrec._values.spec import same
+from actrec._values.summary import Summary
 from actrec.errors import ActrecError, JoinError
 
 from .guesses import explained, no_attribute_of_layer
 from .layer_view import layer_table
 from .look import Look
 from .passes import ListView, Moment, nth_calls
-
-if TYPE_CHECKING:
-    from actrec._values.summary import Summary
-
-    from .units import Key, Units
+from .units import Key, Units
 
 __all__ = ["FUNCTION", "Layer", "Overflows", "Role", "V"]
 

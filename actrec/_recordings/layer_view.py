@@ -5,8 +5,11 @@ It reads the first calls alone, up to a number of elements, and says so.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import count as counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+from torch import Tensor
 
 from actrec._tables.drawn import Drawn, Pixels
 from actrec._tables.table import Column, Table
@@ -16,11 +19,6 @@ from actrec._values.spec import leaves
 from actrec._values.summary import Summary, dtype_name
 
 from .tally import Tally, drawn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch import Tensor
 
 __all__ = ["layer_table"]
 

@@ -6,8 +6,9 @@ is what lists of tensors, and of tuples of tensors, are. A dict in a recording m
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +16,8 @@ from torch import Tensor
 from actrec._values.constants import Constant, is_array
 from actrec._values.containers import Container
 from actrec._values.memory import held, held_strided
-from actrec._values.spec import flatten
+from actrec._values.spec import Step, flatten
 from actrec._values.summary import Summary
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from actrec._values.spec import Step
 
 __all__ = ["Look", "Together"]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,13 +14,9 @@ from actrec._values.spec import leaves
 from actrec.errors import AlignmentError, OptionError, UnknownLayerError
 
 from .covering import first_columns
+from .layer import Layer
 from .pass_values import MissingError, PassValues, Stored
-
-if TYPE_CHECKING:
-    from collections.abc import Set as AbstractSet
-
-    from .layer import Layer
-    from .passes import Moment
+from .passes import Moment
 
 __all__ = ["Mask", "Masks", "left_in"]
 

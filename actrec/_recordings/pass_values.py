@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from typing_extensions import override
 
 from actrec._values.join import joined
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from .layer import Layer
-    from .passes import Moment
+from .layer import Layer
+from .passes import Moment
 
 __all__ = ["MissingError", "PassValues", "Stored"]
 

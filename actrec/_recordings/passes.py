@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeAlias, TypeVar, overload
+from typing import ClassVar, Generic, TypeAlias, TypeVar, overload
 
 from typing_extensions import override
 
 from actrec.errors import OptionError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["Count", "ListView", "Moment", "nth_calls"]
 

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, overload
+from typing import Any, Generic, overload
 
 from torch import nn
 from typing_extensions import TypeVar, override
 
 from actrec._selection.functions import canonical
+from actrec._selection.queries import Query
 from actrec._tables.rows import Shown
+from actrec._tables.table import Table
 from actrec._text import listed, shown
+from actrec._values.join import How
 from actrec.errors import JoinError, UnknownLayerError
 
 from .guesses import NOT_RECORDED, explained, no_attribute_of_recording, no_layer
 from .layer import Layer, V
 from .look import Together
 from .masked import Mask, Masks
-from .passes import Count, ListView
+from .passes import Count, ListView, Moment
 from .selecting import Known, chosen
 from .stats import Stats, stats
 from .table import State, recording_table
 from .units import Key, Units, missing
-
-if TYPE_CHECKING:
-    import os
-
-    from actrec._selection.queries import Query
-    from actrec._tables.table import Table
-    from actrec._values.join import How
-
-    from .passes import Moment
 
 __all__ = ["Recording"]
 

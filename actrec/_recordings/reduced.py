@@ -7,14 +7,17 @@ What a reduction is asked for is what metrics of torchmetrics have: ``update()``
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from actrec._tables.html import as_html
 from actrec._torch import count_an_update, reductions_of
+from actrec._values.containers import Value
 from actrec._values.memory import held
 from actrec._values.spec import tensors
 from actrec._values.summary import Summary
@@ -22,16 +25,8 @@ from actrec.errors import ActrecError
 
 from .layer import Layer
 from .layer_view import layer_table
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
-    from actrec._values.containers import Value
-
-    from .passes import Moment
-    from .runs import PassRuns
+from .passes import Moment
+from .runs import PassRuns
 
 __all__ = ["Reduced", "followed", "merged", "why_not_stored"]
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from actrec._selection.globs import glob, is_glob
 from actrec._text import listed, nearest
 from actrec.errors import SelectionError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["Known", "chosen"]
 

@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
+from torch import Tensor
 
+from actrec._progress import Each
 from actrec._values.chunks import dense
 from actrec._values.spec import leaves
 from actrec._values.summary import shape_of
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
-    from actrec._progress import Each
-
-    from .layer import Layer
+from .layer import Layer
 
 __all__ = ["FEWEST", "Similarity", "similarity"]
 

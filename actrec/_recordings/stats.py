@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from torch import Tensor
 from typing_extensions import override
 
-from actrec._progress import showing
+from actrec._progress import Each, showing
 from actrec._tables.drawn import Badge, Bar
 from actrec._tables.rows import Rows
 from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, listed, shown, size
+from actrec._values.histogram import Histogram
 from actrec._values.spec import leaves
 
-from .masked import left_in
+from .layer import Layer
+from .masked import Masks, left_in
 from .tally import Tally, drawn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
-    from actrec._progress import Each
-    from actrec._values.histogram import Histogram
-
-    from .layer import Layer
-    from .masked import Masks
 
 __all__ = ["Row", "Stats", "stats"]
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, Literal, TypeAlias
 
 from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, shown, size
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from .layer import Layer
-    from .look import Together
+from .layer import Layer
+from .look import Together
 
 __all__ = ["State", "recording_table"]
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
+
+from torch import Tensor
 
 from actrec._tables.drawn import Bars
-from actrec._values.histogram import Bins
+from actrec._values.histogram import Bins, Histogram
 from actrec._values.moments import Moments
 from actrec._values.summary import Summary
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from actrec._values.histogram import Histogram
 
 __all__ = ["Tally", "drawn"]
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
+from torch import Tensor
 
 from actrec.errors import OptionError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from torch import Tensor
-
-    from .passes import Moment
+from .passes import Moment
 
 __all__ = ["Key", "Units", "checked_key", "missing", "tensor_of"]
 

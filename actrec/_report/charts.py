@@ -6,12 +6,10 @@ Everything that comes from a recording is escaped.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import groupby
-from typing import TYPE_CHECKING, Final, NamedTuple
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
 
 __all__ = ["STYLE", "Box", "Line", "boxes", "heat", "key", "lines"]
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
+from actrec._recordings.layer import Layer
+from actrec._recordings.recording import Recording
+from actrec._recordings.stats import Row
 from actrec._text import count, folded, listed, shown
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from actrec._recordings.layer import Layer
-    from actrec._recordings.recording import Recording
-    from actrec._recordings.stats import Row
 
 __all__ = ["notes"]
 

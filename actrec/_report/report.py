@@ -6,16 +6,20 @@ similarity of layers. Only results are in memory.
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 
 from actrec._progress import showing
 from actrec._recordings.course import Point, course, spread
+from actrec._recordings.layer import Layer
+from actrec._recordings.recording import Recording
 from actrec._recordings.similarity import FEWEST, similarity
-from actrec._recordings.stats import Stats, stats
+from actrec._recordings.stats import Row, Stats, stats
 from actrec._tables.html import as_html
 from actrec._text import count, own_version, shown
 
@@ -23,14 +27,6 @@ from .charts import STYLE as CHARTS
 from .charts import Box, Line, boxes, heat, key, lines
 from .file import MARK, checked, write
 from .notes import notes
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterator, Sequence
-
-    from actrec._recordings.layer import Layer
-    from actrec._recordings.recording import Recording
-    from actrec._recordings.stats import Row
 
 __all__ = ["report"]
 

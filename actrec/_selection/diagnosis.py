@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +14,7 @@ from actrec._torch import children_of
 from actrec.errors import UnsupportedModelError
 
 from .guesses import what_was_meant
-from .names import is_called, type_name
-
-if TYPE_CHECKING:
-    import re
-    from collections.abc import Iterator, Mapping
-
-    from .names import Model, Name
+from .names import Model, Name, is_called, type_name
 
 __all__ = ["check_model", "hookable", "layer_for_transform", "nothing", "why_not"]
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeGuard
+from typing import Final, Literal, TypeAlias, TypeGuard
+
+from torch import nn
 
 from actrec.errors import SelectionError
 
 from .diagnosis import why_not
 from .globs import glob, is_glob
+from .names import Model, Name
 from .queries import answer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import nn
-
-    from .names import Model, Name
-    from .treatment import Treatment
+from .treatment import Treatment
 
 __all__ = ["FunctionQuery", "Owner", "What", "ask", "canonical", "is_function_query"]
 

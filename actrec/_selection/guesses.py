@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
 
 from torch import Tensor, nn
 
@@ -12,12 +12,7 @@ from actrec._text import count, listed, nearest
 from actrec._torch import children_of
 
 from .globs import glob, is_glob
-from .names import type_name
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-
-    from .names import Model, Name
+from .names import Model, Name, type_name
 
 __all__ = ["is_of_torch", "layers_of_function", "no_query", "shown_query", "what_was_meant"]
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from actrec._torch import children_of, is_export_guard
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["WRAPPERS", "Model", "Name", "is_called", "type_name", "upwards"]
 

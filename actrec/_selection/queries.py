@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,10 +16,7 @@ from actrec.errors import SelectionError
 from .diagnosis import hookable, nothing, why_not
 from .globs import glob, is_glob
 from .guesses import is_of_torch, layers_of_function, no_query, shown_query
-from .names import is_called, type_name
-
-if TYPE_CHECKING:
-    from .names import Model, Name
+from .names import Model, Name, is_called, type_name
 
 __all__ = ["Query", "Transform", "answer"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,13 +13,9 @@ from actrec.errors import OptionError, SelectionError
 from .diagnosis import check_model, layer_for_transform, why_not
 from .functions import FunctionQuery, What, ask, is_function_query
 from .globs import is_glob
-from .names import Model, upwards
-from .queries import answer
+from .names import Model, Name, upwards
+from .queries import Query, Transform, answer
 from .treatment import Treatment
-
-if TYPE_CHECKING:
-    from .names import Name
-    from .queries import Query, Transform
 
 __all__ = ["Choice", "Selection", "What", "select"]
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from actrec.errors import OptionError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from .queries import Transform
+from .queries import Transform
 
 __all__ = ["Make", "Reducer", "Treatment", "is_reduction", "maker"]
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import struct
 import zlib
 from base64 import b64encode
+from collections.abc import Sequence
 from html import escape
 from itertools import chain
-from typing import TYPE_CHECKING, Final, Self
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from typing import Final, Self
 
 __all__ = ["STYLE", "Badge", "Bar", "Bars", "Drawn", "Framed", "Pixels"]
 

@@ -9,21 +9,17 @@ Everything that comes from a model or a user is escaped with :func:`html.escape`
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from actrec._text import count, shown
 
 from .drawn import STYLE as DRAWN
 from .drawn import Drawn, Framed
+from .table import Cells, Column, Table
 from .text import as_text
 from .tree import Node, tree
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from .table import Cells, Column, Table
 
 __all__ = ["as_html"]
 

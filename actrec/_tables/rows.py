@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Generic, NoReturn, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Generic, NoReturn, Self, SupportsIndex, TypeVar, overload
 
 from typing_extensions import override
 
 from .html import as_html
+from .table import Table
 from .text import as_text
-
-if TYPE_CHECKING:
-    from typing import SupportsIndex
-
-    from .table import Table
 
 __all__ = ["Rows", "Shown"]
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Final, NamedTuple
 
 from actrec._text import count, shown
 
+from .table import Cells, Column, Table
 from .tree import Node, tree
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from .table import Cells, Column, Table
 
 __all__ = ["as_text"]
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict, UserDict, UserList, defaultdict, deque
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 __all__ = ["Container", "Value", "parts"]
 

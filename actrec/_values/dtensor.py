@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from typing_extensions import TypeIs
 
 from actrec._torch import shard_order
 from actrec.errors import CaptureError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch.distributed.tensor import DTensor
-    from typing_extensions import TypeIs
 
 __all__ = ["cloned", "detached", "is_distributed", "on_part"]
 

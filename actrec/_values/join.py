@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,14 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from actrec.errors import JoinError, OptionError
 
-from .containers import Container
+from .containers import Container, Value
 from .memory import WORTH_IT, give_back
 from .spec import Spec, flatten, tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from .containers import Value
 
 __all__ = ["How", "joined"]
 

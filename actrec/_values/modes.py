@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import is_inference_mode_enabled
 
@@ -15,9 +16,6 @@ from actrec._torch import (
     pop_dispatch_mode,
     push_dispatch_mode,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["normal_mode", "normal_mode_unseen", "unseen"]
 

@@ -11,15 +11,12 @@ The mean is held as a sum of two floats, so that a large mean does not drown a s
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .chunks import blocks, dense
-
-if TYPE_CHECKING:
-    from .histogram import Bins
+from .histogram import Bins
 
 __all__ = ["Moments"]
 

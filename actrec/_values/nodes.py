@@ -7,22 +7,17 @@ again of other children, a :class:`Fields` stands for it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from actrec._torch import PYTREE_NODES
 
-from .containers import Container
+from .containers import Container, Value
 from .stand_ins import Fields, qualified
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .containers import Value
 
 __all__ = ["parts"]
 

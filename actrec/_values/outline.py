@@ -14,18 +14,15 @@ control characters around the items of a container, of which equal ones behind e
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from actrec._text import shown
 
+from .constants import Constant
 from .containers import Container
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .constants import Constant
-    from .spec import Spec
+from .spec import Spec
 
 __all__ = ["LONGEST", "drawn", "outline"]
 

@@ -24,10 +24,11 @@ containers that contain themselves. What is registered there is taken apart as i
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias, TypeVar
+from typing import Final, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,9 +38,6 @@ from . import containers, nodes
 from .constants import CONSTANTS, Constant, is_array
 from .containers import Container, Value
 from .stand_ins import opaque
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
 
 __all__ = ["TENSOR", "Again", "Spec", "Step", "flatten", "leaves", "rebuild", "same", "tensors"]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typing_extensions import override
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 __all__ = ["Fields", "Opaque", "opaque", "qualified"]
 

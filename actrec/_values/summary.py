@@ -5,23 +5,18 @@ A summary is as large as the differences between the calls, however many there a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
+from torch import Tensor
 
 from actrec._text import shown
 
+from .containers import Value
 from .outline import drawn, outline
-from .spec import flatten
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from torch import Tensor
-
-    from .containers import Value
-    from .spec import Spec
+from .spec import Spec, flatten
 
 __all__ = ["Size", "Summary", "dtype_name", "shape_of"]
 

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 from torch import Tensor
 
-from actrec._recordings.passes import nth_calls
+from actrec._recordings.passes import Moment, nth_calls
 from actrec._recordings.recording import Recording
 from actrec.errors import OptionError
 
-from .calls import located
+from .calls import Calls, located
 from .columns import Column, place_order
 from .cutting import cut
 from .last import last_rows
 from .masks import Function, computed
-from .origins import ORIGINS, Origin
+from .origins import ORIGINS, Origin, Origins
 from .selecting import Selector, is_plain, kind, select
 from .steps import steps
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from collections.abc import Set as AbstractSet
-
-    from actrec._recordings.passes import Moment
-
-    from .calls import Calls
-    from .origins import Origins
 
 __all__ = ["Mask", "Options", "Passes", "Table", "table"]
 

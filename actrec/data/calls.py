@@ -5,27 +5,23 @@ All of it is tensors with a line for each call, so a million calls are aligned b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from actrec._recordings.passes import Moment
+from actrec.store.index import Index
 from actrec.store.layers import StoredLayer
+from actrec.store.part import Leaf, Part
 from actrec.store.whole import WholeLayer
 
+from .selecting import Selected
 from .sources import Held, Made, Shape, Source, Stored
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from actrec._recordings.passes import Moment
-    from actrec.store.index import Index
-    from actrec.store.part import Leaf, Part
-
-    from .selecting import Selected
 
 __all__ = ["Calls", "Look", "located"]
 

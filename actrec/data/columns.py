@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from .sources import Files, Shape, Source
+from .sources import Files, Shape, Source
 
 __all__ = ["Column", "Runs", "coalesced", "place_order"]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +14,10 @@ from actrec.errors import AlignmentError
 from .calls import Look
 from .columns import Runs
 from .joining import Joint, covered, is_joined, leads
+from .origins import Origins
 from .positions import MERGED, Reading, has_width, read, readings
-from .sources import Held
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .origins import Origins
-    from .sources import Shape
-    from .steps import Steps
+from .sources import Held, Shape
+from .steps import Steps
 
 __all__ = ["cut"]
 

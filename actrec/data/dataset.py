@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from actrec._recordings.recording import Recording
 from actrec._text import count
 
-from .align import Options, table
+from .align import Mask, Options, Passes, Table, table
 from .kept import Kept
 from .origins import Where
+from .selecting import Selector
 from .sources import Files
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from actrec._recordings.recording import Recording
-
-    from .align import Mask, Passes, Table
-    from .selecting import Selector
 
 __all__ = ["Rows", "rows"]
 

@@ -6,23 +6,20 @@ Shapes alone, no data.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from actrec._recordings.covering import first_columns
 
+from .calls import Look
 from .origins import Origins
 from .positions import lead, positions
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .calls import Look
-    from .sources import Shape
-    from .steps import Steps
+from .sources import Shape
+from .steps import Steps
 
 __all__ = ["Covered", "Joint", "Lines", "covered", "is_joined", "leads"]
 

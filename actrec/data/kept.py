@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .columns import Column
-    from .sources import Files
+from .columns import Column
+from .sources import Files
 
 __all__ = ["Kept"]
 

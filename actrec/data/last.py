@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from .columns import Column
+from .origins import Origins
 from .sources import Files
-
-if TYPE_CHECKING:
-    from .columns import Column
-    from .origins import Origins
 
 __all__ = ["last_rows"]
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from actrec._recordings.pass_values import MissingError, PassValues, Stored
+from actrec._recordings.recording import Recording
 from actrec.errors import OptionError
 
 from .calls import Calls, Look
 from .selecting import is_plain, kind
 from .sources import Held
-
-if TYPE_CHECKING:
-    from actrec._recordings.recording import Recording
 
 __all__ = ["Function", "computed"]
 

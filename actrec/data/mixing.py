@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from actrec._recordings.layer import Layer
 from actrec.errors import AlignmentError, OptionError
 
+from .align import Mask, Table
+from .columns import Column
+from .kept import Kept
 from .origins import together
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .align import Mask, Table
-    from .columns import Column
-    from .kept import Kept
-    from .selecting import Selector
+from .selecting import Selector
 
 __all__ = ["Part", "check", "checked_weights", "parts", "quotas"]
 

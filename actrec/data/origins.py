@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from .columns import Column, coalesced
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .sources import Files
+from .sources import Files
 
 __all__ = ["ORIGINS", "Origin", "Origins", "Where", "together"]
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+import torch
 
-    import torch
-
-    from .calls import Look
-    from .sources import Shape
+from .calls import Look
+from .sources import Shape
 
 __all__ = ["MERGED", "Reading", "has_width", "lead", "positions", "read", "readings"]
 

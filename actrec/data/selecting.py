@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from actrec._recordings.layer import Layer
-from actrec._values.spec import flatten
+from actrec._recordings.recording import Recording
+from actrec._values.spec import Spec, flatten
 from actrec.errors import AlignmentError, OptionError
 from actrec.store.layers import StoredLayer
 from actrec.store.live import LiveLayer
 from actrec.store.read_only import ChosenLayer
 from actrec.store.whole import WholeLayer
-
-if TYPE_CHECKING:
-    from actrec._recordings.recording import Recording
-    from actrec._values.spec import Spec
 
 __all__ = ["Selected", "Selector", "is_plain", "kind", "select"]
 

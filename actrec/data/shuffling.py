@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from operator import index
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from typing_extensions import override
 
+from actrec._recordings.recording import Recording
 from actrec.errors import OptionError, ResumeError
 from actrec.store.rank import placed
 
 from .ahead import ahead
-from .align import Options, table
+from .align import Mask, Options, Passes, Table, table
 from .kept import Kept
-from .mixing import check, checked_weights, parts, quotas
+from .mixing import Part, check, checked_weights, parts, quotas
 from .order import Order
+from .selecting import Selector
 from .sources import Files
 from .window import Window, batches
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
-    from actrec._recordings.recording import Recording
-
-    from .align import Mask, Passes, Table
-    from .mixing import Part
-    from .selecting import Selector
 
 __all__ = ["Shuffled", "shuffled"]
 

@@ -6,10 +6,11 @@ A source is bytes. Every dtype can be selected from and joined as bytes, also th
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,11 +18,7 @@ from typing_extensions import override
 
 from actrec._values.memory import writable
 from actrec.store.format import Defect, corrupt
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from actrec.store.place import Place, Reading
+from actrec.store.place import Place, Reading
 
 __all__ = ["Files", "Held", "Made", "Shape", "Source", "Stored"]
 

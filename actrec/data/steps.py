@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from actrec.errors import AlignmentError
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .calls import Calls
+from .calls import Calls
 
 __all__ = ["Steps", "steps"]
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Generator, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
-
-    from .columns import Column
-    from .mixing import Part
-    from .order import Order, Piece
-    from .sources import Files
+from .columns import Column
+from .mixing import Part
+from .order import Order, Piece
+from .sources import Files
 
 __all__ = ["Window", "batches"]
 

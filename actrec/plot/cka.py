@@ -12,12 +12,10 @@ from actrec._recordings import similarity as cka
 from actrec._text import count
 from actrec.errors import OptionError
 
-from .shared import FEW, ordered, short
+from .shared import FEW, Array, Layers, ordered, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .shared import Array, Layers
 
 __all__ = ["similarity"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -11,17 +12,11 @@ from matplotlib.colors import Normalize
 
 from actrec._progress import unseen
 from actrec._recordings.course import MOST_CALLS, course
+from actrec._recordings.layer import Layer
 from actrec._text import count
 from actrec.errors import OptionError
 
-from .shared import FEW, ordered, short
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from actrec._recordings.layer import Layer
-
-    from .shared import Array, Layers
+from .shared import FEW, Array, Layers, ordered, short
 
 __all__ = ["drift"]
 

@@ -11,18 +11,15 @@ from matplotlib import pyplot as plt
 from actrec._recordings.course import spread
 from actrec._recordings.layer import Layer
 from actrec._text import count
+from actrec._values.containers import Value
 from actrec._values.spec import leaves
 from actrec._values.summary import shape_of
 from actrec.errors import OptionError
 
-from .shared import numbers
+from .shared import Array, numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from actrec._values.containers import Value
-
-    from .shared import Array
 
 __all__ = ["feature_maps"]
 

@@ -7,22 +7,19 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from torch import Tensor
 
 from actrec._recordings.course import MOST_CALLS, spread
+from actrec._recordings.layer import Layer
 from actrec._text import count
 from actrec._values.chunks import dense
 from actrec._values.spec import leaves
 from actrec.errors import OptionError
 
-from .shared import FEW, numbers, ordered, short
+from .shared import FEW, Array, Layers, numbers, ordered, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from torch import Tensor
-
-    from actrec._recordings.layer import Layer
-
-    from .shared import Array, Layers
 
 __all__ = ["distributions"]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from torch import Tensor
+
 from actrec._recordings.layer import Layer
 from actrec._recordings.recording import Recording
 from actrec._text import shown
@@ -13,7 +15,6 @@ from actrec.errors import OptionError
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
 __all__ = [
     "FEW",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ from typing_extensions import override
 from actrec.errors import OptionError
 
 from .reduction import Reduction, Rows
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["Histogram"]
 

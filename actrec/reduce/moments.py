@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from .reduction import Reduction, Rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["Moments"]
 

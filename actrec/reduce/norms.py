@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from actrec.errors import OptionError
 
 from .reduction import Reduction, Rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["Norms"]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from math import prod
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,13 +14,9 @@ from typing_extensions import override
 
 from actrec._text import count
 from actrec._values.chunks import dense
+from actrec._values.containers import Value
 from actrec._values.spec import tensors
 from actrec.errors import CaptureError, OptionError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-    from actrec._values.containers import Value
 
 __all__ = ["Reduction", "Rows"]
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from collections.abc import Callable
+from typing import Any, BinaryIO, Final
 
 from typing_extensions import override
 
 from actrec.errors import OptionError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["BLOCK", "CACHED", "CACHE_BYTES", "Blocks"]
 

@@ -11,23 +11,20 @@ What a disk has and an object store has not, and what stands for it here:
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 from typing_extensions import override
 
 from actrec.errors import WriteError
 
+from .blocks import Blocks
 from .lock import Lock
 from .objects import Object, Objects, said
+from .safetensors import Writable
 from .upload import Upload
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Callable
-
-    from .blocks import Blocks
-    from .safetensors import Writable
 
 __all__ = ["Bucket"]
 

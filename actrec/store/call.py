@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final, TypeAlias
+
+import torch
+from torch import Tensor
+
+from actrec._values.containers import Value
 
 from .encoding import encode
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import torch
-    from torch import Tensor
-
-    from actrec._values.containers import Value
-
-    from .format import Slot
+from .format import Slot
 
 __all__ = ["OVERHEAD", "Call", "Look"]
 

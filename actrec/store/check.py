@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, BinaryIO, Final
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, Final
 
 from actrec.errors import CorruptRecordingError
 
 from .format import corrupt
 from .index import shard_name, shard_names
 from .ledger import Heading, Ledger
+from .part import Part
+from .place import Place
 from .shard import Shard
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from .part import Part
-    from .place import Place
 
 __all__ = ["shard_problems", "shards_expected"]
 

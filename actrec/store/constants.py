@@ -8,8 +8,9 @@ from __future__ import annotations
 import base64
 import math
 import re
+from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -18,9 +19,6 @@ from actrec.errors import CaptureError
 
 from .format import Defect, need
 from .forms import checked
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["KINDS", "WORD", "from_node", "node_of", "refused"]
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict, deque, namedtuple
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -26,9 +27,6 @@ from . import constants
 from .dtensor import Spread
 from .format import MAX_DEPTH, Defect, need
 from .forms import Maybe, checked
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
 
 __all__ = ["TENSOR_ALONE", "TOO_DEEP", "Structure", "decode", "may_be_set"]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 
+from actrec._selection.treatment import Treatment
 from actrec._text import function_name, own_version
 from actrec.errors import ResumeError
 
@@ -27,13 +29,7 @@ from .format import (
 )
 from .forms import Maybe, checked
 from .ledger import Heading
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from actrec._selection.treatment import Treatment
-
-    from .place import Place
+from .place import Place
 
 __all__ = ["Description", "LayerInfo", "read_description", "read_json"]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final, cast
 
 import torch
 from typing_extensions import override
@@ -15,11 +16,7 @@ from actrec._values.memory import writable
 from .format import ANOTHER, UNFINISHED, Defect, need
 from .lock import Lock, locked
 from .new_file import Unfinished, sync
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from .safetensors import Writable
+from .safetensors import Writable
 
 __all__ = ["GONE", "Disk", "Mapped", "Reading", "copied"]
 

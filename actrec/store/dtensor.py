@@ -7,9 +7,10 @@ whoever has all the parts: nothing here communicates.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +19,6 @@ from actrec.errors import CaptureError
 
 from .format import MAX_DIMS, MAX_RANKS, MAX_SIZE, Defect, need
 from .forms import Maybe, checked
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
 
 __all__ = ["Spread", "local", "spread"]
 

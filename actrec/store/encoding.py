@@ -6,13 +6,14 @@ import json
 import sys
 from collections import OrderedDict, UserList, deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from actrec._values.constants import is_array
+from actrec._values.constants import Constant, is_array
+from actrec._values.containers import Container, Value
 from actrec._values.dtensor import is_distributed
 from actrec._values.spec import flatten
 from actrec._values.stand_ins import Fields, qualified
@@ -22,10 +23,6 @@ from .constants import node_of, refused
 from .decoding import TENSOR_ALONE, TOO_DEEP, decode, may_be_set
 from .dtensor import local, spread
 from .format import DTYPES, MAX_DIMS, MAX_NODES, MAX_STRUCTURE, Defect
-
-if TYPE_CHECKING:
-    from actrec._values.constants import Constant
-    from actrec._values.containers import Container, Value
 
 __all__ = ["Encoded", "encode", "storable"]
 

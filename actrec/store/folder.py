@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from typing_extensions import override
 
 from actrec.errors import OptionError
 
 from .format import MAX_RANKS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["Folder"]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from .format import MAX_SIZE, Defect
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 __all__ = ["Maybe", "checked"]
 

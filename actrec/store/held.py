@@ -6,14 +6,11 @@ begun. A pass for which there is no room is handed out in parts, which count whe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
 
+from .call import Call, Look
 from .format import MAX_HEADER
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
-
-    from .call import Call, Look
 
 __all__ = ["Batch", "Held"]
 

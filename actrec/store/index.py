@@ -9,20 +9,17 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_right
+from collections.abc import Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from typing_extensions import override
 
 from .format import ANOTHER, SHARD, Role, Slot, corrupt
+from .ledger import Heading, SoFar
+from .part import Group, Part
+from .place import Place
 from .shard import Shard
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from .ledger import Heading, SoFar
-    from .part import Group, Part
-    from .place import Place
 
 __all__ = ["Found", "Index", "shard_name", "shard_names"]
 

@@ -8,23 +8,18 @@ a backward.) That of a unit is written when the unit has ended.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from typing_extensions import override
 
 from actrec._torch import at_end_of_backward, backward_number
+from actrec._values.containers import Value
 
 from .call import Call
-from .live import LiveLayer, Open
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from actrec._values.containers import Value
-
-    from .format import Slot
-    from .live import Writing
+from .format import Slot
+from .live import LiveLayer, Open, Writing
 
 __all__ = ["Backwards", "LateLayer"]
 

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from actrec._recordings.passes import ListView
+from actrec._values.containers import Value
+from actrec._values.join import How
 from actrec._values.memory import words
 from actrec._values.summary import Summary
 
+from .format import Role
+from .index import Found
+from .ledger import SoFar
+from .part import Part
+from .rank_folder import Rank
 from .read_only import ReadOnlyLayer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from actrec._values.containers import Value
-    from actrec._values.join import How
-
-    from .format import Role
-    from .index import Found
-    from .ledger import SoFar
-    from .part import Part
-    from .rank_folder import Rank
-    from .shard import Shard
+from .shard import Shard
 
 __all__ = ["Source", "StoredLayer"]
 

@@ -20,28 +20,24 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from actrec._values.memory import memory
 
 from . import safetensors
+from .call import Call
 from .decoding import decode
 from .format import DTYPES, VERSION, Slot
+from .ledger import Heading, SoFar
 from .part import Group, Leaf, Part
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
-    from .call import Call
-    from .ledger import Heading, SoFar
 
 __all__ = ["lay_out", "write"]
 

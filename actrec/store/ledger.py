@@ -9,23 +9,19 @@ stale or damaged.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 
 from actrec._values.outline import drawn
 from actrec._values.summary import Summary
 
-from .format import MAX_DIMS, MAX_RANKS, need
+from .format import MAX_DIMS, MAX_RANKS, Slot, need
 from .forms import Maybe, checked
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
-
-    from .format import Slot
-    from .part import Part
+from .part import Part
 
 __all__ = ["HEADING", "SO_FAR", "Heading", "Ledger", "SoFar"]
 

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from typing_extensions import override
 
-from actrec._recordings.passes import ListView
+from actrec._recordings.layer import Layer
+from actrec._recordings.passes import ListView, Moment
 from actrec._recordings.runs import PassRuns
+from actrec._values.containers import Value
+from actrec._values.join import How
 from actrec._values.summary import Summary
 from actrec.errors import ActrecError
 
-from .call import Call
+from .call import Call, Look
+from .format import Slot
+from .layers import StoredLayer
+from .place import Place
 from .read_only import ReadOnlyLayer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from actrec._recordings.layer import Layer
-    from actrec._recordings.passes import Moment
-    from actrec._values.containers import Value
-    from actrec._values.join import How
-
-    from .call import Look
-    from .format import Slot
-    from .layers import StoredLayer
-    from .place import Place
 
 __all__ = ["LiveLayer", "Open", "Writing"]
 

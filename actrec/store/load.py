@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
-from actrec._recordings.units import missing
+from actrec._recordings.layer import V
+from actrec._recordings.units import Key, missing
 from actrec._text import count
 from actrec.errors import CorruptRecordingError, MissingUnitsError, RecordingNotFoundError
 
-from .place import place
+from .place import Place, place
 from .rank_folder import Rank, is_described, rank_folders, rank_number
 from .reader import StoredRecording, check_rank
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterable, Mapping
-
-    from actrec._recordings.layer import V
-    from actrec._recordings.units import Key
-
-    from .place import Place
 
 __all__ = ["load", "opened"]
 

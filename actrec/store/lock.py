@@ -11,14 +11,12 @@ import os
 import warnings
 import weakref
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 from typing_extensions import override
 
 from actrec.errors import UnlockedWarning
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 fcntl: Any
 try:

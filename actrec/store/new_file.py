@@ -7,15 +7,12 @@ import errno
 import os
 import time
 import uuid
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
 
 from .format import UNFINISHED
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from .safetensors import Buffer, Writable
+from .safetensors import Buffer, Writable
 
 __all__ = ["FileBeingWritten", "Unfinished", "sync"]
 

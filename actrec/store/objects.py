@@ -6,23 +6,18 @@ Small parts are read from blocks that are kept, large ones in one request.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar, cast
+from typing import Any, BinaryIO, Final, TypeVar, cast
 
+import torch
 from typing_extensions import override
 
 from actrec.errors import OptionError, ReadError
 
-from .blocks import BLOCK, CACHED
+from .blocks import BLOCK, CACHED, Blocks
 from .disk import GONE, copied
 from .format import ANOTHER, Defect, need
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    import torch
-
-    from .blocks import Blocks
 
 T = TypeVar("T")
 

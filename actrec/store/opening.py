@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from actrec.errors import OptionError, RecordingExistsError, WriteError
 
-from .description import read_description
+from .description import Description, read_description
+from .folder import Folder
 from .format import DESCRIPTION
 from .index import shard_name
 from .layout import write
@@ -18,13 +19,7 @@ from .ledger import Ledger
 from .place import place
 from .rank import ANY_RUN, here
 from .rank_folder import Rank, is_described, rank_folder, rank_folders
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from .description import Description
-    from .folder import Folder
-    from .safetensors import Writable
+from .safetensors import Writable
 
 __all__ = ["Opening"]
 

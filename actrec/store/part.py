@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from actrec._values.summary import Summary
 
-if TYPE_CHECKING:
-    from .decoding import Structure
-    from .format import Slot
+from .decoding import Structure
+from .format import Slot
 
 __all__ = ["Group", "Leaf", "Part"]
 

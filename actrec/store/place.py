@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 from urllib.request import url2pathname
 
 from actrec.errors import OptionError
@@ -15,10 +17,6 @@ from .bucket import Bucket
 from .disk import Disk
 from .folder import Folder
 from .objects import Object, Objects
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Mapping
 
 __all__ = ["Mapped", "Place", "Reading", "place"]
 

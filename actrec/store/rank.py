@@ -8,15 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from torch import distributed
 
 from .format import MAX_RANKS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["ANY_RUN", "Position", "here", "placed"]
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from .description import read_description
 from .format import DESCRIPTION, corrupt
 from .index import Index, shard_names
+from .place import Place
 from .ranks import RankInfo
-
-if TYPE_CHECKING:
-    from .place import Place
 
 __all__ = ["Rank", "is_described", "rank_folder", "rank_folders", "rank_number"]
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import Any, NoReturn, overload
 
 from typing_extensions import override
 
 from actrec._recordings.guesses import no_call, no_index
 from actrec._recordings.layer import Layer
 from actrec._recordings.passes import ListView
+from actrec._values.containers import Value
+from actrec._values.join import How
 from actrec._values.spec import tensors
 from actrec._values.summary import Summary
 from actrec.errors import ActrecError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from actrec._values.containers import Value
-    from actrec._values.join import How
 
 __all__ = ["ChosenLayer", "LayerOnDisk", "ReadOnlyLayer", "Unchanged"]
 

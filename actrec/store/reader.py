@@ -6,38 +6,30 @@ what is large is mapped, privately: what is written to a value reaches the memor
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
 from typing_extensions import override
 
 from actrec._progress import showing
-from actrec._recordings.layer import V
-from actrec._recordings.passes import Count
+from actrec._recordings.layer import Layer, V
+from actrec._recordings.passes import Count, Moment
 from actrec._recordings.recording import Recording
 from actrec._text import count, shown
 from actrec.errors import OptionError
 
 from .check import shard_problems, shards_expected
-from .format import ROLES, corrupt
+from .description import Description
+from .format import ROLES, Role, corrupt
 from .layers import Source, StoredLayer
-from .ranks import listed_ranks, summary
+from .place import Place
+from .rank_folder import Rank
+from .ranks import RankInfo, listed_ranks, summary
 from .reduced import StoredReduction, made_reduced
 from .units import UNIT, StoredUnits
 from .warned import warnings_of
 from .whole import WholeLayer, made_whole, whole_problems
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from actrec._recordings.layer import Layer
-    from actrec._recordings.passes import Moment
-
-    from .description import Description
-    from .format import Role
-    from .place import Place
-    from .rank_folder import Rank
-    from .ranks import RankInfo
 
 __all__ = ["StoredRecording", "check_rank"]
 

@@ -7,15 +7,17 @@ of dicts of tensors, and ``passes``, the passes of the calls in runs ``(first, h
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from actrec._recordings.passes import ListView
+from actrec._recordings.layer import Layer
+from actrec._recordings.passes import ListView, Moment
 from actrec._recordings.reduced import Reduced, merged
 from actrec._recordings.runs import PassRuns, in_runs
 from actrec._values.spec import tensors
@@ -24,29 +26,21 @@ from actrec.errors import ActrecError, CorruptRecordingError, OptionError
 from actrec.reduce import KINDS, Reduction
 
 from .call import Call
-from .format import FUNCTION, MAX_SIZE, Defect, corrupt, need
+from .format import FUNCTION, MAX_SIZE, Defect, Slot, corrupt, need
+from .late import Backwards
+from .layers import Source, StoredLayer
+from .live import Writing
 from .read_only import Unchanged
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from typing import Protocol
-
-    from actrec._recordings.layer import Layer
-    from actrec._recordings.passes import Moment
-
-    from .format import Slot
-    from .late import Backwards
-    from .layers import Source, StoredLayer
-    from .live import Writing
-
-    class Reducing(Protocol):
-        """A layer that is reduced while it is recorded."""
-
-        def state(self, complete: int) -> tuple[int, dict[str, Any]] | None:
-            """Return what is stored after the passes before ``complete``, and the last of them, if that is new."""
-
-
 __all__ = ["States", "StoredReduction", "made_reduced", "state_call"]
+
+
+class Reducing(Protocol):
+    """A layer that is reduced while it is recorded."""
+
+    def state(self, complete: int) -> tuple[int, dict[str, Any]] | None:
+        """Return what is stored after the passes before ``complete``, and the last of them, if that is new."""
+
 
 _FORM: Final = ["reduction", "states", "passes"]
 _MOST: Final = 1 << 32  # calls

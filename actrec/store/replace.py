@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from actrec.errors import RecordingExistsError
 
@@ -16,10 +17,6 @@ from .lock import LOCK
 from .new_file import sync
 from .rank_folder import rank_folders
 from .warned import is_warnings
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 __all__ = ["replacing"]
 

@@ -14,19 +14,17 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from .format import MAX_DIMS, MAX_HEADER, MAX_SIZE, Defect, need
 from .forms import checked
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
-    Buffer = bytes | bytearray | memoryview
-
 __all__ = ["Container", "Extent", "Piece", "Tensor", "Writable", "parse", "write"]
+
+Buffer = bytes | bytearray | memoryview
 
 _ALIGNMENT: Final = 64  # where the data begins: a cache line
 _LENGTH: Final = 8  # bytes that hold the length of the header

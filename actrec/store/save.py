@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from actrec._progress import showing
+from actrec._recordings.layer import Layer
+from actrec._recordings.passes import Moment
+from actrec._recordings.recording import Recording
 from actrec._recordings.reduced import Reduced
 from actrec.errors import CaptureError, OptionError
 from actrec.reduce import Reduction
@@ -14,7 +19,7 @@ from .call import Call
 from .description import Description, LayerInfo
 from .disk import Disk
 from .folder import Folder
-from .format import Slot
+from .format import Role, Slot
 from .opening import Opening
 from .place import place
 from .read_only import LayerOnDisk
@@ -23,16 +28,6 @@ from .replace import replacing
 from .units import key_call
 from .warned import keep_warnings
 from .writer import Writer
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterator
-
-    from actrec._recordings.layer import Layer
-    from actrec._recordings.passes import Moment
-    from actrec._recordings.recording import Recording
-
-    from .format import Role
 
 __all__ = ["save"]
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import zlib
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from actrec._values.containers import Value
 from actrec._values.memory import writable
 
 from . import safetensors
@@ -20,11 +21,7 @@ from .format import DTYPES, MAX_DIMS, MAX_SIZE, ROLES, VERSION, Defect, Role, Sl
 from .forms import checked
 from .ledger import HEADING, SO_FAR, Heading, SoFar
 from .part import Group, Leaf, Part
-
-if TYPE_CHECKING:
-    from actrec._values.containers import Value
-
-    from .place import Mapped, Place
+from .place import Mapped, Place
 
 __all__ = ["Shard"]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 from actrec._text import count
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from .reader import StoredRecording
+from .reader import StoredRecording
 
 __all__ = ["steps"]
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
+from actrec._recordings.layer import Layer
+from actrec._recordings.units import Key, Units
+from actrec.errors import WriteError
+
+from .call import Call
+from .description import Description
+from .folder import Folder
 from .format import FUNCTION, Role, Slot
 from .late import Backwards, LateLayer
 from .layers import StoredLayer
@@ -16,17 +24,6 @@ from .steps import steps
 from .units import key_call
 from .warned import keep_warnings
 from .writer import Writer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    from actrec._recordings.layer import Layer
-    from actrec._recordings.units import Key, Units
-    from actrec.errors import WriteError
-
-    from .call import Call
-    from .description import Description
-    from .folder import Folder
 
 __all__ = ["Stream"]
 

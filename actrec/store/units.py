@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from typing_extensions import override
 
+from actrec._recordings.passes import Moment
 from actrec._recordings.units import Key, Units, tensor_of
 
 from .call import Call
 from .format import Defect, Slot, corrupt, need
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from actrec._recordings.passes import Moment
-
-    from .layers import Source
-    from .part import Group
-    from .shard import Shard
+from .layers import Source
+from .part import Group
+from .shard import Shard
 
 __all__ = ["UNIT", "StoredUnits", "key_call"]
 

@@ -7,20 +7,16 @@ import inspect
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from actrec.errors import ReadError, WriteError
 
 from .new_file import FileBeingWritten
-from .objects import said
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from .objects import Objects
-    from .safetensors import Writable
+from .objects import Objects, said
+from .safetensors import Writable
 
 __all__ = ["WAITS", "Upload"]
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from actrec._progress import showing
 from actrec.errors import CorruptRecordingError
 
 from .check import shard_problems, shards_expected
 from .description import read_description
+from .ledger import Heading
 from .load import opened
-from .place import place
+from .place import Place, place
 from .rank_folder import rank_folders, rank_number
-
-if TYPE_CHECKING:
-    import os
-    from collections.abc import Iterator, Mapping
-
-    from .ledger import Heading
-    from .place import Place
 
 __all__ = ["verify"]
 

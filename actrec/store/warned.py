@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from actrec.errors import ActrecError
 
 from .description import read_json
 from .forms import checked
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from .place import Place
+from .place import Place
 
 __all__ = ["is_warnings", "keep_warnings", "warnings_of"]
 

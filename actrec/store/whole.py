@@ -7,32 +7,27 @@ there, and are spread in the same way. A call of which parts are missing is left
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from actrec._progress import showing
+from actrec._recordings.layer import Layer
 from actrec._recordings.passes import ListView
+from actrec._values.containers import Value
+from actrec._values.spec import Spec
 from actrec._values.summary import Summary
 from actrec.errors import CorruptRecordingError
 
+from .dtensor import Spread
 from .format import Defect, corrupt
+from .index import Found
+from .layers import StoredLayer
 from .read_only import ReadOnlyLayer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import Tensor
-
-    from actrec._recordings.layer import Layer
-    from actrec._values.containers import Value
-    from actrec._values.spec import Spec
-
-    from .dtensor import Spread
-    from .index import Found
-    from .layers import StoredLayer
 
 __all__ = ["WholeLayer", "made_whole", "whole_problems"]
 

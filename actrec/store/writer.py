@@ -14,26 +14,22 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from actrec._values.memory import give_back
 from actrec.errors import WriteError
 
 from . import layout
-from .held import Held
+from .call import Call
+from .folder import Folder
+from .held import Batch, Held
 from .index import shard_name
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
-
-    from .call import Call
-    from .folder import Folder
-    from .held import Batch
-    from .ledger import Ledger
-    from .new_file import Unfinished
-    from .place import Place
-    from .upload import Upload
+from .ledger import Ledger
+from .new_file import Unfinished
+from .place import Place
+from .upload import Upload
 
 __all__ = ["Writer"]
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import (
     is_dynamo_compiling,  # a constant in what the compiler reads
 )
@@ -30,11 +31,6 @@ from actrec.errors import CaptureError
 
 from .operator import TOKEN, new_key, tell, tell_gradient, tell_nested, tell_watched
 from .outline import encode
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import nn
 
 __all__ = ["HookInGraph"]
 

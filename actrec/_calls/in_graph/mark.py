@@ -13,19 +13,16 @@ from __future__ import annotations
 import types
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
+from torch import nn
 from typing_extensions import override
 
 from actrec._calls.forwards import Forward, placing, without_ended
 from actrec._torch import REPLICATE, is_compiled_wrapper
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, MutableMapping, Sequence
-
-    from torch import nn
 
 __all__ = ["Marks"]
 

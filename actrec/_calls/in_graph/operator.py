@@ -13,7 +13,8 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Callable
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +24,6 @@ from actrec._values.snapshot import twin
 from actrec.errors import CaptureError
 
 from .outline import decode
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = [
     "RECEIVER_OF",

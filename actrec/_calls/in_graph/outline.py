@@ -10,19 +10,16 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 
 from actrec._torch import as_constant
 from actrec._values.stand_ins import Opaque, qualified
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["decode", "encode"]
 
