@@ -132,7 +132,7 @@ def layers_of_function(model: Model, function: object) -> str:
     """Return what to write for the layers that may compute a function of PyTorch."""
     name = getattr(function, "__name__", "")
     kinds = sorted({type_name(one.module) for one in model.names[1:]})
-    return _of_type(model, name.replace("_", "")) or (
-        f"Layers are modules, and none of this {model.type} is a {name}; there are {listed(kinds, 20)}. Record the module "
-        "that calls it."
+    found = _of_type(model, name.replace("_", "")) or (
+        f"Layers are modules, and none of this {model.type} is a {name}; there are {listed(kinds, 20)}."
     )
+    return f"{found} Calls of the function itself are named behind the modules that make them: record(model, '**:{name}')."
