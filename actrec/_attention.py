@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .errors import OptionError
 
-__all__ = ["attention"]
-
 #: So many elements of a map are computed at a time.
 BLOCK: Final = 1 << 22
 #: How many roundings of its dtype an output may be away from what the map gives.

@@ -17,8 +17,6 @@ from actrec._tables.table import Column, Table
 from actrec._text import count, listed, shown
 from actrec.errors import SelectionError
 
-__all__ = ["LayerRow", "Layers", "layers"]
-
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:

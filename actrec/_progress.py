@@ -17,8 +17,6 @@ from contextlib import closing, contextmanager
 from importlib import import_module
 from typing import Any, Final, Protocol, TypeVar
 
-__all__ = ["Each", "showing", "unseen"]
-
 T = TypeVar("T")
 
 #: Seconds between two lines, on a terminal, where each takes the place of the one before, and in a file.

@@ -21,7 +21,8 @@ from actrec._calls.capture import Capture
 from actrec._calls.compiled import COMPILING
 from actrec._calls.destination import Destination, Memory
 from actrec._calls.forwards import Forward
-from actrec._calls.functions import Functions, stop_key
+from actrec._calls.function_mode import stop_key
+from actrec._calls.functions import Functions
 from actrec._calls.hooks import Event, Hook
 from actrec._calls.layer import Track
 from actrec._calls.options import Options, refuse_functions
@@ -35,17 +36,15 @@ from actrec._calls.stop_early import EarlyStop, refuse_sharded
 from actrec._calls.tracks import ROLES, Tracks
 from actrec._calls.warnings import warned_of
 from actrec._recordings.layer import FUNCTION, Layer, V
-from actrec._selection.functions import Owner
+from actrec._selection.functions import Owner, What
 from actrec._selection.names import type_name
 from actrec._selection.queries import Query, Transform
-from actrec._selection.selection import Selection, What, select
+from actrec._selection.selection import Selection, select
 from actrec._selection.treatment import Reducer
 from actrec._torch import is_of_compiler
 from actrec._values.fsdp import frees_weights
 
 from .errors import ActrecError, OptionError, ResumeWarning
-
-__all__ = ["record"]
 
 
 def record(

@@ -9,8 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from typing import Final
 
-__all__ = ["count", "folded", "function_name", "listed", "nearest", "own_version", "shown", "size"]
-
 KILO: Final = 1000
 UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from graphlib import TopologicalSorter
 
 from tests.house import FLOORS, PICTURE, arrows, imports, modules, picture, room_of
@@ -24,6 +25,15 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {name: imports(name, known) for name in known}
     order = list(TopologicalSorter(graph).static_order())  # which a circle makes impossible
     assert set(order) == set(known)
+
+
+def test_names_with_an_underscore_stay_in_their_module() -> None:
+    for name, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.level or "actrec" in (node.module or "")):
+                private = [one.name for one in node.names if one.name.startswith("_")]
+                private = [one for one in private if f"actrec.{one}" not in modules()]
+                assert not private, f"{name} imports {private}"
 
 
 def test_the_map_on_the_contributing_page_is_up_to_date() -> None:

@@ -15,8 +15,6 @@ from .hooks import Event, Hook
 from .order import is_overtaken
 from .session import Session
 
-__all__ = ["Caller"]
-
 _Children: TypeAlias = Mapping[str, nn.Module | None]
 
 

@@ -29,8 +29,6 @@ from .device import refuse_graph_capture
 from .overflow import Overflows
 from .transfer import Offload
 
-__all__ = ["SKIPPED", "Capture"]
-
 #: What :class:`Capture` returns for a call that its transform skips.
 SKIPPED: Final = object()
 

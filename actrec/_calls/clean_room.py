@@ -19,8 +19,6 @@ from actrec._calls.draws import OwnDraws
 from actrec._values.modes import normal_mode_unseen
 from actrec._values.spec import tensors
 
-__all__ = ["depth", "devices_of", "in_a_clean_room", "inside"]
-
 #: The threads that are running such code, and how deep in it they are.
 inside: dict[int, int] = {}
 

@@ -31,8 +31,6 @@ from actrec._torch import (
 )
 from actrec.errors import ActrecError
 
-__all__ = ["COMPILING", "Eager", "Stance"]
-
 COMPILING = (
     "record() was called inside a function that torch.compile is compiling, where hooks do not run. "
     "Open the block outside of the compiled function."

@@ -14,8 +14,6 @@ from .options import Options
 from .reduced import ReducedLayer
 from .sink import SinkLayer
 
-__all__ = ["Destination", "Memory"]
-
 
 class Destination(Protocol):
     """What makes the layers of a recorder, and is told when the block ends."""

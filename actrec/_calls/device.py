@@ -13,8 +13,6 @@ from torch import Tensor
 
 from actrec.errors import CaptureError
 
-__all__ = ["CUDA", "Cuda", "refuse_graph_capture"]
-
 
 class Cuda:
     """The GPUs of this process."""

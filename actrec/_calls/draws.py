@@ -24,8 +24,6 @@ from typing_extensions import override
 
 from actrec._torch import PRIVATE_DRAWS
 
-__all__ = ["OwnDraws"]
-
 #: What may draw from the global generators. Some of it takes a ``generator``, by the version of PyTorch.
 _DRAWING: Final = PRIVATE_DRAWS | {
     "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial",

@@ -20,9 +20,6 @@ from actrec._torch import CALL_CODE
 
 from .frames import is_ours
 
-__all__ = ["Forward", "Runner", "placing", "when_copied", "without_ended"]
-
-
 #: A module has one ``forward``, and blocks of several threads may be about to change it.
 placing = threading.RLock()
 

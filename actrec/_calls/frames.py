@@ -7,8 +7,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-__all__ = ["is_ours"]
-
 #: The folder that the files of actrec are in.
 _PACKAGE: Final = f"{Path(__file__).parents[1]}{os.sep}"
 

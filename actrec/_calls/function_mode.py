@@ -43,8 +43,6 @@ from .layer import Track, Unrecorded
 from .own_calls import OWN_MODES, is_tracing
 from .session import Session
 
-__all__ = ["Aside", "Asked", "Function", "Shared", "Watcher", "stop_key"]
-
 #: Makes the track of a chosen function, and what makes its layers part of the recording.
 Make = Callable[[Choice], tuple[Track, Callable[[], None]]]
 

@@ -17,11 +17,9 @@ from actrec._text import listed, nearest
 from actrec._torch import children_of
 
 from .forwards import Forward
-from .function_mode import Aside, Asked, Function, Make, Shared, Watcher, stop_key
+from .function_mode import Aside, Asked, Function, Make, Shared, Watcher
 from .layer import Unrecorded
 from .session import Session
-
-__all__ = ["Functions", "Missing", "stop_key"]
 
 
 class Missing(NamedTuple):

@@ -35,8 +35,6 @@ from .capture import SKIPPED, Capture
 from .reentrant import Regions
 from .views import View
 
-__all__ = ["Gradients", "arrived_in_graph", "watched_in_graph"]
-
 
 class _Like(NamedTuple):
     """What zeros in the place of a gradient need to know of the tensor that a call returned."""

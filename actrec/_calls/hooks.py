@@ -24,8 +24,6 @@ from actrec._torch import as_constant, hook_tables, never_compiled
 
 from .forwards import when_copied
 
-__all__ = ["Event", "Hook", "delete"]
-
 
 class Target(Protocol):
     """What a hook reports to."""

@@ -19,8 +19,6 @@ from actrec._values.spec import tensors
 from .capture import Capture
 from .passes import Passes
 
-__all__ = ["Arrival", "Inputs"]
-
 
 @dataclass(frozen=True, slots=True)
 class _Parameters:

@@ -40,8 +40,6 @@ from .parameters import named
 from .session import Session
 from .units import Kept
 
-__all__ = ["Track", "Unrecorded"]
-
 
 class Unrecorded(Enum):
     """Where calls run that are not recorded."""

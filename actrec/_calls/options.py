@@ -20,8 +20,6 @@ from actrec._selection.treatment import Make, Reducer, is_reduction, maker
 from actrec._torch import compiles_tensor_hooks
 from actrec.errors import OptionError
 
-__all__ = ["Options", "refuse_functions"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:

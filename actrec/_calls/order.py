@@ -12,8 +12,6 @@ from actrec._torch import forward_hooks, forward_pre_hooks
 
 from .hooks import Event, Hook
 
-__all__ = ["is_overtaken", "put_stops_last"]
-
 
 def is_overtaken(hook: Hook[Any], module: nn.Module) -> bool:
     """Whether hooks of others come behind this one. They do not any more from the next call on.

@@ -22,8 +22,6 @@ from actrec._values.dtensor import is_distributed
 
 from .passes import Passes
 
-__all__ = ["Overflows"]
-
 #: So many answers of a device may be waiting.
 MOST_WAITING: Final = 256
 

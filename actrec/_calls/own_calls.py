@@ -18,8 +18,6 @@ from actrec._torch import (
 )
 from actrec._values.containers import Value
 
-__all__ = ["OWN_MODES", "comparing", "is_own_call", "is_symbolic", "is_tracing", "is_written_down"]
-
 #: The modes that are on while functions inside modules are recorded, which read nothing.
 OWN_MODES: set[type] = set()
 

@@ -13,8 +13,6 @@ from torch.overrides import get_testing_overrides
 
 from actrec._torch import schemas_of
 
-__all__ = ["named"]
-
 
 def named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return what ``function`` is given as a dict from parameter name to argument.

@@ -36,8 +36,6 @@ from actrec._recordings.passes import Count
 from actrec._recordings.units import Key
 from actrec._torch import CALL_CODE, compiled_frame, is_replica
 
-__all__ = ["Passes", "Unit"]
-
 
 @dataclass(eq=False, slots=True)
 class Unit:

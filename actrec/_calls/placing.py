@@ -14,8 +14,6 @@ from actrec._torch import forward_hooks, hook_tables
 from .hooks import Hook, delete
 from .order import put_stops_last
 
-__all__ = ["Hooks"]
-
 
 class Hooks:
     """The hooks of one block."""

@@ -29,8 +29,6 @@ from .reduced import ReducedLayer
 from .session import Session
 from .units import UnitRecorder
 
-__all__ = ["Recorder"]
-
 K = TypeVar("K", bound=Key)
 T = TypeVar("T")
 

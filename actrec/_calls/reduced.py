@@ -25,8 +25,6 @@ from actrec.reduce import Reduction
 
 from .clean_room import devices_of, in_a_clean_room
 
-__all__ = ["ReducedLayer", "States"]
-
 
 class States(Protocol):
     """The path that the states of a reduction go to."""

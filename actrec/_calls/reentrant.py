@@ -11,8 +11,6 @@ from weakref import WeakKeyDictionary
 
 from actrec._torch import backward_number, checkpoint_frames
 
-__all__ = ["Regions"]
-
 T = TypeVar("T")
 
 

@@ -19,8 +19,6 @@ from .device import CUDA, Cuda
 from .passes import Passes
 from .transfer import Offload
 
-__all__ = ["offload_for", "passes_self_test"]
-
 _MEMORY: Final = torch.device("cpu")
 
 

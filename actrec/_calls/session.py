@@ -19,9 +19,6 @@ from .passes import Passes
 from .stop_early import EarlyStop
 from .transfer import Offload
 
-__all__ = ["Session"]
-
-
 _pausing = threading.Lock()
 
 

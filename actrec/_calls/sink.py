@@ -22,8 +22,6 @@ from actrec.errors import ActrecError
 
 from .clean_room import devices_of, in_a_clean_room
 
-__all__ = ["SinkLayer"]
-
 #: Of this many calls that a bounded container has dropped, the passes may still be remembered.
 _SLACK = 64
 

@@ -18,8 +18,6 @@ from actrec.errors import UnsupportedModelError
 
 from .forwards import Forward
 
-__all__ = ["EarlyStop", "refuse_sharded"]
-
 
 class Stop(BaseException):
     """Ends a forward; its argument is the :class:`EarlyStop` that wants it to end."""

@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any, Final
 
 from actrec._recordings.layer import Layer
-from actrec._selection.selection import Choice, What
+from actrec._selection.functions import What
+from actrec._selection.selection import Choice
 from actrec._text import function_name
 
 from .capture import Capture
@@ -19,8 +20,6 @@ from .layer import Track
 from .overflow import Overflows
 from .recorder import Recorder
 from .session import Session
-
-__all__ = ["ROLES", "Tracks"]
 
 ROLES: Final[tuple[What, ...]] = ("output", "input", "gradient")
 #: What is captured, for messages: before the number of the call.

@@ -35,8 +35,6 @@ from actrec.errors import CaptureError
 from .device import Cuda
 from .passes import Passes
 
-__all__ = ["BUDGET", "Offload"]
-
 #: So many bytes may be on their way at a time: on the device, and again in pinned memory.
 BUDGET: Final = 512 << 20
 

@@ -24,8 +24,6 @@ from .destination import Destination
 from .passes import Unit
 from .session import Session
 
-__all__ = ["Kept", "UnitRecorder"]
-
 T = TypeVar("T")
 
 

@@ -32,9 +32,6 @@ from actrec._values.modes import unseen
 from actrec._values.snapshot import check
 from actrec._values.spec import tensors
 
-__all__ = ["View"]
-
-
 _FROM_PYTHON, _FROM_ANYWHERE = owners_of_one_view()
 
 #: If a layer made more nodes than this between the base and its end, nobody looks at what they read.

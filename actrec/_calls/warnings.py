@@ -28,8 +28,6 @@ from .layer import Track, Unrecorded
 from .overflow import Overflows
 from .session import Session
 
-__all__ = ["warned_of"]
-
 _Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
 
 _NEVER_CALLED = (

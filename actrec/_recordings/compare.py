@@ -22,8 +22,6 @@ from .masked import Mask, Masks, left_in
 from .recording import Recording
 from .reduced import Reduced
 
-__all__ = ["Names", "compare"]
-
 #: The names that layers of the first recording have in the second.
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
 

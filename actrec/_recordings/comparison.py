@@ -14,8 +14,6 @@ from actrec._tables.rows import Rows
 from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, listed, shown
 
-__all__ = ["Comparison", "Row"]
-
 
 @dataclass(frozen=True, slots=True)
 class Row:

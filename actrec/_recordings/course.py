@@ -10,8 +10,6 @@ from actrec._values.spec import leaves
 
 from .layer import Layer
 
-__all__ = ["MOST_CALLS", "Point", "course", "spread"]
-
 #: Of more calls of a layer, so many are looked at.
 MOST_CALLS: Final = 256
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-__all__ = ["first_columns"]
-
 
 def first_columns(mask: Sequence[int], tokens: Sequence[int]) -> list[int | None] | None:
     """Return the column of the mask that each call of a pass begins with; ``None`` for a call whose tokens all count.

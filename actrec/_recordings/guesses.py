@@ -12,18 +12,6 @@ from actrec._selection.globs import glob, is_glob
 from actrec._text import count, nearest
 from actrec._values.spec import flatten
 
-__all__ = [
-    "NOT_RECORDED",
-    "explained",
-    "no_attribute_of_layer",
-    "no_attribute_of_recording",
-    "no_call",
-    "no_index",
-    "no_layer",
-    "no_name",
-    "no_sum",
-]
-
 K = TypeVar("K", bound=type)
 
 #: What may be recorded beside the layers, and how to ask for it.

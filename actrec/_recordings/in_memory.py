@@ -14,8 +14,6 @@ from .layer import Layer, V
 from .look import Look
 from .passes import ListView
 
-__all__ = ["ListLayer", "chosen"]
-
 
 def chosen(layer: Layer[V], calls: list[int]) -> ListLayer[V]:
     """Return a layer in memory of some calls of another."""

@@ -26,8 +26,6 @@ from .look import Look
 from .passes import ListView, Moment, nth_calls
 from .units import Key, Units
 
-__all__ = ["FUNCTION", "Layer", "Overflows", "Role", "V"]
-
 #: What the values of a layer are: its outputs, its inputs, the gradients of its outputs, what the user added, or the keys
 #: of units.
 Role: TypeAlias = Literal["output", "input", "gradient", "added", "unit"]

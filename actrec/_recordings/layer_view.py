@@ -20,8 +20,6 @@ from actrec._values.summary import Summary, dtype_name
 
 from .tally import Tally, drawn
 
-__all__ = ["layer_table"]
-
 #: So many elements are read.
 MOST: Final = 1 << 22
 #: So many channels of an image are shown, none larger than so many pixels.

@@ -18,8 +18,6 @@ from .layer import Layer
 from .pass_values import MissingError, PassValues, Stored
 from .passes import Moment
 
-__all__ = ["Mask", "Masks", "left_in"]
-
 #: The name of a mask, or a function that makes one of what is stored of a pass.
 Mask: TypeAlias = str | Callable[[Mapping[str, Any]], Tensor]
 

@@ -12,8 +12,6 @@ from actrec._values.join import joined
 from .layer import Layer
 from .passes import Moment
 
-__all__ = ["MissingError", "PassValues", "Stored"]
-
 
 class MissingError(KeyError):
     """A layer has no call in a pass."""

@@ -10,8 +10,6 @@ from typing_extensions import override
 
 from actrec.errors import OptionError
 
-__all__ = ["Count", "ListView", "Moment", "nth_calls"]
-
 T = TypeVar("T")
 
 

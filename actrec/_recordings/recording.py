@@ -30,8 +30,6 @@ from .stats import Stats, stats
 from .table import State, recording_table
 from .units import Key, Units, missing
 
-__all__ = ["Recording"]
-
 T = TypeVar("T")
 
 

@@ -28,8 +28,6 @@ from .layer_view import layer_table
 from .passes import Moment
 from .runs import PassRuns
 
-__all__ = ["Reduced", "followed", "merged", "why_not_stored"]
-
 M = TypeVar("M")
 
 #: How torchmetrics merges the states that come to the same whatever is merged first.

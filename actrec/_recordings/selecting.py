@@ -12,8 +12,6 @@ from actrec._selection.globs import glob, is_glob
 from actrec._text import listed, nearest
 from actrec.errors import SelectionError
 
-__all__ = ["Known", "chosen"]
-
 
 class Known(NamedTuple):
     """What a recording knows of its layers."""

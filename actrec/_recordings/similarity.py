@@ -22,8 +22,6 @@ from actrec._values.summary import shape_of
 
 from .layer import Layer
 
-__all__ = ["FEWEST", "Similarity", "similarity"]
-
 #: Of fewer samples, layers that have nothing in common look alike.
 FEWEST: Final = 8
 _GRAM_BLOCK: Final = 1 << 22  # elements: 32 MB of float64

@@ -23,8 +23,6 @@ from .layer import Layer
 from .masked import Masks, left_in
 from .tally import Tally, drawn
 
-__all__ = ["Row", "Stats", "stats"]
-
 
 @dataclass(frozen=True, slots=True)
 class Row:

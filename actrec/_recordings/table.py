@@ -11,8 +11,6 @@ from actrec._text import count, shown, size
 from .layer import Layer
 from .look import Together
 
-__all__ = ["State", "recording_table"]
-
 #: Whether the block runs, has ended, or was ended by an exception.
 State: TypeAlias = Literal["recording", "recorded", "interrupted"]
 

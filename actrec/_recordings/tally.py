@@ -11,8 +11,6 @@ from actrec._values.histogram import Bins, Histogram
 from actrec._values.moments import Moments
 from actrec._values.summary import Summary
 
-__all__ = ["Tally", "drawn"]
-
 #: So many bars has a histogram, and a narrow one.
 _BARS: Final = 40
 _FEW_BARS: Final = 32

@@ -14,8 +14,6 @@ from actrec.errors import OptionError
 
 from .passes import Moment
 
-__all__ = ["Key", "Units", "checked_key", "missing", "tensor_of"]
-
 #: What a unit is known by.
 Key: TypeAlias = int | str
 

@@ -11,8 +11,6 @@ from html import escape
 from itertools import groupby
 from typing import Final, NamedTuple
 
-__all__ = ["STYLE", "Box", "Line", "boxes", "heat", "key", "lines"]
-
 STYLE: Final = """
 .chart { overflow-x: auto; }
 .chart table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: 12px; }

@@ -10,8 +10,6 @@ from typing import Final
 
 from actrec.errors import OptionError, RecordingExistsError, WriteError
 
-__all__ = ["MARK", "checked", "write"]
-
 #: What every report begins with: a file that does not is never written over.
 MARK: Final = '<!doctype html><meta charset="utf-8"><meta name="generator" content="actrec">'
 

@@ -10,8 +10,6 @@ from actrec._recordings.recording import Recording
 from actrec._recordings.stats import Row
 from actrec._text import count, folded, listed, shown
 
-__all__ = ["notes"]
-
 _MOST: Final = 8
 
 

@@ -28,8 +28,6 @@ from .charts import Box, Line, boxes, heat, key, lines
 from .file import MARK, checked, write
 from .notes import notes
 
-__all__ = ["report"]
-
 #: Of more layers, so many are drawn where each is a line or a row, evenly spread.
 _LAYERS: Final = 60
 #: And so many where each is a row alone.

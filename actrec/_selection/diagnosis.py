@@ -16,8 +16,6 @@ from actrec.errors import UnsupportedModelError
 from .guesses import what_was_meant
 from .names import Model, Name, is_called, type_name
 
-__all__ = ["check_model", "hookable", "layer_for_transform", "nothing", "why_not"]
-
 
 def why_not(model: Model, name: Name) -> str | None:
     """Return why hooks on this module would never run, and what to write instead; ``None`` if they do."""

@@ -17,8 +17,6 @@ from .names import Model, Name
 from .queries import answer
 from .treatment import Treatment
 
-__all__ = ["FunctionQuery", "Owner", "What", "ask", "canonical", "is_function_query"]
-
 #: What of a layer is recorded.
 What: TypeAlias = Literal["output", "input", "gradient"]
 

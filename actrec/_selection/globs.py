@@ -6,8 +6,6 @@ import fnmatch
 import re
 from typing import Final
 
-__all__ = ["glob", "is_glob"]
-
 
 def is_glob(query: str) -> bool:
     """Return whether a query that is no name stands for a pattern of names."""

@@ -17,8 +17,6 @@ from torch import nn
 
 from actrec._torch import children_of, is_export_guard
 
-__all__ = ["WRAPPERS", "Model", "Name", "is_called", "type_name", "upwards"]
-
 #: Segments that wrappers add to the names of what they wrap. They have no other children.
 WRAPPERS = frozenset(
     {

@@ -18,8 +18,6 @@ from .globs import glob, is_glob
 from .guesses import is_of_torch, layers_of_function, no_query, shown_query
 from .names import Model, Name, is_called, type_name
 
-__all__ = ["Query", "Transform", "answer"]
-
 #: One layer query; ``record()`` also takes an iterable of them, or a mapping from them to transforms.
 Query: TypeAlias = (
     str | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]

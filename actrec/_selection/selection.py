@@ -17,8 +17,6 @@ from .names import Model, Name, upwards
 from .queries import Query, Transform, answer
 from .treatment import Treatment
 
-__all__ = ["Choice", "Selection", "What", "select"]
-
 #: The arguments of ``record()`` that take queries for more than outputs.
 _OPTIONS: Mapping[What, str] = {"input": "inputs", "gradient": "grads"}
 

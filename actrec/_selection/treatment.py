@@ -11,8 +11,6 @@ from actrec.errors import OptionError
 
 from .queries import Transform
 
-__all__ = ["Make", "Reducer", "Treatment", "is_reduction", "maker"]
-
 #: Makes what reduces the values of a layer, a new one for each.
 Make: TypeAlias = "Callable[[], Any]"
 

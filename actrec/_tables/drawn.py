@@ -10,8 +10,6 @@ from html import escape
 from itertools import chain
 from typing import Final, Self
 
-__all__ = ["STYLE", "Badge", "Bar", "Bars", "Drawn", "Framed", "Pixels"]
-
 STYLE: Final = """
 .actrec > .actrec-table svg { display: inline-block; vertical-align: middle; margin-right: 5px; overflow: visible; }
 .actrec > .actrec-table svg path { fill: rgb(47, 111, 176); stroke: none; }

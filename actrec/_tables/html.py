@@ -21,8 +21,6 @@ from .table import Cells, Column, Table
 from .text import as_text
 from .tree import Node, tree
 
-__all__ = ["as_html"]
-
 #: A table with more rows folds along the tree of its names.
 MOST_FLAT = 20
 #: A branch with fewer rows is part of its parent.

@@ -11,8 +11,6 @@ from .html import as_html
 from .table import Table
 from .text import as_text
 
-__all__ = ["Rows", "Shown"]
-
 R = TypeVar("R")
 
 

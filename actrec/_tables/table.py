@@ -8,8 +8,6 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Final, NamedTuple
 
-__all__ = ["Cells", "Column", "Table"]
-
 #: So many rows of one kind fold.
 SHORTEST_RUN: Final = 4
 

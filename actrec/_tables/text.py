@@ -10,8 +10,6 @@ from actrec._text import count, shown
 from .table import Cells, Column, Table
 from .tree import Node, tree
 
-__all__ = ["as_text"]
-
 #: A table with more rows is folded.
 MOST_ROWS: Final = 60
 #: Where that is not enough, so many rows are shown at the end.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["Node", "tree"]
-
 #: Deeper than this, the rest of a name is one label: modules do not nest so deep, hostile names do.
 DEEPEST = 24
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "blocks", "dense"]
-
 #: Elements read at a time: 250 kB of float64. They stay in the cache, and PyTorch starts no threads for so
 #: few, which would spend more time waiting for each other than working. It would from 32,768 on.
 BLOCK = 32_000

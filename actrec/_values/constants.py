@@ -12,8 +12,6 @@ from typing_extensions import override
 
 from .stand_ins import Opaque
 
-__all__ = ["CONSTANTS", "Constant", "is_array"]
-
 #: Immutable, or as good as.
 CONSTANTS: Final = (
     type(None), bool, int, float, complex, str, bytes, slice, range, type(...), type, Enum,

@@ -14,8 +14,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
-__all__ = ["Container", "Value", "parts"]
-
 #: What a layer returned: a tensor, or any nesting of tuples, lists, dicts and dataclasses of them.
 Value: TypeAlias = Any
 

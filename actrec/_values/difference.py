@@ -19,8 +19,6 @@ from torch import Tensor
 from .chunks import blocks, dense
 from .summary import shape_of
 
-__all__ = ["Difference", "Mismatch", "Tolerances"]
-
 #: Relative and absolute; ``None`` for that of ``torch.testing.assert_close``.
 Tolerances: TypeAlias = tuple[float | None, float | None]
 

@@ -13,8 +13,6 @@ from typing_extensions import TypeIs
 from actrec._torch import shard_order
 from actrec.errors import CaptureError
 
-__all__ = ["cloned", "detached", "is_distributed", "on_part"]
-
 
 def is_distributed(tensor: Tensor) -> TypeIs[DTensor]:
     """Return whether ``tensor`` is a ``DTensor``, of which each rank has a shard."""

@@ -12,8 +12,6 @@ from actrec.errors import CaptureError
 
 from .dtensor import is_distributed
 
-__all__ = ["frees_weights", "refuse_freed", "sharded"]
-
 
 def frees_weights(model: nn.Module) -> bool:
     """Return whether FSDP frees the storages of weights of ``model``, or of a model that it is a part of."""

@@ -22,8 +22,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["Bins", "Histogram"]
-
 _SHIFT: Final = 19  # of the 32 bits, these are not looked at
 _HALF: Final = 1 << 12  # so many bins have one sign
 _LARGEST: Final = torch.finfo(torch.float32).max

@@ -16,8 +16,6 @@ from .containers import Container, Value
 from .memory import WORTH_IT, give_back
 from .spec import Spec, flatten, tensors
 
-__all__ = ["How", "joined"]
-
 How: TypeAlias = Literal["cat", "stack"]
 
 

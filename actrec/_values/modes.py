@@ -17,8 +17,6 @@ from actrec._torch import (
     push_dispatch_mode,
 )
 
-__all__ = ["normal_mode", "normal_mode_unseen", "unseen"]
-
 _OFF = False
 _AS_IT_IS = nullcontext()
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from .chunks import blocks, dense
 from .histogram import Bins
 
-__all__ = ["Moments"]
-
 
 class Moments:
     """The statistics of everything that was added. What is of no element is NaN.

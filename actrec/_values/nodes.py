@@ -19,8 +19,6 @@ from actrec._torch import PYTREE_NODES
 from .containers import Container, Value
 from .stand_ins import Fields, qualified
 
-__all__ = ["parts"]
-
 
 def parts(value: Value, *, stand_ins: bool) -> tuple[Container, list[Value]] | None:
     """Return the container without its children, and the children; ``None`` if it says nothing of them.

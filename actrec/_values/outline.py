@@ -24,8 +24,6 @@ from .constants import Constant
 from .containers import Container
 from .spec import Spec
 
-__all__ = ["LONGEST", "drawn", "outline"]
-
 _SIZE: Final = "#"
 _OPEN, _NEXT, _CLOSE = "\1", "\2", "\3"
 _MARKS: Final = re.compile(f"([{_SIZE}{_OPEN}{_NEXT}{_CLOSE}])")

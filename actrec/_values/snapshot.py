@@ -31,8 +31,6 @@ from .dtensor import cloned, detached, is_distributed
 from .fsdp import refuse_freed
 from .modes import normal_mode, normal_mode_unseen
 
-__all__ = ["check", "explain", "snapshot", "twin"]
-
 _OFF: Final = False
 
 

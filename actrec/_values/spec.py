@@ -39,8 +39,6 @@ from .constants import CONSTANTS, Constant, is_array
 from .containers import Container, Value
 from .stand_ins import opaque
 
-__all__ = ["TENSOR", "Again", "Spec", "Step", "flatten", "leaves", "rebuild", "same", "tensors"]
-
 T = TypeVar("T")
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from typing_extensions import override
 
-__all__ = ["Fields", "Opaque", "opaque", "qualified"]
-
 
 @dataclass(frozen=True)
 class Opaque:

@@ -18,8 +18,6 @@ from .containers import Value
 from .outline import drawn, outline
 from .spec import Spec, flatten
 
-__all__ = ["Size", "Summary", "dtype_name", "shape_of"]
-
 #: A size of a tensor; the ragged dimension of a nested tensor is a name.
 Size: TypeAlias = "int | str"
 

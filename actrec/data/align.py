@@ -22,8 +22,6 @@ from .origins import ORIGINS, Origin, Origins
 from .selecting import Selector, is_plain, kind, select
 from .steps import steps
 
-__all__ = ["Mask", "Options", "Passes", "Table", "table"]
-
 #: What says which rows count: a layer or an added value, a tensor, or a function of what is stored of each pass.
 Mask: TypeAlias = Selector | Tensor | Function
 #: Which passes have to be those of all layers.

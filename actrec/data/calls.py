@@ -23,8 +23,6 @@ from actrec.store.whole import WholeLayer
 from .selecting import Selected
 from .sources import Held, Made, Shape, Source, Stored
 
-__all__ = ["Calls", "Look", "located"]
-
 
 class Look(NamedTuple):
     """What a call looks like."""

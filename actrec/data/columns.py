@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .sources import Files, Shape, Source
 
-__all__ = ["Column", "Runs", "coalesced", "place_order"]
-
 #: Where more runs than this have rows of a block, those of each file are read together.
 _MANY: Final = 16
 

@@ -19,8 +19,6 @@ from .positions import MERGED, Reading, has_width, read, readings
 from .sources import Held, Shape
 from .steps import Steps
 
-__all__ = ["cut"]
-
 
 def cut(
     call: str, steps: Steps, *, flatten: bool, masked: bool, answers: Tensor | None

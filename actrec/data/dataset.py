@@ -19,8 +19,6 @@ from .origins import Where
 from .selecting import Selector
 from .sources import Files
 
-__all__ = ["Rows", "rows"]
-
 #: Rows of the mask that are read to find one that is kept.
 _BLOCK = 4096
 

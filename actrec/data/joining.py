@@ -21,8 +21,6 @@ from .positions import lead, positions
 from .sources import Shape
 from .steps import Steps
 
-__all__ = ["Covered", "Joint", "Lines", "covered", "is_joined", "leads"]
-
 
 def leads(looks: list[list[Look]], whole: list[Sequence[bool]], *, masked: bool) -> list[Shape]:
     """Return the positions that are the rows of a step, for steps of different looks."""

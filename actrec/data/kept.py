@@ -11,8 +11,6 @@ from torch.nn.functional import pad
 from .columns import Column
 from .sources import Files
 
-__all__ = ["Kept"]
-
 #: Rows of which the mask is read at a time.
 _MANY: Final = 1 << 20
 

@@ -11,8 +11,6 @@ from .columns import Column
 from .origins import Origins
 from .sources import Files
 
-__all__ = ["last_rows"]
-
 #: Rows that are looked at in one go.
 _MANY: Final = 1 << 20
 

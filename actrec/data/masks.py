@@ -17,8 +17,6 @@ from .calls import Calls, Look
 from .selecting import is_plain, kind
 from .sources import Held
 
-__all__ = ["Function", "computed"]
-
 #: Makes a mask of the values of a pass, by their names.
 Function: TypeAlias = Callable[[Mapping[str, Any]], Tensor]
 

@@ -18,8 +18,6 @@ from .kept import Kept
 from .origins import together
 from .selecting import Selector
 
-__all__ = ["Part", "check", "checked_weights", "parts", "quotas"]
-
 
 class Part(NamedTuple):
     """The rows of a recording."""

@@ -14,8 +14,6 @@ from typing_extensions import override
 from .columns import Column, coalesced
 from .sources import Files
 
-__all__ = ["ORIGINS", "Origin", "Origins", "Where", "together"]
-
 
 class Where(NamedTuple):
     """Where a row comes from, or rows."""

@@ -12,8 +12,6 @@ import torch
 from .calls import Look
 from .sources import Shape
 
-__all__ = ["MERGED", "Reading", "has_width", "lead", "positions", "read", "readings"]
-
 #: Reads a layer whose first dimension is all positions, as mixtures of experts have it: ``(batch * tokens, experts)``.
 MERGED: Final = 0
 

@@ -17,8 +17,6 @@ from actrec.store.live import LiveLayer
 from actrec.store.read_only import ChosenLayer
 from actrec.store.whole import WholeLayer
 
-__all__ = ["Selected", "Selector", "is_plain", "kind", "select"]
-
 #: A layer by its name, or one that is at hand; with steps, what they lead to in each of its values.
 Selector: TypeAlias = str | Layer[Any] | tuple[Any, ...]
 

@@ -15,8 +15,6 @@ from actrec.errors import AlignmentError
 
 from .calls import Calls
 
-__all__ = ["Steps", "steps"]
-
 _JOIN = " or rows of all positions (flatten=True), for which the calls of a pass are joined"
 
 

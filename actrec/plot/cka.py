@@ -17,8 +17,6 @@ from .shared import FEW, Array, Layers, ordered, short
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["similarity"]
-
 _MOST_LABELS: Final = 50
 
 

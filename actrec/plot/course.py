@@ -18,8 +18,6 @@ from actrec.errors import OptionError
 
 from .shared import FEW, Array, Layers, ordered, short
 
-__all__ = ["drift"]
-
 _MOST_IN_LEGEND: Final = 10
 
 

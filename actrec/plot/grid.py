@@ -21,8 +21,6 @@ from .shared import Array, numbers
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["feature_maps"]
-
 
 def feature_maps(
     value: Value,

@@ -21,8 +21,6 @@ from .shared import FEW, Array, Layers, numbers, ordered, short
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["distributions"]
-
 _MOST_ELEMENTS: Final = 50_000
 
 

@@ -16,16 +16,6 @@ from actrec.errors import OptionError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = [
-    "FEW",
-    "LONGEST_NAME",
-    "Array",
-    "Layers",
-    "numbers",
-    "ordered",
-    "short",
-]
-
 #: A recording, or some layers of one: ``{name: acts[name] for name in chosen}``.
 Layers: TypeAlias = Mapping[str, Layer[Any]]
 Array: TypeAlias = "np.ndarray[Any, Any]"

@@ -13,8 +13,6 @@ from actrec.errors import OptionError
 
 from .reduction import Reduction, Rows
 
-__all__ = ["Histogram"]
-
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Histogram(Reduction):

@@ -10,8 +10,6 @@ from typing_extensions import override
 
 from .reduction import Reduction, Rows
 
-__all__ = ["Moments"]
-
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Moments(Reduction):

@@ -13,8 +13,6 @@ from actrec.errors import OptionError
 
 from .reduction import Reduction, Rows
 
-__all__ = ["Norms"]
-
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Norms(Reduction):

@@ -18,8 +18,6 @@ from actrec._values.containers import Value
 from actrec._values.spec import tensors
 from actrec.errors import CaptureError, OptionError
 
-__all__ = ["Reduction", "Rows"]
-
 T = TypeVar("T", bound="Reduction")
 
 #: Elements that are converted to float64 at a time.

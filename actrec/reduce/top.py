@@ -14,8 +14,6 @@ from actrec.errors import OptionError
 
 from .reduction import Reduction, Rows
 
-__all__ = ["TopK"]
-
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class TopK(Reduction):

@@ -12,8 +12,6 @@ from typing_extensions import override
 
 from actrec.errors import OptionError
 
-__all__ = ["BLOCK", "CACHED", "CACHE_BYTES", "Blocks"]
-
 CACHE_BYTES: Final = 1 << 30
 
 BLOCK: Final = 4 << 20  #: bytes that are downloaded at a time

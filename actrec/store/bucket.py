@@ -26,8 +26,6 @@ from .objects import Object, Objects, said
 from .safetensors import Writable
 from .upload import Upload
 
-__all__ = ["Bucket"]
-
 _HEAD: Final = 1 << 16  # bytes in which the header of a shard is expected
 _HEADS: Final = 16  # that are kept
 _STREAM: Final[dict[str, Any]] = {"block_size": 1 << 24, "cache_type": "readahead"}

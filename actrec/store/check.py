@@ -15,8 +15,6 @@ from .part import Part
 from .place import Place
 from .shard import Shard
 
-__all__ = ["shard_problems", "shards_expected"]
-
 _CHUNK: Final = 1 << 24
 
 

@@ -20,8 +20,6 @@ from actrec.errors import CaptureError
 from .format import Defect, need
 from .forms import checked
 
-__all__ = ["KINDS", "WORD", "from_node", "node_of", "refused"]
-
 _SAFE_INT: Final = 1 << 53  # what every reader of JSON reads exactly
 #: A name that can be the name of anything in Python.
 WORD: Final = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)

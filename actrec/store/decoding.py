@@ -28,8 +28,6 @@ from .dtensor import Spread
 from .format import MAX_DEPTH, Defect, need
 from .forms import Maybe, checked
 
-__all__ = ["TENSOR_ALONE", "TOO_DEEP", "Structure", "decode", "may_be_set"]
-
 #: The structure of a value that is a tensor and nothing else.
 TENSOR_ALONE: Final = '{"tensor":0}'
 TOO_DEEP: Final = f"a value is nested more than {MAX_DEPTH} deep"

@@ -18,8 +18,6 @@ from .lock import Lock, locked
 from .new_file import Unfinished, sync
 from .safetensors import Writable
 
-__all__ = ["GONE", "Disk", "Mapped", "Reading", "copied"]
-
 GONE: Final = "it was there when it was opened, and is gone"
 
 

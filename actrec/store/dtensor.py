@@ -20,8 +20,6 @@ from actrec.errors import CaptureError
 from .format import MAX_DIMS, MAX_RANKS, MAX_SIZE, Defect, need
 from .forms import Maybe, checked
 
-__all__ = ["Spread", "local", "spread"]
-
 #: Along one dimension of the mesh: ``("replicate",)``, ``("shard", dim)`` or ``("partial", how to reduce)``.
 Placement: TypeAlias = tuple[Any, ...]
 

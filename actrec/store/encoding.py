@@ -24,8 +24,6 @@ from .decoding import TENSOR_ALONE, TOO_DEEP, decode, may_be_set
 from .dtensor import local, spread
 from .format import DTYPES, MAX_DIMS, MAX_NODES, MAX_STRUCTURE, Defect
 
-__all__ = ["Encoded", "encode", "storable"]
-
 _ENTRIES: Final = 512  # bytes that a tensor takes in the header of a shard, at most
 _STORED: Final = dict(DTYPES.values())
 _TOO_LARGE: Final = "it has too many parts. Many numbers are better stored as one tensor"

@@ -14,8 +14,6 @@ from actrec.errors import OptionError
 
 from .format import MAX_RANKS
 
-__all__ = ["Folder"]
-
 MEBI: Final = 1 << 20
 _PASSWORD: Final = re.compile(r"[^/]*://[^/@:]*:[^/@]*@")
 

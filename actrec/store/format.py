@@ -9,19 +9,8 @@ from typing import Final, NamedTuple
 
 import torch
 
-from actrec._recordings.layer import FUNCTION, Role
+from actrec._recordings.layer import Role
 from actrec.errors import CorruptRecordingError
-
-__all__ = [
-    "DTYPES",
-    "FUNCTION",
-    "Defect",
-    "Role",
-    "Slot",
-    "Stored",
-    "corrupt",
-    "need",
-]
 
 FORMAT: Final = "actrec"
 VERSION: Final = 2

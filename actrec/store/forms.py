@@ -9,8 +9,6 @@ from typing import Any, Final
 
 from .format import MAX_SIZE, Defect
 
-__all__ = ["Maybe", "checked"]
-
 _NAMES: Final = {
     int: f"number from 0 to {MAX_SIZE}",
     str: "text",

@@ -15,13 +15,13 @@ from typing import Any, Final, NamedTuple
 
 from typing_extensions import override
 
-from .format import ANOTHER, SHARD, Role, Slot, corrupt
+from actrec._recordings.layer import Role
+
+from .format import ANOTHER, SHARD, Slot, corrupt
 from .ledger import Heading, SoFar
 from .part import Group, Part
 from .place import Place
 from .shard import Shard
-
-__all__ = ["Found", "Index", "shard_name", "shard_names"]
 
 #: Bytes of headers that a recording keeps in memory, and how many shards it keeps open, all ranks together.
 _MOST_BYTES: Final = 64 << 20

@@ -21,8 +21,6 @@ from .call import Call
 from .format import Slot
 from .live import LiveLayer, Open, Writing
 
-__all__ = ["Backwards", "LateLayer"]
-
 
 class Late(Protocol):
     """What has something of a pass to write when the pass is committed."""

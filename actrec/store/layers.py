@@ -12,21 +12,19 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from actrec._recordings.layer import Role
 from actrec._recordings.passes import ListView
 from actrec._values.containers import Value
 from actrec._values.join import How
 from actrec._values.memory import words
 from actrec._values.summary import Summary
 
-from .format import Role
 from .index import Found
 from .ledger import SoFar
 from .part import Part
 from .rank_folder import Rank
 from .read_only import ReadOnlyLayer
 from .shard import Shard
-
-__all__ = ["Source", "StoredLayer"]
 
 #: Bytes that are read to their place in one go; of shorter runs many are read together, and then copied.
 _RUN: Final = 1 << 16

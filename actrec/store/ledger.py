@@ -23,8 +23,6 @@ from .format import MAX_DIMS, MAX_RANKS, Slot, need
 from .forms import Maybe, checked
 from .part import Part
 
-__all__ = ["HEADING", "SO_FAR", "Heading", "Ledger", "SoFar"]
-
 #: The forms in which they stand in the header of a shard.
 HEADING: Final = {
     "recording": str,

@@ -16,8 +16,6 @@ from .place import Place, place
 from .rank_folder import Rank, is_described, rank_folders, rank_number
 from .reader import StoredRecording, check_rank
 
-__all__ = ["load", "opened"]
-
 _SHOWN: Final = 8  # keys in a message
 #: The folder of a rank, or a file in it.
 _INSIDE: Final = re.compile(

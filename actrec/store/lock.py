@@ -24,8 +24,6 @@ try:
 except ImportError:  # pragma: no cover  # Windows
     fcntl = None
 
-__all__ = ["LOCK", "Lock", "locked"]
-
 LOCK: Final = "writer.lock"
 _NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 

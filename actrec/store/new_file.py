@@ -14,8 +14,6 @@ from typing import Final
 from .format import UNFINISHED
 from .safetensors import Buffer, Writable
 
-__all__ = ["FileBeingWritten", "Unfinished", "sync"]
-
 _PATIENCE = 2.0  # seconds that another process may take to give a file its name
 _TAKEN: Final = "another run has written it"
 _TAKEN_OVER: Final = (

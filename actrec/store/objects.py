@@ -21,8 +21,6 @@ from .format import ANOTHER, Defect, need
 
 T = TypeVar("T")
 
-__all__ = ["Object", "Objects", "said"]
-
 _MOST: Final = 1 << 26  # bytes of a large part that are downloaded at a time
 
 

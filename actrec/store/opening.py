@@ -21,8 +21,6 @@ from .rank import ANY_RUN, here
 from .rank_folder import Rank, is_described, rank_folder, rank_folders
 from .safetensors import Writable
 
-__all__ = ["Opening"]
-
 
 class Opening:
     """The folder of a rank, taken by this process for as long as it records there.

@@ -13,8 +13,6 @@ from actrec._values.summary import Summary
 from .decoding import Structure
 from .format import Slot
 
-__all__ = ["Group", "Leaf", "Part"]
-
 
 @dataclass(slots=True, eq=False)
 class Leaf:

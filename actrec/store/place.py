@@ -18,8 +18,6 @@ from .disk import Disk
 from .folder import Folder
 from .objects import Object, Objects
 
-__all__ = ["Mapped", "Place", "Reading", "place"]
-
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+)://(.*)", re.DOTALL)
 
 

@@ -16,8 +16,6 @@ from torch import distributed
 
 from .format import MAX_RANKS
 
-__all__ = ["ANY_RUN", "Position", "here", "placed"]
-
 #: Stands for the run of ranks that nothing names, and that were told to go on with whatever is there: they are one run.
 ANY_RUN: Final = "0" * 32
 

@@ -11,8 +11,6 @@ from .index import Index, shard_names
 from .place import Place
 from .ranks import RankInfo
 
-__all__ = ["Rank", "is_described", "rank_folder", "rank_folders", "rank_number"]
-
 _RANK: Final = re.compile(r"rank-[0-9]{5}")
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["RankInfo", "listed_ranks", "summary"]
-
 _MOST: Final = 8
 
 

@@ -18,8 +18,6 @@ from actrec._values.spec import tensors
 from actrec._values.summary import Summary
 from actrec.errors import ActrecError
 
-__all__ = ["ChosenLayer", "LayerOnDisk", "ReadOnlyLayer", "Unchanged"]
-
 
 class LayerOnDisk(Layer[Any]):
     """A layer whose calls are on disk. What they look like is known without reading them."""

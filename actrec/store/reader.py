@@ -13,7 +13,7 @@ from typing import Any, Generic
 from typing_extensions import override
 
 from actrec._progress import showing
-from actrec._recordings.layer import Layer, V
+from actrec._recordings.layer import Layer, Role, V
 from actrec._recordings.passes import Count, Moment
 from actrec._recordings.recording import Recording
 from actrec._text import count, shown
@@ -21,7 +21,7 @@ from actrec.errors import OptionError
 
 from .check import shard_problems, shards_expected
 from .description import Description
-from .format import ROLES, Role, corrupt
+from .format import ROLES, corrupt
 from .layers import Source, StoredLayer
 from .place import Place
 from .rank_folder import Rank
@@ -30,8 +30,6 @@ from .reduced import StoredReduction, made_reduced
 from .units import UNIT, StoredUnits
 from .warned import warnings_of
 from .whole import WholeLayer, made_whole, whole_problems
-
-__all__ = ["StoredRecording", "check_rank"]
 
 
 class StoredRecording(Recording[V], Generic[V]):

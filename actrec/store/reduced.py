@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from actrec._recordings.layer import Layer
+from actrec._recordings.layer import FUNCTION, Layer
 from actrec._recordings.passes import ListView, Moment
 from actrec._recordings.reduced import Reduced, merged
 from actrec._recordings.runs import PassRuns, in_runs
@@ -26,13 +26,11 @@ from actrec.errors import ActrecError, CorruptRecordingError, OptionError
 from actrec.reduce import KINDS, Reduction
 
 from .call import Call
-from .format import FUNCTION, MAX_SIZE, Defect, Slot, corrupt, need
+from .format import MAX_SIZE, Defect, Slot, corrupt, need
 from .late import Backwards
 from .layers import Source, StoredLayer
 from .live import Writing
 from .read_only import Unchanged
-
-__all__ = ["States", "StoredReduction", "made_reduced", "state_call"]
 
 
 class Reducing(Protocol):

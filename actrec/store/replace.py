@@ -18,8 +18,6 @@ from .new_file import sync
 from .rank_folder import rank_folders
 from .warned import is_warnings
 
-__all__ = ["replacing"]
-
 
 @contextmanager
 def replacing(there: Disk) -> Iterator[Path]:

@@ -22,8 +22,6 @@ from typing import Any, Final, Protocol, TypeAlias
 from .format import MAX_DIMS, MAX_HEADER, MAX_SIZE, Defect, need
 from .forms import checked
 
-__all__ = ["Container", "Extent", "Piece", "Tensor", "Writable", "parse", "write"]
-
 Buffer = bytes | bytearray | memoryview
 
 _ALIGNMENT: Final = 64  # where the data begins: a cache line

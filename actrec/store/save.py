@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from actrec._progress import showing
-from actrec._recordings.layer import Layer
+from actrec._recordings.layer import Layer, Role
 from actrec._recordings.passes import Moment
 from actrec._recordings.recording import Recording
 from actrec._recordings.reduced import Reduced
@@ -19,7 +19,7 @@ from .call import Call
 from .description import Description, LayerInfo
 from .disk import Disk
 from .folder import Folder
-from .format import Role, Slot
+from .format import Slot
 from .opening import Opening
 from .place import place
 from .read_only import LayerOnDisk
@@ -28,8 +28,6 @@ from .replace import replacing
 from .units import key_call
 from .warned import keep_warnings
 from .writer import Writer
-
-__all__ = ["save"]
 
 
 def save(

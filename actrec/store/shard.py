@@ -12,18 +12,17 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from actrec._recordings.layer import Role
 from actrec._values.containers import Value
 from actrec._values.memory import writable
 
 from . import safetensors
 from .decoding import decode
-from .format import DTYPES, MAX_DIMS, MAX_SIZE, ROLES, VERSION, Defect, Role, Slot, corrupt, need
+from .format import DTYPES, MAX_DIMS, MAX_SIZE, ROLES, VERSION, Defect, Slot, corrupt, need
 from .forms import checked
 from .ledger import HEADING, SO_FAR, Heading, SoFar
 from .part import Group, Leaf, Part
 from .place import Mapped, Place
-
-__all__ = ["Shard"]
 
 #: Bytes that are read rather than mapped: a process can map no more than 65,530 files.
 _SMALL: Final = 1 << 20

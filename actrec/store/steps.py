@@ -9,8 +9,6 @@ from actrec._text import count
 
 from .reader import StoredRecording
 
-__all__ = ["steps"]
-
 
 def steps(path: str, recording: StoredRecording[Any]) -> str | None:
     """Return a warning, if passes of a recording without units look like steps: nothing is read for it."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from actrec._recordings.layer import Layer
+from actrec._recordings.layer import FUNCTION, Layer, Role
 from actrec._recordings.units import Key, Units
 from actrec.errors import WriteError
 
 from .call import Call
 from .description import Description
 from .folder import Folder
-from .format import FUNCTION, Role, Slot
+from .format import Slot
 from .late import Backwards, LateLayer
 from .layers import StoredLayer
 from .live import LiveLayer

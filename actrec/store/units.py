@@ -18,8 +18,6 @@ from .layers import Source
 from .part import Group
 from .shard import Shard
 
-__all__ = ["UNIT", "StoredUnits", "key_call"]
-
 #: The layer that the keys are.
 UNIT: Final = Slot("unit", 0, "key", "unit")
 

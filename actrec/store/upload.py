@@ -18,8 +18,6 @@ from .new_file import FileBeingWritten
 from .objects import Objects, said
 from .safetensors import Writable
 
-__all__ = ["WAITS", "Upload"]
-
 #: How many seconds to wait after each try that failed; there is one more try than waits.
 WAITS: tuple[float, ...] = (0.5, 1, 2, 4, 8, 16)
 #: Errors that come again.

@@ -16,8 +16,6 @@ from .load import opened
 from .place import Place, place
 from .rank_folder import rank_folders, rank_number
 
-__all__ = ["verify"]
-
 
 def verify(
     path: str | os.PathLike[str],

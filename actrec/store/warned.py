@@ -14,8 +14,6 @@ from .description import read_json
 from .forms import checked
 from .place import Place
 
-__all__ = ["is_warnings", "keep_warnings", "warnings_of"]
-
 _NAME: Final = re.compile(r"warned-[0-9]{1,20}\.json")
 
 

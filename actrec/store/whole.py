@@ -29,8 +29,6 @@ from .index import Found
 from .layers import StoredLayer
 from .read_only import ReadOnlyLayer
 
-__all__ = ["WholeLayer", "made_whole", "whole_problems"]
-
 
 class _Call(NamedTuple):
     """A call of the layer: which of the recorded calls it is made of."""

@@ -32,8 +32,6 @@ from actrec.errors import CaptureError
 from .operator import TOKEN, new_key, tell, tell_gradient, tell_nested, tell_watched
 from .outline import encode
 
-__all__ = ["HookInGraph"]
-
 _OUTPUT, _RECEIVED, _NOTHING = range(3)
 #: What of a call a hook is told.
 _TOLD: Final = {Event.RETURN: _OUTPUT, Event.RECEIVE: _RECEIVED}

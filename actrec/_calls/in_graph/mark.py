@@ -24,8 +24,6 @@ from typing_extensions import override
 from actrec._calls.forwards import Forward, placing, without_ended
 from actrec._torch import REPLICATE, is_compiled_wrapper
 
-__all__ = ["Marks"]
-
 #: The copies of forwards that one selection has, by what they are copies of.
 _Copies: TypeAlias = dict[Any, types.FunctionType]
 

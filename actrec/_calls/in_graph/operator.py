@@ -25,17 +25,6 @@ from actrec.errors import CaptureError
 
 from .outline import decode
 
-__all__ = [
-    "RECEIVER_OF",
-    "TOKEN",
-    "Receiver",
-    "new_key",
-    "tell",
-    "tell_gradient",
-    "tell_nested",
-    "tell_watched",
-]
-
 
 class Receiver(Protocol):
     """What is told something by compiled code."""

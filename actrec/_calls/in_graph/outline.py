@@ -21,9 +21,6 @@ from torch import Tensor
 from actrec._torch import as_constant
 from actrec._values.stand_ins import Opaque, qualified
 
-__all__ = ["decode", "encode"]
-
-
 # --- What the compiler reads -----------------------------------------------------------------------------
 
 _LITERALS = (type(None), bool, str, float, complex, bytes)

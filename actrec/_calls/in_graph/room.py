@@ -14,8 +14,6 @@ from typing_extensions import override
 from actrec._calls.compiled import Stance
 from actrec._torch import LIMITS, compiler_config, count_graphs
 
-__all__ = ["Room"]
-
 _changing: Final = threading.RLock()
 
 

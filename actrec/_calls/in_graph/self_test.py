@@ -12,8 +12,6 @@ import torch
 
 from actrec.errors import OptionError
 
-__all__ = ["prepare"]
-
 _testing: Final = threading.Lock()
 #: What went wrong; ``None`` if nothing did.
 _results: list[str | None] = []

@@ -17,8 +17,6 @@ from .hook import HookInGraph
 from .mark import Marks
 from .room import Room
 
-__all__ = ["failure"]
-
 
 class _Target:
     """What the hooks of the test report to."""
