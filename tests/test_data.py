@@ -37,6 +37,7 @@ from actrec import (
 from actrec.data import Shuffled, rows, shuffled
 from actrec.data import kept as _kept
 from actrec.data import shuffling as _shuffled
+from actrec.data import sources as _sources
 from actrec.data import window as _window
 from actrec.data.ahead import ahead
 from actrec.data.sources import Files
@@ -775,12 +776,13 @@ def test_each_file_is_opened_once_for_a_window(
     assert len(opened) == len(set(opened)) > 3
 
 
-def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
-    made([(2, 2)] * 40, Folder(tmp_path / "r", seconds=0))
+def test_few_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sources, "_MOST_OPEN", 5)
+    made([(2, 2)] * 10, Folder(tmp_path / "r", seconds=0))
     with Files() as files:
         for column in rows(load(tmp_path / "r"), "label", "hidden")._columns:
             column.read(0, column.empty(len(column)), files)
-            assert len(files._open) == 16
+            assert len(files._open) == 5
     assert not files._open
 
 
@@ -871,6 +873,65 @@ def test_an_error_comes_where_its_item_would_have_come(many: int) -> None:
     assert [*items] == []
 
 
+def test_a_thread_that_is_left_at_the_end_of_the_program_is_not_waited_for() -> None:
+    """Nor does it work with modules that are gone: it is told to end before they go."""
+    stops: list[Any] = []
+    with mock.patch("atexit.register", stops.append):
+        items = ahead(counted(5, []))
+        next(items)
+    (thread,) = (one for one in threading.enumerate() if one.name == "actrec-ahead")
+    assert thread.daemon
+    stops[0]()
+    assert not thread.is_alive()
+    items.close()
+
+
+def test_garbage_that_the_thread_itself_collects_does_not_wait_for_it() -> None:
+    ended: list[str] = []
+
+    def dropping() -> Any:
+        try:
+            yield 1
+            taken.clear()  # the last reference to what reads ahead
+            yield 2
+        finally:
+            ended.append(threading.current_thread().name)
+
+    taken = [ahead(dropping())]
+    items = iter([next(taken[0])])
+    assert next(items) == 1
+    wait_until(lambda: bool(ended))
+    assert ended == ["actrec-ahead"]
+
+
+def test_the_next_window_is_read_evenly_while_batches_of_this_one_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made([(40, 8)] * 50, tmp_path / "r")  # 16,000 rows
+    dataset = shuffled(
+        load(tmp_path / "r"), "hidden", flatten=True, batch_size=100, buffer=4000 * (12 + 32)
+    )
+    read = 0
+    into = _disk.Reading.into
+
+    def watched(reading: Any, begin: int, view: memoryview) -> None:
+        nonlocal read
+        read += len(view)
+        into(reading, begin, view)
+
+    monkeypatch.setattr(_disk.Reading, "into", watched)
+    each = []
+    monkeypatch.setattr(_shuffled, "ahead", lambda items, _: items)  # so that one can count
+    for _ in dataset:
+        each.append(read // 12)
+        read = 0
+    assert sum(each) == 16_000
+    first, *others = each
+    block = 4000 * (12 + 32) // 64 // 12
+    assert 4000 <= first <= 4000 + 100 + block
+    assert max(others) <= 100 + block, "no batch waits for a window"
+
+
 def test_whoever_stops_early_leaves_no_thread_and_no_file(stored: Path) -> None:
     made: list[int] = []
     items = ahead(counted(5, made))
@@ -879,9 +940,9 @@ def test_whoever_stops_early_leaves_no_thread_and_no_file(stored: Path) -> None:
     assert made == [0, 1, -1]
     batches = iter(shuffled(load(stored), "label", batch_size=2))
     next(batches)
-    assert "actrec-ahead_0" in [thread.name for thread in threading.enumerate()]
+    assert "actrec-ahead" in [thread.name for thread in threading.enumerate()]
     del batches
-    assert "actrec-ahead_0" not in [thread.name for thread in threading.enumerate()]
+    assert "actrec-ahead" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_batches_are_plain_tensors_whatever_mode_they_are_taken_in(stored: Path) -> None:
@@ -899,18 +960,16 @@ def test_the_workers_hold_no_more_than_the_buffer_between_them(
     cases: Any, name: str, chosen: Options, workers: int
 ) -> None:
     held: dict[int, int] = {}
-    fill = _window.Window.fill
+    begin = _window.Window.begin
 
     def watched(window: Any, pieces: Any, wanted: Tensor) -> None:
-        fill(window, pieces, wanted)
+        begin(window, pieces, wanted)
         assert len(wanted) == len(wanted.unique())
-        held[id(window)] = max(
-            held.get(id(window), 0), sum(memory.nbytes for memory in window._memory)
-        )
+        held[id(window)] = sum(memory.nbytes for memory in window._memory)
         keep.append(window)
 
     keep: list[Any] = []
-    with mock.patch.object(_window.Window, "fill", watched):
+    with mock.patch.object(_window.Window, "begin", watched):
         in_workers(dataset_of(cases[name].acts, chosen), workers)
     row = WIDTH * 4 + 8 + 8
     assert all(size <= max(chosen.buffer, row) for size in held.values())

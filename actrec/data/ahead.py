@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import atexit
+from collections.abc import Generator
 from contextlib import closing
+from queue import SimpleQueue
+from threading import Thread, current_thread
 from typing import TypeVar
 
 __all__ = ["ahead"]
@@ -22,26 +24,51 @@ def ahead(items: Generator[T, None, None], many: int = 1) -> Generator[T, None, 
 
     Args:
         items: what to yield. They are made by one thread alone, and in order.
-        many: so many are handed over at a time, for to hand over costs some 50 microseconds.
+        many: so many are handed over at a time, for to hand over wakes a thread.
     """
-    with closing(items), ThreadPoolExecutor(1, "actrec-ahead") as thread:
-        coming = thread.submit(_some, items, many)
-        error: Exception | None = None
+    wanted: SimpleQueue[bool] = SimpleQueue()
+    made: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
+    thread = Thread(
+        target=_make, args=(items, many, wanted, made), name="actrec-ahead", daemon=True
+    )
+
+    def stop() -> None:
+        wanted.put(False)  # noqa: FBT003
+        if thread is not current_thread():  # where garbage is collected
+            thread.join()
+
+    thread.start()
+    atexit.register(stop)  # no thread outlives the modules that it works with
+    try:
+        wanted.put(True)  # noqa: FBT003
+        error: BaseException | None = None
         while error is None:
-            found, error = coming.result()
+            found, error = made.get()
             if error is None:
-                coming = thread.submit(_some, items, many)
+                wanted.put(True)  # noqa: FBT003
             yield from found
+    finally:
+        atexit.unregister(stop)
+        stop()
     if not isinstance(error, StopIteration):
         raise error
 
 
-def _some(items: Iterator[T], many: int) -> tuple[list[T], Exception | None]:
-    """So many items; or fewer, and the error that came then."""
-    found: list[T] = []
-    try:
-        while len(found) < many:
-            found.append(next(items))
-    except Exception as error:  # noqa: BLE001  # it is raised where it belongs
-        return found, error
-    return found, None
+def _make(
+    items: Generator[T, None, None],
+    many: int,
+    wanted: SimpleQueue[bool],
+    made: SimpleQueue[tuple[list[T], BaseException | None]],
+) -> None:
+    """Each time that some are wanted, make so many items; or fewer, and the error that came then."""
+    with closing(items):
+        while wanted.get():
+            found: list[T] = []
+            error = None
+            try:
+                while len(found) < many:
+                    found.append(next(items))
+            except BaseException as raised:  # noqa: BLE001  # it is raised where it belongs
+                error = raised
+            made.put((found, error))
+            del found, error

@@ -125,6 +125,17 @@ class Order:
             found.append(Cut(low - begin, high - begin, high == stop))
         return found
 
+    def most(self, batches: range) -> int:
+        """The most rows that some of the batches have of a window."""
+        each, start = self.batch_size * batches.step, self.batch_size * batches.start
+
+        def before(row: int) -> int:
+            """How many of their rows come before a row."""
+            turns, rest = divmod(max(0, row - start), each)
+            return turns * self.batch_size + min(rest, self.batch_size)
+
+        return max((before(end) - before(begin) for begin, end in self.windows), default=0)
+
     def epoch(self, number: int) -> Epoch:
         """The order in one epoch."""
         return Epoch(self, number)

@@ -349,7 +349,7 @@ class Shuffled(IterableDataset[Any]):
         width = sum(column.width for column in self._columns)
         many = min(_TOGETHER, max(1, _MEBI // max(1, width * self._order.batch_size)))
         with Files() as files:
-            window = Window(self._parts, self._block, files)
+            window = Window(self._parts, self._block, files, self._order.most(mine))
             made = batches(self._columns, window, self._order, now.epoch, mine)
             with closing(ahead(made, many)) as coming:
                 for batch in coming:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from actrec._values.memory import writable
+from actrec._values.memory import words, writable
 from actrec.store.format import Defect, corrupt
 from actrec.store.place import Place, Reading
 
@@ -29,7 +29,7 @@ _GAP: Final = 1 << 14
 #: Bytes that are read in one go to pick rows from.
 _MOST: Final = 1 << 20
 #: Files that are open at a time. Rows come in the order in which they lie, so those before are read to their end.
-_MOST_OPEN: Final = 16
+_MOST_OPEN: Final = 64
 
 
 class Source(Protocol):
@@ -63,7 +63,7 @@ class _InMemory(Source):
     def take(self, begins: Tensor, out: Tensor, places: Tensor, files: Files) -> None:
         width = out.shape[1]
         rows = self.bytes().view(-1, width).index_select(0, begins // width)
-        out.index_copy_(0, places, rows)
+        words(out).index_copy_(0, places, words(rows))
 
     @override
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
@@ -138,7 +138,7 @@ class Stored(Source):
                 found = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
                 reading.into(start, writable(found))
                 rows = found.unfold(0, width, 1).index_select(0, begins[low:high] - start)
-                out.index_copy_(0, places[low:high], rows)
+                words(out).index_copy_(0, places[low:high], words(rows))
 
     @override
     def announce(self, begin: int, nbytes: int, files: Files) -> None:

@@ -1,84 +1,114 @@
-"""Windows of rows, read into memory one after the other, and the batches that are cut out of their permuted rows."""
+"""Rows of one window after the other, and the batches that are cut out of their permuted rows.
+
+The next window is read evenly, a little with each batch: its rows come to the places of those that were taken.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from itertools import islice
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from actrec._values.memory import words
+
 from .columns import Column
 from .mixing import Part
-from .order import Order, Piece
+from .order import Cut, Order, Piece
 from .sources import Files
 
 __all__ = ["Window", "batches"]
 
-#: So many blocks are announced to the system before one is read.
+#: So many blocks are announced before the first of them is read.
 _AHEAD: Final = 16
 
 
 class Window:
-    """Memory that holds rows of one window after the other: those that are wanted, each of them once."""
+    """Memory that holds the rows of a window that are wanted, each of them once, and ever more of the next window.
 
-    def __init__(self, parts: Sequence[Part], block: int, files: Files) -> None:
+    Args:
+        parts: the rows of each recording.
+        block: how many rows a block has.
+        files: those that are open.
+        rows: for how many there is room.
+    """
+
+    def __init__(self, parts: Sequence[Part], block: int, files: Files, rows: int) -> None:
         self._parts = parts
         self._block = block
         self._files = files
-        self._memory = [column.empty(0) for column in parts[0].columns]
-        rows = min(block, max(len(part.columns[0]) for part in parts))
-        self._scratch = [column.empty(rows) for column in parts[0].columns]
-        self._slots = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._announced = 0
+        self._memory = [column.empty(rows) for column in parts[0].columns]
+        many = min(block, max(len(part.columns[0]) for part in parts))
+        self._scratch = [column.empty(many) for column in parts[0].columns]
+        self._unused = torch.arange(rows, device="cpu")
+        #: Where the rows are, in the order in which they are taken: those of this window, and of the next one.
+        self._slots = self._next = self._unused[:0]
+        self._room = 0  # for so many rows of the next window
+        self._reading: Iterator[None] = iter(())
 
-    def fill(self, pieces: Sequence[Piece], wanted: Tensor) -> None:
-        """Read rows, in the order in which they lie; ``wanted`` has their numbers in any order, each once."""
+    def begin(self, pieces: Sequence[Piece], wanted: Tensor) -> None:
+        """Begin to read the next window; ``wanted`` has the numbers of its rows, each once, in the order in which they are taken."""
         is_wanted = torch.zeros(sum(piece.many for piece in pieces), dtype=torch.bool, device="cpu")
         is_wanted[wanted] = True
-        self._slots = (is_wanted.cumsum(0) - 1)[wanted]
-        self._make_room(len(wanted))
-        at = 0
-        for number, piece in enumerate(pieces):
-            self.announce(pieces, number + _AHEAD)
-            rows = is_wanted[piece.place : piece.place + piece.many].nonzero()[:, 0] + piece.first
-            if len(rows):
-                self._read(piece, rows, at)
-            at += len(rows)
-        self._announced = 0
+        free = torch.cat([self._unused, self._slots])  # in the order in which they become so
+        self._room = len(self._unused)
+        places, self._unused = free[: len(wanted)], free[len(wanted) :]
+        self._next = places[(is_wanted.cumsum(0) - 1)[wanted]]
+        self._reading = self._read(pieces, is_wanted, places)
 
-    def announce(self, pieces: Sequence[Piece], until: int) -> None:
-        """Say that the blocks up to number ``until`` of the window that is filled next, or now, will be read soon."""
-        for piece in pieces[self._announced : until]:
-            first = piece.block * self._block
-            for column in self._parts[piece.part].columns:
-                column.announce(first, min(self._block, len(column) - first), self._files)
-        self._announced = max(self._announced, until)
+    def turn(self) -> None:
+        """Go on to the next window, the rest of which is read now."""
+        self._room = len(self._memory[0])
+        next(self._reading, None)
+        self._slots = self._next
 
     def take(self, low: int, high: int) -> list[Tensor]:
-        """The rows that were wanted from number ``low`` to ``high``, as new tensors."""
-        return [memory.index_select(0, self._slots[low:high]) for memory in self._memory]
+        """The rows that were wanted from number ``low`` to ``high``, as new tensors; then others are read to their places."""
+        taken = [memory.index_select(0, self._slots[low:high]) for memory in self._memory]
+        self._room += high - low
+        next(self._reading, None)
+        return taken
 
-    def _read(self, piece: Piece, rows: Tensor, at: int) -> None:
-        """Read rows of a block, in ascending order, to their place."""
+    def _read(self, pieces: Sequence[Piece], is_wanted: Tensor, places: Tensor) -> Iterator[None]:
+        """Read one piece after the other, in the order in which they lie, as far as there is room."""
+        announced = (self._announced(piece, is_wanted) for piece in pieces)
+        coming = deque(islice(announced, _AHEAD))
+        done = 0
+        while coming:
+            columns, rows = coming.popleft()
+            while done + len(rows) > self._room:
+                yield
+            self._fill(columns, rows, places[done : done + len(rows)])
+            done += len(rows)
+            coming.extend(islice(announced, 1))
+
+    def _announced(self, piece: Piece, is_wanted: Tensor) -> tuple[Sequence[Column], Tensor]:
+        """Say that the wanted rows of a block will be read soon, and return their numbers, in ascending order."""
         columns, kept = self._parts[piece.part]
-        if kept is not None:
-            rows = kept.block(piece.block, self._files)[rows]
-        first, many = int(rows[0]), int(rows[-1] - rows[0]) + 1
-        start = piece.block * self._block + first
-        for column, memory, scratch in zip(columns, self._memory, self._scratch, strict=True):
-            out = memory[at : at + len(rows)]
-            if many == len(rows):
-                column.read(start, out, self._files)
-            else:
-                column.read(start, scratch[:many], self._files)
-                torch.index_select(scratch, 0, rows - first, out=out)
+        rows = is_wanted[piece.place : piece.place + piece.many].nonzero()[:, 0] + piece.first
+        if len(rows):
+            rows = rows if kept is None else kept.block(piece.block, self._files)[rows]
+            rows += piece.block * self._block
+            for column in columns:
+                column.announce(int(rows[0]), int(rows[-1] - rows[0]) + 1, self._files)
+        return columns, rows
 
-    def _make_room(self, rows: int) -> None:
-        for number, column in enumerate(self._parts[0].columns):
-            if len(self._memory[number]) < rows:
-                self._memory[number] = column.empty(0)  # before there is more
-                self._memory[number] = column.empty(rows)
+    def _fill(self, columns: Sequence[Column], rows: Tensor, places: Tensor) -> None:
+        """Read rows of a block, in ascending order, to their places."""
+        if not len(rows):
+            return
+        first, many = int(rows[0]), int(rows[-1] - rows[0]) + 1
+        in_place = many == len(rows) and bool((places.diff() == 1).all())  # as in the first window
+        for column, memory, scratch in zip(columns, self._memory, self._scratch, strict=True):
+            place = int(places[0])
+            found = memory[place : place + many] if in_place else scratch[:many]
+            column.read(first, found, self._files)
+            if not in_place:
+                found = found if many == len(rows) else found.index_select(0, rows - first)
+                words(memory).index_copy_(0, places, words(found))
 
 
 def batches(
@@ -96,22 +126,27 @@ def batches(
     Yields:
         A tensor, or a tuple of tensors where there are several layers.
     """
-    rows_of, windows = order.epoch(epoch), order.windows
+    rows_of, windows = order.epoch(epoch), enumerate(order.windows)
+
+    def begin() -> list[Cut]:
+        """Begin the next window that has any of the batches, and return what they have of it."""
+        for number, bounds in windows:
+            cuts = order.cuts(bounds, mine)
+            if cuts:
+                rows = rows_of.permutation(number, bounds)
+                wanted = torch.cat([rows[cut.low : cut.high] for cut in cuts])
+                window.begin(rows_of.pieces(number), wanted)
+                return cuts
+        return []
+
     begun: list[list[Tensor]] = []  # parts of a batch that goes on in the next window
-    for number, bounds in enumerate(windows):
-        cuts = order.cuts(bounds, mine)
-        if not cuts:
-            continue
-        rows = rows_of.permutation(number, bounds)
-        window.fill(rows_of.pieces(number), torch.cat([rows[cut.low : cut.high] for cut in cuts]))
-        del rows
-        coming = rows_of.pieces(number + 1) if number + 1 < len(windows) else []
+    coming = begin()
+    while coming:
+        window.turn()
+        cuts, coming = coming, begin()
         place = 0
-        for had, cut in enumerate(cuts, start=1):
-            # The disk works on the next window meanwhile, evenly.
-            window.announce(coming, len(coming) * had // len(cuts))
-            begun.append(window.take(place, place + cut.high - cut.low))
-            place += cut.high - cut.low
+        for cut in cuts:
+            begun.append(window.take(place, place := place + cut.high - cut.low))
             if cut.ends:
                 yield _joined(columns, begun)
                 begun.clear()

@@ -24,7 +24,7 @@ import tempfile
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep, thread_time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,6 +48,8 @@ IN_ORDER = "reading in order"
 AHEAD = 32 * 2**20  # bytes that are announced to the system before they are read, as shuffled does
 SHARE = 0.25  # of the recording that may be in memory
 FASTER = 1 / 5  # at least five times the rows per second of random access
+MILLISECONDS = 0.1  # at most, to take a batch
+STEP = 0.03  # seconds of training between two batches
 AS_FAST = 1 / 0.7  # and at least 0.7 of those that reading in order brings
 
 
@@ -69,7 +71,13 @@ def measure(*, quick: bool) -> Iterator[Row]:
                     files, lambda: _at_random(path, files, workers, advice, quick=quick)
                 )
         times = take_turns(ways, 1 if quick else 3)
+        takes = {workers: _takes(path, workers, 4 if quick else 200) for workers in (0, 2)}
     yield from _rows(f"loading {gib:g} GiB in rows of 3 KiB", times)
+    for workers, (cpu, wall) in takes.items():
+        what = f"taking a batch of 3 MiB, {workers} workers"
+        target = None if workers else MILLISECONDS
+        yield Row.of(f"{what}: of the training thread", cpu, target, "ms")
+        yield Row.of(f"{what}: until it is there", wall, target, "ms")
 
 
 def _rows(what: str, times: dict[str, list[float]]) -> Iterator[Row]:
@@ -107,6 +115,27 @@ def _shuffled(path: Path, workers: int) -> float:
     start = perf_counter()
     dataset = shuffled(load(path), "", batch_size=BATCH, flatten=True)
     return _rate(DataLoader(dataset, batch_size=None, num_workers=workers), start)
+
+
+def _takes(path: Path, workers: int, many: int) -> tuple[list[float], list[float]]:
+    """Milliseconds, of the thread and until it is there, that each batch takes where a step of training takes longer to make one.
+
+    The buffer is small, so that there are windows to go from and to.
+    """
+    dataset = shuffled(load(path), "", batch_size=BATCH, flatten=True, buffer=64 * 2**20)
+    batches = iter(
+        DataLoader(dataset, batch_size=None, num_workers=workers) if workers else dataset
+    )
+    next(batches)
+    cpu, wall = [], []
+    for _ in range(min(many, len(dataset) - 1)):
+        sleep(STEP)
+        start, began = thread_time(), perf_counter()
+        batch = next(batches)
+        wall.append(1000 * (perf_counter() - began))
+        cpu.append(1000 * (thread_time() - start))
+        del batch  # not while one measures
+    return cpu, wall
 
 
 def _at_random(
