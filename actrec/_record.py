@@ -457,9 +457,11 @@ class _Block(AbstractContextManager[Recorder[Any]]):
 
     def _marks(self, plan: list[tuple[nn.Module, Hook[Any]]]) -> AbstractContextManager[None]:
         """What makes the compiler see the hooks. It goes off the model before they do."""
+        from ._calls.in_graph.hook import HookInGraph  # noqa: PLC0415
         from ._calls.in_graph.mark import Marks  # noqa: PLC0415
 
-        return Marks(self._model, [(module, hook.kind) for module, hook in plan])
+        kinds = [(module, hook.kind) for module, hook in plan if isinstance(hook, HookInGraph)]
+        return Marks(self._model, kinds)
 
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""

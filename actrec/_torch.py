@@ -262,8 +262,8 @@ def owners_of_one_view() -> tuple[int, int]:
 _CHECKPOINT_FRAMES = {"forward", "backward", "unpack_hook"}
 
 
-def _frames() -> Iterator[FrameType]:
-    """The frames of this thread, from the inside out."""
+def frames() -> Iterator[FrameType]:
+    """The frames of this thread, from that of the caller outwards."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
@@ -277,12 +277,10 @@ def checkpoint_frames() -> Iterator[tuple[str, FrameType]]:
     variable ``ctx`` in them is the region's. ``"unpack_hook"`` runs a non-reentrant one again.
     """
     file = _of("torch.utils.checkpoint", "__file__")
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in frames():
         code = frame.f_code
         if code.co_name in _CHECKPOINT_FRAMES and code.co_filename == file:
             yield code.co_name, frame
-        frame = frame.f_back
 
 
 def is_recomputing() -> bool:
@@ -318,7 +316,7 @@ def is_jit_comparing() -> bool:
     file = _of("torch.jit._trace", "__file__")
     return any(
         frame.f_code.co_name == "_check_trace" and frame.f_code.co_filename == file
-        for frame in _frames()
+        for frame in frames()
     )
 
 
@@ -397,21 +395,21 @@ def compiles_tensor_hooks() -> bool:
 def compiled_frame() -> FrameType | None:
     """The frame whose compiled code has called the code which asks. Without the names, it is not known."""
     file, other = (_of(name, "__file__") for name in ("torch._dynamo.eval_frame", "torch._compile"))
-    callers = (one.f_back for one in _frames() if one.f_code.co_filename == file)
+    callers = (one.f_back for one in frames() if one.f_code.co_filename == file)
     return next((one for one in callers if one and one.f_code.co_filename != other), None)
 
 
 def is_recomputing_in_graph() -> bool:
     """Whether the compiled code that has called the code which asks is that of a backward. Without the name, it is not known."""
     file = _of("torch._functorch._aot_autograd.runtime_wrappers", "__file__")
-    names = (one.f_code.co_name for one in _frames() if one.f_code.co_filename == file)
+    names = (one.f_code.co_name for one in frames() if one.f_code.co_filename == file)
     return any("backward" in name for name in names)
 
 
 def is_in_body() -> bool:
     """Whether the compiler is reading the body of an operator such as ``torch.cond``. Without the names, it is not known."""
     file = _of("torch._dynamo.variables.higher_order_ops", "__file__")
-    around = (one for one in _frames() if one.f_code.co_filename == file)
+    around = (one for one in frames() if one.f_code.co_filename == file)
     what = [one.f_locals.get("description") for one in around if one.f_code.co_name == _READS_BODY]
     return any("checkpoint" not in str(one) for one in what)
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import sys
 import threading
 import types
 import weakref
 from collections.abc import Callable
 from functools import partial, update_wrapper
+from itertools import dropwhile, islice
 from operator import itemgetter
-from types import FrameType
 from typing import Any, Protocol
 
 from torch import nn
 from typing_extensions import override
 
-from actrec._torch import CALL_CODE
+from actrec._torch import CALL_CODE, frames
 
 from .frames import is_ours
 
@@ -52,12 +51,9 @@ class Forward:
 
     def called(self) -> nn.Module:
         """The module whose forward is about to run: this one, or a replica of it that ``DataParallel`` has made."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and is_ours(frame):
-            frame = frame.f_back
         # Where there are hooks, a function inside it calls the forward.
-        for caller in (frame, frame and frame.f_back):
-            if caller is not None and caller.f_code is CALL_CODE:
+        for caller in islice(dropwhile(is_ours, frames()), 2):
+            if caller.f_code is CALL_CODE:
                 found: nn.Module = caller.f_locals["self"]
                 if self._is_part_of(vars(found).get("forward")):
                     return found

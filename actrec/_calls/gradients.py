@@ -201,9 +201,8 @@ class Gradients:
     _leaves: list[_Leaf] = field(default_factory=list)
     _calls: int = 0  # that have had a place
     _open: dict[int, list[_Call]] = field(default_factory=dict)  # of those passes
-    _gone: list[int] = field(
-        default_factory=list
-    )  # the tickets of calls that were dropped, ascending
+    #: The tickets of calls that were dropped, ascending.
+    _gone: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.backwards = self.layer.backwards

@@ -8,7 +8,7 @@ else would replace the layer's output.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import nullcontext
 from enum import Enum, auto
 from functools import partial
@@ -70,11 +70,6 @@ class Hook(Generic[T]):
         self._target: weakref.ref[T] = weakref.ref(target)
         self._hear = hear
         self._runs = _asked_by_the_compiler(self._target)
-
-    @property
-    def kind(self) -> Hashable:
-        """What the compiler reads in its place, if it does."""
-        return self.event
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, output: Any = None

@@ -70,12 +70,10 @@ class Track:
     has_tensors: bool = False  # whether one was in anything that was kept
     placeholder: Opaque | None = None  # the first one, in what was kept before
     error: str | None = None  # the first one that recording a call raised
-    _is_direct: bool = field(
-        init=False
-    )  # whether a tensor on the CPU is kept just as it is returned
-    _is_plain: bool = (
-        False  # whether a call is put into its layers, and that is all; known from the first one on
-    )
+    #: Whether a tensor on the CPU is kept just as it is returned.
+    _is_direct: bool = field(init=False)
+    #: Whether a call is put into its layers, and that is all; known from the first one on.
+    _is_plain: bool = False
 
     #: What keeps an output, if any are kept: looked up once, for layers look for every attribute in their class first.
     _keep_output: Callable[[Value, int], None] = field(init=False)
@@ -237,9 +235,8 @@ class Track:
             value = twin(output) if self._is_direct else None
             if value is None and self.outputs is not None:
                 value = self.capture(output, call)
-            if (
-                self._is_plain and value is not SKIPPED and received is not SKIPPED
-            ):  # the shortest way
+            # The shortest way:
+            if self._is_plain and value is not SKIPPED and received is not SKIPPED:
                 self.lock.acquire()  # not with "with", which takes twice the time
                 try:
                     self._keep_output(value, number)

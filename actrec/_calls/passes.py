@@ -34,7 +34,7 @@ from typing_extensions import override
 
 from actrec._recordings.passes import Count
 from actrec._recordings.units import Key
-from actrec._torch import CALL_CODE, compiled_frame, is_replica
+from actrec._torch import CALL_CODE, compiled_frame, frames, is_replica
 
 
 @dataclass(eq=False, slots=True)
@@ -89,16 +89,9 @@ def _frame(suspended: Any) -> FrameType | None:
     return getattr(suspended, _SUSPENDED[type(suspended)])  # type: ignore[no-any-return]
 
 
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame and those that called it."""
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _modules_called(frame: FrameType | None) -> list[int]:
+def _modules_called() -> list[int]:
     """The modules (ids) that this thread is calling. What others are doing cannot be looked at while they do it."""
-    return [id(one.f_locals["self"]) for one in _frames(frame) if one.f_code is CALL_CODE]
+    return [id(one.f_locals["self"]) for one in frames() if one.f_code is CALL_CODE]
 
 
 class Passes(Count):
@@ -113,9 +106,8 @@ class Passes(Count):
         self.units: dict[int, Unit] = {}  # that are open, by their pass
         #: Of units that were dropped while threads were in a forward of theirs: what drops what those still record.
         self._leaving: dict[int, Callable[[], None]] = {}
-        self.undecided: set[int] = (
-            set()
-        )  # the passes of both: whether they are kept is not known yet
+        #: The passes of both: whether they are kept is not known yet.
+        self.undecided: set[int] = set()
         self._latest_unit = -1  # pass
         self._lock = threading.RLock()
 
@@ -154,8 +146,7 @@ class Passes(Count):
         """Whether the calls that this thread is in go on, and ``module`` is called inside them; or they were interrupted."""
         if not thread.graph:
             return _is_inside_itself([*thread.calling, id(module)])
-        frames = _frames(sys._getframe(1))
-        return _is_inside(thread.calling) or any(one is thread.opened_in for one in frames)
+        return _is_inside(thread.calling) or any(one is thread.opened_in for one in frames())
 
     def end(self, module: nn.Module, output: object, error: BaseException | None) -> None:
         """The call of ``module`` has ended, and with it those inside that did not say so.
@@ -310,9 +301,8 @@ class Passes(Count):
 
     def _elsewhere(self, module: nn.Module) -> int | None:
         """Return the pass that a call of ``module`` belongs to, if it is running elsewhere than around the call."""
-        here = sys._getframe(1)
         if self._suspended:
-            ids = {id(frame) for frame in _frames(here)}
+            ids = {id(frame) for frame in frames()}
             for suspended, number in self._suspended.items():
                 if id(_frame(suspended)) in ids:
                     return number
@@ -323,30 +313,28 @@ class Passes(Count):
         if self._open and is_replica(module):
             return self._open[-1].number
         around = (
-            set()
-            if threading.current_thread() is threading.main_thread()
-            else self._around(module, here)
+            set() if threading.current_thread() is threading.main_thread() else self._around(module)
         )
         if len(around) == 1:
             return around.pop()
         only = self._only_unit()
         return None if only is None else only.number
 
-    def _around(self, module: nn.Module, here: FrameType) -> set[int | None]:
+    def _around(self, module: nn.Module) -> set[int | None]:
         """Return the passes of forwards that share their work among threads, and may be around a call of ``module``."""
         around = [one for one in self._open if one.leads_to(module)]
         if around:
-            own = _modules_called(here)  # that began before the block, or in a pause
+            own = _modules_called()  # that began before the block, or in a pause
             around = [one for one in around if id(one.opener()) not in own]
         return {one.number for one in around}
 
 
 def _is_inside(modules: list[int]) -> bool:
     """Whether this thread is inside a call of one of ``modules`` (ids)."""
-    return any(one in modules for one in _modules_called(sys._getframe(1)))
+    return any(one in modules for one in _modules_called())
 
 
 def _is_inside_itself(modules: list[int]) -> bool:
     """Whether this thread is inside a call of one of ``modules`` (ids), besides the one that asks."""
-    calls = sum(one in modules for one in _modules_called(sys._getframe(1)))
+    calls = sum(one in modules for one in _modules_called())
     return calls > 1 or CALL_CODE is None

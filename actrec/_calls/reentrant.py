@@ -23,9 +23,7 @@ class _Region(Generic[T]):
     repeated: int = 0
 
     def next(self) -> T | None:
-        if (
-            self.backward != backward_number()
-        ):  # another backward through the same graph starts over
+        if self.backward != backward_number():  # another one through the same graph starts over
             self.backward, self.repeated = backward_number(), 0
         self.repeated += 1
         return self.calls[self.repeated - 1] if self.repeated <= len(self.calls) else None

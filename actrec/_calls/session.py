@@ -35,9 +35,8 @@ class Session:
     interrupted: bool = False
     pauses: int = 0
     was_paused: bool = False
-    has_replicas: bool = (
-        False  # whether DataParallel has called any; asked where functions are recorded
-    )
+    #: Whether DataParallel has called any; asked where functions are recorded.
+    has_replicas: bool = False
     depth: int = 0  # how deep in code of the user's, which the recorder runs, the block was begun
     #: The layers, by the end of their first call.
     order: dict[str, None] = field(default_factory=dict)

@@ -48,12 +48,10 @@ class SinkLayer(Layer[Any]):
         #: By pass, what the container gets when the unit has ended.
         self.waiting: dict[int, list[Value]] = {}
         self._make = None if hasattr(self.sink, "clear") else make
-        self._passes: deque[int] = (
-            deque()
-        )  # of the latest calls that made it longer, or changed its end
-        self._known: dict[
-            int, tuple[weakref.ref[Any], int]
-        ] = {}  # by id: what is in it, and its pass
+        #: Of the latest calls that made it longer, or changed its end.
+        self._passes: deque[int] = deque()
+        #: By id: what is in it, and its pass.
+        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     @property
     @override
@@ -118,13 +116,9 @@ class SinkLayer(Layer[Any]):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **vars(self),
-            "_passes": deque(self.passes),
-            "_known": {},
-            "_held": (),
-            "waiting": {},
-        }  # no copy is the same thing
+        # No copy is the same thing.
+        copied = {"_passes": deque(self.passes), "_known": {}, "_held": (), "waiting": {}}
+        return vars(self) | copied
 
     @override
     def clear(self) -> None:

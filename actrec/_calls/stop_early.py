@@ -37,9 +37,8 @@ class EarlyStop:
 
     def __init__(self) -> None:
         self.layers: frozenset[str] = frozenset()
-        self.caught = (
-            0  # forwards that went on to their end, for the model had caught what ends them
-        )
+        #: Forwards that went on to their end, for the model had caught what ends them.
+        self.caught = 0
         self._thread = _Thread()
 
     def ran(self, layer: str) -> None:

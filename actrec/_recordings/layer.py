@@ -329,9 +329,7 @@ class Layer(Sequence[V], Generic[V]):
 
     def _join(self, how: How, dim: int, *, release: bool = False) -> V:
         call = f"acts[{self.name!r}].{how}(dim={dim!r})"
-        values = [
-            *self._readable()
-        ]  # each call is read once: from disk, each read makes a new value
+        values = [*self._readable()]  # each call once: from disk, each read makes a new value
         if not len(self):
             message = f"{call}: nothing was recorded of this layer, so there is nothing to join."
             raise JoinError(message)

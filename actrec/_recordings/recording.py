@@ -112,9 +112,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         if isinstance(name, nn.Module):
             name = self._keys_of.get(name)
         key = name if name in self._layers else self._aliases.get(name)  # type: ignore[call-overload]
-        if (
-            key is None and isinstance(name, str) and ":" in name
-        ):  # that of a module, and that of a function
+        if key is None and isinstance(name, str) and ":" in name:  # a module's, and a function's
             module, _, function = name.rpartition(":")
             key = f"{self._aliases.get(f'{module}:', f'{module}:')}{canonical(function)}"
         return key if key in self._layers else None

@@ -105,9 +105,8 @@ class Summary:
         if known is None:
             self.shapes[names] = list(low), list(high)
         else:
-            known[0][:] = map(
-                min, known[0], low
-            )  # names are equal, and the least and the largest, too
+            # Names are equal, and the least and the largest, too.
+            known[0][:] = map(min, known[0], low)
             known[1][:] = map(max, known[1], high)
 
     def update(self, other: Summary) -> None:

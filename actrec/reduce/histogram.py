@@ -39,9 +39,8 @@ class Histogram(Reduction):
 
     edges: Sequence[float] | Tensor
     dim: int | None = None
-    _counts: Tensor | None = field(
-        init=False, default=None
-    )  # (C, bins + 3): below, bins, above, NaN
+    #: (C, bins + 3): below, bins, above, NaN.
+    _counts: Tensor | None = field(init=False, default=None)
 
     @override
     def __post_init__(self) -> None:

@@ -43,9 +43,8 @@ class TopK(Reduction):
 
     k: int = 10
     _largest: Tensor | None = field(init=False, default=None)  # (k, C)
-    _where: Tensor | None = field(
-        init=False, default=None
-    )  # (4, k, C): pass, sample, position, rank
+    #: (4, k, C): pass, sample, position, rank.
+    _where: Tensor | None = field(init=False, default=None)
 
     @override
     def __post_init__(self) -> None:

@@ -38,9 +38,8 @@ class Bucket:
         self, objects: Objects, spool: str | os.PathLike[str] | None, blocks: Blocks
     ) -> None:
         self._objects = objects
-        self._spool = (
-            spool  # of files that are to be uploaded; None for the system's temporary folder
-        )
+        #: Of files that are to be uploaded; None for the system's temporary folder.
+        self._spool = spool
         self._blocks = blocks  # that were downloaded and are kept
         self._head = lru_cache(maxsize=_HEADS)(self._ask_head)
 

@@ -170,9 +170,8 @@ class Mapped:
     def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
         """Return a part of the memory, which may be kept; ``Defect`` if it is another file by now."""
         need(self._path.exists(), GONE)
-        found = (
-            self._path.stat().st_size
-        )  # to read memory behind the end of a file would end the process
+        # To read memory behind the end of a file would end the process.
+        found = self._path.stat().st_size
         need(
             found == self._size,
             f"it had {self._size} bytes when it was opened, and has {found} now",

@@ -12,9 +12,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import (
-    is_dynamo_compiling,  # a constant in what the compiler reads
-)
+from torch.compiler import is_dynamo_compiling  # a constant in what the compiler reads
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -54,7 +52,6 @@ class HookInGraph(Hook[T]):
         self.is_told = _asked_by_the_compiler(self)
 
     @property
-    @override
     def kind(self) -> tuple[Event, bool]:
         """What is compiled in its place."""
         return self.event, self.watches

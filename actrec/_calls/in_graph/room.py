@@ -47,8 +47,7 @@ class Room(Stance):
         with _changing:
             _Open.blocks -= 1
             if _Open.blocks == 0:
-                used = max(
-                    0, count_graphs() - _Open.graphs
-                )  # unless somebody has set the counter back
+                # Somebody may have set the counter back.
+                used = max(0, count_graphs() - _Open.graphs)
                 for limit, given in _Open.given.items():
                     setattr(config, limit, getattr(config, limit) - given + min(used, given))
