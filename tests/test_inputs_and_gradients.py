@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import actrec
 from actrec import (
@@ -147,6 +148,27 @@ def test_heads_of_an_attention_layer_are_taken_apart_before_they_are_mixed() -> 
         model(X)
     assert list(acts.inputs) == ["0.o_proj", "1.o_proj"]
     assert torch.equal(acts.inputs["0.o_proj"][0].flatten(-2), model[0].v_proj(X))
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return x * scale
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        checkpoint_wrapper,
+        lambda model: nn.DataParallel(checkpoint_wrapper(model)),
+        lambda model: torch.compile(model, backend="eager"),
+    ],
+)
+def test_what_a_wrapper_receives_is_named_as_what_it_wraps_names_it(wrap: Any) -> None:
+    model = wrap(Scaled())
+    with record(model, "", inputs=True) as acts:
+        model(torch.ones(2, 3), scale=2.0)
+    assert list(acts.inputs[""][0]) == ["x", "scale"]
 
 
 def test_a_module_has_one_key_whatever_it_was_chosen_for() -> None:

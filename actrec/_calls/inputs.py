@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from actrec._recordings.layer import Layer
+from actrec._selection.names import wrapped
 from actrec._torch import version
 from actrec._values.containers import Value
 from actrec._values.snapshot import twin
@@ -36,7 +37,9 @@ class _Parameters:
             return cls()
         by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         rest = [p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL]
-        return cls(tuple(p.name for p in parameters if p.kind in by_position), *rest)
+        positional = tuple(p.name for p in parameters if p.kind in by_position)
+        inner = None if positional else wrapped(module)  # which names what a wrapper hands on
+        return cls(positional, *rest) if inner is None else cls.of(inner)
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return what was given as a dict; surplus positions are one tuple, as in ``forward`` itself."""

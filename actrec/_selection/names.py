@@ -92,7 +92,13 @@ def _is_wrapped(name: Name, segment: str, child: nn.Module) -> bool:
         return len(children) == 1 and [*children_of(child)] == [inner]
     if segment == inner and len(children) == 1:
         return _last(name.full) == outer != _last(name.short)
-    return segment in WRAPPERS and children.keys() <= WRAPPERS
+    return wrapped(name.module) is not None and segment in WRAPPERS
+
+
+def wrapped(module: nn.Module) -> nn.Module | None:
+    """Return the module that ``module`` hands its arguments on to, if it is a wrapper."""
+    children = children_of(module)
+    return next(iter(children.values()), None) if children.keys() <= WRAPPERS else None
 
 
 def _last(name: str) -> str:
