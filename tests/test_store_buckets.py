@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -556,6 +557,126 @@ def test_rows_of_an_object_store_are_those_in_memory(url: str, whole: Any) -> No
     batches = shuffled(load(url), "0", batch_size=5, buffer=7)
     found = torch.cat(list(batches))
     assert sorted(found.tolist()) == sorted(whole["0"].cat().tolist())
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, int]]]:
+    """The parts of objects that are asked for: of which object, and from where to where."""
+    parts: list[tuple[str, int, int]] = []
+    cat = Stand.cat_file
+
+    def noted(fs: Stand, path: str, start: Any = None, end: Any = None, **options: Any) -> Any:
+        parts.append((path, start or 0, end))
+        return cat(fs, path, start, end, **options)
+
+    monkeypatch.setattr(Stand, "cat_file", noted)
+    return parts
+
+
+def data(asked: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """The parts that are no looks at whether an object still begins as it did."""
+    return [part for part in asked if part[1:] != (0, 64)]
+
+
+def sized(url: str, shards: int = 4) -> Any:
+    """Rows of 256 bytes, 400 in each shard, and a label beside each."""
+    net = nn.Identity()
+    with record(net, "", into=Folder(url, shard_bytes=105_000, seconds=1e9)) as acts:
+        for step in range(shards):
+            net(torch.randn(400, 64))
+            acts.add("label", torch.arange(400) + 400 * step)
+    return load(url)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_epoch_fetches_each_byte_once_and_ahead_of_need(
+    url: str, asked: list[tuple[str, int, int]], masked: bool
+) -> None:
+    acts = sized(url)
+    joined = acts[""].cat()
+    mask = torch.arange(1600) % 3 > 0 if masked else None
+    buffer = 400 * (256 + 8 + 32)  # a quarter
+    dataset = shuffled(acts, "", "label", batch_size=20, buffer=buffer, mask=mask)
+    for _ in range(2):
+        asked.clear()
+        batches = iter(dataset)
+        found = [next(batches)]
+        until = time.monotonic() + 60
+        while time.monotonic() < until and sum(b - a for _, a, b in data(asked)) < 420 * 264:
+            time.sleep(0.001)
+        assert len(asked) > 64, "what comes next is fetched before one asks for it"
+        found += batches
+        labels = torch.cat([label for _, label in found])
+        assert (
+            sorted(labels.tolist()) == torch.arange(1600)[mask if masked else slice(None)].tolist()
+        )
+        assert all(same(hidden, joined[label]) for hidden, label in found)
+        parts = sorted(data(asked))
+        assert all(a[0] != b[0] or a[2] <= b[1] for a, b in pairwise(parts)), "no byte twice"
+        assert sum(b - a for _, a, b in parts) <= 1600 * 264
+        assert masked or sum(b - a for _, a, b in parts) == 1600 * 264
+        assert len(asked) - len(parts) <= 4 * 5, "a look at each shard for each window"
+
+
+def test_what_is_fetched_at_a_time_is_many_parts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = shuffled(sized(url), "", batch_size=20, buffer=400 * (256 + 32))
+    cat, now, most = Stand.cat_file, 0, 0
+
+    def waiting(fs: Stand, path: str, start: Any = None, end: Any = None, **options: Any) -> Any:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        time.sleep(0.01)
+        now -= 1
+        return cat(fs, path, start, end, **options)
+
+    monkeypatch.setattr(Stand, "cat_file", waiting)
+    batches = iter(dataset)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert most >= 4
+    assert not [one for one in threading.enumerate() if one.name.startswith("actrec-fetch")]
+
+
+def test_two_rows_fetch_their_ranges_and_not_a_shard(
+    url: str, asked: list[tuple[str, int, int]]
+) -> None:
+    acts = sized(url)
+    joined = acts[""].cat()
+    dataset = rows(acts, "", "label")
+    asked.clear()
+    found, label = dataset[[1203, 7]]
+    assert same(found, joined[[1203, 7]])
+    assert label.tolist() == [1203, 7]
+    assert sorted(b - a for _, a, b in data(asked)) == [8, 8, 256, 256]
+    assert len(asked) == 6
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_announced_and_changes_or_fails_is_told(url: str, again: bool) -> None:
+    dataset = shuffled(sized(url, 1), "", batch_size=20)
+    Stand.begin(refusing("reset by peer"))
+    with pytest.raises(ReadError, match="ConnectionError: reset by peer"):
+        next(iter(dataset))
+    Stand.begin()
+    if again:
+        return
+    replaced(url, lambda data: b"x" * len(data))
+    with pytest.raises(CorruptRecordingError, match="it is another file than when it was opened"):
+        next(iter(dataset))
+    replaced(url, None)
+    with pytest.raises(CorruptRecordingError, match="is gone"):
+        next(iter(dataset))
+
+
+def refusing(text: str) -> Any:
+    """A plan: nothing is read."""
+
+    def plan(number: int, kind: str, path: str, done: bool) -> None:
+        if kind == "cat":
+            raise ConnectionError(text)
+
+    return plan
 
 
 # --- Other processes ---------------------------------------------------------------------------------

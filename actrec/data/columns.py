@@ -100,6 +100,8 @@ class Column:
 
     def announce(self, first: int, many: int, files: Files) -> None:
         """Say that these rows will be read soon."""
+        if self._is_scattered(first, many):
+            return  # they are gathered when they are read
         for _, rows, run, skip in self._pieces(first, many):
             source, start, repeat = self._at(run)
             begin, end = skip // repeat, (skip + rows - 1) // repeat + 1

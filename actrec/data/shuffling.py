@@ -209,8 +209,8 @@ class Shuffled(IterableDataset[Any]):
     does both by itself, in its workers too. With workers of a plain ``DataLoader``, say how many batches of the epoch you
     have had: ``state_dict(batches=step)``.
 
-    **Memory.** The buffer and two batches, whatever the size of the recording. A stored recording is read, not
-    mapped; what the system keeps of the files it gives up when memory is needed.
+    **Memory.** The buffer and two batches, whatever the size of the recording; of an object store, also the 16 blocks that are on their
+    way. A stored recording is read, not mapped; what the system keeps of the files it gives up when memory is needed.
 
     ``len(dataset)`` is the number of batches in an epoch, for this rank.
     """

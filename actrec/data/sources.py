@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
-from typing import Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ _GAP: Final = 1 << 14
 _MOST: Final = 1 << 20
 #: Files that are open at a time. Rows come in the order in which they lie, so those before are read to their end.
 _MOST_OPEN: Final = 64
+#: Requests to an object store that are on their way at a time.
+_THREADS: Final = 16
 
 
 class Source(Protocol):
@@ -128,13 +132,16 @@ class Stored(Source):
         apart = (begins.diff() > width + _GAP) | ((begins // _MOST).diff() > 0)
         bounds = [0, *(apart.nonzero()[:, 0] + 1).tolist(), len(begins)]
         starts, targets = begins.tolist(), places.tolist()
+        parts = [
+            (starts[low], starts[high - 1] + width - starts[low]) for low, high in pairwise(bounds)
+        ]
         with files.opened(self) as reading:
-            for low, high in pairwise(bounds):
-                start, to = starts[low], targets[low] * width
+            reading.gather(parts, files.later)
+            for (low, high), (start, nbytes) in zip(pairwise(bounds), parts, strict=True):
                 if high - low == 1:
+                    to = targets[low] * width
                     reading.into(start, memory[to : to + width])
                     continue
-                nbytes = starts[high - 1] + width - start
                 found = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
                 reading.into(start, writable(found))
                 rows = found.unfold(0, width, 1).index_select(0, begins[low:high] - start)
@@ -142,10 +149,9 @@ class Stored(Source):
 
     @override
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
-        try:
-            files.reading(self).announce(begin, nbytes)
-        except Defect:
-            return  # reading it says what is wrong
+        if nbytes:
+            with suppress(Defect):  # reading it says what is wrong
+                files.reading(self).announce(begin, nbytes, files.later)
 
 
 class Files(AbstractContextManager["Files"]):
@@ -158,6 +164,16 @@ class Files(AbstractContextManager["Files"]):
     def __exit__(self, *_: object) -> None:
         while self._open:
             self._open.popitem()[1].close()
+        if "_threads" in vars(self):
+            self._threads.shutdown(cancel_futures=True)
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_THREADS, "actrec-fetch")
+
+    def later(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Let a thread do some work."""
+        return self._threads.submit(work, *args)
 
     @contextmanager
     def opened(self, file: Stored) -> Iterator[Reading]:

@@ -22,8 +22,8 @@ from .sources import Files
 
 __all__ = ["Window", "batches"]
 
-#: So many blocks are announced before the first of them is read.
-_AHEAD: Final = 16
+#: So many blocks are announced before the first of them is read, and so many bytes.
+_AHEAD: Final = 16, 1 << 24
 
 
 class Window:
@@ -41,6 +41,8 @@ class Window:
         self._block = block
         self._files = files
         self._memory = [column.empty(rows) for column in parts[0].columns]
+        width = sum(column.width for column in parts[0].columns)
+        self._ahead = max(1, min(_AHEAD[0], _AHEAD[1] // max(1, block * width)))
         many = min(block, max(len(part.columns[0]) for part in parts))
         self._scratch = [column.empty(many) for column in parts[0].columns]
         self._unused = torch.arange(rows, device="cpu")
@@ -75,7 +77,7 @@ class Window:
     def _read(self, pieces: Sequence[Piece], is_wanted: Tensor, places: Tensor) -> Iterator[None]:
         """Read one piece after the other, in the order in which they lie, as far as there is room."""
         announced = (self._announced(piece, is_wanted) for piece in pieces)
-        coming = deque(islice(announced, _AHEAD))
+        coming = deque(islice(announced, self._ahead))
         done = 0
         while coming:
             columns, rows = coming.popleft()

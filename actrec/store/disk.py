@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final, TypeAlias, cast
 
 import torch
 from typing_extensions import override
@@ -17,6 +18,9 @@ from .format import ANOTHER, UNFINISHED, Defect, need
 from .lock import Lock, locked
 from .new_file import Unfinished, sync
 from .safetensors import Writable
+
+#: Lets a thread do some work.
+Later: TypeAlias = Callable[..., Future[Any]]
 
 GONE: Final = "it was there when it was opened, and is gone"
 
@@ -147,10 +151,13 @@ class Reading:
                 raise Defect(defect)
             view = view[many:]
 
-    def announce(self, begin: int, nbytes: int) -> None:
+    def announce(self, begin: int, nbytes: int, later: Later) -> None:  # noqa: ARG002
         """Let the system fetch a part while we do something else, if it can."""
         if _announce is not None:
             _announce(self._file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def gather(self, parts: Iterable[tuple[int, int]], later: Later) -> None:
+        """Several parts are read one after the other."""
 
     def close(self) -> None:
         """Let go of the file."""

@@ -1,12 +1,14 @@
 """The objects below a URL, as ``fsspec`` has them: asking for them, and reading parts of one.
 
-Small parts are read from blocks that are kept, large ones in one request.
+What was announced is downloaded as it was announced, by threads. Of the rest, small parts are read from blocks that are
+kept, large ones in one request.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from importlib import import_module
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
@@ -16,7 +18,7 @@ from typing_extensions import override
 from actrec.errors import OptionError, ReadError
 
 from .blocks import BLOCK, CACHED, Blocks
-from .disk import GONE, copied
+from .disk import GONE, Later, copied
 from .format import ANOTHER, Defect, need
 
 T = TypeVar("T")
@@ -86,11 +88,14 @@ class Object:
 
     def __init__(self, objects: Objects, name: str, head: bytes, blocks: Blocks) -> None:
         self._objects, self._name, self._head, self._blocks = objects, name, head, blocks
+        self._same: Future[None] | None = None  # whether it still begins so
+        self._coming: dict[tuple[int, int], Future[bytes]] = {}
 
     def into(self, begin: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes from ``begin`` on."""
-        read = self._read_at_once if len(view) > BLOCK else self._read_blocks
         end = begin + len(view)
+        read = self._read_at_once if len(view) > BLOCK else self._read_blocks
+        read = self._read_coming if (begin, end) in self._coming else read
         try:
             found = begin + read(begin, view)
         except FileNotFoundError:
@@ -112,6 +117,13 @@ class Object:
             done += len(part)
         return done
 
+    def _read_coming(self, begin: int, view: memoryview) -> int:
+        coming = self._coming.pop((begin, begin + len(view)))
+        cast("Future[None]", self._same).result()
+        part = coming.result()
+        view[: len(part)] = part
+        return len(part)
+
     def _read_blocks(self, begin: int, view: memoryview) -> int:
         def opened() -> BinaryIO:
             self._check()
@@ -125,11 +137,21 @@ class Object:
     def _check(self) -> None:
         need(self._objects.download(self._name, 0, len(self._head)) == self._head, ANOTHER)
 
-    def announce(self, begin: int, nbytes: int) -> None:
-        """Nothing is fetched before it is asked for."""
+    def announce(self, begin: int, nbytes: int, later: Later) -> None:
+        """Let a thread download a part, which is read next, as it is."""
+        self._same = self._same or later(self._check)
+        part = begin, begin + nbytes
+        self._coming[part] = later(self._objects.download, self._name, *part)
+
+    def gather(self, parts: Iterable[tuple[int, int]], later: Later) -> None:
+        """Let threads download several parts, each where it begins and how many bytes it has."""
+        for begin, nbytes in parts:
+            self.announce(begin, nbytes, later)
 
     def close(self) -> None:
-        """What is open is closed once other objects are read."""
+        """What is open is closed once other objects are read; what was not begun to be downloaded is not."""
+        for coming in self._coming.values():
+            coming.cancel()
 
     def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
         """Return a part, downloaded."""
