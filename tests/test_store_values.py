@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 import tempfile
+import warnings
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +46,7 @@ from actrec.store import (
 from actrec.store import (
     shard as _shard,
 )
+from actrec.store.call import Call
 from tests.stored import assert_same, opened_shards, same
 
 if TYPE_CHECKING:
@@ -546,3 +548,50 @@ def test_a_structure_that_is_nested_too_deep_is_a_defect() -> None:
         deep = [deep]
     with pytest.raises(_container.Defect, match="nested too deep"):
         _shard._json(deep)
+
+
+# --- What is known of the call before ----------------------------------------------------------------
+
+USUAL = torch.arange(6.0).view(2, 3)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # nested tensors are a prototype
+    NESTED = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+ALIKE = {
+    "the usual": USUAL,
+    "another": USUAL + 1,
+    "another shape": USUAL.view(3, 2),
+    "another dtype": USUAL.double(),
+    "complex": USUAL * 1j,
+    "conjugated": (USUAL * 1j).conj(),
+    "negated": torch._neg_view(USUAL),
+    "of a graph": USUAL.clone().requires_grad_(),
+    "transposed": USUAL.view(3, 2).t(),
+    "a parameter": nn.Parameter(USUAL),
+    "in a list": [USUAL],
+    "sparse": USUAL.to_sparse(),
+    "meta": USUAL.to("meta"),
+    "nested": NESTED,
+    "no tensor": 1.5,
+}
+
+
+def written(value: Any, **more: Any) -> Any:
+    """What is written of a value."""
+    try:
+        call = Call.of(_format.Slot("output", 0, "a", "A"), 0, value, **more)
+    except CaptureError as error:
+        return str(error)
+    plain = all(not (one.requires_grad or one.is_neg() or one.is_conj()) for one in call.tensors)
+    numbers = [one.tolist() for one in call.tensors]
+    return call.look.structure, call.look.kinds, call.look.size, numbers, plain
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_the_call_before_looked_like_changes_nothing_of_what_is_written(name: str) -> None:
+    slot = _format.Slot("output", 0, "a", "A")
+    for before in ("the usual", "complex", "in a list", "no tensor"):
+        look = Call.of(slot, 0, ALIKE[before]).look
+        assert written(ALIKE[name], before=look) == written(ALIKE[name])
+    usual = Call.of(slot, 0, ALIKE["the usual"]).look
+    shared = Call.of(slot, 0, ALIKE["another"], before=usual).look
+    assert shared is usual

@@ -29,7 +29,7 @@ class PassRuns:
         if number == latest:
             self._state = (over, first, many, each, latest, calls + 1, total + 1)
             return
-        if (latest, calls) == (first + many, each):
+        if latest == first + many and calls == each:
             many += 1
         elif calls:
             self._over.extend((first, many, each))

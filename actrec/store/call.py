@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, strided
 
 from actrec._values.containers import Value
 
+from .decoding import TENSOR_ALONE
 from .encoding import encode
 from .format import Slot
-
-__all__ = ["OVERHEAD", "Call", "Look"]
 
 #: What a tensor takes in Python's memory besides its data, and in the header of a shard besides its structure, roughly.
 OVERHEAD: Final = 1024
@@ -25,7 +24,7 @@ _Kinds: TypeAlias = "list[tuple[torch.dtype, torch.Size]]"
 class Look:
     """What values have in common that differ in their numbers alone."""
 
-    __slots__ = ("group", "header", "kinds", "nbytes", "size", "structure")
+    __slots__ = ("dtype", "group", "header", "kinds", "nbytes", "shape", "size", "structure")
 
     def __init__(self, structure: str, kinds: _Kinds) -> None:
         self.structure = structure  #: JSON
@@ -38,6 +37,21 @@ class Look:
         self.nbytes = sum(dtype.itemsize * shape.numel() for dtype, shape in kinds)
         #: The bytes that a call counts against the budget.
         self.size = self.nbytes + self.header + OVERHEAD
+        #: Of a tensor alone whose memory is what it is; of nothing else.
+        self.dtype, self.shape = None, None
+        if structure == TENSOR_ALONE and not kinds[0][0].is_complex:
+            self.dtype, self.shape = kinds[0]
+
+    def fits(self, value: Value) -> bool:
+        """Whether a value looks like this, and can be written as it is: that is asked of the usual ones, for it takes little."""
+        return (
+            type(value) is Tensor
+            and value.dtype is self.dtype
+            and value.is_cpu
+            and value.layout is strided
+            and not (value.is_nested or value.requires_grad or value.is_neg())
+            and value.shape == self.shape
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +74,8 @@ class Call:
         before: Look | None = None,
     ) -> Call:
         """Return a value as it is written, see ``encode``; ``before`` is the look of the call before, which may be shared."""
+        if before is not None and before.fits(value):
+            return cls(slot, number, (value,), before)
         structure, tensors = encode(value, parts=parts)
         kinds = [(tensor.dtype, tensor.shape) for tensor in tensors]
         if before is None or before.structure != structure or before.kinds != kinds:

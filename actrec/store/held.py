@@ -6,29 +6,24 @@ begun. A pass for which there is no room is handed out in parts, which count whe
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from .call import Call, Look
 from .format import MAX_HEADER
 
-__all__ = ["Batch", "Held"]
-
 
 class Batch(NamedTuple):
     """What becomes one shard."""
 
     calls: list[Call]
+    size: int  # the bytes that they count against the budget
     committed: int  # with this shard, the passes before this number are complete
     part_of: int | None = None  # the pass that all calls are of, if it is not
     raised: tuple[int, ...] = ()  # the passes that raised, of those that it commits
     dropped: tuple[int, ...] = ()  # passes of which parts were handed out, and that do not count
     ended: str | None = None  # how the run ended
-
-    @property
-    def size(self) -> int:
-        """The bytes that it counts against the budget."""
-        return sum(call.look.size for call in self.calls)
 
 
 class Held:
@@ -39,36 +34,35 @@ class Held:
         self.committed = committed  # passes, with what was handed out
         self._limit = limit  # about so many bytes become a shard
         self._raised = raised  # passes; it grows
-        self._passes: dict[int, list[Call]] = {}
+        self._passes: defaultdict[int, list[Call]] = defaultdict(list)
         self._parted: set[int] = set()  # passes of which parts were handed out
         self._dropped: set[int] = set()  # of those, the ones that do not count
         self._looks: set[Look] = set()  # of the calls, whose groups are known then
         self._groups: set[object] = set()
         self._header = 0  # the bytes that those take in the header of a shard
+        self._crowded = False  # whether that is as much as a header should have
 
     def __bool__(self) -> bool:
         return bool(self._passes)
 
-    def add(self, call: Call) -> None:
-        """Take a call."""
-        self._passes.setdefault(call.number, []).append(call)
-        self.size += call.look.size
-        if call.look not in self._looks:
-            self._looks.add(call.look)
-            group = call.slot, call.look.group
+    def add(self, call: Call) -> bool:
+        """Take a call, and return whether there is as much as a shard should hold."""
+        look = call.look
+        self._passes[call.number].append(call)
+        self.size += look.size
+        if look not in self._looks:
+            self._looks.add(look)
+            group = call.slot, look.group
             if group not in self._groups:
                 self._groups.add(group)
-                self._header += call.look.header
+                self._header += look.header
+                # A group has entries in the header of a shard, however many calls there are in it.
+                self._crowded = len(self._groups) > 1 and self._header >= MAX_HEADER // 4
+        return self._crowded or self.size >= self._limit
 
     def expect(self, number: int) -> None:
         """There will be calls of a pass when it is complete."""
-        self._passes.setdefault(number, [])
-
-    def is_full(self) -> bool:
-        """Whether there is as much as a shard should hold."""
-        # A group has entries in the header of a shard, however many calls there are in it.
-        full = len(self._groups) > 1 and self._header >= MAX_HEADER // 4
-        return self.size >= self._limit or full
+        self._passes[number]  # is there from now on
 
     def whole(self, complete: int) -> Iterator[Batch]:
         """Hand out the passes before ``complete``, if there is anything to commit."""
@@ -85,7 +79,7 @@ class Held:
         if self.size >= many:
             for number in sorted(number for number, calls in self._passes.items() if calls):
                 self._parted.add(number)
-                yield Batch(self._take([number]), self.committed, part_of=number)
+                yield Batch(*self._take([number]), self.committed, part_of=number)
 
     def close(self, passes: int, ended: str) -> Batch:
         """Hand out the passes before ``passes``, for the last shard, and forget the others."""
@@ -110,13 +104,14 @@ class Held:
         dropped = tuple(sorted(number for number in self._dropped if number < complete))
         self._parted = {number for number in self._parted if number >= complete}
         self._dropped -= {*dropped}
-        calls = self._take([number for number in self._passes if number < complete])
-        return Batch(calls, complete, None, tuple(raised), dropped, ended)
+        taken = self._take([number for number in self._passes if number < complete])
+        return Batch(*taken, complete, None, tuple(raised), dropped, ended)
 
-    def _take(self, numbers: Iterable[int]) -> list[Call]:
+    def _take(self, numbers: Iterable[int]) -> tuple[list[Call], int]:
         calls = [call for number in numbers for call in self._passes.pop(number)]
-        self.size -= sum(call.look.size for call in calls)
+        size = sum(call.look.size for call in calls)
+        self.size -= size
         self._looks.clear()
         self._groups.clear()
-        self._header = 0
-        return calls
+        self._header, self._crowded = 0, False
+        return calls, size

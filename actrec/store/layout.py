@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby
+from itertools import compress, pairwise
 from operator import attrgetter
 from typing import Any, Final
 
@@ -68,31 +68,33 @@ def lay_out(calls: Iterable[Call]) -> tuple[list[Part], list[safetensors.Tensor]
 
 
 def _laid_out(slot: Slot, calls: list[Call]) -> tuple[Part, list[safetensors.Tensor]]:
-    alike: dict[object, list[Call]] = defaultdict(list)
+    # What most calls have in common is looked at once, and told apart by the number of their look.
+    looks = {look: at for at, look in enumerate(dict.fromkeys(call.look for call in calls))}
     numbers: dict[object, int] = {}
-    lines = []
-    for call in calls:
-        group = call.look.group
-        alike[group].append(call)
-        lines.append((call.number, numbers.setdefault(group, len(numbers))))
-    table = torch.tensor(lines, dtype=torch.int64, device="cpu")
+    group_of = _numbers([numbers.setdefault(look.group, len(numbers)) for look in looks])
+    which = _numbers([looks[call.look] for call in calls])
+    table = torch.stack([_numbers([call.number for call in calls]), group_of[which]], 1)
     groups = []
     entries = [_index(f"{slot.key}.calls", table)]
-    for number, some in enumerate(alike.values()):
-        columns = list(zip(*(call.tensors for call in some), strict=True))
-        leaves = [Leaf(column[0].dtype, _shapes(column)) for column in columns]
-        for at, (leaf, column) in enumerate(zip(leaves, columns, strict=True)):
+    for number in range(len(numbers)):
+        here = table[:, 1] == number
+        some = list(compress(calls, here.tolist()))
+        alike = list(compress(looks, (group_of == number).tolist()))
+        among = torch.cumsum(group_of == number, 0)[which[here]] - 1
+        leaves = []
+        for at, column in enumerate(zip(*(call.tensors for call in some), strict=True)):
             name = f"{slot.key}.{number}.{at}"
+            shapes = _numbers([look.kinds[at][1] for look in alike])
+            leaf = Leaf(column[0].dtype, shapes.view(len(alike), column[0].dim())[among])
+            leaves.append(leaf)
             entries += [_data(name, leaf, column), _index(f"{name}.shapes", leaf.shapes)]
-        structure = some[0].look.structure
+        structure = alike[0].structure
         groups.append(Group(structure, decode(structure), leaves))
     return Part(slot, groups, *table.unbind(1)), entries
 
 
-def _shapes(column: Sequence[Tensor]) -> Tensor:
-    """The shape of one tensor in each call, ``(calls, dims)``."""
-    table = torch.tensor([tensor.shape for tensor in column], dtype=torch.int64, device="cpu")
-    return table.view(len(column), column[0].dim())
+def _numbers(numbers: Sequence[object]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _data(name: str, leaf: Leaf, column: Sequence[Tensor]) -> safetensors.Tensor:
@@ -102,7 +104,7 @@ def _data(name: str, leaf: Leaf, column: Sequence[Tensor]) -> safetensors.Tensor
     shape = [int(leaf.starts[-1])] if row is None else [int(leaf.counts(new=False).sum()), *row]
     shape += [2] * stored.pair
     size = leaf.dtype.itemsize
-    pieces = partial(_pieces, column, are_rows=row is not None)
+    pieces = partial(_pieces, column, leaf, are_rows=row is not None)
     return safetensors.Tensor(name, stored.code, tuple(shape), leaf.nbytes, pieces, size)
 
 
@@ -113,17 +115,20 @@ def _index(name: str, numbers: Tensor) -> safetensors.Tensor:
     )
 
 
-def _pieces(column: Sequence[Tensor], *, are_rows: bool) -> Iterator[safetensors.Piece]:
+def _pieces(column: Sequence[Tensor], leaf: Leaf, *, are_rows: bool) -> Iterator[safetensors.Piece]:
     """The memory of large tensors as it is; small ones are joined, for to ask for each costs more than to copy it."""
-    for is_small, some in groupby(column, lambda tensor: tensor.nbytes < _SMALL):
-        tensors = [tensor for tensor in some if tensor.nbytes]
-        if is_small:
-            for at in range(0, len(tensors), _TOGETHER):
-                few = tensors[at : at + _TOGETHER]
+    sizes = leaf.starts.diff() * leaf.dtype.itemsize
+    column = list(compress(column, sizes.tolist()))  # what is empty may have an impossible shape
+    small = sizes[sizes > 0] < _SMALL
+    turns = (small.diff().nonzero().flatten() + 1).tolist()
+    for begin, end in pairwise(dict.fromkeys([0, *turns, len(column)])):
+        if small[begin]:
+            for at in range(begin, end, _TOGETHER):
+                few = column[at : min(at + _TOGETHER, end)]
                 # torch.cat() only reads, and so leaves values shared with the model.
                 yield memory(torch.cat(few if are_rows else [one.reshape(-1) for one in few]))
             continue
-        for tensor in tensors:
+        for tensor in column[begin:end]:
             yield from map(memory, [tensor] if tensor.is_contiguous() else _made_contiguous(tensor))
 
 

@@ -59,6 +59,8 @@ class LiveLayer(ReadOnlyLayer):
         self.name = slot.name
         self.type = slot.type
         self._stream = stream
+        self._write = stream.keep
+        self._undecided = stream.undecided
         self._slot = slot
         self._before = before = stream.stored(slot)
         self._new_passes = PassRuns()
@@ -71,18 +73,19 @@ class LiveLayer(ReadOnlyLayer):
     @override
     def keep(self, value: Value, number: int) -> None:
         call = Call.of(self._slot, number, value, parts=True, before=self._look)
-        self._stream.keep(call)
-        is_known = call.look is self._look
-        self._look = call.look
-        if number in self._stream.undecided:
+        self._write(call)
+        look = call.look
+        is_known = look is self._look
+        self._look = look
+        if number in self._undecided:
             unit = self._open.setdefault(number, Open())
             is_known = is_known and unit.calls > 0
             unit.calls += 1
-            unit.nbytes += call.look.nbytes
+            unit.nbytes += look.nbytes
             looks = unit.looks
         else:
             self._new_passes.add(number)
-            self._bytes += call.look.nbytes
+            self._bytes += look.nbytes
             looks = self._looks
         if not is_known:
             looks.add(value)

@@ -9,7 +9,6 @@ from actrec._recordings.layer import FUNCTION, Layer, Role
 from actrec._recordings.units import Key, Units
 from actrec.errors import WriteError
 
-from .call import Call
 from .description import Description
 from .folder import Folder
 from .format import Slot
@@ -24,8 +23,6 @@ from .steps import steps
 from .units import key_call
 from .warned import keep_warnings
 from .writer import Writer
-
-__all__ = ["Stream"]
 
 
 class Passes(Protocol):
@@ -85,6 +82,8 @@ class Stream:
             passes.raised,
             late=self._backwards.take,
         )
+        #: Write a call, sooner or later; there will be calls of a pass that come when it is complete.
+        self.keep, self.expect = self._writer.keep, self._writer.expect
 
     # --- Layers ----------------------------------------------------------------------------------------
 
@@ -120,14 +119,6 @@ class Stream:
     def added_before(self) -> dict[str, Layer[Any]]:
         """Return the layers of names that were added in earlier runs."""
         return {name: self.added(name) for name in self._added}
-
-    def keep(self, call: Call) -> None:
-        """Write a call, sooner or later."""
-        self._writer.keep(call)
-
-    def expect(self, number: int) -> None:
-        """There will be calls of pass ``number`` that come when it is complete."""
-        self._writer.expect(number)
 
     def stored(self, slot: Slot) -> StoredLayer:
         """Return what is on the disk of a layer: before the block and in it, what was there when it began."""

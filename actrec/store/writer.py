@@ -68,7 +68,9 @@ class Writer:
         self._closed = False
         self._error: WriteError | None = None  # until it is raised
         self._failed = False
-        self._changed = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._latest = -1  # the pass of the last call
         self._last_cut = time.monotonic()
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="actrec-writer", daemon=True)
@@ -87,18 +89,20 @@ class Writer:
         Raises:
             WriteError: the writer has failed. Raised once; after that, calls are dropped.
         """
-        with self._changed:
-            self._raise()
-            while self.used + call.look.size > self._budget and self.used and not self._failed:
-                self._make_room()
+        with self._lock:  # not with the condition, which takes twice the time
+            if self._error is not None:
+                self._raise()
+            held = self._held
+            if held.size + self._away + call.look.size > self._budget:
+                self._wait_for_room(call.look.size)
             if self._failed or self._closed:
                 return
-            if not self._held:
+            if not held.size:
                 self._changed.notify_all()  # the thread looks at the clock from now on
-            self._held.add(call)
-            if self._held.is_full():
-                self._cut(self._held.everything(self._ready()))
-            else:
+            if held.add(call):
+                self._cut(held.everything(self._ready()))
+            elif call.number != self._latest:  # the passes before it may be complete
+                self._latest = call.number
                 self._look_at_clock()
 
     def expect(self, number: int) -> None:
@@ -140,11 +144,13 @@ class Writer:
         if error is not None:
             raise error
 
-    def _make_room(self) -> None:
-        if not self._queue and not self._writing:
-            self._cut(self._held.everything(self._ready()))
-        self._changed.wait(1.0)  # or else Windows would not let an interrupt through
-        self._raise()
+    def _wait_for_room(self, size: int) -> None:
+        """Wait until so many bytes fit, or there is nothing else."""
+        while self.used + size > self._budget and self.used and not self._failed:
+            if not self._queue and not self._writing:
+                self._cut(self._held.everything(self._ready()))
+            self._changed.wait(1.0)  # or else Windows would not let an interrupt through
+            self._raise()
 
     def _cut(self, batches: Iterable[Batch]) -> None:
         try:

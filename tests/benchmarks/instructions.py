@@ -96,6 +96,10 @@ def _counted(count: Callable[[Callable[[], object]], None]) -> Iterator[str]:
         with torch.set_grad_enabled(name == "grads"), record(eight, **options):
             count(partial(eight, x))
         yield f"eight layers, actrec, {name}"
+    # Nothing is written while it is counted: that is another thread.
+    with TemporaryDirectory() as folder, torch.no_grad(), record(eight, into=Path(folder, "run")):
+        count(partial(eight, x))
+    yield "eight layers, actrec, to a path"
     adds = nn.Sequential(_Adds())
     of_functions: dict[str, Any] = {
         "no mode": no_hook,

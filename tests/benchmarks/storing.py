@@ -20,7 +20,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
-from time import perf_counter
+from time import perf_counter, process_time, thread_time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 TARGET = 1.25  # at least 0.8 of the speed of os.write; not for small values, of which Python's time is most
 SMALL = 64  # KiB
+#: Microseconds of the processor for a small value.
+CPU = {"the model's thread": 9, "all threads": 15}
 LAYERS = 12
 SHARD = 2**28  # bytes in one file, for os.write as for actrec
 RANDOM = 500  # calls that are read in random order
@@ -75,6 +77,8 @@ def _measured(many: int, kib: int, *, quick: bool) -> Iterator[Row]:
         megabytes = many * LAYERS * kib * 2**10 / 1e6
         rates = [megabytes / seconds for seconds in times["actrec"]]
         yield Row.of(f"writing {size}: actrec, each second", rates, unit="MB")
+        if kib <= SMALL:
+            yield from _processor(here["actrec"], batches, rounds)
         for what, calls in _orders(many).items():
             work = {
                 name: partial(_read, way, here[name], shape, calls) for name, way in ways.items()
@@ -90,6 +94,29 @@ def ready(many: int, shape: tuple[int, ...]) -> list[Batch]:
     """
     numbers = torch.arange(1.0, many * LAYERS + 1).split(LAYERS)
     return [[number.repeat(math.prod(shape)).reshape(shape) for number in row] for row in numbers]
+
+
+def _processor(path: Path, batches: list[Batch], rounds: int) -> Iterator[Row]:
+    """What recording adds for each value, in time of the processor: to the thread of the model, and to all."""
+    times: dict[str, list[float]] = {"the model's thread": [], "all threads": []}
+    values = LAYERS * len(batches)
+    for _ in range(rounds):
+        model = Ready()
+        shutil.rmtree(path, ignore_errors=True)
+        start = thread_time()
+        for batch in batches:
+            model(batch)
+        without = thread_time() - start
+        with torch.no_grad(), record(model, "layers.*", into=path):
+            start, start_of_all = thread_time(), process_time()
+            for batch in batches:
+                model(batch)
+            took = thread_time() - start
+        for name, seconds in zip(times, (took, process_time() - start_of_all), strict=True):
+            times[name].append((seconds - without) / values * 1e6)
+    for name, each in times.items():
+        size = f"a value of {batches[0][0].nbytes // 2**10} KiB"
+        yield Row.of(f"recording {size} to disk adds, {name}", each, CPU[name], unit="us")
 
 
 def _rows(what: str, times: dict[str, list[float]], target: float | None = None) -> Iterator[Row]:
