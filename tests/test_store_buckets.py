@@ -741,6 +741,29 @@ def test_a_forked_process_begins_with_connections_and_blocks_of_its_own(
     assert same(value, whole["0"][0])
 
 
+def test_no_thread_of_a_forked_process_has_the_connections_of_its_parent(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, connect = place(url)._objects, _objects._filesystem
+    before, begun, late = there.fs, threading.Event(), threading.Event()
+
+    def connect_again(url: str, options: Any) -> Any:
+        if threading.current_thread() is first:
+            begun.set()
+            late.wait(60)
+        return object(), connect(url, options)[1]
+
+    monkeypatch.setattr(_objects, "_filesystem", connect_again)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    first = threading.Thread(target=lambda: there.fs)
+    first.start()
+    begun.wait(60)
+    found = there.fs  # while the other thread connects
+    late.set()
+    first.join()
+    assert found is not before
+
+
 # --- Writing -----------------------------------------------------------------------------------------
 
 

@@ -35,8 +35,8 @@ class Objects:
         self._connect()
 
     def _connect(self) -> None:
-        self._pid = os.getpid()
-        self._fs, self._root = _filesystem(self.url, self.options)
+        fs, self._root = _filesystem(self.url, self.options)
+        self._connected = os.getpid(), fs
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
@@ -49,9 +49,9 @@ class Objects:
     @property
     def fs(self) -> Any:
         """The file system; in a forked process another one, for connections are not inherited."""
-        if self._pid != os.getpid():
-            self._connect()
-        return self._fs
+        if self._connected[0] != os.getpid():
+            self._connect()  # several threads, each for itself
+        return self._connected[1]
 
     def at(self, name: str) -> str:
         """Return the path of an object, as the file system knows it."""
