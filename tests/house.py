@@ -16,12 +16,12 @@ PICTURE = ROOT / "docs" / "house.svg"
 #: From the ground up, each room with its column in the picture, so that no arrow crosses a box. A room imports only from
 #: lower floors; the package itself is ``""``.
 FLOORS = [
-    {"_torch": 0, "errors": 1, "_text": 2, "_progress": 3},
+    {"_torch": 0, "errors": 1, "_text": 2, "_progress": 4},
     {"_selection": 0, "_attention": 1, "_values": 2, "_tables": 3},
-    {"reduce": 0, "_layers": 1, "_recordings": 3},
-    {"_calls": 0, "store": 2, "_report": 3},
-    {"_record": 1},
-    {"testing": 0, "data": 2, "plot": 3},
+    {"reduce": 0, "_layers": 1, "_recordings": 4},
+    {"_calls": 0, "_report": 2, "store": 3},
+    {"_block": 2},
+    {"testing": 0, "_record": 2, "data": 3, "plot": 4},
     {"": 1},
     {"__main__": 1},
 ]
@@ -93,7 +93,7 @@ def summary(path: Path) -> str:
 # --- The picture -------------------------------------------------------------------------------------
 
 COLUMN, BOX, HEIGHT, GAP = 270, 246, 88, 36
-WIDTH = 4 * COLUMN
+WIDTH = 5 * COLUMN
 STYLE = """
 text { font: 12px sans-serif; fill: #222 }
 text.name { font: bold 14px monospace }

@@ -1,0 +1,320 @@
+"""The ``with`` block of ``record()``: place the hooks, hand out the recorder, take the hooks off, and warn."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+from actrec._calls.caller import Caller
+from actrec._calls.capture import Capture
+from actrec._calls.destination import Destination, Memory
+from actrec._calls.forwards import Forward
+from actrec._calls.function_mode import stop_key
+from actrec._calls.functions import Functions
+from actrec._calls.hooks import Event, Hook
+from actrec._calls.layer import Track
+from actrec._calls.options import Options
+from actrec._calls.placing import Hooks
+from actrec._calls.recorder import Recorder
+from actrec._calls.reduced import ReducedLayer
+from actrec._calls.self_test import offload_for
+from actrec._calls.session import Session
+from actrec._calls.stop_early import EarlyStop
+from actrec._calls.tracks import ROLES, Tracks
+from actrec._calls.warnings import warned_of
+from actrec._recordings.layer import FUNCTION, Layer
+from actrec._selection.functions import Owner, What
+from actrec._selection.names import type_name
+from actrec._selection.selection import Selection
+from actrec._torch import is_of_compiler
+from actrec._values.fsdp import frees_weights
+
+from .errors import ActrecError, ResumeWarning
+
+
+class Block(AbstractContextManager[Recorder[Any]]):
+    """What ``with record(...)`` enters, once."""
+
+    def __init__(self, model: nn.Module, selection: Selection, options: Options) -> None:
+        self._model = model
+        self._selection = selection
+        self._options = options
+        self._capture = Capture(
+            detach=options.detach,
+            share=not frees_weights(model),
+            device=cast("torch.device | None", options.device),
+            dtype=options.dtype,
+        )
+        stop = EarlyStop() if options.stop_early else None
+        self._session = Session(stop=stop)
+        self._hook: type[Hook[Any]] = Hook
+        if options.compiled:
+            from ._calls.in_graph.hook import HookInGraph  # noqa: PLC0415
+            from ._calls.in_graph.room import Room  # noqa: PLC0415
+
+            self._hook, self._session.eager = HookInGraph, Room()
+        self._session.offload = offload_for(self._capture, self._session.passes)
+        self._functions: Functions | None = None
+        self._doubted = False
+        self._yielded: Recorder | None = None  # which also keeps it, where the user does not
+
+    @override
+    def __enter__(self) -> Recorder[Any]:
+        if self._yielded is not None:
+            message = "record(): this block was entered before. Call record() again for another recording."
+            raise ActrecError(message)
+        hooks = Hooks()
+        with ExitStack() as stack:
+            self._destination = self._opened()
+            self._tracks = Tracks(self._session, self._capture, self._destination)
+            stack.callback(self._destination.close)
+            self._warn_of_steps(stacklevel=2)
+            stack.callback(self._session.close)
+            recorder = self._recorder()
+            stack.enter_context(self._session.eager)
+            for forward in self._forwards(stack):
+                stack.callback(forward.remove)
+                forward.place()
+            stack.callback(hooks.remove)
+            plan = [*self._plan()]
+            hooks.place(plan)
+            if self._options.compiled:
+                stack.enter_context(self._marks(plan))
+            stack.callback(self._tracks.end)
+            # If the block is dropped without being left, as with a generator, this runs all the same.
+            self._clean_up = weakref.finalize(recorder, stack.pop_all().close)
+            self._clean_up.atexit = False
+        _sessions.add(self._session)
+        self._session.begin()
+        self._yielded = recorder
+        return recorder
+
+    @override
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        session = self._session
+        session.end(interrupted=kind is not None)
+        assert self._yielded is not None  # noqa: S101  # it was entered
+        self._yielded._end()
+        self._destination.left_by(error)
+        missing = None if self._functions is None else self._functions.missing()
+        self._clean_up()
+        self._yielded._ended()
+        failure = session.unseen or self._destination.failure() or self._yielded._unmasked()
+        if error is not None:
+            if failure is not None:
+                error.add_note(str(failure))
+            if session.stop is not None and "NoneType" in str(error):
+                error.add_note(_STOPPED)
+            if session.eager.in_graph and is_of_compiler(error):
+                error.add_note(_COMPILED)
+            return
+        if failure is not None:
+            raise failure
+        if session.error is not None and not session.surfaced:
+            # The model has caught it: without this, calls would be missing without a word.
+            raise session.error
+        if not self._yielded._is_idle():
+            found = [*warned_of(self._model, self._tracks.of, session, missing)]
+            self._yielded._warned = [message for message, _ in found]
+            self._destination.warned(self._yielded._warned)
+            for message, category in found:
+                warnings.warn(message, category, stacklevel=2)
+        self._warn_of_steps(stacklevel=2)
+
+    def _warn_of_steps(self, stacklevel: int) -> None:
+        doubt = None if self._doubted else self._destination.doubt()
+        if doubt is not None:
+            self._doubted = True
+            warnings.warn(doubt, ResumeWarning, stacklevel=stacklevel + 1)
+
+    def __getitem__(self, name: str) -> NoReturn:
+        raise ActrecError(_FORGOTTEN)
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        message = f"{_FORGOTTEN} and call the model inside the block: model(x)."
+        raise ActrecError(message)
+
+    def __iter__(self) -> NoReturn:
+        raise ActrecError(_FORGOTTEN)
+
+    @override
+    def __repr__(self) -> str:
+        is_entered = self._yielded is not None
+        return f"<record() of {type_name(self._model)}, {'entered' if is_entered else 'not entered: with record(model, ...) as acts:'}>"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(_FORGOTTEN)
+
+    def _opened(self) -> Destination:
+        """Open what the values go to, before anything happens to the model."""
+        if self._options.path is None:
+            return Memory(self._options, self._session.passes.undecided)
+        from .store.description import Description, LayerInfo  # noqa: PLC0415
+        from .store.folder import Folder  # noqa: PLC0415
+        from .store.stream import Stream  # noqa: PLC0415
+
+        layers = tuple(
+            LayerInfo.of(choice.key, type_name(choice.module), choice.treatments[role], role)
+            for role in ROLES
+            for choice in self._selection.of(role)
+        )
+        dtype = None if self._options.dtype is None else str(self._options.dtype)
+        kind = type_name(self._model)
+        functions = tuple(
+            LayerInfo.of(query.query, FUNCTION, query.treatment, query.what)
+            for query in self._selection.functions
+        )
+        description = Description(kind, layers, self._names(), dtype=dtype, functions=functions)
+        folder = Folder.of(self._options.path)
+        return Stream(
+            folder,
+            description,
+            self._session.passes,
+            reduced=ReducedLayer,
+            resume=self._options.resume,
+        )
+
+    def _recorder(self) -> Recorder[Any]:
+        """Make what keeps the calls: layers for each choice, and the track that leads to them."""
+        layers = {role: self._layers(role) for role in ROLES}
+        tracks = self._tracks
+        for choice in self._selection.choices:
+            key = choice.key
+            tracks.add(choice, {role: of[key] for role, of in layers.items() if key in of})
+        if self._selection.functions:
+            self._functions = Functions(
+                self._selection.functions, self._session, tracks.add_function
+            )
+        if self._session.stop is not None:
+            self._session.stop.layers = frozenset([*tracks.of, *map(stop_key, self._owners())])
+        asked = {query.what for query in self._selection.functions}
+        inputs, grads = (
+            layers[role] if layers[role] or role in asked else None
+            for role in ("input", "gradient")
+        )
+        recorder = Recorder(
+            type_name(self._model),
+            layers["output"],
+            self._names(),
+            self._session,
+            inputs=inputs,
+            grads=grads,
+            capture=self._capture,
+            tracks=[track for _, track in tracks.of.values()],
+            modules={choice.module: choice.key for choice in self._selection.choices},
+            destination=self._destination,
+            position=partial(_position, self._options.into),
+        )
+        self._session.order.update(dict.fromkeys(self._destination.order))
+        tracks.lead_to(recorder)
+        if self._functions is not None:
+            self._functions.begin()
+        return recorder
+
+    def _layers(self, role: What) -> dict[str, Layer[Any]]:
+        return {
+            choice.key: self._destination.layer(
+                role, at, choice.key, type_name(choice.module), choice.treatments[role].make
+            )
+            for at, choice in enumerate(self._selection.of(role))
+        }
+
+    def _owners(self) -> list[Owner]:
+        """The modules whose functions are recorded."""
+        return [] if self._functions is None else self._functions.owners
+
+    def _forwards(self, stack: ExitStack) -> Iterator[Forward]:
+        """What stands in for forwards of the model, from the inside out."""
+        if self._functions is not None:
+            stack.callback(self._functions.end)
+            yield from self._functions.forwards()
+        if self._session.stop is not None:
+            yield Forward(self._model, self._session.stop)
+
+    def _names(self) -> dict[str, str]:
+        names = {name: choice.key for choice in self._selection.choices for name in choice.names}
+        owners = [owner for query in self._selection.functions for owner in query.owners]
+        return names | {f"{name}:": f"{owner.key}:" for owner in owners for name in owner.names}
+
+    def _marks(self, plan: list[tuple[nn.Module, Hook[Any]]]) -> AbstractContextManager[None]:
+        """What makes the compiler see the hooks. It goes off the model before they do."""
+        from ._calls.in_graph.hook import HookInGraph  # noqa: PLC0415
+        from ._calls.in_graph.mark import Marks  # noqa: PLC0415
+
+        kinds = [(module, hook.kind) for module, hook in plan if isinstance(hook, HookInGraph)]
+        return Marks(self._model, kinds)
+
+    def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
+        """The hooks, in the order in which they go onto the model: passes around calls."""
+        hook = self._hook
+        hooks: dict[nn.Module, list[Hook[Track]]] = {}
+        for choice in self._selection.choices:
+            _, track = self._tracks.of[choice.key]
+            hooks[choice.module] = [hook(Event.RETURN, track, Track.returns)]
+            if track.inputs is not None:
+                hooks[choice.module].insert(0, hook(Event.RECEIVE, track, Track.receives))
+        session, parents = self._session, self._selection.parents
+        for module in parents:
+            caller = Caller(module, hooks, is_root=module is self._model)
+            yield module, hook(Event.ENTER, session, caller.enters)
+        if self._functions is not None:
+            for module in self._functions.replicated(self._model):
+                yield module, hook(Event.ENTER, session, Session.look_for_replicas)
+        for module, its_hooks in hooks.items():
+            yield from ((module, one) for one in its_hooks)
+        for module in parents:
+            yield module, hook(Event.LEAVE, session, Session.leave)
+        if session.stop is not None:
+            for module in dict.fromkeys([*hooks, *(owner.module for owner in self._owners())]):
+                yield module, hook(Event.STOP, session, Session.may_stop)
+
+
+def _position(into: object) -> tuple[int, int, str | None]:
+    """The rank of this process, how many ranks there are, and the name of the run."""
+    from .store.folder import Folder  # noqa: PLC0415
+    from .store.rank import here  # noqa: PLC0415
+
+    return here(into.rank, into.world_size, into.run) if isinstance(into, Folder) else here()
+
+
+_STOPPED = (
+    "record(stop_early=True): the call of the model returns None, because the forward ends as soon as the chosen layers have "
+    "run. Use what was recorded, or record without stop_early"
+)
+_COMPILED = (
+    "record(compiled=True): this was compiled with the recording in it. Record without compiled=True, and the model runs "
+    "eagerly in the block"
+)
+_FORGOTTEN = (
+    "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"
+)
+
+
+# --- Forked processes --------------------------------------------------------------------------------
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    """What a forked process would record, nobody could read: in there the hooks do nothing."""
+    for session in _sessions:
+        session.end(interrupted=True)
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows
+    os.register_at_fork(after_in_child=_end_all)
