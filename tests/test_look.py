@@ -25,6 +25,9 @@ VALUES: dict[str, Callable[[], Any]] = {
     "large": lambda: torch.zeros(3, 4),
     "half": lambda: torch.zeros(2, dtype=torch.float16),
     "sparse": lambda: torch.eye(3).to_sparse(),
+    "pair": lambda: (torch.zeros(2), torch.zeros(3, 4)),
+    "twice": lambda: (torch.zeros(2),) * 2,
+    "absent": lambda: torch.zeros(2, device="meta"),
     "tuple": lambda: (torch.zeros(5), (torch.zeros(1), None)),
     "dict": lambda: {"h": torch.zeros(7)},
     "number": lambda: 3,
@@ -81,7 +84,7 @@ def test_a_call_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(look, "flatten", lambda value: looked.append(value) or taken_apart(value))
     for show in (acts.__repr__, acts._repr_html_, layer.__repr__):
         show()
-    layer.append(torch.zeros(5))
+    layer.append((torch.zeros(5), None))
     for show in (acts.__repr__, acts._repr_html_, layer.__repr__):
         show()
     assert len(looked) == 4
@@ -98,6 +101,21 @@ def test_memory_is_added_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert repr(acts).startswith("recorded Net: 2 layers, 1 pass, 8 B")
     monkeypatch.setattr("actrec._recordings.look.sum", None, raising=False)
     assert repr(acts).startswith("recorded Net: 2 layers, 1 pass, 8 B")
+
+
+@given(kinds=st.lists(st.sampled_from([*VALUES]), max_size=6), many=st.integers(1, 3))
+def test_calls_that_are_looked_at_together_look_as_they_do_one_by_one(
+    kinds: list[str], many: int
+) -> None:
+    values = [VALUES[kind]() for kind in kinds for _ in range(many)]
+    together, alone = Look(), Look()
+    together.at(values[: len(values) // 2])
+    together.at(values)
+    for value in values:
+        alone._at_value(value)
+    assert together.summary == alone.summary
+    assert together.places == alone.places
+    assert together.can_change == alone.can_change
 
 
 @pytest.mark.parametrize(

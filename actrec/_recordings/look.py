@@ -6,20 +6,27 @@ is what lists of tensors, and of tuples of tensors, are. A dict in a recording m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from operator import attrgetter
+from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from actrec._values.constants import Constant, is_array
 from actrec._values.containers import Container
-from actrec._values.memory import held, held_strided
+from actrec._values.memory import held, held_by_all
 from actrec._values.spec import Step, flatten
 from actrec._values.summary import Summary
 
 __all__ = ["Look", "Together"]
+
+#: So many calls are looked at together, where all are tensors, or tuples of tensors.
+MANY: Final = 1000
+
+#: What a table shows of a tensor, besides its memory.
+_LOOK: Final = attrgetter("shape", "dtype", "device")
 
 
 class Look:
@@ -39,32 +46,50 @@ class Look:
         self.most = 0  #: calls in a pass
         self.can_change = False  #: whether a call may come to look otherwise, though it is the same
         self._known: set[object] = set()
-        self._per_pass: dict[int, int] = {}
+        self._per_pass: Counter[int] = Counter()
         self._counted = 0
 
     def at(self, calls: Iterable[Any]) -> None:
         """Look at the calls behind those that were looked at."""
-        for value in islice(calls, self.calls, None):
-            self.calls += 1
-            if type(value) is Tensor and value.layout is torch.strided and not value.is_nested:
-                look = value.shape, value.dtype, value.device  # there are few different ones
-                if look in self._known:
-                    where, nbytes = held_strided(value)
-                    self.places[where] = nbytes
-                    continue
+        rest = islice(calls, self.calls, None)
+        while some := [*islice(rest, MANY)]:
+            self.calls += len(some)
+            columns = _columns(some)
+            if not (columns and self._at_columns(some, columns)):
+                for value in some:
+                    self._at_value(value)
+
+    def _at_columns(self, some: Sequence[Any], columns: list[Sequence[Tensor]]) -> bool:
+        """Look at plain tensors in loops that Python does not interpret; return whether these are such, on the CPU."""
+        looks = zip(*(map(_LOOK, column) for column in columns), strict=True)
+        try:
+            found = dict(zip(looks, some, strict=True))
+            if any(device.type != "cpu" for parts in found for _, _, device in parts):
+                return False
+            places = [*map(held_by_all, columns)]
+        except RuntimeError:  # one is sparse or nested
+            return False
+        for some_places in places:
+            self.places.update(some_places)
+        for parts, value in found.items():  # there are few different ones
+            look = type(value), parts
+            if look not in self._known:
                 self._known.add(look)
-            tensors, spec = flatten(value)
-            self.summary.add_flat(tensors, spec)
-            self.can_change = self.can_change or not all(map(_is_fixed, spec.steps))
-            for tensor in tensors:
-                self.places.update(held(tensor))
+                self.summary.add(value)
+        return True
+
+    def _at_value(self, value: Any) -> None:
+        tensors, spec = flatten(value)
+        self.summary.add_flat(tensors, spec)
+        self.can_change = self.can_change or not all(map(_is_fixed, spec.steps))
+        for tensor in tensors:
+            self.places.update(held(tensor))
 
     def count(self, passes: Sequence[int]) -> tuple[int, int]:
         """Count the passes of the calls that were looked at: the most calls of any, and how many passes have any."""
-        for number in passes[self._counted : self.calls]:
-            if number >= 0:
-                many = self._per_pass[number] = self._per_pass.get(number, 0) + 1
-                self.most = max(self.most, many)
+        new = [number for number in passes[self._counted : self.calls] if number >= 0]
+        self._per_pass.update(new)
+        self.most = max(self.most, *map(self._per_pass.__getitem__, {*new}), 0)
         self._counted = self.calls
         return self.most, len(self._per_pass)
 
@@ -93,6 +118,17 @@ class Together:
                 total,
             )  # which keeps them, so that no other one has their id
         return total
+
+
+def _columns(some: Sequence[Any]) -> list[Sequence[Tensor]]:
+    """The tensors of calls that are tensors alone, or tuples of as many different ones; nothing of other calls."""
+    types, columns = {*map(type, some)}, [some]
+    if types == {tuple} and len({*map(len, some)}) == 1:
+        columns = [*zip(*some, strict=True)]
+        types = {*map(type, chain(*columns))}
+        if any(len({*ids}) < len(ids) for ids in zip(*(map(id, c) for c in columns), strict=True)):
+            return []
+    return columns if types == {Tensor} else []
 
 
 def _is_fixed(step: Step) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from actrec._torch import data_address, sparse_parts
 
@@ -16,7 +16,7 @@ __all__ = [
     "address",
     "give_back",
     "held",
-    "held_strided",
+    "held_by_all",
     "memory",
     "words",
     "writable",
@@ -34,24 +34,29 @@ def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
     elif tensor.layout in {torch.sparse_csc, torch.sparse_bsc}:
         parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     else:
-        yield held_strided(tensor)
+        yield address(tensor), 0 if tensor.is_meta else _size(tensor)
         return
     for part in parts:
         yield from held(part)
 
 
-def held_strided(tensor: Tensor) -> tuple[object, int]:
-    """Return the memory that a tensor holds that is not sparse."""
-    return address(tensor), 0 if tensor.is_meta else _size(tensor)
+def held_by_all(tensors: Sequence[Tensor]) -> Mapping[object, int]:
+    """Return what :func:`held` yields of many plain tensors on the CPU, in loops that Python does not interpret.
+
+    Raises:
+        RuntimeError: one has no storage: it is sparse, for example.
+    """
+    sizes = map(UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))
+    return dict(zip(map(data_address or id, tensors), sizes, strict=True))
 
 
 def address(tensor: Tensor) -> object:
     """Return what is equal for tensors in the same memory."""
     # data_ptr() would end the sharing that it is asked about.
     plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
-    return (
-        (tensor.device, data_address(tensor)) if plain and data_address is not None else id(tensor)
-    )
+    if not plain or data_address is None:
+        return id(tensor)
+    return data_address(tensor) if tensor.is_cpu else (tensor.device, data_address(tensor))
 
 
 def _size(tensor: Tensor) -> int:
