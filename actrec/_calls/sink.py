@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice, zip_longest
-from typing import Any, overload
+from typing import Any
 
 import torch
 from typing_extensions import override
@@ -130,10 +130,6 @@ class SinkLayer(Layer[Any]):
         self._known.clear()
         self.waiting.clear()
 
-    @overload
-    def __getitem__(self, index: int) -> Value: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Value]: ...
     @override
     def __getitem__(self, index: int | slice) -> Value:
         return list(self)[index] if isinstance(index, slice) else self._items()[index]

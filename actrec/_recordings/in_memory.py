@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Generic, Self, SupportsIndex, overload
+from typing import Any, ClassVar, Generic, Self, SupportsIndex
 
 from typing_extensions import override
 
@@ -111,10 +111,6 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         del self._passes[index]
         self._edits += 1
 
-    @overload
-    def __getitem__(self, index: SupportsIndex, /) -> V: ...
-    @overload
-    def __getitem__(self, index: slice, /) -> list[V]: ...
     @override
     def __getitem__(self, index: Any, /) -> Any:
         try:

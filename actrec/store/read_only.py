@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn
 
 from typing_extensions import override
 
@@ -60,10 +60,6 @@ class ReadOnlyLayer(Unchanged, LayerOnDisk):
     def _call(self, index: int) -> Value:
         """What call number ``index``, which there is, returned."""
 
-    @overload
-    def __getitem__(self, index: int) -> Value: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Value]: ...
     @override
     def __getitem__(self, index: int | slice) -> Value:
         if isinstance(index, slice):
