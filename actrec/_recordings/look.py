@@ -20,8 +20,6 @@ from actrec._values.memory import held, held_by_all
 from actrec._values.spec import Step, flatten
 from actrec._values.summary import Summary
 
-__all__ = ["Look", "Together"]
-
 #: So many calls are looked at together, where all are tensors, or tuples of tensors.
 MANY: Final = 1000
 

@@ -6,8 +6,6 @@ from array import array
 from collections.abc import Iterable, Iterator
 from itertools import repeat
 
-__all__ = ["PassRuns", "in_runs"]
-
 
 class PassRuns:
     """The pass of each call, in as little memory as the number of calls in a pass changes.

@@ -14,8 +14,6 @@ from actrec._torch import children_of
 from .globs import glob, is_glob
 from .names import Model, Name, type_name
 
-__all__ = ["is_of_torch", "layers_of_function", "no_query", "shown_query", "what_was_meant"]
-
 
 def what_was_meant(model: Model, query: str | re.Pattern[str]) -> str:
     """Return what to write for text that no name matches; nothing where only close names can help."""

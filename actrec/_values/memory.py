@@ -11,17 +11,6 @@ from torch import Tensor, UntypedStorage
 
 from actrec._torch import data_address, sparse_parts
 
-__all__ = [
-    "WORTH_IT",
-    "address",
-    "give_back",
-    "held",
-    "held_by_all",
-    "memory",
-    "words",
-    "writable",
-]
-
 # --- Where it lies, and how many bytes -------------------------------------------------------------
 
 

@@ -9,8 +9,6 @@ from queue import SimpleQueue
 from threading import Thread, current_thread
 from typing import TypeVar
 
-__all__ = ["ahead"]
-
 T = TypeVar("T")
 
 

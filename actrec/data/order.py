@@ -26,8 +26,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Cut", "Epoch", "Order", "Piece"]
-
 
 class Piece(NamedTuple):
     """Rows of a block that are in a window."""

@@ -27,8 +27,6 @@ from .selecting import Selector
 from .sources import Files
 from .window import Window, batches
 
-__all__ = ["Shuffled", "shuffled"]
-
 _MEBI: Final = 1 << 20
 _BUFFER: Final = 256 * _MEBI
 #: A block is at most this share of the buffer, so that a window has rows of that many places at least.

@@ -20,8 +20,6 @@ from .mixing import Part
 from .order import Cut, Order, Piece
 from .sources import Files
 
-__all__ = ["Window", "batches"]
-
 #: So many blocks are announced before the first of them is read, and so many bytes.
 _AHEAD: Final = 16, 1 << 24
 

@@ -39,8 +39,6 @@ from .format import DTYPES, VERSION, Slot
 from .ledger import Heading, SoFar
 from .part import Group, Leaf, Part
 
-__all__ = ["lay_out", "write"]
-
 _SMALL: Final = 1 << 16  # bytes
 _TOGETHER: Final = 64  # so many small tensors are joined
 _PIECE: Final = 1 << 24  # bytes that are made contiguous at a time

@@ -22,8 +22,6 @@ from .layers import StoredLayer
 from .place import Place
 from .read_only import ReadOnlyLayer
 
-__all__ = ["LiveLayer", "Open", "Writing"]
-
 
 class Writing(Protocol):
     """The path that the values of a layer go to."""

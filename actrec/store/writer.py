@@ -31,8 +31,6 @@ from .new_file import Unfinished
 from .place import Place
 from .upload import Upload
 
-__all__ = ["Writer"]
-
 _SHORTEST: Final = 0.1  # seconds that the thread sleeps, where calls wait for others of their pass
 _LONGEST: Final = 3600.0  # for it may have been told to wait for ever
 
