@@ -171,8 +171,11 @@ def tracer(session: nox.Session) -> None:
 
 @in_shared
 def compiled(session: nox.Session) -> None:
-    """Record models that Inductor compiles, twenty architectures of transformers among them. It needs a compiler of C++."""
+    """Run the tests of recording on compiled models, and record what Inductor compiles. It needs a compiler of C++."""
     bring(session, "tests")
+    names = ("laws", "inputs_and_gradients", "grads", "grads_to_path", "units", "nested", "passes")
+    same = [f"tests/test_{name}.py" for name in names]
+    run(session, "pytest", "-k", "compiled", *same, ACTREC_COMPILED="20", OMP_NUM_THREADS="1")
     run(session, "pytest", "tests/compiled", *session.posargs, OMP_NUM_THREADS="1")
 
 

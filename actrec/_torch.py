@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from operator import attrgetter
 from types import FrameType
@@ -51,6 +52,13 @@ data_address: Callable[[Tensor], int] | None = getattr(torch._C, "_data_address"
 
 #: How often a tensor was written in place. It is in the documentation of autograd, and has no other name.
 version: Final[Callable[[Tensor], int]] = attrgetter("_version")
+
+
+def rewinding(tensor: Tensor) -> Callable[[], object]:
+    """What sets that back to what it is now. Without the name, nothing does: autograd refuses what has saved the tensor before."""
+    kind: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", nullcontext)
+    return partial(kind(tensor).__exit__, None, None, None)
+
 
 #: The tensor whose memory a view shares, or ``None``. It is in the documentation of views, and has no other name.
 base_of: Final[Callable[[Tensor], Tensor | None]] = attrgetter("_base")
@@ -406,15 +414,23 @@ def is_recomputing_in_graph() -> bool:
     return any("backward" in name for name in names)
 
 
-def is_in_body() -> bool:
-    """Whether the compiler is reading the body of an operator such as ``torch.cond``. Without the names, it is not known."""
+def _bodies() -> Iterator[tuple[str, str]]:
+    """How the compiler is reading the bodies of operators such as ``torch.cond``, and of which. Without the names, it is not known."""
     file = _of("torch._dynamo.variables.higher_order_ops", "__file__")
-    around = (one for one in frames() if one.f_code.co_filename == file)
-    what = [one.f_locals.get("description") for one in around if one.f_code.co_name == _READS_BODY]
-    return any("checkpoint" not in str(one) for one in what)
+    for frame in frames():
+        name = frame.f_code.co_name
+        if frame.f_code.co_filename == file and name.startswith("speculate_subgraph"):
+            yield name, str(frame.f_locals.get("description"))
 
 
-_READS_BODY = "speculate_subgraph"
+def is_in_body() -> bool:
+    """Whether the compiler is reading the body of an operator that compiles it by itself."""
+    return any(how == "speculate_subgraph" and "checkpoint" not in what for how, what in _bodies())
+
+
+def is_in_checkpoint() -> bool:
+    """Whether the compiler is reading what activation checkpointing will run again."""
+    return any("checkpoint" in what for _, what in _bodies())
 
 
 def is_in_transform() -> bool:

@@ -1,8 +1,9 @@
-"""What every test shares: a fixed random seed, and a guard that finds hooks left behind."""
+"""What every test shares: a fixed random seed, a guard that finds hooks left behind, and how it runs with compiled models."""
 
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -67,3 +68,48 @@ def _no_hook_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         id(module): module for ref in hooked if (module := ref()) is not None and own_hooks(module)
     }
     assert not left, f"hooks of actrec were left behind on {list(left.values())[:3]}"
+
+
+# --- The same tests with models that are compiled, and stay so -------------------------------------------
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run tests that are marked ``also_compiled`` both ways; where ``ACTREC_COMPILED`` is set, all that record."""
+    asks_for = {mark.name for mark in metafunc.definition.iter_markers()}
+    everywhere = "ACTREC_COMPILED" in os.environ and hasattr(metafunc.module, "record")
+    if "also_compiled" in asks_for or (everywhere and "eager_only" not in asks_for):
+        ignored = ["ignore::DeprecationWarning:torch", "ignore:The .grad attribute of a Tensor"]
+        marks = [pytest.mark.filterwarnings(one) for one in ignored]  # of the compiler's own
+        metafunc.fixturenames.append("stays")
+        metafunc.parametrize("stays", ["eager", pytest.param("compiled", marks=marks)])
+
+
+@pytest.fixture(autouse=True)
+def _stays_compiled(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Compile each model of such a test when it is recorded, with ``compiled=True``."""
+    parameters = getattr(request.node, "callspec", None)
+    if parameters is None or parameters.params.get("stays") != "compiled":
+        yield
+        return
+    original, models = request.module.record, []
+
+    def kept(model: Any, *args: Any, **options: Any) -> Any:
+        if not isinstance(model, nn.Module) or {"compiled", "stop_early", "detach"} & {*options}:
+            return original(model, *args, **options)
+        block = original(model, *args, compiled=True, **options)
+        if model._compiled_call_impl is None:
+            model.compile(backend="aot_eager")
+            models.append(model)
+        return block
+
+    original(nn.ReLU(), compiled=True)  # which tests itself, the first time
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    monkeypatch.setattr(request.module, "record", kept)
+    yield
+    for model in models:
+        model._compiled_call_impl = None
+    if request.node.get_closest_marker("also_compiled"):
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before

@@ -376,6 +376,7 @@ def test_under_autocast_with_a_scaled_loss_gradients_are_scaled_and_keep_their_d
     assert torch.equal(grad, 1024 * (value > 0).bfloat16())
 
 
+@pytest.mark.eager_only("the compiler refuses it")
 def test_second_order_gradients_are_as_without_recording() -> None:
     def step(net: nn.Module) -> None:
         x = X.clone().requires_grad_()
@@ -451,6 +452,9 @@ CHECKPOINTS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+@pytest.mark.eager_only(
+    "refused: compiled code that runs again does not tell which call it repeats"
+)
 @pytest.mark.parametrize("call", CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_gradients_of_checkpointed_layers_are_those_of_plain_ones(
     call: Callable[..., Tensor],
@@ -466,6 +470,9 @@ def test_gradients_of_checkpointed_layers_are_those_of_plain_ones(
     assert acts["relu"].passes == [0, 0, 1, 1]
 
 
+@pytest.mark.eager_only(
+    "refused: compiled code that runs again does not tell which call it repeats"
+)
 @pytest.mark.parametrize("call", CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_a_second_backward_through_a_checkpoint_adds(call: Callable[..., Tensor]) -> None:
     net = Net(call)
@@ -476,6 +483,9 @@ def test_a_second_backward_through_a_checkpoint_adds(call: Callable[..., Tensor]
     assert equal(acts, {name: [2 * g for g in grads] for name, grads in expected().items()})
 
 
+@pytest.mark.eager_only(
+    "refused: compiled code that runs again does not tell which call it repeats"
+)
 def test_calls_that_a_transform_skips_do_not_shift_what_checkpointing_runs_again() -> None:
     net = Net(CHECKPOINTS["reentrant"])
     skips = iter([True, False])
@@ -484,6 +494,9 @@ def test_calls_that_a_transform_skips_do_not_shift_what_checkpointing_runs_again
     assert equal(acts, {"relu": expected()["relu"][1:]})
 
 
+@pytest.mark.eager_only(
+    "refused: compiled code that runs again does not tell which call it repeats"
+)
 def test_backward_after_the_block_through_a_reentrant_checkpoint_is_warned_of() -> None:
     net = Net(CHECKPOINTS["reentrant"])
     with (
@@ -562,6 +575,7 @@ def test_beside_a_nested_tensor_gradients_are_recorded(transform: Any) -> None:
     assert torch.equal(grad[0] if transform is None else grad / 2, torch.ones(2, 2))
 
 
+@pytest.mark.eager_only("compiled code runs for one after the other")
 @pytest.mark.parametrize("many", ["batch", "vmap"])
 def test_gradients_that_stand_for_many_are_refused_by_layer(many: str) -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -709,6 +723,7 @@ def test_a_layer_that_returns_a_parameter_has_the_gradient_of_each_step(when: st
     assert not model.prompt._backward_hooks, "nothing stays on the parameter"
 
 
+@pytest.mark.eager_only("refused: a leaf that is returned as it is")
 def test_a_parameter_that_is_returned_twice_in_a_pass_has_its_gradient_both_times() -> None:
     prompt = Prompt()
 
@@ -761,6 +776,7 @@ def test_gradients_of_nested_values_that_the_user_lets_go_of_are_freed() -> None
     assert joined[0].shape == (10, 2, 4)
 
 
+@pytest.mark.eager_only("the compiler has tensors of its own")
 def test_memory_of_the_graph_is_freed_although_its_gradients_were_recorded() -> None:
     class Keeps(torch.autograd.Function):
         alive = 0

@@ -79,6 +79,7 @@ def test_forwards_may_share_a_backward_or_have_several(
     assert_alike(in_memory_and_on_disk(tmp_path_factory.mktemp("grads") / "run", run))
 
 
+@pytest.mark.also_compiled
 def test_what_is_committed_has_its_gradients_while_the_block_runs(tmp_path: Path) -> None:
     model = net()
     with record(model, (), grads="0", into=at_once(tmp_path / "run")) as acts:
@@ -210,6 +211,7 @@ def test_a_backward_after_the_block_is_too_late(tmp_path: Path) -> None:
 # --- Units ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.also_compiled
 def test_gradients_of_a_unit_are_written_when_it_ends_or_dropped_with_it(tmp_path: Path) -> None:
     def run(acts: Any, model: nn.Module) -> list[Tensor]:
         left = []

@@ -88,6 +88,7 @@ def test_true_means_the_layers_that_are_recorded() -> None:
     assert acts.grads["1"][0].shape == (5,)  # and of gradients
 
 
+@pytest.mark.also_compiled
 def test_each_query_has_its_own_transform() -> None:
     model = net()
     with record(
@@ -119,6 +120,7 @@ def test_a_gradient_that_has_not_arrived_is_nested_as_what_it_belongs_to() -> No
     assert acts.grads["0"][0].shape == (5, 3)
 
 
+@pytest.mark.also_compiled
 def test_a_call_that_one_transform_skips_is_skipped_whole() -> None:
     model = net()
     skips: list[Any] = [None, total]

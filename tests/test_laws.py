@@ -4,19 +4,23 @@ Models are generated: trees of modules that nest, share and call each other agai
 dicts, and write in place to what they received and returned, directly, through views and behind
 autograd's back. Nothing here trusts actrec: references are clones made by plain hooks in the same
 forward, and all comparisons are of bytes, so that NaN equals NaN and 0.0 differs from -0.0.
+
+The same laws hold of models that are compiled, and stay so with ``compiled=True``. There plain hooks would run in
+the compiled code as well, so they are on a second model that is not compiled.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import os
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import event, given, settings
+from hypothesis import HealthCheck, Phase, assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -30,12 +34,26 @@ if TYPE_CHECKING:
     from actrec import Recorder
 
 # Keeping a graph where there is none is told, and not what these laws are about.
-pytestmark = pytest.mark.filterwarnings("ignore::actrec.MissingGradientWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::actrec.MissingGradientWarning"),
+    # The compiler warns about its own deprecations when it is first used.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
+    # Its own question, of what a forward returns.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 
 WIDTH = 4
 
 #: The same examples in every run; no database of failures, for there is nothing random to remember.
 LAW = settings(derandomize=True, max_examples=100, deadline=None, database=None)
+
+#: On so many models that are compiled, which takes a second for each, a law is tried; ``nox -s compiled`` tries more.
+FEW = settings(
+    LAW,
+    max_examples=int(os.environ.get("ACTREC_COMPILED", "2")),
+    phases=[Phase.generate],
+    suppress_health_check=[*HealthCheck],
+)
 
 
 # --- What models are made of -------------------------------------------------------------------------
@@ -224,6 +242,7 @@ class Case:
     shared: bool  # copy-on-write also where tensors are small, or never
     options: dict[str, bool]
     chosen: int  # bits: which of the modules
+    compiled: bool = False
 
     def model(self) -> Tree:
         torch.manual_seed(1)
@@ -238,6 +257,24 @@ class Case:
         names = [n for n, m in model.named_modules() if not isinstance(m, nn.ModuleList)]
         picked = [name for bit, name in enumerate(names) if self.chosen >> bit % 16 & 1]
         return picked or names
+
+    def runs(self, model: Tree) -> Callable[[Tensor], Any]:
+        """What a user calls: the model, or what is compiled of it."""
+        if not self.compiled:
+            return model
+        torch._dynamo.reset()
+        return torch.compile(model, backend="aot_eager")
+
+    def record(self, model: Tree) -> Any:
+        if not self.compiled:
+            return record(model, self.layers(model), **self.options)
+        return record(model, self.layers(model), inputs=self.options["inputs"], compiled=True)
+
+    def watched(self, model: Tree, reference: Reference) -> Tree:
+        """A model with the hooks of a reference: this one, or one like it that is not compiled."""
+        watched = self.model() if self.compiled else model
+        reference.watch(watched)
+        return watched
 
     def draws(self) -> bool:
         """Whether it may take random numbers, which are others where it is compiled."""
@@ -349,33 +386,55 @@ def hooks_of(model: nn.Module) -> list[dict[int, Any]]:
 
 # --- The laws ----------------------------------------------------------------------------------------
 
+COMPILED_CASES = CASES.map(lambda case: replace(case, compiled=True))
 
-@LAW
-@given(CASES)
+
+def law(*more: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[[bool], None]]:
+    """Make a test of what holds of a case, and of ``more``: it is tried on many models, and on some that are compiled."""
+
+    def of(holds: Callable[..., None]) -> Callable[[bool], None]:
+        @pytest.mark.eager_only("it compiles by itself")
+        @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+        def test(compiled: bool) -> None:
+            examples, cases = (FEW, COMPILED_CASES) if compiled else (LAW, CASES)
+            examples(given(cases, *more)(holds))()
+
+        return test
+
+    return of
+
+
+#: Some models cannot be compiled with gradients, recorded or not: then nothing of them runs.
+may_not_compile = pytest.mark.filterwarnings("ignore::actrec.UnusedLayerWarning")
+
+
+@law()
 def test_what_is_recorded_is_what_the_layers_returned(case: Case) -> None:
-    model = case.model()
-    layers = case.layers(model)
-    reference = Reference()
-    reference.watch(model)
+    assume(not (case.compiled and case.draws()))
+    model, reference = case.model(), Reference()
+    watched, run = case.watched(model, reference), case.runs(model)
     hooks = hooks_of(model)
-    with case.snapshots(), MODES[case.mode](), record(model, layers, **case.options) as acts:
+    with case.snapshots(), MODES[case.mode](), case.record(model) as acts:
         for reference.batch, batch in enumerate(case.batches()):
-            model(batch)
+            if watched is not model:
+                watched(batch.clone())
+            run(batch)
             batch.fill_(7)
-    check(acts, model, reference, layers)
+    check(acts, watched, reference, case.layers(model))
     assert acts.num_passes == len(case.sizes)
     assert hooks_of(model) == hooks
 
 
-def outcome(model: nn.Module, case: Case, mode: str) -> Any:
+def outcome(model: Tree, case: Case, mode: str) -> Any:
     """All that can be seen of a run: outputs, gradients, buffers, the random stream; or why it failed."""
     torch.manual_seed(3)
     seen: list[Any] = []
+    run = case.runs(model)
     with MODES[mode]():
         for batch in case.batches():
             leaf = batch.requires_grad_(mode == "grad")
             try:
-                out = model(leaf * 1)
+                out = run(leaf * 1)
                 seen.append(content(out))
                 if mode == "grad":
                     first(out).sum().backward()
@@ -392,51 +451,50 @@ def outcome(model: nn.Module, case: Case, mode: str) -> Any:
     return seen
 
 
-@LAW
-@given(CASES)
+@may_not_compile
+@law()
 def test_a_model_computes_the_same_bits_recorded_or_not(case: Case) -> None:
     expected = outcome(case.model(), case, case.mode)
     model = case.model()
     hooks = hooks_of(model)
-    with case.snapshots(), record(model, case.layers(model), **case.options):
+    with case.snapshots(), case.record(model):
         got = outcome(model, case, case.mode)
     assert got == expected
     assert hooks_of(model) == hooks
 
 
-@LAW
-@given(CASES)
+@may_not_compile
+@law()
 def test_gradients_are_the_same_bits_in_models_that_have_them(case: Case) -> None:
     expected = outcome(case.model(), case, "grad")
     model = case.model()
-    with case.snapshots(), record(model, case.layers(model), **case.options):
+    with case.snapshots(), case.record(model):
         got = outcome(model, case, "grad")
     assert got == expected
 
 
-@LAW
-@given(CASES, st.integers(0, 2), st.integers(1, 2**16 - 1))
+@law(st.integers(0, 2), st.integers(1, 2**16 - 1))
 def test_recorders_that_nest_record_what_each_would_alone(
     case: Case, begin: int, chosen: int
 ) -> None:
-    model = case.model()
-    outer_layers = case.layers(model)
-    inner_case = Case(**{**vars(case), "chosen": chosen})
-    inner_layers = inner_case.layers(model)
-    reference = Reference()
-    reference.watch(model)
+    assume(not (case.compiled and case.draws()))
+    model, reference = case.model(), Reference()
+    inner_case = replace(case, chosen=chosen, options={"inputs": False, "detach": True})
+    watched, run = case.watched(model, reference), case.runs(model)
     hooks = hooks_of(model)
-    with case.snapshots(), MODES[case.mode](), record(model, outer_layers, **case.options) as outer:
+    with case.snapshots(), MODES[case.mode](), case.record(model) as outer:
         for reference.batch, batch in enumerate(case.batches()):
+            if watched is not model:
+                watched(batch.clone())
             if reference.batch == begin % len(case.sizes):
-                with record(model, inner_layers) as inner:
-                    model(batch)
+                with inner_case.record(model) as inner:
+                    run(batch)
             else:
-                model(batch)
-    check(outer, model, reference, outer_layers)
+                run(batch)
+    check(outer, watched, reference, case.layers(model))
     for calls in reference.calls.values():
         calls[:] = [c._replace(batch=0) for c in calls if c.batch == begin % len(case.sizes)]
-    check(inner, model, reference, inner_layers)
+    check(inner, watched, reference, inner_case.layers(model))
     assert hooks_of(model) == hooks
 
 
@@ -444,43 +502,51 @@ class Stop(Exception):
     """Raised somewhere inside a forward."""
 
 
-@LAW
-@given(CASES, st.integers(0, 30))
-def test_after_an_exception_at_any_point_everything_before_it_is_there_and_passes_stay_aligned(
-    case: Case, calls_before: int
-) -> None:
-    model = case.model()
-    layers = case.layers(model)
-    reference = Reference()
-    reference.watch(model)
-    remaining = calls_before
+def stop_after(calls: int, model: nn.Module) -> None:
+    """Let ``model`` raise once, in front of the call of a module."""
+    begun = 0
 
+    @torch.compiler.disable
     def stop(*_: object) -> None:
-        nonlocal remaining
-        remaining -= 1
-        if remaining < 0:
+        nonlocal begun
+        begun += 1
+        if begun == calls + 1:
             raise Stop
 
     for module in model.modules():
         module.register_forward_pre_hook(stop)
+
+
+@law(st.integers(0, 30))
+def test_after_an_exception_at_any_point_everything_before_it_is_there_and_passes_stay_aligned(
+    case: Case, calls_before: int
+) -> None:
+    assume(not (case.compiled and case.draws()))
+    model, reference = case.model(), Reference()
+    watched, run = case.watched(model, reference), case.runs(model)
+    models = {id(one): one for one in (watched, model)}
+    for one in models.values():
+        stop_after(calls_before, one)
     hooks = hooks_of(model)
     stopped = 0
     acts = None
     try:
-        with case.snapshots(), MODES[case.mode](), record(model, layers, **case.options) as acts:
+        with case.snapshots(), MODES[case.mode](), case.record(model) as acts:
             for reference.batch, batch in enumerate([*case.batches(), torch.ones(1, WIDTH)]):
+                if watched is not model:
+                    with suppress(Stop):
+                        watched(batch.clone())
                 try:
-                    model(batch)
+                    run(batch)
                 except Stop:
                     stopped += 1
-                    remaining = 10**6
             raise Stop
     except Stop:
         assert hooks_of(model) == hooks
     assert stopped <= 1
     event(f"stopped: {bool(stopped)}")
     assert acts is not None
-    check(acts, model, reference, layers)
+    check(acts, watched, reference, case.layers(model))
     assert acts.num_passes == len(case.sizes) + 1
 
 

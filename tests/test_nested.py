@@ -256,6 +256,7 @@ class Namespace(dict[Any, Any]):
         self.__dict__ = self
 
 
+@pytest.mark.also_compiled
 def test_a_dict_whose_items_are_its_attributes_stays_one(tmp_path: Path) -> None:
     model = Returns(lambda x: Namespace({"hidden": x, 0: x * 2}))
     with record(model, "") as acts:
@@ -369,12 +370,14 @@ def test_an_object_of_another_kind_becomes_a_placeholder_that_names_it(
     assert torch.equal(x, X)
 
 
+@pytest.mark.eager_only("the compiler makes another type of it")
 def test_a_generator_is_not_consumed() -> None:
     value, generator = recorded(lambda x: (x * i for i in range(3)))
     assert value == Opaque("generator")
     assert len(list(generator)) == 3
 
 
+@pytest.mark.eager_only("the compiler keeps it")
 def test_an_object_is_not_kept_alive_by_its_placeholder() -> None:
     value, returned = recorded(Cache)
     ref = weakref.ref(returned)
@@ -417,6 +420,7 @@ def test_members_of_an_enum_stay_themselves() -> None:
 # --- NumPy -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.eager_only("the compiler makes another type of it")
 def test_numpy_arrays_are_copied() -> None:
     value, returned = recorded(lambda x: {"array": np.ones(3), "scalar": np.float32(2), "x": x})
     returned["array"][:] = 7
@@ -425,6 +429,7 @@ def test_numpy_arrays_are_copied() -> None:
     assert value["scalar"] == 2
 
 
+@pytest.mark.eager_only("the compiler refuses it")
 def test_a_structured_array_is_copied() -> None:
     value, returned = recorded(lambda x: np.zeros(2, dtype=[("a", int), ("b", float)]))
     returned["a"] = 5
@@ -530,6 +535,7 @@ def test_what_the_caller_does_to_a_container_afterwards_is_not_recorded() -> Non
     assert list(leaves(value)) == list(leaves(make(X)))
 
 
+@pytest.mark.also_compiled
 def test_what_a_layer_receives_in_containers_is_recorded_as_it_came() -> None:
     class Pops(nn.Module):
         def forward(self, items: list[Tensor], *, options: dict[str, Any]) -> Tensor:
@@ -554,6 +560,7 @@ def test_a_transform_gets_containers_of_its_own() -> None:
     assert len(returned) == 2
 
 
+@pytest.mark.also_compiled
 def test_options_reach_every_tensor_of_a_nesting() -> None:
     def make(x: Tensor) -> Any:
         return Plain({"a": [x, x > 0]}, x.shape)  # type: ignore[arg-type]

@@ -182,6 +182,7 @@ def test_selective_checkpointing_counts_no_operation_of_ours(options: dict[str, 
     assert len(model.watching.seen) > 2 * len(alone)
 
 
+@pytest.mark.eager_only("the compiler refuses it")
 def test_a_forward_that_calls_autograd_itself_is_recorded() -> None:
     class Penalty(nn.Module):
         def __init__(self) -> None:
@@ -199,6 +200,7 @@ def test_a_forward_that_calls_autograd_itself_is_recorded() -> None:
     assert acts["inner"].passes == [0, 0]
 
 
+@pytest.mark.also_compiled
 def test_every_call_of_a_reused_module_is_a_record_of_the_same_pass() -> None:
     relu = nn.ReLU()
     model = nn.Sequential(relu, nn.Linear(4, 4), relu)
@@ -222,6 +224,7 @@ class Tree(nn.Module):
         return self.leaf(x) if depth == 0 else self(x, depth - 1) + self(x, depth - 1)
 
 
+@pytest.mark.also_compiled
 def test_a_module_that_calls_itself_is_one_pass_from_the_outside_and_inputs_stay_paired() -> None:
     model = Tree()
     with record(model, ["", "leaf"], inputs=True) as acts:
@@ -403,6 +406,7 @@ class Branches(nn.Module):
         return torch.stack(self.run(self.branches, self.stem(x) * 1)).mean(0)
 
 
+@pytest.mark.eager_only("the compiler warns that it cannot read it")
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("run", POOLS.values(), ids=POOLS)
 def test_what_a_forward_runs_in_threads_belongs_to_its_pass(

@@ -153,6 +153,14 @@ def test_the_address_is_that_of_the_storage() -> None:
     assert _torch.data_address(tensor[1:]) == tensor.untyped_storage().data_ptr()
 
 
+def test_the_count_of_writes_goes_back() -> None:
+    tensor = torch.ones(2).mul_(2)
+    rewind = _torch.rewinding(tensor)
+    tensor.mul_(2)
+    rewind()
+    assert _torch.version(tensor) == 1
+
+
 def test_versions_count_writes_of_all_that_share_the_memory() -> None:
     tensor = torch.ones(2)
     alias = tensor.detach()
@@ -583,11 +591,11 @@ def test_operators_that_compile_themselves_say_so() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_what_the_compiler_is_reading_is_told() -> None:
-    seen: list[tuple[bool, bool]] = []
+    seen: list[tuple[bool, bool, bool]] = []
 
     @_torch.as_constant
     def ask() -> int:
-        seen.append((_torch.is_in_body(), _torch.is_in_transform()))
+        seen.append((_torch.is_in_body(), _torch.is_in_checkpoint(), _torch.is_in_transform()))
         return 1
 
     def add(x: Tensor) -> Tensor:
@@ -600,10 +608,10 @@ def test_what_the_compiler_is_reading_is_told() -> None:
         return checkpoint(add, x, use_reentrant=False)
 
     expected = {
-        add: {(False, False)},
-        branch: {(True, False)},
-        region: {(False, False)},
-        torch.vmap(add): {(True, True), (False, True)},
+        add: {(False, False, False)},
+        branch: {(True, False, False)},
+        region: {(False, True, False)},
+        torch.vmap(add): {(True, False, True), (False, False, True)},
     }
     for function, told in expected.items():
         compiled(function)(X)
@@ -612,7 +620,7 @@ def test_what_the_compiler_is_reading_is_told() -> None:
         seen.clear()
     assert not _torch.is_in_body()
     torch.vmap(add)(X)
-    assert seen == [(False, True)]
+    assert seen == [(False, False, True)]
 
 
 def compiled(function: Any, backend: Any = "eager") -> Any:

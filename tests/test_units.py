@@ -59,6 +59,7 @@ def into(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return Folder(tmp_path / "run", shard_bytes=2000, budget=8000)
 
 
+@pytest.mark.also_compiled
 def test_whatever_is_called_in_a_unit_is_one_pass(into):
     model = Model()
     with record(model, inputs=True, into=into) as acts:
@@ -140,6 +141,7 @@ def test_a_forward_that_was_interrupted_in_a_unit_goes_on_in_none(into):
 # --- Gradients -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.also_compiled
 @pytest.mark.parametrize("into", [list, deque])
 def test_gradients_stay_with_their_calls_when_a_unit_is_dropped(into):
     model = Model()

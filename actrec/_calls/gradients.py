@@ -166,7 +166,7 @@ def arrived_in_graph(call: _Call, index: int, grad: Tensor) -> None:
     _Arrival(call, index, None)(grad)
 
 
-_AGAIN = (
+AGAIN = (
     "activation checkpointing runs compiled code again in backward(), and nothing tells which call it repeats. Record it without "
     "grads, or without compiled=True"
 )
@@ -289,7 +289,7 @@ class Gradients:
             self.expect(output, None, call)
         elif _in_graph.calls is not None:
             message = (
-                f"record() cannot keep the gradients of layer {self.capture.layer!r}: {_AGAIN}."
+                f"record() cannot keep the gradients of layer {self.capture.layer!r}: {AGAIN}."
             )
             raise CaptureError(message)
 

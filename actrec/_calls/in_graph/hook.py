@@ -16,11 +16,13 @@ from torch.compiler import is_dynamo_compiling  # a constant in what the compile
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from actrec._calls.gradients import AGAIN
 from actrec._calls.hooks import Event, Hook, T
 from actrec._torch import (
     as_constant,
     hook_tables,
     is_in_body,
+    is_in_checkpoint,
     is_in_transform,
     read_base_of,
     renumber,
@@ -84,6 +86,11 @@ class HookInGraph(Hook[T]):
         else:
             self._hear(target, self, module, (), None, value)
 
+    def is_recorded(self) -> bool:
+        """Whether what it is told is recorded now."""
+        target = self._target()
+        return target is not None and target.session.recording  # type: ignore[attr-defined]  # of a track
+
     def is_in_body(self) -> None:
         """The module is called in the body of an operator such as ``torch.cond``, of which compiled code does not tell."""
         target, module = self._target(), self.module()
@@ -121,11 +128,15 @@ def _asked_by_the_compiler(hook: HookInGraph[Any]) -> Callable[[], bool]:
         if is_in_body():
             found.is_in_body()
             return False
+        watches = found.watches and torch.is_grad_enabled()
+        if watches and is_in_checkpoint() and found.is_recorded():
+            raise CaptureError(_CHECKPOINT)
         return True
 
     return is_told
 
 
+_CHECKPOINT = f"record(compiled=True, grads=...): a layer is called inside a checkpoint() that is compiled. There {AGAIN}"
 _TRANSFORM = (
     "record(compiled=True): a layer is called inside torch.func (vmap, grad, jvp) in a function that is compiled, where a tensor "
     "stands for many and cannot be kept. Record a call of the model outside of it"

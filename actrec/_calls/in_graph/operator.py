@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from actrec._calls.gradients import arrived_in_graph, watched_in_graph
+from actrec._torch import rewinding, version
 from actrec._values.snapshot import twin
 from actrec.errors import CaptureError
 
@@ -49,10 +50,18 @@ def new_key(receiver: Receiver) -> Tensor:
 
 with torch.inference_mode(mode=False):
     TOKEN: Final = torch.zeros((), dtype=torch.int64, device="cpu")
+_rewind: Final = rewinding(TOKEN)
+
+
+def _receiver(key: Tensor) -> Receiver | None:
+    # A graph that recomputes in its backward has saved the token: it must not find that others have written to it since.
+    if version(TOKEN):
+        _rewind()
+    return RECEIVER_OF.get(int(key))
 
 
 def _tell(value: Tensor | None, key: Tensor, _: Tensor) -> None:
-    receiver = RECEIVER_OF.get(int(key))
+    receiver = _receiver(key)
     if receiver is not None:
         receiver.hear(value)
 
@@ -60,7 +69,7 @@ def _tell(value: Tensor | None, key: Tensor, _: Tensor) -> None:
 def _tell_nested(
     tensors: list[Tensor], numbers: list[int], outline: str, key: Tensor, _: Tensor
 ) -> None:
-    receiver = RECEIVER_OF.get(int(key))
+    receiver = _receiver(key)
     if receiver is not None:
         receiver.hear(decode(outline, tensors, numbers))
 
