@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from actrec._progress import unseen
 from actrec._recordings import similarity as cka
@@ -13,9 +14,6 @@ from actrec._text import count
 from actrec.errors import OptionError
 
 from .shared import FEW, Array, Layers, ordered, short
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _MOST_LABELS: Final = 50
 

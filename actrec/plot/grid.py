@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from actrec._recordings.course import spread
 from actrec._recordings.layer import Layer
@@ -17,9 +16,6 @@ from actrec._values.summary import shape_of
 from actrec.errors import OptionError
 
 from .shared import Array, numbers
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def feature_maps(

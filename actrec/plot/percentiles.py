@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from actrec._recordings.course import MOST_CALLS, spread
@@ -17,9 +18,6 @@ from actrec._values.spec import leaves
 from actrec.errors import OptionError
 
 from .shared import FEW, Array, Layers, numbers, ordered, short
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _MOST_ELEMENTS: Final = 50_000
 

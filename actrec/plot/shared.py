@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
+import numpy as np
 from torch import Tensor
 
 from actrec._recordings.layer import Layer
@@ -13,12 +14,9 @@ from actrec._text import shown
 from actrec._values.chunks import dense
 from actrec.errors import OptionError
 
-if TYPE_CHECKING:
-    import numpy as np
-
 #: A recording, or some layers of one: ``{name: acts[name] for name in chosen}``.
 Layers: TypeAlias = Mapping[str, Layer[Any]]
-Array: TypeAlias = "np.ndarray[Any, Any]"
+Array: TypeAlias = np.ndarray[Any, Any]
 
 LONGEST_NAME: Final = 40
 #: Up to so many layers or points are drawn with room between them.
