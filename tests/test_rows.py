@@ -19,6 +19,8 @@ from actrec import (
     record,
 )
 from actrec.data import rows, shuffled
+from actrec.data.calls import Calls
+from actrec.data.steps import steps
 from actrec.store import Folder
 from actrec.store import index as _index
 from tests.stored import same
@@ -494,6 +496,72 @@ def test_what_is_in_memory_does_not_lie_beside_several_ranks(tmp_path: Path) -> 
         rows(load(tmp_path / "r"), "head", memory["relu"])
     a, b = rows(load(tmp_path / "r", rank=1), "relu", memory["relu"])[:]
     assert same(a, b)
+
+
+# --- Side by side, by runs ---------------------------------------------------------------------------
+
+
+def calls_of(moments: list[tuple[int, int]], title: str) -> Calls:
+    return Calls(
+        title,
+        torch.tensor(moments, dtype=torch.int64).view(-1, 2),
+        None,
+        {},
+        torch.arange(len(moments)),
+        torch.zeros(len(moments), 3, dtype=torch.int64),
+        [],
+        [],
+    )
+
+
+def call_by_call(layers: list[list[Any]], *, flatten: bool, common: bool) -> Any:
+    """The same, one call after the other: the calls of each layer, which are those of whole passes, and their passes."""
+    if all(own == layers[0] for own in layers):
+        numbers = [[*range(len(layers[0]))] for _ in layers]
+        return numbers, [[False] * len(layers[0]) for _ in layers], layers[0]
+    passes: list[dict[Any, list[int]]] = [{} for _ in layers]
+    for keys, found in zip(layers, passes, strict=True):
+        for number, key in enumerate(keys):
+            found.setdefault(key, []).append(number)
+    shared = [key for key in passes[0] if all(key in found for found in passes)]
+    numbers, whole, order = [[] for _ in layers], [[] for _ in layers], []
+    for key in shared:
+        counts = [len(found[key]) for found in passes]
+        most = max(counts)
+        if any(many not in {most, 1 if flatten else most} for many in counts):
+            return None
+        order += [key] * most
+        for own, many in enumerate(counts):
+            numbers[own] += passes[own][key] * (most // many)
+            whole[own] += [many < most] * most
+    if not common and max(map(len, passes)) > len(shared):
+        return None
+    return numbers, whole, order
+
+
+#: Calls of ranks in passes, mostly of the same.
+MOMENTS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3)), max_size=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(MOMENTS, st.lists(MOMENTS, max_size=2), st.lists(st.integers(0, 2), min_size=2, max_size=2), st.booleans(), st.booleans())  # fmt: skip
+def test_calls_are_put_side_by_side_as_if_one_by_one(
+    first: list[Any], others: list[Any], copies: list[int], flatten: bool, common: bool
+) -> None:
+    layers = [first, *others, *([one for one in first for _ in range(many)] for many in copies)]
+    expected = call_by_call(layers, flatten=flatten, common=common)
+    given = [calls_of(own, f"layer {at}") for at, own in enumerate(layers)]
+    if expected is None:
+        with pytest.raises(AlignmentError, match="do not have the same calls"):
+            steps("rows", given, flatten=flatten, common=common)
+        return
+    numbers, whole, order = expected
+    found = steps("rows", given, flatten=flatten, common=common)
+    assert [one.numbers.tolist() for one in found.layers] == numbers
+    assert found.whole.tolist() == whole
+    passes = [*dict.fromkeys(order)]
+    assert found.passes.tolist() == [passes.index(key) for key in order]
+    assert found.names.tolist() == [number for _, number in passes]  # type: ignore[union-attr]
 
 
 # --- Cost --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeGuard
 
+import torch
 from torch import Tensor
 
 from actrec._recordings.passes import Moment, nth_calls
@@ -139,13 +140,20 @@ def _counting(call: str, calls: Calls, nth: int | None, raised: AbstractSet[Mome
         return calls
     numbers = {number for _, number in raised}
 
-    def is_good(rank: int | None, number: int) -> bool:
-        if number not in numbers:
-            return True
+    def is_bad(rank: int, number: int) -> bool:
         # What knows no rank, a call or a pass, may be of any.
-        return rank is not None and not {(rank, number), (None, number)} & raised
+        return rank < 0 or bool({(rank, number), (None, number)} & raised)
 
-    found = [number for number, moment in enumerate(calls.moments) if is_good(*moment)]
+    maybe = torch.isin(
+        calls.moments[:, 1], torch.tensor([*numbers], dtype=torch.int64, device="cpu")
+    )
+    good = ~maybe
+    good[maybe] = torch.tensor(
+        [not is_bad(*moment) for moment in calls.moments[maybe].tolist()], device="cpu"
+    ).bool()
+    found = good.nonzero()[:, 0]
     if nth is not None:
-        found = nth_calls(f"{call}(nth={nth!r})", calls.title, calls.moments, nth, found)
+        moments = [(rank, number) for rank, number in calls.moments.tolist()]
+        few = nth_calls(f"{call}(nth={nth!r})", calls.title, moments, nth, found.tolist())
+        found = torch.tensor(few, dtype=torch.int64, device="cpu")
     return calls.of(found)

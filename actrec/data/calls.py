@@ -5,7 +5,7 @@ All of it is tensors with a line for each call, so a million calls are aligned b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import accumulate
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from actrec._recordings.passes import Moment
 from actrec.store.index import Index
 from actrec.store.layers import StoredLayer
 from actrec.store.part import Leaf, Part
@@ -36,31 +35,33 @@ class Calls:
     """Calls of a layer."""
 
     title: str
-    moments: list[Moment]  #: rank and pass of each
-    units: list[Any] | None  #: the unit of each, where the recording has any
-    numbers: Sequence[int]  #: as the layer that was given numbers them
+    moments: Tensor  #: (calls, 2): rank and pass of each; in memory, the rank is -1
+    units: Tensor | None  #: (calls,): the unit of each, or -1, where the recording has any
+    keys: Mapping[Any, int]  #: of all units, by their keys
+    numbers: Tensor  #: (calls,): as the layer that was given numbers them
     places: Tensor  #: (calls, 3): its look, its source, and the byte there that it begins with
     looks: list[Look]
     sources: list[Source]
 
-    def of(self, numbers: list[int]) -> Calls:
+    def of(self, numbers: Tensor) -> Calls:
         """Return some of the calls."""
         return replace(
             self,
-            moments=[self.moments[number] for number in numbers],
-            units=None if self.units is None else [self.units[number] for number in numbers],
-            numbers=[self.numbers[number] for number in numbers],
+            moments=self.moments[numbers],
+            units=None if self.units is None else self.units[numbers],
+            numbers=self.numbers[numbers],
             places=self.places[numbers],
         )
 
     def at(self, call: int) -> str:
         """Name a call, in a message."""
-        return f"call {self.numbers[call]} (pass {self.moments[call][1]}) of {self.title}"
+        return f"call {int(self.numbers[call])} (pass {int(self.moments[call, 1])}) of {self.title}"
 
 
 def located(layers: Sequence[Selected]) -> list[Calls]:
     """Return the calls of some layers; the header of each shard is read once, however many layers are in it."""
-    tables = [_Table(selected) for selected in layers]
+    keys: dict[Any, int] = {}
+    tables = [_Table(selected, keys) for selected in layers]
     indexes: dict[Index, list[tuple[_Table, Any]]] = {}
     for table in tables:
         if isinstance(table.selected.layer, StoredLayer):
@@ -81,13 +82,13 @@ def located(layers: Sequence[Selected]) -> list[Calls]:
 class _Table:
     """Collects the calls of a layer."""
 
-    def __init__(self, selected: Selected) -> None:
+    def __init__(self, selected: Selected, keys: dict[Any, int]) -> None:
         self.selected = selected
+        self._keys = keys
         self._number = cache(selected.number)
         self._looks: dict[Look, int] = {}
         self._sources: list[Source] = []
-        self._moments: list[Moment] = []
-        self._passes = [torch.zeros(0, dtype=torch.int64, device="cpu")]  # of a stored layer
+        self._moments = [torch.empty((0, 2), dtype=torch.int64, device="cpu")]
         self._places = [torch.empty((0, 3), dtype=torch.int64, device="cpu")]
 
     def add_part(self, file: Stored, part: Part, rank: int) -> None:
@@ -101,8 +102,7 @@ class _Table:
         firsts = torch.tensor([*accumulate(map(len, groups), initial=0)], device="cpu")
         self._places.append(torch.cat(groups)[firsts[part.group] + part.within])
         self._sources.append(file)
-        self._moments += [(rank, number) for number in part.passes.tolist()]
-        self._passes.append(part.passes)
+        self._moments.append(torch.stack([torch.full_like(part.passes, rank), part.passes], 1))
 
     def add_values(self) -> None:
         """Take in the calls of a layer in memory, or of one whose calls are put together when they are asked for."""
@@ -116,29 +116,45 @@ class _Table:
                 tensor = self.selected.tensor(value, f"call {number}")
                 lines.append((self._look(tensor), number, 0))
                 self._sources.append(Held(tensor))
-        self._moments = layer._moments()
+        moments = [(-1 if rank is None else rank, number) for rank, number in layer._moments()]
+        self._moments.append(torch.tensor(moments, dtype=torch.int64, device="cpu").view(-1, 2))
         self._places.append(torch.tensor(lines, dtype=torch.int64, device="cpu").view(-1, 3))
 
     def calls(self) -> Calls:
         """Return the calls that were given, in the order of the layer: stored ones lie by rank, and count by pass."""
-        moments, places = self._moments, torch.cat(self._places)
-        passes = torch.cat(self._passes)
-        if bool((passes.diff() < 0).any()):
-            order = passes.argsort(stable=True)
-            moments, places = [moments[number] for number in order.tolist()], places[order]
-        numbers, among = range(len(moments)), self.selected.among
-        known = getattr(self.selected.layer, "_units", None)
-        units = [] if known is None or not (known or known.open) else known.of(moments)
+        moments, places = torch.cat(self._moments), torch.cat(self._places)
+        if isinstance(self.selected.layer, StoredLayer) and bool((moments[:, 1].diff() < 0).any()):
+            order = moments[:, 1].argsort(stable=True)
+            moments, places = moments[order], places[order]
+        among, numbers = self.selected.among, torch.arange(len(moments), device="cpu")
         found = Calls(
             self.selected.title,
             moments,
-            units if any(key is not None for key in units) else None,
+            self._units(moments),
+            self._keys,
             numbers,
             places,
             [*self._looks],
             self._sources,
         )
-        return found if among is None else replace(found.of(among), numbers=range(len(among)))
+        if among is None:
+            return found
+        few = torch.tensor(among, dtype=torch.int64, device="cpu")
+        return replace(found.of(few), numbers=numbers[: len(few)])
+
+    def _units(self, moments: Tensor) -> Tensor | None:
+        """The unit of each call, where any has one."""
+        known = getattr(self.selected.layer, "_units", None)
+        if known is None or not (known or known.open):
+            return None
+        runs, of_calls = torch.unique_consecutive(moments, dim=0, return_inverse=True)
+        passes = [(None if rank < 0 else rank, number) for rank, number in runs.tolist()]
+        units = [
+            -1 if key is None else self._keys.setdefault(key, len(self._keys))
+            for key in known.of(passes)
+        ]
+        found = torch.tensor(units, dtype=torch.int64, device="cpu")[of_calls]
+        return found if bool((found >= 0).any()) else None
 
     def _look(self, tensor: Tensor) -> int:
         return self._looks.setdefault(Look(tuple(tensor.shape), tensor.dtype), len(self._looks))

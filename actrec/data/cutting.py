@@ -14,6 +14,7 @@ from actrec.errors import AlignmentError
 from .calls import Look
 from .columns import Runs
 from .joining import Joint, covered, is_joined, leads
+from .numbering import numbered
 from .origins import Origins
 from .positions import MERGED, Reading, has_width, read, readings
 from .sources import Held, Shape
@@ -68,20 +69,15 @@ class _Cut:
         self._layers = steps.layers
         self._flatten = flatten
         self._masked = masked
-        columns = [calls.places[:, 0].tolist() for calls in steps.layers]
-        many = len(columns)
         # Where there are no calls, it is calls without rows.
-        looks: dict[tuple[int, ...], int] = {}
-        marks = steps.whole.tolist() if steps.has_whole else []
-        look_of = [looks.setdefault(key, len(looks)) for key in zip(*columns, *marks, strict=True)]
+        columns = [calls.places[:, 0] for calls in steps.layers]
+        self._kind_of, firsts = numbered(*columns, *(steps.whole.long() if steps.has_whole else ()))
+        look_of = self._kind_of.tolist()
         found = [
-            [calls.looks[look] for calls, look in zip(steps.layers, key, strict=False)]
-            for key in looks
-        ] or [[Look((0,), torch.float32)] * many]
-        whole: list[Sequence[bool]] = [
-            [bool(mark) for mark in key[many:]] or [False] * many for key in looks
-        ] or [[False] * many]
-        self._kind_of = torch.tensor(look_of, dtype=torch.int64, device="cpu")
+            [calls.looks[int(calls.places[first, 0])] for calls in steps.layers]
+            for first in firsts.tolist()
+        ] or [[Look((0,), torch.float32)] * len(columns)]
+        whole = steps.whole.T[firsts].tolist() or [[False] * len(columns)]
         self._kinds = [
             _Kind(one, (), marked, (), is_covered=False)
             for one, marked in zip(found, whole, strict=True)
@@ -96,15 +92,22 @@ class _Cut:
             raise self._not_joined()
         masks = [one[-1].shape for one in found] if flatten and masked else []
         self._covered = covered(steps, joint, masks, look_of)
-        kinds: dict[tuple[int, Shape, bool], int] = {}
-        of_pass = joint.rows_of_passes() if steps.has_whole else [()] * len(look_of)
-        keys = zip(look_of, of_pass, self._covered.is_covered.tolist(), strict=True)
-        kind_of = [kinds.setdefault(key, len(kinds)) for key in keys]
-        self._kind_of = torch.tensor(kind_of, dtype=torch.int64, device="cpu")
+        of_pass = joint.rows_of_passes() if steps.has_whole else []
+        shapes = {shape: number for number, shape in enumerate(dict.fromkeys(of_pass))}
+        which = torch.tensor([shapes[shape] for shape in of_pass], dtype=torch.int64, device="cpu")
+        keys = self._kind_of, self._covered.is_covered.long(), *([which] if of_pass else [])
+        looks = self._kind_of
+        self._kind_of, firsts = numbered(*keys)
         self._kinds = [
-            _Kind(found[look], rows[look], whole[look], of_pass, is_covered=is_covered)
-            for look, of_pass, is_covered in (kinds or [(0, (), False)])
-        ]
+            _Kind(
+                found[int(looks[first])],
+                rows[int(looks[first])],
+                whole[int(looks[first])],
+                of_pass[first] if of_pass else (),
+                is_covered=bool(self._covered.is_covered[first]),
+            )
+            for first in firsts.tolist()
+        ] or [_Kind(found[0], rows[0], whole[0], (), is_covered=False)]
 
     def runs(self, answers: Tensor | None) -> tuple[list[Runs], Origins]:
         """Return the rows of each layer, and of a mask that is a tensor; and where they come from."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, TypeAlias
 
@@ -14,6 +15,7 @@ from actrec._recordings.recording import Recording
 from actrec.errors import OptionError
 
 from .calls import Calls, Look
+from .numbering import numbered
 from .selecting import is_plain, kind
 from .sources import Held
 
@@ -30,18 +32,17 @@ def computed(call: str, recording: Recording[Any], function: Function, beside: C
         OptionError: The function returns no tensor.
     """
     stored = Stored(recording)
-    units = beside.units or [None] * len(beside.moments)
-    firsts = {moment: number for number, moment in reversed([*enumerate(beside.moments)])}
+    _, firsts = numbered(*beside.moments.unbind(1))
     kept: list[int] = []
     found: list[Tensor] = []
-    for moment, number in sorted(firsts.items(), key=lambda pair: pair[1]):
+    for number, (rank, of) in zip(firsts.tolist(), beside.moments[firsts].tolist(), strict=True):
         try:
-            answers = function(PassValues(stored, moment))
+            answers = function(PassValues(stored, (None if rank < 0 else rank, of)))
         except MissingError:
             continue
         if not is_plain(answers):
             message = (
-                f"{call}(mask={function!r}): of pass {moment[1]} it has returned {kind(answers)}. Return a tensor with one number "
+                f"{call}(mask={function!r}): of pass {of} it has returned {kind(answers)}. Return a tensor with one number "
                 "for each position, (batch, tokens)."
             )
             raise OptionError(message)
@@ -54,12 +55,12 @@ def computed(call: str, recording: Recording[Any], function: Function, beside: C
     flat = torch.cat(
         [torch.empty(0, dtype=torch.bool, device="cpu"), *(one.reshape(-1) for one in found)]
     )
-    return Calls(
-        "the mask",
-        [beside.moments[number] for number in kept],
-        None if beside.units is None else [units[number] for number in kept],
-        range(len(kept)),
-        torch.tensor(places, dtype=torch.int64, device="cpu").view(-1, 3),
-        [*looks],
-        [Held(flat)],
+    calls = beside.of(torch.tensor(kept, dtype=torch.int64, device="cpu"))
+    return replace(
+        calls,
+        title="the mask",
+        numbers=torch.arange(len(kept), device="cpu"),
+        places=torch.tensor(places, dtype=torch.int64, device="cpu").view(-1, 3),
+        looks=[*looks],
+        sources=[Held(flat)],
     )

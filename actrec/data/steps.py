@@ -14,6 +14,7 @@ from torch import Tensor
 from actrec.errors import AlignmentError
 
 from .calls import Calls
+from .numbering import numbered
 
 _JOIN = " or rows of all positions (flatten=True), for which the calls of a pass are joined"
 
@@ -59,19 +60,22 @@ def steps(call: str, layers: Sequence[Calls], *, flatten: bool, common: bool) ->
         AlignmentError: The layers do not have the same passes, or not as many calls in one of them.
     """
     keys = _keys(call, layers)
-    if any(own != keys[0] for own in keys[1:]):
-        layers, keys, marks = _side_by_side(call, layers, keys, flatten=flatten, common=common)
-        whole = torch.tensor(marks, dtype=torch.bool, device="cpu").view(len(layers), -1)
-    else:
-        whole = torch.zeros(len(layers), len(keys[0]), dtype=torch.bool, device="cpu")
-    units = next((one.units for one in layers if one.units is not None), None)
-    names = dict(zip(keys[0], units or [key[-1] for key in keys[0]], strict=True))
-    if len(names) == len(keys[0]):
-        passes = torch.arange(len(names), device="cpu")
-    else:
-        numbers = {key: number for number, key in enumerate(names)}
-        passes = torch.tensor([numbers[key] for key in keys[0]], dtype=torch.int64, device="cpu")
-    return Steps([*layers], whole, passes, _in_a_tensor([*names.values()]))
+    whole = torch.zeros(len(layers), len(keys[0]), dtype=torch.bool, device="cpu")
+    if not all(torch.equal(own, keys[0]) for own in keys[1:]):
+        numbers, whole = _side_by_side(call, layers, keys, flatten=flatten, common=common)
+        layers = [one.of(own) for one, own in zip(layers, numbers, strict=True)]
+        keys = [keys[0][numbers[0]]]
+    passes, firsts = numbered(*keys[0].unbind(1))
+    units = next((one for one in layers if one.units is not None), None)
+    names = keys[0][firsts, -1] if units is None else _in_a_tensor(_names(units, firsts))
+    return Steps([*layers], whole, passes, names)
+
+
+def _names(calls: Calls, which: Tensor | slice = slice(None)) -> list[Any]:
+    """The keys of the units of some calls, none for those that have none."""
+    keys = [*calls.keys, None]
+    assert calls.units is not None  # noqa: S101
+    return [keys[number] for number in calls.units[which].tolist()]
 
 
 def _in_a_tensor(names: list[Any]) -> list[Any] | Tensor:
@@ -81,63 +85,68 @@ def _in_a_tensor(names: list[Any]) -> list[Any] | Tensor:
     return names
 
 
-def _keys(call: str, layers: Sequence[Calls]) -> list[list[Any]]:
-    """What tells the pass of each call: its unit, else its rank and number."""
-    if all(one.units is not None and None not in one.units for one in layers):
-        return [[(key,) for key in one.units or ()] for one in layers]
-    alone = next((one for one in layers if one.moments[:1] and one.moments[0][0] is None), None)
+def _keys(call: str, layers: Sequence[Calls]) -> list[Tensor]:
+    """What tells the pass of each call: its unit, ``(calls, 1)``, else its rank and number, ``(calls, 2)``."""
+    units = [one.units for one in layers if one.units is not None]
+    if len(units) == len(layers) and all(bool((own >= 0).all()) for own in units):
+        return [own[:, None] for own in units]
+    alone = next((one for one in layers if len(one.moments) and int(one.moments[0, 0]) < 0), None)
     if alone is None:
         return [one.moments for one in layers]
     for one in layers:
-        ranks = sorted({rank for rank, _ in one.moments if rank is not None})
+        ranks = [rank for rank in torch.unique(one.moments[:, 0]).tolist() if rank >= 0]
         if len(ranks) > 1:
             message = (
                 f"{call}: layer {one.title} was recorded by {len(ranks)} ranks, and {alone.title} is in memory, where "
                 f"nothing says which rank its calls are of. Open one rank, actrec.load(path, rank={ranks[0]}), say."
             )
             raise AlignmentError(message)
-    return [[(None, number) for _, number in one.moments] for one in layers]
+    none = torch.tensor([-1, 0], device="cpu")
+    return [torch.where(none < 0, none, one.moments) for one in layers]
 
 
 def _side_by_side(
-    call: str, layers: Sequence[Calls], keys: list[list[Any]], *, flatten: bool, common: bool
-) -> tuple[list[Calls], list[list[Any]], list[list[bool]]]:
+    call: str, layers: Sequence[Calls], keys: list[Tensor], *, flatten: bool, common: bool
+) -> tuple[list[Tensor], Tensor]:
     """The calls of the passes of the first layer, in its order: as many of each layer; and which are those of whole passes."""
-    calls: list[dict[Any, list[int]]] = [{} for _ in layers]
-    for keys_of, found in zip(keys, calls, strict=True):
-        for number, key in enumerate(keys_of):
-            found.setdefault(key, []).append(number)
-    shared = [key for key in calls[0] if all(key in found for found in calls)]
-    numbers: list[list[int]] = [[] for _ in layers]
-    whole: list[list[bool]] = [[] for _ in layers]
-    order: list[Any] = []
-    for key in shared:
-        counts = [len(found[key]) for found in calls]
-        most = max(counts)
-        wrong = [
-            own for own, many in enumerate(counts) if many not in {most, 1 if flatten else most}
-        ]
-        if wrong:
-            fix = "take one call of each pass (nth=0)" + _JOIN * (not flatten)
-            raise _misaligned(call, layers, keys, (counts.index(most), wrong[0]), fix)
-        order += [key] * most
-        for own, many in enumerate(counts):
-            numbers[own] += calls[own][key] * (most // many)
-            whole[own] += [many < most] * most
-    lengths = [len(found) for found in calls]
+    passes, firsts = numbered(*torch.cat(keys).unbind(1))  # so those of the first layer come first
+    of = torch.split(passes, [*map(len, keys)])
+    every = torch.stack([torch.bincount(own, minlength=len(firsts)) for own in of])
+    shared = (every > 0).all(0).nonzero()[:, 0]
+    counts = every[:, shared]
+    most = counts.amax(0)
+    wrong = (counts != most) & ((counts != 1) | (not flatten))
+    if bool(wrong.any()):
+        at = int(wrong.any(0).nonzero()[0, 0])
+        which = _first(counts[:, at] == most[at]), _first(wrong[:, at])
+        fix = "take one call of each pass (nth=0)" + _JOIN * (not flatten)
+        raise _misaligned(call, layers, keys, which, fix)
+    lengths = (every > 0).sum(1).tolist()
     if not common and max(lengths) > len(shared):
         other = lengths.index(min(lengths))
-        first = next(own for own, found in enumerate(calls) if found.keys() - calls[other])
+        first = _first(((every > 0) & (every[other] == 0)).any(1))
         fix = 'leave out the passes in which one of them was not called (passes="common")'
         raise _misaligned(call, layers, keys, (first, other), fix)
-    return [one.of(own) for one, own in zip(layers, numbers, strict=True)], [order], whole
+    step = torch.repeat_interleave(torch.arange(len(shared), device="cpu"), most)
+    within = torch.arange(len(step), device="cpu") - (most.cumsum(0) - most)[step]
+    whole = (counts < most)[:, step]
+    firsts_of = (every.cumsum(1) - every)[:, shared][:, step]
+    numbers = [
+        own.argsort(stable=True)[first + torch.where(mark, 0, within)]
+        for own, first, mark in zip(of, firsts_of, whole, strict=True)
+    ]
+    return numbers, whole
+
+
+def _first(marks: Tensor) -> int:
+    return int(marks.nonzero()[0, 0])
 
 
 def _misaligned(
-    call: str, layers: Sequence[Calls], keys: list[list[Any]], which: tuple[int, int], fix: str
+    call: str, layers: Sequence[Calls], keys: list[Tensor], which: tuple[int, int], fix: str
 ) -> AlignmentError:
     first, other = sorted(which)
-    expected, found = keys[first], keys[other]
+    expected, found = (_shown(layers[own], keys[own]) for own in (first, other))
     title, name = layers[first].title, layers[other].title
     pairs = zip(expected, found, strict=False)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -149,7 +158,14 @@ def _misaligned(
     return AlignmentError(message)
 
 
-def _at(keys: list[Any], index: int) -> str:
+def _shown(calls: Calls, keys: Tensor) -> list[tuple[Any, ...]]:
+    """The unit of each call, or its rank and pass."""
+    if keys.shape[1] == 1:
+        return [(key,) for key in _names(calls)]
+    return [(None if rank < 0 else rank, number) for rank, number in keys.tolist()]
+
+
+def _at(keys: list[tuple[Any, ...]], index: int) -> str:
     if index >= len(keys):
         return "missing"
     *rank, number = keys[index]

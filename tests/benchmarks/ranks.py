@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from actrec import record
+from actrec import load, record
+from actrec.data import rows
 from actrec.store import Folder
+from tests.stored import Shards
 
 from .storing import LAYERS, Ready, ready
-from .timing import Row, ratios, take_turns
+from .timing import Row, ratios, seconds, take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +56,38 @@ def measure(*, quick: bool) -> Iterator[Row]:
         ratios(times, "four ranks", "one process"),
         TARGET,
     )
+    yield from _read(calls=200 if quick else 100_000)
+
+
+def _read(calls: int) -> Iterator[Row]:
+    """Calls of a few bytes: what has to be done for each of them shows."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, ranks in (("four ranks", RANKS), ("one process", 1)):
+            for rank in range(ranks):
+                _shards(Path(folder, name), rank, ranks, calls // ranks)
+        four, one = (load(Path(folder, name)) for name in ("four ranks", "one process"))
+        work = {
+            "joined, four ranks": four["a"].cat,
+            "joined, one process": one["a"].cat,
+            "rows of two layers, four ranks": lambda: rows(four, "a", "b"),
+            "rows of two layers, one process": lambda: rows(one, "a", "b"),
+        }
+        times = take_turns({name: partial(seconds, do) for name, do in work.items()}, rounds=5)
+        for what in ("joined", "rows of two layers"):
+            name = f"{calls:,} small calls {what}: {RANKS} ranks / one process"
+            yield Row.of(name, ratios(times, f"{what}, four ranks", f"{what}, one process"))
+            each = [1e6 * time / calls for time in times[f"{what}, four ranks"]]
+            yield Row.of(f"small calls {what}, of {RANKS} ranks: each", each, unit="us")
+        loop = [1e6 * seconds(lambda: torch.cat([*four["a"][: calls // 20]])) / (calls // 20)]
+        yield Row.of(f"small calls of {RANKS} ranks read one by one: each", loop, unit="us")
+
+
+def _shards(path: Path, rank: int, ranks: int, calls: int) -> None:
+    shards = Shards(path, ["a", "b"], rank=rank, ranks=ranks)
+    for begin in range(0, calls, 1000):
+        numbers = range(begin, min(begin + 1000, calls))
+        some = [(at, number, torch.ones(1, 16)) for number in numbers for at in range(2)]
+        shards.write(some, numbers.stop, ended="" if numbers.stop == calls else None)
 
 
 def _written(pool: Pool, path: Path, ranks: int, passes: int) -> float:
