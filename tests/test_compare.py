@@ -419,7 +419,7 @@ def test_an_alias_is_the_layer_that_it_stands_for() -> None:
 
 
 def test_anything_but_a_recording_is_an_error() -> None:
-    with pytest.raises(OptionError, match=r"expected two recordings, .* got 'str'"):
+    with pytest.raises(OptionError, match=r"expected two recordings, .* got 'str'.* load\('"):
         compare("runs/a", recording())  # type: ignore[arg-type]
 
 

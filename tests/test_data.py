@@ -165,7 +165,7 @@ def test_flattened_rows_are_those_of_every_position(cases: Any, name: str, maske
 
 
 @given(name=names, masked=st.booleans(), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_any_rows_are_those_of_all_rows(cases: Any, name: str, masked: bool, data: Any) -> None:
     dataset = rows(
         cases[name].acts, "hidden", "label", flatten=True, mask="mask" if masked else None
@@ -479,7 +479,7 @@ def ids(batches: list[Any]) -> list[list[int]]:
 
 
 @given(name=st.sampled_from([*NAMES, "ranks"]), chosen=options, world=st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_every_row_comes_exactly_once(cases: Any, name: str, chosen: Options, world: int) -> None:
     memory, acts = cases[name]
     parts = [ids(list(dataset_of(acts, chosen, rank=r, world_size=world))) for r in range(world)]
@@ -500,7 +500,7 @@ def test_every_row_comes_exactly_once(cases: Any, name: str, chosen: Options, wo
 
 
 @given(name=names, chosen=options, workers=st.integers(1, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_the_order_is_the_same_for_any_number_of_workers(
     cases: Any, name: str, chosen: Options, workers: int
 ) -> None:
@@ -509,7 +509,7 @@ def test_the_order_is_the_same_for_any_number_of_workers(
 
 
 @given(name=names, chosen=options, data=st.data(), workers=st.integers(0, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_what_goes_on_from_a_state_is_the_rest(
     cases: Any, name: str, chosen: Options, data: Any, workers: int
 ) -> None:
@@ -955,7 +955,7 @@ def test_batches_are_plain_tensors_whatever_mode_they_are_taken_in(stored: Path)
 
 
 @given(name=names, chosen=options, workers=st.integers(1, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_the_workers_hold_no_more_than_the_buffer_between_them(
     cases: Any, name: str, chosen: Options, workers: int
 ) -> None:
@@ -1019,13 +1019,11 @@ def test_real_workers_bring_the_same_batches(cases: Any, context: str) -> None:
         dataset_of(acts, chosen), batch_size=None, num_workers=2, multiprocessing_context=context
     )
     assert ids(list(loader)) == alone
-    by_number = DataLoader(
-        rows(acts, "label"),
-        batch_size=6,
-        num_workers=1 if context == "spawn" else 2,
-        multiprocessing_context=context,
-    )
-    assert torch.cat(list(by_number)).equal(acts["label"].cat())
+    if context == "fork":  # which takes no time
+        by_number = DataLoader(
+            rows(acts, "label"), batch_size=6, num_workers=2, multiprocessing_context=context
+        )
+        assert torch.cat(list(by_number)).equal(acts["label"].cat())
 
 
 def test_workers_that_persist_go_to_the_next_epoch(cases: Any) -> None:

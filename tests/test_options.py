@@ -38,6 +38,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"transform": 3},
         ["transform=3", "function of the value", "lambda t: t.mean(1)"],
     ),
+    "flag by word": ({"detach": "no"}, ["detach='no'", "expected True or False"]),
     "transform by name": ({"transform": "mean"}, ["transform='mean'", "function of the value"]),
     "into a container": ({"into": []}, ["into=[]", "function that makes a container", "append()"]),
     "into a number": ({"into": 3}, ["into=3", "such as list", "or a path"]),

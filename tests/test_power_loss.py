@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from actrec import Recording
 
 # Of each run; "nox -s crash" asks for all.
-CUTS = int(os.environ.get("ACTREC_CUTS", "16"))
-FAULTS = int(os.environ.get("ACTREC_FAULTS", "8"))
+CUTS = int(os.environ.get("ACTREC_CUTS", "6"))
+FAULTS = int(os.environ.get("ACTREC_FAULTS", "4"))
 PASSES = 4
 
 NOTHING = Choice(names=False, sizes=False, data=False)

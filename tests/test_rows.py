@@ -60,7 +60,7 @@ sizes = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, ma
 
 
 @given(calls=sizes, width=st.integers(1, 5), masked=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_vector_of_each_sample_is_repeated_or_the_shapes_do_not_tell(
     calls: list[tuple[int, int]], width: int, masked: bool
 ) -> None:
@@ -89,7 +89,7 @@ def test_floating_point_numbers_of_each_position_need_lengths_that_vary(
 
 
 @given(calls=sizes, width=st.integers(1, 5), dtype=st.sampled_from([torch.int64, torch.bool]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_integers_are_a_number_of_each_position_or_refused(
     calls: list[tuple[int, int]], width: int, dtype: torch.dtype
 ) -> None:
@@ -104,7 +104,7 @@ def test_integers_are_a_number_of_each_position_or_refused(
 
 
 @given(calls=sizes, experts=st.integers(1, 5), whole=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_what_a_router_returns_has_the_rows_of_the_layer_before_it(
     calls: list[tuple[int, int]], experts: int, whole: bool
 ) -> None:
@@ -232,7 +232,7 @@ def reused(times: Sequence[int], into: Any = list, batch: int = 3) -> Any:
 
 
 @given(times=st.lists(st.integers(1, 3), min_size=1, max_size=5), nth=st.integers(-4, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_nth_call_of_each_pass_is_that_of_every_pass_that_has_it(
     tmp_path_factory: pytest.TempPathFactory, times: list[int], nth: int
 ) -> None:
@@ -277,7 +277,7 @@ def test_rows_of_a_reused_layer_lie_beside_the_labels(tmp_path: Path, stored: bo
 
 
 @given(times=st.lists(st.integers(0, 3), min_size=1, max_size=6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_the_table_says_how_many_calls_there_are_in_a_pass(
     tmp_path_factory: pytest.TempPathFactory, times: list[int]
 ) -> None:
@@ -315,7 +315,7 @@ def test_of_several_ranks_it_is_the_nth_call_of_each(tmp_path: Path) -> None:
 
 
 @given(times=st.lists(st.integers(0, 3), min_size=1, max_size=6), order=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_the_passes_of_a_layer_are_a_view_that_reads_like_a_list(
     tmp_path_factory: pytest.TempPathFactory, times: list[int], order: bool
 ) -> None:

@@ -390,7 +390,7 @@ def test_a_header_that_lies_and_is_signed_is_found_out_by_verify_whatever_the_li
 ) -> None:
     with_a_crash(tmp_path / "r")
     folder = tmp_path / "r/rank-00000"
-    for shard in sorted(folder.glob("*.safetensors"))[:-1]:
+    for shard in sorted(folder.glob("*.safetensors"))[:-1:2]:
         before = shard.read_bytes()
         opened = Shard(Disk(folder), shard.name)
         about = json.loads(opened.container.metadata["actrec"])

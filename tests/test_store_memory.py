@@ -18,10 +18,10 @@ MIB = memory.MIB
 
 
 def test_recording_gigabytes_takes_the_budget_and_little_more(tmp_path: Path) -> None:
-    stored, recorded, bare = memory.measure(tmp_path, gib=1.5, budget=256 * MIB)
+    stored, recorded, bare = memory.measure(tmp_path, gib=0.75, budget=128 * MIB)
     shutil.rmtree(tmp_path)
-    assert stored > 1500 * MIB
-    assert 0 < recorded - bare <= (256 + 300) * MIB
+    assert stored > 750 * MIB
+    assert 0 < recorded - bare <= (128 + 300) * MIB
 
 
 def test_only_large_shards_are_worth_giving_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 KIB = 1024
 PASSES = 30
-KILLS = int(os.environ.get("ACTREC_KILLS", "10"))  # "nox -s crash" asks for many
+KILLS = int(os.environ.get("ACTREC_KILLS", "4"))  # "nox -s crash" asks for many
 
 
 def run(
@@ -150,7 +150,8 @@ def test_wherever_it_stops_the_committed_passes_are_there_and_resuming_completes
     steps = steps_of(tmp_path / "all", monkeypatch, None)
     assert steps > 30
     seen = set()
-    for stop in range(1, steps + 1):
+    each = 1 if KILLS > 4 else 3
+    for stop in sorted({1, *range(2, steps, each), steps}):
         path = tmp_path / str(stop)
         steps_of(path, monkeypatch, stop)
         try:

@@ -155,7 +155,7 @@ def one_rank(folder: Folder, failing: set[int], most: int | None) -> None:
         recording.__exit__(None, None, None)
 
 
-@settings(max_examples=int(os.environ.get("ACTREC_KILLS", "5")), deadline=None)
+@settings(max_examples=int(os.environ.get("ACTREC_KILLS", "3")), deadline=None)
 @given(runs(), st.sampled_from([600, 10**6]))
 def test_after_any_failures_and_kills_with_any_numbers_of_ranks_there_is_each_unit_once(
     tmp_path_factory: Any, starts: Any, shard_bytes: int

@@ -41,6 +41,10 @@ class Options:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("detach", "stop_early", "compiled", "resume"):
+            if not isinstance(flag := getattr(self, name), bool):
+                message = f"record({name}={flag!r}): expected True or False."
+                raise OptionError(message)
         given: object = self.transform
         if maker(given) is not None:
             message = (

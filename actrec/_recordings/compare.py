@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
@@ -104,6 +105,8 @@ def _check(a: object, b: object, names: object, **tolerances: object) -> None:
     for recording in (a, b):
         if not isinstance(recording, Recording):
             message = f"compare(a, b): expected two recordings, such as those of record() and load(), got {type(recording).__name__!r}."
+            if isinstance(recording, (str, os.PathLike)):
+                message += f" The recording that is stored there is load({os.fspath(recording)!r})."
             if isinstance(recording, Layer):
                 message += f" A recording of one layer is acts.select({recording.name!r})."
             raise OptionError(message)

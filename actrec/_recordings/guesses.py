@@ -32,14 +32,26 @@ _OTHERWISE: Final = {
     **dict.fromkeys(("shapes", "show", "print", "table", "info", "head"), "acts, or print(acts)"),
     **dict.fromkeys(("gradients", "gradient"), "acts.grads"),
     **dict.fromkeys(("memory", "size_bytes"), "acts.nbytes"),
-    **dict.fromkeys(("num_calls", "calls", "lengths"), "{name: len(layer) for name, layer in acts.items()}"),
+    **dict.fromkeys(("num_calls", "calls", "lengths"), "{{name: len(layer) for name, layer in acts.items()}}"),
     **dict.fromkeys(("first_nan", "nans", "has_nan", "first_nonfinite"), "acts.stats().first_nonfinite"),
     **dict.fromkeys(("pop", "copy", "update"), "dict(acts), a dict of the layers that you may change"),
     **dict.fromkeys(("start", "stop", "hooks", "register", "attach"), "with record(model) as acts: hooks are there while the block runs"),
     **dict.fromkeys(("html", "to_html", "dashboard"), "acts.report('run.html')"),
+    **dict.fromkeys(("add", "unit", "pause", "clear"), "it inside the block: with record(model, layers) as acts: ... acts.{name}(...)"),
+    **dict.fromkeys(("rows", "dataset", "Dataset"), "actrec.data.rows(acts, name)"),
+    **dict.fromkeys(("loader", "dataloader", "DataLoader", "batches", "shuffle"), "actrec.data.shuffled(acts, name, batch_size=64)"),
     "compare": "actrec.compare(acts, others)",
     "load": "actrec.load(path)",
     "plot": "actrec.plot.distributions(acts)",
+}  # fmt: skip
+
+#: What other libraries call the functions of actrec and of its modules.
+_FUNCTIONS: Final = {
+    **dict.fromkeys(("hist", "histogram", "histograms", "distribution"), "actrec.plot.distributions(acts)"),
+    **dict.fromkeys(("heatmap", "image", "images", "imshow", "maps", "show"), "actrec.plot.feature_maps(acts[name][0])"),
+    **dict.fromkeys(("cka", "heat", "correlation"), "actrec.plot.similarity(acts)"),
+    **dict.fromkeys(("open", "read"), "actrec.load(path)"),
+    **dict.fromkeys(("capture", "trace", "hook", "hooks", "watch", "extract"), "with actrec.record(model, layers) as acts:"),
 }  # fmt: skip
 
 
@@ -49,6 +61,8 @@ _OF_LAYER: Final = {
     **dict.fromkeys(("input", "inputs"), "acts.inputs[{name!r}], after record(model, layers, inputs=True)"),
     **dict.fromkeys(("grad", "grads", "gradient", "gradients"), "acts.grads[{name!r}], after record(model, layers, grads=True)"),
     **dict.fromkeys(("stats", "summary", "describe", "hist", "histogram"), "acts.select({name!r}).stats()"),
+    **dict.fromkeys(("to_numpy", "array"), "{place}.cat().numpy()"),
+    **dict.fromkeys(("values", "list"), "list({place}), or {place}.cat()"),
     **dict.fromkeys(("report", "save"), "acts.select({name!r}).{attribute}(path)"),
     "plot": "actrec.plot.distributions(acts.select({name!r}))",
     "first": "{place}[0]",
@@ -137,9 +151,11 @@ def _shown(index: object) -> str:
 
 
 def no_name(name: str, names: Iterable[str]) -> str:
-    """Return what to write for a name that :mod:`actrec` does not have."""
+    """Return what to write for a name that :mod:`actrec`, or a module of it, does not have."""
+    if name in _FUNCTIONS:
+        return f". Write {_FUNCTIONS[name]}"
     if name in _OTHERWISE:
-        return f". With a recording acts: {_OTHERWISE[name]}"
+        return f". With a recording acts: {_OTHERWISE[name].format(name=name)}"
     if name in {"stats", "report", "select", "inputs", "grads", "cat", "stack"}:
         return f". It is part of a recording: acts.{name}"
     near = nearest(name, names)
@@ -160,7 +176,7 @@ def no_attribute_of_recording(recording: Mapping[str, Any], name: str) -> str:
     if any(key.startswith(f"{name}.") for key in recording):
         return f"acts.{name}: layers are items of a recording, such as those in acts.select('{name}.**')."
     if name in _OTHERWISE:
-        return f"acts.{name}: write {_OTHERWISE[name]}."
+        return f"acts.{name}: write {_OTHERWISE[name].format(name=name)}."
     first = next(iter(recording), "name")
     access = _access(name)
     if access is not None:

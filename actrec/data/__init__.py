@@ -19,7 +19,17 @@ A *row* is a sample of a layer or, flattened, one position of it; the rows of se
 :func:`rows` has them by number, :func:`shuffled` brings all of them in random order, at the speed of the disk.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from actrec._recordings.guesses import no_name
+
 from .dataset import Rows, rows
 from .shuffling import Shuffled, shuffled
 
 __all__ = ["Rows", "Shuffled", "rows", "shuffled"]
+
+if not TYPE_CHECKING:  # to type checkers, what is not there is an error as before
+
+    def __getattr__(name: str) -> Any:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message if name.startswith("_") else message + no_name(name, __all__))

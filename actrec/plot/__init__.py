@@ -14,6 +14,10 @@ than a picture can show a sample is drawn, always the same one, and the random s
 alone.
 """
 
+from typing import TYPE_CHECKING, Any
+
+from actrec._recordings.guesses import no_name
+
 try:
     from .cka import similarity
     from .course import drift
@@ -24,3 +28,9 @@ except ImportError as error:
     raise ImportError(message) from error
 
 __all__ = ["distributions", "drift", "feature_maps", "similarity"]
+
+if not TYPE_CHECKING:  # to type checkers, what is not there is an error as before
+
+    def __getattr__(name: str) -> Any:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message if name.startswith("_") else message + no_name(name, __all__))
