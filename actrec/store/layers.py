@@ -19,6 +19,7 @@ from actrec._values.join import How
 from actrec._values.memory import words
 from actrec._values.summary import Summary
 
+from .dtensor import Spread
 from .index import Found
 from .ledger import SoFar
 from .part import Part
@@ -96,6 +97,16 @@ class StoredLayer(ReadOnlyLayer):
     def in_parts(self) -> bool:
         """Whether any tensor is a rank's part of a ``DTensor``."""
         return any(source.so_far.in_parts for source in self._sources)
+
+    def spreads(self) -> tuple[list[tuple[tuple[int, Spread], ...]], list[int]]:
+        """Return in which ways tensors are spread over ranks, and the number of its way for each call."""
+        kinds: dict[tuple[tuple[int, Spread], ...], int] = {}
+        found = [torch.zeros(0, dtype=torch.int64, device="cpu")]
+        for _, part in self._read():
+            ways = [kinds.setdefault(one.structure.parts, len(kinds)) for one in part.groups]
+            found.append(torch.tensor(ways, device="cpu")[part.group])
+        stored = torch.cat(found)
+        return [*kinds], (stored if self._order is None else stored[self._order]).tolist()
 
     @override
     def __len__(self) -> int:

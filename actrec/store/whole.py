@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ class _Call(NamedTuple):
 
     number: int  # of its pass
     rank: int  # the first one
+    kind: int  # of spreads
     spreads: tuple[tuple[int, Spread], ...]  # of the tensors that are parts
     parts: dict[int, int]  # by rank, the recorded call
 
@@ -60,19 +61,20 @@ class WholeLayer(ReadOnlyLayer):
         recorded = self.recorded
         moments = [*zip(recorded.ranks, recorded.passes, strict=True)]
         units = [None] * len(moments) if self._units is None else self._units.of(moments)
-        for index, (owner, unit) in enumerate(zip(moments, units, strict=True)):
+        kinds, kind_of = recorded.spreads()
+        for index, (owner, unit, kind) in enumerate(zip(moments, units, kind_of, strict=True)):
             rank, number = owner
-            spreads = recorded.find(index).group.structure.parts
             # Where a unit has failed on one rank, say, the passes of the ranks have other numbers.
             of = number if unit is None else (unit,)
-            key = (of, counts[owner], spreads) if spreads else index
-            calls.setdefault(key, _Call(number, rank, spreads, {})).parts[rank] = index
+            key = (of, counts[owner], kind) if kinds[kind] else index
+            calls.setdefault(key, _Call(number, rank, kind, kinds[kind], {})).parts[rank] = index
             counts[owner] += 1
-        whole = [
-            call
-            for call in calls.values()
-            if all(spread.enough(call.parts) for _, spread in call.spreads)
-        ]
+
+        @cache
+        def enough(kind: int, *ranks: int) -> bool:
+            return all(spread.enough(ranks) for _, spread in kinds[kind])
+
+        whole = [call for call in calls.values() if enough(call.kind, *call.parts)]
         return whole, len(calls) - len(whole)
 
     @property
