@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import types
 import weakref
@@ -10,14 +11,22 @@ from collections.abc import Callable
 from functools import partial, update_wrapper
 from itertools import dropwhile, islice
 from operator import itemgetter
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Final, Protocol
 
 from torch import nn
 from typing_extensions import override
 
 from actrec._torch import CALL_CODE, frames
 
-from .frames import is_ours
+#: The folder that the files of actrec are in.
+_PACKAGE: Final = f"{Path(__file__).parents[1]}{os.sep}"
+
+
+def is_ours(frame: types.FrameType) -> bool:
+    """Whether the code of a frame is actrec's. Examples in its docstrings are a user's."""
+    return frame.f_code.co_filename.startswith(_PACKAGE)
+
 
 #: A module has one ``forward``, and blocks of several threads may be about to change it.
 placing = threading.RLock()

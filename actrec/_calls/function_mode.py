@@ -37,8 +37,7 @@ from actrec._torch import (
 )
 from actrec._values.spec import tensors
 
-from .forwards import Forward
-from .frames import is_ours
+from .forwards import Forward, is_ours
 from .layer import Track, Unrecorded
 from .own_calls import OWN_MODES, is_tracing
 from .session import Session

@@ -110,11 +110,8 @@ class Together:
             for one in places:
                 memory.update(one)
             total = sum(memory.values())
-            self._before = (
-                these,
-                places,
-                total,
-            )  # which keeps them, so that no other one has their id
+            # It keeps them, so that no other one has their id.
+            self._before = these, places, total
         return total
 
 

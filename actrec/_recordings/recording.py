@@ -332,12 +332,10 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         that the model has not overwritten is shared with the model copy-on-write, so while the model still holds it, this is
         an upper bound of the memory that recording adds.
         """
-        held: dict[object, int] = {}
-        for recording in (self, *self._besides().values()):
-            for layer in recording.values():
-                layer._look_again()
-                held.update(layer._seen()[1])
-        return sum(held.values())
+        layers = [layer for one in (self, *self._besides().values()) for layer in one.values()]
+        for layer in layers:
+            layer._look_again()
+        return self._together.nbytes([layer._seen()[1] for layer in layers])
 
     @property
     def execution_order(self) -> list[str]:
