@@ -23,12 +23,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from actrec._torch import (
-    compiles_itself,
-    is_compiler_loaded,
-    stance,
-    stance_setter,
-)
+from actrec._torch import compiles_itself, is_compiler_loaded, stance, stance_setter
 from actrec.errors import ActrecError
 
 COMPILING = (

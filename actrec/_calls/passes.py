@@ -77,11 +77,7 @@ class _Local(threading.local):
 
 
 #: What a forward may return that has not run yet, and where it then runs.
-_SUSPENDED = {
-    GeneratorType: "gi_frame",
-    CoroutineType: "cr_frame",
-    AsyncGeneratorType: "ag_frame",
-}
+_SUSPENDED = {GeneratorType: "gi_frame", CoroutineType: "cr_frame", AsyncGeneratorType: "ag_frame"}
 
 
 def _frame(suspended: Any) -> FrameType | None:

@@ -33,12 +33,7 @@ class SinkLayer(Layer[Any]):
     """
 
     def __init__(
-        self,
-        name: str,
-        sink: Any,
-        make: Callable[[], Any],
-        kind: str,
-        held: Collection[int] = (),
+        self, name: str, sink: Any, make: Callable[[], Any], kind: str, held: Collection[int] = ()
     ) -> None:
         """``held`` are the passes whose calls the container does not get yet; it changes."""
         self.name = name

@@ -61,13 +61,7 @@ def layer_table(title: str, total: int, calls: Iterable[Any]) -> Table:
     if read < total:
         title += f"; the first {count(read, 'call')}"
     rows = [
-        (
-            shown(path) if path else "call",
-            shape,
-            dtype,
-            f"{seen.calls:,}",
-            *seen.cells(),
-        )
+        (shown(path) if path else "call", shape, dtype, f"{seen.calls:,}", *seen.cells())
         for (path, shape, dtype), seen in found.items()
     ]
     return Table(title, _COLUMNS, rows)

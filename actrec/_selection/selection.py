@@ -126,11 +126,7 @@ def _claimed(names: Model, queries: Any, transform: Transform | None, what: What
 
 
 def _claimed_besides(
-    names: Model,
-    what: What,
-    given: Any,
-    transform: Transform | None,
-    outputs: _Claims,
+    names: Model, what: What, given: Any, transform: Transform | None, outputs: _Claims
 ) -> _Claims:
     """What ``inputs=`` or ``grads=`` chooses."""
     if given is False:

@@ -166,10 +166,7 @@ def write(
 def _node(slot: Slot, so_far: SoFar, part: Part | None) -> dict[str, Any]:
     """What the metadata say of a layer."""
     groups = [
-        {
-            "structure": json.loads(group.text),
-            "dtypes": [leaf.dtype_name for leaf in group.leaves],
-        }
+        {"structure": json.loads(group.text), "dtypes": [leaf.dtype_name for leaf in group.leaves]}
         for group in (part.groups if part is not None else ())
     ]
     before = so_far.stored - (len(part) if part is not None else 0)

@@ -88,12 +88,7 @@ class Stream:
     # --- Layers ----------------------------------------------------------------------------------------
 
     def layer(
-        self,
-        role: Role,
-        index: int,
-        name: str,
-        kind: str,
-        make: Callable[[], Any] | None = None,
+        self, role: Role, index: int, name: str, kind: str, make: Callable[[], Any] | None = None
     ) -> Layer[Any]:
         """Return the layer that stands for a chosen one."""
         slot = Slot(role, index, name, kind)
