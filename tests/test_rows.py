@@ -585,3 +585,38 @@ def test_each_header_is_read_once_however_many_layers(
     assert once > 3
     rows(acts, "relu", (acts.inputs["relu"], "input"), mask=("relu",))
     assert len(read) == 2 * once
+
+
+def test_each_header_is_read_once_though_the_keys_of_units_are_read_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(4, 3)
+    with record(model, "", into=Folder(tmp_path / "r", seconds=0), inputs=True) as acts:
+        for key in range(6):
+            with acts.unit(f"unit {key}"):
+                model(torch.ones(2, 4))
+    read: list[str] = []
+    opening = _index.Shard
+    monkeypatch.setattr(_index, "_MOST_OPEN", 1)
+    acts = load(tmp_path / "r")
+    monkeypatch.setattr(
+        _index,
+        "Shard",
+        lambda disk, name: read.append(name) or opening(disk, name),  # type: ignore[func-returns-value]
+    )
+    dataset = rows(acts, "", (acts.inputs[""], "input"))
+    assert len(read) >= 5
+    assert len(read) == len(set(read))
+    assert dataset.where([0, 11]).unit == ["unit 0", "unit 5"]
+    assert [*acts.done] == [f"unit {key}" for key in range(6)]
+    assert len(read) == len(set(read)), "they are known now"
+
+
+def test_the_units_of_a_rank_that_has_not_recorded_the_layer_are_known_too(tmp_path: Path) -> None:
+    for rank, name in enumerate(("0", "1")):
+        model = nn.Sequential(nn.Identity(), nn.Identity())
+        with record(model, name, into=Folder(tmp_path, rank=rank, world_size=2, run="a")) as acts, acts.unit(rank):  # fmt: skip
+            model(torch.ones(2, 4))
+    acts = load(tmp_path)
+    assert rows(acts, "0").where(0).unit == 0
+    assert [*acts.done] == [0, 1]

@@ -14,9 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from actrec._recordings.passes import Moment
+from actrec._recordings.units import Key
 from actrec.store.index import Index
+from actrec.store.layers import Source as StoredSource
 from actrec.store.layers import StoredLayer
-from actrec.store.part import Leaf, Part
+from actrec.store.part import Leaf
+from actrec.store.shard import Shard
+from actrec.store.units import StoredUnits
 from actrec.store.whole import WholeLayer
 
 from .selecting import Selected
@@ -62,21 +67,38 @@ def located(layers: Sequence[Selected]) -> list[Calls]:
     """Return the calls of some layers; the header of each shard is read once, however many layers are in it."""
     keys: dict[Any, int] = {}
     tables = [_Table(selected, keys) for selected in layers]
-    indexes: dict[Index, list[tuple[_Table, Any]]] = {}
-    for table in tables:
-        if isinstance(table.selected.layer, StoredLayer):
-            for source in table.selected.layer._sources:
-                indexes.setdefault(source.rank.index, []).append((table, source))
-        else:
-            table.add_values()
-    for index, wanted in indexes.items():
+    stored = [table for table in tables if isinstance(table.selected.layer, StoredLayer)]
+    known = dict.fromkeys(table.selected.layer._units for table in stored)
+    units = [_Keys(one) for one in known if isinstance(one, StoredUnits) and not one.are_read]
+    wanted: dict[Index, list[tuple[_Table | _Keys, Any]]] = {}
+    readers: list[_Table | _Keys] = [*stored, *units]
+    for one in readers:
+        for source in one.stored:
+            wanted.setdefault(source.rank.index, []).append((one, source))
+    for index, every in wanted.items():
         for shard in index.shards():
             file = Stored(shard.disk, shard.name, shard.head)
-            for table, source in wanted:
-                part = shard.part(source.role, source.name)
-                if part is not None:
-                    table.add_part(file, part, source.rank.number)
+            for one, source in every:
+                one.add_shard(source, shard, file)
+    for keys_of in units:
+        keys_of.known.keys = keys_of.found
+    for table in tables:
+        if table not in stored:
+            table.add_values()
     return [table.calls() for table in tables]
+
+
+class _Keys:
+    """Collects the keys of units, which are in the same shards."""
+
+    def __init__(self, known: StoredUnits) -> None:
+        self.known = known
+        self.stored = known.sources
+        self.found: dict[Moment, Key] = {}
+
+    def add_shard(self, source: StoredSource, shard: Shard, _: Stored) -> None:
+        """Take in what a shard says."""
+        self.found.update(self.known.of_shard(source, shard))
 
 
 class _Table:
@@ -91,18 +113,28 @@ class _Table:
         self._moments = [torch.empty((0, 2), dtype=torch.int64, device="cpu")]
         self._places = [torch.empty((0, 3), dtype=torch.int64, device="cpu")]
 
-    def add_part(self, file: Stored, part: Part, rank: int) -> None:
+    @property
+    def stored(self) -> Sequence[StoredSource]:
+        """What each rank has of a stored layer."""
+        return self.selected.layer._sources  # type: ignore[attr-defined,no-any-return]
+
+    def add_shard(self, source: StoredSource, shard: Shard, file: Stored) -> None:
         """Take in the calls of a stored layer that are in a shard."""
+        part = shard.part(source.role, source.name)
+        if part is None:
+            return
         groups = []
         for group in part.groups:
             leaf = group.leaves[self._number(group.structure.spec)]
             begins = leaf.begin + leaf.starts[:-1] * leaf.dtype.itemsize
-            source = torch.full_like(begins, len(self._sources))
-            groups.append(torch.stack([self._looks_of(leaf), source, begins], 1))
+            which = torch.full_like(begins, len(self._sources))
+            groups.append(torch.stack([self._looks_of(leaf), which, begins], 1))
         firsts = torch.tensor([*accumulate(map(len, groups), initial=0)], device="cpu")
         self._places.append(torch.cat(groups)[firsts[part.group] + part.within])
         self._sources.append(file)
-        self._moments.append(torch.stack([torch.full_like(part.passes, rank), part.passes], 1))
+        self._moments.append(
+            torch.stack([torch.full_like(part.passes, source.rank.number), part.passes], 1)
+        )
 
     def add_values(self) -> None:
         """Take in the calls of a layer in memory, or of one whose calls are put together when they are asked for."""

@@ -32,23 +32,34 @@ class StoredUnits(Units):
 
     def __init__(self, sources: Sequence[Source]) -> None:
         super().__init__(self._stored)
-        self._sources = sources
+        self.sources = sources
 
     @override
     def __len__(self) -> int:
-        return sum(source.so_far.calls for source in self._sources)
+        return sum(source.so_far.calls for source in self.sources)
+
+    @property
+    def are_read(self) -> bool:
+        """Whether the keys are known without reading anything."""
+        return "keys" in vars(self) or not len(self)
 
     def _stored(self) -> Iterator[tuple[Moment, Key]]:
-        for source in self._sources:
-            rank = source.rank.number
-            for shard, part in source.parts():
-                try:
-                    groups = [_keys(shard, group) for group in part.groups]
-                except Defect as defect:
-                    raise corrupt(shard.path, defect) from None
-                places = zip(part.group.tolist(), part.within.tolist(), strict=True)
-                for number, (group, at) in zip(part.passes.tolist(), places, strict=True):
-                    yield (rank, number), groups[group][at]
+        for source in self.sources:
+            for shard, _ in source.parts():
+                yield from self.of_shard(source, shard)
+
+    def of_shard(self, source: Source, shard: Shard) -> Iterator[tuple[Moment, Key]]:
+        """Yield what a shard says, for whoever reads other things there, too."""
+        part = shard.part(source.role, source.name)
+        if part is None:
+            return
+        try:
+            groups = [_keys(shard, group) for group in part.groups]
+        except Defect as defect:
+            raise corrupt(shard.path, defect) from None
+        places = zip(part.group.tolist(), part.within.tolist(), strict=True)
+        for number, (group, at) in zip(part.passes.tolist(), places, strict=True):
+            yield (source.rank.number, number), groups[group][at]
 
 
 def _keys(shard: Shard, group: Group) -> list[Key]:
