@@ -154,12 +154,10 @@ def recipes(session: nox.Session) -> None:
 
 @in_shared
 def sweeps(session: nox.Session) -> None:
-    """Go through every operator and module of PyTorch, a hundred architectures, and all benchmarks; the tests see some of each."""
+    """Go through every operator and module of PyTorch, a hundred architectures, all benchmarks, and what takes many processes."""
     bring(session, "tests")
-    every = ["every_torch_module", "every_transformers_architecture"]
-    files = [f"tests/test_{file}.py" for file in ["sharing_every_operator", *every, "benchmarks"]]
-    options = session.posargs or EACH_CORE
-    run(session, "pytest", *files, *options, OMP_NUM_THREADS="1", ACTREC_SWEEPS="whole")
+    options = session.posargs or [*EACH_CORE, "--hypothesis-profile=ci"]
+    run(session, "pytest", "-m", "sweep", *options, OMP_NUM_THREADS="1", ACTREC_SWEEPS="whole")
 
 
 @nox.session

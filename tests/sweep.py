@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["WHOLE", "some"]
+__all__ = ["WHOLE", "only_in_sweeps", "some"]
 
 T = TypeVar("T")
 
 #: Whether sweeps are whole.
 WHOLE: Final = os.environ.get("ACTREC_SWEEPS") == "whole"
+
+
+def only_in_sweeps(test: Any) -> Any:
+    """Leave a test to ``nox -s sweeps``: it starts many processes."""
+    return pytest.mark.sweep(pytest.mark.skipif(not WHOLE, reason="nox -s sweeps")(test))
 
 
 def some(cases: Iterable[T], few: int) -> list[T]:

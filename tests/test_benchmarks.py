@@ -26,6 +26,7 @@ def printed_here(module: str, call: str) -> list[float]:
     return [float(number) for number in printed.getvalue().split()]
 
 
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of the compiler's own imports
 @pytest.mark.parametrize("name", run.BENCHMARKS if WHOLE else ["calls", "gradients", "looking"])
 def test_every_benchmark_runs_and_measures_something_with_a_target(

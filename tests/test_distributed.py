@@ -17,6 +17,7 @@ from torch import Tensor
 import actrec
 from actrec import load, record
 from tests.stored import same
+from tests.sweep import only_in_sweeps
 from tests.torchrun import BATCHES, Layers, batch, network
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +133,7 @@ def test_the_stages_of_a_pipeline_do_not_disturb_each_other(four: Path) -> None:
     assert acts.num_passes == 4
 
 
+@only_in_sweeps
 def test_a_rank_that_is_killed_takes_nothing_with_it_and_a_restart_completes_the_run(
     tmp_path: Path,
 ) -> None:
@@ -163,6 +165,7 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+@only_in_sweeps
 def test_a_torchrun_without_a_name_is_known_on_one_machine_and_asks_for_one_on_two(
     tmp_path: Path,
 ) -> None:

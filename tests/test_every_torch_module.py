@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from actrec import SelectionError, UnusedLayerWarning, record
 
-from .sweep import WHOLE, some
+from .sweep import WHOLE, only_in_sweeps, some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 pytestmark = [
+    pytest.mark.sweep,
     # Said when a TransformerEncoder is built whose layers cannot use nested tensors: many samples.
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning"),
     # The default reduction of KLDivLoss is one that its own documentation advises against.
@@ -549,7 +550,7 @@ def test_a_container_that_is_never_called_cannot_be_recorded(name: str) -> None:
     assert not hooks_of(container)
 
 
-@pytest.mark.skipif(not WHOLE, reason="nox -s sweeps")
+@only_in_sweeps
 def test_the_sweep_leaves_out_no_module_of_torch() -> None:
     assert {*NAMES, *CONTAINERS, *NOT_CALLABLE} == set(nn.modules.__all__)
     assert not set(NAMES) & {*CONTAINERS, *NOT_CALLABLE}

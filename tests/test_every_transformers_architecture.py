@@ -770,6 +770,7 @@ def _no_true_randomness(monkeypatch: pytest.MonkeyPatch) -> None:
 SHARING = "actrec._values.snapshot.lazy_clone"
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("name", "mode"), some([(name, mode) for name in ARCHITECTURES for mode in MODES], 23)
 )

@@ -28,13 +28,16 @@ from torch.utils._pytree import tree_flatten
 from actrec import record
 from actrec._values import snapshot as _snapshot
 
+from .sweep import WHOLE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from actrec import Recorder
 
-# Keeping a graph where there is none is told, and not what these laws are about.
 pytestmark = [
+    pytest.mark.sweep,
+    # Keeping a graph where there is none is told, and not what these laws are about.
     pytest.mark.filterwarnings("ignore::actrec.MissingGradientWarning"),
     # The compiler warns about its own deprecations when it is first used.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
@@ -45,7 +48,8 @@ pytestmark = [
 WIDTH = 4
 
 #: The same examples in every run; no database of failures, for there is nothing random to remember.
-LAW = settings(derandomize=True, max_examples=100, deadline=None, database=None)
+MOST = 100 if WHOLE else 40
+LAW = settings(derandomize=True, max_examples=MOST, deadline=None, database=None)
 
 #: On so many models that are compiled, which takes a second for each, a law is tried; ``nox -s compiled`` tries more.
 FEW = settings(

@@ -98,6 +98,7 @@ def _backward(outs: list[Tensor], twins: list[Tensor]) -> None:
     torch.autograd.backward(outs, grads)
 
 
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")  # the samples try every deprecated corner of PyTorch
 def test_no_operator_breaks_on_memory_that_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     # Imported here: it takes the time of importing PyTorch twice.

@@ -49,6 +49,7 @@ from actrec.store.disk import Disk
 from actrec.store.place import place
 from tests.object_store import Stand, s3_server
 from tests.stored import Net, assert_same, batches, same
+from tests.sweep import WHOLE, only_in_sweeps, some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -697,7 +698,8 @@ class Calls(Dataset[Any]):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.sweep
+@pytest.mark.parametrize("method", some(["fork", "spawn"], 1))
 def test_workers_read_from_the_server_themselves(
     s3: tuple[str, dict[str, Any]], whole: Any, method: str
 ) -> None:
@@ -782,8 +784,9 @@ def failing(plan: Any, url: str, *, resume: bool = False) -> str | None:
 OPERATIONS = st.integers(1, 70)
 
 
+@pytest.mark.sweep
 @given(OPERATIONS, st.booleans(), st.booleans(), OPERATIONS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30 if WHOLE else 10, deadline=None)
 def test_whatever_fails_the_committed_passes_are_there_and_resuming_completes_them(
     stop: int, done: bool, for_good: bool, again: int
 ) -> None:
@@ -1171,6 +1174,7 @@ run(small(sys.argv[1], spool=sys.argv[2], storage_options=json.loads(sys.argv[3]
 """
 
 
+@only_in_sweeps
 def test_after_a_kill_of_the_process_that_uploads_resuming_completes_the_run(
     s3: tuple[str, dict[str, Any]], tmp_path: Path, whole: Any
 ) -> None:

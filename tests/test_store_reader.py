@@ -442,15 +442,13 @@ def test_the_command_line_prints_what_the_terminal_has_no_letters_for(tmp_path: 
     path = tmp_path / "läufe"
     with record(model, into=path):
         model(torch.ones(2))
-    told = {"show": "gr\\xf6\\xdfe", "verify": "l\\xe4ufe: no problems found"}
-    for command, expected in told.items():
-        done = subprocess.run(
-            [sys.executable, "-m", "actrec", command, str(path)],
-            env={**os.environ, "PYTHONIOENCODING": "ascii"},
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert (done.returncode, done.stderr) == (0, "")
-        assert expected in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "actrec", "show", str(path)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "gr\\xf6\\xdfe" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names of files are text")
