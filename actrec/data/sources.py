@@ -22,8 +22,6 @@ from actrec._values.memory import words, writable
 from actrec.store.format import Defect, corrupt
 from actrec.store.place import Place, Reading
 
-__all__ = ["Files", "Held", "Made", "Shape", "Source", "Stored"]
-
 Shape: TypeAlias = tuple[int, ...]
 
 #: Bytes between two rows, at most, that are read rather than skipped.
