@@ -90,9 +90,7 @@ def build_docs(session: nox.Session, *arguments: str) -> None:
 @in_shared
 def tests(session: nox.Session) -> None:
     """Run the tests with branch coverage; ``nox -s tests -- -k exact`` runs some, without."""
-    session.log(
-        f"{SIZE}. The tests then take ten to fifteen minutes on an idle machine of two cores."
-    )
+    session.log(f"{SIZE}. The tests then take about ten minutes on an idle machine of two cores.")
     bring(session, "tests")
     # Everywhere the examples that CI has, and no deadlines for them: the processes slow each other down.
     options = ["--hypothesis-profile=ci", "--cov", "--cov-report=term-missing:skip-covered"]

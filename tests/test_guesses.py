@@ -159,6 +159,11 @@ def test_a_call_that_is_not_there_says_how_many_there_are(acts: Any, stored: Any
                 recording["conv1"][index]
 
 
+def test_a_stored_layer_that_is_changed_says_which_list_may_be(stored: Any) -> None:
+    with pytest.raises(AttributeError, match=r"write list\(acts\['conv1'\]\), a list of its calls"):
+        stored["conv1"].append(X)
+
+
 def test_adding_to_a_layer_says_what_to_add_to(acts: Any) -> None:
     assert len(acts["conv1"] + acts["pair"]) == 4
     with pytest.raises(

@@ -63,6 +63,7 @@ _OF_LAYER: Final = {
     **dict.fromkeys(("stats", "summary", "describe", "hist", "histogram"), "acts.select({name!r}).stats()"),
     **dict.fromkeys(("to_numpy", "array"), "{place}.cat().numpy()"),
     **dict.fromkeys(("values", "list"), "list({place}), or {place}.cat()"),
+    **dict.fromkeys(("append", "extend", "pop", "sort"), "list({place}), a list of its calls that you may change"),
     **dict.fromkeys(("report", "save"), "acts.select({name!r}).{attribute}(path)"),
     "plot": "actrec.plot.distributions(acts.select({name!r}))",
     "first": "{place}[0]",
