@@ -390,9 +390,12 @@ def not_compiled_alone(*functions: Any) -> None:
 
 
 def is_of_compiler(error: BaseException) -> bool:
-    """Whether it was raised by the compiler. Without the name, it was not."""
-    kind = _of("torch._dynamo.exc", "TorchDynamoException")
-    return kind is not None and isinstance(error, kind)
+    """Whether it was raised by the compiler. Without the names, it was not."""
+    kinds = [_of("torch._dynamo.exc", name) for name in _OF_COMPILER]
+    return isinstance(error, tuple(kind for kind in kinds if kind is not None))
+
+
+_OF_COMPILER: Final = ("TorchDynamoException", "FailOnRecompileLimitHit")
 
 
 def compiles_tensor_hooks() -> bool:

@@ -512,6 +512,17 @@ def test_what_was_compiled_is_kept_for_the_latest_selections_and_the_limits_have
     torch._dynamo.config.recompile_limit = limit
 
 
+def test_where_weights_are_constants_of_the_graph_a_block_compiles_nothing_again() -> None:
+    model = Net()
+    run = compiled(model, fullgraph=True)
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        expected = run(X)
+        for new in (1, 0):
+            with record(model, ["**", ""], inputs=True, compiled=True) as acts:
+                assert graphs_of(lambda: run(X)) == new
+            assert torch.equal(acts[""][0], expected)
+
+
 # --- What the compiler reads -------------------------------------------------------------------------------
 
 

@@ -647,9 +647,10 @@ def test_graphs_are_counted_and_limited() -> None:
     for limit in _torch.LIMITS:
         with (
             _torch.compiler_config().patch({limit: 2}),
-            pytest.raises(Exception, match=r"failure|limit"),
+            pytest.raises(Exception, match=r"failure|limit") as info,
         ):
             function(X, 3)
+        assert _torch.is_of_compiler(info.value)
     function(X, 3)  # and there is room again
 
 

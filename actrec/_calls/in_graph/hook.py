@@ -29,7 +29,7 @@ from actrec._torch import (
 )
 from actrec.errors import CaptureError
 
-from .operator import TOKEN, new_key, tell, tell_gradient, tell_nested, tell_watched
+from .operator import TOKEN, key_to, tell, tell_gradient, tell_nested, tell_watched
 from .outline import encode
 
 _OUTPUT, _RECEIVED, _NOTHING = range(3)
@@ -50,7 +50,6 @@ class HookInGraph(Hook[T]):
         super().__init__(event, target, hear)
         self.told = _TOLD.get(event, _NOTHING)
         self.watches = event is Event.RETURN and getattr(target, "grads", None) is not None
-        self.key = new_key(self)
         self.is_told = _asked_by_the_compiler(self)
 
     @property
@@ -108,6 +107,7 @@ class HookInGraph(Hook[T]):
         # No other hook has a number below zero.
         numbers = (-self.event.value - depth * len(Event) for depth in itertools.count())
         handle.id = renumber(module, handle.id, next(n for n in numbers if n not in used))
+        self.key = key_to(self, module, handle.id)
         return handle
 
 

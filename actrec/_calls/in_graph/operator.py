@@ -4,7 +4,7 @@ It says that it writes to one of its arguments, a token that nobody reads. So no
 two of them; and as all of this stands in its schema, what a compiler keeps on disk is right about it too. Its name says
 which version of it that is.
 
-Which hook it is for, a tensor tells (:func:`new_key`): a number would be a constant of the graph, and each of twelve blocks
+Which hook it is for, a tensor tells (:func:`key_to`): a number would be a constant of the graph, and each of twelve blocks
 that are compiled alike would have a graph of its own.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actrec._calls.gradients import arrived_in_graph, watched_in_graph
 from actrec._torch import rewinding, version
@@ -38,14 +38,25 @@ class Receiver(Protocol):
 RECEIVER_OF: Final[weakref.WeakValueDictionary[int, Receiver]] = weakref.WeakValueDictionary()
 
 _numbers: Final = itertools.count()
+#: The keys of what is told of a module, by the numbers of its hooks.
+_keys: Final[weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[int, Tensor]]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def new_key(receiver: Receiver) -> Tensor:
-    """Return the tensor by which compiled code knows ``receiver``, as long as that is there."""
-    number = next(_numbers)
+def key_to(receiver: Receiver, module: nn.Module, hook: int) -> Tensor:
+    """Return the tensor by which compiled code knows ``receiver``, as long as that is there.
+
+    It is the same one for each hook of this number on the module: where weights are constants of the graph, so is the key.
+    """
+    of_module = _keys.setdefault(module, {})
+    if hook not in of_module:
+        number = next(_numbers)
+        with torch.inference_mode(mode=False):
+            of_module[hook] = number, torch.tensor(number, device="cpu")
+    number, key = of_module[hook]
     RECEIVER_OF[number] = receiver
-    with torch.inference_mode(mode=False):
-        return torch.tensor(number, device="cpu")
+    return key
 
 
 with torch.inference_mode(mode=False):
