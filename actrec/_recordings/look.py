@@ -64,11 +64,10 @@ class Look:
             found = dict(zip(looks, some, strict=True))
             if any(device.type != "cpu" for parts in found for _, _, device in parts):
                 return False
-            places = [*map(held_by_all, columns)]
+            for column in columns:
+                self.places.update(held_by_all(column))
         except RuntimeError:  # one is sparse or nested
             return False
-        for some_places in places:
-            self.places.update(some_places)
         for parts, value in found.items():  # there are few different ones
             look = type(value), parts
             if look not in self._known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 import torch
@@ -29,14 +29,14 @@ def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
         yield from held(part)
 
 
-def held_by_all(tensors: Sequence[Tensor]) -> Mapping[object, int]:
+def held_by_all(tensors: Sequence[Tensor]) -> Iterable[tuple[object, int]]:
     """Return what :func:`held` yields of many plain tensors on the CPU, in loops that Python does not interpret.
 
     Raises:
-        RuntimeError: one has no storage: it is sparse, for example.
+        RuntimeError: while iterating, at one that has no storage: it is sparse, for example.
     """
     sizes = map(UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))
-    return dict(zip(map(data_address or id, tensors), sizes, strict=True))
+    return zip(map(data_address or id, tensors), sizes, strict=True)
 
 
 def address(tensor: Tensor) -> object:
