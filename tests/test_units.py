@@ -496,6 +496,16 @@ def test_recordings_that_are_nested_have_units_of_their_own():
 # --- What remains ----------------------------------------------------------------------------------------
 
 
+def test_a_copy_that_is_made_in_the_block_leaves_the_units_of_the_recorder_alone() -> None:
+    model = Model()
+    with record(model, "linear") as acts:
+        for key in ("a", "b", "c"):
+            copy.copy(acts)
+            with acts.unit(key):
+                model(X)
+    assert acts["linear"].units == ["a", "b", "c"]
+
+
 def test_what_is_done_is_left_out_and_pairs_are_gone_through_one_by_one():
     model, seen = Model(), []
 

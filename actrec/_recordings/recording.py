@@ -96,8 +96,9 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         last = (index for layer in self._layers.values() for index in layer.passes)
         self._passes = Count(max(last, default=-1) + 1) if passes is None else passes
         self._units = Units() if units is None else units
-        for layer in self._layers.values() if units is not None else ():
-            layer._units = units
+        for layer in self._layers.values():
+            if layer._units is None:  # or it may be shared with a recorder, whose units go on
+                layer._units = units
         more = (aliases, order, self._passes)
         self._inputs, self._grads = (
             None if layers is None else Recording(model, layers, *more, units=units)
