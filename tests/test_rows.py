@@ -595,6 +595,7 @@ def test_each_header_is_read_once_though_the_keys_of_units_are_read_as_well(
         for key in range(6):
             with acts.unit(f"unit {key}"):
                 model(torch.ones(2, 4))
+        model(torch.ones(2, 4))  # of no unit, in a shard of its own
     read: list[str] = []
     opening = _index.Shard
     monkeypatch.setattr(_index, "_MOST_OPEN", 1)
@@ -607,7 +608,7 @@ def test_each_header_is_read_once_though_the_keys_of_units_are_read_as_well(
     dataset = rows(acts, "", (acts.inputs[""], "input"))
     assert len(read) >= 5
     assert len(read) == len(set(read))
-    assert dataset.where([0, 11]).unit == ["unit 0", "unit 5"]
+    assert dataset.where([0, 11, 12]).unit == ["unit 0", "unit 5", None]
     assert [*acts.done] == [f"unit {key}" for key in range(6)]
     assert len(read) == len(set(read)), "they are known now"
 

@@ -38,6 +38,7 @@ from actrec import (
 )
 from actrec.__main__ import main
 from actrec.data import rows, shuffled
+from actrec.data import shuffling as _shuffled
 from actrec.store import Folder
 from actrec.store import blocks as _blocks
 from actrec.store import bucket as _bucket
@@ -621,7 +622,9 @@ def test_an_epoch_fetches_each_byte_once_and_ahead_of_need(
 
 def test_what_is_fetched_at_a_time_is_many_parts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = shuffled(sized(url), "", batch_size=20, buffer=400 * (256 + 32))
+    Stand.begin()
     cat, now, most = Stand.cat_file, 0, 0
+    monkeypatch.setattr(_shuffled, "_TOGETHER", 1)
 
     def waiting(fs: Stand, path: str, start: Any = None, end: Any = None, **options: Any) -> Any:
         nonlocal now, most
@@ -634,8 +637,10 @@ def test_what_is_fetched_at_a_time_is_many_parts(url: str, monkeypatch: pytest.M
     monkeypatch.setattr(Stand, "cat_file", waiting)
     batches = iter(dataset)
     next(batches)
+    time.sleep(0.2)  # what comes next is on its way by now
     batches.close()  # type: ignore[attr-defined]
     assert most >= 4
+    assert sum(Stand.fetched) < 1600 * 256, "nothing more is fetched"
     assert not [one for one in threading.enumerate() if one.name.startswith("actrec-fetch")]
 
 
