@@ -22,6 +22,7 @@ from actrec.data import rows, shuffled
 from actrec.data.calls import Calls
 from actrec.data.steps import steps
 from actrec.store import Folder
+from actrec.store import disk as _disk
 from actrec.store import index as _index
 from tests.stored import same
 
@@ -621,3 +622,40 @@ def test_the_units_of_a_rank_that_has_not_recorded_the_layer_are_known_too(tmp_p
     acts = load(tmp_path)
     assert rows(acts, "0").where(0).unit == 0
     assert [*acts.done] == [0, 1]
+
+
+# --- From a file -------------------------------------------------------------------------------------
+
+read_in_one_go = _disk._read
+READS: dict[str, Callable[..., int]] = {
+    "as the system reads": read_in_one_go,
+    "one by one, where the system has no better": _disk._read_one,
+    "a few bytes at a time": lambda fd, views, at: read_in_one_go(fd, [views[0][:999]], at),
+    "to somewhere in the next row": lambda fd, views, at: read_in_one_go(
+        fd, [views[0], *(view[:999] for view in views[1:2])], at
+    ),
+}
+
+
+@given(data=st.data(), how=st.sampled_from([*READS]))
+@settings(max_examples=25, deadline=None)
+def test_rows_of_a_file_are_those_asked_for_however_near_and_often(
+    wide: tuple[Any, Tensor], data: st.DataObject, how: str
+) -> None:
+    dataset, whole = wide
+    near = st.lists(st.integers(50, 75), max_size=30)  # of which some are read together
+    wanted = [*data.draw(near), *data.draw(st.lists(st.integers(-200, 199), max_size=6))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_disk, "_read", READS[how])
+        assert same(dataset[wanted], whole[wanted])
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tensor]:
+    """Rows of 2,800 bytes, and the same in memory."""
+    path = tmp_path_factory.mktemp("wide") / "run"
+    model = nn.Identity()
+    with record(model, "", into=path):
+        for batch in numbered(200, 700).split(50):
+            model(batch)
+    return rows(load(path), ""), numbered(200, 700)

@@ -26,6 +26,10 @@ Shape: TypeAlias = tuple[int, ...]
 
 #: Bytes between two rows, at most, that are read rather than skipped.
 _GAP: Final = 1 << 14
+#: Where what is between rows goes, which nobody looks at.
+_NOTHING: Final = memoryview(bytearray(_GAP))
+#: So many rows, at most, are read each to its own place.
+_FEW: Final = 16
 #: Bytes that are read in one go to pick rows from.
 _MOST: Final = 1 << 20
 #: Files that are open at a time. Rows come in the order in which they lie, so those before are read to their end.
@@ -126,22 +130,26 @@ class Stored(Source):
     def take(self, begins: Tensor, out: Tensor, places: Tensor, files: Files) -> None:
         # Read, not mapped: on a disk that has to be asked, a map reads for each row as much around it as the system likes.
         width, memory = out.shape[1], writable(out)
-        # Rows that are near each other come with what is between them.
-        apart = (begins.diff() > width + _GAP) | ((begins // _MOST).diff() > 0)
-        bounds = [0, *(apart.nonzero()[:, 0] + 1).tolist(), len(begins)]
-        starts, targets = begins.tolist(), places.tolist()
-        parts = [
-            (starts[low], starts[high - 1] + width - starts[low]) for low, high in pairwise(bounds)
-        ]
+        starts, targets = begins.tolist(), (places * width).tolist()
+        parts = list(_parts(starts, width))
         with files.opened(self) as reading:
-            reading.gather(parts, files.later)
-            for (low, high), (start, nbytes) in zip(pairwise(bounds), parts, strict=True):
+            into = reading.into
+            reading.gather(
+                ((starts[low], starts[high - 1] + width - starts[low]) for low, high in parts),
+                files.later,
+            )
+            for low, high in parts:
                 if high - low == 1:
-                    to = targets[low] * width
-                    reading.into(start, memory[to : to + width])
+                    to = targets[low]
+                    into(starts[low], memory[to : to + width])
                     continue
-                found = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-                reading.into(start, writable(found))
+                here, start = starts[low:high], starts[low]
+                if len(here) <= _FEW and len({*here}) == len(here):
+                    own = [memory[to : to + width] for to in targets[low:high]]
+                    into(start, *_apart(here, own))
+                    continue
+                found = torch.empty(here[-1] + width - start, dtype=torch.uint8, device="cpu")
+                into(start, writable(found))
                 rows = found.unfold(0, width, 1).index_select(0, begins[low:high] - start)
                 words(out).index_copy_(0, places[low:high], words(rows))
 
@@ -150,6 +158,26 @@ class Stored(Source):
         if nbytes:
             with suppress(Defect):  # reading it says what is wrong
                 files.reading(self).announce(begin, nbytes, files.later)
+
+
+def _parts(begins: list[int], width: int) -> Iterator[tuple[int, int]]:
+    """Rows that are near each other, from one to before another: they come with what is between them."""
+    low = 0
+    for at, (one, other) in enumerate(pairwise(begins), 1):
+        if other - one > width + _GAP or other - begins[low] > _MOST:
+            yield low, at
+            low = at
+    yield low, len(begins)
+
+
+def _apart(begins: list[int], rows: list[memoryview]) -> Iterator[memoryview]:
+    """The rows that begin there, and between them as much memory for nothing."""
+    at = begins[0]
+    for begin, row in zip(begins, rows, strict=True):
+        if begin > at:
+            yield _NOTHING[: begin - at]
+        yield row
+        at = begin + len(row)
 
 
 class Files(AbstractContextManager["Files"]):

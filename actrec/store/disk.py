@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
@@ -136,20 +136,21 @@ class Reading:
             self._file = path.open("rb", buffering=0)
         except FileNotFoundError:
             raise Defect(GONE) from None
+        self._fd = self._file.fileno()
         if self._file.read(len(head)) != head:
             self.close()
             raise Defect(ANOTHER)
 
-    def into(self, begin: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes from ``begin`` on."""
-        self._file.seek(begin)
-        while view:
-            many = self._file.readinto(view)
+    def into(self, begin: int, *views: memoryview) -> None:
+        """Fill ``views``, one behind the other, with the bytes from ``begin`` on."""
+        many = _read(self._fd, views, begin)
+        while many < sum(map(len, views)):
             if not many:
-                now = os.fstat(self._file.fileno()).st_size
+                now = os.fstat(self._fd).st_size
                 defect = f"it has become shorter: it had more bytes when it was opened, and has {now} now"
                 raise Defect(defect)
-            view = view[many:]
+            begin, views = begin + many, _after(many, views)
+            many = _read(self._fd, views, begin)
 
     def announce(self, begin: int, nbytes: int, later: Later) -> None:  # noqa: ARG002
         """Let the system fetch a part while we do something else, if it can."""
@@ -164,6 +165,24 @@ class Reading:
         self._file.close()
 
 
+def _after(many: int, views: Sequence[memoryview]) -> tuple[memoryview, ...]:
+    """What is left of some views after so many bytes."""
+    at = 0
+    while many >= len(views[at]):
+        many -= len(views[at])
+        at += 1
+    return views[at][many:], *views[at + 1 :]
+
+
+def _read_one(fd: int, views: Sequence[memoryview], begin: int) -> int:
+    """Read what the first view has room for, and return how many bytes that were."""
+    os.lseek(fd, begin, os.SEEK_SET)
+    found = os.read(fd, len(views[0]))
+    views[0][: len(found)] = found
+    return len(found)
+
+
+_read: Any = getattr(os, "preadv", _read_one)  # not on Windows
 _announce: Any = getattr(os, "posix_fadvise", None)  # not on macOS, nor on Windows
 
 

@@ -91,8 +91,9 @@ class Object:
         self._same: Future[None] | None = None  # whether it still begins so
         self._coming: dict[tuple[int, int], Future[bytes]] = {}
 
-    def into(self, begin: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes from ``begin`` on."""
+    def into(self, begin: int, *views: memoryview) -> None:
+        """Fill ``views``, one behind the other, with the bytes from ``begin`` on."""
+        view = views[0] if len(views) == 1 else memoryview(bytearray(sum(map(len, views))))
         end = begin + len(view)
         read = self._read_at_once if len(view) > BLOCK else self._read_blocks
         read = self._read_coming if (begin, end) in self._coming else read
@@ -106,6 +107,10 @@ class Object:
             if found >= end:
                 raise
         need(found >= end, f"it has become shorter, and ends at byte {found}")
+        if len(views) > 1:
+            for one in views:
+                one[:] = view[: len(one)]
+                view = view[len(one) :]
 
     def _read_at_once(self, begin: int, view: memoryview) -> int:
         self._check()

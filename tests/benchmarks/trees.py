@@ -62,6 +62,7 @@ def work(folder: str) -> dict:
                 ),
             ),
             f"1,000 rows at random {name}": (5, lambda d=dataset, s=some: d[s]),
+            f"256 rows at random {name}": (20, lambda d=dataset, s=some[:256]: d[s]),
         }
         if hasattr(dataset, "where"):
             pieces[f"where of 1,000 rows {name}"] = (5, lambda d=dataset, s=some: d.where(s))
