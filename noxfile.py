@@ -195,8 +195,9 @@ def crash(session: nox.Session) -> None:
     bring(session, "tests")
     many = {"ACTREC_KILLS": "200", "ACTREC_MUTATIONS": "5000"}
     many |= {"ACTREC_CUTS": "100000", "ACTREC_FAULTS": "100000"}  # all that there are
-    names = "after_a_kill or mutated or power_loss"
+    names = "after_a_kill or wherever_it_stops or and_kills or mutated or power_loss"
     files = ["test_store_resume.py", "test_store_reader.py", "test_power_loss.py"]
+    files += ["test_units_resumed.py"]
     files = [f"tests/{file}" for file in files]
     run(session, "pytest", *files, "-k", names, *session.posargs, **many)
 
