@@ -48,7 +48,7 @@ IN_ORDER = "reading in order"
 AHEAD = 16 * 2**20  # bytes that are announced to the system before they are read, as shuffled does
 SHARE = 0.25  # of the recording that may be in memory
 FASTER = 1 / 5  # at least five times the rows per second of random access
-MILLISECONDS = 0.1  # at most, to take a batch
+MICROSECONDS = 100.0  # at most, to take a batch
 STEP = 0.03  # seconds of training between two batches
 AS_FAST = 1 / 0.7  # and at least 0.7 of those that reading in order brings
 
@@ -75,9 +75,9 @@ def measure(*, quick: bool) -> Iterator[Row]:
     yield from _rows(f"loading {gib:g} GiB in rows of 3 KiB", times)
     for workers, (cpu, wall) in takes.items():
         what = f"taking a batch of 3 MiB, {workers} workers"
-        target = None if workers else MILLISECONDS
-        yield Row.of(f"{what}: of the training thread", cpu, target, "ms")
-        yield Row.of(f"{what}: until it is there", wall, target, "ms")
+        target = None if workers else MICROSECONDS
+        yield Row.of(f"{what}: of the training thread", cpu, target, "us")
+        yield Row.of(f"{what}: until it is there", wall, target, "us")
 
 
 def _rows(what: str, times: dict[str, list[float]]) -> Iterator[Row]:
@@ -118,7 +118,7 @@ def _shuffled(path: Path, workers: int) -> float:
 
 
 def _takes(path: Path, workers: int, many: int) -> tuple[list[float], list[float]]:
-    """Milliseconds, of the thread and until it is there, that each batch takes where a step of training takes longer to make one.
+    """Microseconds, of the thread and until it is there, that each batch takes where a step of training takes longer to make one.
 
     The buffer is small, so that there are windows to go from and to.
     """
@@ -132,8 +132,8 @@ def _takes(path: Path, workers: int, many: int) -> tuple[list[float], list[float
         sleep(STEP)
         start, began = thread_time(), perf_counter()
         batch = next(batches)
-        wall.append(1000 * (perf_counter() - began))
-        cpu.append(1000 * (thread_time() - start))
+        wall.append(1e6 * (perf_counter() - began))
+        cpu.append(1e6 * (thread_time() - start))
         del batch  # not while one measures
     return cpu, wall
 
