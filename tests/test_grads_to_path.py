@@ -154,6 +154,9 @@ def test_passes_larger_than_the_budget_are_written_in_parts_with_their_gradients
     assert len([*(tmp_path / "run" / "rank-00000").iterdir()]) > 4
 
 
+@pytest.mark.eager_only(
+    "refused: compiled code that runs again does not tell which call it repeats"
+)
 def test_reentrant_checkpointing_builds_the_graph_late(tmp_path: Path) -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
@@ -178,6 +181,7 @@ def test_reentrant_checkpointing_builds_the_graph_late(tmp_path: Path) -> None:
 # --- Too late -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.eager_only("the compiler refuses it")
 def test_a_gradient_that_comes_after_its_pass_was_written_is_left_out_and_warned_of(
     tmp_path: Path,
 ) -> None:

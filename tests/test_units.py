@@ -320,6 +320,7 @@ def test_each_asyncio_task_has_units_of_its_own():
     assert list(acts["key"]) == acts["key"].units
 
 
+@pytest.mark.eager_only("the compiler warns that it cannot read it")
 def test_a_unit_that_ends_while_a_thread_is_in_a_forward_of_it_is_dropped_whole(into):
     model, inside, go_on = Model(), threading.Event(), threading.Event()
 
