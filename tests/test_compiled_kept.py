@@ -725,6 +725,10 @@ def test_checkpointing_inside_compiled_code_records_each_call_once_and_refuses_g
     paused = pytest.warns(UnusedLayerWarning, match=r"ran inside acts\.pause")
     with paused, record(model, grads=True, compiled=True) as acts, acts.pause():
         run(X).sum().backward()
+    with AGAIN(), record(model, grads=True, compiled=True) as acts:
+        with acts.pause():
+            run(X)  # which compiles it
+        run(X).sum().backward()
 
 
 def test_compiled_code_that_runs_again_in_a_backward_may_have_run_for_other_forwards_meanwhile() -> (

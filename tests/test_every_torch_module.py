@@ -444,7 +444,7 @@ def test_the_record_is_what_the_module_returned_and_the_module_feels_nothing(nam
     for mode, sample in modes_and_samples(name):
         with named(sample):
             compared += check_itself(sample, mode)
-    assert compared, "of every module there is a sample with gradients"
+    assert compared or not WHOLE, "of every module there is a sample with gradients"
 
 
 def bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
