@@ -43,8 +43,8 @@ def unseen() -> AbstractContextManager[object]:
 
 def normal_mode_unseen() -> AbstractContextManager[object]:
     """Both at once. Enter it at once, too."""
-    if not (is_inference_mode_enabled() or count_dispatch_modes()):  # the shortest way
-        return _AS_IT_IS
+    if not count_dispatch_modes():  # the shortest way: nothing to hide from
+        return normal_mode()
     both = ExitStack()
     both.enter_context(normal_mode())
     both.enter_context(unseen())
