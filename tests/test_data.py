@@ -873,13 +873,19 @@ def test_an_error_comes_where_its_item_would_have_come(many: int) -> None:
     assert [*items] == []
 
 
+def readers() -> set[threading.Thread]:
+    """The threads that read ahead; an example that ran before may have left an epoch half way."""
+    return {one for one in threading.enumerate() if one.name == "actrec-ahead"}
+
+
 def test_a_thread_that_is_left_at_the_end_of_the_program_is_not_waited_for() -> None:
     """Nor does it work with modules that are gone: it is told to end before they go."""
     stops: list[Any] = []
+    before = readers()
     with mock.patch("atexit.register", stops.append):
         items = ahead(counted(5, []))
         next(items)
-    (thread,) = (one for one in threading.enumerate() if one.name == "actrec-ahead")
+    (thread,) = readers() - before
     assert thread.daemon
     stops[0]()
     assert not thread.is_alive()
@@ -938,11 +944,12 @@ def test_whoever_stops_early_leaves_no_thread_and_no_file(stored: Path) -> None:
     next(items)
     items.close()
     assert made == [0, 1, -1]
+    before = readers()
     batches = iter(shuffled(load(stored), "label", batch_size=2))
     next(batches)
-    assert "actrec-ahead" in [thread.name for thread in threading.enumerate()]
+    assert len(readers() - before) == 1
     del batches
-    assert "actrec-ahead" not in [thread.name for thread in threading.enumerate()]
+    assert not readers() - before
 
 
 def test_batches_are_plain_tensors_whatever_mode_they_are_taken_in(stored: Path) -> None:
