@@ -130,12 +130,12 @@ def __getattr__(name: str) -> Any:
         return found
     if name == "__version__":
         return own_version()
-    message = f"module {__name__!r} has no attribute {name!r}"
-    if not name.startswith("_"):
-        from actrec._recordings.guesses import no_name  # noqa: PLC0415
+    if name.startswith("_"):  # Python asks for such names itself: nothing is imported for them
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    from actrec._recordings.guesses import no_name  # noqa: PLC0415
 
-        message += no_name(name, __dir__())
-    raise AttributeError(message)
+    raise no_name(__name__, name, __dir__())
 
 
 def __dir__() -> list[str]:

@@ -568,19 +568,25 @@ def test_calls_are_put_side_by_side_as_if_one_by_one(
 # --- Cost --------------------------------------------------------------------------------------------
 
 
-def test_each_header_is_read_once_however_many_layers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reused([2] * 12, Folder(tmp_path / "r", shard_bytes=30_000))
+def loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    """A recording of which one shard stays open, and a list that grows by the name of each whose header is read."""
     read: list[str] = []
     opening = _index.Shard
     monkeypatch.setattr(_index, "_MOST_OPEN", 1)
-    acts = load(tmp_path / "r")
+    acts = load(path)
     monkeypatch.setattr(
         _index,
         "Shard",
         lambda disk, name: read.append(name) or opening(disk, name),  # type: ignore[func-returns-value]
     )
+    return acts, read
+
+
+def test_each_header_is_read_once_however_many_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reused([2] * 12, Folder(tmp_path / "r", shard_bytes=30_000))
+    acts, read = loaded(tmp_path / "r", monkeypatch)
     rows(acts, "relu")
     once = len(read)
     assert once > 3
@@ -597,15 +603,7 @@ def test_each_header_is_read_once_though_the_keys_of_units_are_read_as_well(
             with acts.unit(f"unit {key}"):
                 model(torch.ones(2, 4))
         model(torch.ones(2, 4))  # of no unit, in a shard of its own
-    read: list[str] = []
-    opening = _index.Shard
-    monkeypatch.setattr(_index, "_MOST_OPEN", 1)
-    acts = load(tmp_path / "r")
-    monkeypatch.setattr(
-        _index,
-        "Shard",
-        lambda disk, name: read.append(name) or opening(disk, name),  # type: ignore[func-returns-value]
-    )
+    acts, read = loaded(tmp_path / "r", monkeypatch)
     dataset = rows(acts, "", (acts.inputs[""], "input"))
     assert len(read) >= 5
     assert len(read) == len(set(read))

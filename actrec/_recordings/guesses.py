@@ -151,8 +151,15 @@ def _shown(index: object) -> str:
     return "..." if index is ... else repr(index) if isinstance(index, (int, str)) else "index"
 
 
-def no_name(name: str, names: Iterable[str]) -> str:
-    """Return what to write for a name that :mod:`actrec`, or a module of it, does not have."""
+def no_name(module: str, name: str, names: Iterable[str]) -> AttributeError:
+    """Return the error of a name that :mod:`actrec`, or a module of it, does not have: with what to write instead."""
+    message = f"module {module!r} has no attribute {name!r}"
+    return AttributeError(
+        message if name.startswith("_") else message + _instead_of_name(name, names)
+    )
+
+
+def _instead_of_name(name: str, names: Iterable[str]) -> str:
     if name in _FUNCTIONS:
         return f". Write {_FUNCTIONS[name]}"
     if name in _OTHERWISE:

@@ -32,5 +32,4 @@ __all__ = ["distributions", "drift", "feature_maps", "similarity"]
 if not TYPE_CHECKING:  # to type checkers, what is not there is an error as before
 
     def __getattr__(name: str) -> Any:
-        message = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(message if name.startswith("_") else message + no_name(name, __all__))
+        raise no_name(__name__, name, __all__)
