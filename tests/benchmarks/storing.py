@@ -56,7 +56,7 @@ class Way:
 
 def measure(*, quick: bool) -> Iterator[Row]:
     gib = 0.001 if quick else 3
-    for kib, share in ((4096, 1), (256, 1), (8, 1 / 32)):
+    for kib, share in ((4096, 1), (256, 1 / 4), (8, 1 / 32)):
         yield from _measured(max(1, int(gib * share * 2**20 / kib / LAYERS)), kib, quick=quick)
 
 
