@@ -7,7 +7,6 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, cast
 
@@ -32,8 +31,8 @@ from actrec._calls.session import Session
 from actrec._calls.stop_early import EarlyStop
 from actrec._calls.tracks import ROLES, Tracks
 from actrec._calls.warnings import warned_of
-from actrec._recordings.layer import FUNCTION, Layer
-from actrec._selection.functions import Owner, What
+from actrec._recordings.layer import FUNCTION
+from actrec._selection.functions import Owner
 from actrec._selection.names import type_name
 from actrec._selection.selection import Selection
 from actrec._torch import is_of_compiler
@@ -109,12 +108,15 @@ class Block(AbstractContextManager[Recorder[Any]]):
         session = self._session
         session.end(interrupted=kind is not None)
         assert self._yielded is not None  # noqa: S101  # it was entered
-        self._yielded._end()
-        self._destination.left_by(error)
+        units = self._yielded._blocks
+        choices, self._tracks.choices = self._tracks.choices, {}
+        units.drop_open()
+        self._destination.error = None if error is None else type(error).__name__
         missing = None if self._functions is None else self._functions.missing()
         self._clean_up()
-        self._yielded._ended()
-        failure = session.unseen or self._destination.failure() or self._yielded._unmasked()
+        units.forget_from(self._yielded.num_passes)
+        failure = session.unseen or self._destination.failure()
+        failure = failure or self._tracks.unmasked(session.passes.raised)
         if error is not None:
             if failure is not None:
                 error.add_note(str(failure))
@@ -128,8 +130,10 @@ class Block(AbstractContextManager[Recorder[Any]]):
         if session.error is not None and not session.surfaced:
             # The model has caught it: without this, calls would be missing without a word.
             raise session.error
-        if not self._yielded._is_idle():
-            found = [*warned_of(self._model, self._tracks.of, session, missing)]
+        is_idle = units.nothing_left and not any(track.called for track in self._tracks.of.values())
+        if not is_idle:
+            tracks = {key: (choices[key], track) for key, track in self._tracks.of.items()}
+            found = [*warned_of(self._model, tracks, session, missing)]
             self._yielded._warned = [message for message, _ in found]
             self._destination.warned(self._yielded._warned)
             for message, category in found:
@@ -179,7 +183,9 @@ class Block(AbstractContextManager[Recorder[Any]]):
             LayerInfo.of(query.query, FUNCTION, query.treatment, query.what)
             for query in self._selection.functions
         )
-        description = Description(kind, layers, self._names(), dtype=dtype, functions=functions)
+        description = Description(
+            kind, layers, self._selection.aliases, dtype=dtype, functions=functions
+        )
         folder = Folder.of(self._options.path)
         return Stream(
             folder,
@@ -190,49 +196,21 @@ class Block(AbstractContextManager[Recorder[Any]]):
         )
 
     def _recorder(self) -> Recorder[Any]:
-        """Make what keeps the calls: layers for each choice, and the track that leads to them."""
-        layers = {role: self._layers(role) for role in ROLES}
+        """Make what keeps the calls: the tracks of the layers, and the recording that shows what they keep."""
         tracks = self._tracks
         for choice in self._selection.choices:
-            key = choice.key
-            tracks.add(choice, {role: of[key] for role, of in layers.items() if key in of})
+            tracks.add(choice)
         if self._selection.functions:
             self._functions = Functions(
                 self._selection.functions, self._session, tracks.add_function
             )
         if self._session.stop is not None:
             self._session.stop.layers = frozenset([*tracks.of, *map(stop_key, self._owners())])
-        asked = {query.what for query in self._selection.functions}
-        inputs, grads = (
-            layers[role] if layers[role] or role in asked else None
-            for role in ("input", "gradient")
-        )
-        recorder = Recorder(
-            type_name(self._model),
-            layers["output"],
-            self._names(),
-            self._session,
-            inputs=inputs,
-            grads=grads,
-            capture=self._capture,
-            tracks=[track for _, track in tracks.of.values()],
-            modules={choice.module: choice.key for choice in self._selection.choices},
-            destination=self._destination,
-            position=partial(_position, self._options.into),
-        )
+        recorder = Recorder[Any](type_name(self._model), self._selection, tracks)
         self._session.order.update(dict.fromkeys(self._destination.order))
-        tracks.lead_to(recorder)
         if self._functions is not None:
             self._functions.begin()
         return recorder
-
-    def _layers(self, role: What) -> dict[str, Layer[Any]]:
-        return {
-            choice.key: self._destination.layer(
-                role, at, choice.key, type_name(choice.module), choice.treatments[role].make
-            )
-            for at, choice in enumerate(self._selection.of(role))
-        }
 
     def _owners(self) -> list[Owner]:
         """The modules whose functions are recorded."""
@@ -245,11 +223,6 @@ class Block(AbstractContextManager[Recorder[Any]]):
             yield from self._functions.forwards()
         if self._session.stop is not None:
             yield Forward(self._model, self._session.stop)
-
-    def _names(self) -> dict[str, str]:
-        names = {name: choice.key for choice in self._selection.choices for name in choice.names}
-        owners = [owner for query in self._selection.functions for owner in query.owners]
-        return names | {f"{name}:": f"{owner.key}:" for owner in owners for name in owner.names}
 
     def _marks(self, plan: list[tuple[nn.Module, Hook[Any]]]) -> AbstractContextManager[None]:
         """What makes the compiler see the hooks. It goes off the model before they do."""
@@ -264,7 +237,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
         hook = self._hook
         hooks: dict[nn.Module, list[Hook[Track]]] = {}
         for choice in self._selection.choices:
-            _, track = self._tracks.of[choice.key]
+            track = self._tracks.of[choice.key]
             hooks[choice.module] = [hook(Event.RETURN, track, Track.returns)]
             if track.inputs is not None:
                 hooks[choice.module].insert(0, hook(Event.RECEIVE, track, Track.receives))
@@ -282,14 +255,6 @@ class Block(AbstractContextManager[Recorder[Any]]):
         if session.stop is not None:
             for module in dict.fromkeys([*hooks, *(owner.module for owner in self._owners())]):
                 yield module, hook(Event.STOP, session, Session.may_stop)
-
-
-def _position(into: object) -> tuple[int, int, str | None]:
-    """The rank of this process, how many ranks there are, and the name of the run."""
-    from .store.folder import Folder  # noqa: PLC0415
-    from .store.rank import here  # noqa: PLC0415
-
-    return here(into.rank, into.world_size, into.run) if isinstance(into, Folder) else here()
 
 
 _STOPPED = (

@@ -16,7 +16,7 @@ PICTURE = ROOT / "docs" / "house.svg"
 #: From the ground up, each room with its column in the picture, so that no arrow crosses a box. A room imports only from
 #: lower floors; the package itself is ``""``.
 FLOORS = [
-    {"_torch": 0, "errors": 1, "_text": 2, "_progress": 4},
+    {"_torch": 0, "errors": 1, "_text": 2, "_rank": 3, "_progress": 4},
     {"_selection": 0, "_attention": 1, "_values": 2, "_tables": 3},
     {"reduce": 0, "_layers": 1, "_recordings": 4},
     {"_calls": 0, "_report": 2, "store": 3},

@@ -319,9 +319,9 @@ def test_every_kind_of_plain_tensor_arrives_as_it_was_and_as_small_as_it_is(
     value: Tensor, device: StandIn
 ) -> None:
     with standing_in(device), record(nn.Identity(), "") as acts:
-        acts._tracks[0].keep(value, 0)
+        acts._tracks.of[""].keep(value, 0)
     with record(nn.Identity(), "") as reference:
-        reference._tracks[0].keep(value, 0)
+        reference._tracks.of[""].keep(value, 0)
     (arrived,), (expected,) = acts[""], reference[""]
     assert arrived.stride() == expected.stride()
     assert arrived.dtype == expected.dtype

@@ -31,15 +31,15 @@ from actrec import (
     OptionError,
     RecordingExistsError,
     ResumeError,
+    _rank,
     load,
     record,
 )
+from actrec._rank import here
 from actrec.store import Folder, RankInfo
 from actrec.store import layers as _layers
 from actrec.store import opening as _opening
-from actrec.store import rank as _rank
 from actrec.store.disk import Disk
-from actrec.store.rank import here
 from tests.ranked import Same, as_rank, write
 from tests.stored import Shards, assert_same, same
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from actrec import load, record, save, verify
-from actrec._calls.recorder import _Everything
 from actrec.errors import ActrecError, OptionError
 from actrec.store import Folder
 from tests.stand_in import StandIn, standing_in
@@ -230,7 +229,7 @@ def test_a_forked_process_leaves_the_units_alone(into, monkeypatch):
                 if raises:
                     raise MemoryError
             assert len(acts["linear"]) == 1
-            acts._blocks.drop_open(_Everything(acts))
+            acts._blocks.drop_open()
         model(X)
     assert acts["linear"].units == [None]
 

@@ -27,7 +27,7 @@ from actrec import (
     reduce,
     verify,
 )
-from actrec._calls.units import Share
+from actrec._rank import Position
 from actrec.errors import CorruptRecordingError
 from actrec.store import Folder
 from actrec.store import units as _units
@@ -219,7 +219,7 @@ def test_after_kill_9_a_run_goes_on_with_what_is_not_committed(tmp_path: Path) -
 
 @given(st.integers(1, 9), st.text(max_size=3), st.integers(0, 40))
 def test_each_pair_goes_to_one_rank_and_as_many_to_each(ranks: int, run: str, many: int) -> None:
-    shares = [Share(rank, ranks, run) for rank in range(ranks)]
+    shares = [Position(rank, ranks, run) for rank in range(ranks)]
     mine = [[at for at in range(many) if share.has(at)] for share in shares]
     assert sorted(chain(*mine)) == list(range(many))
     assert max(map(len, mine)) - min(map(len, mine)) <= 1

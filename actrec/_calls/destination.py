@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from typing_extensions import override
+
+from actrec._rank import Position, here
 from actrec._recordings.in_memory import ListLayer
-from actrec._recordings.layer import FUNCTION, Layer, Role
+from actrec._recordings.layer import Layer, Role
 from actrec._recordings.units import Key, Units
 from actrec._selection.treatment import Make, is_reduction
 
@@ -16,121 +19,80 @@ from .sink import SinkLayer
 
 
 class Destination(Protocol):
-    """What makes the layers of a recorder, and is told when the block ends."""
+    """What makes the layers of a recorder, and is told when the block ends.
 
-    order: list[str]  #: the layers that have calls of earlier runs, by the first of them
-    rank: int | None  #: of this process; ``None`` in memory
-    where: str  #: the path, if it is one
+    What it does here is what is done where nothing was recorded before, and nothing goes wrong later.
+    """
 
-    def layer(
-        self, role: Role, number: int, name: str, kind: str, make: Make | None = None
-    ) -> Layer[Any]:
-        """Return the layer for values of a chosen module: of its ``number``, name and type; ``make`` makes what reduces them."""
+    order: Sequence[str] = ()  #: the layers that have calls of earlier runs, by the first of them
+    rank: int | None = None  #: of this process; ``None`` in memory
+    where: str = ""  #: the path, if it is one
+    error: str | None = None  #: what the block was left by, as far as that is known
 
-    def function(self, role: Role, name: str, make: Make | None = None) -> Layer[Any]:
-        """Return the layer for values of a function, which is first called while the block runs."""
+    def layer(self, role: Role, name: str, kind: str, make: Make | None = None) -> Layer[Any]:
+        """Return the layer for values of this role; ``make`` makes what reduces them, if anything does."""
 
-    def added(self, name: str) -> Layer[Any]:
-        """Return the layer for values that the user adds by a name."""
+    def position(self) -> Position:
+        """Return the position of this process among those that record."""
+        return here()
+
+    # --- Earlier runs --------------------------------------------------------------------------------------
 
     def added_before(self) -> Mapping[str, Layer[Any]]:
-        """Return the layers of names that were added in earlier runs."""
+        """Return the layers of names that the user has added values by."""
+        return {}
 
     def units(self) -> Units:
-        """Return the units of earlier runs, of this rank."""
+        """Return the units of this rank."""
+        return Units()
 
     def done_before(self) -> Iterable[Key]:
-        """Return the keys of the units of earlier runs, of all ranks."""
+        """Return the keys of the units of all ranks."""
+        return ()
 
     def doubt(self) -> str | None:
         """Return why to go on by the number of passes may be wrong, if there are no units and it seems so."""
+        return None
 
-    def keep_unit(self, number: int, key: Key) -> None:
+    # --- What happens --------------------------------------------------------------------------------------
+
+    def keep_unit(self, number: int, key: Key) -> None:  # noqa: ARG002
         """The unit of pass ``number`` has ended, and is kept."""
+        return
 
-    def drop_unit(self, number: int) -> None:
+    def drop_unit(self, number: int) -> None:  # noqa: ARG002
         """The unit of pass ``number`` has failed."""
+        return
 
-    def left_by(self, error: BaseException | None) -> None:
-        """The block ends; ``error`` is what it was left by."""
-
-    def warned(self, messages: Sequence[str]) -> None:
+    def warned(self, messages: Sequence[str]) -> None:  # noqa: ARG002
         """The end of the block warns of this."""
+        return
 
     def close(self) -> None:
         """Nothing more is going to be kept. May be called again."""
+        return
 
     def failure(self) -> Exception | None:
         """Return what went wrong and no call has raised."""
+        return None
 
 
-class Memory:
+class Memory(Destination):
     """Keeps values in lists, or in containers of the user's."""
 
     def __init__(self, options: Options, held: Collection[int] = ()) -> None:
         """``held`` are the passes whose calls no container of the user's gets yet; it changes."""
-        self.order: list[str] = []
-        self.rank: int | None = None
-        self.where = ""
         self._options = options
         self._held = held
 
-    def layer(
-        self,
-        role: Role,  # noqa: ARG002  # see Destination
-        number: int,  # noqa: ARG002
-        name: str,
-        kind: str,
-        make: Make | None = None,
-    ) -> Layer[Any]:
-        """Return a new layer."""
+    @override
+    def layer(self, role: Role, name: str, kind: str, make: Make | None = None) -> Layer[Any]:
         if make is not None:
             return ReducedLayer(name, make, kind, self._held)
-        if self._options.into is not list:
+        if self._options.into is not list and role != "added":
             container = self._options.container()
             if is_reduction(container):
                 return ReducedLayer(name, self._options.container, kind, self._held)
             if type(container) is not list:
                 return SinkLayer(name, container, self._options.container, kind, self._held)
         return ListLayer(name, (), kind)
-
-    def function(self, role: Role, name: str, make: Make | None = None) -> Layer[Any]:
-        """Return a new layer."""
-        return self.layer(role, 0, name, FUNCTION, make)
-
-    def added(self, name: str) -> Layer[Any]:
-        """Return a new layer, a list."""
-        return ListLayer(name, (), "added")
-
-    def added_before(self) -> Mapping[str, Layer[Any]]:
-        """Nothing was recorded before."""
-        return {}
-
-    def units(self) -> Units:
-        """Nothing was recorded before."""
-        return Units()
-
-    def done_before(self) -> Iterable[Key]:
-        """Nothing was recorded before."""
-        return ()
-
-    def doubt(self) -> None:
-        """Nothing is gone on with."""
-
-    def keep_unit(self, number: int, key: Key) -> None:
-        """The recorder has the key."""
-
-    def drop_unit(self, number: int) -> None:
-        """The layers forget it."""
-
-    def left_by(self, error: BaseException | None) -> None:
-        """Memory keeps what there is, however the block ends."""
-
-    def warned(self, messages: Sequence[str]) -> None:
-        """The recorder has them."""
-
-    def close(self) -> None:
-        """There is nothing to close."""
-
-    def failure(self) -> None:
-        """Nothing goes wrong later."""

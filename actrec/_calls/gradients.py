@@ -242,15 +242,13 @@ class Gradients:
         return waiting
 
     def settle(self, number: int) -> None:
-        """Keep the gradients of a unit. The caller holds the lock."""
-        self.layer.settle(number)
+        """The layer has the gradients of a unit for good. The caller holds the lock."""
         for call in self._open.pop(number, ()):
             if call.ticket < 0 and self.backwards is None:
                 self._enter(call)
 
     def drop(self, number: int) -> None:
-        """Forget the gradients of a unit. The caller holds the lock."""
-        self.layer.drop(number)
+        """The layer has forgotten the gradients of a unit. The caller holds the lock."""
         for call in self._open.pop(number, ()):
             if call.ticket >= 0:
                 insort(self._gone, call.ticket)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from actrec._recordings.layer import Layer
+from actrec._selection.functions import What
 from actrec._torch import (
     backward_number,
     compiles_itself,
@@ -38,7 +39,6 @@ from .order import is_overtaken
 from .own_calls import comparing, is_own_call, is_symbolic, is_written_down
 from .parameters import named
 from .session import Session
-from .units import Kept
 
 
 class Unrecorded(Enum):
@@ -95,37 +95,43 @@ class Track:
         self.compiled += compiles_itself() and not runs
         return runs
 
-    def captures(self) -> dict[str, Capture]:
-        """What makes kept values, by what they are of: ``""`` for outputs."""
-        found = {"": self.capture}
-        if self.inputs is not None:
-            found["the input of "] = self.inputs.capture
-        if self.grads is not None:
-            found["the gradient of "] = self.grads.capture
-        return found
+    @property
+    def layers(self) -> dict[What, Layer[Any]]:
+        """The layers of the recording that it leads to."""
+        found: dict[What, Layer[Any] | None] = {
+            "output": self.outputs,
+            "input": None if self.inputs is None else self.inputs.calls,
+            "gradient": None if self.grads is None else self.grads.layer,
+        }
+        return {role: layer for role, layer in found.items() if layer is not None}
 
-    # --- Units -------------------------------------------------------------------------------------------------
+    # --- All calls ---------------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        with self.lock:
+            for layer in self.layers.values():
+                layer.clear()
+                if layer.overflows is not None:
+                    layer.overflows.clear()
 
     def drop(self, number: int) -> None:
         """Forget the calls of pass ``number``, a unit that has failed."""
         with self.lock:
-            for kept in self._kept():
-                kept.drop(number)
-        for capture in self.captures().values():
-            if capture.overflows is not None:
-                capture.overflows.drop(number)
+            for layer in self.layers.values():
+                layer.drop(number)
+                if layer.overflows is not None:
+                    layer.overflows.drop(number)
+            if self.grads is not None:
+                self.grads.drop(number)
 
     def settle(self, number: int) -> None:
         """Keep the calls of pass ``number``, a unit that has ended."""
         with self.lock:
-            for kept in self._kept():
-                kept.settle(number)
-
-    def _kept(self) -> list[Kept]:
-        """What has the calls of the layer, and what belongs to them."""
-        inputs = None if self.inputs is None else self.inputs.calls
-        found: tuple[Kept | None, ...] = (self.outputs, inputs, self.grads)
-        return [kept for kept in found if kept is not None]
+            for layer in self.layers.values():
+                layer.settle(number)
+            if self.grads is not None:
+                self.grads.settle(number)
 
     # --- A call ------------------------------------------------------------------------------------------------
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
-from torch import nn
 from typing_extensions import override
 
 from actrec._recordings.layer import Layer, V
@@ -18,15 +16,12 @@ from actrec._recordings.recording import Recording
 from actrec._recordings.table import State
 from actrec._recordings.units import Key
 from actrec._selection.functions import What
+from actrec._selection.selection import Selection
 from actrec._values.containers import Value
 from actrec.errors import ActrecError, CaptureError, OptionError
 
-from .capture import Capture
-from .destination import Destination
-from .layer import Track
 from .passes import Unit
-from .reduced import ReducedLayer
-from .session import Session
+from .tracks import ROLES, Tracks
 from .units import UnitRecorder
 
 K = TypeVar("K", bound=Key)
@@ -53,81 +48,53 @@ class Recorder(Recording[V], Generic[V]):
     ``block: AbstractContextManager[Recorder[MyOutput]] = record(model)``, or ``Recorder[Any]``.
     """
 
-    def __init__(
-        self,
-        model: str,
-        layers: Mapping[str, Layer[Any]],
-        aliases: Mapping[str, str],
-        session: Session,
-        *,
-        inputs: Mapping[str, Layer[Any]] | None,
-        grads: Mapping[str, Layer[Any]] | None,
-        capture: Capture,
-        tracks: list[Track],
-        modules: Mapping[nn.Module, str],
-        destination: Destination,
-        position: Callable[[], tuple[int, int, str | None]],
-    ) -> None:
-        units = destination.units()
+    def __init__(self, model: str, selection: Selection, tracks: Tracks) -> None:
+        session, destination = tracks.session, tracks.destination
+        layers = {
+            role: {c.key: tracks.of[c.key].layers[role] for c in selection.of(role)}
+            for role in ROLES
+        }
+        asked = {query.what for query in selection.functions}
+        inputs, grads = (
+            layers[role] if layers[role] or role in asked else None
+            for role in ("input", "gradient")
+        )
         super().__init__(
             model,
-            {**layers, **destination.added_before()},
-            aliases,
+            layers["output"] | tracks.added,
+            selection.aliases,
             session.order,
             session.passes,
             inputs=inputs,
             grads=grads,
-            units=units,
+            units=destination.units(),
         )
-        self._keys_of = weakref.WeakKeyDictionary(modules)
-        for beside in (self._inputs, self._grads):
-            if beside is not None:
-                beside._keys_of = self._keys_of
+        keys = {choice.module: choice.key for choice in selection.choices}
+        self._keys_of = weakref.WeakKeyDictionary(keys)
+        for beside in self._besides().values():
+            beside._keys_of = self._keys_of
         self._where = destination.where
-        self._added = destination.added
-        self._chosen = {*layers, *(inputs or ()), *(grads or ()), *aliases}
         self._session = session
-        self._capture = capture
         self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
-        self._adding = threading.Lock()
-        self._blocks = UnitRecorder(session, units, destination, position)
-        every = [one for of in (layers, inputs, grads) if of is not None for one in of.values()]
-        self._reduced = [layer for layer in every if isinstance(layer, ReducedLayer)]
+        self._blocks = UnitRecorder(tracks, self._units)
+        tracks.show_in(self)
 
     @override
     def _deliver(self) -> None:
         self._session.deliver()
 
-    def _add_layer(self, name: str, layers: Mapping[What, Layer[Any]], track: Track) -> None:
-        """Put the layers of a function into the recording. Others may be reading it: what they see stays as it is."""
-        places: dict[What, Recording[Any] | None] = {
-            "output": self,
-            "input": self._inputs,
-            "gradient": self._grads,
-        }
-        with self._adding:
-            if name in self._layers:
-                message = f"acts.add({name!r}): that is the name of a recorded function. Choose another one."
-                raise ActrecError(message)
-            for role, recording in places.items():
-                if recording is not None and role in layers:
-                    layers[role]._units = recording._units
-                    recording._layers = {**recording._layers, name: layers[role]}
-            self._chosen.add(name)
-            self._reduced += [one for one in layers.values() if isinstance(one, ReducedLayer)]
-            self._tracks.append(track)
+    def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None:
+        """Put layers into the recording. Others may be reading it: what they see stays as it is."""
+        places = {"output": self, "input": self._inputs, "gradient": self._grads}
+        for role, layer in layers.items():
+            recording = places[role]
+            if recording is not None:
+                layer._units = self._units
+                recording._layers = {**recording._layers, name: layer}
 
-    def _end(self) -> None:
-        """The block ends: a unit that is still open, in another thread, is not whole."""
-        self._blocks.drop_open(_Everything(self))
-
-    def _is_idle(self) -> bool:
-        """Whether there was nothing left to record, and nothing was called."""
-        return self._blocks.nothing_left and not any(track.called for track in self._tracks)
-
-    def _ended(self) -> None:
-        """It has ended: what could not be committed is not there."""
-        self._blocks.forget_from(self.num_passes)
+    def _hide(self, name: str) -> None:
+        """Take the layer of a name out of the recording."""
+        self._layers = {other: layer for other, layer in self._layers.items() if other != name}
 
     @property
     def transfers(self) -> dict[str, str]:
@@ -224,7 +191,7 @@ class Recorder(Recording[V], Generic[V]):
             ActrecError: a unit of that key is done, or this is inside another unit or a forward, or the recording has
                 ended. From the end of the block: other threads are still in a forward that belongs to the unit.
         """
-        return self._blocks.unit(key, _Everything(self))
+        return self._blocks.unit(key)
 
     def remaining(
         self, pairs: Iterable[tuple[K, T]], *, divide: bool = False
@@ -318,7 +285,7 @@ class Recorder(Recording[V], Generic[V]):
         if not isinstance(given, str):
             message = f"acts.add({given!r}, ...): expected a string as the name, such as 'label'."
             raise OptionError(message)
-        if name in self._chosen:
+        if name in self._tracks.of or name in self._aliases:
             message = (
                 f"acts.add({name!r}): that is the name of a recorded layer. Choose another one."
             )
@@ -332,24 +299,10 @@ class Recorder(Recording[V], Generic[V]):
         if number is None:
             raise ActrecError(_no_unit(name, [*self._session.passes.units.values()]))
         try:
-            kept = self._capture.added(value)
-            with self._adding:  # several threads may be the first to add by this name
-                if name not in self._layers:
-                    layer = self._added(name)
-                    layer._units = self._units
-                    self._layers = {**self._layers, name: layer}
-                    self._session.order.setdefault(name)
-                self._layers[name].keep(kept, number)
-                for reduced in self._reduced:
-                    reduced.add(name, kept, number)
+            self._tracks.keep(name, value, number)
         except CaptureError as error:
             message = f"acts.add({name!r}): {error}."
             raise CaptureError(message) from error
-
-    def _unmasked(self) -> ActrecError | None:
-        """Return what is wrong if calls were not reduced for want of a mask."""
-        errors = (layer.unmasked(self._passes.raised) for layer in self._reduced)
-        return next(filter(None, errors), None)
 
     def clear(self) -> None:
         """Forget all calls, inputs, gradients and added values, and count the passes from 0 again.
@@ -376,16 +329,7 @@ class Recorder(Recording[V], Generic[V]):
             message = "acts.clear(): a unit is open. Clear the recording between two units."
             raise ActrecError(message)
         self._deliver()
-        locks = {track.capture.layer: track.lock for track in self._tracks}
-        recordings = [one for one in (self, self._inputs, self._grads) if one is not None]
-        for name in dict.fromkeys(name for recording in recordings for name in recording):
-            with locks.get(name, self._adding):  # other threads keep calls in one step, too
-                for recording in recordings:
-                    if name in recording:
-                        layer = recording[name]
-                        layer.clear()
-                        if layer.overflows is not None:
-                            layer.overflows.clear()
+        self._tracks.clear()
         self._blocks.clear()
         self._session.passes.restart()
 
@@ -410,38 +354,6 @@ class Recorder(Recording[V], Generic[V]):
         if self._session.active:
             return "recording"
         return "interrupted" if self._session.interrupted else "recorded"
-
-
-class _Everything(NamedTuple):
-    """All calls of a recorder."""
-
-    recorder: Recorder[Any]
-
-    def settle(self, number: int) -> None:
-        """Keep the calls of a unit."""
-        for track in self.recorder._tracks:
-            track.settle(number)
-        with self.recorder._adding:
-            for layer in self._added():
-                layer.settle(number)
-
-    def drop(self, number: int) -> None:
-        """Forget the calls of a unit, and names by which nothing else was added."""
-        for track in self.recorder._tracks:
-            track.drop(number)
-        with self.recorder._adding:
-            for layer in self._added():
-                known = len(layer)
-                layer.drop(number)
-                if known and not len(layer):
-                    kept = {
-                        name: one for name, one in self.recorder._layers.items() if one is not layer
-                    }
-                    self.recorder._layers = kept
-
-    def _added(self) -> list[Layer[Any]]:
-        layers = self.recorder._layers.items()
-        return [layer for name, layer in layers if name not in self.recorder._chosen]
 
 
 def _no_unit(name: str, units: list[Unit]) -> str:

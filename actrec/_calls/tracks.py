@@ -1,16 +1,20 @@
-"""What keeps the calls of a block: for each chosen layer a track, and the layers of the recording that it leads to."""
+"""What keeps the calls of a block: for each chosen layer a track, and layers for values of the user's."""
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from actrec._recordings.layer import Layer
+from actrec._recordings.layer import FUNCTION, Layer
 from actrec._selection.functions import What
+from actrec._selection.names import type_name
 from actrec._selection.selection import Choice
 from actrec._text import function_name
+from actrec._values.containers import Value
+from actrec.errors import ActrecError
 
 from .capture import Capture
 from .destination import Destination
@@ -18,7 +22,7 @@ from .gradients import Gradients
 from .inputs import Inputs
 from .layer import Track
 from .overflow import Overflows
-from .recorder import Recorder
+from .reduced import ReducedLayer
 from .session import Session
 
 ROLES: Final[tuple[What, ...]] = ("output", "input", "gradient")
@@ -30,59 +34,135 @@ _OF: Final[dict[What, str]] = {
 }
 
 
+class Shown(Protocol):
+    """The recording that shows the layers."""
+
+    def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None: ...
+    def _hide(self, name: str) -> None: ...
+
+
 class Tracks:
-    """The tracks of a block, by the names of their layers."""
+    """The tracks of a block, by the names of their layers, and the layers of what the user adds."""
 
     def __init__(self, session: Session, capture: Capture, destination: Destination) -> None:
-        self.of: dict[str, tuple[Choice, Track]] = {}
-        self._session = session
+        self.of: dict[str, Track] = {}
+        #: What they are of; the recording that is left behind keeps no module alive, and so none of these.
+        self.choices: dict[str, Choice] = {}
+        self.session = session
+        self.destination = destination
+        self.added = {**destination.added_before()}
+        self._adding = threading.Lock()
         self._capture = capture
-        self._destination = destination
-        self._recorder: Callable[[], Recorder | None] = lambda: None
+        self._reduced: list[ReducedLayer] = []
+        self._recording: Callable[[], Shown | None] = lambda: None
 
-    def lead_to(self, recorder: Recorder) -> None:
-        """Put layers that are made from now on into ``recorder``, which is not kept."""
-        self._recorder = weakref.ref(recorder)
+    def show_in(self, recording: Shown) -> None:
+        """Let ``recording``, which is not kept, show the layers that come from now on."""
+        self._recording = weakref.ref(recording)
 
-    def add(self, choice: Choice, layers: Mapping[What, Layer[Any]]) -> None:
-        """Make the track of a chosen module, which leads to these layers."""
-        self.of[choice.key] = choice, self._track(choice, layers)
+    def add(self, choice: Choice) -> None:
+        """Make the track of a chosen module."""
+        self._enter(choice, self._track(choice))
 
     def add_function(self, choice: Choice) -> tuple[Track, Callable[[], None]]:
         """Make the track of a function, and what makes it and its layers part of the recording."""
-        layers = {
-            role: self._destination.function(role, choice.key, treatment.make)
-            for role, treatment in choice.treatments.items()
-        }
-        track = self._track(choice, layers)
-        return track, partial(self._publish, choice, track, layers)
+        track = self._track(choice)
+        return track, partial(self._publish, choice, track)
 
-    def _publish(self, choice: Choice, track: Track, layers: Mapping[What, Layer[Any]]) -> None:
-        recorder = self._recorder()
-        if recorder is not None:  # or nobody will ever look
-            recorder._add_layer(choice.key, layers, track)
-        self.of[choice.key] = choice, track
+    def _publish(self, choice: Choice, track: Track) -> None:
+        with self._adding:
+            if choice.key in self.added:
+                message = f"acts.add({choice.key!r}): that is the name of a recorded function. Choose another one."
+                raise ActrecError(message)
+            self._enter(choice, track)
+            self._show(choice.key, track.layers)
+
+    def _enter(self, choice: Choice, track: Track) -> None:
+        self.of[choice.key], self.choices[choice.key] = track, choice
+        self._reduced += [one for one in track.layers.values() if isinstance(one, ReducedLayer)]
+
+    def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None:
+        recording = self._recording()
+        if recording is not None:  # or nobody will ever look
+            recording._show(name, layers)
+
+    # --- All calls -------------------------------------------------------------------------------------------
+
+    def keep(self, name: str, value: Value, number: int) -> None:
+        """Keep a value that the user adds to pass ``number``."""
+        kept = self._capture.added(value)
+        with self._adding:  # several threads may be the first to add by this name
+            if name not in self.added:
+                self.added[name] = layer = self.destination.layer("added", name, "added")
+                self.session.order.setdefault(name)
+                self._show(name, {"output": layer})
+            self.added[name].keep(kept, number)
+            for reduced in self._reduced:
+                reduced.add(name, kept, number)
+
+    def settle(self, number: int) -> None:
+        """Keep all of pass ``number``, a unit that has ended."""
+        for track in self._all():
+            track.settle(number)
+        with self._adding:
+            for layer in self.added.values():
+                layer.settle(number)
+
+    def drop(self, number: int) -> None:
+        """Forget all of pass ``number``, a unit that has failed, and names by which nothing else was added."""
+        for track in self._all():
+            track.drop(number)
+        with self._adding:
+            for name, layer in [*self.added.items()]:
+                known = len(layer)
+                layer.drop(number)
+                if known and not len(layer):
+                    del self.added[name]
+                    recording = self._recording()
+                    if recording is not None:
+                        recording._hide(name)
+
+    def clear(self) -> None:
+        """Forget all there is."""
+        for track in self._all():
+            track.clear()
+        with self._adding:
+            for layer in self.added.values():
+                layer.clear()
+
+    def unmasked(self, raised: Collection[int]) -> ActrecError | None:
+        """Return what is wrong if calls were not reduced for want of a mask, other than those of passes that raised."""
+        return next(filter(None, (layer.unmasked(raised) for layer in self._reduced)), None)
 
     def end(self) -> None:
         """The block ends: leave nothing on a leaf, which may be part of the model."""
-        for _, track in self.of.values():
+        for track in self._all():
             if track.grads is not None:
                 track.grads.end()
 
-    def _track(self, choice: Choice, layers: Mapping[What, Layer[Any]]) -> Track:
+    def _all(self) -> list[Track]:
+        return [*self.of.values()]  # other threads may publish functions
+
+    # --- A track ---------------------------------------------------------------------------------------------
+
+    def _track(self, choice: Choice) -> Track:
+        kind = FUNCTION if choice.is_function else type_name(choice.module)
+        layers = {
+            role: self.destination.layer(role, choice.key, kind, treatment.make)
+            for role, treatment in choice.treatments.items()
+        }
         outputs, inputs, grads = (layers.get(role) for role in ROLES)
         capture = self._capture_of("output", choice, outputs)
-        track = Track(self._session, capture, outputs)
+        track = Track(self.session, capture, outputs)
         if inputs is not None:
             received = self._capture_of("input", choice, inputs)
             track.inputs = Inputs.of(choice.module, inputs, received)
         if grads is not None:
             gradient = self._capture_of("gradient", choice, grads)
-            undecided = self._session.passes.undecided
+            undecided = self.session.passes.undecided
             alike = outputs is not None and gradient.transform is capture.transform
             track.grads = Gradients(gradient, grads, track.lock, alike, undecided)
-        of_it = (layer for layer in (outputs, inputs, grads) if layer is not None)
-        track.earlier = len(next(of_it))  # in a run that is resumed
+        track.earlier = len(next(iter(track.layers.values())))  # in a run that is resumed
         return track
 
     def _capture_of(self, role: What, choice: Choice, layer: Layer[Any] | None) -> Capture:
@@ -90,10 +170,10 @@ class Tracks:
         treatment = choice.treatments.get(role)
         transform = None if treatment is None else treatment.transform
         # A backward has no end at which it could be delivered: a gradient is moved at once.
-        offload = None if role == "gradient" else self._session.offload
+        offload = None if role == "gradient" else self.session.offload
         capture = self._capture.of(choice.key, transform, _OF[role], offload)
         if layer is not None:
             layer._transform = function_name(transform)
             if capture.dtype is not None:
-                capture.overflows = layer.overflows = Overflows(capture.dtype, self._session.passes)
+                capture.overflows = layer.overflows = Overflows(capture.dtype, self.session.passes)
         return capture

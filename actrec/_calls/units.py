@@ -6,79 +6,40 @@ disk is not written. From a container of the user's nothing can be taken back, s
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
+from actrec._rank import Position
 from actrec._recordings.passes import Moment
 from actrec._recordings.units import Key, Units, checked_key
 from actrec._text import count
 from actrec.errors import ActrecError, OptionError
 
-from .destination import Destination
 from .passes import Unit
-from .session import Session
+from .tracks import Tracks
 
 T = TypeVar("T")
-
-
-class Kept(Protocol):
-    """What has the calls of a layer, or their gradients, or all there is."""
-
-    def drop(self, number: int) -> None:
-        """Forget the calls of pass ``number``, a unit that has failed."""
-
-    def settle(self, number: int) -> None:
-        """Keep the calls of pass ``number``, a unit that has ended."""
-
-
-class Share(NamedTuple):
-    """Which of the pairs that all ranks are given is this rank's: one of each ``ranks`` that follow each other.
-
-    Which one, the name of the run decides, so what a rank that has died leaves behind is spread over all ranks when the next
-    run begins. No rank has to know what the others have done.
-    """
-
-    rank: int = 0
-    ranks: int = 1
-    run: str | None = None
-
-    def has(self, position: int) -> bool:
-        """Whether the pair at this position is this rank's."""
-        if self.ranks == 1:
-            return True
-        block, place = divmod(position, self.ranks)
-        drawn = hashlib.sha256(f"{self.run}/{block}".encode()).digest()
-        return (place + int.from_bytes(drawn[:8], "big")) % self.ranks == self.rank
 
 
 class UnitRecorder:
     """The units of one block.
 
     Args:
-        session: what the hooks share.
+        tracks: what keeps the calls.
         units: the keys of the recording, which grow.
-        destination: where the recording goes.
-        position: returns the rank of this process, how many there are, and the name of the run.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        units: Units,
-        destination: Destination,
-        position: Callable[[], tuple[int, int, str | None]],
-    ) -> None:
-        self._session = session
-        self._passes = session.passes
+    def __init__(self, tracks: Tracks, units: Units) -> None:
+        self._tracks = tracks
+        self._session = tracks.session
+        self._passes = tracks.session.passes
+        self._destination = tracks.destination
         self._units = units
-        self._destination = destination
-        self._position = position
         self._lock = threading.RLock()  # held while a unit begins or ends
         self._done: dict[Key, None] | None = None
         self._pid = os.getpid()
@@ -108,27 +69,27 @@ class UnitRecorder:
         if divide not in {True, False}:
             message = f"{call}: divide is True or False."
             raise OptionError(message)
-        share = Share(*self._position()) if divide else Share()
-        return self._remaining(call, iterator, share)
+        position = self._destination.position() if divide else Position()
+        return self._remaining(call, iterator, position)
 
     def _remaining(
-        self, call: str, pairs: Iterator[Any], share: Share
+        self, call: str, pairs: Iterator[Any], position: Position
     ) -> Iterator[tuple[Key, Any]]:
         met: set[Key] = set()
         left = 0
-        for position, pair in enumerate(pairs):
+        for at, pair in enumerate(pairs):
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2):  # noqa: PLR2004  # a pair
                 message = (
-                    f"{call}: item {position} is a {type(pair).__name__}, and no pair of key and item. Number them: "
+                    f"{call}: item {at} is a {type(pair).__name__}, and no pair of key and item. Number them: "
                     "acts.remaining(enumerate(batches)); of a dict, pass its items()."
                 )
                 raise OptionError(message)
             key = checked_key(call, pair[0])
             if key in met:
-                message = f"{call}: the key {key!r} is there twice, again at item {position}. Keys are unique in a recording."
+                message = f"{call}: the key {key!r} is there twice, again at item {at}. Keys are unique in a recording."
                 raise OptionError(message)
             met.add(key)
-            if share.has(position) and key not in self._all_done():
+            if position.has(at) and key not in self._all_done():
                 left += 1
                 yield key, pair[1]
         self.nothing_left = self.nothing_left or (bool(met) and not left)
@@ -136,8 +97,8 @@ class UnitRecorder:
     # --- A unit --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def unit(self, key: Key, calls: Kept) -> Iterator[None]:
-        """Make everything inside this block one pass; ``calls`` are all that are recorded."""
+    def unit(self, key: Key) -> Iterator[None]:
+        """Make everything inside this block one pass."""
         call = f"acts.unit({key!r})"
         key = checked_key(call, key)
         if not self._session.active:
@@ -151,9 +112,9 @@ class UnitRecorder:
         unit = self._opened(call, key)
         try:
             yield
-            self._keep(call, unit, calls)
+            self._keep(call, unit)
         except BaseException:
-            self._drop(unit, calls)
+            self._drop(unit)
             raise
 
     def _opened(self, call: str, key: Key) -> Unit:
@@ -179,7 +140,7 @@ class UnitRecorder:
             raise ActrecError(message)
         return unit
 
-    def _keep(self, call: str, unit: Unit, calls: Kept) -> None:
+    def _keep(self, call: str, unit: Unit) -> None:
         """The block of a unit has ended."""
         if self._pid != os.getpid():
             return
@@ -195,7 +156,7 @@ class UnitRecorder:
             if self._passes.units.get(unit.number) is not unit:
                 message = f"{call}: the with block of record() ended before the unit did, so it was dropped."
                 raise ActrecError(message)
-            calls.settle(unit.number)
+            self._tracks.settle(unit.number)
             self._destination.keep_unit(unit.number, unit.key)
             self._units.keys[self._moment(unit)] = unit.key
             del self._units.open[self._moment(unit)]
@@ -205,7 +166,7 @@ class UnitRecorder:
     def _moment(self, unit: Unit) -> Moment:
         return self._destination.rank, unit.number
 
-    def _drop(self, unit: Unit, calls: Kept) -> None:
+    def _drop(self, unit: Unit) -> None:
         """A unit has failed: forget everything of it."""
         if self._pid != os.getpid():
             return  # in a forked process, where locks may be held by threads that do not exist
@@ -217,17 +178,17 @@ class UnitRecorder:
                 self._all_done().pop(unit.key, None)
                 for keys in (self._units.keys, self._units.open):
                     keys.pop(self._moment(unit), None)
-                forget = partial(self._forget, unit.number, calls)
+                forget = partial(self._forget, unit.number)
                 forget()
                 self._passes.close_unit(unit, forget)
 
-    def drop_open(self, calls: Kept) -> None:
+    def drop_open(self) -> None:
         """Drop the units that have not ended."""
         for unit in list(self._passes.units.values()):
-            self._drop(unit, calls)
+            self._drop(unit)
 
-    def _forget(self, number: int, calls: Kept) -> None:
-        calls.drop(number)
+    def _forget(self, number: int) -> None:
+        self._tracks.drop(number)
         self._destination.drop_unit(number)
 
     def forget_from(self, committed: int) -> None:

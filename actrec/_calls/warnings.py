@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from torch import nn
 
+from actrec._selection.functions import What
 from actrec._selection.selection import Choice
 from actrec._text import folded, listed
 from actrec._torch import DROPOUTS
@@ -194,13 +195,19 @@ def _too_large(model: nn.Module, tracks: _Tracks) -> Iterator[tuple[str, type[Us
     yield "\n".join([message, *lines]), OverflowWarning
 
 
-_MOST_LINES = 8
+_MOST_LINES: Final = 8
+_OF: Final[Mapping[What, str]] = {
+    "output": "",
+    "input": "the input of ",
+    "gradient": "the gradient of ",
+}
 
 
 def _overflows(track: Track) -> Iterator[tuple[str, Overflows]]:
-    for what, capture in track.captures().items():
-        if capture.overflows is not None and capture.overflows.total:
-            yield what, capture.overflows
+    for role, layer in track.layers.items():
+        overflows = layer.overflows
+        if isinstance(overflows, Overflows) and overflows.total:
+            yield _OF[role], overflows
 
 
 def _incomplete(choice: Choice, track: Track) -> str | None:

@@ -49,6 +49,13 @@ class Selection:
         choices = {id(choice.module): choice for choice in self.choices}
         return tuple(choices[module] for module in self._order[what])
 
+    @property
+    def aliases(self) -> dict[str, str]:
+        """All that layers may be called, each with their key; in the names of functions, what stands up to the colon."""
+        names = {name: choice.key for choice in self.choices for name in choice.names}
+        owners = [owner for query in self.functions for owner in query.owners]
+        return names | {f"{name}:": f"{owner.key}:" for owner in owners for name in owner.names}
+
 
 def select(
     model: nn.Module,

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from typing_extensions import override
 
+from actrec._rank import placed
 from actrec._recordings.recording import Recording
 from actrec.errors import OptionError, ResumeError
-from actrec.store.rank import placed
 
 from .ahead import ahead
 from .align import Mask, Options, Passes, Table, table

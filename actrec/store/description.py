@@ -11,12 +11,13 @@ from typing import Any, Final, TypeVar
 
 import torch
 
+from actrec._rank import MAX_RANKS
 from actrec._recordings.layer import Role
 from actrec._selection.treatment import Treatment
 from actrec._text import function_name, own_version
 from actrec.errors import ResumeError
 
-from .format import DESCRIPTION, FORMAT, MAX_JSON, MAX_RANKS, ROLES, VERSION, Defect, corrupt, need
+from .format import DESCRIPTION, FORMAT, MAX_JSON, ROLES, VERSION, Defect, corrupt, need
 from .forms import Maybe, checked
 from .ledger import Heading
 from .place import Place

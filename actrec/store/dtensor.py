@@ -15,9 +15,10 @@ from typing import Any, Final, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from actrec._rank import MAX_RANKS
 from actrec.errors import CaptureError
 
-from .format import MAX_DIMS, MAX_RANKS, MAX_SIZE, Defect, need
+from .format import MAX_DIMS, MAX_SIZE, Defect, need
 from .forms import Maybe, checked
 
 #: Along one dimension of the mesh: ``("replicate",)``, ``("shard", dim)`` or ``("partial", how to reduce)``.

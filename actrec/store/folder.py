@@ -10,9 +10,8 @@ from typing import Any, Final
 
 from typing_extensions import override
 
+from actrec._rank import MAX_RANKS
 from actrec.errors import OptionError
-
-from .format import MAX_RANKS
 
 MEBI: Final = 1 << 20
 _PASSWORD: Final = re.compile(r"[^/]*://[^/@:]*:[^/@]*@")

@@ -27,7 +27,6 @@ MAX_DEPTH: Final = 64  # of nesting in a value
 MAX_STRUCTURE: Final = MAX_HEADER // 8
 MAX_NODES: Final = 1 << 16  # containers, constants and tensors in one value
 MAX_SIZE: Final = 1 << 62  # any size or number
-MAX_RANKS: Final = 100_000
 MAX_DIMS: Final = 64  # of a tensor, and of a mesh
 
 #: What a layer's values are: what it returned, what it received, what the user added, or the keys of units.

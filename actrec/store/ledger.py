@@ -16,10 +16,11 @@ from typing import Any, Final
 
 import torch
 
+from actrec._rank import MAX_RANKS
 from actrec._values.outline import drawn
 from actrec._values.summary import Summary
 
-from .format import MAX_DIMS, MAX_RANKS, Slot, need
+from .format import MAX_DIMS, Slot, need
 from .forms import Maybe, checked
 from .part import Part
 

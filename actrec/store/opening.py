@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
+from actrec._rank import ANY_RUN, here
 from actrec.errors import OptionError, RecordingExistsError, WriteError
 
 from .description import Description, read_description
@@ -17,7 +18,6 @@ from .index import shard_name
 from .layout import write
 from .ledger import Ledger
 from .place import place
-from .rank import ANY_RUN, here
 from .rank_folder import Rank, is_described, rank_folder, rank_folders
 from .safetensors import Writable
 
@@ -48,8 +48,9 @@ class Opening:
     ) -> None:
         self.disk = place(folder)
         self._call = call.format(path=str(self.disk))
-        position = here(0, 1) if alone else here(folder.rank, folder.world_size, folder.run)
-        self._position = position
+        self.position = position = (
+            here(0, 1) if alone else here(folder.rank, folder.world_size, folder.run)
+        )
         self.own = self.disk / rank_folder(position.rank)
         if not resume:
             self._check_named()
@@ -73,7 +74,7 @@ class Opening:
     # --- What is there ---------------------------------------------------------------------------------
 
     def _check_named(self) -> None:
-        rank, ranks, run = self._position
+        rank, ranks, run = self.position
         if run is None:
             message = (
                 f"{self._call}: this process is rank {rank} of {ranks}, and nothing says of which run, as its launcher has given "
@@ -116,10 +117,10 @@ class Opening:
             rank = Rank(self.own)
             rank.description.check_same(self.disk, new)
             return rank, self._resumed(rank)
-        run = self._position.run or ANY_RUN
+        run = self.position.run or ANY_RUN
         other = next(self._others(), None) if resume else None
         recording = run if other is None else other.recording
-        self._describe(replace(new, recording=recording, ranks=self._position.ranks))
+        self._describe(replace(new, recording=recording, ranks=self.position.ranks))
         rank = Rank(self.own)
         return rank, Ledger(rank.index.heading)
 
@@ -137,7 +138,7 @@ class Opening:
         From there on, a run that is still alive, though no lock says so, cannot write.
         """
         ledger = Ledger(rank.index.heading, rank.index.layers).resumed(
-            self._position.ranks, time.time_ns()
+            self.position.ranks, time.time_ns()
         )
         heading = ledger.next((), ledger.heading.committed)
         first = partial(write, heading=heading, layers=ledger.layers)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from actrec._recordings.layer import FUNCTION, Layer, Role
+from actrec._rank import Position
+from actrec._recordings.layer import Layer, Role
 from actrec._recordings.units import Key, Units
 from actrec.errors import WriteError
 
@@ -62,15 +64,14 @@ class Stream:
         self.where = str(disk)
         self._before: StoredRecording[Any] = StoredRecording(disk, [rank], only=rank.number)
         self._after: StoredRecording[Any] | None = None
-        self._chosen = sum(layer.role == "output" for layer in description.layers)
-        self._added = [slot.name for slot in ledger.layers if slot.role == "added"]
-        #: The numbers of functions, which have come to be layers when they were first called.
-        self._functions = {
-            slot.name: slot.number for slot in ledger.layers if slot.type == FUNCTION
-        }
-        self._most = len(description.layers)  # more than any number of a chosen one
+        #: The number of each layer among those of its role, which is the same in all runs.
+        self._numbers: defaultdict[Role, dict[str, int]] = defaultdict(dict)
+        for layer in description.layers:
+            self._numbers[layer.role][layer.name] = len(self._numbers[layer.role])
+        for slot in ledger.layers:
+            self._numbers[slot.role][slot.name] = slot.number
         #: The layers that have calls, by the first of them.
-        self.order = [*self._before._order]
+        self.order: Sequence[str] = [*self._before._order]
         self.error: str | None = "the recorder was garbage-collected before the block ended"
         self.closed = False
         self._backwards = Backwards(passes.complete)
@@ -88,10 +89,12 @@ class Stream:
     # --- Layers ----------------------------------------------------------------------------------------
 
     def layer(
-        self, role: Role, index: int, name: str, kind: str, make: Callable[[], Any] | None = None
+        self, role: Role, name: str, kind: str, make: Callable[[], Any] | None = None
     ) -> Layer[Any]:
         """Return the layer that stands for a chosen one."""
-        slot = Slot(role, index, name, kind)
+        numbers = self._numbers[role]
+        number = numbers.setdefault(name, max(numbers.values(), default=-1) + 1)
+        slot = Slot(role, number, name, kind)
         if make is not None:
             return self._reduced(
                 name, make, kind, self.undecided, States(self, slot, self._backwards)
@@ -100,20 +103,13 @@ class Stream:
             return LateLayer(self, slot, self._backwards)
         return LiveLayer(self, slot)
 
-    def function(self, role: Role, name: str, make: Callable[[], Any] | None = None) -> Layer[Any]:
-        """Return the layer that stands for a function."""
-        following = max(self._functions.values(), default=self._most - 1) + 1
-        return self.layer(role, self._functions.setdefault(name, following), name, FUNCTION, make)
-
-    def added(self, name: str) -> Layer[Any]:
-        """Return the layer that stands for values that are added by a name."""
-        if name not in self._added:
-            self._added.append(name)
-        return self.layer("added", self._chosen + self._added.index(name), name, "added")
+    def position(self) -> Position:
+        """Return the position of this process among the ranks."""
+        return self._opening.position
 
     def added_before(self) -> dict[str, Layer[Any]]:
         """Return the layers of names that were added in earlier runs."""
-        return {name: self.added(name) for name in self._added}
+        return {name: self.layer("added", name, "added") for name in [*self._numbers["added"]]}
 
     def stored(self, slot: Slot) -> StoredLayer:
         """Return what is on the disk of a layer: before the block and in it, what was there when it began."""
@@ -150,10 +146,6 @@ class Stream:
         self._writer.drop(number)
 
     # --- Ending ----------------------------------------------------------------------------------------
-
-    def left_by(self, error: BaseException | None) -> None:
-        """Say how the block was left."""
-        self.error = None if error is None else type(error).__name__
 
     def warned(self, messages: Sequence[str]) -> None:
         """Keep what the end of the block warns of beside the shards."""

@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 
 from torch import distributed
 
-from .format import MAX_RANKS
+#: So many ranks may be in a run.
+MAX_RANKS: Final = 100_000
 
 #: Stands for the run of ranks that nothing names, and that were told to go on with whatever is there: they are one run.
 ANY_RUN: Final = "0" * 32
@@ -38,11 +39,23 @@ _UNNAMED: Final = {"", "none"}  # what torchrun says if it was given no --rdzv-i
 class Position(NamedTuple):
     """The position of a process in its run."""
 
-    rank: int
-    ranks: int  # how many there are
+    rank: int = 0
+    ranks: int = 1  # how many there are
     #: The same in all processes of a run, and in no other run; of a process that is alone, never the same again;
     #: ``None`` if nothing says which run this is.
-    run: str | None
+    run: str | None = None
+
+    def has(self, at: int) -> bool:
+        """Whether item number ``at``, of those that all ranks are given, is this rank's: one of each ``ranks`` in a row.
+
+        Which one, the name of the run decides: what a rank that has died leaves behind is spread over all ranks of the next
+        run, and no rank has to know what the others have done.
+        """
+        if self.ranks == 1:
+            return True
+        block, place = divmod(at, self.ranks)
+        drawn = hashlib.sha256(f"{self.run}/{block}".encode()).digest()
+        return (place + int.from_bytes(drawn[:8], "big")) % self.ranks == self.rank
 
 
 def here(rank: int | None = None, ranks: int | None = None, run: str | None = None) -> Position:
