@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -29,10 +28,8 @@ from actrec._calls.reduced import ReducedLayer
 from actrec._calls.self_test import offload_for
 from actrec._calls.session import Session
 from actrec._calls.stop_early import EarlyStop
-from actrec._calls.tracks import ROLES, Tracks
+from actrec._calls.tracks import Tracks
 from actrec._calls.warnings import warned_of
-from actrec._recordings.layer import FUNCTION
-from actrec._selection.functions import Owner
 from actrec._selection.names import type_name
 from actrec._selection.selection import Selection
 from actrec._torch import is_of_compiler
@@ -56,14 +53,11 @@ class Block(AbstractContextManager[Recorder[Any]]):
         )
         stop = EarlyStop() if options.stop_early else None
         self._session = Session(stop=stop)
-        self._hook: type[Hook[Any]] = Hook
         if options.compiled:
-            from ._calls.in_graph.hook import HookInGraph  # noqa: PLC0415
             from ._calls.in_graph.room import Room  # noqa: PLC0415
 
-            self._hook, self._session.eager = HookInGraph, Room()
+            self._session.eager = Room()
         self._session.offload = offload_for(self._capture, self._session.passes)
-        self._functions: Functions | None = None
         self._doubted = False
         self._yielded: Recorder | None = None  # which also keeps it, where the user does not
 
@@ -75,25 +69,30 @@ class Block(AbstractContextManager[Recorder[Any]]):
         hooks = Hooks()
         with ExitStack() as stack:
             self._destination = self._opened()
-            self._tracks = Tracks(self._session, self._capture, self._destination)
+            self._tracks = tracks = Tracks(self._session, self._capture, self._destination)
             stack.callback(self._destination.close)
             self._warn_of_steps(stacklevel=2)
             stack.callback(self._session.close)
-            recorder = self._recorder()
+            for choice in self._selection.choices:
+                tracks.add(choice)
+            recorder = Recorder[Any](type_name(self._model), self._selection, tracks)
+            self._session.order.update(dict.fromkeys(self._destination.order))
+            self._functions = Functions(
+                self._selection.functions, self._session, tracks.add_function
+            )
+            stack.callback(self._functions.end)
             stack.enter_context(self._session.eager)
-            for forward in self._forwards(stack):
+            for forward in self._forwards():
                 stack.callback(forward.remove)
                 forward.place()
             stack.callback(hooks.remove)
             plan = [*self._plan()]
             hooks.place(plan)
-            if self._options.compiled:
-                stack.enter_context(self._marks(plan))
-            stack.callback(self._tracks.end)
+            stack.enter_context(self._session.eager.marks(self._model, plan))
+            stack.callback(tracks.end)
             # If the block is dropped without being left, as with a generator, this runs all the same.
             self._clean_up = weakref.finalize(recorder, stack.pop_all().close)
             self._clean_up.atexit = False
-        _sessions.add(self._session)
         self._session.begin()
         self._yielded = recorder
         return recorder
@@ -112,7 +111,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
         choices, self._tracks.choices = self._tracks.choices, {}
         units.drop_open()
         self._destination.error = None if error is None else type(error).__name__
-        missing = None if self._functions is None else self._functions.missing()
+        missing = self._functions.missing()
         self._clean_up()
         units.forget_from(self._yielded.num_passes)
         failure = session.unseen or self._destination.failure()
@@ -168,73 +167,30 @@ class Block(AbstractContextManager[Recorder[Any]]):
         """Open what the values go to, before anything happens to the model."""
         if self._options.path is None:
             return Memory(self._options, self._session.passes.undecided)
-        from .store.description import Description, LayerInfo  # noqa: PLC0415
+        from .store.description import Description  # noqa: PLC0415
         from .store.folder import Folder  # noqa: PLC0415
         from .store.stream import Stream  # noqa: PLC0415
 
-        layers = tuple(
-            LayerInfo.of(choice.key, type_name(choice.module), choice.treatments[role], role)
-            for role in ROLES
-            for choice in self._selection.of(role)
-        )
-        dtype = None if self._options.dtype is None else str(self._options.dtype)
-        kind = type_name(self._model)
-        functions = tuple(
-            LayerInfo.of(query.query, FUNCTION, query.treatment, query.what)
-            for query in self._selection.functions
-        )
-        description = Description(
-            kind, layers, self._selection.aliases, dtype=dtype, functions=functions
-        )
-        folder = Folder.of(self._options.path)
         return Stream(
-            folder,
-            description,
+            Folder.of(self._options.path),
+            Description.of(type_name(self._model), self._selection, self._options.dtype),
             self._session.passes,
             reduced=ReducedLayer,
             resume=self._options.resume,
         )
 
-    def _recorder(self) -> Recorder[Any]:
-        """Make what keeps the calls: the tracks of the layers, and the recording that shows what they keep."""
-        tracks = self._tracks
-        for choice in self._selection.choices:
-            tracks.add(choice)
-        if self._selection.functions:
-            self._functions = Functions(
-                self._selection.functions, self._session, tracks.add_function
-            )
-        if self._session.stop is not None:
-            self._session.stop.layers = frozenset([*tracks.of, *map(stop_key, self._owners())])
-        recorder = Recorder[Any](type_name(self._model), self._selection, tracks)
-        self._session.order.update(dict.fromkeys(self._destination.order))
-        if self._functions is not None:
-            self._functions.begin()
-        return recorder
-
-    def _owners(self) -> list[Owner]:
-        """The modules whose functions are recorded."""
-        return [] if self._functions is None else self._functions.owners
-
-    def _forwards(self, stack: ExitStack) -> Iterator[Forward]:
+    def _forwards(self) -> Iterator[Forward]:
         """What stands in for forwards of the model, from the inside out."""
-        if self._functions is not None:
-            stack.callback(self._functions.end)
-            yield from self._functions.forwards()
+        yield from self._functions.forwards()
         if self._session.stop is not None:
+            layers = [choice.key for choice in self._selection.choices]
+            layers += map(stop_key, self._functions.owners)
+            self._session.stop.layers = frozenset(layers)
             yield Forward(self._model, self._session.stop)
-
-    def _marks(self, plan: list[tuple[nn.Module, Hook[Any]]]) -> AbstractContextManager[None]:
-        """What makes the compiler see the hooks. It goes off the model before they do."""
-        from ._calls.in_graph.hook import HookInGraph  # noqa: PLC0415
-        from ._calls.in_graph.mark import Marks  # noqa: PLC0415
-
-        kinds = [(module, hook.kind) for module, hook in plan if isinstance(hook, HookInGraph)]
-        return Marks(self._model, kinds)
 
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
         """The hooks, in the order in which they go onto the model: passes around calls."""
-        hook = self._hook
+        hook = self._session.eager.hook
         hooks: dict[nn.Module, list[Hook[Track]]] = {}
         for choice in self._selection.choices:
             track = self._tracks.of[choice.key]
@@ -245,15 +201,15 @@ class Block(AbstractContextManager[Recorder[Any]]):
         for module in parents:
             caller = Caller(module, hooks, is_root=module is self._model)
             yield module, hook(Event.ENTER, session, caller.enters)
-        if self._functions is not None:
-            for module in self._functions.replicated(self._model):
-                yield module, hook(Event.ENTER, session, Session.look_for_replicas)
+        for module in self._functions.replicated(self._model):
+            yield module, hook(Event.ENTER, session, Session.look_for_replicas)
         for module, its_hooks in hooks.items():
             yield from ((module, one) for one in its_hooks)
         for module in parents:
             yield module, hook(Event.LEAVE, session, Session.leave)
         if session.stop is not None:
-            for module in dict.fromkeys([*hooks, *(owner.module for owner in self._owners())]):
+            owners = [owner.module for owner in self._functions.owners]
+            for module in dict.fromkeys([*hooks, *owners]):
                 yield module, hook(Event.STOP, session, Session.may_stop)
 
 
@@ -268,18 +224,3 @@ _COMPILED = (
 _FORGOTTEN = (
     "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"
 )
-
-
-# --- Forked processes --------------------------------------------------------------------------------
-
-_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-def _end_all() -> None:
-    """What a forked process would record, nobody could read: in there the hooks do nothing."""
-    for session in _sessions:
-        session.end(interrupted=True)
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows
-    os.register_at_fork(after_in_child=_end_all)

@@ -17,14 +17,18 @@ of its hooks, whichever comes first after the import.
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
+from torch import nn
 from typing_extensions import override
 
 from actrec._torch import compiles_itself, is_compiler_loaded, stance, stance_setter
 from actrec.errors import ActrecError
+
+from .hooks import Hook
 
 COMPILING = (
     "record() was called inside a function that torch.compile is compiling, where hooks do not run. "
@@ -39,12 +43,21 @@ _taking = threading.RLock()
 class Stance(AbstractContextManager[None]):
     """What a block does to the compiler while it is open."""
 
+    hook: type[Hook[Any]] = Hook  # what the block places on modules
     in_graph = False  # whether compiled code stays compiled, and tells of its calls itself
     replaced = False  # by one that the user has set inside the block
     made_way = False  # for an operator that compiles itself
 
     def hold(self) -> None:
         """Take it now, if the compiler was not there when the block began."""
+
+    def marks(
+        self,
+        model: nn.Module,  # noqa: ARG002
+        plan: Sequence[tuple[nn.Module, Hook[Any]]],  # noqa: ARG002
+    ) -> AbstractContextManager[None]:
+        """What makes the compiler see the hooks of a plan. It goes off the model before they do."""
+        return nullcontext()
 
 
 class Eager(Stance):

@@ -52,13 +52,14 @@ class Functions:
             )
             for module, owner in owners.items()
         }
+        self._make_named()
 
     @property
     def owners(self) -> list[Owner]:
         """The modules whose functions are asked for."""
         return [watcher.owner for watcher in self._watchers.values()]
 
-    def begin(self) -> None:
+    def _make_named(self) -> None:
         """Make layers of the functions that are named: those of a module that is named are there before they are called."""
         for watcher in self._watchers.values():
             for query in watcher.asked.queries:
@@ -88,8 +89,9 @@ class Functions:
 
     def replicated(self, model: nn.Module) -> Iterator[nn.Module]:
         """The modules that ``DataParallel`` may make replicas of."""
-        yield model
-        yield from (m.module for m in model.modules() if isinstance(m, nn.DataParallel))
+        if self._watchers:
+            yield model
+            yield from (m.module for m in model.modules() if isinstance(m, nn.DataParallel))
 
     # --- Never silent ---------------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ from actrec._recordings.passes import Count
 from actrec._recordings.recording import Recording
 from actrec._recordings.table import State
 from actrec._recordings.units import Key
-from actrec._selection.functions import What
+from actrec._selection.functions import WHATS, What
 from actrec._selection.selection import Selection
 from actrec._values.containers import Value
 from actrec.errors import ActrecError, CaptureError, OptionError
 
 from .passes import Unit
-from .tracks import ROLES, Tracks
+from .tracks import Tracks
 from .units import UnitRecorder
 
 K = TypeVar("K", bound=Key)
@@ -52,7 +52,7 @@ class Recorder(Recording[V], Generic[V]):
         session, destination = tracks.session, tracks.destination
         layers = {
             role: {c.key: tracks.of[c.key].layers[role] for c in selection.of(role)}
-            for role in ROLES
+            for role in WHATS
         }
         asked = {query.what for query in selection.functions}
         inputs, grads = (

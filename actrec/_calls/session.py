@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -50,6 +52,7 @@ class Session:
 
     def begin(self) -> None:
         """The block begins."""
+        _begun.add(self)
         self.depth = depth()
         self.active = self.recording = True
 
@@ -142,3 +145,18 @@ class Session:
             self.deliver()
         except Exception as error:  # noqa: BLE001  # kept until all hooks are off
             self.unseen = error
+
+
+# --- Forked processes --------------------------------------------------------------------------------
+
+_begun: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    """What a forked process would record, nobody could read: in there the hooks do nothing."""
+    for session in _begun:
+        session.end(interrupted=True)
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows
+    os.register_at_fork(after_in_child=_end_all)

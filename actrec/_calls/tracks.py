@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from actrec._recordings.layer import FUNCTION, Layer
-from actrec._selection.functions import What
+from actrec._selection.functions import WHATS, What
 from actrec._selection.names import type_name
 from actrec._selection.selection import Choice
 from actrec._text import function_name
@@ -25,7 +25,6 @@ from .overflow import Overflows
 from .reduced import ReducedLayer
 from .session import Session
 
-ROLES: Final[tuple[What, ...]] = ("output", "input", "gradient")
 #: What is captured, for messages: before the number of the call.
 _OF: Final[dict[What, str]] = {
     "output": "call",
@@ -151,7 +150,7 @@ class Tracks:
             role: self.destination.layer(role, choice.key, kind, treatment.make)
             for role, treatment in choice.treatments.items()
         }
-        outputs, inputs, grads = (layers.get(role) for role in ROLES)
+        outputs, inputs, grads = (layers.get(role) for role in WHATS)
         capture = self._capture_of("output", choice, outputs)
         track = Track(self.session, capture, outputs)
         if inputs is not None:

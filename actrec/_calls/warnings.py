@@ -75,11 +75,11 @@ _BACKWARD = "where calls are not recorded: they may repeat those of the forward.
 
 
 def warned_of(
-    model: nn.Module, tracks: _Tracks, session: Session, missing: Missing | None
+    model: nn.Module, tracks: _Tracks, session: Session, missing: Missing
 ) -> Iterator[tuple[str, type[UserWarning]]]:
     """Yield the warnings of all that was asked for and is not in the recording, each kind once.
 
-    ``missing`` says what was not recorded of functions, if any were asked for.
+    ``missing`` says what was not recorded of functions.
     """
     came = any(track.grads is not None and track.grads.came for _, track in tracks.values())
     causes = {
@@ -113,7 +113,7 @@ def warned_of(
 
 
 def _unused(
-    model: nn.Module, tracks: _Tracks, session: Session, missing: Missing | None
+    model: nn.Module, tracks: _Tracks, session: Session, missing: Missing
 ) -> Iterator[tuple[str, type[UserWarning]]]:
     """Warn once about all layers of which nothing was recorded."""
     unused = {
@@ -121,7 +121,7 @@ def _unused(
         for key, (choice, track) in tracks.items()
         if not track.kept and (track.called or track.error or not choice.is_function)
     }
-    uncalled, is_called = ({}, False) if missing is None else missing
+    uncalled, is_called = missing
     if not (unused or uncalled):
         return
     there = {id(module) for module in model.modules()}

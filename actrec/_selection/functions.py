@@ -19,6 +19,7 @@ from .treatment import Treatment
 
 #: What of a layer is recorded.
 What: TypeAlias = Literal["output", "input", "gradient"]
+WHATS: Final[tuple[What, ...]] = ("output", "input", "gradient")
 
 _OPERATORS: Final = frozenset(
     {"add", "sub", "mul", "matmul", "truediv", "div", "floordiv", "mod", "pow"}

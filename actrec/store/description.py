@@ -12,7 +12,10 @@ from typing import Any, Final, TypeVar
 import torch
 
 from actrec._rank import MAX_RANKS
-from actrec._recordings.layer import Role
+from actrec._recordings.layer import FUNCTION, Role
+from actrec._selection.functions import WHATS
+from actrec._selection.names import type_name
+from actrec._selection.selection import Selection
 from actrec._selection.treatment import Treatment
 from actrec._text import function_name, own_version
 from actrec.errors import ResumeError
@@ -79,6 +82,26 @@ class Description:
     began: int = field(default_factory=time.time_ns)  #: when that run began in this rank
     #: The queries for functions; what they have found is in the shards.
     functions: tuple[LayerInfo, ...] = ()
+
+    @classmethod
+    def of(cls, model: str, selection: Selection, dtype: torch.dtype | None) -> Description:
+        """Return what is said of a model of this type, of which this is recorded."""
+        layers = (
+            LayerInfo.of(one.key, type_name(one.module), one.treatments[what], what)
+            for what in WHATS
+            for one in selection.of(what)
+        )
+        functions = (
+            LayerInfo.of(one.query, FUNCTION, one.treatment, one.what)
+            for one in selection.functions
+        )
+        return cls(
+            model,
+            tuple(layers),
+            selection.aliases,
+            dtype=None if dtype is None else str(dtype),
+            functions=tuple(functions),
+        )
 
     def has(self, role: Role) -> bool:
         """Whether this is recorded of any layer."""

@@ -7,12 +7,19 @@ a block come on top of the user's own.
 from __future__ import annotations
 
 import threading
-from typing import Final
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Final
 
+from torch import nn
 from typing_extensions import override
 
 from actrec._calls.compiled import Stance
+from actrec._calls.hooks import Hook
 from actrec._torch import LIMITS, compiler_config, count_graphs
+
+from .hook import HookInGraph
+from .mark import Marks
 
 _changing: Final = threading.RLock()
 
@@ -28,7 +35,15 @@ class _Open:
 class Room(Stance):
     """While a block is open, there may be twice as many versions; behind it, those that were compiled in it count on top."""
 
+    hook = HookInGraph
     in_graph = True
+
+    @override
+    def marks(
+        self, model: nn.Module, plan: Sequence[tuple[nn.Module, Hook[Any]]]
+    ) -> AbstractContextManager[None]:
+        kinds = [(module, hook.kind) for module, hook in plan if isinstance(hook, HookInGraph)]
+        return Marks(model, kinds)
 
     @override
     def __enter__(self) -> None:
