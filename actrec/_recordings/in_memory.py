@@ -97,21 +97,6 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         self._passes += [-1] * (len(self) - len(self._passes))
 
     @override
-    def pop(self, index: SupportsIndex = -1) -> V:
-        self._align()
-        value = super().pop(index)
-        self._passes.pop(index)
-        self._edits += 1
-        return value
-
-    @override
-    def __delitem__(self, index: SupportsIndex | slice) -> None:
-        self._align()
-        super().__delitem__(index)
-        del self._passes[index]
-        self._edits += 1
-
-    @override
     def __getitem__(self, index: Any, /) -> Any:
         try:
             return super().__getitem__(index)
@@ -127,25 +112,37 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         except TypeError:
             raise TypeError(no_sum(self)) from None
 
-    # Users may change the list as any other: passes stay with their calls.
+    # --- Users may change the list as any other: passes stay with their calls -------------------------------
+
+    def _edit(self, method: str, *given: Any, passes: tuple[Any, ...]) -> Any:
+        """Do to the calls what ``given`` says, and the same to their passes."""
+        self._align()
+        found = getattr(super(), method)(*given)
+        getattr(self._passes, method)(*passes)
+        self._edits += 1
+        return found
+
+    @override
+    def pop(self, index: SupportsIndex = -1) -> V:
+        value: V = self._edit("pop", index, passes=(index,))
+        return value
+
+    @override
+    def __delitem__(self, index: SupportsIndex | slice) -> None:
+        self._edit("__delitem__", index, passes=(index,))
 
     @override
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(index, slice):
-            self._align()
             value = list(value)
-            super().__setitem__(index, value)
-            self._passes[index] = [-1] * len(value)
+            self._edit("__setitem__", index, value, passes=(index, [-1] * len(value)))
         else:
             super().__setitem__(index, value)
-        self._edits += 1
+            self._edits += 1
 
     @override
     def insert(self, index: SupportsIndex, value: V) -> None:
-        self._align()
-        super().insert(index, value)
-        self._passes.insert(index, -1)
-        self._edits += 1
+        self._edit("insert", index, value, passes=(index, -1))
 
     @override
     def __imul__(self, times: SupportsIndex) -> Self:
@@ -160,19 +157,14 @@ class ListLayer(list[V], Layer[V], Generic[V]):
 
     @override
     def reverse(self) -> None:
-        self._align()
-        super().reverse()
-        self._passes.reverse()
-        self._edits += 1
+        self._edit("reverse", passes=())
 
     @override
     def sort(self, *, key: Callable[[Any], Any] | None = None, reverse: bool = False) -> None:
         keys: list[Any] = [*self] if key is None else [*map(key, self)]
         order = sorted(range(len(keys)), key=keys.__getitem__, reverse=reverse)
-        calls, passes = [*self], self.passes
-        super().__setitem__(slice(None), [calls[index] for index in order])
-        self._passes[:] = [passes[index] for index in order]
-        self._edits += 1
+        calls, passes = ([of[index] for index in order] for of in ([*self], self.passes))
+        self._edit("__setitem__", slice(None), calls, passes=(slice(None), passes))
 
     @override
     def __getstate__(self) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from typing_extensions import override
 
 from actrec.errors import OptionError
 
-from .reduction import Reduction, Rows
+from .reduction import Reduction, Rows, State
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -39,6 +40,7 @@ class Histogram(Reduction):
 
     edges: Sequence[float] | Tensor
     dim: int | None = None
+    _channels: ClassVar[int] = 0
     #: (C, bins + 3): below, bins, above, NaN.
     _counts: Tensor | None = field(init=False, default=None)
 
@@ -86,10 +88,8 @@ class Histogram(Reduction):
         return (counts[0] if self.dim is None else counts)[..., part].clone()
 
     @override
-    def _add(self, rows: Rows, number: int, start: int) -> None:
+    def _states(self, rows: Rows, number: int, start: int) -> Iterator[tuple[int, State]]:
         width = rows.table.shape[1]
-        if self._counts is not None:
-            self._check_width(self._counts.T, rows.table)
         edges = torch.tensor(self.edges, dtype=torch.float64, device=rows.table.device)
         kinds = len(edges) + 2
         for block in rows.blocks():
@@ -97,22 +97,13 @@ class Histogram(Reduction):
             bins -= (block == edges[-1]).long()
             bins = bins.where(~block.isnan(), kinds - 1)
             bins += kinds * torch.arange(width, device=bins.device)
-            self._join(torch.bincount(bins.flatten(), minlength=width * kinds).view(width, kinds))
+            counts = torch.bincount(bins.flatten(), minlength=width * kinds).view(width, kinds)
+            yield len(block), [counts]
+
+    @override
+    def _merged(self, mine: State, theirs: State, before: int, many: int) -> State:
+        return [mine[0] + theirs[0]]
 
     @override
     def _shapes(self) -> dict[str, tuple[int | None, ...]]:
         return {"_counts": (None, len(self.edges) + 2)}
-
-    @override
-    def _take(self, other: Histogram) -> None:
-        assert other._counts is not None  # noqa: S101  # it has rows
-        if self._counts is not None:
-            self._check_width(self._counts.T, other._counts.T)
-        self._join(other._counts)
-
-    def _join(self, counts: Tensor) -> None:
-        self._counts = (
-            counts.clone()
-            if self._counts is None
-            else self._counts + counts.to(self._counts.device)
-        )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .reduction import Reduction, Rows
+from .reduction import Reduction, Rows, State
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -57,33 +58,23 @@ class Moments(Reduction):
         return found | {"cov": spread} if self.covariance else found
 
     @override
-    def _add(self, rows: Rows, number: int, start: int) -> None:
-        self._check_width(self.mean, rows.table)
-        count = int(self.rows)
+    def _states(self, rows: Rows, number: int, start: int) -> Iterator[tuple[int, State]]:
         for block in rows.blocks():
             mean = block.mean(0)
             away = block - mean
             squares = away.T @ away if self.covariance else away.square().sum(0)
-            self._join(count, len(block), mean, squares)
-            count += len(block)
+            yield len(block), (mean, squares)
+
+    @override
+    def _merged(self, mine: State, theirs: State, before: int, many: int) -> State:
+        (mean, squares), (their_mean, their_squares) = mine, theirs
+        share = many / (before + many)
+        delta = their_mean - mean
+        between = delta.outer(delta) if self.covariance else delta.square()
+        squares += their_squares + between * (before * share)
+        mean += delta * share
+        return mean, squares
 
     @override
     def _shapes(self) -> dict[str, tuple[int | None, ...]]:
         return {"mean": (None,), "_squares": (None, None) if self.covariance else (None,)}
-
-    @override
-    def _take(self, other: Moments) -> None:
-        assert other.mean is not None  # noqa: S101  # it has rows
-        assert other._squares is not None  # noqa: S101
-        self._check_width(self.mean, other.mean[None])
-        self._join(int(self.rows), int(other.rows), other.mean, other._squares)
-
-    def _join(self, before: int, count: int, mean: Tensor, squares: Tensor) -> None:
-        if self.mean is None or self._squares is None:
-            self.mean, self._squares = mean.clone(), squares.clone()
-            return
-        share = count / (before + count)
-        delta = mean.to(self.mean.device) - self.mean
-        between = delta.outer(delta) if self.covariance else delta.square()
-        self._squares += squares.to(self._squares.device) + between * (before * share)
-        self.mean += delta * share

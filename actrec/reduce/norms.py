@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +12,7 @@ from typing_extensions import override
 
 from actrec.errors import OptionError
 
-from .reduction import Reduction, Rows
+from .reduction import Reduction, Rows, State
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -62,28 +63,18 @@ class Norms(Reduction):
         return self._total.clone() if math.isinf(self.ord) else self._total ** (1 / self.ord)
 
     @override
-    def _add(self, rows: Rows, number: int, start: int) -> None:
-        self._check_width(self._total, rows.table)
+    def _states(self, rows: Rows, number: int, start: int) -> Iterator[tuple[int, State]]:
         for block in rows.blocks():
             size = block.abs()
             if math.isinf(self.ord):
-                self._join(size.amax(0))
+                yield len(block), [size.amax(0)]
             else:
-                self._join((size if self.ord == 1 else size**self.ord).sum(0))
+                yield len(block), [(size if self.ord == 1 else size**self.ord).sum(0)]
+
+    @override
+    def _merged(self, mine: State, theirs: State, before: int, many: int) -> State:
+        return [(torch.maximum if math.isinf(self.ord) else torch.add)(mine[0], theirs[0])]
 
     @override
     def _shapes(self) -> dict[str, tuple[int | None, ...]]:
         return {"_total": (None,)}
-
-    @override
-    def _take(self, other: Norms) -> None:
-        assert other._total is not None  # noqa: S101  # it has rows
-        self._check_width(self._total, other._total[None])
-        self._join(other._total)
-
-    def _join(self, total: Tensor) -> None:
-        if self._total is None:
-            self._total = total.clone()
-            return
-        join = torch.maximum if math.isinf(self.ord) else torch.add
-        self._total = join(self._total, total.to(self._total.device))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import prod
-from typing import Any, Final, Self, TypeVar
+from typing import Any, ClassVar, Final, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from actrec._values.containers import Value
 from actrec._values.spec import tensors
 from actrec.errors import CaptureError, OptionError
 
-T = TypeVar("T", bound="Reduction")
+#: What some rows come to: a tensor for each name in ``_shapes()``.
+State: TypeAlias = Sequence[Tensor]
 
 #: Elements that are converted to float64 at a time.
 _BLOCK: Final = 1 << 22
@@ -55,6 +56,8 @@ class Reduction:
 
     dim: int | None = -1
     mask: str | None = None
+    #: The dimension of the channels in the tensors of its state.
+    _channels: ClassVar[int] = -1
     #: The number of rows.
     rows: Tensor = field(
         init=False, default_factory=lambda: torch.zeros((), dtype=torch.int64, device="cpu")
@@ -101,8 +104,8 @@ class Reduction:
                 raise CaptureError(message)
             rows = self._rows(tensor, mask)
             if len(rows.table):
-                self._add(rows, number, start)
-                self.rows += len(rows.table)
+                for many, state in self._states(rows, number, start):
+                    self._take_in(many, state)
 
     def merge(self, other: Self) -> None:
         """Take in what another reduction of the same kind and settings has taken in."""
@@ -110,20 +113,42 @@ class Reduction:
             message = f"{self!r}.merge({other!r}): they are of different kinds or settings."
             raise OptionError(message)
         if other.rows:
-            self._take(other)
-            self.rows += other.rows
+            self._take_in(int(other.rows), other._held())
 
     @abstractmethod
     def compute(self) -> Any:
         """Return the result."""
 
     @abstractmethod
-    def _add(self, rows: Rows, number: int, start: int) -> None:
-        """Take in rows, of which there are some."""
+    def _states(self, rows: Rows, number: int, start: int) -> Iterator[tuple[int, State]]:
+        """Yield what rows come to, some at a time, and how many those are."""
 
     @abstractmethod
-    def _take(self: T, other: T) -> None:
-        """Take in another one that has rows."""
+    def _merged(self, mine: State, theirs: State, before: int, many: int) -> State:
+        """Return what ``before`` rows and ``many`` further ones come to. ``mine`` is used up."""
+
+    def _take_in(self, many: int, state: State) -> None:
+        mine = self._held()
+        if not self.rows:
+            found: State = [one.clone() for one in state]
+        else:
+            before, channels = (one[0].shape[self._channels] for one in (mine, state))
+            if channels != before:
+                message = (
+                    f"{self!r}: a value with {count(channels, 'channel')} came after one with {before}; dim= says which dimension "
+                    "the channels are"
+                )
+                raise CaptureError(message)
+            found = self._merged(
+                mine, [one.to(mine[0].device) for one in state], int(self.rows), many
+            )
+        for name, one in zip(self._shapes(), found, strict=True):
+            setattr(self, name, one)
+        self.rows += many
+
+    def _held(self) -> State:
+        """What the rows so far come to; before there are any, nothing in the place of each tensor."""
+        return [getattr(self, name) for name in self._shapes()]
 
     # --- State ---------------------------------------------------------------------------------------------
 
@@ -210,15 +235,6 @@ class Reduction:
             return Rows(rows, None, shape)
         places = _counting(mask, shape).to(rows.device).flatten().nonzero().squeeze(1)
         return Rows(rows[places], places, shape)
-
-    def _check_width(self, there: Tensor | None, rows: Tensor) -> None:
-        """Check that there are as many channels as before."""
-        if there is not None and there.shape[-1] != rows.shape[1]:
-            message = (
-                f"{self!r}: a value with {count(rows.shape[1], 'channel')} came after one with {there.shape[-1]}; dim= says "
-                "which dimension the channels are"
-            )
-            raise CaptureError(message)
 
 
 def _counting(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from actrec.errors import OptionError
 
-from .reduction import Reduction, Rows
+from .reduction import Reduction, Rows, State
 
 
 @dataclass(eq=False, kw_only=True, repr=False)
@@ -91,23 +91,21 @@ class TopK(Reduction):
         return found
 
     @override
-    def _add(self, rows: Rows, number: int, start: int) -> None:
-        self._check_width(self._largest, rows.table)
+    def _states(self, rows: Rows, number: int, start: int) -> Iterator[tuple[int, State]]:
         values, at = rows.table.topk(min(self.k, len(rows.table)), dim=0)
         sample, position = rows.index(at)
         where = (torch.full_like(at, number), sample, position + start, torch.zeros_like(at))
-        self._join(values, torch.stack(where))
+        yield len(rows.table), (values, torch.stack(where))
+
+    @override
+    def _merged(self, mine: State, theirs: State, before: int, many: int) -> State:
+        values, where = torch.cat([mine[0], theirs[0]]), torch.cat([mine[1], theirs[1]], dim=1)
+        order = values.argsort(dim=0, descending=True, stable=True)[: self.k]
+        return values.gather(0, order), where.gather(1, order.expand(len(where), *order.shape))
 
     @override
     def _shapes(self) -> dict[str, tuple[int | None, ...]]:
         return {"_largest": (None, None), "_where": (4, None, None)}
-
-    @override
-    def _take(self, other: TopK) -> None:
-        assert other._largest is not None  # noqa: S101  # it has rows
-        assert other._where is not None  # noqa: S101
-        self._check_width(self._largest, other._largest)
-        self._join(other._largest, other._where)
 
     @override
     def of_rank(self, rank: int) -> None:
@@ -123,12 +121,3 @@ class TopK(Reduction):
                 torch.tensor([number(*pair) for pair in pairs], device="cpu").view_as(passes)
             )
             ranks.zero_()
-
-    def _join(self, values: Tensor, where: Tensor) -> None:
-        if self._largest is not None and self._where is not None:
-            device = self._largest.device
-            values = torch.cat([self._largest, values.to(device)])
-            where = torch.cat([self._where, where.to(device)], dim=1)
-        order = values.argsort(dim=0, descending=True, stable=True)[: self.k]
-        self._largest = values.gather(0, order)
-        self._where = where.gather(1, order.expand(len(where), *order.shape))
