@@ -11,31 +11,32 @@ import sys
 from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Final
+from typing import TypeAlias
 
-from . import ActrecError
+import actrec
+
 from ._text import own_version
 
 __all__ = ["main", "run"]
+
+#: What is printed, and whether it is a problem.
+_Lines: TypeAlias = Iterator[tuple[object, bool]]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command, and return its exit status: 1 if there is a problem, which is printed, or two recordings differ."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help()
-        return 0
     found_problem = False
     try:
-        for line, is_problem in _COMMANDS[options.command](options):
+        for line, is_problem in options.run(options):
             found_problem = found_problem or is_problem
             print(line, file=sys.stderr if is_problem else sys.stdout, flush=True)
     except BrokenPipeError:  # the reader has stopped, such as "| head"
         # Otherwise the rest would be written at exit, and fail again.
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         return 0
-    except (ActrecError, OSError) as error:
+    except (actrec.ActrecError, OSError) as error:
         print(error, file=sys.stderr)  # noqa: T201
         return 1
     return int(found_problem)
@@ -47,18 +48,23 @@ def _parser() -> argparse.ArgumentParser:
         epilog="A PATH is a folder, or the URL of one in an object store.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"actrec {own_version()}")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="")
+    parser.set_defaults(run=lambda _: iter([(parser.format_help().rstrip(), False)]))
+    commands = parser.add_subparsers(title="commands", metavar="")
 
-    def command(name: str, text: str, *paths: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], _Lines], text: str, *paths: str
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added.set_defaults(run=run)
         for path in paths:
             added.add_argument(path, metavar=path.upper())
         return added
 
-    show = command("show", "print the table of a recording", "path")
+    show = command("show", _show, "print the table of a recording", "path")
     show.add_argument("--stats", action="store_true", help="print statistics of its values, too")
-    command("stats", "print statistics of every layer: histograms, means, NaN", "path")
-    compare = command("compare", "compare two recordings, layer by layer; exit status 1 if they differ", "a", "b")  # fmt: skip
+    command("stats", _stats, "print statistics of every layer: histograms, means, NaN", "path")
+    differing = "compare two recordings, layer by layer; exit status 1 if they differ"
+    compare = command("compare", _compare, differing, "a", "b")
     for name in ("rtol", "atol"):
         compare.add_argument(
             f"--{name}", type=float, help="tolerance, by default that of the dtypes"
@@ -68,8 +74,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="leave out what the mask of that name leaves out, such as padding",
     )
-    command("verify", "check a recording, its data included, and list every problem", "path")
-    report = command("report", "write a page of HTML about a recording, with charts", "path")
+    command(
+        "verify", _verify, "check a recording, its data included, and list every problem", "path"
+    )
+    report = command(
+        "report", _report, "write a page of HTML about a recording, with charts", "path"
+    )
     report.add_argument(
         "-o",
         "--output",
@@ -84,31 +94,25 @@ def _watched() -> bool:
     return sys.stderr.isatty()
 
 
-# --- The commands. What needs PyTorch is imported when one runs. -----------------------------------------
+# --- The commands. PyTorch is imported when one of them runs ---------------------------------------------
 
 
-def _show(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
-    from . import load  # noqa: PLC0415
-
-    acts = load(options.path)
+def _show(options: argparse.Namespace) -> _Lines:
+    acts = actrec.load(options.path)
     yield acts, False
     if options.stats:
         yield "", False
         yield acts.stats(progress=_watched()), False
 
 
-def _stats(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
-    from . import load  # noqa: PLC0415
-
-    yield load(options.path).stats(progress=_watched()), False
+def _stats(options: argparse.Namespace) -> _Lines:
+    yield actrec.load(options.path).stats(progress=_watched()), False
 
 
-def _compare(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
-    from . import compare, load  # noqa: PLC0415
-
-    found = compare(
-        load(options.a),
-        load(options.b),
+def _compare(options: argparse.Namespace) -> _Lines:
+    found = actrec.compare(
+        actrec.load(options.a),
+        actrec.load(options.b),
         rtol=options.rtol,
         atol=options.atol,
         mask=options.mask,
@@ -119,31 +123,18 @@ def _compare(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
         yield f"{options.a} and {options.b} differ", True
 
 
-def _verify(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
-    from . import verify  # noqa: PLC0415
-
-    problems = verify(options.path, progress=_watched())
+def _verify(options: argparse.Namespace) -> _Lines:
+    problems = actrec.verify(options.path, progress=_watched())
     for problem in problems:
         yield problem, True
     if not problems:
         yield f"{options.path}: no problems found", False
 
 
-def _report(options: argparse.Namespace) -> Iterator[tuple[object, bool]]:
-    from . import load  # noqa: PLC0415
-
+def _report(options: argparse.Namespace) -> _Lines:
     name = options.output or f"{Path(options.path).expanduser().resolve().name}.html"
-    load(options.path).report(name, progress=_watched())
+    actrec.load(options.path).report(name, progress=_watched())
     yield name, False
-
-
-_COMMANDS: Final[dict[str, Callable[[argparse.Namespace], Iterator[tuple[object, bool]]]]] = {
-    "show": _show,
-    "stats": _stats,
-    "compare": _compare,
-    "verify": _verify,
-    "report": _report,
-}
 
 
 def run() -> None:  # pragma: no cover  # in a process of its own
