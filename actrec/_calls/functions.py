@@ -116,7 +116,7 @@ class Functions:
         """The functions that a glob asks for besides others, and that were called where they cannot be recorded."""
         where = Unrecorded.TRANSFORMED
         return {
-            f"{key}:{name}": f"it was called {_ELSEWHERE[where]}"
+            f"{key}:{name}": f"it was called {where.value}"
             for key, name, function in self._asked(query)
             if function.track and not function.track.called and function.track.unrecorded[where]
         }
@@ -136,9 +136,9 @@ class Functions:
         elsewhere: Counter[Unrecorded] = Counter()
         for counted in [*(w.unrecorded for w in watchers), *(t.unrecorded for t in tracks)]:
             elsewhere.update(counted)
-        for where, cause in _ELSEWHERE.items():
+        for where in Unrecorded:
             if elsewhere[where]:
-                return f"{who} {'was' if one else 'were'} called {cause}"
+                return f"{who} {'was' if one else 'were'} called {where.value}"
         silent = sorted({name for _, name, function in asked if function.calls})
         if silent:
             return f"{listed(silent)} was called there, and returned no tensor"
@@ -160,13 +160,6 @@ class Functions:
         return f"{who} did not call it. {said} {_UNSEEN}"
 
 
-_ELSEWHERE: Final = {
-    Unrecorded.PAUSED: "inside acts.pause()",
-    Unrecorded.BACKWARD: "inside backward(), where calls are not recorded",
-    Unrecorded.RECOMPUTED: "inside backward(), where activation checkpointing recomputes what was recorded before",
-    Unrecorded.TRANSFORMED: "inside torch.func (vmap, grad, jvp), where a tensor stands for many",
-    Unrecorded.TRACED: "by something that reads the model (torch.jit.trace, make_fx, torch.export)",
-}
 _UNSEEN: Final = (
     "Not seen is what PyTorch's own functions call (multi_head_attention_forward, say), torch.autograd.Function.apply, and "
     "what runs in C++ or TorchScript"

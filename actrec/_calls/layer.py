@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -42,13 +42,18 @@ from .session import Session
 
 
 class Unrecorded(Enum):
-    """Where calls run that are not recorded."""
+    """Where calls run that are not recorded, in words for the user. The first is the likeliest cause."""
 
-    PAUSED = auto()
-    BACKWARD = auto()  # and repeat no call of the forward
-    RECOMPUTED = auto()
-    TRACED = auto()  # made to write down what the model does
-    TRANSFORMED = auto()  # in a transform of torch.func, where tensors have no values of their own
+    PAUSED = "inside acts.pause()"
+    BACKWARD = (
+        "inside backward(), where calls are not recorded: they may repeat those of the forward. If these do not, keep what they "
+        "return with acts.add()"
+    )
+    RECOMPUTED = (
+        "inside backward(), where activation checkpointing recomputes what was recorded before"
+    )
+    TRANSFORMED = "inside torch.func (vmap, grad, jvp), where a tensor stands for many"
+    TRACED = "by something that reads the model (torch.jit.trace, make_fx, torch.export)"
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)

@@ -14,7 +14,7 @@ from torch import nn
 
 from actrec._selection.functions import What
 from actrec._selection.selection import Choice
-from actrec._text import folded, listed
+from actrec._text import count, folded, listed
 from actrec._torch import DROPOUTS
 from actrec._values.spec import tensors
 from actrec.errors import (
@@ -71,8 +71,6 @@ _WRITTEN_VIEW = (
     "code does not tell its gradient. Let the layer return a clone(), or record without compiled=True"
 )
 
-_BACKWARD = "where calls are not recorded: they may repeat those of the forward. If these do not, keep what they return with acts.add()"
-
 
 def warned_of(
     model: nn.Module, tracks: _Tracks, session: Session, missing: Missing
@@ -82,29 +80,18 @@ def warned_of(
     ``missing`` says what was not recorded of functions.
     """
     came = any(track.grads is not None and track.grads.came for _, track in tracks.values())
-    causes = {
-        (MissingGradientWarning, "no gradient can reach"): {
-            key: cause for key, (_, track) in tracks.items() if (cause := _no_graph(track))
-        },
-        (MissingGradientWarning, "gradients may be missing of"): {
-            key: cause
-            for key, (_, track) in tracks.items()
-            if came and (cause := _written_view(track))
-        },
-        (IncompleteLayerWarning, "not all is right that was recorded of"): {
-            key: cause
-            for key, (choice, track) in tracks.items()
-            if track.kept and (cause := _incomplete(choice, track))
-        },
-    }
-    stop = session.stop
     yield from _unused(model, tracks, session, missing)
-    for (kind, what), layers in causes.items():
-        if layers:
-            yield _explained(what, layers, model, tracks), kind
+    for kind, what, why in (
+        (MissingGradientWarning, "no gradient can reach", _no_graph),
+        *([(MissingGradientWarning, "gradients may be missing of", _written_view)] if came else []),
+        (IncompleteLayerWarning, "not all is right that was recorded of", _incomplete),
+    ):
+        causes = {key: cause for key, one in tracks.items() if one[1].kept and (cause := why(*one))}
+        if causes:
+            yield _explained(what, causes, model, tracks), kind
     yield from _too_large(model, tracks)
-    if stop is not None and stop.caught:
-        forwards = "a forward" if stop.caught == 1 else f"{stop.caught} forwards"
+    if session.stop is not None and session.stop.caught:
+        forwards = "a forward" if session.stop.caught == 1 else f"{session.stop.caught} forwards"
         message = (
             f"record(stop_early=True): {forwards} of this {type(model).__name__} went on to the end, because the model has "
             'caught what ends them. Let it catch errors with "except Exception:", not with a bare "except:".'
@@ -185,7 +172,7 @@ def _too_large(model: nn.Module, tracks: _Tracks) -> Iterator[tuple[str, type[Us
         return
     one = next(iter(found.values()))
     what = "the largest it can hold" if one.saturates else "infinite or NaN in the recording"
-    lines = [f"  {name}: {_times(each.total, 'value')}." for name, each in found.items()]
+    lines = [f"  {name}: {count(each.total, 'value')}." for name, each in found.items()]
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES:] = [f"  and {len(lines) - _MOST_LINES} more layers."]
     message = (
@@ -217,13 +204,12 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
             f"from pass {since} on another module stood in its place, whose calls are not recorded. Change the model before "
             "the block, or open another block after that"
         )
-    if again := track.unrecorded[Unrecorded.BACKWARD]:
-        return f"{_times(again, 'call')} of it ran inside backward(), {_BACKWARD}"
-    if inside := track.unrecorded[Unrecorded.TRANSFORMED]:
-        return f"{_times(inside, 'call')} of it ran inside torch.func (vmap, grad, jvp), where a tensor stands for many"
+    for where in (Unrecorded.BACKWARD, Unrecorded.TRANSFORMED):
+        if many := track.unrecorded[where]:
+            return f"{count(many, 'call')} of it ran {where.value}"
     if track.overtaken:
         return (
-            f"hooks were added to it in the middle of {_times(track.overtaken, 'forward')}, and ran behind those of actrec: "
+            f"hooks were added to it in the middle of {count(track.overtaken, 'forward')}, and ran behind those of actrec: "
             "what they changed of that call is not recorded. Add them between two forwards, or with prepend=True"
         )
     if track.placeholder is not None and not track.has_tensors:
@@ -234,13 +220,9 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
     return _in_a_body(track) if track.compiled else None
 
 
-def _times(count: int, what: str) -> str:
-    return f"{count} {what}{'s' if count != 1 else ''}"
-
-
 def _explained(what: str, causes: dict[str, str], model: nn.Module, tracks: Collection[str]) -> str:
     """What is wrong with how many of the layers, and a line for each cause with the layers that it explains."""
-    many = f"{len(causes)} of {_times(len(tracks), 'layer')}"
+    many = f"{len(causes)} of {count(len(tracks), 'layer')}"
     layers: dict[str, list[str]] = {}
     for key, cause in causes.items():
         layers.setdefault(cause, []).append(key)
@@ -248,9 +230,7 @@ def _explained(what: str, causes: dict[str, str], model: nn.Module, tracks: Coll
     return "\n".join([f"record(): {what} {many} of this {type(model).__name__}.", *lines])
 
 
-def _no_graph(track: Track) -> str | None:
-    if not track.kept:
-        return None
+def _no_graph(_: Choice, track: Track) -> str | None:
     grads = track.grads
     if grads is not None and not grads.watched:
         return _REENTRANT if grads.reentrant else _NO_GRAPH
@@ -263,10 +243,10 @@ def _no_graph(track: Track) -> str | None:
     return None
 
 
-def _written_view(track: Track) -> str | None:
+def _written_view(_: Choice, track: Track) -> str | None:
     if track.grads is None or not track.grads.views_waiting:
         return None
-    return _WRITTEN_VIEW.format(many=_times(track.grads.views_waiting, "tensor"))
+    return _WRITTEN_VIEW.format(many=count(track.grads.views_waiting, "tensor"))
 
 
 def _not_kept(track: Track) -> str:
@@ -285,25 +265,12 @@ def _cause(there: Collection[int], choice: Choice, track: Track) -> str:
     return _elsewhere(track) or _not_called(there, choice, track)
 
 
-#: The likely cause is the first of these.
-_WHERE = {
-    Unrecorded.PAUSED: "ran inside acts.pause()",
-    Unrecorded.BACKWARD: f"ran inside backward(), {_BACKWARD}",
-    Unrecorded.RECOMPUTED: (
-        "ran inside backward(), where activation checkpointing recomputes what was recorded before"
-    ),
-    Unrecorded.TRACED: (
-        "were made by something that reads the model (torch.jit.trace, make_fx, torch.export), which are no calls of "
-        "the model's own"
-    ),
-}
-
-
 def _elsewhere(track: Track) -> str | None:
     """Where a layer was called, if that is where no call is recorded."""
-    for unrecorded, where in _WHERE.items():
-        if track.unrecorded[unrecorded]:
-            return f"all of its {_times(track.unrecorded.total(), 'call')} {where}"
+    for where in Unrecorded:
+        if track.unrecorded[where]:
+            verb = "were made" if where is Unrecorded.TRACED else "ran"
+            return f"all of its {count(track.unrecorded.total(), 'call')} {verb} {where.value}"
     if track.compiled:
         return _in_a_body(track)
     return _STANCE if track.session.eager.replaced else None
