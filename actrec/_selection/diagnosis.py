@@ -14,7 +14,8 @@ from actrec._torch import children_of
 from actrec.errors import UnsupportedModelError
 
 from .guesses import what_was_meant
-from .names import Model, Name, is_called, type_name
+from .model import Model
+from .names import Name, is_called, type_name
 
 
 def why_not(model: Model, name: Name) -> str | None:

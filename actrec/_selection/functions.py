@@ -13,7 +13,8 @@ from actrec.errors import SelectionError
 
 from .diagnosis import why_not
 from .globs import glob, is_glob
-from .names import Model, Name
+from .model import Model
+from .names import Name
 from .queries import answer
 from .treatment import Treatment
 

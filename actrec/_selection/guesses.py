@@ -12,7 +12,8 @@ from actrec._text import count, listed, nearest
 from actrec._torch import children_of
 
 from .globs import glob, is_glob
-from .names import Model, Name, type_name
+from .model import Model
+from .names import Name, type_name
 
 
 def what_was_meant(model: Model, query: str | re.Pattern[str]) -> str:

@@ -1,16 +1,14 @@
-"""The names of a model: every module, and each name that it may be called by.
+"""The names of modules, with and without what wrappers add to them.
 
-A model is a tree of names over a graph of modules: one module may have several names, and wrappers such as
-``DistributedDataParallel`` or ``torch.compile`` add segments that nobody wants to type.
+One module may have several names, and wrappers such as ``DistributedDataParallel`` or ``torch.compile`` add segments that
+nobody wants to type.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
+import weakref
 from collections.abc import Iterator
-from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -44,44 +42,57 @@ def type_name(module: nn.Module) -> str:
     return next(one.__name__ for one in type(module).__mro__ if not issubclass(one, kind))
 
 
-class Name(NamedTuple):
-    """One path to a module: as ``named_modules()`` spells it, and without the segments of wrappers."""
+class Name:
+    """One path to a module: as ``named_modules()`` spells it, and without the segments of wrappers.
 
-    full: str
-    short: str
-    module: nn.Module
+    It refers weakly to the module: names are remembered, and what is no longer in the model is not kept alive.
+    """
+
+    __slots__ = ("_module", "full", "is_machinery", "parent", "short")
+
+    def __init__(
+        self,
+        module: nn.Module,
+        full: str = "",
+        short: str = "",
+        parent: Name | None = None,
+        *,
+        is_machinery: bool = False,
+    ) -> None:
+        self.full = full
+        self.short = short
+        self.parent = parent
+        #: Whether no pattern should find it: what computes a parametrized weight, or checks an exported input.
+        self.is_machinery = is_machinery
+        self._module = weakref.ref(module)
 
     @property
-    def is_machinery(self) -> bool:
-        """Whether no pattern should find it: what computes a parametrized weight, or checks an exported input."""
-        return is_export_guard(self.module) or "parametrizations" in self.full.split(".")
+    def module(self) -> nn.Module:
+        """The module, which is in the model of whoever asks."""
+        found = self._module()
+        assert found is not None  # noqa: S101
+        return found
+
+    def above(self) -> Iterator[Name]:
+        """The names of the modules around it, from the inside out."""
+        name = self.parent
+        while name is not None:
+            yield name
+            name = name.parent
 
 
-#: So many names of a module lead to the modules inside it; those are found under further names only by spelling one out.
-_MOST_NAMES = 256
-
-
-def _walk(name: Name, met: Counter[int], above: set[int]) -> Iterator[Name]:
-    """The paths to every module, in the order of ``named_modules()``, without going in circles.
-
-    Where modules are registered in several others, and those in several others, a model has exponentially many paths.
-    """
-    yield name
-    children, identity = children_of(name.module), id(name.module)
-    if children and met[identity] < _MOST_NAMES:
-        met[identity] += 1
-        above.add(identity)
-        for segment, child in children.items():
-            if child is not None and id(child) not in above:
-                yield from _walk(_child(name, segment, child), met, above)
-        above.discard(identity)
-
-
-def _child(name: Name, segment: str, child: nn.Module) -> Name:
-    full, short, _ = name
+def child_of(name: Name, segment: str, child: nn.Module) -> Name:
+    """The name of what the module at ``name`` has under ``segment``."""
+    full, short = name.full, name.short
     is_wrapped = segment in _SEGMENTS and _is_wrapped(name, segment, child)
     spelled = f"{short}.{segment}" if short else segment
-    return Name(f"{full}.{segment}" if full else segment, short if is_wrapped else spelled, child)
+    return Name(
+        child,
+        f"{full}.{segment}" if full else segment,
+        short if is_wrapped else spelled,
+        name,
+        is_machinery=name.is_machinery or segment == "parametrizations" or is_export_guard(child),
+    )
 
 
 def _is_wrapped(name: Name, segment: str, child: nn.Module) -> bool:
@@ -112,78 +123,8 @@ def is_called(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
-def _inlined(names: list[Name]) -> Iterator[str]:
-    """The names of the modules below a traced or exported graph that the graph does not call."""
-    for graph in names:
-        if isinstance(graph.module, torch.fx.GraphModule):
-            prefix = f"{graph.full}." if graph.full else ""
-            calls = (node.target for node in graph.module.graph.nodes if node.op == "call_module")
-            called = {f"{prefix}{target}" for target in calls}
-            for name in names:
-                if (
-                    name is not graph
-                    and name.full.startswith(prefix)
-                    and called.isdisjoint(upwards(name.full))
-                ):
-                    yield name.full
-
-
-def upwards(full: str) -> Iterator[str]:
-    """A name, and those of the modules around it."""
-    while full:
-        yield full
-        full = full.rpartition(".")[0]
-
-
-class Model:
-    """A model as queries see it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.type = type_name(model)
-        self.names = list(_walk(Name("", "", model), Counter(), set()))
-        self.by_full = {name.full: name for name in self.names}
-        self.of: dict[int, list[Name]] = {}
-        for name in self.names:
-            self.of.setdefault(id(name.module), []).append(name)
-        self.inlined = frozenset(_inlined(self.names))
-
-    @cached_property
-    def by_short(self) -> dict[str, list[Name]]:
-        """The names without the segments of wrappers."""
-        found: dict[str, list[Name]] = {}
-        for name in self.names:
-            found.setdefault(name.short, []).append(name)
-        return found
-
-    def spelled(self, query: str) -> Name | None:
-        """The module of that name, where wrapper segments may be left out."""
-        if query in self.by_full:
-            return self.by_full[query]
-        for short in (query, _stripped(query)):
-            for name in self.by_short.get(short, []):
-                if _leaves_out_wrappers(query, name.full):
-                    return name
-        return self._at(query)
-
-    def _at(self, full: str) -> Name | None:
-        """The module at a path that was not walked."""
-        name = self.names[0]
-        for segment in full.split("."):
-            child = children_of(name.module).get(segment)
-            if child is None:
-                return None
-            name = _child(name, segment, child)
-        return name
-
-
-def _stripped(query: str) -> str:
+def stripped(query: str) -> str:
     """A name without the segments that wrappers may have added."""
     peft = ".".join((*_PEFT, ""))
     segments = query.replace(peft, "", 1).split(".")
     return ".".join(segment for segment in segments if segment not in WRAPPERS)
-
-
-def _leaves_out_wrappers(query: str, full: str) -> bool:
-    """Whether ``query`` is ``full`` less some of its segments (which the caller knows to be wrappers)."""
-    segments = iter(full.split("."))
-    return all(segment in segments for segment in query.split("."))

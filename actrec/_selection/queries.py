@@ -16,7 +16,8 @@ from actrec.errors import SelectionError
 from .diagnosis import hookable, nothing, why_not
 from .globs import glob, is_glob
 from .guesses import is_of_torch, layers_of_function, no_query, shown_query
-from .names import Model, Name, is_called, type_name
+from .model import Model
+from .names import Name, is_called, type_name
 
 #: One layer query; ``record()`` also takes an iterable of them, or a mapping from them to transforms.
 Query: TypeAlias = (
@@ -70,10 +71,7 @@ def _by_pattern(model: Model, query: str | re.Pattern[str], pattern: re.Pattern[
 
     Of a wrapper and what it wraps, which have one name, the wrapper.
     """
-    inside_weights = "parametrizations" in pattern.pattern
-    names = [n for n in model.names if inside_weights or not n.is_machinery]
-    short = [n for n in names if n.short and pattern.fullmatch(n.short)]
-    matches = short or [n for n in names if n.full and pattern.fullmatch(n.full)]
+    matches, is_short = model.matching(pattern)
     if not matches:
         raise SelectionError(nothing(model, query))
     hookable = [name for name in matches if why_not(model, name) is None]
@@ -81,7 +79,7 @@ def _by_pattern(model: Model, query: str | re.Pattern[str], pattern: re.Pattern[
         given = getattr(query, "pattern", query)
         message = f"record(): {given!r} matches only modules that hooks never run on: {why_not(model, matches[0])}."
         raise SelectionError(message)
-    if not short:
+    if not is_short:
         return hookable
     outermost: dict[str, Name] = {}
     for name in hookable:
@@ -155,13 +153,12 @@ def _leaves(model: Model) -> list[Name]:
         reasons = [reason for name in scripted or leaves if (reason := why_not(model, name))]
         message = f"record() cannot record every leaf module of this {model.type}: {next(iter(reasons), 'it has none')}, or choose layers."
         raise SelectionError(message)
-    return [_called(model, name) for name in leaves if is_called(name.module)]
+    return [_called(name) for name in leaves if is_called(name.module)]
 
 
-def _called(model: Model, leaf: Name) -> Name:
+def _called(leaf: Name) -> Name:
     """A leaf, or in its place the module around it that uses its weights without calling it."""
-    front = leaf.full.rpartition(".")[0]
-    parent = model.by_full.get(front)  # none, where a segment has a dot in it
+    parent = leaf.parent
     inside = isinstance(leaf.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     is_attention = parent is not None and isinstance(parent.module, nn.MultiheadAttention)
     return parent if parent is not None and inside and is_attention else leaf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from actrec.errors import OptionError, SelectionError
 from .diagnosis import check_model, layer_for_transform, why_not
 from .functions import FunctionQuery, What, ask, is_function_query
 from .globs import is_glob
-from .names import Model, Name, upwards
+from .model import Model, remembered
+from .names import Name
 from .queries import Query, Transform, answer
 from .treatment import Treatment
 
@@ -80,7 +82,7 @@ def select(
         OptionError: a mapping gives something else for a transform.
     """
     check_model(model, queries)
-    names = Model(model)
+    names = remembered(model)
     outputs = _claimed(names, queries, transform, "output")
     claimed: dict[What, _Claims] = {
         "output": outputs,
@@ -269,10 +271,11 @@ def _parents(
 def _above(model: Model, modules: list[nn.Module]) -> dict[int, nn.Module]:
     """The modules that are called above some, by their ids."""
     found: dict[int, nn.Module] = {}
+    met: set[Name] = set()
     for module in modules:
         for name in model.of[id(module)]:
-            for full in upwards(name.full.rpartition(".")[0]):
-                above = model.by_full.get(full)  # none, where a segment has a dot in it
-                if above and id(above.module) not in found and why_not(model, above) is None:
+            for above in takewhile(lambda one: one not in met, name.above()):
+                met.add(above)
+                if id(above.module) not in found and why_not(model, above) is None:
                     found[id(above.module)] = above.module
     return found

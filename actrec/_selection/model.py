@@ -1,0 +1,173 @@
+"""A model as queries see it: every module, and each name that it may be called by.
+
+It is a tree of names over a graph of modules. What was found out of it is remembered as long as the graph is the same, so
+that a block in every step of a training loop walks it once. No module is kept alive by that.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections import Counter
+from collections.abc import Iterator, MutableMapping
+from functools import cached_property, lru_cache, partial
+from itertools import chain
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from actrec._torch import children_of
+
+from .names import Name, child_of, stripped, type_name
+
+#: So many names of a module lead to the modules inside it; those are found under further names only by spelling one out.
+_MOST_NAMES: Final = 256
+#: So many patterns are remembered with a model.
+_MOST_PATTERNS: Final = 32
+
+
+class Model:
+    """A model as queries see it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.type = type_name(model)
+        self.names: list[Name] = []
+        _walk(Name(model), model, self.names, Counter(), set())
+        self.by_full = {name.full: name for name in self.names}
+        self.of: dict[int, list[Name]] = {}
+        for name in self.names:
+            self.of.setdefault(id(name.module), []).append(name)
+        self.inlined = frozenset(_inlined(self.names))
+        #: The names that a pattern matches.
+        self.matching = lru_cache(_MOST_PATTERNS)(partial(_matching, self.names))
+
+    @cached_property
+    def by_short(self) -> dict[str, list[Name]]:
+        """The names without the segments of wrappers."""
+        found: dict[str, list[Name]] = {}
+        for name in self.names:
+            found.setdefault(name.short, []).append(name)
+        return found
+
+    def spelled(self, query: str) -> Name | None:
+        """The module of that name, where wrapper segments may be left out."""
+        if query in self.by_full:
+            return self.by_full[query]
+        for short in (query, stripped(query)):
+            for name in self.by_short.get(short, []):
+                if _leaves_out_wrappers(query, name.full):
+                    return name
+        return self._at(query)
+
+    def _at(self, full: str) -> Name | None:
+        """The module at a path that was not walked."""
+        name = self.names[0]
+        for segment in full.split("."):
+            child = children_of(name.module).get(segment)
+            if child is None:
+                return None
+            name = child_of(name, segment, child)
+        return name
+
+
+def _walk(
+    name: Name, module: nn.Module, names: list[Name], met: Counter[int], above: set[int]
+) -> None:
+    """Add the paths to every module, in the order of ``named_modules()``, without going in circles.
+
+    Where modules are registered in several others, and those in several others, a model has exponentially many paths.
+    """
+    names.append(name)
+    children, identity = children_of(module), id(module)
+    if children and met[identity] < _MOST_NAMES:
+        met[identity] += 1
+        above.add(identity)
+        for segment, child in children.items():
+            if child is not None and id(child) not in above:
+                _walk(child_of(name, segment, child), child, names, met, above)
+        above.discard(identity)
+
+
+def _matching(names: list[Name], pattern: re.Pattern[str]) -> tuple[list[Name], bool]:
+    """The names that match without their wrapper segments; or if there are none, as they stand. And which of the two it is."""
+    inside_weights = "parametrizations" in pattern.pattern
+    names = [name for name in names if inside_weights or not name.is_machinery]
+    short = [name for name in names if name.short and pattern.fullmatch(name.short)]
+    return short or [n for n in names if n.full and pattern.fullmatch(n.full)], bool(short)
+
+
+def _inlined(names: list[Name]) -> Iterator[str]:
+    """The names of the modules below a traced or exported graph that the graph does not call."""
+    for graph in names:
+        module = graph.module
+        if isinstance(module, torch.fx.GraphModule):
+            prefix = f"{graph.full}." if graph.full else ""
+            calls = (node.target for node in module.graph.nodes if node.op == "call_module")
+            called = {f"{prefix}{target}" for target in calls}
+            for name in names:
+                if (
+                    name is not graph
+                    and name.full.startswith(prefix)
+                    and called.isdisjoint(_upwards(name.full))
+                ):
+                    yield name.full
+
+
+def _upwards(full: str) -> Iterator[str]:
+    """A name, and those of the modules around it."""
+    while full:
+        yield full
+        full = full.rpartition(".")[0]
+
+
+def _leaves_out_wrappers(query: str, full: str) -> bool:
+    """Whether ``query`` is ``full`` less some of its segments (which the caller knows to be wrappers)."""
+    segments = iter(full.split("."))
+    return all(segment in segments for segment in query.split("."))
+
+
+# --- What is remembered --------------------------------------------------------------------------------
+
+_models: MutableMapping[nn.Module, tuple[Model, _Graph]] = weakref.WeakKeyDictionary()
+
+
+def remembered(model: nn.Module) -> Model:
+    """Return what was found out of a model before, if it is the same; or find it out."""
+    known, graph = _models.get(model, (None, None))
+    if known is not None and graph is not None and graph.is_that_of(model):
+        return known
+    known = Model(model)
+    _models[model] = known, _Graph(known)
+    return known
+
+
+class _Graph:
+    """The modules of a model, and what each has inside: all that its names come from."""
+
+    def __init__(self, model: Model) -> None:
+        modules = [names[0].module for names in model.of.values()]
+        self._modules = [weakref.ref(module) for module in modules]
+        self._types = [*map(type, modules)]
+        self._inside = _inside(modules)
+        # What a traced graph calls may change, and its modules stay.
+        self._is_traced = any(issubclass(kind, torch.fx.GraphModule) for kind in {*self._types})
+
+    def is_that_of(self, model: nn.Module) -> bool:
+        """Whether it is the graph of the model still."""
+        modules: list[Any] = [module() for module in self._modules]  # None, if it is gone
+        return (
+            modules[0] is model
+            and not self._is_traced
+            and [*map(type, modules)] == self._types
+            and _inside(modules) == self._inside
+        )
+
+
+def _inside(modules: list[nn.Module]) -> tuple[list[int], list[str], list[int]]:
+    """How many children modules have, and the segments and ids of all these: of modules that are there, no two ids are one."""
+    tables = [*map(children_of, modules)]
+    tables_of_some = [table for table in tables if table]  # most have none
+    segments = chain.from_iterable(table.keys() for table in tables_of_some)
+    children = chain.from_iterable(table.values() for table in tables_of_some)
+    return [*map(len, tables)], [*segments], [*map(id, children)]
