@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from actrec import (
     Comparison,
+    Opaque,
     OptionError,
     Recording,
     UnknownLayerError,
     UnusedLayerWarning,
     compare,
+    load,
     record,
 )
 from actrec._recordings.in_memory import ListLayer
@@ -28,6 +30,8 @@ from actrec._values import chunks as _blocks
 from tests.models import ConvNet, TinyTransformer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from actrec._recordings.comparison import Row
 
 NAN, INF = math.nan, math.inf
@@ -367,7 +371,7 @@ def test_layers_that_were_never_called_have_nothing_to_compare() -> None:
     (row,) = compare(acts, acts)
     assert (row.note, row.close, row.different_pass) == ("nothing to compare", True, None)
     assert math.isnan(row.cosine)
-    (row,) = compare(recording(x=["text"]), recording(x=["other"]))
+    (row,) = compare(recording(x=[None]), recording(x=[torch.float32]))
     assert row.note == "nothing to compare"
 
 
@@ -545,3 +549,81 @@ def test_recordings_of_one_layer_are_compared_by_selecting_them() -> None:
     with pytest.raises(OptionError, match=r"A recording of one layer is acts\.select\('x'\)"):
         compare(acts["x"], acts["x"])  # type: ignore[arg-type]
     assert [row.layer for row in compare(acts.select("x"), acts.select("x"))] == ["x"]
+
+
+# --- What is no tensor, and what belongs together ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (0.1, 0.2),
+        (1, 2),
+        (10**30, 10**31),
+        (True, False),
+        (1j, 2j),
+        (np.float32(1), np.float32(2)),
+        (np.arange(3), np.arange(1, 4)),
+        ("a", "b"),
+        (b"a", b"b"),
+        ("a" * 30, "a" * 31),
+        ("a", 1),
+        ({"loss": 1.0}, {"loss": 2.0}),
+    ],
+)
+def test_numbers_arrays_and_texts_are_compared(one: Any, other: Any) -> None:
+    assert only(one, one).equal
+    assert only(one, copy.deepcopy(one)).calls == 1
+    row = only(one, other)
+    assert not row.equal
+    assert not row.close
+    assert row.different_pass == 0
+
+
+def test_numbers_are_close_within_the_tolerances() -> None:
+    assert only(1.0, 1.0 + 1e-9).close
+    assert not only(1.0, 1.01).close
+    assert only(1.0, 1.01, rtol=0.1).close
+
+
+@pytest.mark.parametrize("value", [None, torch.float32, np.array(["a"]), Opaque("x")])
+def test_other_objects_are_not_compared(value: Any) -> None:
+    row = only(value, value)
+    assert (row.calls, row.note) == (0, "nothing to compare")
+
+
+def of_units(keys: list[int | str], model: nn.Module, values: dict[Any, Tensor]) -> Recording:
+    with torch.no_grad(), record(model, "") as acts:
+        for key in keys:
+            with acts.unit(key):
+                for part in values[key].split(2):
+                    model(part)
+                acts.add("mask", torch.ones(1, 1))
+    return acts
+
+
+def test_calls_of_units_belong_together_in_whatever_order_these_were_worked_off(
+    tmp_path: Path,
+) -> None:
+    model = nn.Linear(3, 2)
+    values = {key: torch.randn(4, 3) for key in (1, "b", 3)}
+    acts, others = of_units([1, "b", 3], model, values), of_units([3, 1, "b"], model, values)
+    others.save(tmp_path / "others")
+    assert compare(acts, others).equal
+    assert compare(acts, load(tmp_path / "others")).equal
+    values["b"] = values["b"] + 1
+    found = compare(acts, of_units([3, 1, "b"], model, values)).first_difference
+    assert found is not None
+    assert (found.layer, found.different_pass, found.calls) == ("", 1, 6)
+
+
+def test_units_that_one_has_alone_are_named() -> None:
+    model = nn.Linear(3, 2)
+    values = {key: torch.randn(4, 3) for key in (1, "b", 3)}
+    acts = of_units([1, "b", 3], model, values)
+    assert [row.note for row in compare(acts, of_units([3, 1], model, values))] == [
+        "2 and 0 calls of unit 'b'",
+        "1 and 0 calls of unit 'b'",
+    ]
+    row = compare(of_units([3, 1], model, values), acts)[0]
+    assert (row.note, row.calls, row.different_pass) == ("0 and 2 calls of unit 'b'", 4, 1)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from actrec._progress import Each, showing
-from actrec._text import count, nearest
+from actrec._text import nearest
 from actrec._values.difference import Difference, Mismatch, Tolerances
-from actrec._values.spec import leaves
 from actrec._values.summary import dtype_name
 from actrec.errors import OptionError, UnknownLayerError
 
+from .comparable import Leaf, comparable, shapes, with_names_of
 from .comparison import Comparison, Row
 from .layer import Layer
 from .masked import Mask, Masks, left_in
+from .pairing import paired
 from .recording import Recording
 from .reduced import Reduced
 
@@ -54,8 +54,9 @@ def compare(
 
     A mismatch is reported, never raised: numbers of calls, shapes, dtypes and structures in the rows, layers that only one
     recording has in ``only_a`` and ``only_b``. The recordings may be in memory or on disk, on different devices, and of
-    different dtypes: elements are compared in float64. Only tensors are compared. Both recordings are read call by call in
-    blocks of a few megabytes, and not changed.
+    different dtypes: elements are compared in float64. Numbers and NumPy arrays are compared as tensors are, texts for equality,
+    and objects not at all. Calls belong together by the keys of their units where all have one, else by their order. Both
+    recordings are read call by call in blocks of a few megabytes, and not changed.
 
     Args:
         a: a recording.
@@ -166,14 +167,14 @@ def _rows(
         masks = None  # it was applied when they were recorded
     kept_a = [] if masks is None else masks[0].of(a)
     kept_b = kept_a if masks is None or masks[1] is None else masks[1].of(b)
-    calls = zip(each(_values(a)), _values(b), a.passes, strict=False)
-    for call, (x, y, number) in enumerate(calls):
-        xs = dict(leaves(x))
-        ys: Mapping[str, Tensor] = dict(leaves(y))
-        if masks is not None and (masks[1] is not None or _shapes(xs) == _shapes(ys)):
-            xs = {path: left_in(one, kept_a[call].get(path)) for path, one in xs.items()}
-            ys = {path: left_in(one, kept_b[call].get(path)) for path, one in ys.items()}
-        ys = _with_names_of(xs, ys)
+    pairing = paired(a, b)
+    values = zip(each(_values(a, pairing.ours)), _values(b, pairing.theirs), strict=True)
+    for (x, y), call, other in zip(values, pairing.ours, pairing.theirs, strict=False):
+        number = a.passes[call]
+        xs, ys = comparable(x), comparable(y)
+        if masks is not None and (masks[1] is not None or shapes(xs) == shapes(ys)):
+            xs, ys = _masked(xs, kept_a[call]), _masked(ys, kept_b[other])
+        ys = with_names_of(xs, ys)
         for path in dict.fromkeys([*xs, *ys]):
             tally = found.setdefault(path, _Tally())
             if path in xs and path in ys:
@@ -181,21 +182,23 @@ def _rows(
             else:
                 tally.differ(number, f"call {call} only in {'a' if path in xs else 'b'}")
     found = found or {"": _Tally()}
-    if len(a) != len(b):
-        shorter, longer = sorted((a, b), key=len)
-        for tally in found.values():
-            tally.differ(longer.passes[len(shorter)], f"{len(a):,} and {count(len(b), 'call')}")
     for path, tally in found.items():
+        if pairing.alone is not None:
+            tally.differ(*pairing.alone)
         yield tally.row(a.name, path, b.name)
 
 
-def _values(layer: Layer[Any]) -> Iterable[Any]:
-    """The calls of a layer; where it was reduced, the result."""
-    return [layer.compute()] if isinstance(layer, Reduced) else layer
+def _values(layer: Layer[Any], numbers: Sequence[int]) -> Iterable[Any]:
+    """Some calls of a layer; where it was reduced, the result."""
+    if isinstance(layer, Reduced):
+        return [layer.compute()]
+    return layer if numbers == range(len(layer)) else map(layer.__getitem__, numbers)
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    return {path: tensor.shape for path, tensor in tensors.items() if not tensor.is_nested}
+def _masked(leaves: dict[str, Leaf], kept: Mapping[str, Tensor]) -> dict[str, Leaf]:
+    """What is left of tensors of which some positions do not count."""
+    tensors = {path: one for path, one in leaves.items() if isinstance(one, Tensor)}
+    return leaves | {path: left_in(tensors[path], one) for path, one in kept.items()}
 
 
 class _Tally:
@@ -216,8 +219,13 @@ class _Tally:
         if note:
             self.notes.setdefault(note)
 
-    def compare(self, x: Tensor, y: Tensor, call: int, number: int, tolerances: Tolerances) -> None:
-        """Compare the tensor in call ``call`` of both recordings."""
+    def compare(self, x: Leaf, y: Leaf, call: int, number: int, tolerances: Tolerances) -> None:
+        """Compare what call ``call`` of ``a`` has with what is beside it."""
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+            self.calls += 1
+            if x is not y and x != y:
+                self.differ(number, f"call {call}: {_quoted(x)} and {_quoted(y)}")
+            return
         try:
             close = self.difference.add(x, y, tolerances)
         except Mismatch as mismatch:
@@ -252,29 +260,13 @@ class _Tally:
         )
 
 
+def _quoted(leaf: Leaf, most: int = 20) -> str:
+    """A text, of a long one the beginning."""
+    text = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def _first(notes: Iterable[str], most: int = 2) -> str:
     notes = list(notes)
     more = [f"{len(notes) - most:,} more"] if len(notes) > most else []
     return "; ".join([*notes[:most], *more])
-
-
-# --- Paths in loaded values -----------------------------------------------------------------------------
-
-_ITEM: Final = re.compile(r"\['([^\W\d]\w*)'\]")
-_KEY: Final = re.compile(r"\[(?:<class '|Opaque\('|<)([\w.]+)(?:'>|'\)|: [^>]*>)\]")
-
-
-def _with_names_of(xs: Mapping[str, Tensor], ys: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return ``ys`` under the paths of ``xs``: a loaded value has another path to the same tensor in two cases.
-
-    A field of a dataclass was loaded as an item of a dict, and a key that is an enum member or a class as an ``Opaque``.
-    """
-    if xs.keys() == ys.keys():
-        return ys
-    known = {_plain(path): path for path in xs}
-    return {path if path in xs else known.get(_plain(path), path): ys[path] for path in ys}
-
-
-def _plain(path: str) -> str:
-    path = _KEY.sub(lambda key: f"[{'.'.join(key[1].split('.')[-2:])}]", path)
-    return _ITEM.sub(r".\1", path)

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from .stand_ins import Opaque
@@ -18,6 +19,12 @@ CONSTANTS: Final = (
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size,
     Opaque,
 )  # fmt: skip
+
+
+_NUMBERS: Final = {
+    bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128,
+}  # fmt: skip
+_INT64: Final = range(-(1 << 63), 1 << 63)
 
 
 @dataclass(slots=True, eq=False)
@@ -50,3 +57,16 @@ def is_array(value: Any) -> bool:
     numpy = sys.modules.get("numpy")  # whoever has an array has imported it
     is_numpy = numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic))
     return is_numpy and not value.dtype.hasobject
+
+
+def as_tensor(value: Any) -> Tensor | None:
+    """Return a number, or a NumPy array of numbers, as a tensor of its precision; ``None`` for all else."""
+    if is_array(value):
+        try:
+            return torch.from_numpy(sys.modules["numpy"].array(value))
+        except TypeError:  # of texts or dates
+            return None
+    dtype = next((of for kind, of in _NUMBERS.items() if isinstance(value, kind)), None)
+    if dtype is None or isinstance(value, Enum) or (dtype is torch.int64 and value not in _INT64):
+        return None
+    return torch.tensor(value, dtype=dtype, device="cpu")
