@@ -133,8 +133,8 @@ class Block(AbstractContextManager[Recorder[Any]]):
         if not is_idle:
             tracks = {key: (choices[key], track) for key, track in self._tracks.of.items()}
             found = [*warned_of(self._model, tracks, session, missing)]
-            self._yielded._warned = [message for message, _ in found]
-            self._destination.warned(self._yielded._warned)
+            self._yielded._run.warned = [message for message, _ in found]
+            self._destination.warned(self._yielded._run.warned)
             for message, category in found:
                 warnings.warn(message, category, stacklevel=2)
         self._warn_of_steps(stacklevel=2)

@@ -296,9 +296,9 @@ def test_modules_are_names_of_their_layers_where_the_recording_was_made() -> Non
 
 def test_a_recording_keeps_no_module_alive() -> None:
     net, acts = recorded()
-    assert len(acts._keys_of) == 4
+    assert len(acts._run.modules) == 4
     del net
-    assert len(acts._keys_of) == 0
+    assert len(acts._run.modules) == 0
 
 
 @pytest.mark.parametrize("layers", [nn.Linear, "[0]", "module.0"], ids=str)
@@ -350,6 +350,24 @@ def test_a_selection_is_the_recording_as_it_goes_on() -> None:
     assert part.grads["conv1"][0] is not None
     assert repr(part).startswith("recorded Net: 2 layers")
     assert [row.layer for row in part.stats()] == ["conv1", "pair", "pair"]
+
+
+@pytest.mark.parametrize("into", ["memory", "path"])
+def test_what_the_run_has_told_is_known_of_inputs_and_parts_too(tmp_path: Path, into: str) -> None:
+    net = Net()
+    with record(
+        net, LAYERS, inputs=True, into=list if into == "memory" else tmp_path / "r"
+    ) as acts:
+        net(X)
+        with pytest.raises(RuntimeError):
+            net(torch.ones(2, 5))
+    whole = acts if into == "memory" else load(tmp_path / "r")
+    for one in (whole, whole.inputs, whole.select("conv1"), whole.inputs.select("conv1")):
+        assert (one.num_passes, one.failed_passes) == (2, [1])
+        assert (copy.deepcopy(one).failed_passes, pickle.loads(pickle.dumps(one)).num_passes) == (
+            [1],
+            2,
+        )
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))])

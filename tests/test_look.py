@@ -70,7 +70,7 @@ def test_a_table_is_that_of_the_list_as_it_is(steps: list[tuple[str, int, str]])
         CHANGES[how](layer, at, VALUES[value]())
         del layer[20:]
         repr(acts)
-    new = Recording("Net", {"a": fresh(layer), "b": other}, {}, passes=acts._passes)
+    new = Recording("Net", {"a": fresh(layer), "b": other}, {}, passes=acts._run.passes)
     assert repr(acts) == repr(new)
     assert repr(layer) == repr(fresh(layer))
     assert acts.nbytes == new.nbytes

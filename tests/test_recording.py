@@ -816,7 +816,7 @@ def test_a_recording_says_what_state_it_is_in() -> None:
         == "recorded Sequential (interrupted, partial): 1 layer, 1 pass, 28 B with inputs"
     )
     assert repr(acts.inputs).splitlines() == [
-        "recorded inputs of Sequential: 1 layer, 1 pass, 16 B",
+        "recorded inputs of Sequential (interrupted, partial): 1 layer, 1 pass, 16 B",
         "layer  type    calls  shape            dtype    memory",
         "lin    Linear      1  {input: (1, 4)}  float32    16 B",
     ]

@@ -23,8 +23,8 @@ from actrec import (
     save,
     verify,
 )
+from actrec._recordings.pass_runs import in_runs
 from actrec._recordings.reduced import Reduced
-from actrec._recordings.runs import in_runs
 from actrec.errors import CorruptRecordingError
 from actrec.store import Folder
 

@@ -173,7 +173,7 @@ def test_what_was_warned_of_is_on_it(way: str, tmp_path: Path) -> None:
     if way != "memory":
         assert verify(tmp_path / "a") == []
         recorded().save(tmp_path / "a", overwrite=True)
-        assert [*load(tmp_path / "a")._warnings()] == []
+        assert [*load(tmp_path / "a")._run.warnings()] == []
 
 
 def test_warnings_of_several_runs_and_ranks_are_there_once(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_warnings_of_several_runs_and_ranks_are_there_once(tmp_path: Path) -> No
             folder = Folder(tmp_path / "a", rank=rank, world_size=2, run="a")
             with pytest.warns(UnusedLayerWarning), record(net, into=folder, resume=resume):
                 net(torch.ones(2, 4))
-    assert len(load(tmp_path / "a")._warnings()) == 1
+    assert len(load(tmp_path / "a")._run.warnings()) == 1
 
 
 def test_a_full_disk_keeps_no_warning_and_the_block_ends_well(
@@ -199,7 +199,7 @@ def test_a_full_disk_keeps_no_warning_and_the_block_ends_well(
     )
     with pytest.warns(UnusedLayerWarning), record(Net(), into=tmp_path / "a"):
         pass
-    assert [*load(tmp_path / "a")._warnings()] == []
+    assert [*load(tmp_path / "a")._run.warnings()] == []
 
 
 @pytest.mark.parametrize("content", ["", "[", "[3]", "{}"])
@@ -229,7 +229,7 @@ def test_what_is_missing_or_odd_is_on_it(tmp_path: Path) -> None:
     ):
         assert sentence in told
     acts = made(a=[torch.ones(1)])
-    acts._passes.raised.update(range(10))
+    acts._run.passes.raised.update(range(10))
     assert (
         "10 passes raised: 0, 1, 2, 3, 4, 5, 6, 7 and 2 more."
         in page(acts, tmp_path).text["to-know"]

@@ -6,14 +6,15 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from typing_extensions import override
 
 from actrec._recordings.layer import Layer, V
 from actrec._recordings.passes import Count
-from actrec._recordings.recording import Recording
-from actrec._recordings.table import State
+from actrec._recordings.recording import Recording, of_run
+from actrec._recordings.run import Run, State
 from actrec._recordings.units import Key
 from actrec._selection.functions import WHATS, What
 from actrec._selection.selection import Selection
@@ -21,6 +22,7 @@ from actrec._values.containers import Value
 from actrec.errors import ActrecError, CaptureError, OptionError
 
 from .passes import Unit
+from .session import Session
 from .tracks import Tracks
 from .units import UnitRecorder
 
@@ -68,28 +70,27 @@ class Recorder(Recording[V], Generic[V]):
             inputs=inputs,
             grads=grads,
             units=destination.units(),
+            run=partial(_LiveRun, session),
         )
         keys = {choice.module: choice.key for choice in selection.choices}
-        self._keys_of = weakref.WeakKeyDictionary(keys)
-        for beside in self._besides().values():
-            beside._keys_of = self._keys_of
-        self._where = destination.where
+        self._run.modules = weakref.WeakKeyDictionary(keys)
+        self._run.where = destination.where
         self._session = session
         self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
-        self._blocks = UnitRecorder(tracks, self._units)
+        self._blocks = UnitRecorder(tracks, self._run.units)
         tracks.show_in(self)
-
-    @override
-    def _deliver(self) -> None:
-        self._session.deliver()
 
     def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None:
         """Put layers into the recording. Others may be reading it: what they see stays as it is."""
-        places = {"output": self, "input": self._inputs, "gradient": self._grads}
+        places: dict[What, Recording[Any] | None] = {
+            "output": self,
+            "input": self._inputs,
+            "gradient": self._grads,
+        }
         for role, layer in layers.items():
             recording = places[role]
             if recording is not None:
-                layer._units = self._units
+                layer._units = self._run.units
                 recording._layers = {**recording._layers, name: layer}
 
     def _hide(self, name: str) -> None:
@@ -128,7 +129,7 @@ class Recorder(Recording[V], Generic[V]):
         Returns:
             A context manager. Pauses nest, and recording goes on after the outermost.
         """
-        self._deliver()
+        self._run.deliver()
         self._session.pause(by=1)
         try:
             yield
@@ -285,7 +286,7 @@ class Recorder(Recording[V], Generic[V]):
         if not isinstance(given, str):
             message = f"acts.add({given!r}, ...): expected a string as the name, such as 'label'."
             raise OptionError(message)
-        if name in self._tracks.of or name in self._aliases:
+        if name in self._tracks.of or name in self._run.aliases:
             message = (
                 f"acts.add({name!r}): that is the name of a recorded layer. Choose another one."
             )
@@ -328,7 +329,7 @@ class Recorder(Recording[V], Generic[V]):
         if self._session.passes.units:
             message = "acts.clear(): a unit is open. Clear the recording between two units."
             raise ActrecError(message)
-        self._deliver()
+        self._run.deliver()
         self._tracks.clear()
         self._blocks.clear()
         self._session.passes.restart()
@@ -336,24 +337,9 @@ class Recorder(Recording[V], Generic[V]):
     @override
     def __reduce__(self) -> tuple[Any, ...]:
         # What is copied or pickled is what was recorded, not the recording of it.
-        self._deliver()
-        state = {
-            "model": self._model,
-            "layers": self._layers,
-            "aliases": dict(self._aliases),
-            "order": [*self._order],
-            "passes": Count(self.num_passes, set(self.failed_passes)),
-            "inputs": None if self._inputs is None else self._inputs._layers,
-            "grads": None if self._grads is None else self._grads._layers,
-            "units": self._units.copy(),
-        }
-        return _copied, (state,), {"_where": self._where, "_warned": self._warned}
-
-    @override
-    def _state(self) -> State:
-        if self._session.active:
-            return "recording"
-        return "interrupted" if self._session.interrupted else "recorded"
+        self._run.deliver()
+        beside = [None if one is None else one._layers for one in (self._inputs, self._grads)]
+        return of_run, (self._run, self._layers, *beside)
 
 
 def _no_unit(name: str, units: list[Unit]) -> str:
@@ -368,5 +354,26 @@ def _no_unit(name: str, units: list[Unit]) -> str:
     )
 
 
-def _copied(state: dict[str, Any]) -> Recording[Any]:
-    return Recording(**state)
+class _LiveRun(Run):
+    """A run that goes on, until its block ends."""
+
+    def __init__(self, session: Session, *known: Any) -> None:
+        super().__init__(*known)
+        self._session = session
+
+    @override
+    def state(self) -> State:
+        if self._session.active:
+            return "recording"
+        return "interrupted" if self._session.interrupted else "recorded"
+
+    @override
+    def deliver(self) -> None:
+        self._session.deliver()
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What is copied stays as it is now.
+        count = Count(self.passes.count, set(self.passes.raised))
+        known = (self.model, dict(self.aliases), [*self.order], count, self.units.copy())
+        return Run, known, {"where": self.where, "warned": self.warned}

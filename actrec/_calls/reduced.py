@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 from typing_extensions import override
 
+from actrec._recordings.pass_runs import PassRuns
 from actrec._recordings.passes import ListView, Moment
 from actrec._recordings.reduced import Reduced, followed, merged
-from actrec._recordings.runs import PassRuns
 from actrec._values.containers import Value
 from actrec._values.spec import tensors
 from actrec.errors import ActrecError, CaptureError

@@ -151,8 +151,8 @@ def _check_mapping(a: Recording[Any], b: Recording[Any], names: Mapping[str, str
 def _masks(a: Recording[Any], b: Recording[Any], mask: Mask) -> tuple[Masks, Masks | None]:
     """The masks of both, or of ``a`` for both."""
     is_of_both = callable(mask) or mask in b
-    own = Masks("compare", a, a._raised(), mask)
-    return own, Masks("compare", b, b._raised(), mask) if is_of_both else None
+    own = Masks("compare", a, a._run.raised(), mask)
+    return own, Masks("compare", b, b._run.raised(), mask) if is_of_both else None
 
 
 def _rows(

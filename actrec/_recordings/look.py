@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import Any, Final
 
 from torch import Tensor
+from typing_extensions import override
 
 from actrec._values.constants import Constant, is_array
 from actrec._values.containers import Container
@@ -99,6 +100,10 @@ class Together:
 
     def __init__(self) -> None:
         self._before: tuple[list[tuple[int, int]], list[Mapping[object, int]], int] = [], [], 0
+
+    @override
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy is of other layers
+        return Together, ()
 
     def nbytes(self, places: list[Mapping[object, int]]) -> int:
         """Add up the bytes at the addresses of each layer. A layer that has further calls has further addresses."""

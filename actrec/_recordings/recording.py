@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from importlib import import_module
-from types import MappingProxyType
 from typing import Any, Generic, overload
 
 from torch import nn
@@ -24,10 +23,11 @@ from .guesses import NOT_RECORDED, explained, no_attribute_of_recording, no_laye
 from .layer import Layer, V
 from .look import Together
 from .masked import Mask, Masks
-from .passes import Count, ListView, Moment
+from .passes import Count, ListView
+from .run import Run
 from .selecting import Known, chosen
 from .stats import Stats, stats
-from .table import State, recording_table
+from .table import recording_table
 from .units import Key, Units, missing
 
 T = TypeVar("T")
@@ -65,16 +65,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         inputs: likewise, what the calls received.
         grads: likewise, the gradients.
         units: which passes are units; by default none.
+        run: what makes all that its parts know as well.
     """
-
-    #: What the values are, where they are not what layers returned.
-    _role: str = ""
-    #: Where it is stored, if that is known.
-    _where: str = ""
-    #: What the end of the block has warned of. Only a :class:`Recorder` knows any.
-    _warned: Sequence[str] = ()
-    #: The names of the modules that were recorded, while those are there. Only a :class:`Recorder` knows any.
-    _keys_of: Mapping[nn.Module, str] = MappingProxyType({})
 
     def __init__(
         self,
@@ -87,35 +79,41 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         inputs: Mapping[str, Layer[dict[str, Any]]] | None = None,
         grads: Mapping[str, Layer[V]] | None = None,
         units: Units | None = None,
+        run: Callable[..., Run] = Run,
     ) -> None:
-        self._model = model
+        if passes is None:
+            last = (index for layer in layers.values() for index in layer.passes)
+            passes = Count(max(last, default=-1) + 1)
+        units = Units() if units is None else units
+        self._fill(run(model, aliases, order, passes, units), layers, inputs, grads)
+
+    def _fill(
+        self,
+        run: Run,
+        layers: Mapping[str, Layer[V]],
+        inputs: Mapping[str, Layer[dict[str, Any]]] | None,
+        grads: Mapping[str, Layer[V]] | None,
+        role: str = "",
+    ) -> None:
+        self._run = run
+        self._role = role  # what the values are, where they are not what layers returned
         self._together = Together()
         self._layers = dict(layers)
-        self._aliases = aliases
-        self._order = order
-        last = (index for layer in self._layers.values() for index in layer.passes)
-        self._passes = Count(max(last, default=-1) + 1) if passes is None else passes
-        self._units = Units() if units is None else units
         for layer in self._layers.values():
             if layer._units is None:  # or it may be shared with a recorder, whose units go on
-                layer._units = units
-        more = (aliases, order, self._passes)
-        self._inputs, self._grads = (
-            None if layers is None else Recording(model, layers, *more, units=units)
-            for layers in (inputs, grads)
-        )
-        for one, role in ((self._inputs, "inputs"), (self._grads, "gradients")):
-            if one is not None:
-                one._role = role
+                layer._units = run.units
+        self._inputs = None if inputs is None else of_run(run, inputs, role="inputs")
+        self._grads = None if grads is None else of_run(run, grads, role="gradients")
 
     def _key(self, name: object) -> str | None:
         """Return the listed name of a layer; ``None`` if there is no such layer."""
         if isinstance(name, nn.Module):
-            name = self._keys_of.get(name)
-        key = name if name in self._layers else self._aliases.get(name)  # type: ignore[call-overload]
+            name = self._run.modules.get(name)
+        aliases = self._run.aliases
+        key = name if name in self._layers else aliases.get(name)  # type: ignore[call-overload]
         if key is None and isinstance(name, str) and ":" in name:  # a module's, and a function's
             module, _, function = name.rpartition(":")
-            key = f"{self._aliases.get(f'{module}:', f'{module}:')}{canonical(function)}"
+            key = f"{aliases.get(f'{module}:', f'{module}:')}{canonical(function)}"
         return key if key in self._layers else None
 
     @override
@@ -154,7 +152,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         key = self._key(name) if isinstance(given, (str, nn.Module)) else None
         if key is None:
             raise UnknownLayerError(self._elsewhere(given) or no_layer(self, given))
-        self._deliver()
+        self._run.deliver()
         return self._layers[key]
 
     def _elsewhere(self, name: object) -> str:
@@ -172,14 +170,6 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         found = {"inputs": self._inputs, "grads": self._grads}
         return {name: one for name, one in found.items() if one is not None}
 
-    def _deliver(self) -> None:
-        """Wait for copies from a device. Only a :class:`Recorder` has any."""
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        found = {name: value for name, value in vars(self).items() if name != "_keys_of"}
-        return found | {"_together": Together()}
-
     @override
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -191,7 +181,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
     @property
     def num_passes(self) -> int:
         """The number of passes so far, including those in which no chosen layer was called."""
-        return self._passes.count
+        return self._run.passes.count
 
     @property
     def failed_passes(self) -> list[int]:
@@ -212,11 +202,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
         The calls before the error are kept; :func:`actrec.data.rows` leaves them out.
         """
-        return sorted({number for _, number in self._raised()})
-
-    def _raised(self) -> set[Moment]:
-        """Return the rank (``None`` in memory) and the number of each pass that raised."""
-        return {(None, number) for number in list(self._passes.raised)}
+        return sorted({number for _, number in self._run.raised()})
 
     # --- Units ---------------------------------------------------------------------------------------------
 
@@ -236,13 +222,13 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         >>> acts.units
         [0, 1, 2]
         """
-        keys = self._units.keys
+        keys = self._run.units.keys
         return ListView([keys[one] for one in sorted(keys, key=lambda one: (one[1], one[0] or 0))])
 
     @property
     def done(self) -> AbstractSet[Key]:
         """The keys of the units that the recording has, as a set."""
-        return dict.fromkeys(self._units.keys.values()).keys()
+        return dict.fromkeys(self._run.units.keys.values()).keys()
 
     def missing(self, wanted: Iterable[Key]) -> list[Key]:
         """Return the keys of which the recording has no unit.
@@ -289,7 +275,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         """
         if self._inputs is None:
             raise AttributeError(NOT_RECORDED["inputs"])
-        self._deliver()
+        self._run.deliver()
         return self._inputs
 
     @property
@@ -353,8 +339,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
         The call of a module ends after those of the modules in it. The recording itself is in the order of the queries.
         """
-        self._deliver()
-        known = [name for name in self._order if name in self._layers]
+        self._run.deliver()
+        known = [name for name in self._run.order if name in self._layers]
         return [name for name in dict.fromkeys([*known, *self]) if len(self._layers[name])]
 
     def _in_order(self) -> Iterable[str]:
@@ -385,12 +371,16 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         Raises:
             SelectionError: a query selects nothing of what was recorded; the message names close matches.
         """
-        self._deliver()
+        self._run.deliver()
         types: dict[str, str] = {}
         for recording in (self, *self._besides().values()):
             for name, layer in recording._layers.items():
                 types.setdefault(name, layer.type)
-        return _Part(self, chosen(layers, Known(types, self._aliases, self._keys_of)))
+        run = self._run
+        names = chosen(layers, Known(types, run.aliases, run.modules))
+        inputs = None if self._inputs is None else _some(self._inputs, names)
+        grads = None if self._grads is None else _some(self._grads, names)
+        return of_run(run, _some(self, names), inputs, grads, self._role)
 
     def cat(self, dim: int = 0) -> dict[str, V]:
         """Concatenate the calls of every layer: ``{name: layer.cat(dim)}``.
@@ -500,7 +490,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             UnknownLayerError: there is no mask of that name.
             OptionError: ``mask`` is neither a name nor a function.
         """
-        masks = None if mask is None else Masks("acts.stats", self, self._raised(), mask)
+        masks = None if mask is None else Masks("acts.stats", self, self._run.raised(), mask)
         return stats([self[name] for name in self._in_order()], masks, progress=progress)
 
     def save(
@@ -556,16 +546,9 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         # Reports are made of recordings, not the other way round.
         import_module("actrec._report").report(self, path, progress=progress)
 
-    def _warnings(self) -> Sequence[str]:
-        """What the end of the block has warned of."""
-        return self._warned
-
-    def _state(self) -> State:
-        return "recorded"
-
     def _title(self) -> str:
-        state = self._state()
-        what = f"{self._role} of {shown(self._model)}" if self._role else shown(self._model)
+        state, model = self._run.state(), shown(self._run.model)
+        what = f"{self._role} of {model}" if self._role else model
         head = f"{'recording' if state == 'recording' else 'recorded'} {what}"
         return head + (" (interrupted, partial)" if state == "interrupted" else "")
 
@@ -574,65 +557,29 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         return recording_table(
             self._title(),
             [*self.values()],
-            self._state(),
+            self._run.state(),
             passes=self.num_passes,
             raised=len(self.failed_passes),
             beside={what: [*one.values()] for what, one in self._besides().items()},
             together=self._together,
-            units=len(self._units),
+            units=len(self._run.units),
         )
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self)
 
 
-class _Part(Recording[V], Generic[V]):
-    """Some layers of a recording, the same ones, with what it knows of them."""
-
-    def __init__(self, whole: Recording[V], names: Iterable[str]) -> None:
-        super().__init__(
-            whole._model,
-            _some(whole, names),
-            whole._aliases,
-            whole._order,
-            whole._passes,
-            inputs=None if whole._inputs is None else _some(whole._inputs, names),
-            grads=None if whole._grads is None else _some(whole._grads, names),
-            units=whole._units,
-        )
-        self._whole = whole
-        self._keys_of = whole._keys_of
-        self._role = whole._role
-        self._where = whole._where
-
-    @override
-    def __reduce__(self) -> tuple[Any, ...]:
-        # What is copied or pickled is the part.
-        names = dict(self._aliases), [*self._order]
-        count = Count(self.num_passes, set(self.failed_passes))
-        beside: dict[str, Any] = {
-            "_inputs": self._inputs,
-            "_grads": self._grads,
-            "_units": self._units,
-        }
-        beside |= {"_where": self._where, "_warned": [*self._warnings()]}
-        return Recording, (self._model, self._layers, *names, count), beside
-
-    @override
-    def _deliver(self) -> None:
-        self._whole._deliver()
-
-    @override
-    def _warnings(self) -> Sequence[str]:
-        return self._whole._warnings()
-
-    @override
-    def _raised(self) -> set[Moment]:
-        return self._whole._raised()
-
-    @override
-    def _state(self) -> State:
-        return self._whole._state()
+def of_run(
+    run: Run,
+    layers: Mapping[str, Layer[T]],
+    inputs: Mapping[str, Layer[dict[str, Any]]] | None = None,
+    grads: Mapping[str, Layer[T]] | None = None,
+    role: str = "",
+) -> Recording[T]:
+    """Return a recording of layers of a run."""
+    made: Recording[T] = Recording.__new__(Recording)
+    made._fill(run, layers, inputs, grads, role)
+    return made
 
 
 def _some(recording: Recording[T], names: Iterable[str]) -> dict[str, Layer[T]]:

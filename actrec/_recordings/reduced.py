@@ -25,8 +25,8 @@ from actrec.errors import ActrecError
 
 from .layer import Layer
 from .layer_view import layer_table
+from .pass_runs import PassRuns
 from .passes import Moment
-from .runs import PassRuns
 
 M = TypeVar("M")
 

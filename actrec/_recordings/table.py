@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, shown, size
 
 from .layer import Layer
 from .look import Together
-
-#: Whether the block runs, has ended, or was ended by an exception.
-State: TypeAlias = Literal["recording", "recorded", "interrupted"]
+from .run import State
 
 _WORDS: Final = {"inputs": "inputs", "grads": "gradients"}
 

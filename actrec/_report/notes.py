@@ -23,7 +23,7 @@ def notes(
         rows: its statistics.
         left_out: the layers whose calls cannot be read.
     """
-    yield from acts._warnings()
+    yield from acts._run.warnings()
     for rank in [one for one in getattr(acts, "ranks", ()) if not one.complete][:_MOST]:
         yield f"Rank {rank.number} was not closed properly, and has {count(rank.num_passes, 'pass')}: {rank.error}."
     failed = acts.failed_passes

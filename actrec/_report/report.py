@@ -42,7 +42,7 @@ _PERCENTILES: Final = (0.01, 0.25, 0.5, 0.75, 0.99)
 def report(acts: Recording[Any], path: str | os.PathLike[str], *, progress: bool = False) -> None:
     """Write a page of HTML about a recording. See :meth:`actrec.Recording.report`."""
     place = checked(path)
-    acts._deliver()
+    acts._run.deliver()
     write(place, _page(acts, progress=progress))
 
 
@@ -66,7 +66,7 @@ def _page(acts: Recording[Any], *, progress: bool) -> str:
     verdict = getattr(first, "html", '<span class="good">no NaN, no infinity</span>')
     title = acts._title()
     made = f"actrec {own_version()}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
-    where = f" from <code>{escape(acts._where)}</code>" if acts._where else ""
+    where = f" from <code>{escape(acts._run.where)}</code>" if acts._run.where else ""
     links = "".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in sections)
     body = "".join(
         f'<section id="{_anchor(name)}"><h2>{name}</h2>{html}</section>'
@@ -170,8 +170,8 @@ def _loading(acts: Recording[Any], layers: Sequence[Layer[Any]]) -> str:
     """Code that opens the recording."""
     name = layers[0].name if layers else next(iter(acts), "name")
     lines = ["import actrec", ""]
-    where = acts._where or "run"
-    lines += ['acts.save("run")  # this recording was in memory'] * (not acts._where)
+    where = acts._run.where or "run"
+    lines += ['acts.save("run")  # this recording was in memory'] * (not acts._run.where)
     lines += [
         f"acts = actrec.load({where!r})",
         f"acts[{name!r}][0]      # what the first call returned",

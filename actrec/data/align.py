@@ -70,7 +70,7 @@ def table(
     layers = [one for one in selectors if not _is_origin(one, recording)]
     masks = [] if mask is None or isinstance(mask, Tensor) or callable(mask) else [mask]
     selected = [select(call, recording, one) for one in (*layers, *masks)]
-    raised = recording._raised()
+    raised = recording._run.raised()
     calls = [_counting(call, calls, options.nth, raised) for calls in located(selected)]
     if callable(mask):
         calls.append(computed(call, recording, mask, calls[0]))

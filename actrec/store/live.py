@@ -9,8 +9,8 @@ from typing import Any, NoReturn, Protocol
 from typing_extensions import override
 
 from actrec._recordings.layer import Layer
+from actrec._recordings.pass_runs import PassRuns
 from actrec._recordings.passes import ListView, Moment
-from actrec._recordings.runs import PassRuns
 from actrec._values.containers import Value
 from actrec._values.join import How
 from actrec._values.summary import Summary

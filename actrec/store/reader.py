@@ -7,7 +7,7 @@ what is large is mapped, privately: what is written to a value reaches the memor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic
 
 from typing_extensions import override
@@ -16,6 +16,7 @@ from actrec._progress import showing
 from actrec._recordings.layer import Layer, Role, V
 from actrec._recordings.passes import Count, Moment
 from actrec._recordings.recording import Recording
+from actrec._recordings.run import Run
 from actrec._text import count, shown
 from actrec.errors import OptionError
 
@@ -63,8 +64,9 @@ class StoredRecording(Recording[V], Generic[V]):
             inputs=layers["input"] or None,
             grads=layers["gradient"] or None,
             units=StoredUnits(sources.get((UNIT.role, UNIT.name), [])),
+            run=partial(_StoredRun, ranks),
         )
-        self._where = str(disk)
+        self._run.where = str(disk)
 
     @property
     @override
@@ -124,7 +126,7 @@ class StoredRecording(Recording[V], Generic[V]):
         """
         check_rank(f"acts.rank({number!r})", number, [info.number for info in self.ranks])
         found = [rank for rank in self._ranks if rank.number == number]
-        return StoredRecording(self.place, found, only=number, model=self._model)
+        return StoredRecording(self.place, found, only=number, model=self._run.model)
 
     @property
     def complete(self) -> bool:
@@ -136,11 +138,6 @@ class StoredRecording(Recording[V], Generic[V]):
         whole = not (self._left_out or self._repeated)
         return all(rank.complete for rank in self._latest) and whole
 
-    @override
-    def _warnings(self) -> Sequence[str]:
-        found = (text for rank in self._ranks for text in warnings_of(rank.index.disk))
-        return [*dict.fromkeys(found)]  # ranks of one run warn alike
-
     @property
     @override
     def nbytes(self) -> int:
@@ -151,10 +148,6 @@ class StoredRecording(Recording[V], Generic[V]):
         layers = {"input": self._inputs, "gradient": self._grads}.get(role, self)
         found = None if layers is None else layers._layers.get(name)
         return found.recorded if isinstance(found, (WholeLayer, StoredReduction)) else found  # type: ignore[return-value]
-
-    @override
-    def _raised(self) -> set[Moment]:
-        return {(one.number, number) for one in self._ranks for number in one.index.heading.raised}
 
     def everything(self) -> Iterator[Layer[Any]]:
         """Yield all layers, those of inputs and gradients too."""
@@ -193,7 +186,7 @@ class StoredRecording(Recording[V], Generic[V]):
     def _repeated(self) -> int:
         """How many units several ranks have recorded, each all of it."""
         apart = len(self._ranks) > 1 and not self.wholes
-        return len(self._units) - len(self.done) if apart else 0
+        return len(self._run.units) - len(self.done) if apart else 0
 
     @override
     def _title(self) -> str:
@@ -203,7 +196,24 @@ class StoredRecording(Recording[V], Generic[V]):
         if self._repeated:
             reasons.append(f"{count(self._repeated, 'unit')} recorded by more than one rank")
         why = f" (incomplete{': ' * bool(reasons)}{'; '.join(reasons)})"
-        return f"stored {shown(self._model)}" + ("" if self.complete else why)
+        return f"stored {shown(self._run.model)}" + ("" if self.complete else why)
+
+
+class _StoredRun(Run):
+    """What some ranks have written of a run."""
+
+    def __init__(self, ranks: Sequence[Rank], *known: Any) -> None:
+        super().__init__(*known)
+        self._ranks = ranks
+
+    @override
+    def raised(self) -> set[Moment]:
+        return {(one.number, number) for one in self._ranks for number in one.index.heading.raised}
+
+    @override
+    def warnings(self) -> Sequence[str]:
+        found = (text for rank in self._ranks for text in warnings_of(rank.index.disk))
+        return [*dict.fromkeys(found)]  # ranks of one run warn alike
 
 
 def check_rank(call: str, rank: int, there: Sequence[int]) -> None:

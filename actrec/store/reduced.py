@@ -17,9 +17,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from actrec._recordings.layer import FUNCTION, Layer
+from actrec._recordings.pass_runs import PassRuns, in_runs
 from actrec._recordings.passes import ListView, Moment
 from actrec._recordings.reduced import Reduced, merged
-from actrec._recordings.runs import PassRuns, in_runs
 from actrec._values.spec import tensors
 from actrec._values.summary import Summary
 from actrec.errors import ActrecError, CorruptRecordingError, OptionError

@@ -92,7 +92,7 @@ def _write(
     progress: bool,
 ) -> None:
     description = Description(
-        recording._model,
+        recording._run.model,
         tuple(
             LayerInfo(
                 slot.name, slot.type, layer._transform, slot.role, reduction=_reduction(layer)
@@ -100,11 +100,11 @@ def _write(
             for slot, layer in layers
             if slot.role != "added"
         ),
-        dict(recording._aliases),
+        dict(recording._run.aliases),
     )
     opening = Opening("save({path!r})", folder, description, alone=True)
     count, numbers = _numbers(recording, layers)
-    raised = {numbers.get(moment, moment[1]) for moment in recording._raised()}
+    raised = {numbers.get(moment, moment[1]) for moment in recording._run.raised()}
     with opening.lock:
         passes = 0
         writer = Writer(opening.own, opening.ledger, folder, lambda: passes, raised)
@@ -116,7 +116,7 @@ def _write(
             error = None
         finally:
             writer.close(count if error is None else 0, error)
-        keep_warnings(opening.own, opening.ledger.heading.began, recording._warnings())
+        keep_warnings(opening.own, opening.ledger.heading.began, recording._run.warnings())
         failure = writer.unseen()
         if failure is not None:
             raise failure
@@ -184,11 +184,11 @@ def _numbers(
     are numbered anew, in the order in which their calls are read. What several ranks have of one unit is one pass, if these are
     parts; if each of them has recorded all of it, that stays as it is.
     """
-    units = recording._units.keys
+    units = recording._run.units.keys
     if len({rank for rank, _ in units}) <= 1:
         return recording.num_passes, {}
     moments = {moment for _, layer in layers for moment in layer._moments()}
-    ordered = sorted({*moments, *units, *recording._raised()}, key=lambda one: (one[1], one[0]))
+    ordered = sorted({*moments, *units, *recording._run.raised()}, key=lambda one: (one[1], one[0]))
     in_parts = not getattr(recording, "_repeated", 0)
     names = {moment: units.get(moment) if in_parts else None for moment in ordered}
     passes: dict[object, int] = {}  # by unit, or else moment
@@ -206,7 +206,7 @@ def _calls(
     progress: bool,
 ) -> Iterator[Call]:
     """All calls, pass after pass, in a pass in the order of execution, and behind them the key of the unit that it is."""
-    names = dict.fromkeys([*recording._order, *recording])
+    names = dict.fromkeys([*recording._run.order, *recording])
     rank = {name: number for number, name in enumerate(names)}
 
     def number(moment: Moment) -> int:
@@ -225,7 +225,8 @@ def _calls(
     ]
     order += [(call.number, len(rank), at, 0) for at, call in reduced.items()]
     keys = {
-        numbers.get(moment, moment[1]): key for moment, key in dict(recording._units.keys).items()
+        numbers.get(moment, moment[1]): key
+        for moment, key in dict(recording._run.units.keys).items()
     }
     order += [(own, len(rank) + 1, len(layers), 0) for own in keys]
     with showing("save", len(order), progress=progress) as each:

@@ -71,7 +71,7 @@ class Stream:
         for slot in ledger.layers:
             self._numbers[slot.role][slot.name] = slot.number
         #: The layers that have calls, by the first of them.
-        self.order: Sequence[str] = [*self._before._order]
+        self.order: Sequence[str] = [*self._before._run.order]
         self.error: str | None = "the recorder was garbage-collected before the block ended"
         self.closed = False
         self._backwards = Backwards(passes.complete)
@@ -125,7 +125,7 @@ class Stream:
 
     def units(self) -> Units:
         """Return the units that this rank has recorded before."""
-        return self._before._units.copy()
+        return self._before._run.units.copy()
 
     def done_before(self) -> Iterable[Key]:
         """Return the keys of the units that all ranks have committed, in earlier runs."""
@@ -133,7 +133,7 @@ class Stream:
 
     def doubt(self) -> str | None:
         """Return what suggests that passes are not what the user works off, in a run that goes on by their number."""
-        if not self._resumed or len(self._recording()._units):
+        if not self._resumed or len(self._recording()._run.units):
             return None
         return steps(str(self.disk), self._recording())
 

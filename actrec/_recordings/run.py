@@ -1,0 +1,64 @@
+"""What a recording knows of the run that it is of, and shares with its inputs, its gradients and every part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+from .passes import Count, Moment
+from .units import Units
+
+#: Whether the block runs, has ended, or was ended by an exception.
+State: TypeAlias = Literal["recording", "recorded", "interrupted"]
+
+
+class Run:
+    """A run that has ended, of which nothing is on its way any more.
+
+    Args:
+        model: the type of the recorded model.
+        aliases: further names of layers, each with the one that is listed.
+        order: names in the order in which the layers ran, as far as it is known.
+        passes: how many there were, and which of them raised.
+        units: which of them are units.
+    """
+
+    #: Where it is stored, if that is known.
+    where: str = ""
+    #: What the end of the block has warned of.
+    warned: Sequence[str] = ()
+    #: The names of the modules that were recorded, while those are there.
+    modules: Mapping[nn.Module, str] = MappingProxyType({})
+
+    def __init__(
+        self,
+        model: str,
+        aliases: Mapping[str, str],
+        order: Iterable[str],
+        passes: Count,
+        units: Units,
+    ) -> None:
+        self.model = model
+        self.aliases = aliases
+        self.order = order
+        self.passes = passes
+        self.units = units
+
+    def state(self) -> State:
+        """Return whether the block is running."""
+        return "recorded"
+
+    def deliver(self) -> None:
+        """Wait for copies from a device."""
+        # They are all there.
+
+    def raised(self) -> set[Moment]:
+        """Return the rank (``None`` in memory) and the number of each pass that raised."""
+        return {(None, number) for number in list(self.passes.raised)}
+
+    def warnings(self) -> Sequence[str]:
+        """Return what the end of the block has warned of."""
+        return self.warned
