@@ -7,9 +7,8 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
-import torch
 from torch import nn
 from typing_extensions import override
 
@@ -45,12 +44,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
         self._model = model
         self._selection = selection
         self._options = options
-        self._capture = Capture(
-            detach=options.detach,
-            share=not frees_weights(model),
-            device=cast("torch.device | None", options.device),
-            dtype=options.dtype,
-        )
+        self._capture = Capture.asked_for(options, share=not frees_weights(model))
         stop = EarlyStop() if options.stop_early else None
         self._session = Session(stop=stop)
         if options.compiled:

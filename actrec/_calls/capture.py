@@ -8,7 +8,7 @@ random numbers of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor
@@ -21,11 +21,12 @@ from actrec._values.containers import Value
 from actrec._values.dtensor import cloned, detached, is_distributed, on_part
 from actrec._values.modes import normal_mode_unseen, unseen
 from actrec._values.snapshot import check, snapshot, twin
-from actrec._values.spec import rebuild
+from actrec._values.spec import itself, rebuild
 from actrec.errors import CaptureError, TransformError
 
 from .clean_room import in_a_clean_room
 from .device import refuse_graph_capture
+from .options import Options
 from .overflow import Overflows
 from .transfer import Offload
 
@@ -51,6 +52,12 @@ class Capture:
     def __post_init__(self) -> None:
         self.direct = self.is_direct()
 
+    @classmethod
+    def asked_for(cls, options: Options, *, share: bool) -> Capture:
+        """Return what the options ask for, of any layer; ``share`` says whether memory may be shared with the model."""
+        device = cast("torch.device | None", options.device)
+        return cls(detach=options.detach, share=share, device=device, dtype=options.dtype)
+
     def is_direct(self) -> bool:
         """Whether a tensor on the CPU is kept just as it is."""
         moved = self.device is not None and self.device.type != "cpu"
@@ -60,9 +67,7 @@ class Capture:
         self, layer: str, transform: Transform | None, what: str, offload: Offload | None
     ) -> Capture:
         """Return the same for the values of one layer."""
-        return Capture(
-            layer, transform, self.detach, self.share, self.device, self.dtype, what, offload
-        )
+        return replace(self, layer=layer, transform=transform, what=what, offload=offload)
 
     def __call__(self, value: Value, call: int) -> Value:
         """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
@@ -70,7 +75,7 @@ class Capture:
             return rebuild(value, self.keep)
         value = self._transformed(self.transform, value, call)
         # What the user's own function made is kept, also where it is no tensor.
-        return SKIPPED if value is None else rebuild(value, self.keep, unknown=_itself)
+        return SKIPPED if value is None else rebuild(value, self.keep, unknown=itself)
 
     def received(self, given: dict[str, Value], call: int) -> Value:
         """Return what is kept of what call number ``call`` received, or ``SKIPPED``."""
@@ -94,7 +99,7 @@ class Capture:
 
     def added(self, value: Value) -> Value:
         """Return what is kept of a value that the user adds: not cast, and never part of the graph."""
-        return rebuild(value, replace(self, detach=True, dtype=None).keep, unknown=_itself)
+        return rebuild(value, replace(self, detach=True, dtype=None).keep, unknown=itself)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Return one tensor snapshotted, moved and cast as asked."""
@@ -127,7 +132,7 @@ class Capture:
     def _transformed(self, transform: Transform, value: Value, call: int) -> Value:
         loan = _Loan(detach=self.detach, share=self.share)
         try:
-            lent = rebuild(value, loan, unknown=_itself, stand_ins=False)
+            lent = rebuild(value, loan, unknown=itself, stand_ins=False)
             result = in_a_clean_room(transform, lent, loan.devices, grad=not self.detach)
             if loan.aliases:
                 loan.check_untouched()
@@ -138,10 +143,6 @@ class Capture:
             message = f"the transform of layer {self.layer!r} raised {kind} on {self.what} {call}: {error}"
             raise TransformError(message) from error
         return result
-
-
-def _itself(value: Any) -> Any:
-    return value
 
 
 #: So few elements are cloned for a transform on any device; on the CPU, all that cannot be shared.

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from actrec._calls.draws import OwnDraws
 from actrec._values.modes import normal_mode_unseen
-from actrec._values.spec import tensors
+from actrec._values.spec import itself, tensors
 
 #: The threads that are running such code, and how deep in it they are.
 inside: dict[int, int] = {}
@@ -65,7 +65,7 @@ def _called(
         if not grad:
             return _without_graph(function, value)
         # What it saves for its backward is none of the checkpoint's that the layer may run in.
-        clean_room.enter_context(saved_tensors_hooks(_itself, _itself))
+        clean_room.enter_context(saved_tensors_hooks(itself, itself))
         return function(value)
 
 
@@ -83,7 +83,3 @@ def _autocasts(device_type: str) -> bool:
     # Every PyTorch has it for the CPU, and others raise an error if they are asked.
     available = device_type == "cpu" or torch.amp.is_autocast_available(device_type)
     return available and is_autocast_enabled(device_type)
-
-
-def _itself(value: Any) -> Any:
-    return value

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from actrec._torch import PRIVATE_DRAWS
+from actrec._values.snapshot import PLAIN
 
 #: What may draw from the global generators. Some of it takes a ``generator``, by the version of PyTorch.
 _DRAWING: Final = PRIVATE_DRAWS | {
@@ -34,8 +35,6 @@ _DRAWING: Final = PRIVATE_DRAWS | {
     "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu", "gumbel_softmax",
     "multi_head_attention_forward", "fractional_max_pool2d_with_indices", "fractional_max_pool3d_with_indices",
 }  # fmt: skip
-
-_PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
 
 
 class OwnDraws(TorchFunctionMode):
@@ -57,7 +56,7 @@ class OwnDraws(TorchFunctionMode):
         # A generator that was seeded in here, inside fork_rng(), is to be used.
         if name not in _DRAWING or self.was_seeded() or _has_generator(args, kwargs):
             return func(*args, **kwargs)
-        if _PLAIN.issuperset(types):
+        if PLAIN.issuperset(types):
             own = _own(_device(args, kwargs))
             try:
                 return func(*args, **{**kwargs, "generator": own})

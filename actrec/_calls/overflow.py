@@ -19,13 +19,12 @@ from typing_extensions import override
 
 from actrec._values.chunks import blocks, dense
 from actrec._values.dtensor import is_distributed
+from actrec._values.snapshot import PLAIN
 
 from .passes import Passes
 
 #: So many answers of a device may be waiting.
 MOST_WAITING: Final = 256
-
-_PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
 
 
 class Overflows:
@@ -48,7 +47,7 @@ class Overflows:
             return
         if is_distributed(tensor):
             tensor = tensor.to_local()
-        if type(tensor) not in _PLAIN and not tensor.is_nested:
+        if type(tensor) not in PLAIN and not tensor.is_nested:
             return
         for part in dense(tensor):
             if not _answers_at_once(part):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from actrec._values.modes import normal_mode_unseen
-from actrec._values.snapshot import snapshot
+from actrec._values.snapshot import PLAIN, snapshot
 from actrec.errors import CaptureError
 
 from .device import Cuda
@@ -37,8 +37,6 @@ from .passes import Passes
 
 #: So many bytes may be on their way at a time: on the device, and again in pinned memory.
 BUDGET: Final = 512 << 20
-
-_PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
 
 
 class _Copy(NamedTuple):
@@ -78,7 +76,7 @@ class Offload:
 
     def takes(self, tensor: Tensor) -> bool:
         """Return whether :meth:`start` can move ``tensor``: it is plain, and on a GPU that is trusted."""
-        if not (self._device.has(tensor) and type(tensor) in _PLAIN):
+        if not (self._device.has(tensor) and type(tensor) in PLAIN):
             return False
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             return False

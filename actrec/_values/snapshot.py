@@ -23,6 +23,7 @@ from __future__ import annotations
 from typing import Final
 
 from torch import Tensor, is_inference_mode_enabled, strided
+from torch.nn import Parameter
 
 from actrec._torch import InferenceMode, is_batch, is_wrapped, lazy_clone
 from actrec.errors import CaptureError
@@ -32,6 +33,8 @@ from .fsdp import refuse_freed
 from .modes import normal_mode, normal_mode_unseen
 
 _OFF: Final = False
+#: The types of tensors that are that and nothing more.
+PLAIN: Final = frozenset({Tensor, Parameter})
 
 
 def twin(tensor: Tensor, *, detach: bool = True) -> Tensor | None:

@@ -248,6 +248,11 @@ def _equal(one: Tensor, other: Tensor) -> bool:
         return False
 
 
+def itself(value: T) -> T:
+    """Return ``value``: what stands for an object that is kept as it is."""
+    return value
+
+
 def rebuild(
     value: Value,
     change: Callable[[Tensor], Value],

@@ -13,6 +13,7 @@ from actrec._recordings.pass_runs import PassRuns
 from actrec._recordings.passes import ListView, Moment
 from actrec._values.containers import Value
 from actrec._values.join import How
+from actrec._values.spec import itself
 from actrec._values.summary import Summary
 from actrec.errors import ActrecError
 
@@ -184,8 +185,4 @@ class LiveLayer(ReadOnlyLayer):
     @override
     def __reduce__(self) -> tuple[Callable[..., StoredLayer], tuple[StoredLayer]]:
         # What is copied or pickled is what was stored, not the storing of it.
-        return _itself, (self._stored,)
-
-
-def _itself(layer: StoredLayer) -> StoredLayer:
-    return layer
+        return itself, (self._stored,)
