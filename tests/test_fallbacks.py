@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actrec import ActrecError, UnusedLayerWarning, _block, _torch, record
+from actrec import ActrecError, UnusedLayerWarning, _torch, record
 from actrec._calls import hooks as _hooks
 from actrec._calls import layer as _layer
 from actrec._calls import session as _session
@@ -225,7 +225,7 @@ def test_in_a_forked_process_every_open_recorder_stops() -> None:
     model = nn.Linear(4, 4)
     with record(model, "") as acts:
         model(X)
-        _block._end_all()  # what a fork runs in the child
+        _session._end_all()  # what a fork runs in the child
         model(X)
     assert len(acts[""]) == 1
 
