@@ -133,7 +133,7 @@ def __getattr__(name: str) -> Any:
     if name.startswith("_"):  # Python asks for such names itself: nothing is imported for them
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
-    from actrec._recordings.guesses import no_name  # noqa: PLC0415
+    from actrec._recordings.instead import no_name  # noqa: PLC0415
 
     raise no_name(__name__, name, __dir__())
 

@@ -19,7 +19,6 @@ from actrec._calls.forwards import Forward
 from actrec._calls.function_mode import stop_key
 from actrec._calls.functions import Functions
 from actrec._calls.hooks import Event, Hook
-from actrec._calls.layer import Track
 from actrec._calls.options import Options
 from actrec._calls.placing import Hooks
 from actrec._calls.recorder import Recorder
@@ -27,6 +26,7 @@ from actrec._calls.reduced import ReducedLayer
 from actrec._calls.self_test import offload_for
 from actrec._calls.session import Session
 from actrec._calls.stop_early import EarlyStop
+from actrec._calls.track import Track
 from actrec._calls.tracks import Tracks
 from actrec._calls.warnings import warned_of
 from actrec._selection.names import type_name

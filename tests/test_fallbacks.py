@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from actrec import ActrecError, UnusedLayerWarning, _torch, record
 from actrec._calls import hooks as _hooks
-from actrec._calls import layer as _layer
 from actrec._calls import session as _session
+from actrec._calls import track as _track
 from actrec._calls.hooks import Hook
 from actrec._values import memory as _memory
 from actrec._values import snapshot as _snapshot
@@ -168,7 +168,7 @@ class TestWhatTheCompilerReads:
 
     def test_operators_do_without_and_it_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_hooks, "is_dynamo_compiling", lambda: True)
-        for module in (_layer, _session):
+        for module in (_track, _session):
             monkeypatch.setattr(module, "compiles_itself", lambda: True)
         model = nn.Sequential(nn.Linear(4, 4))
         with pytest.warns(UnusedLayerWarning), record(model) as acts:

@@ -23,8 +23,8 @@ from actrec._recordings.in_memory import ListLayer
 from actrec._tables.html import as_html
 from actrec._tables.table import Column, Table
 from actrec._tables.tree import tree
+from actrec._values.shapes import Summary, shape_of
 from actrec._values.spec import leaves, tensors
-from actrec._values.summary import Summary, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import (
 )
 
 from actrec import _torch, load, record
-from actrec._calls import layer as _layer
 from actrec._calls import own_calls as _own_calls
+from actrec._calls import track as _track
 from actrec.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def test_what_checkpointing_recomputes_is_not_recorded_again(
 def test_the_public_fallback_finds_recomputation_too(
     call: Callable[[nn.Module, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (_layer, _own_calls):
+    for module in (_track, _own_calls):
         monkeypatch.setattr(module, "backward_number", _torch.recomputing_number)
     model = Stack(call)
     with record(model, "**") as acts:

@@ -21,7 +21,7 @@ from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.stats import Row
 from actrec._values import chunks as _blocks
 from actrec._values.histogram import Bins, Histogram
-from actrec._values.moments import Moments
+from actrec._values.statistics import Statistics
 
 NAN, INF = math.nan, math.inf
 
@@ -367,7 +367,7 @@ def test_calls_that_cannot_be_read_are_named() -> None:
 
 
 def test_moments_of_nothing_are_nan() -> None:
-    moments = Moments()
+    moments = Statistics()
     assert all(map(math.isnan, (moments.mean, moments.std, moments.zero_share)))
 
 

@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from actrec._selection.names import WRAPPERS, is_called
 from actrec._torch import children_of
 
+from .foreign_hooks import is_overtaken
 from .hooks import Event, Hook
-from .order import is_overtaken
 from .session import Session
 
 _Children: TypeAlias = Mapping[str, nn.Module | None]

@@ -38,9 +38,9 @@ from actrec._torch import (
 from actrec._values.spec import tensors
 
 from .forwards import Forward, is_ours
-from .layer import Track, Unrecorded
 from .own_calls import OWN_MODES, is_tracing
 from .session import Session
+from .track import Track, Unrecorded
 
 #: Makes the track of a chosen function, and what makes its layers part of the recording.
 Make = Callable[[Choice], tuple[Track, Callable[[], None]]]

@@ -13,13 +13,14 @@ from torch import nn
 from actrec._selection.functions import FunctionQuery, Owner
 from actrec._selection.globs import is_glob
 from actrec._selection.names import is_called
-from actrec._text import listed, nearest
+from actrec._selection.nearest import nearest
+from actrec._text import listed
 from actrec._torch import children_of
 
 from .forwards import Forward
 from .function_mode import Aside, Asked, Function, Make, Shared, Watcher
-from .layer import Unrecorded
 from .session import Session
+from .track import Unrecorded
 
 
 class Missing(NamedTuple):

@@ -32,7 +32,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from actrec._recordings.passes import Count
+from actrec._recordings.pass_numbers import Count
 from actrec._recordings.units import Key
 from actrec._torch import CALL_CODE, compiled_frame, frames, is_replica
 

@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from actrec._torch import forward_hooks, hook_tables
 
+from .foreign_hooks import put_stops_last
 from .hooks import Hook, delete
-from .order import put_stops_last
 
 
 class Hooks:

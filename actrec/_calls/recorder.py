@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 from typing_extensions import override
 
 from actrec._recordings.layer import Layer, V
-from actrec._recordings.passes import Count
+from actrec._recordings.pass_numbers import Count
 from actrec._recordings.recording import Recording, of_run
 from actrec._recordings.run import Run, State
 from actrec._recordings.units import Key

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 from typing_extensions import override
 
+from actrec._recordings.pass_numbers import ListView, RankPass
 from actrec._recordings.pass_runs import PassRuns
-from actrec._recordings.passes import ListView, Moment
 from actrec._recordings.reduced import Reduced, followed, merged
 from actrec._values.containers import Value
 from actrec._values.spec import tensors
@@ -226,7 +226,7 @@ class ReducedLayer(Reduced):
             return len(self._runs) + sum(self._parts[number].calls for number in self._decided())
 
     @override
-    def _moment(self, rank: int, number: int) -> Moment:
+    def _rank_pass(self, rank: int, number: int) -> RankPass:
         return self._rank, number
 
     @property
@@ -235,8 +235,8 @@ class ReducedLayer(Reduced):
         return type(self._sink).__name__
 
     @override
-    def _moments(self) -> list[Moment]:
-        return [self._moment(0, number) for number in self.passes]
+    def _rank_passes(self) -> list[RankPass]:
+        return [self._rank_pass(0, number) for number in self.passes]
 
     @override
     def clear(self) -> None:

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from actrec._recordings.in_memory import chosen
 from actrec._recordings.layer import Layer
-from actrec._recordings.passes import ListView
+from actrec._recordings.pass_numbers import ListView
 from actrec._values.containers import Value
 from actrec._values.spec import tensors
 from actrec.errors import ActrecError

@@ -20,10 +20,10 @@ from .capture import Capture
 from .destination import Destination
 from .gradients import Gradients
 from .inputs import Inputs
-from .layer import Track
 from .overflow import Overflows
 from .reduced import ReducedLayer
 from .session import Session
+from .track import Track
 
 #: What is captured, for messages: before the number of the call.
 _OF: Final[dict[What, str]] = {

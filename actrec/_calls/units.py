@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from actrec._rank import Position
-from actrec._recordings.passes import Moment
+from actrec._recordings.pass_numbers import RankPass
 from actrec._recordings.units import Key, Units, checked_key
 from actrec._text import count
 from actrec.errors import ActrecError, OptionError
@@ -131,7 +131,7 @@ class UnitRecorder:
                 raise ActrecError(message)
             unit = self._passes.open_unit(key)
             if unit is not None:
-                self._units.open[self._moment(unit)] = key
+                self._units.open[self._rank_pass(unit)] = key
         if unit is None:
             message = (
                 f"{call}: units do not nest, and a unit cannot begin inside a forward of the recorded model. Everything inside "
@@ -158,12 +158,12 @@ class UnitRecorder:
                 raise ActrecError(message)
             self._tracks.settle(unit.number)
             self._destination.keep_unit(unit.number, unit.key)
-            self._units.keys[self._moment(unit)] = unit.key
-            del self._units.open[self._moment(unit)]
+            self._units.keys[self._rank_pass(unit)] = unit.key
+            del self._units.open[self._rank_pass(unit)]
             self._all_done()[unit.key] = None
             self._passes.close_unit(unit)
 
-    def _moment(self, unit: Unit) -> Moment:
+    def _rank_pass(self, unit: Unit) -> RankPass:
         return self._destination.rank, unit.number
 
     def _drop(self, unit: Unit) -> None:
@@ -177,7 +177,7 @@ class UnitRecorder:
                 self._passes.leave_unit(unit)
                 self._all_done().pop(unit.key, None)
                 for keys in (self._units.keys, self._units.open):
-                    keys.pop(self._moment(unit), None)
+                    keys.pop(self._rank_pass(unit), None)
                 forget = partial(self._forget, unit.number)
                 forget()
                 self._passes.close_unit(unit, forget)
@@ -193,9 +193,9 @@ class UnitRecorder:
 
     def forget_from(self, committed: int) -> None:
         """The block has ended: of units from pass ``committed`` on, nothing is in the recording."""
-        for moment, key in [*self._units.keys.items()]:
-            if moment[1] >= committed:
-                del self._units.keys[moment]
+        for rank_pass, key in [*self._units.keys.items()]:
+            if rank_pass[1] >= committed:
+                del self._units.keys[rank_pass]
                 self._all_done().pop(key, None)
 
     def clear(self) -> None:

@@ -25,9 +25,9 @@ from actrec.errors import (
 )
 
 from .functions import Missing
-from .layer import Track, Unrecorded
 from .overflow import Overflows
 from .session import Session
+from .track import Track, Unrecorded
 
 _Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
 

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from actrec._progress import Each, showing
-from actrec._text import nearest
+from actrec._selection.nearest import nearest
 from actrec._values.difference import Difference, Mismatch, Tolerances
-from actrec._values.summary import dtype_name
+from actrec._values.shapes import dtype_name
 from actrec.errors import OptionError, UnknownLayerError
 
 from .comparable import Leaf, comparable, shapes, with_names_of

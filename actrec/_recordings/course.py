@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from actrec._progress import Each
-from actrec._values.moments import Moments
 from actrec._values.spec import leaves
+from actrec._values.statistics import Statistics
 
 from .layer import Layer
 
@@ -27,10 +27,10 @@ def course(layer: Layer[Any], each: Each, most: int = MOST_CALLS) -> list[Point]
     """Return the statistics of up to ``most`` calls of a layer, evenly spread."""
     passes, points = layer.passes, []
     for call in each(spread(len(layer), most)):
-        moments = Moments()
+        statistics = Statistics()
         for _, tensor in leaves(layer[call]):
-            moments.add(tensor)
-        points.append(Point(passes[call], moments.mean, moments.std, moments.zero_share))
+            statistics.add(tensor)
+        points.append(Point(passes[call], statistics.mean, statistics.std, statistics.zero_share))
     return points
 
 

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Generic, Self, SupportsIndex
 
 from typing_extensions import override
 
-from actrec._values.summary import Summary
+from actrec._values.shapes import Summary
 
-from .guesses import no_call, no_index, no_sum
+from .instead import no_call, no_index, no_sum
 from .layer import Layer, V
 from .look import Look
-from .passes import ListView
+from .pass_numbers import ListView
 
 
 def chosen(layer: Layer[V], calls: list[int]) -> ListLayer[V]:

@@ -16,14 +16,14 @@ from typing_extensions import TypeVar, override
 from actrec._tables.html import as_html
 from actrec._text import count, shown, size
 from actrec._values.join import How, joined
+from actrec._values.shapes import Summary
 from actrec._values.spec import same
-from actrec._values.summary import Summary
 from actrec.errors import ActrecError, JoinError
 
-from .guesses import explained, no_attribute_of_layer
+from .instead import explained, no_attribute_of_layer
 from .layer_view import layer_table
 from .look import Look
-from .passes import ListView, Moment, nth_calls
+from .pass_numbers import ListView, RankPass, nth_calls
 from .units import Key, Units
 
 #: What the values of a layer are: its outputs, its inputs, the gradients of its outputs, what the user added, or the keys
@@ -163,9 +163,9 @@ class Layer(Sequence[V], Generic[V]):
         Calls of different layers with the same key belong together, also where several ranks have recorded, whose
         passes have the same numbers.
         """
-        moments = self._moments()
+        rank_passes = self._rank_passes()
         units = self._units
-        return ListView([None] * len(moments) if units is None else units.of(moments))
+        return ListView([None] * len(rank_passes) if units is None else units.of(rank_passes))
 
     def nth(self, number: int) -> Layer[V]:
         """Select one call of each pass: the first for 0, the second for 1, the last for -1.
@@ -195,16 +195,16 @@ class Layer(Sequence[V], Generic[V]):
         Raises:
             OptionError: no pass has so many calls, or ``number`` is not an int.
         """
-        moments = self._moments()
+        rank_passes = self._rank_passes()
         call = f"acts[{self.name!r}].nth({number!r})"
-        calls = nth_calls(call, repr(self.name), moments, number, range(len(moments)))
-        return self if len(calls) == len(moments) else self._of(calls)
+        calls = nth_calls(call, repr(self.name), rank_passes, number, range(len(rank_passes)))
+        return self if len(calls) == len(rank_passes) else self._of(calls)
 
     @abstractmethod
     def _of(self, calls: list[int]) -> Layer[V]:
         """Return a layer of these calls."""
 
-    def _moments(self) -> list[Moment]:
+    def _rank_passes(self) -> list[RankPass]:
         """Return the rank (``None`` in memory) and the pass of each call."""
         ranks = getattr(self, "ranks", None)
         return list(zip(repeat(None) if ranks is None else ranks, self.passes, strict=False))

@@ -15,8 +15,8 @@ from actrec._tables.drawn import Drawn, Pixels
 from actrec._tables.table import Column, Table
 from actrec._text import count, shown
 from actrec._values.chunks import dense
+from actrec._values.shapes import Summary, dtype_name
 from actrec._values.spec import leaves
-from actrec._values.summary import Summary, dtype_name
 
 from .tally import Tally, drawn
 
@@ -81,11 +81,11 @@ class _Seen:
 
     def cells(self) -> tuple[str, ...]:
         """The histogram, the range, and the picture."""
-        moments = self._tally.moments
+        statistics = self._tally.statistics
         histogram = self._tally.bins.histogram()
-        numbers = (moments.min, moments.mean, moments.max)
+        numbers = (statistics.min, statistics.mean, statistics.max)
         return (
-            drawn(histogram, moments.min, moments.max, moments.count, below=True),
+            drawn(histogram, statistics.min, statistics.max, statistics.count, below=True),
             *("" if not histogram.counts else f"{number:.4g}" for number in numbers),
             self._picture,
         )

@@ -18,8 +18,8 @@ from typing_extensions import override
 from actrec._values.constants import Constant, is_array
 from actrec._values.containers import Container
 from actrec._values.memory import held, held_by_all
+from actrec._values.shapes import Summary
 from actrec._values.spec import Step, flatten
-from actrec._values.summary import Summary
 
 #: So many calls are looked at together, where all are tensors, or tuples of tensors.
 MANY: Final = 1000

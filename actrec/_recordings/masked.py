@@ -15,8 +15,8 @@ from actrec.errors import AlignmentError, OptionError, UnknownLayerError
 
 from .covering import first_columns
 from .layer import Layer
+from .pass_numbers import RankPass
 from .pass_values import MissingError, PassValues, Stored
-from .passes import Moment
 
 #: The name of a mask, or a function that makes one of what is stored of a pass.
 Mask: TypeAlias = str | Callable[[Mapping[str, Any]], Tensor]
@@ -43,7 +43,7 @@ class Masks:
         self,
         call: str,
         recording: Mapping[str, Layer[Any]],
-        raised: AbstractSet[Moment],
+        raised: AbstractSet[RankPass],
         mask: Mask,
     ) -> None:
         given: object = mask
@@ -57,14 +57,14 @@ class Masks:
         self._mask = mask
         self._stored = Stored(recording)
         self._raised = raised
-        self._known: dict[Moment, list[Tensor] | None] = {}
+        self._known: dict[RankPass, list[Tensor] | None] = {}
         self._fits = False
 
     def of(self, layer: Layer[Any]) -> Kept:
         """Return which positions of each call count: those of tensors whose positions are those of the mask in all calls."""
-        passes: dict[Moment, list[int]] = {}
-        for number, moment in enumerate(layer._moments()):
-            passes.setdefault(moment, []).append(number)
+        passes: dict[RankPass, list[int]] = {}
+        for number, rank_pass in enumerate(layer._rank_passes()):
+            passes.setdefault(rank_pass, []).append(number)
         shapes: dict[str, dict[int, Tensor]] = {}
         for number, value in enumerate(layer):
             for path, tensor in leaves(value):
@@ -91,16 +91,16 @@ class Masks:
 
     def _kept(
         self,
-        passes: Mapping[Moment, list[int]],
+        passes: Mapping[RankPass, list[int]],
         outlines: Mapping[int, Tensor],
         tokens_of: Callable[[Tensor, int], int | None],
     ) -> dict[int, Tensor] | None:
         """Which positions of a tensor count in each call; ``None`` if they are not those of the mask."""
         found: dict[int, Tensor] = {}
         most = 0
-        for moment, calls in passes.items():
+        for rank_pass, calls in passes.items():
             own = [number for number in calls if number in outlines]
-            masks = self._masks(moment)
+            masks = self._masks(rank_pass)
             if masks is None:  # nothing says what counts in a pass that raised, so nothing does
                 found |= {
                     number: torch.zeros(outlines[number].shape[:1], dtype=torch.bool, device="cpu")
@@ -124,22 +124,22 @@ class Masks:
         # One of each sample, such as a pooled vector, is none of its tokens.
         return found if most > 1 else None
 
-    def _masks(self, moment: Moment) -> list[Tensor] | None:
+    def _masks(self, rank_pass: RankPass) -> list[Tensor] | None:
         """The masks of a pass, (batch, tokens) each; ``None`` if it has none because it raised."""
-        if moment not in self._known:
-            self._known[moment] = self._read(moment)
-        return self._known[moment]
+        if rank_pass not in self._known:
+            self._known[rank_pass] = self._read(rank_pass)
+        return self._known[rank_pass]
 
-    def _read(self, moment: Moment) -> list[Tensor] | None:
+    def _read(self, rank_pass: RankPass) -> list[Tensor] | None:
         try:
             if callable(self._mask):
-                values: list[Any] = [self._mask(PassValues(self._stored, moment))]
+                values: list[Any] = [self._mask(PassValues(self._stored, rank_pass))]
             else:
-                values = self._stored.values(self._mask, moment)
+                values = self._stored.values(self._mask, rank_pass)
         except MissingError as error:
-            if moment in self._raised:
+            if rank_pass in self._raised:
                 return None
-            message = f"{self._call}(mask=...): pass {moment[1]} has no {error.args[0]!r}. Add it to each pass."
+            message = f"{self._call}(mask=...): pass {rank_pass[1]} has no {error.args[0]!r}. Add it to each pass."
             raise AlignmentError(message) from None
         for value in values:
             if not isinstance(value, Tensor) or value.dim() != 2:  # noqa: PLR2004
@@ -148,7 +148,7 @@ class Masks:
                     if isinstance(value, Tensor)
                     else type(value).__name__
                 )
-                message = f"{self._call}(mask=...): the mask of pass {moment[1]} is {what}, not a tensor (batch, tokens)."
+                message = f"{self._call}(mask=...): the mask of pass {rank_pass[1]} is {what}, not a tensor (batch, tokens)."
                 raise AlignmentError(message)
         return [(value.detach() != 0).cpu() for value in values]
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 from actrec._values.join import joined
 
 from .layer import Layer
-from .passes import Moment
+from .pass_numbers import RankPass
 
 
 class MissingError(KeyError):
@@ -22,17 +22,17 @@ class Stored:
 
     def __init__(self, recording: Mapping[str, Layer[Any]]) -> None:
         self.recording = recording
-        self._calls: dict[str, dict[Moment, list[int]]] = {}
+        self._calls: dict[str, dict[RankPass, list[int]]] = {}
 
-    def values(self, name: str, moment: Moment) -> list[Any]:
+    def values(self, name: str, rank_pass: RankPass) -> list[Any]:
         """Return what the calls of a layer in a pass returned; ``MissingError`` where it has none."""
         layer = self.recording[name]
         if name not in self._calls:
             calls = self._calls[name] = {}
-            for number, own in enumerate(layer._moments()):
+            for number, own in enumerate(layer._rank_passes()):
                 calls.setdefault(own, []).append(number)
         calls = self._calls[name]
-        numbers = calls.get(moment) or calls.get((None, moment[1]))
+        numbers = calls.get(rank_pass) or calls.get((None, rank_pass[1]))
         if numbers is None:
             raise MissingError(name)
         return [layer[number] for number in numbers]
@@ -41,13 +41,13 @@ class Stored:
 class PassValues(Mapping[str, Any]):
     """The values of a pass, read when they are asked for; those of several calls are joined along dimension 1, the tokens."""
 
-    def __init__(self, stored: Stored, moment: Moment) -> None:
+    def __init__(self, stored: Stored, rank_pass: RankPass) -> None:
         self._stored = stored
-        self._moment = moment
+        self._rank_pass = rank_pass
 
     @override
     def __getitem__(self, name: str) -> Any:
-        values = self._stored.values(name, self._moment)
+        values = self._stored.values(name, self._rank_pass)
         return values[0] if len(values) == 1 else joined(values, "cat", 1, f"values[{name!r}]")
 
     @override

@@ -19,11 +19,11 @@ from actrec._text import listed, shown
 from actrec._values.join import How
 from actrec.errors import JoinError, UnknownLayerError
 
-from .guesses import NOT_RECORDED, explained, no_attribute_of_recording, no_layer
+from .instead import NOT_RECORDED, explained, no_attribute_of_recording, no_layer
 from .layer import Layer, V
 from .look import Together
 from .masked import Mask, Masks
-from .passes import Count, ListView
+from .pass_numbers import Count, ListView
 from .run import Run
 from .selecting import Known, chosen
 from .stats import Stats, stats

@@ -19,14 +19,14 @@ from actrec._tables.html import as_html
 from actrec._torch import count_an_update, reductions_of
 from actrec._values.containers import Value
 from actrec._values.memory import held
+from actrec._values.shapes import Summary
 from actrec._values.spec import tensors
-from actrec._values.summary import Summary
 from actrec.errors import ActrecError
 
 from .layer import Layer
 from .layer_view import layer_table
+from .pass_numbers import RankPass
 from .pass_runs import PassRuns
-from .passes import Moment
 
 M = TypeVar("M")
 
@@ -94,14 +94,17 @@ class Reduced(Layer[Any]):
 
     def _keys(self, ranks: Tensor, passes: Tensor) -> list[Any]:
         """Return of each pass the key of its unit, or without units its number."""
-        moments = [self._moment(*one) for one in zip(ranks.tolist(), passes.tolist(), strict=True)]
-        keys = [None] * len(moments) if self._units is None else self._units.of(moments)
+        rank_passes = [
+            self._rank_pass(*one) for one in zip(ranks.tolist(), passes.tolist(), strict=True)
+        ]
+        keys = [None] * len(rank_passes) if self._units is None else self._units.of(rank_passes)
         return [
-            number if key is None else key for key, (_, number) in zip(keys, moments, strict=True)
+            number if key is None else key
+            for key, (_, number) in zip(keys, rank_passes, strict=True)
         ]
 
     @abstractmethod
-    def _moment(self, rank: int, number: int) -> Moment:
+    def _rank_pass(self, rank: int, number: int) -> RankPass:
         """Return what a recording knows a pass by, which ``rank`` has counted."""
 
     def _value(self, states: Sequence[Mapping[str, Any]], passes: PassRuns) -> dict[str, Any]:

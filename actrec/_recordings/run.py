@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
-from .passes import Count, Moment
+from .pass_numbers import Count, RankPass
 from .units import Units
 
 #: Whether the block runs, has ended, or was ended by an exception.
@@ -55,7 +55,7 @@ class Run:
         """Wait for copies from a device."""
         # They are all there.
 
-    def raised(self) -> set[Moment]:
+    def raised(self) -> set[RankPass]:
         """Return the rank (``None`` in memory) and the number of each pass that raised."""
         return {(None, number) for number in list(self.passes.raised)}
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from actrec._selection.globs import glob, is_glob
-from actrec._text import listed, nearest
+from actrec._selection.nearest import nearest
+from actrec._text import listed
 from actrec.errors import SelectionError
 
 

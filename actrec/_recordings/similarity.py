@@ -17,8 +17,8 @@ from torch import Tensor
 
 from actrec._progress import Each
 from actrec._values.chunks import dense
+from actrec._values.shapes import shape_of
 from actrec._values.spec import leaves
-from actrec._values.summary import shape_of
 
 from .layer import Layer
 

@@ -170,19 +170,19 @@ def _rows(layer: Layer[Any], masks: Masks | None, each: Each) -> Iterator[Row]:
             if bad > cast:
                 nonfinite.setdefault(path, number)
     for path, tally in (found or {"": Tally()}).items():
-        moments = tally.moments
+        statistics = tally.statistics
         yield Row(
             layer.name,
             path,
-            moments.count,
-            moments.mean,
-            moments.std,
-            moments.min,
-            moments.max,
-            moments.zero_share,
-            moments.nan,
-            moments.inf,
-            moments.nbytes,
+            statistics.count,
+            statistics.mean,
+            statistics.std,
+            statistics.min,
+            statistics.max,
+            statistics.zero_share,
+            statistics.nan,
+            statistics.inf,
+            statistics.nbytes,
             nonfinite.get(path),
             tally.looks.shape,
             tally.bins.histogram(),

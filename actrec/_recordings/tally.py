@@ -8,8 +8,8 @@ from torch import Tensor
 
 from actrec._tables.drawn import Bars
 from actrec._values.histogram import Bins, Histogram
-from actrec._values.moments import Moments
-from actrec._values.summary import Summary
+from actrec._values.shapes import Summary
+from actrec._values.statistics import Statistics
 
 #: So many bars has a histogram, and a narrow one.
 _BARS: Final = 40
@@ -25,7 +25,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.bins = Bins()
-        self.moments = Moments(self.bins)
+        self.statistics = Statistics(self.bins)
         self.looks = Summary()
         self.left_out = 0
 
@@ -35,7 +35,7 @@ class Tally:
         if counted is not None:
             self.left_out += tensor.numel() - counted.numel()
             tensor = counted
-        return self.moments.add(tensor)
+        return self.statistics.add(tensor)
 
 
 def drawn(found: Histogram, low: float, high: float, count: int, *, below: bool = False) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from actrec.errors import OptionError
 
-from .passes import Moment
+from .pass_numbers import RankPass
 
 #: What a unit is known by.
 Key: TypeAlias = int | str
@@ -27,22 +27,22 @@ class Units:
         read: what reads them, when they are asked for first: each pass with its key, in the order of the passes.
     """
 
-    def __init__(self, read: Callable[[], Iterable[tuple[Moment, Key]]] = tuple) -> None:
+    def __init__(self, read: Callable[[], Iterable[tuple[RankPass, Key]]] = tuple) -> None:
         self._read = read
-        self.open: dict[Moment, Key] = {}  # of those that have not ended
+        self.open: dict[RankPass, Key] = {}  # of those that have not ended
 
     @cached_property
-    def keys(self) -> dict[Moment, Key]:
+    def keys(self) -> dict[RankPass, Key]:
         """The key of each pass that is a unit."""
         return dict(self._read())
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def of(self, moments: Iterable[Moment]) -> list[Key | None]:
+    def of(self, rank_passes: Iterable[RankPass]) -> list[Key | None]:
         """Return the key of each of these passes, ``None`` for those that are no units."""
         known = {**self.keys, **self.open} if self.open else self.keys
-        return [*map(known.get, moments)]
+        return [*map(known.get, rank_passes)]
 
     def copy(self) -> Units:
         """Return one that stays as it is now."""

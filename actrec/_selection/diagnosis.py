@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from actrec._text import listed, nearest
+from actrec._text import listed
 from actrec._torch import children_of
 from actrec.errors import UnsupportedModelError
 
-from .guesses import what_was_meant
+from .meant import what_was_meant
 from .model import Model
 from .names import Name, is_called, type_name
+from .nearest import nearest
 
 
 def why_not(model: Model, name: Name) -> str | None:

@@ -15,7 +15,7 @@ from actrec.errors import SelectionError
 
 from .diagnosis import hookable, nothing, why_not
 from .globs import glob, is_glob
-from .guesses import is_of_torch, layers_of_function, no_query, shown_query
+from .meant import is_of_torch, layers_of_function, no_query, shown_query
 from .model import Model
 from .names import Name, is_called, type_name
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .chunks import blocks, dense
-from .summary import shape_of
+from .shapes import shape_of
 
 #: Relative and absolute; ``None`` for that of ``torch.testing.assert_close``.
 Tolerances: TypeAlias = tuple[float | None, float | None]

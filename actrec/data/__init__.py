@@ -21,7 +21,7 @@ A *row* is a sample of a layer or, flattened, one position of it; the rows of se
 
 from typing import TYPE_CHECKING, Any
 
-from actrec._recordings.guesses import no_name
+from actrec._recordings.instead import no_name
 
 from .dataset import Rows, rows
 from .shuffling import Shuffled, shuffled

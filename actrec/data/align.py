@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
-from actrec._recordings.passes import Moment, nth_calls
+from actrec._recordings.pass_numbers import RankPass, nth_calls
 from actrec._recordings.recording import Recording
 from actrec.errors import OptionError
 
@@ -134,7 +134,7 @@ def _answers(call: str, mask: Tensor) -> Tensor:
 # --- Which calls count -------------------------------------------------------------------------------
 
 
-def _counting(call: str, calls: Calls, nth: int | None, raised: AbstractSet[Moment]) -> Calls:
+def _counting(call: str, calls: Calls, nth: int | None, raised: AbstractSet[RankPass]) -> Calls:
     """Leave out the calls of passes that raised, and all but the n-th of each pass."""
     if not raised and nth is None:
         return calls

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from actrec._recordings.passes import Moment
+from actrec._recordings.pass_numbers import RankPass
 from actrec._recordings.units import Key
 from actrec.store.index import Index
+from actrec.store.joined_ranks import WholeLayer
 from actrec.store.layers import Source as StoredSource
 from actrec.store.layers import StoredLayer
 from actrec.store.part import Leaf
 from actrec.store.shard import Shard
 from actrec.store.units import StoredUnits
-from actrec.store.whole import WholeLayer
 
 from .selecting import Selected
 from .sources import Held, Made, Shape, Source, Stored
@@ -94,7 +94,7 @@ class _Keys:
     def __init__(self, known: StoredUnits) -> None:
         self.known = known
         self.stored = known.sources
-        self.found: dict[Moment, Key] = {}
+        self.found: dict[RankPass, Key] = {}
 
     def add_shard(self, source: StoredSource, shard: Shard, _: Stored) -> None:
         """Take in what a shard says."""
@@ -148,7 +148,7 @@ class _Table:
                 tensor = self.selected.tensor(value, f"call {number}")
                 lines.append((self._look(tensor), number, 0))
                 self._sources.append(Held(tensor))
-        moments = [(-1 if rank is None else rank, number) for rank, number in layer._moments()]
+        moments = [(-1 if rank is None else rank, number) for rank, number in layer._rank_passes()]
         self._moments.append(torch.tensor(moments, dtype=torch.int64, device="cpu").view(-1, 2))
         self._places.append(torch.tensor(lines, dtype=torch.int64, device="cpu").view(-1, 3))
 

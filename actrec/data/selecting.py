@@ -12,10 +12,10 @@ from actrec._recordings.layer import Layer
 from actrec._recordings.recording import Recording
 from actrec._values.spec import Spec, flatten
 from actrec.errors import AlignmentError, OptionError
+from actrec.store.joined_ranks import WholeLayer
 from actrec.store.layers import StoredLayer
 from actrec.store.live import LiveLayer
 from actrec.store.read_only import ChosenLayer
-from actrec.store.whole import WholeLayer
 
 #: A layer by its name, or one that is at hand; with steps, what they lead to in each of its values.
 Selector: TypeAlias = str | Layer[Any] | tuple[Any, ...]

@@ -20,9 +20,9 @@ from actrec.errors import OptionError, ResumeError
 
 from .ahead import ahead
 from .align import Mask, Options, Passes, Table, table
+from .epochs import Order
 from .kept import Kept
 from .mixing import Part, check, checked_weights, parts, quotas
-from .order import Order
 from .selecting import Selector
 from .sources import Files
 from .window import Window, batches

@@ -16,8 +16,8 @@ from torch import Tensor
 from actrec._values.memory import words
 
 from .columns import Column
+from .epochs import Cut, Order, Piece
 from .mixing import Part
-from .order import Cut, Order, Piece
 from .sources import Files
 
 #: So many blocks are announced before the first of them is read, and so many bytes.

@@ -16,7 +16,7 @@ alone.
 
 from typing import TYPE_CHECKING, Any
 
-from actrec._recordings.guesses import no_name
+from actrec._recordings.instead import no_name
 
 try:
     from .cka import similarity

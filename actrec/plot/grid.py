@@ -11,8 +11,8 @@ from actrec._recordings.course import spread
 from actrec._recordings.layer import Layer
 from actrec._text import count
 from actrec._values.containers import Value
+from actrec._values.shapes import shape_of
 from actrec._values.spec import leaves
-from actrec._values.summary import shape_of
 from actrec.errors import OptionError
 
 from .shared import Array, numbers

@@ -8,8 +8,8 @@ from typing import BinaryIO, Final
 
 from actrec.errors import CorruptRecordingError
 
-from .format import corrupt
-from .index import shard_name, shard_names
+from .format import corrupt, shard_name
+from .index import shard_names
 from .ledger import Heading, Ledger
 from .part import Part
 from .place import Place

@@ -33,6 +33,11 @@ MAX_DIMS: Final = 64  # of a tensor, and of a mesh
 ROLES: Final[tuple[Role, ...]] = ("output", "input", "gradient", "added", "unit")
 
 
+def shard_name(number: int) -> str:
+    """Return the name of the file of a shard."""
+    return f"{number:06d}{SHARD}"
+
+
 class Slot(NamedTuple):
     """A list of calls in a recording: the outputs or inputs of a layer, or the values added by a name."""
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from actrec._recordings.layer import Role
 
-from .format import ANOTHER, SHARD, Slot, corrupt
+from .format import ANOTHER, SHARD, Slot, corrupt, shard_name
 from .ledger import Heading, SoFar
 from .part import Group, Part
 from .place import Place
@@ -26,11 +26,6 @@ from .shard import Shard
 #: Bytes of headers that a recording keeps in memory, and how many shards it keeps open, all ranks together.
 _MOST_BYTES: Final = 64 << 20
 _MOST_OPEN: Final = 1024
-
-
-def shard_name(number: int) -> str:
-    """Return the name of the file of a shard."""
-    return f"{number:06d}{SHARD}"
 
 
 def shard_names(disk: Place) -> list[str]:

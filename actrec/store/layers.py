@@ -13,11 +13,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from actrec._recordings.layer import Role
-from actrec._recordings.passes import ListView
+from actrec._recordings.pass_numbers import ListView
 from actrec._values.containers import Value
 from actrec._values.join import How
 from actrec._values.memory import words
-from actrec._values.summary import Summary
+from actrec._values.shapes import Summary
 
 from .dtensor import Spread
 from .index import Found

@@ -18,7 +18,7 @@ import torch
 
 from actrec._rank import MAX_RANKS
 from actrec._values.outline import drawn
-from actrec._values.summary import Summary
+from actrec._values.shapes import Summary
 
 from .format import MAX_DIMS, Slot, need
 from .forms import Maybe, checked

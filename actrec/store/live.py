@@ -9,12 +9,12 @@ from typing import Any, NoReturn, Protocol
 from typing_extensions import override
 
 from actrec._recordings.layer import Layer
+from actrec._recordings.pass_numbers import ListView, RankPass
 from actrec._recordings.pass_runs import PassRuns
-from actrec._recordings.passes import ListView, Moment
 from actrec._values.containers import Value
 from actrec._values.join import How
+from actrec._values.shapes import Summary
 from actrec._values.spec import itself
-from actrec._values.summary import Summary
 from actrec.errors import ActrecError
 
 from .call import Call, Look
@@ -144,9 +144,9 @@ class LiveLayer(ReadOnlyLayer):
         return self._stored._call(index)
 
     @override
-    def _moments(self) -> list[Moment]:
+    def _rank_passes(self) -> list[RankPass]:
         if self._stream.closed:
-            return self._stored._moments()
+            return self._stored._rank_passes()
         return [(self._stream.rank, number) for number in self.passes]
 
     @override

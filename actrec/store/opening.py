@@ -13,8 +13,7 @@ from actrec.errors import OptionError, RecordingExistsError, WriteError
 
 from .description import Description, read_description
 from .folder import Folder
-from .format import DESCRIPTION
-from .index import shard_name
+from .format import DESCRIPTION, shard_name
 from .layout import write
 from .ledger import Ledger
 from .place import place

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from actrec._values.summary import Summary
+from actrec._values.shapes import Summary
 
 from .decoding import Structure
 from .format import Slot

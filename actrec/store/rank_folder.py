@@ -9,7 +9,7 @@ from .description import read_description
 from .format import DESCRIPTION, corrupt
 from .index import Index, shard_names
 from .place import Place
-from .ranks import RankInfo
+from .rank_info import RankInfo
 
 _RANK: Final = re.compile(r"rank-[0-9]{5}")
 

@@ -9,13 +9,13 @@ from typing import Any, NoReturn
 
 from typing_extensions import override
 
-from actrec._recordings.guesses import no_call, no_index
+from actrec._recordings.instead import no_call, no_index
 from actrec._recordings.layer import Layer
-from actrec._recordings.passes import ListView
+from actrec._recordings.pass_numbers import ListView
 from actrec._values.containers import Value
 from actrec._values.join import How
+from actrec._values.shapes import Summary
 from actrec._values.spec import tensors
-from actrec._values.summary import Summary
 from actrec.errors import ActrecError
 
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from actrec._progress import showing
 from actrec._recordings.layer import Layer, Role, V
-from actrec._recordings.passes import Count, Moment
+from actrec._recordings.pass_numbers import Count, RankPass
 from actrec._recordings.recording import Recording
 from actrec._recordings.run import Run
 from actrec._text import count, shown
@@ -23,14 +23,14 @@ from actrec.errors import OptionError
 from .check import shard_problems, shards_expected
 from .description import Description
 from .format import ROLES, corrupt
+from .joined_ranks import WholeLayer, made_whole, whole_problems
 from .layers import Source, StoredLayer
 from .place import Place
 from .rank_folder import Rank
-from .ranks import RankInfo, listed_ranks, summary
+from .rank_info import RankInfo, listed_ranks, summary
 from .reduced import StoredReduction, made_reduced
 from .units import UNIT, StoredUnits
 from .warned import warnings_of
-from .whole import WholeLayer, made_whole, whole_problems
 
 
 class StoredRecording(Recording[V], Generic[V]):
@@ -207,7 +207,7 @@ class _StoredRun(Run):
         self._ranks = ranks
 
     @override
-    def raised(self) -> set[Moment]:
+    def raised(self) -> set[RankPass]:
         return {(one.number, number) for one in self._ranks for number in one.index.heading.raised}
 
     @override

@@ -17,11 +17,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from actrec._recordings.layer import FUNCTION, Layer
+from actrec._recordings.pass_numbers import ListView, RankPass
 from actrec._recordings.pass_runs import PassRuns, in_runs
-from actrec._recordings.passes import ListView, Moment
 from actrec._recordings.reduced import Reduced, merged
+from actrec._values.shapes import Summary
 from actrec._values.spec import tensors
-from actrec._values.summary import Summary
 from actrec.errors import ActrecError, CorruptRecordingError, OptionError
 from actrec.reduce import KINDS, Reduction
 
@@ -79,15 +79,15 @@ class States:
         return StoredReduction(self._stream.stored(self._slot))
 
 
-def state_call(slot: Slot, layer: Reduced, number: Callable[[Moment], int]) -> Call:
+def state_call(slot: Slot, layer: Reduced, number: Callable[[RankPass], int]) -> Call:
     """Return a reduction as it is written, its passes numbered anew."""
-    passes = sorted(map(number, layer._moments()))
+    passes = sorted(map(number, layer._rank_passes()))
     runs = PassRuns(passes)
     states = layer._states()
     sink = layer.sink
     if isinstance(sink, Reduction):
         sink = deepcopy(sink)
-        sink.renumber(lambda rank, own: number(layer._moment(rank, own)))
+        sink.renumber(lambda rank, own: number(layer._rank_pass(rank, own)))
         states = [sink.metric_state]
     return Call.of(slot, max(passes, default=0), layer._value(states, runs))
 
@@ -147,10 +147,12 @@ class StoredReduction(Unchanged, Reduced):
         return [state for _, found in self._found for state in found.states]
 
     @cached_property
-    def _ordered(self) -> list[Moment]:
-        """The moments of the calls, by pass."""
-        moments = [(rank, number) for rank, found in self._found for number in in_runs(found.runs)]
-        return sorted(moments, key=lambda one: one[1])
+    def _ordered(self) -> list[RankPass]:
+        """The rank_passes of the calls, by pass."""
+        rank_passes = [
+            (rank, number) for rank, found in self._found for number in in_runs(found.runs)
+        ]
+        return sorted(rank_passes, key=lambda one: one[1])
 
     @property
     @override
@@ -172,7 +174,7 @@ class StoredReduction(Unchanged, Reduced):
         return max(counts.values(), default=0), len(counts)
 
     @override
-    def _moment(self, rank: int, number: int) -> Moment:
+    def _rank_pass(self, rank: int, number: int) -> RankPass:
         return rank, number
 
     @override

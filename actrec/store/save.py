@@ -9,7 +9,7 @@ from typing import Any
 
 from actrec._progress import showing
 from actrec._recordings.layer import Layer, Role
-from actrec._recordings.passes import Moment
+from actrec._recordings.pass_numbers import RankPass
 from actrec._recordings.recording import Recording
 from actrec._recordings.reduced import Reduced
 from actrec.errors import CaptureError, OptionError
@@ -104,7 +104,7 @@ def _write(
     )
     opening = Opening("save({path!r})", folder, description, alone=True)
     count, numbers = _numbers(recording, layers)
-    raised = {numbers.get(moment, moment[1]) for moment in recording._run.raised()}
+    raised = {numbers.get(rank_pass, rank_pass[1]) for rank_pass in recording._run.raised()}
     with opening.lock:
         passes = 0
         writer = Writer(opening.own, opening.ledger, folder, lambda: passes, raised)
@@ -169,7 +169,7 @@ def _check(layers: list[tuple[Slot, Layer[Any]]], *, progress: bool) -> None:
 
 def _check_reduction(slot: Slot, layer: Reduced) -> None:
     try:
-        state_call(slot, layer, lambda moment: moment[1])
+        state_call(slot, layer, lambda rank_pass: rank_pass[1])
     except (CaptureError, AttributeError) as error:
         message = f"save(): the {layer._kind} of {slot.name!r} cannot be stored: {error}."
         raise CaptureError(message) from error
@@ -177,7 +177,7 @@ def _check_reduction(slot: Slot, layer: Reduced) -> None:
 
 def _numbers(
     recording: Recording[Any], layers: list[tuple[Slot, Layer[Any]]]
-) -> tuple[int, dict[Moment, int]]:
+) -> tuple[int, dict[RankPass, int]]:
     """How many passes are written, and the numbers of those that have another one.
 
     Each rank counts its own passes, and a pass has the key of one unit: where there are units of several ranks, all passes
@@ -187,13 +187,15 @@ def _numbers(
     units = recording._run.units.keys
     if len({rank for rank, _ in units}) <= 1:
         return recording.num_passes, {}
-    moments = {moment for _, layer in layers for moment in layer._moments()}
-    ordered = sorted({*moments, *units, *recording._run.raised()}, key=lambda one: (one[1], one[0]))
+    rank_passes = {rank_pass for _, layer in layers for rank_pass in layer._rank_passes()}
+    ordered = sorted(
+        {*rank_passes, *units, *recording._run.raised()}, key=lambda one: (one[1], one[0])
+    )
     in_parts = not getattr(recording, "_repeated", 0)
-    names = {moment: units.get(moment) if in_parts else None for moment in ordered}
-    passes: dict[object, int] = {}  # by unit, or else moment
-    for moment, key in names.items():
-        passes.setdefault(moment if key is None else (key,), len(passes))
+    names = {rank_pass: units.get(rank_pass) if in_parts else None for rank_pass in ordered}
+    passes: dict[object, int] = {}  # by unit, or else rank_pass
+    for rank_pass, key in names.items():
+        passes.setdefault(rank_pass if key is None else (key,), len(passes))
     numbers = {one: passes[one if key is None else (key,)] for one, key in names.items()}
     return len(passes), numbers
 
@@ -201,7 +203,7 @@ def _numbers(
 def _calls(
     recording: Recording[Any],
     layers: list[tuple[Slot, Layer[Any]]],
-    numbers: dict[Moment, int],
+    numbers: dict[RankPass, int],
     *,
     progress: bool,
 ) -> Iterator[Call]:
@@ -209,8 +211,8 @@ def _calls(
     names = dict.fromkeys([*recording._run.order, *recording])
     rank = {name: number for number, name in enumerate(names)}
 
-    def number(moment: Moment) -> int:
-        return max(numbers.get(moment, moment[1]), 0)  # pass -1: the user appended it
+    def number(rank_pass: RankPass) -> int:
+        return max(numbers.get(rank_pass, rank_pass[1]), 0)  # pass -1: the user appended it
 
     reduced = {
         at: state_call(slot, layer, number)
@@ -218,15 +220,15 @@ def _calls(
         if isinstance(layer, Reduced) and len(layer)
     }
     order = [
-        (number(moment), rank.get(slot.name, len(rank)), at, call)
+        (number(rank_pass), rank.get(slot.name, len(rank)), at, call)
         for at, (slot, layer) in enumerate(layers)
         if not isinstance(layer, Reduced)
-        for call, moment in enumerate(layer._moments())
+        for call, rank_pass in enumerate(layer._rank_passes())
     ]
     order += [(call.number, len(rank), at, 0) for at, call in reduced.items()]
     keys = {
-        numbers.get(moment, moment[1]): key
-        for moment, key in dict(recording._run.units.keys).items()
+        numbers.get(rank_pass, rank_pass[1]): key
+        for rank_pass, key in dict(recording._run.units.keys).items()
     }
     order += [(own, len(rank) + 1, len(layers), 0) for own in keys]
     with showing("save", len(order), progress=progress) as each:

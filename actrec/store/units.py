@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from typing_extensions import override
 
-from actrec._recordings.passes import Moment
+from actrec._recordings.pass_numbers import RankPass
 from actrec._recordings.units import Key, Units, tensor_of
 
 from .call import Call
@@ -43,12 +43,12 @@ class StoredUnits(Units):
         """Whether the keys are known without reading anything."""
         return "keys" in vars(self) or not len(self)
 
-    def _stored(self) -> Iterator[tuple[Moment, Key]]:
+    def _stored(self) -> Iterator[tuple[RankPass, Key]]:
         for source in self.sources:
             for shard, _ in source.parts():
                 yield from self.of_shard(source, shard)
 
-    def of_shard(self, source: Source, shard: Shard) -> Iterator[tuple[Moment, Key]]:
+    def of_shard(self, source: Source, shard: Shard) -> Iterator[tuple[RankPass, Key]]:
         """Yield what a shard says, for whoever reads other things there, too."""
         part = shard.part(source.role, source.name)
         if part is None:

@@ -24,8 +24,8 @@ from actrec.errors import WriteError
 from . import layout
 from .call import Call
 from .folder import Folder
+from .format import shard_name
 from .held import Batch, Held
-from .index import shard_name
 from .ledger import Ledger
 from .new_file import Unfinished
 from .place import Place

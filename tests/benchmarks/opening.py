@@ -18,7 +18,7 @@ import torch
 from typing_extensions import override
 
 from actrec import load
-from actrec._values.summary import Summary
+from actrec._values.shapes import Summary
 from actrec.store.call import Call
 from actrec.store.description import Description, LayerInfo
 from actrec.store.disk import Disk

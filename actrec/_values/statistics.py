@@ -19,13 +19,13 @@ from .chunks import blocks, dense
 from .histogram import Bins
 
 
-class Moments:
+class Statistics:
     """The statistics of everything that was added. What is of no element is NaN.
 
-    >>> moments = Moments()
-    >>> moments.add(torch.tensor([1.0, 3.0, float("nan")]))
+    >>> statistics = Statistics()
+    >>> statistics.add(torch.tensor([1.0, 3.0, float("nan")]))
     1
-    >>> moments.count, moments.mean, round(moments.std, 3)
+    >>> statistics.count, statistics.mean, round(statistics.std, 3)
     (3, 2.0, 1.414)
     """
 

@@ -9,7 +9,8 @@ from typing import Any, Final, TypeVar
 from torch import Tensor, nn
 
 from actrec._selection.globs import glob, is_glob
-from actrec._text import count, nearest
+from actrec._selection.nearest import nearest
+from actrec._text import count
 from actrec._values.spec import flatten
 
 K = TypeVar("K", bound=type)

@@ -59,11 +59,11 @@ class ListView(Sequence[T], Generic[T]):
 
 
 #: The rank of a call, ``None`` in memory, and its pass.
-Moment: TypeAlias = tuple[int | None, int]
+RankPass: TypeAlias = tuple[int | None, int]
 
 
 def nth_calls(
-    call: str, title: str, moments: Sequence[Moment], nth: int, among: Iterable[int]
+    call: str, title: str, rank_passes: Sequence[RankPass], nth: int, among: Iterable[int]
 ) -> list[int]:
     """Return the n-th call of each pass, among some calls; all of them, if no pass has more than one."""
     given: object = nth
@@ -72,10 +72,10 @@ def nth_calls(
             f"{call}: expected a whole number: 0 for the first call of each pass, -1 for the last."
         )
         raise OptionError(message)
-    passes: dict[Moment, list[int]] = {}
+    passes: dict[RankPass, list[int]] = {}
     among = list(among)
     for index in among:
-        passes.setdefault(moments[index], []).append(index)
+        passes.setdefault(rank_passes[index], []).append(index)
     most = max(map(len, passes.values()), default=0)
     if most < 2:  # noqa: PLR2004
         return among

@@ -17,10 +17,10 @@ from typing_extensions import override
 
 from actrec._progress import showing
 from actrec._recordings.layer import Layer
-from actrec._recordings.passes import ListView
+from actrec._recordings.pass_numbers import ListView
 from actrec._values.containers import Value
+from actrec._values.shapes import Summary
 from actrec._values.spec import Spec
-from actrec._values.summary import Summary
 from actrec.errors import CorruptRecordingError
 
 from .dtensor import Spread
@@ -59,10 +59,10 @@ class WholeLayer(ReadOnlyLayer):
         calls: dict[object, _Call] = {}
         counts: Counter[tuple[int, int]] = Counter()
         recorded = self.recorded
-        moments = [*zip(recorded.ranks, recorded.passes, strict=True)]
-        units = [None] * len(moments) if self._units is None else self._units.of(moments)
+        rank_passes = [*zip(recorded.ranks, recorded.passes, strict=True)]
+        units = [None] * len(rank_passes) if self._units is None else self._units.of(rank_passes)
         kinds, kind_of = recorded.spreads()
-        for index, (owner, unit, kind) in enumerate(zip(moments, units, kind_of, strict=True)):
+        for index, (owner, unit, kind) in enumerate(zip(rank_passes, units, kind_of, strict=True)):
             rank, number = owner
             # Where a unit has failed on one rank, say, the passes of the ranks have other numbers.
             of = number if unit is None else (unit,)

@@ -32,10 +32,10 @@ from actrec.errors import CaptureError, TransformError, WriteError
 
 from .capture import SKIPPED, Capture
 from .clean_room import inside
+from .foreign_hooks import is_overtaken
 from .gradients import Gradients
 from .hooks import Hook
 from .inputs import Arrival, Inputs
-from .order import is_overtaken
 from .own_calls import comparing, is_own_call, is_symbolic, is_written_down
 from .parameters import named
 from .session import Session

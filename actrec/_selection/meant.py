@@ -8,12 +8,13 @@ from collections.abc import Collection, Iterator
 
 from torch import Tensor, nn
 
-from actrec._text import count, listed, nearest
+from actrec._text import count, listed
 from actrec._torch import children_of
 
 from .globs import glob, is_glob
 from .model import Model
 from .names import Name, type_name
+from .nearest import nearest
 
 
 def what_was_meant(model: Model, query: str | re.Pattern[str]) -> str:
