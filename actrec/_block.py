@@ -1,4 +1,4 @@
-"""The ``with`` block of ``record()``: place the hooks, hand out the recorder, take the hooks off, and warn."""
+"""The ``with`` block of ``record()``: places the hooks, returns the recorder, removes the hooks, and warns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .errors import ActrecError, ResumeWarning
 
 
 class Block(AbstractContextManager[Recorder[Any]]):
-    """What ``with record(...)`` enters, once."""
+    """The context manager that ``record()`` returns. It can be entered once."""
 
     def __init__(self, model: nn.Module, selection: Selection, options: Options) -> None:
         self._model = model
@@ -53,7 +53,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
             self._session.eager = Room()
         self._session.offload = offload_for(self._capture, self._session.passes)
         self._doubted = False
-        self._yielded: Recorder | None = None  # which also keeps it, where the user does not
+        self._yielded: Recorder | None = None  # kept here too: the user may not keep it
 
     @override
     def __enter__(self) -> Recorder[Any]:
@@ -84,7 +84,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
             hooks.place(plan)
             stack.enter_context(self._session.eager.marks(self._model, plan))
             stack.callback(tracks.end)
-            # If the block is dropped without being left, as with a generator, this runs all the same.
+            # Runs also when the block is garbage-collected before it exited, as in a generator.
             self._clean_up = weakref.finalize(recorder, stack.pop_all().close)
             self._clean_up.atexit = False
         self._session.begin()
@@ -121,7 +121,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
         if failure is not None:
             raise failure
         if session.error is not None and not session.surfaced:
-            # The model has caught it: without this, calls would be missing without a word.
+            # The model caught the error. Raised here, or calls would be missing silently.
             raise session.error
         is_idle = units.nothing_left and not any(track.called for track in self._tracks.of.values())
         if not is_idle:
@@ -158,7 +158,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
         raise AttributeError(_FORGOTTEN)
 
     def _opened(self) -> Destination:
-        """Open what the values go to, before anything happens to the model."""
+        """Open the destination of the values, before anything happens to the model."""
         if self._options.path is None:
             return Memory(self._options, self._session.passes.undecided)
         from .store.description import Description  # noqa: PLC0415
@@ -174,7 +174,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
         )
 
     def _forwards(self) -> Iterator[Forward]:
-        """What stands in for forwards of the model, from the inside out."""
+        """Yield the replacements of the forwards of the model, the innermost first."""
         yield from self._functions.forwards()
         if self._session.stop is not None:
             layers = [choice.key for choice in self._selection.choices]
@@ -183,7 +183,10 @@ class Block(AbstractContextManager[Recorder[Any]]):
             yield Forward(self._model, self._session.stop)
 
     def _plan(self) -> Iterator[tuple[nn.Module, Hook[Any]]]:
-        """The hooks, in the order in which they go onto the model: passes around calls."""
+        """Yield the hooks in the order in which they are placed.
+
+        Those that begin and end a pass enclose those that report a layer, and early stops come last.
+        """
         hook = self._session.eager.hook
         hooks: dict[nn.Module, list[Hook[Track]]] = {}
         for choice in self._selection.choices:

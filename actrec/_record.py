@@ -1,4 +1,4 @@
-"""``record()``: what it is asked for, checked before anything happens."""
+"""``record()``: its arguments, checked before anything happens."""
 
 from __future__ import annotations
 
@@ -87,75 +87,79 @@ def record(
     ``model.layer4``                             that module object
     ``lambda name, module: ...``                 the modules for which it returns true
     ``{query: transform}``                       as above, each with a transform of its own
-    ``{query: reduction}``                       what the calls come to, in place of the calls
+    ``{query: reduction}``                       the result of the reduction, instead of the calls
     ===========================================  ====================================================
 
     Names may leave out the segments that wrappers add, such as ``module.`` and ``_orig_mod.``; the keys of the recording
     are without them. A module with several names is recorded once and found under each of them. Where queries overlap,
-    a layer that is named or given as an object takes precedence over a pattern, otherwise the first query does.
+    a name or a module object takes precedence over a pattern; otherwise the first query does.
 
-    A reduction takes in each value as it comes, and keeps none: one of :mod:`actrec.reduce`, or a metric of torchmetrics. Each
-    layer has its own. In a mapping one stands behind its query, where needed together with a transform, and goes to where the recording goes:
+    A reduction is updated with each value and keeps none: one of :mod:`actrec.reduce`, or a metric of torchmetrics. Each
+    layer has its own. In a mapping it is the value of its query, alone or after a transform, and works in memory and with a path:
     ``record(model, {"layer*": reduce.Moments(), "head": (torch.abs, reduce.TopK(k=5))}, into="runs/x")``.
 
-    Behind a colon stands a function, method or operator of PyTorch that the forward of the module calls itself, not the
-    modules inside it: ``add`` for ``x + y``, ``x.add(y)`` and ``x += y``. Each call is one item, and ``inputs`` are its arguments.
-    ``"**:*"`` records all that are called, in execution order: the way to find their names.
+    After the colon comes a function, method or operator of PyTorch that the forward of the module calls itself (not the
+    modules inside it): ``add`` for ``x + y``, ``x.add(y)`` and ``x += y``. Each call is one item, and ``inputs`` are its arguments.
+    ``"**:*"`` records all functions that are called, in execution order: the way to find their names.
 
     Args:
         model: any ``torch.nn.Module``. Compiled models run eagerly inside the block, unless ``compiled=True``.
-        layers: the layer queries. With ``()`` nothing is recorded but what ``inputs`` or ``grads`` ask for:
+        layers: the layer queries. With ``()`` only what ``inputs`` or ``grads`` ask for is recorded:
             ``record(model, (), inputs="**.o_proj")``.
-        others: nothing: several queries are one list.
+        others: not allowed; pass several queries as one list.
         transform: ``value -> value``, applied to what a layer returns before it is copied or moved, such
             as ``lambda t: t.mean((2, 3))``. It runs on the tensor's device, without gradients, autocast and inference mode, on
-            a value that is independent of the model's. Layers that it calls are not recorded, and what it draws from PyTorch's global
-            generators leaves the random numbers of the model as they are. A call for which it returns ``None`` is skipped, its
-            inputs and gradients included.
+            a value that is independent of the model's. Layers that it calls are not recorded, and random numbers that it draws
+            do not change those of the model. A call for which it returns ``None`` is skipped, its inputs and gradients included.
         inputs: record what calls received, as ``acts.inputs[name][i]``: a dict from parameter name to value, copied before
-            the call runs. ``True`` for the layers in ``layers``; or layer queries of its own, as ``layers`` takes them. A
+            the call runs. ``True`` for the layers in ``layers``; or separate layer queries, in the form that ``layers`` takes. A
             transform in them gets that dict, such as ``lambda received: received["input"].abs()``. The transforms of
             outputs, and ``transform``, are not applied to inputs.
         grads: record the gradient of the loss with respect to what calls returned, as ``acts.grads[name][i]``:
             nested as the value is, ``None`` until ``backward()`` reaches it, in the block or after it. See
-            :attr:`Recording.grads`. ``True`` for the layers in ``layers``, with their transforms; or layer queries of its
-            own. When recording to a path, call ``backward()`` inside the block, and inside the unit if there are units: a
-            gradient is written with its pass, when a later pass has begun and the backward has ended. One that comes
-            later is left out, with a warning.
+            :attr:`Recording.grads`. ``True`` for the layers in ``layers``, with their transforms; or separate layer
+            queries. When recording to a path, call ``backward()`` inside the block, and inside the unit if there are units: a
+            gradient is written with its pass, when a later pass has begun and the backward has ended. A gradient that
+            comes later is left out, with a warning.
         detach: ``False`` keeps the autograd graph, for losses on activations, and with it the graph's
             memory. Values are still independent of in-place writes. ``False`` is not supported when recording to a path.
         device: where values are kept; ``None`` leaves them on their device. From a GPU, values are copied asynchronously if
-            a self-test on that GPU has passed. A call is in its layer when its values have arrived: at the latest at the
-            end of the pass, and earlier if ``acts[name]`` is read.
+            a self-test on that GPU has passed. A call is appended to its layer when its values have arrived: at the latest at
+            the end of the pass, and earlier if ``acts[name]`` is read.
         dtype: cast floating-point values to this dtype. Integer, bool and complex values keep theirs. Finite values that overflow
             are counted: a warning and the table say how many, and ``acts.stats()`` does not count them as infinities of the
             layer.
         stop_early: end each forward as soon as every chosen layer has run in it once: later layers are not computed, and
-            the call of the model returns ``None``. A forward in which one of them does not run is not ended. For functions, the
-            module that calls them has to run. With ``grads=True`` it needs ``detach=False``.
+            the call of the model returns ``None``. A forward in which a chosen layer does not run is not ended. For functions,
+            the module that calls them has to run. With ``grads=True`` it needs ``detach=False``.
         compiled: keep compiled code compiled in the block: compiled models, blocks and functions that call the model, as
-            :func:`torch.compile` makes them. What calls a chosen layer is compiled once more, when it is first called in the
-            block. Entering again with the same layers compiles nothing, and behind the block the code of before is used again.
-            Recorded is what the compiled code computes, which may differ from eager mode in the last bits. It is not supported
-            with ``stop_early``, ``detach=False`` and functions. See :doc:`/how-to/compiled`.
-        into: a factory of the container for the calls of a layer, which needs ``append``, such as
-            ``functools.partial(collections.deque, maxlen=10)``. Or what reduces those of all layers, in memory: a class with
-            ``update`` and ``compute``, such as ``actrec.reduce.Moments`` or a metric of torchmetrics. Both run as transforms do,
-            without gradients and autocast. Or a path, a URL such as ``"s3://bucket/run"``, or a
-            :class:`actrec.store.Folder`, which is a path with settings: values are written while the block runs, within a
-            budget of memory (1 GiB), and committed pass by pass. Committed passes survive a crash of the process or the machine and
-            a full disk. Under ``torchrun``, all ranks record into the same path.
-        resume: with a path: go on with the recording that is there, if any. What was not committed is dropped. Open a
-            :meth:`unit <Recorder.unit>` for each batch, prompt or document, and go through what :meth:`Recorder.remaining` leaves:
-            it skips what all ranks have committed. Values added in earlier runs can be read in the block. (``acts.num_passes``
-            is the number of committed passes of this rank: enough to go on after where each batch is one pass, and no pass raises.)
+            :func:`torch.compile` makes them. Code that calls a chosen layer is compiled once more, when it is first called in the
+            block. Entering again with the same layers compiles nothing, and after the block the previously compiled code is used
+            again. The values recorded are those that the compiled code computes, which may differ from eager mode in the last
+            bits. It is not supported with ``stop_early``, ``detach=False`` and functions. See :doc:`/how-to/compiled`.
+        into: one of three. A container for the calls of each layer, in memory: a factory of objects with ``append``, such as
+            ``functools.partial(collections.deque, maxlen=10)``.
+
+            A reduction of the calls of each layer, in memory: a class with ``update`` and ``compute``, such as
+            ``actrec.reduce.Moments`` or a metric of torchmetrics. Containers and reductions run as transforms do, without
+            gradients and autocast.
+
+            A path, a URL such as ``"s3://bucket/run"``, or a :class:`actrec.store.Folder`, which is a path with settings:
+            values are written while the block runs, within a budget of memory (1 GiB), and committed pass by pass. Committed
+            passes survive a crash of the process or the machine and a full disk. Under ``torchrun``, all ranks record into the
+            same path.
+        resume: with a path: continue the recording that is there, if any. What was not committed is dropped. Open a
+            :meth:`unit <Recorder.unit>` for each batch, prompt or document, and iterate over :meth:`Recorder.remaining`, which
+            skips the units that all ranks have committed. Values added in earlier runs can be read in the block.
+            (``acts.num_passes`` is the number of committed passes of this rank: enough to resume by if each batch is one pass
+            and no pass raises.)
 
     Returns:
         A context manager that yields the :class:`Recorder`, a mapping from layer name to :class:`Layer`. Each call of a module
         is one item of its layer, except for what activation checkpointing recomputes.
 
     Raises:
-        UnsupportedModelError: ``model`` is not a module, or of a kind in which hooks never run.
+        UnsupportedModelError: ``model`` is not a module, or is of a kind in which hooks never run.
         OptionError: an argument is invalid, or not supported with another one.
         SelectionError: a query matches nothing, or only containers that are never called; the message names close
             matches. Like all errors above, it is raised before any hook is placed.
@@ -170,8 +174,8 @@ def record(
     Warns:
         UnusedLayerWarning: nothing was recorded of a layer; the message gives the likely cause. Like the following, at the end
             of the block.
-        ResumeWarning: a run is resumed without units, and passes look like steps of ``generate()``. At the beginning of the block, if
-            what is there looks so.
+        ResumeWarning: a run is resumed without units, and passes look like steps of ``generate()``. Issued at the beginning of
+            the block if the recording to be resumed looks like that.
         OverflowWarning: finite values overflowed in the cast to ``dtype``.
         MissingGradientWarning: gradients were asked for, or ``detach=False``, and nothing that a layer returned requires grad.
             From ``backward()``: a gradient is left out, because the layer returned a view of what the model may have used
@@ -184,7 +188,7 @@ def record(
     if is_dynamo_compiling() or is_tracing():
         raise ActrecError(COMPILING)
     if isinstance(into, (str, os.PathLike)):
-        # Who records into memory does not wait for the store to be imported.
+        # Imported here, because recording into memory does not need the store.
         from .store.folder import Folder  # noqa: PLC0415
 
         into = Folder.of(into)
@@ -213,12 +217,12 @@ def record(
 
 
 def _several(layers: object, others: tuple[object, ...]) -> str:
-    """What to say of more than one query, or an option without its name."""
+    """Return the message for several queries that are not a list, or an option without its name."""
     shown = ", ".join(
         repr(one) if isinstance(one, str) else getattr(one, "__name__", "...")
         for one in (layers, *others)
     )
     return (
-        f"record(model, {shown}): several layers are one list, record(model, [{shown}]). Options have names, such as "
+        f"record(model, {shown}): pass several layers as one list, record(model, [{shown}]), and options by name, such as "
         "transform=... and into=..."
     )

@@ -777,7 +777,7 @@ def test_attention_that_is_fused_in_evaluation_stays_fused() -> None:
         with record(model, "**:*") as acts:
             assert torch.equal(model(x), plain)
         with (
-            pytest.warns(UnusedLayerWarning, match="'attention' is fused in evaluation"),
+            pytest.warns(UnusedLayerWarning, match="'attention' runs fused in evaluation"),
             record(model, "attention:*"),
         ):
             model(x)

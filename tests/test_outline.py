@@ -168,10 +168,10 @@ def test_reduced_calls_and_what_did_not_fit_leave_notes() -> None:
     [
         (
             ("b",),
-            "record(model, 'a', 'b'): several layers are one list, record(model, ['a', 'b']).",
+            "record(model, 'a', 'b'): pass several layers as one list, record(model, ['a', 'b'])",
         ),
         ((nn.ReLU, torch.relu), "record(model, ['a', ReLU, relu])"),
-        ((3,), "Options have names, such as transform=... and into=..."),
+        ((3,), "and options by name, such as transform=... and into=..."),
     ],
 )
 def test_several_layers_are_one_list(others: Any, message: str) -> None:

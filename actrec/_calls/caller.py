@@ -1,4 +1,4 @@
-"""The root, and the modules on the way from it to the chosen layers: with a call of one of them a pass may begin and end."""
+"""The root, and the modules on the way from it to the chosen layers: a call of one of them may begin and end a pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Children: TypeAlias = Mapping[str, nn.Module | None]
 
 
 class Caller:
-    """Such a module, and what it calls, which others may change while a block runs."""
+    """Such a module, and the modules that it calls. Others may replace these while a block runs."""
 
     __slots__ = ("_children", "_hooks", "_is_root", "_looked")
 
@@ -33,13 +33,13 @@ class Caller:
             child for _, known in self._children for child in known.values() if child is not None
         }
         self._hooks = [(child, hook) for child in called for hook in hooks.get(child, ())]
-        # The call itself has begun: PyTorch has already looked up which hooks hear of that.
+        # The call itself has begun: PyTorch has already looked up its pre-hooks.
         own = [hook for hook in hooks.get(module, ()) if hook.event is not Event.RECEIVE]
         self._hooks += [(module, hook) for hook in own]
         self._looked = -1  # as Hook.looked
 
     def enters(self, session: Session, _: object, module: nn.Module, *__: object) -> None:
-        """A call begins: put the hooks of the layers last, and remember which layers another module has replaced."""
+        """A call begins: put the hooks of the layers after those of others, and remember which layers were replaced."""
         if not session.enter(module, is_root=self._is_root):
             return
         if RemovableHandle.next_id != self._looked:
@@ -63,7 +63,7 @@ def _look_for_replaced(session: Session, children: _Children, known: _Children) 
 
 
 def _containers(module: nn.Module) -> Iterator[nn.Module]:
-    """The module, and the containers inside it that are never called: what its calls look up modules in."""
+    """Yield the module and the containers inside it that are never called: its forward looks up modules in them."""
     yield module
     for child in children_of(module).values():
         if child is not None and child is not module and not is_called(child):

@@ -1,8 +1,8 @@
 """From the value a layer returned to the value that is kept: transform, snapshot, move, cast.
 
-Nothing that runs here may be felt by the model. Tensors are snapshotted, containers rebuilt, and the
-user's transform runs in a clean room: without gradients, autocast and inference mode, on tensors and with
-random numbers of its own.
+Nothing that runs here may change what the model computes. Tensors are snapshotted, containers rebuilt, and the
+user's transform runs in a clean room (``clean_room.py``): without gradients, autocast and inference mode, on tensors
+and with random numbers of its own.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Capture:
     share: bool = True  # memory with the model, copy-on-write
     device: torch.device | None = None
     dtype: torch.dtype | None = None
-    what: str = "call"  # for messages: what is captured, before its number
-    offload: Offload | None = None  # moves values while the model goes on
-    overflows: Overflows | None = None  # counts what does not fit into the dtype
+    what: str = "call"  # in messages, before the number of the call
+    offload: Offload | None = None  # moves values while the model continues
+    overflows: Overflows | None = None  # counts values that do not fit into the dtype
     direct: bool = field(init=False)  # is_direct(), which never changes
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class Capture:
         return replace(self, layer=layer, transform=transform, what=what, offload=offload)
 
     def __call__(self, value: Value, call: int) -> Value:
-        """Return what is kept of ``value``, which call number ``call`` returned, or ``SKIPPED``."""
+        """Return the value to keep for ``value``, which call number ``call`` returned, or ``SKIPPED``."""
         if self.transform is None:
             return rebuild(value, self.keep)
         value = self._transformed(self.transform, value, call)
@@ -78,7 +78,7 @@ class Capture:
         return SKIPPED if value is None else rebuild(value, self.keep, unknown=itself)
 
     def received(self, given: dict[str, Value], call: int) -> Value:
-        """Return what is kept of what call number ``call`` received, or ``SKIPPED``."""
+        """Return the dict to keep for the arguments of call number ``call``, or ``SKIPPED``."""
         if self.transform is not None:
             try:
                 return self(given, call)
@@ -89,7 +89,7 @@ class Capture:
                 raise TransformError(message) from error.__cause__
         values = given.values()
         found = [id(value) for value in values if type(value) is Tensor]
-        # Where nothing can stand in two places, there is nothing to look out for.
+        # No object can occur twice: each value may be rebuilt by itself.
         if len(given) == 1 or (
             len({*found}) == len(found)
             and all(type(value) is Tensor or isinstance(value, CONSTANTS) for value in values)
@@ -102,7 +102,7 @@ class Capture:
         return rebuild(value, replace(self, detach=True, dtype=None).keep, unknown=itself)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Return one tensor snapshotted, moved and cast as asked."""
+        """Return one tensor snapshotted, moved and cast as the options say."""
         if self.direct and tensor.is_cpu:  # the shortest way
             return snapshot(tensor)
         if tensor.is_cuda:
@@ -150,7 +150,7 @@ SMALL = 4096
 
 
 class _Loan:
-    """Lends tensors to a transform: a copy, or, of what is large and on another device, an alias."""
+    """Gives tensors to a transform: copies, or aliases of large tensors on another device."""
 
     __slots__ = ("aliases", "detach", "devices", "share")
 

@@ -1,7 +1,7 @@
-"""Where code of the user's runs inside the recorder: a transform, or the ``append()`` of a container.
+"""Runs the user's code inside the recorder: a transform, or the ``append()`` of a container.
 
-The model must not feel it, nor the code the model: it runs without the autocast and inference mode of the
-model, draws random numbers of its own, and what it calls in the model is no call of the model's.
+The code and the model must not influence each other: the code runs without the autocast and inference mode of the
+model, draws random numbers of its own, and its calls of layers are not recorded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from actrec._calls.draws import OwnDraws
 from actrec._values.modes import normal_mode_unseen
 from actrec._values.spec import itself, tensors
 
-#: The threads that are running such code, and how deep in it they are.
+#: How many pieces of such code each thread is running, one inside the other.
 inside: dict[int, int] = {}
 
 
@@ -42,7 +42,7 @@ def in_a_clean_room(
     inside[thread] = outside + 1
     try:
         draws = OwnDraws()
-        with normal_mode_unseen(), draws:  # the former lets gradients in
+        with normal_mode_unseen(), draws:  # the first does not turn gradients off
             result = _called(function, value, devices, grad=grad)
         draws.check_unseeded()
     finally:
@@ -80,6 +80,6 @@ def _without_graph(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _autocasts(device_type: str) -> bool:
-    # Every PyTorch has it for the CPU, and others raise an error if they are asked.
+    # Every PyTorch has it for the CPU; for a device without it, is_autocast_enabled() raises.
     available = device_type == "cpu" or torch.amp.is_autocast_available(device_type)
     return available and is_autocast_enabled(device_type)

@@ -1,16 +1,16 @@
 """Compiled models run eagerly while they are recorded.
 
-Hooks that are added after ``torch.compile`` has compiled a model are ignored without a word, and whether
-some compiled *function* calls the model cannot be seen from the model. So while a block is open, the
-compiler has a stance in which it runs eagerly what users have compiled. It is process-wide, costs
-microseconds, and throws no compiled code away.
+Hooks that are added after ``torch.compile`` has compiled a model are silently ignored, and the model does not
+show whether some compiled *function* calls it. So while a block is open, it sets a stance of the compiler in
+which everything that users have compiled runs eagerly. The stance is process-wide, costs microseconds, and
+discards no compiled code.
 
 Operators of PyTorch that compile themselves (``torch.cond``, ``scan``, ``map``, ``while_loop``,
-``flex_attention``) go on doing so where gradients are enabled: without it they cannot be differentiated.
-Under ``no_grad()`` they can do without, and the layers in their bodies are recorded.
+``flex_attention``) still do where gradients are enabled: they cannot be differentiated otherwise.
+Under ``no_grad()`` they run eagerly, and the layers in their bodies are recorded.
 
-Importing the compiler takes more than a second, and while nobody has, nothing is compiled. So it is not
-imported here. The block takes the stance when it begins, when a pass begins, or when the compiler reads one
+Importing the compiler takes more than a second, and until somebody imports it, nothing is compiled. So it is not
+imported here. The block sets the stance when it begins, when a pass begins, or when the compiler reads one
 of its hooks, whichever comes first after the import.
 """
 
@@ -36,35 +36,35 @@ COMPILING = (
 )
 
 
-#: The compiler has one stance, and the blocks of several threads take it and give it back.
+#: The compiler has one stance, and the blocks of several threads set and reset it.
 _taking = threading.RLock()
 
 
 class Stance(AbstractContextManager[None]):
-    """What a block does to the compiler while it is open."""
+    """How a block affects the compiler while it is open; this base does nothing."""
 
     hook: type[Hook[Any]] = Hook  # what the block places on modules
-    in_graph = False  # whether compiled code stays compiled, and tells of its calls itself
-    replaced = False  # by one that the user has set inside the block
-    made_way = False  # for an operator that compiles itself
+    in_graph = False  # whether compiled code stays compiled and reports its calls itself
+    replaced = False  # whether the user has set another stance inside the block
+    made_way = False  # whether an operator that compiles itself has run compiled
 
     def hold(self) -> None:
-        """Take it now, if the compiler was not there when the block began."""
+        """Set the stance now, if the compiler was not imported yet when the block began."""
 
     def marks(
         self,
         model: nn.Module,  # noqa: ARG002
         plan: Sequence[tuple[nn.Module, Hook[Any]]],  # noqa: ARG002
     ) -> AbstractContextManager[None]:
-        """What makes the compiler see the hooks of a plan. It goes off the model before they do."""
+        """Return a context that makes the compiler see the hooks of a plan. It exits before they are removed."""
         return nullcontext()
 
 
 class Eager(Stance):
-    """A stance of the compiler while a block is open; after that, it is the one that it took the place of.
+    """A stance of the compiler: eager while a block is open, and after that the same as the stance before it.
 
-    So it does no harm where it is left: a stance that the user sets inside the block stays, and may bring this
-    one back when it ends.
+    So it does no harm where it remains set: a stance that the user sets inside the block stays, and may restore
+    this one when it ends.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Eager(Stance):
 
     @property
     def stance(self) -> str:
-        """What the compiler asks before it runs anything that is compiled."""
+        """The compiler reads this before it runs anything that is compiled."""
         makes_way = torch.is_grad_enabled() and compiles_itself()
         if self._ended or makes_way:
             self.made_way |= makes_way
@@ -93,7 +93,7 @@ class Eager(Stance):
         except (
             RuntimeError,
             AssertionError,
-        ) as error:  # the compiler forbids it in what it compiles
+        ) as error:  # the compiler is compiling this, and forbids it
             raise ActrecError(COMPILING) from error
 
     @override
@@ -133,7 +133,7 @@ class Eager(Stance):
 
 
 def _running(stance: Any) -> Any:
-    """``stance``, or the one that it took the place of, if it is that of a block that has ended."""
+    """Return ``stance``, or the stance before it, if it belongs to a block that has ended."""
     while isinstance(stance, Eager) and stance._ended:
         stance = stance._before
     return stance

@@ -19,18 +19,19 @@ from .sink import SinkLayer
 
 
 class Destination(Protocol):
-    """What makes the layers of a recorder, and is told when the block ends.
+    """Makes the layers of a recorder, and is closed when the block ends.
 
-    What it does here is what is done where nothing was recorded before, and nothing goes wrong later.
+    The methods here are right where nothing was recorded before and nothing can go wrong later.
     """
 
-    order: Sequence[str] = ()  #: the layers that have calls of earlier runs, by the first of them
+    #: The layers that have calls of earlier runs, in the order of their first calls.
+    order: Sequence[str] = ()
     rank: int | None = None  #: of this process; ``None`` in memory
     where: str = ""  #: the path, if it is one
-    error: str | None = None  #: what the block was left by, as far as that is known
+    error: str | None = None  #: the type of the exception that ended the block, if one did
 
     def layer(self, role: Role, name: str, kind: str, make: Make | None = None) -> Layer[Any]:
-        """Return the layer for values of this role; ``make`` makes what reduces them, if anything does."""
+        """Return the layer for values of this role; ``make``, if given, makes the reduction of them."""
 
     def position(self) -> Position:
         """Return the position of this process among those that record."""
@@ -39,7 +40,7 @@ class Destination(Protocol):
     # --- Earlier runs --------------------------------------------------------------------------------------
 
     def added_before(self) -> Mapping[str, Layer[Any]]:
-        """Return the layers of names that the user has added values by."""
+        """Return the layers of values that the user added in earlier runs, by name."""
         return {}
 
     def units(self) -> Units:
@@ -51,7 +52,7 @@ class Destination(Protocol):
         return ()
 
     def doubt(self) -> str | None:
-        """Return why to go on by the number of passes may be wrong, if there are no units and it seems so."""
+        """Return why it may be wrong to resume by the number of passes, if there are no units and it seems so."""
         return None
 
     # --- What happens --------------------------------------------------------------------------------------
@@ -65,23 +66,23 @@ class Destination(Protocol):
         return
 
     def warned(self, messages: Sequence[str]) -> None:  # noqa: ARG002
-        """The end of the block warns of this."""
+        """The end of the block gives these warnings."""
         return
 
     def close(self) -> None:
-        """Nothing more is going to be kept. May be called again."""
+        """No more values will be kept. May be called again."""
         return
 
     def failure(self) -> Exception | None:
-        """Return what went wrong and no call has raised."""
+        """Return an error that no call has raised yet, if there is one."""
         return None
 
 
 class Memory(Destination):
-    """Keeps values in lists, or in containers of the user's."""
+    """Keeps values in lists, or in the user's containers."""
 
     def __init__(self, options: Options, held: Collection[int] = ()) -> None:
-        """``held`` are the passes whose calls no container of the user's gets yet; it changes."""
+        """``held`` are the passes whose calls the user's containers do not get yet; it changes."""
         self._options = options
         self._held = held
 

@@ -1,7 +1,7 @@
-"""CUDA, as far as recording needs it: a stream, an event, pinned memory, one copy. GPUs of AMD are included.
+"""The part of CUDA that recording needs: a stream, an event, pinned memory, one copy. GPUs of AMD are included.
 
-Everything that can be got wrong, the order above all, is in ``transfer.py``, which the tests run on a
-stand-in for :class:`Cuda` whose copies happen only when somebody waits for them.
+Everything that can go wrong, the order above all, is in ``transfer.py``, which the tests run on a
+substitute of :class:`Cuda` whose copies happen only when somebody waits for them.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class Cuda:
         return torch.cuda.current_stream(device)
 
     def new_stream(self, device: torch.device) -> Any:
-        """Return a stream beside it."""
+        """Return another stream on ``device``."""
         return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def pinned(self, nbytes: int) -> Tensor:
-        """Return page-locked memory. PyTorch keeps it for the next one that asks, when it is let go of.
+        """Return page-locked memory. When it is freed, PyTorch caches it for the next call.
 
         Raises:
-            RuntimeError: the system locks no more.
+            RuntimeError: the system cannot lock more memory.
         """
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def copy(self, stream: Any, to: Tensor, source: Tensor) -> None:
-        """Copy in ``stream``, whatever stream and GPU are the current ones. The caller does not wait."""
+        """Copy in ``stream``, whichever stream and GPU are current, without waiting."""
         with torch.cuda.stream(stream):
             to.copy_(source, non_blocking=True)
 
@@ -58,7 +58,7 @@ def refuse_graph_capture() -> None:
     """Raise ``CaptureError`` while a CUDA graph is being captured: its replays run no hooks."""
     if CUDA.is_used() and torch.cuda.is_current_stream_capturing():
         message = (
-            "a CUDA graph is being captured. Its replays call no hooks, and would write over what was recorded "
+            "a CUDA graph is being captured. Its replays call no hooks, and would overwrite what is recorded "
             "now. Record a call of the model outside of the capture, without the graph"
         )
         raise CaptureError(message)

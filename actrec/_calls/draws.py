@@ -1,13 +1,13 @@
-"""Random numbers for code of the user's that runs inside the recorder: from generators of actrec's own.
+"""Random numbers for the user's code that runs inside the recorder, from actrec's own generators.
 
-PyTorch's global generators belong to the process: a state that is put back behind a transform takes back what
-other threads have drawn meanwhile, and gives every call the same numbers. So the draws themselves are led
-elsewhere. While :class:`OwnDraws` is entered, a function that would draw from a global generator draws from one
-that actrec keeps for the device. It goes on from call to call and from block to block, and its seed is
-derived from ``torch.initial_seed()``, so what is drawn is reproducible and never what the model draws.
+PyTorch's global generators are shared by all threads: restoring their state after a transform would undo what
+other threads have drawn meanwhile, and give every call the same numbers. So the draws themselves are
+redirected. While :class:`OwnDraws` is entered, a function that would draw from a global generator draws from one
+that actrec keeps for the device. That one continues from call to call and from block to block, and its seed is
+derived from ``torch.initial_seed()``: the numbers are reproducible, and never those that the model draws.
 
-This is a ``TorchFunctionMode``, as ``torch.set_default_device`` is one: it belongs to a thread, costs a fraction of a
-microsecond to enter, and next to nothing where a function draws nothing.
+This is a ``TorchFunctionMode``, like ``torch.set_default_device``: it applies to one thread, costs a fraction of a
+microsecond to enter, and next to nothing for a function that draws nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing_extensions import override
 from actrec._torch import PRIVATE_DRAWS
 from actrec._values.snapshot import PLAIN
 
-#: What may draw from the global generators. Some of it takes a ``generator``, by the version of PyTorch.
+#: The functions that may draw from the global generators. Depending on the version of PyTorch, some take a ``generator``.
 _DRAWING: Final = PRIVATE_DRAWS | {
     "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "binomial",
     "rrelu", "rrelu_", "bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_",
@@ -38,9 +38,9 @@ _DRAWING: Final = PRIVATE_DRAWS | {
 
 
 class OwnDraws(TorchFunctionMode):
-    """While this is entered, what this thread draws comes from generators of actrec's own."""
+    """While this is entered, this thread draws from actrec's own generators."""
 
-    def __init__(self) -> None:  # that of the base does nothing, in a fifth of the time of all this
+    def __init__(self) -> None:  # without super(), which does nothing but takes a fifth of the time
         self._seed = torch.default_generator.initial_seed()
 
     @override
@@ -53,24 +53,24 @@ class OwnDraws(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        # A generator that was seeded in here, inside fork_rng(), is to be used.
+        # The user seeded the global generator inside fork_rng(), to draw from it.
         if name not in _DRAWING or self.was_seeded() or _has_generator(args, kwargs):
             return func(*args, **kwargs)
         if PLAIN.issuperset(types):
             own = _own(_device(args, kwargs))
             try:
                 return func(*args, **{**kwargs, "generator": own})
-            except TypeError:  # it takes none, in this version or with these arguments
+            except TypeError:  # it takes no generator, in this version or with these arguments
                 pass
         with _instead_of_global(args, kwargs):
             return func(*args, **kwargs)
 
     def was_seeded(self) -> bool:
-        """Whether PyTorch's global generator was given another seed since this was made."""
+        """Whether PyTorch's global generator was seeded anew since this was made."""
         return torch.default_generator.initial_seed() != self._seed
 
     def check_unseeded(self) -> None:
-        """Raise ``ValueError`` if the generator that the model draws from was given another seed."""
+        """Raise ``ValueError`` if the generator that the model draws from was seeded anew."""
         if self.was_seeded():
             message = (
                 "PyTorch's global generator, from which the model draws, was seeded while it ran; let it draw from a "
@@ -80,13 +80,13 @@ class OwnDraws(TorchFunctionMode):
 
 
 def _has_generator(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call says which generator to draw from: one that is not the global one."""
+    """Whether a call is given a generator other than the global one."""
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)]
     return any(generator is not _global(generator.device) for generator in given)
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    """The device that a function draws on."""
+    """Return the device that a function draws on."""
     device = kwargs.get("device")
     if device is None:
         for value in (kwargs.get("out"), *args, *kwargs.values()):
@@ -100,19 +100,19 @@ def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
 _lock = threading.RLock()
 _generators: dict[torch.device, torch.Generator] = {}
 
-#: What the seeds differ in from those of the global generators, which would give the same numbers.
+#: XORed into the seeds: with the seed of the global generators, the numbers would be the same.
 _OTHER: Final = 0x9E3779B97F4A7C15
 
 
 def _own(device: torch.device) -> torch.Generator | None:
-    """The generator that stands in for the global one of ``device``; ``None`` if nothing can be drawn there."""
+    """Return the generator used instead of the global one of ``device``; ``None`` if nothing can be drawn there."""
     seed = torch.default_generator.initial_seed() ^ _OTHER
     with _lock:
         generator = _generators.get(device)
         if generator is None:
             try:
                 generator = _generators[device] = torch.Generator(device)
-            except RuntimeError:  # a device without numbers, such as "meta"
+            except RuntimeError:  # a device without random numbers, such as "meta"
                 return None
         if generator.initial_seed() != seed:
             generator.manual_seed(seed)
@@ -120,7 +120,7 @@ def _own(device: torch.device) -> torch.Generator | None:
 
 
 def _global(device: torch.device) -> torch.Generator | None:
-    """The generator of ``device`` that everybody draws from."""
+    """Return PyTorch's generator of ``device``."""
     if device.type == "cpu":
         return torch.default_generator
     on_devices = getattr(getattr(torch, device.type, None), "default_generators", ())
@@ -129,9 +129,9 @@ def _global(device: torch.device) -> torch.Generator | None:
 
 @contextmanager
 def _instead_of_global(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-    """Let the global generators give out the numbers of ours, for one call of a function that can use no other.
+    """Give the global generators the state of ours, for one call of a function that takes no generator.
 
-    If another thread draws at the very moment in which the states are exchanged, it may draw a number again.
+    If another thread draws at the very moment at which the states are exchanged, it may draw a number twice.
     """
     given = {value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
     pairs = [(_global(device), _own(device)) for device in {torch.device("cpu"), *given}]

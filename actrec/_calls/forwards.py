@@ -1,4 +1,4 @@
-"""What stands in for the ``forward`` of a module while a block is open that ends it early or looks into it."""
+"""The replacement of a module's ``forward`` while a block is open that ends it early or records its functions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGE: Final = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 def is_ours(frame: types.FrameType) -> bool:
-    """Whether the code of a frame is actrec's. Examples in its docstrings are a user's."""
+    """Whether the code of a frame is actrec's, examples in its docstrings excepted."""
     return frame.f_code.co_filename.startswith(_PACKAGE)
 
 
@@ -33,16 +33,16 @@ placing = threading.RLock()
 
 
 class Runner(Protocol):
-    """What runs a forward."""
+    """Runs a forward."""
 
     def run(self, stood_for: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the forward returns."""
 
 
 class Forward:
-    """Stands in for the ``forward`` of a module, and lets ``runner`` run it.
+    """Replaces the ``forward`` of a module, and lets ``runner`` run the original one.
 
-    It refers weakly to the runner: wherever it is left, it is the forward that it stands for.
+    It refers weakly to the runner: once that is gone, it just calls the original forward.
     """
 
     forward: Callable[..., Any]
@@ -59,8 +59,8 @@ class Forward:
         return runner.run(self, args, kwargs)
 
     def called(self) -> nn.Module:
-        """The module whose forward is about to run: this one, or a replica of it that ``DataParallel`` has made."""
-        # Where there are hooks, a function inside it calls the forward.
+        """Return the module whose forward is about to run: this one, or a replica of it that ``DataParallel`` has made."""
+        # A module with hooks calls its forward from a function inside the usual one: two frames.
         for caller in islice(dropwhile(is_ours, frames()), 2):
             if caller.f_code is CALL_CODE:
                 found: nn.Module = caller.f_locals["self"]
@@ -69,7 +69,7 @@ class Forward:
         return self.module
 
     def _is_part_of(self, forward: object) -> bool:
-        """Whether ``forward``, of some module, leads to this: a replica has the attributes of what it was made of."""
+        """Whether ``forward`` is this, or replaces it: a replica has the attributes of the module it was made from."""
         while isinstance(forward, Forward):
             if forward is self:
                 return True
@@ -77,22 +77,22 @@ class Forward:
         return False
 
     def forward_of(self, module: nn.Module) -> Callable[..., Any]:
-        """The forward of the module, or of a replica of it."""
+        """Return the original forward of the module, or of a replica of it."""
         replicated = module is not self.module and self.own is None
         return types.MethodType(type(self.module).forward, module) if replicated else self.forward
 
     @override
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # In a pickle of the model, its forward, in words that a process without actrec knows too.
+        # In a pickle of the model, the original forward, loadable without actrec.
         if self.own is None:
             return getattr, (self.module, "forward")
         return itemgetter(0), ((self.own,),)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
-        """In a copy of the model, nothing: it has the forward of its class. Until it is complete, that is it."""
+        """In a copy of the model there is no replacement. Until the copy is complete, it has its class's forward here."""
         if self.own is not None:
             return copy.deepcopy(self.own, memo)
-        copied = copy.deepcopy(self.module, memo)  # which has begun
+        copied = copy.deepcopy(self.module, memo)  # in the memo: its copying has begun
         forward = types.MethodType(type(copied).forward, copied)
         when_copied(memo, partial(vars(copied).pop, "forward", None))
         return forward
@@ -116,7 +116,7 @@ class Forward:
                 own = without_ended(self.own)
                 if own is not None:
                     attributes["forward"] = own
-            # A block that was entered later ends later: from now on it stands for what we stood for.
+            # A block that was entered later ends later: from now on, its forward replaces what this one replaced.
             while isinstance(above, Forward):
                 if above.own is self:
                     above.forward, above.own = self.forward, self.own
@@ -124,18 +124,18 @@ class Forward:
 
 
 def without_ended(forward: Any) -> Any:
-    """Return what was set on a module, or what that stands for, if it is of a block that has ended."""
+    """Return ``forward``, or the forward that it replaced, if it is of a block that has ended."""
     while isinstance(forward, Forward) and forward._runner is _nothing:
         forward = forward.own
     return forward
 
 
 def _nothing() -> None:
-    """What a weak reference returns when what it referred to is gone."""
+    """Return ``None``, as a weak reference to a dropped object does."""
 
 
 class _WhenCopied(list[Any]):
-    """What is to be done when the memo of a ``deepcopy`` goes, that is, when the copy is complete."""
+    """Functions to be called when the memo of a ``deepcopy`` is dropped, that is, when the copy is complete."""
 
     def __del__(self) -> None:
         for undo in self:
@@ -143,5 +143,5 @@ class _WhenCopied(list[Any]):
 
 
 def when_copied(memo: dict[Any, Any], undo: Callable[[], object]) -> None:
-    """Call ``undo`` when what is being copied with ``memo`` is complete."""
+    """Call ``undo`` when the copy that is being made with ``memo`` is complete."""
     memo.setdefault(_WhenCopied, _WhenCopied()).append(undo)

@@ -1,11 +1,11 @@
-"""The mode of PyTorch's that sees what the forward of a module calls, on only while that runs, and what turns it on and off.
+"""The ``TorchFunctionMode`` that sees the functions that a module's forward calls, and the code that pushes and pops it.
 
-The ``forward`` of each module whose functions are asked for (an :class:`Owner`) is run by a :class:`Watcher`, and that of
-each module below it by an :class:`Aside`. They say whose functions are called now, and push and pop the :class:`_Mode` of
-the thread, in a ``finally``: hooks would not run behind a ``KeyboardInterrupt``. Below an owner the mode is popped while another
-module's forward runs; where that is inside a mode of the model's own, it stays on, and records nothing.
+The ``forward`` of each module whose functions are recorded (an :class:`Owner`) is run by a :class:`Watcher`, and that of
+each module below it by an :class:`Aside`. They set whose functions are called now, and push and pop the :class:`_Mode` of
+the thread, in a ``finally``: hooks would not run after a ``KeyboardInterrupt``. While the forward of a module below the
+owner runs, the mode is popped; if a mode of the model's own lies above it, it stays on the stack and records nothing.
 
-Whatever is asked of a function that is not recorded is asked once: from then on it costs what PyTorch takes to call a mode.
+Whether a function is recorded is decided at its first call: after that, one that is not costs no more than calling the mode.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from .track import Track, Unrecorded
 Make = Callable[[Choice], tuple[Track, Callable[[], None]]]
 
 _ATTRIBUTE: Final = ("__get__", "__set__", "__delete__")
-#: In evaluation they compute all in one fused function, but for a mode that is on: it would change the last bits.
+#: In evaluation they compute everything in one fused function, unless a mode is on: it would change the last bits.
 _FUSED: Final = (nn.MultiheadAttention, nn.TransformerEncoder)
 
 
 def name_of(function: Any) -> str:
-    """Return the name of a function of PyTorch's: that of an operator, an attribute or an overload is the plain one."""
+    """Return the name of a function of PyTorch, without the decoration of an operator, an attribute or an overload."""
     name: str = getattr(function, "__name__", type(function).__name__)
     if name in _ATTRIBUTE:
         name = function.__self__.__name__
@@ -59,22 +59,22 @@ def name_of(function: Any) -> str:
 
 
 def stop_key(owner: Owner) -> str:
-    """Return what stands for an owner among the layers that a forward ends behind."""
+    """Return the key of an owner among the layers that have to run before a forward is ended early."""
     return f"{owner.key}:"
 
 
 class Asked:
-    """What some queries ask for, by the names of functions."""
+    """What several queries ask for, by the names of functions."""
 
     def __init__(self, queries: Iterable[FunctionQuery]) -> None:
-        # One that spells a function out goes before others.
+        # A query that spells a function out takes precedence.
         self.queries = sorted(queries, key=lambda query: not query.is_spelled_out)
-        #: The functions that a query names; globs ask for others.
+        #: The functions that a query names, without those that only a glob matches.
         self.names = {query.function for query in self.queries if not is_glob(query.function)}
         self._of: dict[str, dict[What, Treatment]] = {}
 
     def of(self, name: str) -> dict[What, Treatment]:
-        """Return what is to be recorded of functions of a name, and how."""
+        """Return what is to be recorded of functions with this name, and how."""
         found = self._of.get(name)
         if found is None:
             found = {}
@@ -86,22 +86,22 @@ class Asked:
 
 
 class Function:
-    """The functions of one name that one module calls: what is recorded of them, if anything is."""
+    """The functions with one name that one module calls, and their track, if they are recorded."""
 
     __slots__ = ("calls", "is_named", "is_set", "publish", "track")
 
     def __init__(self, name: str, *, is_named: bool) -> None:
-        #: A query names it: where it cannot be recorded, that is an error.
+        #: Whether a query names it: then it is an error if it cannot be recorded.
         self.is_named = is_named
-        self.calls = 0  # of those that are recorded, all; of others, the first of each
-        #: It returns nothing: its value is what it has written to.
+        self.calls = 0  # if it is recorded, all; if not, only the first call of each function
+        #: Whether it returns nothing: its value is the tensor that it has written to.
         self.is_set = name == "setitem"
         self.track: Track | None = None
         self.publish: Callable[[], None] | None = None  # until a call has returned a tensor
 
 
 class _Mode(TorchFunctionMode):
-    """Hears of every function that the forward of an owner calls, in one thread."""
+    """PyTorch calls this for every function that the forward of an owner calls, in one thread."""
 
     watcher: Watcher | None = None  # whose functions are called now
     is_on = False  # whether it is on the stack of this thread
@@ -122,7 +122,7 @@ class _Mode(TorchFunctionMode):
                 function = function or watcher.function(func)
                 track = function.track
                 if track is not None and (function.is_named or transform_depth() is None):
-                    # All in this one frame: a mode of another block looks at who calls the function.
+                    # All in this one frame: the mode of another block looks at the frames that call the function.
                     kwargs = kwargs or {}
                     function.calls += 1
                     received = None if track.inputs is None else track.takes(func, args, kwargs)
@@ -144,16 +144,16 @@ class _Mode(TorchFunctionMode):
     # --- The stack of this thread ---------------------------------------------------------------------------
 
     def is_last(self) -> bool:
-        """Whether it is the mode that a function is given to first."""
+        """Whether it is on top of the stack: PyTorch calls it first."""
         many = count_function_modes()
         return many > 0 and function_mode_at(many - 1) is self
 
     def take_off(self) -> None:
-        """Take it off, wherever it is on the stack, or if it is there at all."""
+        """Take it off the stack, wherever it is there, if it is."""
         above = []
         while any(function_mode_at(at) is self for at in range(count_function_modes())):
             above.append(pop_function_mode())
-        for mode in reversed(above[:-1]):  # which the model has left there
+        for mode in reversed(above[:-1]):  # the model has left them there
             push_function_mode(mode)
         self.is_on = False
 
@@ -171,17 +171,17 @@ class _Thread(threading.local):
 
 @dataclass
 class Shared:
-    """What those that run the forwards of one block share."""
+    """What the runners of the forwards of one block share."""
 
     session: Session
     make: Make
     lock: threading.RLock = field(default_factory=threading.RLock)
-    names: dict[Any, str] = field(default_factory=dict)  # of the functions that were called
+    names: dict[Any, str] = field(default_factory=dict)  # name_of() each function that was called
     thread: _Thread = field(default_factory=_Thread)
 
 
 class Aside:
-    """Runs the forward of a module below an owner: what it calls is nobody's."""
+    """Runs the forward of a module below an owner, whose functions are not recorded."""
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
@@ -199,7 +199,7 @@ class Aside:
             return forward(*args, **kwargs)
         mode.watcher = None
         is_last = mode.is_last()
-        if is_last:  # below a mode of the model's own, it stays where it is
+        if is_last:  # below a mode of the model's own, it stays on the stack
             pop_function_mode()
             mode.is_on = False
         try:
@@ -221,7 +221,7 @@ class Watcher:
         self._aside = aside
         self.unrecorded: Counter[Unrecorded] = Counter()
         self.ran = 0
-        self.fused = 0  # how often it was left alone, so that it runs as it would
+        self.fused = 0  # how often it ran without the mode, to stay fused
         self.by_name: dict[str, Function] = {}
         self.by_function: dict[Any, Function] = {}
 
@@ -244,11 +244,11 @@ class Watcher:
         begins, result = False, None
         try:
             try:
-                # A pass begins with it, if it is called by itself.
+                # If the owner is called by itself, its call is a pass.
                 begins = not session.passes.running and session.enter(module, is_root=False)
                 mode.watcher = self
                 if is_first:
-                    mode.is_on = True  # first, so that it is looked for
+                    mode.is_on = True  # before the push: if that is interrupted, take_off() runs
                     push_function_mode(mode)
                 result = forward(*args, **kwargs)
             finally:
@@ -267,7 +267,7 @@ class Watcher:
         return result
 
     def _is_heard(self, *, inside: bool) -> bool:
-        """Whether what is called in it is looked at. If it runs ``inside`` another owner, that has been asked already."""
+        """Whether this call of the forward is recorded. ``inside`` another owner, tracing was checked already."""
         session = self._shared.session
         self.ran += 1
         if not session.listens():
@@ -285,7 +285,7 @@ class Watcher:
     # --- What is called -------------------------------------------------------------------------------------
 
     def function(self, function: Any) -> Function:
-        """Return what is recorded of a function that is called for the first time."""
+        """Return the :class:`Function` of a function that is called for the first time."""
         names = self._shared.names
         name = names.get(function)
         if name is None:
@@ -295,7 +295,7 @@ class Watcher:
         return found
 
     def named(self, name: str) -> Function:
-        """Return what is recorded of functions of a name."""
+        """Return the :class:`Function` of a name."""
         with self._shared.lock:
             found = self.by_name.get(name)
             if found is None:
@@ -309,7 +309,7 @@ class Watcher:
         return found
 
     def publish(self, function: Function) -> None:
-        """Make what is recorded of a function part of the recording."""
+        """Make the layers of a function part of the recording."""
         with self._shared.lock:
             if function.publish is not None:
                 function.publish()
@@ -319,15 +319,15 @@ class Watcher:
 # --- Who calls -------------------------------------------------------------------------------------------
 
 
-#: What runs the forward that a function is called in.
+#: The code that runs the forward in which a function is called.
 _RUNS: Final = {Watcher.run.__code__, Aside.run.__code__}
 
 
 def _is_nobodys() -> bool:
-    """Whether no forward calls the function that is running.
+    """Whether the running function was not called by a forward.
 
-    actrec does, to keep a value of a layer, or lets a transform call it; or a hook of a module inside, such as that of
-    ``spectral_norm``.
+    Instead actrec called it, to keep a value of a layer, or a transform did; or a hook of a module inside, such as that
+    of ``spectral_norm``.
     """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code not in _RUNS:

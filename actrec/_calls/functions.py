@@ -1,4 +1,4 @@
-"""The functions that a block records, the modules that call them, and what is said of those that did not come."""
+"""The functions that a block records, the modules that call them, and why some were never recorded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Functions:
             for owner in query.owners:
                 owners.setdefault(id(owner.module), owner)
                 asking.setdefault(id(owner.module), []).append(query)
-        asked: dict[tuple[int, ...], Asked] = {}  # that of modules of which the same is asked
+        asked: dict[tuple[int, ...], Asked] = {}  # shared by modules that have the same queries
         self._watchers = {
             module: Watcher(
                 self._shared,
@@ -61,7 +61,7 @@ class Functions:
         return [watcher.owner for watcher in self._watchers.values()]
 
     def _make_named(self) -> None:
-        """Make layers of the functions that are named: those of a module that is named are there before they are called."""
+        """Make the tracks of named functions. Those of a named module appear in the recording before they are called."""
         for watcher in self._watchers.values():
             for query in watcher.asked.queries:
                 if not is_glob(query.function):
@@ -70,7 +70,7 @@ class Functions:
                         watcher.publish(function)
 
     def forwards(self) -> Iterator[Forward]:
-        """Make what stands in for the forwards of the owners, and of all modules below them."""
+        """Make the replacements of the forwards of the owners, and of all modules below them."""
         for watcher in self._watchers.values():
             yield Forward(watcher.owner.module, watcher)
         below = {
@@ -84,12 +84,12 @@ class Functions:
                 yield Forward(module, self._aside)
 
     def end(self) -> None:
-        """The block has ended: keep nothing that was recorded."""
+        """The block has ended: drop everything that refers to the recording."""
         self._watchers.clear()
         del self._aside
 
     def replicated(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The modules that ``DataParallel`` may make replicas of."""
+        """Yield the modules that ``DataParallel`` may make replicas of."""
         if self._watchers:
             yield model
             yield from (m.module for m in model.modules() if isinstance(m, nn.DataParallel))
@@ -105,7 +105,7 @@ class Functions:
         return Missing(causes, any(watcher.ran for watcher in self._watchers.values()))
 
     def _asked(self, query: FunctionQuery) -> list[tuple[str, str, Function]]:
-        """What a query asks for, of what was called: the modules, the names and what was recorded."""
+        """Return the functions that a query matches, each with its module and name, of those known so far."""
         return [
             (watcher.owner.key, name, function)
             for watcher in (self._watchers[id(owner.module)] for owner in query.owners)
@@ -114,7 +114,7 @@ class Functions:
         ]
 
     def _transformed(self, query: FunctionQuery) -> dict[str, str]:
-        """The functions that a glob asks for besides others, and that were called where they cannot be recorded."""
+        """Return the functions that a glob matches, besides recorded ones, and that could not be recorded when called."""
         where = Unrecorded.TRANSFORMED
         return {
             f"{key}:{name}": f"it was called {where.value}"
@@ -133,7 +133,7 @@ class Functions:
         if not any(watcher.ran for watcher in watchers):
             return f"{who} {'was' if one else 'were'} never called, so no function was called there"
         if all(watcher.fused == watcher.ran for watcher in watchers):
-            return f"{who} {'is' if one else 'are'} fused in evaluation, which looking inside would turn off. Record the module"
+            return f"{who} {'runs' if one else 'run'} fused in evaluation, and recording inside would turn that off. Record the module"
         elsewhere: Counter[Unrecorded] = Counter()
         for counted in [*(w.unrecorded for w in watchers), *(t.unrecorded for t in tracks)]:
             elsewhere.update(counted)
@@ -146,9 +146,9 @@ class Functions:
         return self._instead(query, watchers, who)
 
     def _instead(self, query: FunctionQuery, watchers: list[Watcher], who: str) -> str:
-        """What was called there, and what may have been meant."""
+        """Say what was called there, and which name may have been meant."""
         if all(map(_runs_later, watchers)):
-            return f"the forward of {who} is a generator or a coroutine: what it calls when it goes on is not seen"
+            return f"the forward of {who} is a generator or a coroutine: what it calls when it is resumed is not seen"
         called = sorted(
             {n for w in watchers for n, function in w.by_name.items() if function.calls}
         )
@@ -157,13 +157,13 @@ class Functions:
         said = there if hint.startswith("There") else f"{there} {hint}".rstrip()
         if any(children_of(watcher.owner.module) for watcher in watchers):
             inside = f"{watchers[0].owner.key}.**".lstrip(".")
-            said += f" What modules inside call has their names, such as {f'{inside}:{query.function}'!r}."
+            said += f" Functions that modules inside call are recorded by the names of those, such as {f'{inside}:{query.function}'!r}."
         return f"{who} did not call it. {said} {_UNSEEN}"
 
 
 _UNSEEN: Final = (
-    "Not seen is what PyTorch's own functions call (multi_head_attention_forward, say), torch.autograd.Function.apply, and "
-    "what runs in C++ or TorchScript"
+    "Not seen: functions that PyTorch's own functions call (multi_head_attention_forward, say), torch.autograd.Function.apply, "
+    "and code in C++ or TorchScript"
 )
 
 
