@@ -16,10 +16,10 @@ import threading
 import warnings
 import weakref
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterator, MutableMapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class _Like(NamedTuple):
 
 
 @dataclass(eq=False, slots=True)
-class _Call:
+class Call:
     """A call that gradients may reach. The graph keeps it, and so does a region that may run again."""
 
     gradients: weakref.ref[Gradients]
@@ -66,35 +66,34 @@ class _Call:
     #: Of a nested output, what has arrived, by the number of the tensor. Only the recording keeps it.
     arrived: MutableMapping[int, Tensor] | None = None
     dropped: bool = False  # its unit has failed
-    views: Collection[
-        int
-    ] = ()  # in compiled code: the views among its tensors whose gradient has not come
+
+    def tell(self, index: int, grad: Tensor, view: View | None = None) -> None:
+        """The gradient of its tensor number ``index`` is there, or that of the base of this ``view``."""
+        gradients = self.gradients()
+        if gradients is not None:
+            gradients.arrived(self, index, grad, view)
 
 
 @dataclass(eq=False, slots=True)
 class _Arrival:
     """The hook on tensor number ``index`` of what a call returned."""
 
-    call: _Call
+    call: Call
     index: int
     view: View | None
 
     def __call__(self, grad: Tensor | None) -> None:
-        gradients = self.call.gradients()
-        # None: of several outputs of one operation, no gradient has reached this one.
-        if gradients is None or grad is None:
+        if grad is None:  # of several outputs of one operation, no gradient has reached this one
             return
         if self.view is not None and self.view.is_written():
             self.view.uses(grad)  # and the rest is heard of at the base
         else:
-            gradients.arrived(self.call, self.index, grad)
+            self.call.tell(self.index, grad)
 
     def at_base(self, grad: Tensor | None) -> None:
         """The hook on the base of the tensor, if it is a view."""
-        gradients = self.call.gradients()
-        if gradients is None or grad is None or not (self.view and self.view.is_written()):
-            return
-        gradients.arrived(self.call, self.index, grad, self.view)
+        if grad is not None and self.view is not None and self.view.is_written():
+            self.call.tell(self.index, grad, self.view)
 
     def at_node(self, grads: tuple[Tensor | None, ...]) -> None:
         """The same, as a hook on the node that adds up the gradients of a leaf."""
@@ -113,7 +112,7 @@ class _Leaf(NamedTuple):
         self.handle.remove()
         self.node.register_prehook(self.arrival.at_node)
 
-    def gives_way_to(self, call: _Call) -> bool:
+    def gives_way_to(self, call: Call) -> bool:
         """Whether ``call``, which has returned the same leaf, is of another pass, or is its own call run again."""
         own = self.arrival.call
         return own is call or own.number != call.number
@@ -129,50 +128,18 @@ def _is_in_graph(tensor: Tensor) -> bool:
         return False
 
 
-# --- In compiled code ------------------------------------------------------------------------------------
+class _Thread(threading.local):
+    """What this thread does in place of hooks on what calls return, if anything: compiled code tells of gradients itself."""
+
+    watch: Callable[[Gradients, Call], None] | None = None
 
 
-class _InGraph(threading.local):
-    """What the calls are, in this thread, whose gradients compiled code will tell of; ``None`` outside of that."""
+#: How compiled code says which calls it will tell of.
+thread: Final = _Thread()
 
-    calls: list[_Call] | None = None
-    leaf = -1
-    views: Collection[int] = ()
-
-
-_in_graph = _InGraph()
-
-
-@contextmanager
-def watched_in_graph(leaf: int, views: Collection[int]) -> Iterator[list[_Call]]:
-    """Collect the calls that are recorded in this block: no hooks are placed for their gradients.
-
-    ``leaf`` is the number of a tensor that is a leaf; -1 if there is none. ``views`` are the numbers of those that are views.
-    """
-    calls: list[_Call] = []
-    _in_graph.calls, _in_graph.leaf, _in_graph.views = calls, leaf, views
-    try:
-        yield calls
-    finally:
-        _in_graph.calls = None
-
-
-def arrived_in_graph(call: _Call, index: int, grad: Tensor) -> None:
-    """The gradient of tensor number ``index`` of such a call is there."""
-    gradients = call.gradients()
-    if gradients is not None and index in call.views:
-        call.views = [at for at in call.views if at != index]
-        gradients.views_waiting -= 1
-    _Arrival(call, index, None)(grad)
-
-
-AGAIN = (
+AGAIN: Final = (
     "activation checkpointing runs compiled code again in backward(), and nothing tells which call it repeats. Record it without "
     "grads, or without compiled=True"
-)
-_LEAF = (
-    "what it returned is a leaf of the graph, such as a parameter or an input of the model, as it is, and compiled code cannot "
-    "tell the gradient of one call of it. Record it without grads, or without compiled=True"
 )
 
 
@@ -192,7 +159,7 @@ class Gradients:
     watched: bool = False  # whether there was anything that a gradient could reach
     came: bool = False  # whether one has arrived
     views_waiting: int = 0  # how many views of compiled code no gradient has come of
-    regions: Regions[_Call] = field(default_factory=Regions)
+    regions: Regions[Call] = field(default_factory=Regions)
     reentrant: bool = False  # whether calls ran in such regions, which may be gone by now
     #: What is told of gradients that go to a path; ``None`` in memory.
     backwards: Any = field(init=False)
@@ -200,7 +167,7 @@ class Gradients:
     _warned: set[str] = field(default_factory=set)
     _leaves: list[_Leaf] = field(default_factory=list)
     _calls: int = 0  # that have had a place
-    _open: dict[int, list[_Call]] = field(default_factory=dict)  # of those passes
+    _open: dict[int, list[Call]] = field(default_factory=dict)  # of those passes
     #: The tickets of calls that were dropped, ascending.
     _gone: list[int] = field(default_factory=list)
 
@@ -208,14 +175,14 @@ class Gradients:
         self.backwards = self.layer.backwards
         self._itself = weakref.ref(self)
 
-    def reserve(self, output: Value, kept: Value, number: int) -> _Call:
+    def reserve(self, output: Value, kept: Value, number: int) -> Call:
         """Make a place for a call of pass ``number``, in one step with its value.
 
         It returned ``output``, of which ``kept`` was recorded, if that was asked for. The caller holds the lock.
         """
         found, spec = flatten(output)
         likes = [] if self.capture.transform is None else [*map(_Like.of, found)]
-        call = _Call(self._itself, -1, number, spec, likes)
+        call = Call(self._itself, -1, number, spec, likes)
         if spec is not TENSOR and spec != TENSOR:
             call.arrived = weakref.WeakValueDictionary()
         if not self.alike:
@@ -231,7 +198,7 @@ class Gradients:
             self._enter(call)
         return call
 
-    def _enter(self, call: _Call) -> None:
+    def _enter(self, call: Call) -> None:
         """The call is the latest in its layer."""
         call.ticket = self._calls
         self._calls += 1
@@ -254,7 +221,7 @@ class Gradients:
                 insort(self._gone, call.ticket)
             call.dropped = True
 
-    def _place(self, call: _Call) -> tuple[Any, int]:
+    def _place(self, call: Call) -> tuple[Any, int]:
         """Where the gradient of a call is, and its index there: -1 if it is nowhere."""
         if call.ticket < 0:
             calls, values = self._open.get(call.number, []), self._waiting(call.number)
@@ -268,10 +235,13 @@ class Gradients:
             place += len(self._gone) - at
         return self.layer, max(place, -1)
 
-    def expect(self, output: Value, kept: Value, call: _Call | None) -> None:
+    def expect(self, output: Value, kept: Value, call: Call | None) -> None:
         """Listen for the gradients of ``output``, of a call that has a place (or else ``None``)."""
-        if call is not None and _in_graph.calls is not None:
-            self._expect_in_graph(call, _in_graph.leaf)
+        if call is not None and thread.watch is not None:
+            self.watched = True
+            thread.watch(self, call)
+            if self.backwards is not None:
+                self.backwards.expect(call.number)
         elif call is not None:
             self._watch(output, kept, call)
         if not torch.is_grad_enabled():
@@ -285,7 +255,7 @@ class Gradients:
         call = self.regions.find()
         if call is not None:
             self.expect(output, None, call)
-        elif _in_graph.calls is not None:
+        elif thread.watch is not None:
             message = (
                 f"record() cannot keep the gradients of layer {self.capture.layer!r}: {AGAIN}."
             )
@@ -296,7 +266,7 @@ class Gradients:
         while self._leaves:
             self._leaves.pop().hand_over()
 
-    def _watch(self, output: Value, kept: Value, call: _Call) -> None:
+    def _watch(self, output: Value, kept: Value, call: Call) -> None:
         found = {at: t for at, t in enumerate(tensors(output)) if _is_in_graph(t)}
         if found and self.backwards is not None:
             self.backwards.expect(call.number)
@@ -314,17 +284,6 @@ class Gradients:
             if view is not None:
                 listen(base_of(tensor), arrival.at_base)  # type: ignore[arg-type]
 
-    def _expect_in_graph(self, call: _Call, leaf: int) -> None:
-        """The gradients of a call will come from compiled code."""
-        if leaf >= 0:
-            raise CaptureError(_LEAF)
-        call.views = _in_graph.views
-        self.views_waiting += len(call.views)
-        _in_graph.calls.append(call)  # type: ignore[union-attr]  # there are some
-        self.watched = True
-        if self.backwards is not None:
-            self.backwards.expect(call.number)
-
     def _add_leaf(self, new: _Leaf) -> None:
         with self.lock:
             same = [leaf for leaf in self._leaves if leaf.node is new.node]
@@ -334,7 +293,7 @@ class Gradients:
                     self._leaves.remove(leaf)
             self._leaves.append(new)
 
-    def arrived(self, call: _Call, index: int, grad: Tensor, view: View | None = None) -> None:
+    def arrived(self, call: Call, index: int, grad: Tensor, view: View | None = None) -> None:
         """The gradient of tensor number ``index`` of a call is there, or that of the base of this ``view``."""
         backwards = self.backwards
         with self.lock, nullcontext() if backwards is None else backwards.lock:
@@ -344,7 +303,7 @@ class Gradients:
         elif backwards is not None:
             backwards.arrive(call.number)
 
-    def _put(self, call: _Call, index: int, grad: Tensor, view: View | None) -> str | None:
+    def _put(self, call: Call, index: int, grad: Tensor, view: View | None) -> str | None:
         """Put a gradient where it belongs; return why it is left out, if that is to be said."""
         values, place = self._place(call)
         if place < 0:
@@ -363,7 +322,7 @@ class Gradients:
         self.came = True
         return None
 
-    def _merged(self, call: _Call, index: int, grad: Tensor, known: Value) -> Value:
+    def _merged(self, call: Call, index: int, grad: Tensor, known: Value) -> Value:
         """What is recorded of the gradients of a call, ``known``, with another one added."""
         if self.capture.transform is not None:
             return self._transformed(call, index, grad, known)
@@ -373,7 +332,7 @@ class Gradients:
         call.arrived[index] = new = call.arrived[index] + new if index in call.arrived else new
         return call.spec.fill([call.arrived.get(at) for at in range(call.spec.count)])
 
-    def _transformed(self, call: _Call, index: int, grad: Tensor, known: Value) -> Value:
+    def _transformed(self, call: Call, index: int, grad: Tensor, known: Value) -> Value:
         """A transform is applied to what arrived, with zeros for the rest of the output, and added up."""
         grads = [grad if at == index else like.zeros() for at, like in enumerate(call.likes)]
         new = self.capture(call.spec.fill(grads), call.ticket)

@@ -19,11 +19,11 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
-from actrec._calls.gradients import arrived_in_graph, watched_in_graph
 from actrec._torch import rewinding, version
 from actrec._values.snapshot import twin
 from actrec.errors import CaptureError
 
+from .gradients import Watched, watching
 from .outline import decode
 
 
@@ -91,7 +91,7 @@ def _tell_nested(
 class _Ticket(bytearray):
     """The memory of a tensor that stands for a call in the graph of autograd, and keeps the call as long as that has it."""
 
-    call: Any
+    watched: Watched
 
 
 #: By their number, which is what they hold.
@@ -108,11 +108,11 @@ def _tell_watched(
     *key: Tensor,
 ) -> Tensor:
     """The same, of a value that gradients may reach. Return what :func:`_tell_gradient` is given with them."""
-    with watched_in_graph(leaf, views) as calls:
+    with watching(leaf, views) as watched:
         _tell_nested(tensors, numbers, outline, *key)
     number = next(_ticket_numbers)
     ticket = _Ticket(number.to_bytes(8, sys.byteorder))
-    ticket.call = calls[0] if calls else None  # none is recorded now
+    ticket.watched = watched
     _tickets[number] = ticket
     return torch.frombuffer(ticket, dtype=torch.int64).view(())
 
@@ -122,9 +122,7 @@ def _tell_gradient(grad: Tensor, ticket: Tensor, index: int) -> Tensor:
 
     Writing to a token would not do: the graphs of several forwards would have saved it, and each would find it changed.
     """
-    call = _tickets[int(ticket)].call
-    if call is not None:
-        arrived_in_graph(call, index, grad)
+    _tickets[int(ticket)].watched.tell(index, grad)
     if grad.requires_grad:
         message = (
             "record(compiled=True, grads=...): gradients of gradients (create_graph=True) do not go through compiled code. "

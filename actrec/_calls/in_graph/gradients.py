@@ -1,0 +1,59 @@
+"""The gradients of calls that compiled code makes: it tells of them itself, by the number of a tensor of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+from actrec._calls.gradients import Call, Gradients, thread
+from actrec.errors import CaptureError
+
+
+@dataclass(eq=False, slots=True)
+class Watched:
+    """What compiled code tells gradients of: a call, if one is recorded."""
+
+    call: Call | None = None
+    #: The views among its tensors whose gradient has not come.
+    views: Collection[int] = ()
+
+    def tell(self, index: int, grad: Tensor) -> None:
+        """The gradient of tensor number ``index`` is there."""
+        if self.call is None:
+            return
+        gradients = self.call.gradients()
+        if gradients is not None and index in self.views:
+            self.views = [at for at in self.views if at != index]
+            gradients.views_waiting -= 1
+        self.call.tell(index, grad)
+
+
+@contextmanager
+def watching(leaf: int, views: Collection[int]) -> Iterator[Watched]:
+    """Find the call that is recorded in this block: no hooks are placed for its gradients.
+
+    ``leaf`` is the number of a tensor that is a leaf; -1 if there is none. ``views`` are the numbers of those that are views.
+    """
+    watched = Watched(views=views)
+
+    def watch(gradients: Gradients, call: Call) -> None:
+        if leaf >= 0:
+            raise CaptureError(_LEAF)
+        watched.call = call
+        gradients.views_waiting += len(views)
+
+    thread.watch = watch
+    try:
+        yield watched
+    finally:
+        thread.watch = None
+
+
+_LEAF: Final = (
+    "what it returned is a leaf of the graph, such as a parameter or an input of the model, as it is, and compiled code cannot "
+    "tell the gradient of one call of it. Record it without grads, or without compiled=True"
+)
