@@ -245,7 +245,7 @@ def test_a_view_that_is_written_in_place_has_no_gradient_in_compiled_code_and_th
 def test_a_leaf_that_is_returned_as_it_is_has_no_gradient_in_compiled_code() -> None:
     model = nn.Sequential(nn.Identity(), nn.Linear(4, 3))
     run = torch.compile(model, backend="aot_eager")
-    told = pytest.raises(CaptureError, match="layer '0': what it returned is a leaf")
+    told = pytest.raises(CaptureError, match="layer '0': it returned a leaf")
     with told, record(model, grads=True, compiled=True):
         run(X.clone().requires_grad_())
 
@@ -777,7 +777,7 @@ def test_a_pytorch_in_which_it_does_not_work_is_named(monkeypatch: pytest.Monkey
 def test_the_trial_finds_what_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(trial.Marks, "__enter__", lambda _: None)
-        assert "was recorded in the place of" in str(trial.failure()), "nothing misses"
+        assert "was recorded instead of" in str(trial.failure()), "nothing misses"
     with monkeypatch.context() as patch:
         patch.setattr(trial, "count_graphs", iter(range(99)).__next__)
         assert "graphs were compiled" in str(trial.failure())

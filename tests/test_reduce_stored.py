@@ -365,7 +365,7 @@ def test_a_metric_without_a_state_cannot_be_saved(tmp_path: Path) -> None:
         ({"up": reduce.Norms()}, {"grads": True}, "gradient of 'up' comes after its call"),
         ("up", {"grads": {":relu": reduce.Norms()}}, "gradient of ':relu' comes after its call"),
         ("up", {"grads": True, "into": lambda: reduce.Norms(ord=1)}, "comes after its call"),
-        ("up", {"transform": reduce.Norms}, r"takes in all values, and a transform changes each"),
+        ("up", {"transform": reduce.Norms}, r"combines all values, and a transform changes each"),
         ({"up": (3, reduce.Norms())}, {}, "expected a transform, which is callable, a reduction"),
         ({"up": (torch.abs, torch.abs)}, {}, "expected a transform, which is callable"),
     ],

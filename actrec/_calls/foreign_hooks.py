@@ -1,4 +1,4 @@
-"""Hooks of others: those of actrec come behind them, to hear what they have replaced."""
+"""Hooks of others: actrec's hooks run after them, to record the values that they have replaced."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def is_overtaken(hook: Hook[Any], module: nn.Module) -> bool:
 
 
 def _put_last(module: nn.Module) -> None:
-    """Put the hooks of all open blocks behind those of others.
+    """Put the hooks of all open blocks after those of others.
 
-    Other threads may be calling the module. After a call, no order that they see on the way has a hook of ours behind
-    one that ends a pass or a forward: so it is those of others that are moved.
+    Other threads may be calling the module, and see each order in between. In none of them may a hook that records come
+    after one that ends a pass or a forward: so of the forward hooks, those of others are moved.
     """
     for key, hook in [*forward_pre_hooks(module).items()]:
         if isinstance(hook, Hook) and hook.event is Event.RECEIVE:
@@ -45,7 +45,7 @@ def _put_last(module: nn.Module) -> None:
 
 
 def put_stops_last(module: nn.Module) -> None:
-    """Where a block around this one stops early, what was hooked now still hears of the last call."""
+    """Put the hooks that stop a forward last, so that hooks placed after them still get the call that they end."""
     for key, hook in [*forward_hooks(module).items()]:
         if isinstance(hook, Hook) and hook.event is Event.STOP:
             _move(forward_hooks(module), key, last=True)

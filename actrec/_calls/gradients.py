@@ -1,13 +1,13 @@
-"""Gradients: tensor hooks on what a call returned report what reaches it, and the recording gets it at once.
+"""Gradients: hooks on the tensors that a call returned put each gradient into the recording as soon as it is computed.
 
 The hooks are placed when the layer returns. (Full backward hooks of modules put a view around the output, and the next
 in-place layer fails on it.) So a gradient belongs to the value as the layer returned it, also where an in-place layer
-follows. The hooks live and die with the graph and refer weakly to the recording: neither keeps the other.
+follows. The graph owns the hooks, and they refer weakly to the recording: neither keeps the other alive.
 
 Three kinds of output need more than a hook: the calls that :mod:`reentrant` checkpointing runs again, views that are
 written in place (:class:`View`), and leaves. A leaf, such as a parameter that a layer returns as it is, outlives every
-graph, and a hook on it would hear of all of them. So it reports to the latest pass only, and when the block ends, the
-hook moves from the leaf into the graph.
+graph, and a hook on it would get the gradients of all of them. So only the hook of the latest pass stays on it, and when
+the block ends, that hook moves from the leaf into the graph.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .views import View
 
 
 class _Like(NamedTuple):
-    """What zeros in the place of a gradient need to know of the tensor that a call returned."""
+    """The shape, dtype and device of a tensor that a call returned: for zeros in the place of its gradient."""
 
     shape: torch.Size | None
     dtype: torch.dtype
@@ -45,7 +45,7 @@ class _Like(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Like:
-        # A nested tensor has no shape that zeros could have.
+        # A nested tensor has no shape for torch.zeros().
         return cls(None if tensor.is_nested else tensor.shape, tensor.dtype, tensor.device)
 
     def zeros(self) -> Tensor | None:
@@ -63,7 +63,7 @@ class Call:
     number: int  # of its pass
     spec: Spec  # of what it returned
     likes: list[_Like]  # for a transform: of the tensors that it returned
-    #: Of a nested output, what has arrived, by the number of the tensor. Only the recording keeps it.
+    #: Of a nested output, the gradients that have arrived, by the number of the tensor. Only the recording keeps them alive.
     arrived: MutableMapping[int, Tensor] | None = None
     dropped: bool = False  # its unit has failed
 
@@ -86,7 +86,7 @@ class _Arrival:
         if grad is None:  # of several outputs of one operation, no gradient has reached this one
             return
         if self.view is not None and self.view.is_written():
-            self.view.uses(grad)  # and the rest is heard of at the base
+            self.view.uses(grad)  # the rest of the gradient arrives at the base
         else:
             self.call.tell(self.index, grad)
 
@@ -96,7 +96,7 @@ class _Arrival:
             self.call.tell(self.index, grad, self.view)
 
     def at_node(self, grads: tuple[Tensor | None, ...]) -> None:
-        """The same, as a hook on the node that adds up the gradients of a leaf."""
+        """The same as ``__call__``, as a hook on the node that accumulates the gradients of a leaf."""
         self(grads[0])
 
 
@@ -105,7 +105,7 @@ class _Leaf(NamedTuple):
 
     arrival: _Arrival
     handle: RemovableHandle
-    node: Node  # until an operation has used the leaf, only this keeps it
+    node: Node  # until an operation has used the leaf, only this keeps the node alive
 
     def hand_over(self) -> None:
         """Listen in the graph from now on, no longer at the leaf."""
@@ -124,7 +124,7 @@ def _is_in_graph(tensor: Tensor) -> bool:
     try:
         return tensor.is_leaf or tensor.grad_fn is not None
     except RuntimeError:
-        # One of several views that one operation made, whose memory was written since: PyTorch lets nobody use it.
+        # One of several views that one operation made, and their memory was written since: PyTorch refuses to use it.
         return False
 
 
@@ -153,7 +153,7 @@ class Gradients:
     capture: Capture
     layer: Any  # a Layer whose items can be replaced
     lock: threading.Lock  # that of the calls that the gradients belong to
-    #: Whether they are nested as what is recorded of the outputs: that has the same transform, or none as they have.
+    #: Whether they are nested like the recorded outputs: both have the same transform, or none.
     alike: bool = True
     undecided: Collection[int] = ()  # the passes that may still be dropped; it changes
     watched: bool = False  # whether there was anything that a gradient could reach
@@ -178,7 +178,7 @@ class Gradients:
     def reserve(self, output: Value, kept: Value, number: int) -> Call:
         """Make a place for a call of pass ``number``, in one step with its value.
 
-        It returned ``output``, of which ``kept`` was recorded, if that was asked for. The caller holds the lock.
+        The call returned ``output``, and ``kept`` was recorded of it, or ``None``. The caller holds the lock.
         """
         found, spec = flatten(output)
         likes = [] if self.capture.transform is None else [*map(_Like.of, found)]
@@ -204,18 +204,18 @@ class Gradients:
         self._calls += 1
 
     def _waiting(self, number: int) -> list[Value]:
-        """The gradients of a unit that its container does not have yet."""
+        """Return the gradients of a unit that its container does not have yet."""
         waiting: list[Value] = self.layer.waiting.get(number, [])
         return waiting
 
     def settle(self, number: int) -> None:
-        """The layer has the gradients of a unit for good. The caller holds the lock."""
+        """The unit of pass ``number`` is kept, with its gradients. The caller holds the lock."""
         for call in self._open.pop(number, ()):
             if call.ticket < 0 and self.backwards is None:
                 self._enter(call)
 
     def drop(self, number: int) -> None:
-        """The layer has forgotten the gradients of a unit. The caller holds the lock."""
+        """The unit of pass ``number`` was dropped, with its gradients. The caller holds the lock."""
         for call in self._open.pop(number, ()):
             if call.ticket >= 0:
                 insort(self._gone, call.ticket)
@@ -251,7 +251,7 @@ class Gradients:
                 self.backwards.expect(call.number)
 
     def expect_again(self, output: Value) -> None:
-        """Checkpointing has run a call again, perhaps with the graph that it did not have before."""
+        """Checkpointing has run a call again, perhaps with a graph, which the first run did not have."""
         call = self.regions.find()
         if call is not None:
             self.expect(output, None, call)
@@ -262,7 +262,7 @@ class Gradients:
             raise CaptureError(message)
 
     def end(self) -> None:
-        """The block ends: leave nothing on a leaf, which may be part of the model."""
+        """The block ends: move the hooks off the leaves, which may be part of the model."""
         while self._leaves:
             self._leaves.pop().hand_over()
 
@@ -273,7 +273,7 @@ class Gradients:
         for index, tensor in found.items():
             self.watched = True
             view = None
-            if base_of(tensor) is not None:  # no variable: the view counts who refers to it
+            if base_of(tensor) is not None:  # not a variable: View counts references
                 view = View.of(tensor, [*found.values()], kept)
             arrival = _Arrival(call, index, view)
             if tensor.is_leaf:
@@ -342,7 +342,7 @@ class Gradients:
         return rebuild(new, lambda t: t + next(earlier, 0))
 
     def _warn(self, why: str) -> None:
-        """A gradient is left out: say so, once for the layer."""
+        """Warn that a gradient is left out, once for the layer and reason."""
         if why not in self._warned:
             self._warned.add(why)
             message = (
@@ -357,7 +357,7 @@ _INSEPARABLE = (
     "(y = y + x, ReLU(inplace=False)), or the layer return a clone()."
 )
 _LATE = (
-    "It came after its pass was written to the path: that is, after the block, after the unit that the pass was, or after the "
+    "It came after its pass was written to the path: that is, after the block, after the unit of the pass, or after the "
     "backward of a later pass. Call backward() in the order of the passes, inside the block or the unit; or record into memory, "
-    "and write both with acts.save()."
+    "and write the recording with acts.save()."
 )

@@ -1,8 +1,8 @@
-"""The hook: what a module reports its calls to, whatever else becomes of the module.
+"""The hook: PyTorch calls it at each call of a module, and it reports the call to its target.
 
-A hook refers weakly to what it reports to, so that dropping a recorder drops what it recorded. In a
-copy of the model, or pickled with it, a hook is an inert function. It returns ``None``, always: anything
-else would replace the layer's output.
+A hook refers weakly to its target, so that dropping a recorder drops what it recorded. In a
+copy of the model, or pickled with it, a hook is an inert function. It always returns ``None``: anything
+else would replace the layer's output. Hooks are registered and removed in ``placing.py``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .forwards import when_copied
 
 
 class Target(Protocol):
-    """What a hook reports to."""
+    """The object that a hook reports to."""
 
     def runs_uncompiled(self) -> bool:
         """Whether a hook that the compiler has come across has to run, uncompiled."""
@@ -38,25 +38,25 @@ T = TypeVar("T", bound=Target)
 class Event(Enum):
     """What a hook reports, in the order in which PyTorch runs the hooks of a call."""
 
-    ENTER = auto()  #: a call that a pass may begin with
-    RECEIVE = auto()  #: what a layer receives
-    RETURN = auto()  #: what a layer has returned
-    LEAVE = auto()  #: the end of a call that a pass may end with, also by an exception
-    STOP = auto()  #: that all other hooks have heard of a layer's call
+    ENTER = auto()  #: the start of a call that may begin a pass
+    RECEIVE = auto()  #: the arguments of a layer's call
+    RETURN = auto()  #: the output of a layer's call
+    LEAVE = auto()  #: the end of a call that may end a pass, also by an exception
+    STOP = auto()  #: that all other hooks on a layer's call have run
 
 
-#: What a hook of actrec is in a copy of the model: nothing, in words that a process without actrec knows too.
+#: Takes the place of a hook in a copy of the model: does nothing, and can be unpickled without actrec.
 _INERT: Callable[..., None] = nullcontext().__exit__
 
 
 def _no_module() -> None:
-    """What a hook is on before it is registered."""
+    """Return ``None``, the module of a hook that is not registered yet."""
 
 
 class Hook(Generic[T]):
-    """Reports each call of a module to ``target``, if that is still there, by calling ``hear``.
+    """Reports each call of a module to ``target``, if that still exists, by calling ``hear``.
 
-    ``hear(target, hook, module, args, kwargs, output)``; a hook that runs before the call has no output.
+    ``hear(target, hook, module, args, kwargs, output)``; before the call, ``output`` is ``None``.
     """
 
     __slots__ = ("_hear", "_runs", "_target", "event", "looked", "module")
@@ -94,7 +94,7 @@ class Hook(Generic[T]):
 
     @override
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        # copy() and pickle ask this.
+        # For copy() and pickle.
         return getattr, (nullcontext(), "__exit__")
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Callable[..., None]:
@@ -105,9 +105,9 @@ class Hook(Generic[T]):
 
     @property
     def __name__(self) -> NoReturn:
-        # torch.jit.script asks this first of every hook, and would compile it.
+        # torch.jit.script reads the name of every hook before it compiles it.
         message = (
-            "torch.jit.script() compiles the hooks of a model, and this one is actrec's, of a record() block that is open. "
+            "torch.jit.script() compiles the hooks of a model, and this one belongs to a record() block that is open. "
             "Script the model before the block or after it"
         )
         raise AttributeError(message)
@@ -129,7 +129,7 @@ def delete(module: nn.Module, hook: object) -> None:
 
 
 def _asked_by_the_compiler(target: Callable[[], Target | None]) -> Callable[[], bool]:
-    """Return what the compiler calls while it reads a hook, and takes the answer of for a constant."""
+    """Return a function that the compiler calls while it reads a hook; it compiles the answer in as a constant."""
 
     @as_constant
     def runs() -> bool:
@@ -140,8 +140,8 @@ def _asked_by_the_compiler(target: Callable[[], Target | None]) -> Callable[[], 
 
 
 @never_compiled(
-    "actrec records a layer in it, and torch was not told so before: its compiler was imported inside the block. "
-    "Call it once more, or import torch._dynamo before the block"
+    "actrec records a layer in it, and the compiler was imported only inside the block. Call it once more, or import "
+    "torch._dynamo before the block"
 )
 def _uncompiled(hook: Any, *args: Any) -> None:
     torch.compiler.disable(hook.__call__)(*args)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What a call received: named after the parameters of ``forward``, and paired with what it returned."""
+"""The arguments of a call: named after the parameters of ``forward``, and paired with the call's output."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class _Parameters:
         by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         rest = [p.name for p in parameters if p.kind is inspect.Parameter.VAR_POSITIONAL]
         positional = tuple(p.name for p in parameters if p.kind in by_position)
-        inner = None if positional else wrapped(module)  # which names what a wrapper hands on
+        inner = None if positional else wrapped(module)  # a wrapper has no names
         return cls(positional, *rest) if inner is None else cls.of(inner)
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what was given as a dict; surplus positions are one tuple, as in ``forward`` itself."""
+        """Return the arguments as a dict; surplus positional ones are one tuple, as in ``forward`` itself."""
         given = dict(zip(self.positional, args, strict=False))
         if len(args) > len(self.positional):
             given[self.rest] = args[len(self.positional) :]
@@ -55,20 +55,20 @@ class Arrival:
     """A call that has begun and not ended yet."""
 
     number: int  # of its pass
-    kwargs: object  # Python makes them anew for every call, so they identify this one
+    kwargs: object  # Python makes a new dict for every call, so it identifies this one
     inputs: Value
-    #: If hooks of others were still to come: its args, and the versions of its tensors.
+    #: If hooks of others run after ours: the args that ours got, and the versions of the tensors.
     late: tuple[tuple[Any, ...], dict[int, int | None]] | None
 
 
 @dataclass(eq=False, slots=True)
 class Inputs:
-    """What the calls of one layer received: a stack of calls for each thread, for a module may call itself."""
+    """The arguments of the calls of one layer. Each thread has a stack of calls, because a module may call itself."""
 
     calls: Layer[Any]
     capture: Capture
     _parameters: _Parameters
-    #: The name of a tensor that is all that is received, where it is kept just as it is.
+    #: The name of the first parameter, if a tensor there is kept just as it is: a shortcut for calls with one tensor.
     _alone: str | None = field(init=False)
     _stacks: dict[int, list[Arrival]] = field(default_factory=dict)
 
@@ -79,7 +79,7 @@ class Inputs:
 
     @classmethod
     def of(cls, module: nn.Module, calls: Layer[Any], capture: Capture) -> Inputs:
-        """Return those of ``module``, which are captured by ``capture`` and go to ``calls``."""
+        """Return the inputs of ``module``, which are captured by ``capture`` and go to ``calls``."""
         return cls(calls, capture, _Parameters.of(module))
 
     def take(
@@ -94,7 +94,7 @@ class Inputs:
     ) -> None:
         """Call number ``call``, one of ``module``, begins.
 
-        If hooks that come behind ours may replace what it receives, ``is_late``.
+        ``is_late`` if hooks that run after ours may replace its arguments.
         """
         is_alone = self._alone is not None and len(args) == 1 and not kwargs
         copy = twin(args[0]) if is_alone else None
@@ -104,14 +104,14 @@ class Inputs:
         late = (args, _versions((args, kwargs))) if is_late else None
         number = passes.number_of(module)
         stack = self._stacks.setdefault(get_ident(), [])
-        if stack:  # calls of earlier passes that never ended have raised
+        if stack:  # drop calls of earlier passes, which raised
             stack[:] = [earlier for earlier in stack if earlier.number == number]
         stack.append(Arrival(number, kwargs, inputs, late))
 
     def pop(self, kwargs: object) -> Arrival | None:
-        """The call with these ``kwargs`` ends; ``None`` if it began before it was hooked.
+        """The call with these ``kwargs`` ends: return its arguments, or ``None`` if it began before it was hooked.
 
-        A pre-hook that ran after ours may have replaced ``kwargs``: then it is the last call to begin.
+        If a pre-hook that ran after ours has replaced ``kwargs``, it is the call that began last.
         """
         stack = self._stacks.get(get_ident())
         if not stack:
@@ -127,11 +127,11 @@ class Inputs:
     def received(
         self, arrival: Arrival, call: int, args: tuple[Any, ...], kwargs: Any
     ) -> tuple[Value, bool]:
-        """What the call received of hooks that may have replaced what ours was told, and whether that is sure."""
-        assert arrival.late is not None  # noqa: S101  # or nobody would ask
+        """Return the arguments after hooks that ran after ours, and whether they are certainly those of the call."""
+        assert arrival.late is not None  # noqa: S101  # the caller has checked it
         args_before, before = arrival.late
         now = _versions((args, kwargs))
-        # Written to: by such a hook, or later, by forward.
+        # Written in place: by such a hook, or later, by forward. Nobody knows which.
         written = any(version is None or version != before.get(t, 0) for t, version in now.items())
         if not written and args is args_before and kwargs is arrival.kwargs:
             return arrival.inputs, True
@@ -139,5 +139,5 @@ class Inputs:
 
 
 def _versions(values: Value) -> dict[int, int | None]:
-    """How often each tensor (by id) has been written to; of those that do not count it, ``None``."""
+    """Return how often each tensor (by id) was written to; ``None`` for inference tensors, which do not count it."""
     return {id(t): None if t.is_inference() else version(t) for t in tensors(values)}

@@ -1,4 +1,4 @@
-"""The options of ``record()``, checked before anything has happened.
+"""The options of ``record()``, checked before any side effect.
 
 Adding one takes three places: the arguments of ``record()``, a field with its check here, and where it is used.
 """
@@ -23,17 +23,17 @@ from actrec.errors import OptionError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What :func:`actrec.record` was asked for, besides the model and the layers: see there.
+    """The options of :func:`actrec.record`, besides the model and the layers: see there.
 
     Raises:
         OptionError: an option is invalid, or not supported with another one.
     """
 
     transform: Transform | None = None
-    inputs: Any = False  # whether, or queries, which the selection checks
+    inputs: Any = False  # a bool, or queries, which the selection checks
     grads: Any = False
     detach: bool = True
-    device: torch.device | str | int | None = "cpu"  #: once it is checked, as tensors say it
+    device: torch.device | str | int | None = "cpu"  #: once it is checked, as tensors have it
     dtype: torch.dtype | None = None
     stop_early: bool = False
     compiled: bool = False
@@ -48,8 +48,8 @@ class Options:
         given: object = self.transform
         if maker(given) is not None:
             message = (
-                f"record(transform={given!r}): a reduction takes in all values, and a transform changes each. Give it with the layers: "
-                "record(model, {layers: reduction}), or as into=."
+                f"record(transform={given!r}): this is a reduction, which combines all values, and a transform changes each. Pass it "
+                "with the layers: record(model, {layers: reduction}), or as into=."
             )
             raise OptionError(message)
         if not (given is None or callable(given)):
@@ -96,7 +96,7 @@ class Options:
         return container
 
     def check_reductions(self, selection: Selection) -> None:
-        """Check what reduces layers, before anything happens."""
+        """Check the reductions of layers, before any side effect."""
         path = None if self.path is None else os.fspath(self.path)
         into = None if path is not None else maker(self.into)
         chosen = [(one.key, *pair) for one in selection.choices for pair in one.treatments.items()]
@@ -111,7 +111,7 @@ class Options:
                 storable.add(make)
                 if why is not None:
                     message = (
-                        f"record(into={path!r}): {name!r} is reduced by {make!r}, of which the state cannot be stored: "
+                        f"record(into={path!r}): {name!r} is reduced by {make!r}, whose state cannot be stored: "
                         f"{why}. Record into memory."
                     )
                     raise OptionError(message)
@@ -158,7 +158,7 @@ class Options:
             raise OptionError(message)
         if not self.detach:
             message = (
-                "record(compiled=True, detach=False): the graph of compiled code has no nodes of single layers. Record with "
+                "record(compiled=True, detach=False): the graph of compiled code has no nodes for single layers. Record with "
                 "grads=True, or let the model return what the loss needs; or record without compiled=True."
             )
             raise OptionError(message)
@@ -169,7 +169,7 @@ def refuse_functions(selection: Selection) -> None:
     if selection.functions:
         query = selection.functions[0].query
         message = (
-            f"record({query!r}, compiled=True): compiled code does not call the functions that the model calls, it has them fused. "
+            f"record({query!r}, compiled=True): compiled code fuses the functions that the model calls, and does not call them. "
             "Record the modules around them, or without compiled=True."
         )
         raise OptionError(message)
@@ -178,7 +178,7 @@ def refuse_functions(selection: Selection) -> None:
 def _late(name: str) -> str:
     return (
         f"record(grads=...): the gradient of {name!r} comes after its call, perhaps in several parts, so it cannot be reduced as it "
-        "comes. Record gradients in a block of their own, and update() with them."
+        "comes. Record gradients without a reduction, and pass them to its update()."
     )
 
 
@@ -186,13 +186,13 @@ def _bad_container(into: object) -> str:
     return (
         f"record(into={into!r}): expected a function that makes a container with append(), such as list or "
         "functools.partial(collections.deque, maxlen=10), or a metric with update() and compute(), such as "
-        "actrec.reduce.Moments, or a path to record into. What is reduced and goes to a path stands behind its query: "
+        "actrec.reduce.Moments, or a path to record into. For a reduction that goes to a path, pass it with its query: "
         "record(model, {layers: actrec.reduce.Moments()}, into=path)."
     )
 
 
 def _checked_device(device: torch.device | str | int | None) -> torch.device | None:
-    """Return the device that tensors will say they are on, which for "cuda" is "cuda:0"."""
+    """Return the device as tensors have it: "cuda:0" for "cuda"."""
     if device is None:
         return None
     try:

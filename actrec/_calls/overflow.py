@@ -1,8 +1,8 @@
-"""Values that ``dtype=`` cannot hold: finite ones, of which the cast makes infinities, NaN or the largest value there is.
+"""Values that ``dtype=`` cannot hold: finite ones that the cast turns into infinities, NaN or the largest value there is.
 
-They are counted before the cast, where the new type holds less than that of the tensor. On the CPU a search for the
-minimum and the maximum, a fraction of the time of the cast, mostly shows that there are none. A device is asked for
-their number, and nobody waits for its answer until somebody wants to know.
+They are counted before the cast, if the range of the new type is smaller than that of the tensor's. On the CPU, the minimum
+and the maximum (a fraction of the time of the cast) mostly show that there are none. On a device the count is computed
+asynchronously, and read when it is needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from actrec._values.snapshot import PLAIN
 
 from .passes import Passes
 
-#: So many answers of a device may be waiting.
+#: So many counts that a device is computing may be waiting to be read.
 MOST_WAITING: Final = 256
 
 
@@ -33,7 +33,7 @@ class Overflows:
     def __init__(self, dtype: torch.dtype, passes: Passes) -> None:
         self.dtype = dtype
         self.largest = torch.finfo(dtype).max
-        #: Whether a cast makes the largest value of larger ones, also of infinity.
+        #: Whether a cast turns larger values, infinity included, into the largest one.
         self.saturates = bool(torch.tensor(math.inf, device="cpu").to(dtype).float().isfinite())
         self._total = 0  # of all passes, those that were cleared included
         self._passes = passes
@@ -69,12 +69,12 @@ class Overflows:
         return self._total
 
     def counts(self) -> dict[int, int]:
-        """How many values of each pass that did not fit, where there were any."""
+        """How many values of each pass did not fit, without passes in which all did."""
         self._settle()
         return dict(self._counts)
 
     def nonfinite(self) -> dict[int, int]:
-        """How many infinities or NaN of each pass are the work of the cast."""
+        """How many infinities or NaN of each pass the cast has made."""
         return {} if self.saturates else self.counts()
 
     def clear(self) -> None:
@@ -89,7 +89,7 @@ class Overflows:
             self._total -= self._counts.pop(number, 0)
 
     def _counted(self, part: Tensor) -> int:
-        # PyTorch compares no numbers of one byte.
+        # PyTorch cannot compare one-byte floats.
         low, high = (part if part.element_size() > 1 else part.float()).aminmax()
         if low.item() >= -self.largest and high.item() <= self.largest:
             return 0
@@ -98,7 +98,7 @@ class Overflows:
     def _too_large(self, part: Tensor) -> Tensor:
         """The number of finite elements that the cast changes beyond rounding."""
         if part.element_size() < torch.float32.itemsize:
-            part = part.float()  # or PyTorch would round what it is compared with
+            part = part.float()  # or PyTorch would round `largest` to the dtype of the part
         if self.saturates:
             lost = part.abs() > self.largest
         else:

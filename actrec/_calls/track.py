@@ -1,4 +1,4 @@
-"""A chosen layer while the block runs: what is asked at each of its calls, and how a value of it is kept."""
+"""A chosen layer while the block runs: whether a call is recorded, and how its values are kept."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from .session import Session
 
 
 class Unrecorded(Enum):
-    """Where calls run that are not recorded, in words for the user. The first is the likeliest cause."""
+    """Where calls run that are not recorded, as messages say it. The first is the likeliest cause."""
 
     PAUSED = "inside acts.pause()"
     BACKWARD = (
@@ -52,7 +52,7 @@ class Unrecorded(Enum):
     RECOMPUTED = (
         "inside backward(), where activation checkpointing recomputes what was recorded before"
     )
-    TRANSFORMED = "inside torch.func (vmap, grad, jvp), where a tensor stands for many"
+    TRANSFORMED = "inside torch.func (vmap, grad, jvp), where a tensor represents many"
     TRACED = "by something that reads the model (torch.jit.trace, make_fx, torch.export)"
 
 
@@ -67,20 +67,21 @@ class Track:
     grads: Gradients | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while a call is kept
     called: int = 0
-    earlier: int = 0  # calls that were kept in runs that this one goes on with
+    earlier: int = 0  # calls that were kept in the runs that this one resumes
     lost: int = 0  # calls that were skipped, or could not be kept
     unrecorded: Counter[Unrecorded] = field(default_factory=Counter)
-    overtaken: int = 0  # calls that hooks of others may have changed behind ours
-    compiled: int = 0  # how many calls the compiler has read and hooks do not run in
-    has_tensors: bool = False  # whether one was in anything that was kept
-    placeholder: Opaque | None = None  # the first one, in what was kept before
+    overtaken: int = 0  # calls that hooks of others may have changed after ours
+    compiled: int = 0  # calls that were compiled in a way in which hooks do not run
+    has_tensors: bool = False  # whether any kept value had a tensor
+    placeholder: Opaque | None = None  # the first Opaque, in values without tensors
     error: str | None = None  # the first one that recording a call raised
     #: Whether a tensor on the CPU is kept just as it is returned.
     _is_direct: bool = field(init=False)
-    #: Whether a call is put into its layers, and that is all; known from the first one on.
+    #: Whether keeping a call is no more than appending: there are tensors, and neither gradients, transfers nor an early stop.
+    #: Set by the first call.
     _is_plain: bool = False
 
-    #: What keeps an output, if any are kept: looked up once, for layers look for every attribute in their class first.
+    #: ``outputs.keep``, if outputs are kept: looked up once, because attribute access on layers is slow.
     _keep_output: Callable[[Value, int], None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,7 +103,7 @@ class Track:
 
     @property
     def layers(self) -> dict[What, Layer[Any]]:
-        """The layers of the recording that it leads to."""
+        """The layers of the recording that its values go to."""
         found: dict[What, Layer[Any] | None] = {
             "output": self.outputs,
             "input": None if self.inputs is None else self.inputs.calls,
@@ -148,7 +149,7 @@ class Track:
         kwargs: Mapping[str, Any],
         _: object,
     ) -> None:
-        """A call begins: take what it receives, before it can change that."""
+        """A call begins: capture its arguments, before the call can change them."""
         session = self.session
         if not session.recording or (inside and not session.listens()) or not is_own_call():
             return
@@ -171,14 +172,14 @@ class Track:
         kwargs: Any,
         output: Value,
     ) -> None:
-        """A call has returned ``output``: keep it, and what the call had received."""
+        """A call has returned ``output``: keep it, and the arguments of the call."""
         session = self.session
         if not session.recording or (inside and not session.listens()):
             self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
         elif backward_number() != -1:
             self._returns_in_backward(output)
         elif (
-            # Dispatch modes write down with tensors of their own.
+            # Cheap signs first: a dispatch mode that traces uses a subclass of Tensor.
             type(output) is not Tensor or is_jit_tracing() or count_function_modes() or comparing
         ) and is_written_down(args, output):
             self.unrecorded[Unrecorded.TRACED] += 1
@@ -194,8 +195,8 @@ class Track:
                 self.keep(output, arrival.number, self._received_late(arrival, args, kwargs))
 
     def _received_late(self, arrival: Arrival, args: tuple[Any, ...], kwargs: Any) -> Value:
-        """What a call received of hooks that may have replaced what ours was told."""
-        assert self.inputs is not None  # noqa: S101  # they are where the arrival comes from
+        """Return the arguments of a call after the hooks that ran after ours."""
+        assert self.inputs is not None  # noqa: S101  # the arrival comes from there
         try:
             received, is_sure = self.inputs.received(arrival, self.called, args, kwargs)
         except Exception as error:
@@ -205,7 +206,7 @@ class Track:
         return received
 
     def _returns_in_backward(self, output: Value) -> None:
-        """A call ran inside ``backward()``: one that was recorded before, run again, or another one."""
+        """A call ran inside ``backward()``: a recorded one, recomputed by checkpointing, or another one."""
         if not (is_recomputing() or is_recomputing_in_graph()):
             self.unrecorded[Unrecorded.BACKWARD] += 1
             return
@@ -216,10 +217,10 @@ class Track:
     # --- A call of a function ---------------------------------------------------------------------------------
 
     def takes(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Value:
-        """A function is about to be called: return what is kept of its arguments."""
+        """A function is about to be called: return the arguments to keep."""
         if not self.session.listens() or backward_number() != -1:
             return None
-        assert self.inputs is not None  # noqa: S101  # or it would not be asked
+        assert self.inputs is not None  # noqa: S101  # the caller has checked it
         try:
             return self.inputs.capture.received(named(function, args, kwargs), self.called)
         except Exception as error:
@@ -227,7 +228,7 @@ class Track:
             raise
 
     def gives(self, module: nn.Module, output: Value, received: Value) -> None:
-        """A function that ``module`` has called returned ``output``: keep it, and what it had received."""
+        """A function that ``module`` has called returned ``output``: keep it, and the arguments."""
         session = self.session
         if not session.listens():
             self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
@@ -239,7 +240,7 @@ class Track:
     # --- A value -------------------------------------------------------------------------------------------------
 
     def keep(self, output: Value, number: int, received: Value = None) -> None:
-        """Keep what a call of pass ``number`` returned, and what it had received: whatever is recorded comes here."""
+        """Keep the output of a call of pass ``number``, and its arguments. All recorded values go through here."""
         call = self.called
         self.called = call + 1
         try:
@@ -248,7 +249,7 @@ class Track:
                 value = self.capture(output, call)
             # The shortest way:
             if self._is_plain and value is not SKIPPED and received is not SKIPPED:
-                self.lock.acquire()  # not with "with", which takes twice the time
+                self.lock.acquire()  # "with" takes twice the time
                 try:
                     self._keep_output(value, number)
                     if self.inputs is not None:
@@ -257,13 +258,13 @@ class Track:
                     self.lock.release()
             else:
                 self._keep(output, value, received, number, call)
-        except Exception as error:  # of the transform, from the disk, or the user's container
+        except Exception as error:  # from the transform, the disk, or the user's container
             self.lost += 1
             self._failed(error, call)
             raise
 
     def _keep(self, output: Value, value: Value, received: Value, number: int, call: int) -> None:
-        """Keep what a call returned, as ``value``, and all that belongs to it."""
+        """Keep ``value``, made of the output of a call, and all else that is recorded of the call."""
         session, grads = self.session, self.grads
         if value is SKIPPED or received is SKIPPED:
             self.lost += 1
@@ -284,14 +285,14 @@ class Track:
             session.stop.ran(self.capture.layer)
 
     def _put(self, value: Value, received: Value, number: int) -> None:
-        """Put a call into its layers."""
+        """Append a call to its layers."""
         if self.outputs is not None:
             self._keep_output(value, number)
         if self.inputs is not None:
             self.inputs.calls.keep(received, number)
 
     def _arrived(self, call: int, value: Value, received: Value, number: int) -> None:
-        """The values of a call have come from a device; nobody knows by then which call it was."""
+        """The values of a call have arrived from a device. An error says which call it was: the model is elsewhere by now."""
         try:
             self._put(value, received, number)
         except Exception as error:
@@ -299,13 +300,13 @@ class Track:
             raise
 
     def _first(self, output: Value, value: Value, received: Value) -> Value:
-        """What is looked at of a call: the first that is recorded of what it returned, what it received, and its gradient."""
+        """Return what to search for tensors: the recorded output, else the recorded input, else (gradients only) the output."""
         if self.outputs is not None:
             return value
         return output if self.inputs is None else received
 
     def _look_at_first(self, value: Value) -> None:
-        """The first call is kept, or there was no tensor in those before."""
+        """Look at the first call that is kept, or at a later one if those before had no tensors."""
         self.session.order.setdefault(self.capture.layer)
         if type(value) is Tensor:  # the shortest way
             self.has_tensors = True
@@ -323,7 +324,7 @@ class Track:
             self.placeholder = next(placeholders, None)
 
     def _failed(self, error: Exception, call: int) -> None:
-        """Say where it happened: on the error, or in one that says more."""
+        """Add the call and the layer to the error, as a note or in a new error, and remember it."""
         layer = self.capture.layer
         self.error = self.error or f"{type(error).__name__}: {error}"
         if isinstance(error, CaptureError):

@@ -1,6 +1,6 @@
-"""The hook in compiled code: the compiler reads a call of the operator in its place, which tells the hook itself.
+"""The hook in compiled code: the compiler puts a call of actrec's operator in its place, which calls the hook at run time.
 
-Where the module is called by code that is not compiled, it is called as any hook is.
+Code that is not compiled calls the hook as usual.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from .operator import TOKEN, key_to, tell, tell_gradient, tell_nested, tell_watc
 from .outline import encode
 
 _OUTPUT, _RECEIVED, _NOTHING = range(3)
-#: What of a call a hook is told.
+#: Which value of a call the operator passes to a hook.
 _TOLD: Final = {Event.RETURN: _OUTPUT, Event.RECEIVE: _RECEIVED}
 
 
-#: The modules that the compiler has come across in such bodies.
+#: The modules that the compiler has seen in the body of an operator such as ``torch.cond``.
 _in_bodies: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 
 
 class HookInGraph(Hook[T]):
-    """A hook that compiled code reports to."""
+    """A hook that compiled code calls, by the operator."""
 
     __slots__ = ("__weakref__", "is_told", "key", "told", "watches")
 
@@ -54,7 +54,7 @@ class HookInGraph(Hook[T]):
 
     @property
     def kind(self) -> tuple[Event, bool]:
-        """What is compiled in its place."""
+        """What determines the code that is compiled in its place."""
         return self.event, self.watches
 
     @override
@@ -70,11 +70,11 @@ class HookInGraph(Hook[T]):
             self._hear(target, self, module, args, kwargs, output)
 
     def hear(self, value: Any) -> None:
-        """Compiled code has called the module; ``value`` is what the module has returned, or received."""
+        """Compiled code has called the module; ``value`` is the output, or the arguments."""
         target, module = self._target(), self.module()
         if target is None or module is None:
             return
-        # Hooks of others are where the compiler has found them.
+        # Compiled code runs the hooks of others in the order in which the compiler found them.
         self.looked = RemovableHandle.next_id
         if self.event is Event.ENTER:
             with target.passes.in_graph():  # type: ignore[attr-defined]  # of a session
@@ -86,12 +86,12 @@ class HookInGraph(Hook[T]):
             self._hear(target, self, module, (), None, value)
 
     def is_recorded(self) -> bool:
-        """Whether what it is told is recorded now."""
+        """Whether its calls are recorded now."""
         target = self._target()
         return target is not None and target.session.recording  # type: ignore[attr-defined]  # of a track
 
     def is_in_body(self) -> None:
-        """The module is called in the body of an operator such as ``torch.cond``, of which compiled code does not tell."""
+        """Count a call in the body of an operator such as ``torch.cond``: compiled code does not report it."""
         target, module = self._target(), self.module()
         if target is not None and module is not None and self.event is Event.RETURN:
             target.compiled += 1  # type: ignore[attr-defined]  # of a track
@@ -99,7 +99,7 @@ class HookInGraph(Hook[T]):
 
     @override
     def register(self, module: nn.Module) -> RemovableHandle:
-        """Register this hook on ``module``, under a number that is the same each time: code was compiled for that."""
+        """Register this hook on ``module`` under the same number each time: code was compiled for that number."""
         handle = super().register(module)
         if module in _in_bodies:
             self.is_in_body()
@@ -115,7 +115,7 @@ class HookInGraph(Hook[T]):
 
 
 def _asked_by_the_compiler(hook: HookInGraph[Any]) -> Callable[[], bool]:
-    """Return what the compiler calls while it reads a hook, and takes the answer of for a constant."""
+    """Return a function that the compiler calls while it reads a hook; it compiles the answer in as a constant."""
     known = weakref.ref(hook)
 
     @as_constant
@@ -139,12 +139,12 @@ def _asked_by_the_compiler(hook: HookInGraph[Any]) -> Callable[[], bool]:
 _CHECKPOINT = f"record(compiled=True, grads=...): a layer is called inside a checkpoint() that is compiled. There {AGAIN}"
 _TRANSFORM = (
     "record(compiled=True): a layer is called inside torch.func (vmap, grad, jvp) in a function that is compiled, where a tensor "
-    "stands for many and cannot be kept. Record a call of the model outside of it"
+    "represents many and cannot be kept. Record a call of the model outside of it"
 )
 
 
 def _tell(hook: HookInGraph[Any], args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
-    """A call of the operator."""
+    """Call the operator."""
     if hook.told == _NOTHING:
         tell(None, hook.key, TOKEN)
     elif hook.watches and torch.is_grad_enabled():
@@ -159,7 +159,7 @@ def _tell(hook: HookInGraph[Any], args: tuple[Any, ...], kwargs: Any, output: An
 
 
 def _tell_watched(hook: HookInGraph[Any], output: Any) -> None:
-    """The same, and a hook on each tensor that a gradient may reach."""
+    """Call the operator, and place a hook on each tensor that a gradient may reach."""
     tensors: list[Tensor] = []
     numbers: list[int] = []
     outline = encode(output, tensors, numbers)
@@ -170,7 +170,7 @@ def _tell_watched(hook: HookInGraph[Any], output: Any) -> None:
     leaves = [at for at in watched if tensors[at].is_leaf]
     leaf = leaves[0] if leaves else -1
     bases = [read_base_of(tensor) for tensor in tensors]
-    # Of several views of one tensor, such as its chunks, PyTorch lets nobody write to one.
+    # If there are several views of one tensor, such as its chunks, PyTorch refuses writes to them.
     views = [at for at in watched if _count(bases, bases[at]) == 1]
     ticket = tell_watched(tensors, numbers, outline, leaf, views, hook.key, TOKEN)
     for at in watched:
@@ -179,7 +179,7 @@ def _tell_watched(hook: HookInGraph[Any], output: Any) -> None:
 
 
 def _count(bases: list[Tensor | None], one: Tensor | None) -> int:
-    """How many views there are of ``one``."""
+    """Count the views of ``one``."""
     return 0 if one is None else len([base for base in bases if base is one])
 
 

@@ -1,11 +1,11 @@
-"""What makes compiled code that calls a recorded module miss while a block is open, and match again behind it.
+"""Invalidates compiled code that calls a recorded module while a block is open, and makes it valid again afterwards.
 
-Hooks that are added to a module after it was compiled are ignored. But what the compiler has compiled holds only as long as
-a module has no ``forward`` of its own. So while a block is open, each module with a hook has one: a copy of its class's. Then
-all code with such a module is compiled once more, as its user compiles it, now with the hooks; and what was compiled before
-stays as it is, and is used again when the copy is gone.
+Compiled code ignores hooks that are added to a module later. But it is valid only as long as the module has no ``forward``
+attribute. So while a block is open, each module with a hook has one: a copy of its class's ``forward``. All code that calls
+such a module is then compiled once more, with the hooks. The previously compiled code is kept, and used again when the copy
+is removed.
 
-The compiler knows a forward by its code. So each selection has code of its own, and the same one when it is recorded again.
+The compiler identifies a forward by its code object. So each selection has its own, and reuses it when it is recorded again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from actrec._torch import REPLICATE, is_compiled_wrapper
 #: The copies of forwards that one selection has, by what they are copies of.
 _Copies: TypeAlias = dict[Any, types.FunctionType]
 
-#: Of so many selections of a model, the latest, what was compiled is kept.
+#: The compiled code of so many selections of a model is kept, the latest ones.
 _MOST: Final = 4
 
 #: By model, and by what is recorded of it.
@@ -49,7 +49,7 @@ class Marks(AbstractContextManager[None]):
         with placing:
             copies = self._copies()
             for module in modules.values():
-                if not is_compiled_wrapper(module):  # which calls what is compiled, and is not
+                if not is_compiled_wrapper(module):  # itself not compiled
                     self._place(module, copies)
 
     @override
@@ -60,7 +60,7 @@ class Marks(AbstractContextManager[None]):
                 self._placed.pop()
 
     def _copies(self) -> _Copies:
-        """Those of the selection, if it is one of the latest."""
+        """Return the copies that the selection had before, if it is one of the latest; else none."""
         of_model = _copies.setdefault(self._model, OrderedDict())
         selection = tuple((id(module), kind) for module, kind in self._hooks)
         found = of_model.pop(selection, {})
@@ -83,7 +83,7 @@ class Marks(AbstractContextManager[None]):
 
 @dataclass(eq=False, slots=True)
 class _Mark:
-    """One forward that a module has of its own while a block is open."""
+    """The ``forward`` attribute that one module has while a block is open."""
 
     module: nn.Module
     forward: types.MethodType
@@ -113,7 +113,7 @@ class _Mark:
             if own is not None:
                 attributes["forward"] = own
             return
-        # A block that was entered later ends later: from now on it stands for what this one stood for.
+        # A block that was entered later ends later: from now on, its forward replaces what this one replaced.
         above = _standing(attributes.get("forward"), others)
         while above is not None:
             if above.own is self.forward:
@@ -122,21 +122,20 @@ class _Mark:
 
 
 def _standing(forward: Any, marks: list[_Mark]) -> _Mark | Forward | None:
-    """What has set ``forward`` on the module while its block is open: one of its marks, or a forward that stands in."""
+    """Return the mark that has set ``forward`` on the module, or ``forward`` if it is a :class:`Forward`."""
     if isinstance(forward, Forward):
         return forward
     return next((mark for mark in marks if mark.forward is forward), None)
 
 
-#: What makes a copy, a pickle or a replica of a module.
+#: The methods that make a copy, a pickle or a replica of a module.
 _METHODS: Final = ("__getstate__", REPLICATE)
-
-#: All that are there.
+#: The marks of all open blocks.
 _marks: MutableMapping[nn.Module, list[_Mark]] = weakref.WeakKeyDictionary()
 
 
 def _copied(function: Any) -> types.FunctionType:
-    """A copy of a function, with code that equals no other."""
+    """Return a copy of a function, with a code object of its own."""
     copy = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
@@ -152,7 +151,7 @@ def _copied(function: Any) -> types.FunctionType:
 
 
 def _standing_for(original: Any, own: Any) -> Callable[..., Any]:
-    """A method that calls a forward that is no function of the class's."""
+    """Return a method that calls a forward that is not a plain function of the class."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs) if own is not None else original(self, *args, **kwargs)
@@ -162,7 +161,7 @@ def _standing_for(original: Any, own: Any) -> Callable[..., Any]:
 
 
 class _Inert:
-    """Stands in for a method of a module with a mark, and returns what that returns without the mark."""
+    """Replaces a method of a module that has a mark, and returns what the method would return without the mark."""
 
     def __init__(self, mark: _Mark, name: str) -> None:
         self._mark = mark
@@ -172,7 +171,7 @@ class _Inert:
         module = self._mark.module
         found = getattr(type(module), self._name)(module)
         state = vars(found) if isinstance(found, type(module)) else found
-        if not isinstance(state, dict):  # of a class that has other ideas of it
+        if not isinstance(state, dict):  # the class has its own kind of state
             return found
         own = without_ended(self._mark.own)
         kept = {name: value for name, value in state.items() if not isinstance(value, _Inert)}

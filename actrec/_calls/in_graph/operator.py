@@ -1,11 +1,10 @@
-"""The operator that carries what a hook is told out of compiled code, to the hook itself.
+"""The operator that compiled code calls in place of a hook, and that passes the value on to the hook.
 
-It says that it writes to one of its arguments, a token that nobody reads. So no compiler removes a call of it, or exchanges
-two of them; and as all of this stands in its schema, what a compiler keeps on disk is right about it too. Its name says
-which version of it that is.
+Its schema declares that it writes to one of its arguments, a token that nobody reads. So a compiler neither removes a call
+nor exchanges two of them, also with graphs from its cache on disk. The name of the operator has a version, for that cache.
 
-Which hook it is for, a tensor tells (:func:`key_to`): a number would be a constant of the graph, and each of twelve blocks
-that are compiled alike would have a graph of its own.
+A tensor says which hook a call is for (:func:`key_to`): a number would be a constant of the graph, and twelve blocks that
+are compiled alike would need twelve graphs.
 """
 
 from __future__ import annotations
@@ -28,26 +27,26 @@ from .outline import decode
 
 
 class Receiver(Protocol):
-    """What is told something by compiled code."""
+    """An object that compiled code reports values to."""
 
     def hear(self, value: Any) -> None:
-        """Take what it was told."""
+        """Take a value."""
 
 
-#: By their keys. What compiled code tells nobody any more is dropped.
+#: By their keys. Values for a receiver that is gone are dropped.
 RECEIVER_OF: Final[weakref.WeakValueDictionary[int, Receiver]] = weakref.WeakValueDictionary()
 
 _numbers: Final = itertools.count()
-#: The keys of what is told of a module, by the numbers of its hooks.
+#: For each module, the keys of its hooks, by their numbers.
 _keys: Final[weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[int, Tensor]]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def key_to(receiver: Receiver, module: nn.Module, hook: int) -> Tensor:
-    """Return the tensor by which compiled code knows ``receiver``, as long as that is there.
+    """Return the tensor by which compiled code identifies ``receiver``, as long as that exists.
 
-    It is the same one for each hook of this number on the module: where weights are constants of the graph, so is the key.
+    It is the same tensor for each hook of this number on the module: where weights are constants of the graph, the key is too.
     """
     of_module = _keys.setdefault(module, {})
     if hook not in of_module:
@@ -65,7 +64,7 @@ _rewind: Final = rewinding(TOKEN)
 
 
 def _receiver(key: Tensor) -> Receiver | None:
-    # A graph that recomputes in its backward has saved the token: it must not find that others have written to it since.
+    # A graph that recomputes in its backward has saved the token, and would raise if its version had changed since.
     if version(TOKEN):
         _rewind()
     return RECEIVER_OF.get(int(key))
@@ -89,12 +88,12 @@ def _tell_nested(
 
 
 class _Ticket(bytearray):
-    """The memory of a tensor that stands for a call in the graph of autograd, and keeps the call as long as that has it."""
+    """The memory of a tensor that represents a call in the autograd graph, and keeps the call alive as long as the graph."""
 
     watched: Watched
 
 
-#: By their number, which is what they hold.
+#: By their number, which is also their content.
 _tickets: Final[weakref.WeakValueDictionary[int, _Ticket]] = weakref.WeakValueDictionary()
 _ticket_numbers: Final = itertools.count()
 
@@ -118,14 +117,14 @@ def _tell_watched(
 
 
 def _tell_gradient(grad: Tensor, ticket: Tensor, index: int) -> Tensor:
-    """A gradient is there. Return one like it, which goes on its way in its place.
+    """Report a gradient, and return a copy of it, which continues through the graph instead of it.
 
-    Writing to a token would not do: the graphs of several forwards would have saved it, and each would find it changed.
+    (Writing to a token would not do: the graphs of several forwards would have saved it, and raise because it changed.)
     """
     _tickets[int(ticket)].watched.tell(index, grad)
     if grad.requires_grad:
         message = (
-            "record(compiled=True, grads=...): gradients of gradients (create_graph=True) do not go through compiled code. "
+            "record(compiled=True, grads=...): compiled code cannot compute gradients of gradients (create_graph=True). "
             "Record without compiled=True"
         )
         raise CaptureError(message)
@@ -145,7 +144,7 @@ def _alike(grad: Tensor, *_: object) -> Tensor:
 
 
 def _nothing(*_: object) -> None:
-    """What an operator returns where nothing runs."""
+    """The fake version of an operator that returns nothing."""
 
 
 _library: Final[Any] = torch.library.Library("actrec", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -160,7 +159,7 @@ _OPERATORS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
     ),
     "tell_gradient_1(Tensor grad, Tensor ticket, int index) -> Tensor": (_tell_gradient, _alike),
 }
-#: That Python would not run in the replays of a CUDA graph, where this version knows such a tag.
+#: Keeps the operators out of CUDA graphs, whose replays run no Python, if this version of PyTorch has the tag.
 _TAGS: Final = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 for _schema, (_body, _fake) in _OPERATORS.items():
     _name = _schema.partition("(")[0]

@@ -1,8 +1,8 @@
-"""A nested value on its way out of compiled code: its tensors, its numbers, and a text that says all the rest.
+"""How a nested value leaves compiled code: as its tensors, its integers, and a text that describes the rest.
 
-:func:`encode` is read by the compiler, which knows the structure of a value while it reads, and keeps the text as a
-constant of the graph. So it is written in what the compiler can read, and takes apart what a compiled model can return;
-anything else becomes an :class:`Opaque`, as it does in eager mode. :func:`decode` makes the value again when the graph runs.
+The compiler traces :func:`encode`: it knows the structure of a value while it traces, and keeps the text as a constant of
+the graph. So the function uses only Python that the compiler supports, and takes apart whatever a compiled model can return;
+anything else becomes an :class:`Opaque`, as it does in eager mode. :func:`decode` rebuilds the value when the graph runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NAMED = (
 
 
 def encode(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
-    """Put the tensors and integers of ``value`` into the lists, each tensor once, and return the rest as a text."""
+    """Append the tensors and integers of ``value`` to the lists, each tensor once, and return the rest as a text."""
     if isinstance(value, Tensor):
         for at, known in enumerate(tensors):
             if known is value:
@@ -75,7 +75,7 @@ _named: dict[str, Any] = {}
 
 @as_constant
 def _name(constant: Any) -> str:
-    """Return a name for a class, or for a constant that has no literal, by which :func:`decode` finds it."""
+    """Return a name by which :func:`decode` finds a class, or a constant that has no literal."""
     name = what = qualified(constant) if isinstance(constant, type) else repr(constant)
     number = 1
     while _named.setdefault(name, constant) != constant:  # another one of the same name
@@ -90,7 +90,7 @@ _Fill: TypeAlias = Callable[["Sequence[Tensor]", "Sequence[int]"], Any]
 
 
 def decode(outline: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
-    """Return the value again, of these tensors and numbers."""
+    """Rebuild the value from the text, the tensors and the integers."""
     return _parsed(outline)(tensors, numbers)
 
 
@@ -100,7 +100,7 @@ def _parsed(outline: str) -> _Fill:
 
 
 def _filling(parsed: tuple[Any, ...]) -> _Fill:
-    """What makes the value that the text is about."""
+    """Return a function that makes the value that the parsed text describes."""
     what, *rest = parsed
     return _FILLING[what](*rest)
 
@@ -138,7 +138,7 @@ def _mapping(name: str, children: list[tuple[tuple[Any, ...], tuple[Any, ...]]])
     kind, keys = _named[name], [_filling(key) for key, _ in children]
     fills = [_filling(item) for _, item in children]
     base: Any = OrderedDict if issubclass(kind, OrderedDict) else dict
-    is_record = dataclasses.is_dataclass(kind)  # whose items are attributes too
+    is_record = dataclasses.is_dataclass(kind)  # its items are attributes too
 
     def fill(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
         made = base.__new__(kind)

@@ -1,7 +1,7 @@
-"""Room in the compiler's limits, for code that is compiled once more because it is recorded.
+"""Raises the compiler's limits for code that is compiled once more because it is recorded.
 
-Of one piece of code the compiler compiles so many versions, and then runs it eagerly, or raises. Those that are compiled for
-a block come on top of the user's own.
+The compiler makes a limited number of versions of a piece of code; beyond that, it runs the code eagerly, or raises. The
+versions that are compiled for a block must not count against the user's own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _changing: Final = threading.RLock()
 
 
 class _Open:
-    """How many blocks are open, how much room they have been given, and how many graphs there were before."""
+    """How many blocks are open, by how much the limits were raised, and how many graphs there were before."""
 
     blocks = 0
     graphs = 0
@@ -33,7 +33,7 @@ class _Open:
 
 
 class Room(Stance):
-    """While a block is open, there may be twice as many versions; behind it, those that were compiled in it count on top."""
+    """Doubles the limits while a block is open; afterwards they stay raised by the number of graphs that it compiled."""
 
     hook = HookInGraph
     in_graph = True
@@ -62,7 +62,7 @@ class Room(Stance):
         with _changing:
             _Open.blocks -= 1
             if _Open.blocks == 0:
-                # Somebody may have set the counter back.
+                # Somebody may have reset the counter.
                 used = max(0, count_graphs() - _Open.graphs)
                 for limit, given in _Open.given.items():
                     setattr(config, limit, getattr(config, limit) - given + min(used, given))

@@ -1,6 +1,6 @@
-"""Whether recording arrives from compiled code on this PyTorch: a small model is compiled and recorded before the first one.
+"""Tests whether recording in compiled code works on this version of PyTorch, before it is first used.
 
-It takes half a second, once in a process. Where it fails, nothing is recorded silently wrong: ``compiled=True`` is refused.
+A small model is compiled and recorded. This takes half a second, once in a process. If it fails, ``compiled=True`` is refused.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ import torch
 from actrec.errors import OptionError
 
 _testing: Final = threading.Lock()
-#: What went wrong; ``None`` if nothing did.
+#: At most one item: what went wrong, or ``None``. Empty before the test.
 _results: list[str | None] = []
 
 
 def prepare() -> None:
-    """Raise ``OptionError`` unless recording works in what this PyTorch compiles."""
+    """Raise ``OptionError`` unless recording works in code that this PyTorch compiles."""
     with _testing:
         if not _results:
             _results.append(_failure())
     if _results[0] is not None:
         message = (
-            f"record(compiled=True): recording in compiled code does not work on torch {torch.__version__}, as a test of it "
-            f"has shown ({_results[0]}). It was made for torch 2.13. Without compiled=True the model runs eagerly in the block, "
+            f"record(compiled=True): recording in compiled code does not work on torch {torch.__version__}: a self-test "
+            f"failed ({_results[0]}). It was made for torch 2.13. Without compiled=True the model runs eagerly in the block, "
             "and is recorded on every version."
         )
         raise OptionError(message)
 
 
 def _failure() -> str | None:
-    """What goes wrong."""
+    """Run the test. Return what goes wrong, if anything does."""
     try:
-        from .trial import failure  # noqa: PLC0415  # it needs what this PyTorch may not have
+        from .trial import failure  # noqa: PLC0415  # the import fails if this PyTorch lacks something
 
         return failure()
     except Exception as error:  # noqa: BLE001  # whatever that raises

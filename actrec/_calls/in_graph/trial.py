@@ -19,7 +19,7 @@ from .room import Room
 
 
 class _Target:
-    """What the hooks of the test report to."""
+    """The target of the test's hooks."""
 
     runs_uncompiled = staticmethod(bool)  # never
 
@@ -39,7 +39,7 @@ class _Double(nn.Module):
 
 
 def failure() -> str | None:
-    """Return what goes wrong with a model whose layers are written in place behind their hooks; ``None`` if nothing does."""
+    """Return what goes wrong with a model whose outputs are overwritten after their hooks; ``None`` if nothing does."""
     not_compiled_alone(HookInGraph.__call__)
     with torch.inference_mode(mode=False), torch.no_grad():
         return _tested(nn.Sequential(_Double(), _Double()), torch.ones(2, device="cpu"))
@@ -73,7 +73,7 @@ def _tested(model: nn.Sequential, x: Tensor) -> str | None:
             for event in (Event.ENTER, Event.RETURN, Event.LEAVE)
         ]
         if target.told != expected:
-            return f"{target.told} was recorded in the place of {expected}"
+            return f"{target.told} was recorded instead of {expected}"
         compiled(x)
         if count_graphs() != before + 1:
             return (
