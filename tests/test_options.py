@@ -82,7 +82,7 @@ def test_a_gpu_has_another_name(device: str) -> None:
 
 
 def test_options_have_names() -> None:
-    with pytest.raises(OptionError, match="Options have names, such as transform="):
+    with pytest.raises(OptionError, match="options by name, such as transform="):
         record(net(), None, torch.relu)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="unexpected keyword argument 'layer'"):
         record(net(), layer="0")  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""The gradients of calls that compiled code makes: it tells of them itself, by the number of a tensor of a call."""
+"""The gradients of calls in compiled code, which reports them itself, by the number of a tensor of a call."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from actrec.errors import CaptureError
 
 @dataclass(eq=False, slots=True)
 class Watched:
-    """What compiled code tells gradients of: a call, if one is recorded."""
+    """A call whose gradients compiled code reports, if it is recorded."""
 
     call: Call | None = None
-    #: The views among its tensors whose gradient has not come.
+    #: The views among its tensors whose gradient has not arrived.
     views: Collection[int] = ()
 
     def tell(self, index: int, grad: Tensor) -> None:
-        """The gradient of tensor number ``index`` is there."""
+        """The gradient of tensor number ``index`` has arrived."""
         if self.call is None:
             return
         gradients = self.call.gradients()
@@ -34,7 +34,7 @@ class Watched:
 
 @contextmanager
 def watching(leaf: int, views: Collection[int]) -> Iterator[Watched]:
-    """Find the call that is recorded in this block: no hooks are placed for its gradients.
+    """Find the call that is recorded in this ``with`` block: no hooks are placed for its gradients.
 
     ``leaf`` is the number of a tensor that is a leaf; -1 if there is none. ``views`` are the numbers of those that are views.
     """
@@ -54,6 +54,6 @@ def watching(leaf: int, views: Collection[int]) -> Iterator[Watched]:
 
 
 _LEAF: Final = (
-    "what it returned is a leaf of the graph, such as a parameter or an input of the model, as it is, and compiled code cannot "
-    "tell the gradient of one call of it. Record it without grads, or without compiled=True"
+    "it returned a leaf of the graph, such as a parameter or an input of the model, and compiled code cannot separate the "
+    "gradients of its single calls. Record it without grads, or without compiled=True"
 )
