@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"actrec {own_version()}")
     parser.set_defaults(run=lambda _: iter([(parser.format_help().rstrip(), False)]))
-    commands = parser.add_subparsers(title="commands", metavar="")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(
         name: str, run: Callable[[argparse.Namespace], _Lines], text: str, *paths: str
@@ -62,18 +62,21 @@ def _parser() -> argparse.ArgumentParser:
 
     show = command("show", _show, "print the table of a recording", "path")
     show.add_argument("--stats", action="store_true", help="print statistics of its values, too")
-    command("stats", _stats, "print statistics of every layer: histograms, means, NaN", "path")
+    stats = command(
+        "stats", _stats, "print statistics of every layer: histograms, means, NaN", "path"
+    )
     differing = "compare two recordings, layer by layer; exit status 1 if they differ"
     compare = command("compare", _compare, differing, "a", "b")
     for name in ("rtol", "atol"):
         compare.add_argument(
             f"--{name}", type=float, help="tolerance, by default that of the dtypes"
         )
-    compare.add_argument(
-        "--mask",
-        metavar="NAME",
-        help="leave out what the mask of that name leaves out, such as padding",
-    )
+    for masked in (stats, compare):
+        masked.add_argument(
+            "--mask",
+            metavar="NAME",
+            help="leave out what the mask of that name leaves out, such as padding",
+        )
     command(
         "verify", _verify, "check a recording, its data included, and list every problem", "path"
     )
@@ -106,7 +109,7 @@ def _show(options: argparse.Namespace) -> _Lines:
 
 
 def _stats(options: argparse.Namespace) -> _Lines:
-    yield actrec.load(options.path).stats(progress=_watched()), False
+    yield actrec.load(options.path).stats(mask=options.mask, progress=_watched()), False
 
 
 def _compare(options: argparse.Namespace) -> _Lines:

@@ -103,6 +103,10 @@ def test_compare_leaves_out_what_a_mask_leaves_out(tmp_path: Path, capsys: Any) 
     assert main(["compare", *paths]) == 1
     assert main(["compare", *paths, "--mask", "mask"]) == 0
     capsys.readouterr()
+    assert main(["stats", paths[1]]) == 0
+    assert "5" in capsys.readouterr().out
+    assert main(["stats", paths[1], "--mask", "mask"]) == 0
+    assert " 5 " not in capsys.readouterr().out
     assert main(["compare", *paths, "--mask", "musk"]) == 1
     assert "mask='musk'" in capsys.readouterr().err
 

@@ -896,6 +896,24 @@ def test_a_model_that_is_read_is_not_recorded() -> None:
         torch.fx.experimental.proxy_tensor.make_fx(net)(X)
 
 
+def test_reading_a_model_with_fx_is_no_pass() -> None:
+    net = nn.Sequential(Adds())
+    with record(net, "0:*") as acts:
+        net(X)
+        torch.fx.symbolic_trace(net)
+        net(X)
+    assert {name: layer.passes for name, layer in acts.items()} == {
+        "0:ones": [0, 1],
+        "0:add": [0, 1],
+    }
+    assert acts.num_passes == 2
+
+
+class Adds(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.ones(1)
+
+
 def test_functions_inside_torch_func_are_told_where_a_glob_asks_for_all() -> None:
     class Differentiates(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

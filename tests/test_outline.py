@@ -7,6 +7,7 @@ import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -53,6 +54,8 @@ OUTLINES: dict[str, tuple[list[Any], str]] = {
     "named tuple": ([Pair(T(2), T(2))], "Pair((2,) x 2)"),
     "list, empty": ([[[], ()]], "[list of 0, tuple of 0]"),
     "same tensor": ([[one := T(3), one]], "[(3,) x 2]"),
+    "array": ([np.zeros((2, 3)), np.zeros((4, 3))], "ndarray(2-4, 3)"),
+    "array inside": ([{"a": np.zeros(2)}], "{a: ndarray(2,)}"),
     "two kinds": ([(T(2), 1), [T(2)], T(7)], "(7,) | (2,), int | [(2,)]"),
     "four kinds": ([[T(2)] * many for many in (1, 2, 3)] + [(1, T(1))], "list of 1 | list of 2 | list of 3 | tuple of 2"),
     "long": ([[T(n) for n in range(20)]], "list of 20"),

@@ -29,6 +29,7 @@ from actrec import (
 )
 from actrec._selection.names import type_name
 from actrec._values.spec import tensors
+from actrec.reduce import Moments
 from actrec.store import Folder
 from actrec.store import dtensor as _parts
 from actrec.store import index as _index
@@ -735,3 +736,53 @@ def test_every_way_to_spread_is_tested() -> None:
     both = {p for _, placements in SPREAD.values() for p in placements}
     assert {kind for kind, *_ in both} == {"shard", "replicate", "partial"}
     assert len(list(product([1], SPREAD))) == 9
+
+
+# --- In memory ------------------------------------------------------------------------------------------
+
+
+def test_in_memory_statistics_and_views_are_of_the_part_of_this_rank() -> None:
+    with as_rank(1, 2):
+        mesh, model = mesh_of((2,)), Same()
+        part = torch.arange(64.0).view(2, 1, 4, 8)
+        value = distributed(part, torch.ones(2, 1, 8, 8), mesh, [shard(2)])
+        with record(model, "layer") as acts:
+            model(value)
+        said = Communication()
+        with said:
+            (row,) = acts.stats()
+            acts["layer"]._repr_html_()
+            assert compare(acts, acts).equal
+            actrec.plot.distributions(acts)
+        assert (row.count, row.min, row.max, row.shape) == (64, 0, 63, "(2, 1, 8, 8)")
+        for asks in (
+            lambda: actrec.data.rows(acts, "layer"),
+            lambda: actrec.plot.feature_maps(acts["layer"]),
+            lambda: actrec.plot.similarity(acts),
+        ):
+            with pytest.raises(actrec.ActrecError, match=r"DTensor|samples"):
+                asks()
+        assert said.heard == []
+
+
+def test_parts_of_sums_are_no_elements() -> None:
+    with as_rank(0, 2):
+        model = Same()
+        value = DTensor.from_local(torch.ones(2, 3), mesh_of((2,)), [Partial()], run_check=False)
+        with record(model, "layer") as acts:
+            model(value)
+        assert not acts.stats()[0].count
+
+
+def test_a_reduction_refuses_what_each_rank_has_a_part_of() -> None:
+    with as_rank(0, 2):
+        model = Same()
+        value = DTensor.from_local(torch.ones(2, 3), mesh_of((2,)), [Shard(0)], run_check=False)
+        with (
+            pytest.raises(CaptureError, match=r"'layer'.*DTensor.*to_local\(\)"),
+            record(model, "layer", into=Moments),
+        ):
+            model(value)
+        with record(model, {"layer": (DTensor.to_local, Moments())}) as acts:
+            model(value)
+        assert acts["layer"].compute()["count"] == 2

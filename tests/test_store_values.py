@@ -190,12 +190,19 @@ def test_expanded_tensors_and_shared_memory_come_back_and_take_the_bytes_of_thei
 
 
 UNSTORABLE = {
-    "sparse": (lambda: torch.eye(3).to_sparse(), "a sparse_coo tensor cannot be stored"),
+    "sparse": (
+        lambda: torch.eye(3).to_sparse(),
+        r"a sparse_coo tensor cannot be stored. .* to_dense\(\)",
+    ),
     "csr": (lambda: torch.eye(3).to_sparse_csr(), "a sparse_csr tensor cannot be stored"),
     "meta": (lambda: torch.empty(3, device="meta"), "a tensor on the meta device"),
     "quantized": (
         lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
-        "dtype torch.qint8",
+        r"dtype torch.qint8 .* dequantize\(\)",
+    ),
+    "jagged": (
+        lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
+        r"a nested tensor .* to_padded_tensor\(0.0\)",
     ),
     "bits": (lambda: torch.empty(2, dtype=torch.uint4), "dtype torch.uint4"),
     "set": (lambda: {1, 2}, "a value of type set cannot be stored"),

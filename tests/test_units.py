@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actrec import load, record, save, verify
+from actrec import load, record, reduce, save, verify
 from actrec.errors import ActrecError, OptionError
 from actrec.store import Folder
 from tests.stand_in import StandIn, standing_in
@@ -494,6 +494,23 @@ def test_recordings_that_are_nested_have_units_of_their_own():
 
 
 # --- What remains ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how", [copy.copy, copy.deepcopy, lambda acts: pickle.loads(pickle.dumps(acts))]
+)
+@pytest.mark.parametrize("into", [list, reduce.Moments])
+def test_a_copy_that_is_made_in_the_block_stays_as_it_is(how: Any, into: Any) -> None:
+    model = Model()
+    with record(model, "linear", inputs=True, into=into) as acts:
+        with acts.unit("a"):
+            model(X)
+        copied = how(acts)
+        with acts.unit("b"):
+            model(X)
+    for one in (copied, copied.inputs):
+        assert (len(one["linear"]), one["linear"].units, one.units) == (1, ["a"], ["a"])
+    assert acts["linear"].units == ["a", "b"]
 
 
 def test_a_copy_that_is_made_in_the_block_leaves_the_units_of_the_recorder_alone() -> None:

@@ -38,7 +38,7 @@ from actrec._torch import (
 from actrec._values.spec import tensors
 
 from .forwards import Forward, is_ours
-from .own_calls import OWN_MODES, is_tracing
+from .own_calls import OWN_MODES, is_symbolic, is_tracing
 from .session import Session
 from .track import Track, Unrecorded
 
@@ -234,7 +234,7 @@ class Watcher:
         shared, session = self._shared, self._shared.session
         mode = shared.thread.mode
         before = mode.watcher
-        if not self._is_heard(inside=before is not None):
+        if not self._is_heard((*args, *kwargs.values()), inside=before is not None):
             return self._aside.run(stood_for, args, kwargs)
         module, forward = self.owner.module, stood_for.forward
         if session.has_replicas:
@@ -266,7 +266,7 @@ class Watcher:
             session.stop.ran(stop_key(self.owner))
         return result
 
-    def _is_heard(self, *, inside: bool) -> bool:
+    def _is_heard(self, given: tuple[Any, ...], *, inside: bool) -> bool:
         """Whether this call of the forward is recorded. ``inside`` another owner, tracing was checked already."""
         session = self._shared.session
         self.ran += 1
@@ -277,7 +277,7 @@ class Watcher:
         if isinstance(module, _FUSED) and not module.training:
             self.fused += 1
             return False
-        if not inside and is_tracing():
+        if not inside and (is_tracing() or is_symbolic(given)):
             self.unrecorded[Unrecorded.TRACED] += 1
             return False
         return True

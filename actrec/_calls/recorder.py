@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -338,8 +339,14 @@ class Recorder(Recording[V], Generic[V]):
     def __reduce__(self) -> tuple[Any, ...]:
         # What is copied or pickled is what was recorded, not the recording of it.
         self._run.deliver()
-        beside = [None if one is None else one._layers for one in (self._inputs, self._grads)]
-        return of_run, (self._run, self._layers, *beside)
+        every = (self, self._inputs, self._grads)
+        layers = [None if one is None else _as_they_are(one._layers) for one in every]
+        return of_run, (copy(self._run), *layers)
+
+
+def _as_they_are(layers: dict[str, Layer[Any]]) -> dict[str, Layer[Any]]:
+    """Return layers that get no further calls."""
+    return {name: copy(layer) for name, layer in layers.items()}
 
 
 def _no_unit(name: str, units: list[Unit]) -> str:

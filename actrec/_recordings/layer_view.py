@@ -15,6 +15,7 @@ from actrec._tables.drawn import Drawn, Pixels
 from actrec._tables.table import Column, Table
 from actrec._text import count, shown
 from actrec._values.chunks import dense
+from actrec._values.dtensor import is_distributed
 from actrec._values.shapes import Summary, dtype_name
 from actrec._values.spec import leaves
 
@@ -93,7 +94,12 @@ class _Seen:
 
 def _picture(tensor: Tensor) -> str | Drawn:
     """Some channels of the first image, if the tensor is a batch of images."""
-    if tensor.is_nested or tensor.dim() != _IMAGES or min(tensor.shape[2:]) < _SMALLEST:
+    if (
+        is_distributed(tensor)
+        or tensor.is_nested
+        or tensor.dim() != _IMAGES
+        or min(tensor.shape[2:]) < _SMALLEST
+    ):
         return ""
     if tensor.is_meta or not tensor.numel() or tensor.is_complex():
         return ""

@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any, Final
 
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import TypeIs, override
 
 from actrec._values.constants import Constant, is_array
 from actrec._values.containers import Container
@@ -80,6 +80,9 @@ class Look:
         tensors, spec = flatten(value)
         self.summary.add_flat(tensors, spec)
         self.can_change = self.can_change or not all(map(_is_fixed, spec.steps))
+        for array in (step.value for step in spec.steps if _is_array(step)):
+            self.summary.dtypes[str(array.dtype)] = None
+            self.places[id(self), len(self.places)] = array.nbytes
         for tensor in tensors:
             self.places.update(held(tensor))
 
@@ -134,4 +137,8 @@ def _is_fixed(step: Step) -> bool:
     """Whether what a step makes is what it was, however long ago: a tensor, a constant, a plain tuple."""
     if isinstance(step, Container):
         return step.type is tuple
-    return not (isinstance(step, Constant) and is_array(step.value))
+    return not _is_array(step)
+
+
+def _is_array(step: Step) -> TypeIs[Constant]:
+    return isinstance(step, Constant) and is_array(step.value)

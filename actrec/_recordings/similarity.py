@@ -17,6 +17,7 @@ from torch import Tensor
 
 from actrec._progress import Each
 from actrec._values.chunks import dense
+from actrec._values.dtensor import is_distributed
 from actrec._values.shapes import shape_of
 from actrec._values.spec import leaves
 
@@ -74,7 +75,9 @@ def _table(layer: Layer[Any]) -> _Table | None:
 
 def _shape(value: Any) -> tuple[int | str, ...]:
     first = next((tensor for _, tensor in leaves(value)), None)
-    return () if first is None or first.is_meta else shape_of(first)
+    if first is None or first.is_meta or is_distributed(first):
+        return ()
+    return shape_of(first)
 
 
 def _some_rows(total: int, most: int) -> Tensor:

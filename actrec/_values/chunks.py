@@ -7,13 +7,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .dtensor import is_distributed
+
 #: Elements read at a time: 250 kB of float64. They stay in the cache, and PyTorch starts no threads for so
 #: few, which would spend more time waiting for each other than working. It would from 32,768 on.
 BLOCK = 32_000
 
 
 def dense(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements of a tensor of any kind, as plain tensors; none if it has no data."""
+    """The elements of a tensor of any kind, as plain tensors; none if it has no data.
+
+    Of a ``DTensor``, the elements that this rank has; none if it has parts of sums, say, which are no elements.
+    """
+    if is_distributed(tensor):
+        if any(placement.is_partial() for placement in tensor.placements):
+            return
+        tensor = tensor.to_local()
     tensor = tensor.detach()
     if tensor.is_meta:
         return

@@ -18,6 +18,9 @@ from .spec import Spec, flatten, tensors
 
 How: TypeAlias = Literal["cat", "stack"]
 
+#: A value is written into a message up to this length.
+_LONGEST: Final = 400
+
 
 def joined(
     values: list[Value], how: How, dim: int, call: str, *, pop: Callable[[], Value] | None = None
@@ -62,11 +65,17 @@ def joined(
 def _columns(call: str, values: list[Value]) -> tuple[Spec, list[list[Tensor]]]:
     """The spec that all values have; and for every tensor in it, the tensors of all values."""
     flat = [flatten(value) for value in values]
-    tensors, first = flat[0]
+    first = flat[0][1]
+    if not any(found for found, _ in flat):
+        message = (
+            f"{call}: the calls hold no tensors; call 0 is {_told(first)}. Numbers can be joined by torch.tensor([*acts[name]]), "
+            "arrays by numpy.concatenate(acts[name])."
+        )
+        raise JoinError(message)
     for index, (_, spec) in enumerate(flat):
         if spec != first:
             message = (
-                f"{call}: call {index} is {spec}, while call 0 is {first}. They can be joined "
+                f"{call}: call {index} is {_told(spec)}, while call 0 is {_told(first)}. They can be joined "
                 "by hand: acts[name][i]."
             )
             raise JoinError(message)
@@ -76,10 +85,13 @@ def _columns(call: str, values: list[Value]) -> tuple[Spec, list[list[Tensor]]]:
             "with torch.nn.utils.rnn.pad_packed_sequence."
         )
         raise JoinError(message)
-    if not tensors:
-        message = f"{call}: the calls hold no tensors; call 0 is {first}."
-        raise JoinError(message)
     return first, [list(column) for column in zip(*(row for row, _ in flat), strict=True)]
+
+
+def _told(spec: Spec) -> str:
+    """What a value is, as it is written; what would be long, by its kind."""
+    text = str(spec)
+    return text if len(text) <= _LONGEST else spec.kind
 
 
 def _check(call: str, how: How, dim: int, columns: list[list[Tensor]]) -> None:

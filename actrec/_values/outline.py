@@ -20,7 +20,7 @@ from typing import Final, TypeAlias
 
 from actrec._text import shown
 
-from .constants import Constant
+from .constants import Constant, is_array
 from .containers import Container
 from .spec import Spec
 
@@ -52,6 +52,9 @@ def _shape(shape: Sequence[int | str]) -> _Sized:
 
 
 def _constant(constant: Constant) -> _Sized:
+    if is_array(constant.value) and constant.value.shape:
+        text, sizes = _shape(constant.value.shape)
+        return f"{_name(constant.kind)}{text}", sizes
     return "None" if constant.value is None else _name(constant.kind), ()
 
 
@@ -59,6 +62,8 @@ def _container(container: Container, children: list[_Sized]) -> _Sized:
     many = container.items or len(children)
     texts = [text for text, _ in children[:many]]
     kind = container.type
+    if texts and not container.paths:  # an array in a file
+        return f"{_name(kind.__name__)}{texts[0]}", children[0][1]
     if not texts or sum(map(len, texts)) > LONGEST:
         return _name(container.kind), ()
     if not issubclass(kind, (list, tuple)):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from actrec._recordings.layer import Layer
 from actrec._recordings.recording import Recording
+from actrec._values.dtensor import is_distributed
 from actrec._values.spec import Spec, flatten
 from actrec.errors import AlignmentError, OptionError
 from actrec.store.joined_ranks import WholeLayer
@@ -71,6 +72,8 @@ def kind(value: Any) -> str:
         return flatten(value)[1].kind
     if is_plain(value):
         return "a tensor"
+    if is_distributed(value):
+        return "a DTensor, of which each rank has a part"
     return f"a tensor of layout {value.layout}, quantized, nested or without data"
 
 
@@ -79,7 +82,7 @@ def is_plain(value: Any) -> bool:
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided
-        and not (value.is_quantized or value.is_nested or value.is_meta)
+        and not (value.is_quantized or value.is_nested or value.is_meta or is_distributed(value))
     )
 
 

@@ -11,6 +11,7 @@ from actrec._recordings.course import spread
 from actrec._recordings.layer import Layer
 from actrec._text import count
 from actrec._values.containers import Value
+from actrec._values.dtensor import is_distributed
 from actrec._values.shapes import shape_of
 from actrec._values.spec import leaves
 from actrec.errors import OptionError
@@ -104,12 +105,14 @@ def _maps(value: Value, item: int) -> Array:
         tensor is None
         or tensor.is_meta
         or tensor.is_nested
+        or is_distributed(tensor)
         or tensor.layout is not torch.strided
         or tensor.dim() not in {2, 3, 4}
         or not tensor.numel()
     )
     if tensor is None or bad:
-        what = "no tensor" if tensor is None else f"a tensor of shape {shape_of(tensor)}"
+        kind = "DTensor" if tensor is not None and is_distributed(tensor) else "tensor"
+        what = "no tensor" if tensor is None else f"a {kind} of shape {shape_of(tensor)}"
         what += " without data" if tensor is not None and tensor.is_meta else ""
         message = (
             f"feature_maps(): expected (batch, channel, height, width), or less, found {what}. "

@@ -15,6 +15,7 @@ from typing_extensions import override
 from actrec._text import count
 from actrec._values.chunks import dense
 from actrec._values.containers import Value
+from actrec._values.dtensor import is_distributed
 from actrec._values.spec import tensors
 from actrec.errors import CaptureError, OptionError
 
@@ -92,11 +93,17 @@ class Reduction:
             start: how many positions of the same samples came before, in other calls.
 
         Raises:
-            CaptureError: the value is not one real tensor, its channels are not as many as before, or the mask does not fit.
+            CaptureError: the value is not one real tensor, or a ``DTensor``, its channels are not as many as before, or the mask does not fit.
         """
         found = tensors(value)
         if len(found) != 1:
             message = f"{type(self).__name__} needs one tensor, and this value has {len(found)}; choose one with a transform"
+            raise CaptureError(message)
+        if is_distributed(found[0]):
+            message = (
+                f"{type(self).__name__} needs plain tensors, and this is a DTensor, of which each rank has a part; choose that with a "
+                "transform, to_local() say"
+            )
             raise CaptureError(message)
         for tensor in dense(found[0]):
             if tensor.is_complex():

@@ -74,7 +74,8 @@ def _step(step: Step, numbers: list[int]) -> Step:
     if isinstance(step, int):
         return numbers[step]
     if isinstance(step, Container) and step.type in _MADE_OF_ONE:
-        return _OfOneTensor(object, (0,), 1, _MADE_OF_ONE[step.type])
+        kind, make = _MADE_OF_ONE[step.type]
+        return _OfOneTensor(kind, (0,), 1, make)
     return step
 
 
@@ -203,9 +204,10 @@ class _OfOneTensor(Container):
         return []
 
 
-_MADE_OF_ONE: Final[dict[type, Callable[[list[Tensor]], Any]]] = {
-    _Array: lambda tensors: tensors[0].numpy(),
-    _Scalar: lambda tensors: tensors[0].numpy()[()],
+#: By the class that stands for it: a class of its name, and what makes it.
+_MADE_OF_ONE: Final[dict[type, tuple[type, Callable[[list[Tensor]], Any]]]] = {
+    _Array: (type("ndarray", (), {}), lambda tensors: tensors[0].numpy()),
+    _Scalar: (type("scalar", (), {}), lambda tensors: tensors[0].numpy()[()]),
 }
 
 

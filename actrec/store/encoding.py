@@ -117,10 +117,9 @@ def storable(tensor: Tensor) -> Tensor:
     """Return ``tensor`` as it can be written; ``CaptureError`` if it cannot be."""
     if type(tensor) is not Tensor and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
         tensor = tensor.as_subclass(Tensor)  # without a mind of its own
-    what = _unplain(tensor)
-    if what is not None:
-        fix = "Let a transform make plain tensors of it, with to_dense() say"
-        message = f"a {what} cannot be stored. {fix}"
+    if not _is_plain(tensor):
+        what, fix = _unplain(tensor)
+        message = f"a {what} cannot be stored. Let a transform make a plain tensor of it{fix}"
         raise CaptureError(message)
     if not tensor.is_cpu:  # pragma: no cover  # needs another device
         tensor = tensor.cpu()
@@ -132,23 +131,31 @@ def storable(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _unplain(tensor: Tensor) -> str | None:
-    """What a tensor is that cannot be written; ``None`` for one that can."""
-    if type(tensor) is not Tensor:
-        return type(tensor).__name__
-    if tensor.is_meta:
-        return "tensor on the meta device"
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        return (
-            "nested tensor"
-            if tensor.is_nested
-            else f"{str(tensor.layout).removeprefix('torch.')} tensor"
-        )
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor can be written."""
+    return (
+        type(tensor) is Tensor
+        and not (tensor.is_meta or tensor.is_nested)
+        and tensor.layout is torch.strided
+        and tensor.dtype in _STORED
+        and tensor.dim() + _STORED[tensor.dtype].pair <= MAX_DIMS
+    )
+
+
+def _unplain(tensor: Tensor) -> tuple[str, str]:
+    """What a tensor is that is not plain, and what makes it so."""
+    if is_distributed(tensor):
+        return "DTensor", ", with to_local() say"
+    if tensor.is_nested:
+        return "nested tensor", ", with to_padded_tensor(0.0) say"
+    if tensor.layout is not torch.strided:
+        return f"{str(tensor.layout).removeprefix('torch.')} tensor", ", with to_dense() say"
     if tensor.dtype not in _STORED:
-        return f"tensor of dtype {tensor.dtype}"
-    if tensor.dim() + _STORED[tensor.dtype].pair > MAX_DIMS:
-        return f"tensor of {tensor.dim()} dimensions"
-    return None
+        return f"tensor of dtype {tensor.dtype}", ", with dequantize() say" * tensor.is_quantized
+    if type(tensor) is not Tensor:
+        return type(tensor).__name__, ""
+    odd = "on the meta device" if tensor.is_meta else f"of {tensor.dim()} dimensions"
+    return f"tensor {odd}", ""
 
 
 def _constant(constant: Constant) -> _Node:
