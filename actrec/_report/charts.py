@@ -1,15 +1,13 @@
-"""Charts as HTML and inline SVG: as wide as the page, with text that stays as large as it is, in the colours of the page.
-
-Everything that comes from a recording is escaped.
-"""
+"""Charts as HTML and inline SVG: as wide as the page, with text that stays as large as it is, in the colours of the page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Final, NamedTuple
+
+from actrec._tables.markup import Html, tag, together
 
 STYLE: Final = """
 .chart { overflow-x: auto; }
@@ -17,6 +15,7 @@ STYLE: Final = """
 .chart th { font-weight: 400; text-align: right; padding: 1px 8px 1px 0; width: 34%; max-width: 320px; overflow-wrap: anywhere; }
 .chart td { padding: 0; }
 .chart svg { display: block; width: 100%; overflow: visible; }
+.chart rect { shape-rendering: crispEdges; }
 .chart .thin { stroke: var(--blue); stroke-width: 1.5; opacity: .75; vector-effect: non-scaling-stroke; }
 .chart .thick { stroke: var(--blue); stroke-width: 8; vector-effect: non-scaling-stroke; }
 .chart .dot { stroke: var(--back); stroke-width: 5; stroke-linecap: round; vector-effect: non-scaling-stroke; }
@@ -75,30 +74,44 @@ class _Scale(NamedTuple):
         return round((self.bend(number) - low) / (high - low) * _WIDTH, 1)
 
 
-def boxes(found: Sequence[Box]) -> str:
+def boxes(found: Sequence[Box]) -> Html:
     """Return a row for each box: a thin line over all of it, a thick one over the middle half, a dot for the median."""
     scale = _Scale.of(found)
     has_zero = scale.low <= 0 <= scale.high
-    zero = f'<path class="zero" d="M{scale.place(0)} 0V20"/>' if has_zero else ""
+    zero = [tag("path", class_="zero", d=f"M{scale.place(0)} 0V20")] * has_zero
     rows = []
     for name, marks in found:
         low, lower, median, upper, high = map(scale.place, marks)
-        label = escape(
-            f"{name}: median {_text(marks[2])}, 1 % {_text(marks[0])}, 99 % {_text(marks[4])}"
-        )
-        rows.append(
-            f'<tr><th scope="row">{escape(name)}</th><td><svg viewBox="0 0 {_WIDTH} 20" height="18" preserveAspectRatio="none" '
-            f'role="img" aria-label="{label}"><title>{label}</title>{zero}<path class="thin" d="M{low} 10H{high}"/>'
-            f'<path class="thick" d="M{lower} 10H{upper}"/><path class="dot" d="M{median} 10h0"/></svg></td></tr>'
-        )
-    ends = f"<span>{_text(scale.low)}</span><span>{_text(scale.high)}</span>"
-    axis = f'<tr><th></th><td><div class="axis">{ends}</div></td></tr>'
-    bent = "" if math.isinf(scale.linear) else _bent(scale.linear)
-    return f'<div class="chart"><table>{"".join(rows)}{axis}</table></div>{bent}'
+        label = f"{name}: median {_text(marks[2])}, 1 % {_text(marks[0])}, 99 % {_text(marks[4])}"
+        marked = {
+            "thin": f"{low} 10H{high}",
+            "thick": f"{lower} 10H{upper}",
+            "dot": f"{median} 10h0",
+        }
+        paths = (tag("path", class_=kind, d=f"M{path}") for kind, path in marked.items())
+        picture = _svg([tag("title", label), *zero, *paths], label, (_WIDTH, 20), 18)
+        rows.append(_row(name, picture))
+    rows.append(_row("", _axis(_text(scale.low), _text(scale.high))))
+    chart = tag("div", tag("table", *rows), class_="chart")
+    if math.isinf(scale.linear):
+        return chart
+    linear = _text(scale.linear)
+    bent = f"The axis is linear from -{linear} to {linear}, and logarithmic beyond."
+    return together(chart, tag("p", bent))
 
 
-def _bent(linear: float) -> str:
-    return f"<p>The axis is linear from -{_text(linear)} to {_text(linear)}, and logarithmic beyond.</p>"
+def _row(name: str, cell: Html) -> Html:
+    return tag("tr", tag("th", name, scope="row"), tag("td", cell))
+
+
+def _svg(inside: Iterable[Html], label: str, size: tuple[int, int], height: int) -> Html:
+    """A picture that is as wide as there is room, and ``height`` pixels high."""
+    view = {"viewBox": "0 0 {} {}".format(*size), "height": height, "preserveAspectRatio": "none"}
+    return tag("svg", *inside, **view, role="img", aria_label=label)
+
+
+def _axis(*ends: str) -> Html:
+    return tag("div", *(tag("span", end) for end in ends), class_="axis")
 
 
 # --- Lines -------------------------------------------------------------------------------------------
@@ -111,16 +124,16 @@ class Line(NamedTuple):
     points: Sequence[tuple[float, float]]
 
 
-def lines(title: str, found: Sequence[Line]) -> str:
+def lines(title: str, found: Sequence[Line]) -> Html:
     """Return a chart of lines over one axis."""
     points = [point for line in found for point in line.points if math.isfinite(point[1])]
     if not points:
-        return ""
+        return Html()
     left, right = min(x for x, _ in points), max(x for x, _ in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
     wide, tall = (right - left) or 1.0, (high - low) or 1.0
 
-    def drawn(line: Line, colour: str) -> str:
+    def drawn(line: Line, colour: str) -> Html:
         parts = groupby(line.points, lambda point: math.isfinite(point[1]))
         path = "".join(
             "M" + "L".join(
@@ -129,24 +142,27 @@ def lines(title: str, found: Sequence[Line]) -> str:
             for is_finite, part in parts
             if is_finite
         )  # fmt: skip
-        return f'<path class="line" stroke="{colour}" d="{path}"><title>{escape(line.name)}</title></path>'
+        return tag("path", tag("title", line.name), class_="line", stroke=colour, d=path)
 
-    paths = "".join(map(drawn, found, _colours(len(found))))
-    return (
-        f'<div class="chart"><h3>{escape(title)}</h3><div class="axis"><span>{_text(high)}</span></div>'
-        f'<div class="frame"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" height="{_HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(title)} of {len(found)} layers, from {_text(low)} to {_text(high)}">{paths}</svg></div>'
-        f'<div class="axis"><span>{_text(low)}, pass {left:.0f}</span><span>pass {right:.0f}</span></div></div>'
+    paths = map(drawn, found, _colours(len(found)))
+    label = f"{title} of {len(found)} layers, from {_text(low)} to {_text(high)}"
+    return tag(
+        "div",
+        tag("h3", title),
+        _axis(_text(high)),
+        tag("div", _svg(paths, label, (_WIDTH, _HEIGHT), _HEIGHT), class_="frame"),
+        _axis(f"{_text(low)}, pass {left:.0f}", f"pass {right:.0f}"),
+        class_="chart",
     )
 
 
-def key(names: Sequence[str]) -> str:
+def key(names: Sequence[str]) -> Html:
     """Return what the colours of lines mean."""
     items = (
-        f'<li><i style="background:{colour}"></i>{escape(name)}</li>'
+        tag("li", tag("i", style=f"background:{colour}"), name)
         for name, colour in zip(names, _colours(len(names)), strict=True)
     )
-    return f'<ul class="key">{"".join(items)}</ul>'
+    return tag("ul", *items, class_="key")
 
 
 def _colours(number: int) -> list[str]:
@@ -160,30 +176,23 @@ def _colours(number: int) -> list[str]:
 _STOPS: Final = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
-def heat(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
+def heat(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> Html:
     """Return a row for each name, with a cell for each column: numbers from 0 to 1, NaN left empty."""
-    rows = (
-        f'<tr><th scope="row">{at}: {escape(name)}</th><td><svg viewBox="0 0 {len(row)} 1" height="{_tall(len(row))}" '
-        f'preserveAspectRatio="none" shape-rendering="crispEdges" role="img" aria-label="{escape(name)}">{_cells(names, at, row)}</svg></td></tr>'
+    height = max(16, min(40, 480 // max(len(names), 1)))
+    rows = [
+        _row(f"{at}: {name}", _svg(_cells(names, name, row), name, (len(row), 1), height))
         for at, (name, row) in enumerate(zip(names, matrix, strict=True))
-    )
-    scale = f'<div class="axis"><span>0</span><span style="flex:1;margin:0 8px;background:{_gradient()}"></span><span>1</span></div>'
-    return (
-        f'<div class="chart"><table>{"".join(rows)}<tr><th></th><td>{scale}</td></tr></table></div>'
-    )
+    ]
+    gradient = tag("span", style=f"flex:1;margin:0 8px;background:{_gradient()}")
+    scale = tag("div", tag("span", "0"), gradient, tag("span", "1"), class_="axis")
+    return tag("div", tag("table", *rows, _row("", scale)), class_="chart")
 
 
-def _tall(rows: int) -> int:
-    return max(16, min(40, 480 // rows))
-
-
-def _cells(names: Sequence[str], at: int, row: Iterable[float]) -> str:
-    return "".join(
-        f'<rect x="{other}" width="1" height="1" fill="{_heat(share)}"><title>{escape(names[at])}, {escape(names[other])}: '
-        f"{share:.2f}</title></rect>"
-        for other, share in enumerate(row)
-        if not math.isnan(share)
-    )
+def _cells(names: Sequence[str], name: str, row: Iterable[float]) -> Iterator[Html]:
+    for at, share in enumerate(row):
+        if not math.isnan(share):
+            title = tag("title", f"{name}, {names[at]}: {share:.2f}")
+            yield tag("rect", title, x=at, width=1, height=1, fill=_heat(share))
 
 
 def _heat(share: float) -> str:

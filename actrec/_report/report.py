@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from html import escape
 from typing import Any, Final
 
 import torch
@@ -21,6 +20,7 @@ from actrec._recordings.recording import Recording
 from actrec._recordings.similarity import FEWEST, similarity
 from actrec._recordings.stats import Row, Stats, stats
 from actrec._tables.html import as_html
+from actrec._tables.markup import Html, tag, together
 from actrec._text import count, own_version, shown
 
 from .charts import STYLE as CHARTS
@@ -63,32 +63,39 @@ def _page(acts: Recording[Any], *, progress: bool) -> str:
         "Load it": _loading(acts, drawn),
     }
     first = found._verdict()
-    verdict = getattr(first, "html", '<span class="good">no NaN, no infinity</span>')
+    verdict = getattr(first, "html", tag("span", "no NaN, no infinity", class_="good"))
     title = acts._title()
-    made = f"actrec {own_version()}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
-    where = f" from <code>{escape(acts._run.where)}</code>" if acts._run.where else ""
-    links = "".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in sections)
-    body = "".join(
-        f'<section id="{_anchor(name)}"><h2>{name}</h2>{html}</section>'
-        for name, html in sections.items()
+    made = f"made by actrec {own_version()}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
+    where = [" from ", tag("code", acts._run.where)] if acts._run.where else []
+    anchors = {name: name.lower().replace(" ", "-") for name in sections}
+    page = (
+        Html(MARK),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", Html(_STYLE + CHARTS)),
+        tag(
+            "main",
+            tag("h1", title),
+            tag("p", verdict),
+            tag("p", made, *where),
+            tag("nav", *(tag("a", name, href=f"#{anchor}") for name, anchor in anchors.items())),
+            *(
+                tag("section", tag("h2", name), html, id=anchors[name])
+                for name, html in sections.items()
+            ),
+        ),
     )
+    return together(*page, "\n")
+
+
+def _list(sentences: Iterator[str]) -> Html:
+    items = [tag("li", sentence) for sentence in sentences]
     return (
-        f'{MARK}<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}{CHARTS}</style><main><h1>{escape(title)}</h1><p>{verdict}</p><p>made by {escape(made)}{where}</p>"
-        f"<nav>{links}</nav>{body}</main>\n"
+        tag("ul", *items) if items else tag("p", "Nothing was warned of, and nothing is missing.")
     )
 
 
-def _anchor(name: str) -> str:
-    return name.lower().replace(" ", "-")
-
-
-def _list(sentences: Iterator[str]) -> str:
-    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    return f"<ul>{items}</ul>" if items else "<p>Nothing was warned of, and nothing is missing.</p>"
-
-
-def _beside(acts: Recording[Any], *, progress: bool) -> dict[str, str]:
+def _beside(acts: Recording[Any], *, progress: bool) -> dict[str, Html]:
     """The statistics of inputs and of gradients, as far as they were recorded."""
     names = {"inputs": "Inputs", "grads": "Gradients"}
     return {
@@ -104,13 +111,14 @@ def _beside(acts: Recording[Any], *, progress: bool) -> dict[str, str]:
 # --- Charts --------------------------------------------------------------------------------------------
 
 
-def _distributions(found: Stats) -> str:
+def _distributions(found: Stats) -> Html:
     rows = [row for row in found if row.histogram.counts]
     if not rows:
-        return "<p>No layer has a finite value.</p>"
+        return tag("p", "No layer has a finite value.")
     some = [rows[at] for at in spread(len(rows), _ROWS)]
     about = "A thin line from the 1st to the 99th percentile, a thick one over the middle half, a dot at the median."
-    return f"<p>{about}{_some(len(some), len(rows), 'tensor')}</p>{boxes([*map(_box, some)])}"
+    told = tag("p", about, _some(len(some), len(rows), "tensor"))
+    return together(told, boxes([*map(_box, some)]))
 
 
 def _box(row: Row) -> Box:
@@ -120,42 +128,43 @@ def _box(row: Row) -> Box:
     return Box(shown(row.layer) + row.leaf, (low, lower, median, upper, high))
 
 
-def _drift(layers: Sequence[Layer[Any]], *, progress: bool) -> str:
+def _drift(layers: Sequence[Layer[Any]], *, progress: bool) -> Html:
     moving = [layer for layer in layers if len({*layer.passes}) > 1]
     if not moving:
-        return "<p>No layer has calls in two passes, so there is no course to draw.</p>"
+        return tag("p", "No layer has calls in two passes, so there is no course to draw.")
     some = [moving[at] for at in spread(len(moving), _LAYERS)]
     with showing("drift", sum(min(len(one), _POINTS) for one in some), progress=progress) as each:
         points = [(shown(layer.name), course(layer, each, _POINTS)) for layer in some]
     most = max(map(len, some))
     calls = f" Of up to {most:,} calls of each layer {_POINTS} are drawn." if most > _POINTS else ""
-    charts = "".join(
+    charts = (
         lines(what, [Line(name, _along(course, at)) for name, course in points])
         for at, what in enumerate(("mean", "standard deviation", "share of zeros"), 1)
     )
-    about = f"Each point is one call.{calls}{_some(len(some), len(moving), 'layer')}"
-    return f"<p>{about}</p>{charts}{key([name for name, _ in points])}"
+    about = tag("p", f"Each point is one call.{calls}", _some(len(some), len(moving), "layer"))
+    return together(about, *charts, key([name for name, _ in points]))
 
 
 def _along(points: Sequence[Point], at: int) -> list[tuple[float, float]]:
     return [(point.number, point[at]) for point in points]
 
 
-def _similarity(acts: Recording[Any], layers: Sequence[Layer[Any]], *, progress: bool) -> str:
+def _similarity(acts: Recording[Any], layers: Sequence[Layer[Any]], *, progress: bool) -> Html:
     some = [layers[at].name for at in spread(len(layers), _LAYERS)]
     with showing("similarity", 2 * len(some), progress=progress) as each:
         found = similarity(acts, some, _SAMPLES, each)
     if not found.matrix:
-        return (
-            f"<p>Not drawn: it needs {FEWEST} samples or more that layers have in common, and there are {found.samples}. Of fewer it "
-            "is large whatever the layers do.</p>"
+        why = (
+            f"Not drawn: it needs {FEWEST} samples or more that layers have in common, and there are {found.samples}. Of fewer it "
+            "is large whatever the layers do."
         )
+        return tag("p", why)
     alike = _some(len(found.names), len(layers), "layer")
     about = (
         f"Linear CKA of {count(found.samples, 'sample')}: 1 where layers represent them in the same way, up to rotation and scale; "
         "nothing where a layer has NaN, or the same for all of them."
     )
-    return f"<p>{about}{alike}</p>{heat([*map(shown, found.names)], found.matrix)}"
+    return together(tag("p", about, alike), heat([*map(shown, found.names)], found.matrix))
 
 
 def _some(many: int, total: int, noun: str) -> str:
@@ -166,7 +175,7 @@ def _some(many: int, total: int, noun: str) -> str:
 # --- Loading -------------------------------------------------------------------------------------------
 
 
-def _loading(acts: Recording[Any], layers: Sequence[Layer[Any]]) -> str:
+def _loading(acts: Recording[Any], layers: Sequence[Layer[Any]]) -> Html:
     """Code that opens the recording."""
     name = layers[0].name if layers else next(iter(acts), "name")
     lines = ["import actrec", ""]
@@ -178,7 +187,7 @@ def _loading(acts: Recording[Any], layers: Sequence[Layer[Any]]) -> str:
         f"acts[{name!r}].cat()   # all calls, joined along the batch",
         "acts.stats()",
     ]
-    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+    return tag("pre", "\n".join(lines))
 
 
 _STYLE: Final = """

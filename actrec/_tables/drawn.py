@@ -6,9 +6,10 @@ import struct
 import zlib
 from base64 import b64encode
 from collections.abc import Sequence
-from html import escape
 from itertools import chain
 from typing import Final, Self
+
+from .markup import Html, tag, together
 
 STYLE: Final = """
 .actrec > .actrec-table svg { display: inline-block; vertical-align: middle; margin-right: 5px; overflow: visible; }
@@ -34,14 +35,14 @@ _CHARACTER: Final = 8
 
 
 class Drawn(str):
-    """A cell: the text that it is, and the HTML that is shown in its place, in which everything is escaped."""
+    """A cell: the text that it is, and the HTML that is shown in its place."""
 
     __slots__ = ("html", "width")
 
-    html: str
+    html: Html
     width: int  #: in characters
 
-    def __new__(cls, text: str, html: str, width: int) -> Self:
+    def __new__(cls, text: str, html: Html, width: int) -> Self:
         """Make a cell."""
         cell = super().__new__(cls, text)
         cell.html, cell.width = html, width
@@ -74,7 +75,7 @@ class Bars(Drawn):
         )
         picture = _svg(path, _STEP * len(heights), label)
         widths = _STEP * len(heights) // _CHARACTER, len(label) * 3 // 4
-        html = f"{picture}{'<br>' * below}<small>{escape(label)}</small>"
+        html = together(picture, *[tag("br")] * below, tag("small", label))
         return super().__new__(cls, text, html, max(widths) if below else sum(widths))
 
 
@@ -95,9 +96,9 @@ class Bar(Drawn):
     def __new__(cls, text: str, share: float) -> Self:
         """Make a cell whose bar is as long as ``share``, from 0 to 1."""
         path = f"M0 12V18H{50 * min(share, 1.0):.1f}V12z"
-        rest = '<path class="actrec-rest" d="M0 12V18H50V12z"/>'
+        rest = tag("path", class_="actrec-rest", d="M0 12V18H50V12z")
         width = 50 // _CHARACTER + 1 + len(text)
-        return super().__new__(cls, text, f"{_svg(path, 50, text, rest)}{escape(text)}", width)
+        return super().__new__(cls, text, together(_svg(path, 50, text, rest), text), width)
 
 
 class Badge(Drawn):
@@ -111,9 +112,7 @@ class Badge(Drawn):
 
     def __new__(cls, text: str, tone: str = "bad") -> Self:
         """Make a remark; ``tone`` is ``"bad"`` or ``"good"``."""
-        return super().__new__(
-            cls, text, f'<span class="actrec-{tone}">{escape(text)}</span>', len(text)
-        )
+        return super().__new__(cls, text, tag("span", text, class_=f"actrec-{tone}"), len(text))
 
 
 class Pixels(Drawn):
@@ -126,10 +125,9 @@ class Pixels(Drawn):
         rows = [
             [*chain.from_iterable((*row, 255) for row in rows)] for rows in zip(*maps, strict=True)
         ]
-        data = b64encode(_png(rows)).decode()
+        data = f"data:image/png;base64,{b64encode(_png(rows)).decode()}"
         width = len(rows[0])
-        picture = f'<img alt="{escape(label)}" title="{escape(label)}" width="{width}" height="{len(rows)}" '
-        picture += f'src="data:image/png;base64,{data}">'
+        picture = tag("img", alt=label, title=label, width=width, height=len(rows), src=data)
         return super().__new__(cls, label, picture, width // _CHARACTER + 1)
 
 
@@ -144,6 +142,9 @@ def _png(rows: Sequence[Sequence[int]]) -> bytes:
     )
 
 
-def _svg(path: str, width: int, label: str, before: str = "") -> str:
-    size = f'width="{width}" height="{_HEIGHT}" viewBox="0 0 {width} {_HEIGHT}"'
-    return f'<svg {size} role="img" aria-label="{escape(label)}">{before}<path d="{path}"/></svg>'
+def _svg(path: str, width: int, label: str, *before: Html) -> Html:
+    inside = (*before, tag("path", d=path))
+    view = f"0 0 {width} {_HEIGHT}"
+    return tag(
+        "svg", *inside, width=width, height=_HEIGHT, viewBox=view, role="img", aria_label=label
+    )

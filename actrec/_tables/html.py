@@ -3,20 +3,19 @@
 The HTML is self-contained: no script, no image, no file, one small style sheet. Text inherits its colour, lines and shades
 are transparent grey, so it fits light and dark themes. The plain text comes first and is hidden by the style sheet alone:
 where a page strips HTML or styles, it is shown.
-
-Everything that comes from a model or a user is escaped with :func:`html.escape`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from html import escape
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from actrec._text import count, shown
 
 from .drawn import STYLE as DRAWN
 from .drawn import Drawn, Framed
+from .markup import Html, escaped, tag
 from .table import Cells, Column, Table
 from .text import as_text
 from .tree import Node, tree
@@ -55,12 +54,17 @@ STYLE = """
 """
 
 
-def as_html(table: Table) -> str:
+def as_html(table: Table) -> Html:
     """Return a table: flat if it is small or its rows have no names, else a tree that folds."""
-    return (
-        f'<div class="actrec"><style>{STYLE}{_drawn(table)}</style><pre class="actrec-text">{escape(as_text(table))}</pre>'
-        f'<div class="actrec-table" style="display:none"><div class="actrec-title">{escape(table.title)} {_markup(table.verdict)}</div>'
-        f"{_body(table.without_usual())}</div></div>"
+    title = tag("div", f"{table.title} ", _markup(table.verdict), class_="actrec-title")
+    return tag(
+        "div",
+        tag("style", Html(STYLE + _drawn(table))),
+        tag("pre", as_text(table), class_="actrec-text"),
+        tag(
+            "div", title, _body(table.without_usual()), class_="actrec-table", style="display:none"
+        ),
+        class_="actrec",
     )
 
 
@@ -71,28 +75,27 @@ def _drawn(table: Table) -> str:
 
 
 def _markup(text: str) -> str:
-    return text.html if isinstance(text, Drawn) else escape(text)
+    return text.html if isinstance(text, Drawn) else text
 
 
-def _body(table: Table) -> str:
+def _body(table: Table) -> Html:
     sheet = _Sheet(table.columns, table.rows)
     if table.kinds:
-        return sheet.framed("".join(_runs(table, sheet)))
+        return sheet.framed(_runs(table, sheet))
     if len(table.rows) <= MOST_FLAT or not table.names:
         return sheet.framed(sheet.table([(row[0], row) for row in table.rows]))
     rows = dict(zip(table.names, table.rows, strict=True))
-    return sheet.framed("".join(_branch(tree(rows, SMALLEST_BRANCH), rows, sheet, 0)))
+    return sheet.framed(_branch(tree(rows, SMALLEST_BRANCH), rows, sheet, 0))
 
 
-def _runs(table: Table, sheet: _Sheet) -> Iterator[str]:
+def _runs(table: Table, sheet: _Sheet) -> Iterator[Html]:
     """Yield the rows, of which long runs of one kind are folded."""
     for text, rows in table.runs():
         labelled = [(row[0], row) for row in rows]
-        yield (
-            sheet.fold(escape(text), "", sheet.table(labelled, 1), 0)
-            if text
-            else sheet.table(labelled)
-        )
+        if text:
+            yield sheet.fold(text, sheet.table(labelled, 1), 0)
+        else:
+            yield from sheet.table(labelled)
 
 
 class _Sheet:
@@ -101,54 +104,49 @@ class _Sheet:
     def __init__(self, columns: Sequence[Column], rows: Sequence[Cells]) -> None:
         self.names = [column.name for column in columns]
         cells = [self.names, *rows]
-        self.widths = [
+        widths = [
             _width(column, WIDEST if place else WIDEST_NAME) + 3 * columns[place].is_note
             for place, column in enumerate(zip(*cells, strict=True))
         ]
         self.notes = [place for place, column in enumerate(columns) if column.is_note]
         self.classes = [_class(column) for column in columns]
+        rest = (tag("col", style=f"width:{width}ch") for width in widths[1:])
+        self._columns = tag("colgroup", tag("col"), *rest)
+        narrowest = sum(widths[1:]) + min(widths[0], NARROWEST_NAME)
+        self._style = f"max-width:{sum(widths)}ch;min-width:{narrowest}ch"
 
-    def framed(self, body: str) -> str:
+    def framed(self, body: Iterable[Html]) -> Html:
         """Return the head and a body, with a largest and a smallest width."""
-        cells = "".join(
-            f"<th{kind}>{column}</th>"
-            for kind, column in zip(self.classes, self.names, strict=True)
-        )
-        head = f"<table>{self._widths()}<thead><tr>{cells}</tr></thead></table>"
-        narrowest = sum(self.widths[1:]) + min(self.widths[0], NARROWEST_NAME)
-        return f'<div style="max-width:{sum(self.widths)}ch;min-width:{narrowest}ch">{head}{body}</div>'
+        names = zip(self.classes, self.names, strict=True)
+        cells = (tag("th", column, class_=kind) for kind, column in names)
+        head = tag("table", self._columns, tag("thead", tag("tr", *cells)))
+        return tag("div", head, *body, style=self._style)
 
-    def table(self, rows: Sequence[tuple[str, Cells]], depth: int = 0) -> str:
-        """Return rows, each with its label; those after the first ``MOST_OPEN`` are folded."""
-        if not rows:
-            return ""
-        body = "".join(self._row(label, cells, depth) for label, cells in rows[:MOST_OPEN])
-        table = f"<table>{self._widths()}<tbody>{body}</tbody></table>"
-        rest = rows[MOST_OPEN:]
-        if not rest:
-            return table
-        return table + self.fold(f"{len(rest):,} more", "", self.table(rest, depth), depth)
+    def table(self, rows: Sequence[tuple[str, Cells]], depth: int = 0) -> Iterator[Html]:
+        """Yield rows, each with its label; those after the first ``MOST_OPEN`` are folded."""
+        if rows:
+            body = (self._row(label, cells, depth) for label, cells in rows[:MOST_OPEN])
+            yield tag("table", self._columns, tag("tbody", *body))
+        if rest := rows[MOST_OPEN:]:
+            yield self.fold(f"{len(rest):,} more", self.table(rest, depth), depth)
 
-    def fold(self, label: str, remark: str, body: str, depth: int, *, is_open: bool = False) -> str:
+    def fold(
+        self, label: str, body: Iterable[Html], depth: int, *remarks: Html, is_open: bool = False
+    ) -> Html:
         """Return a fold: one line, until it is unfolded."""
-        return (
-            f"<details{' open' if is_open else ''}>"
-            f'<summary style="padding-left:{_indent(depth)}px">{label}{remark}</summary>{body}</details>'
+        line = tag("summary", label, *remarks, style=f"padding-left:{_indent(depth)}px")
+        return tag("details", line, *body, open=is_open)
+
+    def _row(self, label: str, cells: Cells, depth: int) -> Html:
+        indent = f"padding-left:{_indent(depth)}px" if depth else None
+        first = tag("td", _breakable(label), style=indent, title=cells[0])
+        rest = map(_cell, self.classes[1:], cells[1:])
+        return tag(
+            "tr", first, *rest, class_="actrec-first" if isinstance(cells[0], Framed) else None
         )
 
-    def _row(self, label: str, cells: Cells, depth: int) -> str:
-        indent = f' style="padding-left:{_indent(depth)}px"' if depth else ""
-        first = f'<td{indent} title="{escape(cells[0])}">{_breakable(label)}</td>'
-        rest = zip(self.classes[1:], cells[1:], strict=True)
-        frame = ' class="actrec-first"' if isinstance(cells[0], Framed) else ""
-        return f"<tr{frame}>{first}{''.join(_cell(kind, cell) for kind, cell in rest)}</tr>"
 
-    def _widths(self) -> str:
-        columns = "".join(f'<col style="width:{width}ch">' for width in self.widths[1:])
-        return f"<colgroup><col>{columns}</colgroup>"
-
-
-_NOTE = ' class="actrec-n"'
+_NOTE = "actrec-n"
 
 
 def _width(cells: Sequence[str], widest: int) -> int:
@@ -163,40 +161,39 @@ def _indent(depth: int) -> int:
     return 7 + 16 * depth
 
 
-def _class(column: Column) -> str:
-    if column.is_number:
-        return ' class="actrec-r"'
-    return _NOTE if column.is_note else ""
+def _class(column: Column) -> str | None:
+    return "actrec-r" if column.is_number else _NOTE if column.is_note else None
 
 
-def _breakable(name: str) -> str:
+def _breakable(name: str) -> Html:
     """Return a name that lines preferably break after dots and underscores."""
-    return escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
+    return Html("<wbr>".join(map(escaped, re.split("(?<=[._])", name))))
 
 
-def _cell(kind: str, text: str) -> str:
-    plain = not isinstance(text, Drawn)
-    text = _markup(text)
-    return f"<td{kind}>{f'<span>{text}</span>' if text and plain and kind == _NOTE else text}</td>"
+def _cell(kind: str | None, text: str) -> Html:
+    is_marked = text and kind == _NOTE and not isinstance(text, Drawn)
+    return tag("td", tag("span", text) if is_marked else _markup(text), class_=kind)
 
 
 # --- The tree ----------------------------------------------------------------------------------------
 
 
-def _branch(node: Node, rows: dict[str, Cells], sheet: _Sheet, depth: int) -> Iterator[str]:
+def _branch(node: Node, rows: dict[str, Cells], sheet: _Sheet, depth: int) -> Iterator[Html]:
     """Yield the rows of a branch and a fold for each branch in it, of which the first is open."""
     is_first = True
     for has_children, group in groupby(node.children.values(), lambda child: bool(child.children)):
         children = list(group)
         if not has_children:
-            yield sheet.table([(_label(child), rows[child.prefix]) for child in children], depth)
+            yield from sheet.table(
+                [(_label(child), rows[child.prefix]) for child in children], depth
+            )
             continue
         for child in children:
             if child.is_row:
-                yield sheet.table([(_label(child), rows[child.prefix])], depth)
-            label = escape(f"{_label(child)}.*")
-            body = "".join(_branch(child, rows, sheet, depth + 1))
-            yield sheet.fold(label, _remark(child, rows, sheet), body, depth, is_open=is_first)
+                yield from sheet.table([(_label(child), rows[child.prefix])], depth)
+            body = _branch(child, rows, sheet, depth + 1)
+            remarks = _remarks(child, rows, sheet)
+            yield sheet.fold(f"{_label(child)}.*", body, depth, *remarks, is_open=is_first)
             is_first = False
 
 
@@ -204,11 +201,10 @@ def _label(node: Node) -> str:
     return shown(node.label)
 
 
-def _remark(node: Node, rows: dict[str, Cells], sheet: _Sheet) -> str:
-    """Return how many rows and notes a fold has."""
+def _remarks(node: Node, rows: dict[str, Cells], sheet: _Sheet) -> Iterator[Html]:
+    """Yield how many rows and notes a fold has."""
     inside = [rows[name] for name in node.names() if name != node.prefix]
     noted = sum(1 for row in inside if any(row[place] for place in sheet.notes))
-    remark = f"<small>{count(len(inside), sheet.names[0])}</small>"
-    return remark + (
-        f'<small class="actrec-n"><span>{count(noted, "note")}</span></small>' if noted else ""
-    )
+    yield tag("small", count(len(inside), sheet.names[0]))
+    if noted:
+        yield tag("small", tag("span", count(noted, "note")), class_=_NOTE)
