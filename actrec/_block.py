@@ -140,14 +140,21 @@ class Block(AbstractContextManager[Recorder[Any]]):
             warnings.warn(doubt, ResumeWarning, stacklevel=stacklevel + 1)
 
     def __getitem__(self, name: str) -> NoReturn:
-        raise ActrecError(_FORGOTTEN)
+        raise ActrecError(self._misused())
 
     def __call__(self, *_: object, **__: object) -> NoReturn:
-        message = f"{_FORGOTTEN} and call the model inside the block: model(x)."
+        message = f"{self._misused()} and call the model inside the block: model(x)."
         raise ActrecError(message)
 
     def __iter__(self) -> NoReturn:
-        raise ActrecError(_FORGOTTEN)
+        raise ActrecError(self._misused())
+
+    def _misused(self) -> str:
+        if self._yielded is None:
+            return "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"
+        return (
+            "this is the block, not the recording. Use acts, of: with record(model, ...) as acts:"
+        )
 
     @override
     def __repr__(self) -> str:
@@ -155,7 +162,8 @@ class Block(AbstractContextManager[Recorder[Any]]):
         return f"<record() of {type_name(self._model)}, {'entered' if is_entered else 'not entered: with record(model, ...) as acts:'}>"
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(_FORGOTTEN)
+        is_private = name.startswith("_")
+        raise AttributeError(f"record() has no {name!r}" if is_private else self._misused())
 
     def _opened(self) -> Destination:
         """Open the destination of the values, before anything happens to the model."""
@@ -217,7 +225,4 @@ _STOPPED = (
 _COMPILED = (
     "record(compiled=True): this was compiled with the recording in it. Record without compiled=True, and the model runs "
     "eagerly in the block"
-)
-_FORGOTTEN = (
-    "record() was not entered. Did you forget the with? Write: with record(model, ...) as acts:"
 )

@@ -858,7 +858,7 @@ def test_an_upload_that_always_fails_is_told_once_and_its_file_kept(
     assert "tried 3 times at most" in failure
     (kept,) = tmp_path.iterdir()
     assert f"The file is kept as {kept}. The " in failure
-    assert "resume=True) goes on after them" in failure
+    assert "resume=True) continues after them" in failure
     found = load(url)
     assert not found.complete
     assert_is_the_beginning(found, whole)

@@ -25,6 +25,7 @@ from actrec import (
     load,
     record,
 )
+from actrec._text import count
 from actrec.store import Folder
 from actrec.store import new_file as _new_file
 from tests.stored import Net, assert_same, batches, same
@@ -223,7 +224,7 @@ def test_a_full_disk_is_told_and_what_was_committed_stays(tmp_path: Path, unbrok
     found = load(path)
     assert 0 < found.num_passes < PASSES
     assert not found.complete
-    assert f"The {found.num_passes} passes that were committed are safe" in done.stdout
+    assert f"Committed and safe: {count(found.num_passes, 'pass')}" in done.stdout
     assert not list(path.rglob("*.tmp")), "and what could not be finished takes no room"
     assert_is_the_beginning(found, unbroken)
     assert_same(run(path, resume=True), unbroken)

@@ -267,12 +267,12 @@ def test_threads_record_into_one_path(tmp_path: Path) -> None:
 def test_a_pass_is_complete_when_nothing_can_be_added_to_it() -> None:
     passes = actrec._calls.passes.Passes()
     module, other = nn.Identity(), nn.Identity()
-    seen = [passes.complete()]
+    seen = [passes.count_complete()]
     for _ in range(2):
         passes.begin(module, is_root=True)
-        seen.append(passes.complete())
+        seen.append(passes.count_complete())
         passes.end(module, None, None)
-        seen.append(passes.complete())
+        seen.append(passes.count_complete())
     passes.begin(module, is_root=False)  # the third, which goes on
 
     def overtake() -> None:
@@ -283,9 +283,9 @@ def test_a_pass_is_complete_when_nothing_can_be_added_to_it() -> None:
     thread = threading.Thread(target=overtake)
     thread.start()
     thread.join()
-    seen.append(passes.complete())
+    seen.append(passes.count_complete())
     passes.end(module, None, None)
-    seen.append(passes.complete())
+    seen.append(passes.count_complete())
     assert seen == [0, 0, 0, 1, 1, 2, 4]
 
 
@@ -425,7 +425,7 @@ def test_an_error_of_the_writer_is_raised_once_from_the_next_call_with_path_and_
     assert "000001.safetensors could not be written: [Errno 28] No space left on device" in str(
         error
     )
-    assert "The 1 passes that were committed are safe" in str(error)
+    assert "Committed and safe: 1 pass." in str(error)
     assert isinstance(error.__cause__, OSError)
     found = load(tmp_path / "r")
     assert (found.num_passes, acts.num_passes, found.complete) == (1, 1, False)

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from actrec._selection.names import WRAPPERS, is_called
 from actrec._torch import children_of
 
-from .foreign_hooks import is_overtaken
+from .foreign_hooks import put_after_others
 from .hooks import Event, Hook
 from .session import Session
 
@@ -21,7 +21,7 @@ _Children: TypeAlias = Mapping[str, nn.Module | None]
 class Caller:
     """Such a module, and the modules that it calls. Others may replace these while a block runs."""
 
-    __slots__ = ("_children", "_hooks", "_is_root", "_looked")
+    __slots__ = ("_checked_at", "_children", "_hooks", "_is_root")
 
     def __init__(
         self, module: nn.Module, hooks: Mapping[nn.Module, Iterable[Hook[Any]]], *, is_root: bool
@@ -36,16 +36,16 @@ class Caller:
         # The call itself has begun: PyTorch has already looked up its pre-hooks.
         own = [hook for hook in hooks.get(module, ()) if hook.event is not Event.RECEIVE]
         self._hooks += [(module, hook) for hook in own]
-        self._looked = -1  # as Hook.looked
+        self._checked_at = -1  # as Hook.checked_at
 
     def enters(self, session: Session, _: object, module: nn.Module, *__: object) -> None:
         """A call begins: put the hooks of the layers after those of others, and remember which layers were replaced."""
         if not session.enter(module, is_root=self._is_root):
             return
-        if RemovableHandle.next_id != self._looked:
-            self._looked = RemovableHandle.next_id
+        if RemovableHandle.next_id != self._checked_at:
+            self._checked_at = RemovableHandle.next_id
             for layer, hook in self._hooks:
-                is_overtaken(hook, layer)
+                put_after_others(hook, layer)
         for owner, known in self._children:
             if children_of(owner) != known:
                 _look_for_replaced(session, children_of(owner), known)

@@ -13,12 +13,12 @@ from actrec._torch import forward_hooks, forward_pre_hooks
 from .hooks import Event, Hook
 
 
-def is_overtaken(hook: Hook[Any], module: nn.Module) -> bool:
-    """Whether hooks of others come behind this one. They do not any more from the next call on.
+def put_after_others(hook: Hook[Any], module: nn.Module) -> bool:
+    """Put this hook after those of others, from the next call on. Return whether any had come after it.
 
-    To be asked when somebody has registered a hook since it was asked last: when ``hook.looked`` is out of date.
+    To be called when somebody has registered a hook since the last time: when ``hook.checked_at`` is out of date.
     """
-    hook.looked = RemovableHandle.next_id
+    hook.checked_at = RemovableHandle.next_id
     table = forward_pre_hooks(module) if hook.event is Event.RECEIVE else forward_hooks(module)
     hooks = [*table.values()]
     if hooks and hooks[-1] is hook:  # the shortest way

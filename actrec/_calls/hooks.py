@@ -28,8 +28,8 @@ from .forwards import when_copied
 class Target(Protocol):
     """The object that a hook reports to."""
 
-    def runs_uncompiled(self) -> bool:
-        """Whether a hook that the compiler has come across has to run, uncompiled."""
+    def met_by_compiler(self) -> bool:
+        """The compiler reads a hook: note it, and return whether the hook has to run, uncompiled."""
 
 
 T = TypeVar("T", bound=Target)
@@ -59,14 +59,15 @@ class Hook(Generic[T]):
     ``hear(target, hook, module, args, kwargs, output)``; before the call, ``output`` is ``None``.
     """
 
-    __slots__ = ("_hear", "_runs", "_target", "event", "looked", "module")
+    __slots__ = ("_hear", "_runs", "_target", "checked_at", "event", "module")
 
     def __init__(self, event: Event, target: T, hear: Callable[..., object]) -> None:
         self.event = event
         #: The module that it is on.
         self.module: Callable[[], nn.Module | None] = _no_module
-        #: The id that the next hook of anybody was to get when no hook of others came behind this one.
-        self.looked = -1
+        #: ``RemovableHandle.next_id`` when it was last checked that no hook of others comes after this one; while it
+        #: is the same, nobody has registered a hook since.
+        self.checked_at = -1
         self._target: weakref.ref[T] = weakref.ref(target)
         self._hear = hear
         self._runs = _asked_by_the_compiler(self._target)
@@ -118,9 +119,8 @@ def delete(module: nn.Module, hook: object) -> None:
     for table in hook_tables(module):
         # Of a copy, made in one step: other threads place and remove hooks too.
         for key in [key for key, found in [*table.items()] if found is hook]:
-            for one in vars(
-                module
-            ).values():  # in further tables PyTorch keeps how a hook is called
+            # PyTorch keeps in further tables how a hook is called.
+            for one in vars(module).values():
                 if isinstance(one, dict):
                     one.pop(key, None)
 
@@ -134,7 +134,7 @@ def _asked_by_the_compiler(target: Callable[[], Target | None]) -> Callable[[], 
     @as_constant
     def runs() -> bool:
         found = target()
-        return found is not None and found.runs_uncompiled()
+        return found is not None and found.met_by_compiler()
 
     return runs
 

@@ -268,7 +268,7 @@ class Passes(Count):
         """Whether the pass of this thread ends with the call of ``module``."""
         return self._local.thread.calling[:1] == [id(module)]
 
-    def complete(self) -> int:
+    def count_complete(self) -> int:
         """Return how many passes are complete: nothing is going to be recorded of those before this number.
 
         The latest one never is, for what is added after a forward belongs to it; a unit is when it has ended.

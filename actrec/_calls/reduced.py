@@ -35,7 +35,7 @@ class States(Protocol):
     def take_from(self, layer: ReducedLayer) -> None:
         """Ask ``layer`` for its state whenever passes are committed."""
 
-    def complete(self) -> int:
+    def count_complete(self) -> int:
         """Return how many passes are complete."""
 
     def expect(self, number: int) -> None:
@@ -158,7 +158,7 @@ class ReducedLayer(Reduced):
         """What tells whether nothing can happen to a pass any more."""
         if self._disk is None:
             return lambda number: number not in self._undecided
-        complete = self._disk.complete()  # asks for a lock, and so is called outside ours
+        complete = self._disk.count_complete()  # asks for a lock, and so is called outside ours
         return lambda number: number < complete
 
     def _merge(self, settled: Callable[[int], bool]) -> None:

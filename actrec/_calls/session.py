@@ -75,8 +75,8 @@ class Session:
         """Whether the calls of this thread are recorded now: those of a transform or a container's ``append()`` are not."""
         return self.recording and not (inside and depth() > self.depth)
 
-    def runs_uncompiled(self) -> bool:
-        """Whether a hook that the compiler has come across has to run, uncompiled."""
+    def met_by_compiler(self) -> bool:
+        """The compiler reads a hook: forbid it to compile the recorded code, and return whether the hook has to run."""
         if torch.compiler.is_exporting():  # which is no call of the model's own
             return False
         self.eager.hold()

@@ -32,7 +32,7 @@ from actrec.errors import CaptureError, TransformError, WriteError
 
 from .capture import SKIPPED, Capture
 from .clean_room import inside
-from .foreign_hooks import is_overtaken
+from .foreign_hooks import put_after_others
 from .gradients import Gradients
 from .hooks import Hook
 from .inputs import Arrival, Inputs
@@ -95,10 +95,11 @@ class Track:
         """How many calls are in the recording."""
         return self.earlier + self.called - self.lost
 
-    def runs_uncompiled(self) -> bool:
-        """Whether a hook that the compiler has come across has to run, uncompiled."""
-        runs = self.session.runs_uncompiled()
-        self.compiled += compiles_itself() and not runs
+    def met_by_compiler(self) -> bool:
+        """As :meth:`Session.met_by_compiler`; calls that the hook misses are counted."""
+        runs = self.session.met_by_compiler()
+        if compiles_itself() and not runs:
+            self.compiled += 1
         return runs
 
     @property
@@ -157,7 +158,7 @@ class Track:
         if not is_tensor and is_symbolic((*args, *kwargs.values())):
             return
         assert self.inputs is not None  # noqa: S101  # or this hook would not be there
-        is_late = RemovableHandle.next_id != hook.looked and is_overtaken(hook, module)
+        is_late = RemovableHandle.next_id != hook.checked_at and put_after_others(hook, module)
         try:
             self.inputs.take(session.passes, module, self.called, args, kwargs, is_late=is_late)
         except Exception as error:
@@ -184,7 +185,7 @@ class Track:
         ) and is_written_down(args, output):
             self.unrecorded[Unrecorded.TRACED] += 1
         else:
-            if RemovableHandle.next_id != hook.looked and is_overtaken(hook, module):
+            if RemovableHandle.next_id != hook.checked_at and put_after_others(hook, module):
                 self.overtaken += 1
             arrival = None if self.inputs is None else self.inputs.pop(kwargs)
             if arrival is None:  # no inputs are recorded, or the call began before it was hooked

@@ -71,7 +71,7 @@ class Tracks:
     def _publish(self, choice: Choice, track: Track) -> None:
         with self._adding:
             if choice.key in self.added:
-                message = f"acts.add({choice.key!r}): that is the name of a recorded function. Choose another one."
+                message = f"acts.add({choice.key!r}): that is the name of a recorded function, which is called now. Add the value under another name."
                 raise ActrecError(message)
             self._enter(choice, track)
             self._show(choice.key, track.layers)

@@ -75,7 +75,7 @@ class Backwards:
             # Backwards that raised never say that they have ended.
             self._running = {one: at for one, at in self._running.items() if one > backward}
 
-    def complete(self) -> int:
+    def count_complete(self) -> int:
         """Return how many passes are complete, with their gradients."""
         complete = self._complete()
         with self.lock:

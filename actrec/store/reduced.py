@@ -50,7 +50,7 @@ class States:
 
     def __init__(self, stream: Writing, slot: Slot, backwards: Backwards) -> None:
         self.rank = stream.rank
-        self.complete = backwards.complete
+        self.count_complete = backwards.count_complete
         self.expect = stream.expect
         self._stream = stream
         self._slot = slot

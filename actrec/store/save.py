@@ -117,7 +117,7 @@ def _write(
         finally:
             writer.close(count if error is None else 0, error)
         keep_warnings(opening.own, opening.ledger.heading.began, recording._run.warnings())
-        failure = writer.unseen()
+        failure = writer.take_error()
         if failure is not None:
             raise failure
 

@@ -34,7 +34,7 @@ class Passes(Protocol):
     raised: set[int]
     undecided: set[int]  #: those that may still be dropped
 
-    def complete(self) -> int:
+    def count_complete(self) -> int:
         """Return how many passes are complete: nothing is going to be recorded of those before this number."""
 
 
@@ -74,12 +74,12 @@ class Stream:
         self.order: Sequence[str] = [*self._before._run.order]
         self.error: str | None = "the recorder was garbage-collected before the block ended"
         self.closed = False
-        self._backwards = Backwards(passes.complete)
+        self._backwards = Backwards(passes.count_complete)
         self._writer = Writer(
             self._opening.own,
             ledger,
             folder,
-            self._backwards.complete,
+            self._backwards.count_complete,
             passes.raised,
             late=self._backwards.take,
         )
@@ -155,7 +155,7 @@ class Stream:
         """Commit what is complete. May be called again."""
         self.closed = True
         try:
-            passes = self._passes.count if self.error is None else self._passes.complete()
+            passes = self._passes.count if self.error is None else self._passes.count_complete()
             self._writer.close(passes, self.error)
             self._passes.count = self._writer.committed
         finally:
@@ -163,4 +163,4 @@ class Stream:
 
     def failure(self) -> WriteError | None:
         """Return the error of the writer that no call has raised."""
-        return self._writer.unseen()
+        return self._writer.take_error()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Final
 
+from actrec._text import count
 from actrec._values.memory import give_back
 from actrec.errors import WriteError
 
@@ -89,7 +90,7 @@ class Writer:
         """
         with self._lock:  # not with the condition, which takes twice the time
             if self._error is not None:
-                self._raise()
+                self._raise_if_failed()
             held = self._held
             if held.size + self._away + call.look.size > self._budget:
                 self._wait_for_room(call.look.size)
@@ -98,7 +99,7 @@ class Writer:
             if not held.size:
                 self._changed.notify_all()  # the thread looks at the clock from now on
             if held.add(call):
-                self._cut(held.everything(self._ready()))
+                self._cut(held.everything(self._fetch_late()))
             elif call.number != self._latest:  # the passes before it may be complete
                 self._latest = call.number
                 self._look_at_clock()
@@ -110,7 +111,7 @@ class Writer:
             WriteError: as for ``keep``.
         """
         with self._changed:
-            self._raise()
+            self._raise_if_failed()
             if self._failed or self._closed:
                 return
             if not self._held:
@@ -120,9 +121,9 @@ class Writer:
 
     def _look_at_clock(self) -> None:
         if time.monotonic() - self._last_cut >= self._seconds:
-            self._cut(self._held.whole(self._ready()))
+            self._cut(self._held.whole(self._fetch_late()))
 
-    def _ready(self) -> int:
+    def _fetch_late(self) -> int:
         """Return how many passes can be committed; all that there is of them is held."""
         return self._with_late(self._complete())
 
@@ -137,8 +138,8 @@ class Writer:
             self._held.drop(number)
             self._changed.notify_all()  # there may be room now
 
-    def _raise(self) -> None:
-        error = self.unseen()
+    def _raise_if_failed(self) -> None:
+        error = self.take_error()
         if error is not None:
             raise error
 
@@ -146,9 +147,9 @@ class Writer:
         """Wait until so many bytes fit, or there is nothing else."""
         while self.used + size > self._budget and self.used and not self._failed:
             if not self._queue and not self._writing:
-                self._cut(self._held.everything(self._ready()))
+                self._cut(self._held.everything(self._fetch_late()))
             self._changed.wait(1.0)  # or else Windows would not let an interrupt through
-            self._raise()
+            self._raise_if_failed()
 
     def _cut(self, batches: Iterable[Batch]) -> None:
         try:
@@ -189,7 +190,7 @@ class Writer:
             while not self._queue and not self._closed and not self._failed:
                 wait = self._last_cut + self._seconds - time.monotonic()
                 if self._held and wait <= 0:
-                    self._cut(self._held.whole(self._ready()))
+                    self._cut(self._held.whole(self._fetch_late()))
                 if not self._queue:
                     wait = min(max(wait, _SHORTEST), _LONGEST)
                     self._changed.wait(wait if self._held else None)
@@ -248,11 +249,11 @@ class Writer:
             what_now = (
                 "That run goes on there; choose another path for this one."
                 if isinstance(error, FileExistsError)
-                else "record(..., resume=True) goes on after them."
+                else "record(..., resume=True) continues after them."
             )
             failure = WriteError(
                 f"{self._disk.shown(shard_name(self._finished))} could not be written: {str(error) or type(error).__name__}. "
-                f"The {self.committed} passes that were committed are safe. {what_now}"
+                f"Committed and safe: {count(self.committed, 'pass')}. {what_now}"
             )
             failure.__cause__ = error
             self._error, self._failed = failure, True
@@ -281,7 +282,7 @@ class Writer:
             return  # it collects garbage, a dropped block among it: it cannot wait for itself
         self._thread.join()
 
-    def unseen(self) -> WriteError | None:
+    def take_error(self) -> WriteError | None:
         """Return the error that no call has raised; from then on it counts as seen."""
         error, self._error = self._error, None
         return error

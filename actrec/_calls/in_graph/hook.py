@@ -75,7 +75,7 @@ class HookInGraph(Hook[T]):
         if target is None or module is None:
             return
         # Compiled code runs the hooks of others in the order in which the compiler found them.
-        self.looked = RemovableHandle.next_id
+        self.checked_at = RemovableHandle.next_id
         if self.event is Event.ENTER:
             with target.passes.in_graph():  # type: ignore[attr-defined]  # of a session
                 self._hear(target, self, module, (), None, None)
