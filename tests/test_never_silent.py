@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from typing import Any
 
@@ -557,17 +556,21 @@ def test_exporting_inside_the_block_records_nothing_of_it(strict: bool) -> None:
 # --- Mistakes in using it ----------------------------------------------------------------------------
 
 
-def test_forgetting_the_with_is_explained() -> None:
-    acts = record(nn.Linear(4, 4))
-    mistakes = [lambda: acts[""], lambda: acts.num_passes, lambda: acts(X), lambda: [*acts]]  # type: ignore[index,attr-defined,operator,misc]
-    for mistake in mistakes:
-        with pytest.raises(
-            (ActrecError, AttributeError), match=re.escape("with record(model, ...) as acts:")
-        ):
-            mistake()
-    assert repr(acts) == "<record() of Linear, not entered: with record(model, ...) as acts:>"
-    with pytest.warns(UnusedLayerWarning), acts:
-        assert repr(acts) == "<record() of Linear, entered>"
+def test_a_block_in_the_place_of_its_recording_is_explained() -> None:
+    block = record(nn.Linear(4, 4))
+    mistakes = [lambda: block[""], lambda: block.num_passes, lambda: block(X), lambda: [*block]]  # type: ignore[index,attr-defined,operator,misc]
+
+    def explained(words: str) -> None:
+        for mistake in mistakes:
+            with pytest.raises((ActrecError, AttributeError), match=words):
+                mistake()
+
+    explained(r"Did you forget the with\? Write: with record\(model, ...\) as acts:")
+    assert repr(block) == "<record() of Linear, not entered: with record(model, ...) as acts:>"
+    with pytest.warns(UnusedLayerWarning), block:
+        assert repr(block) == "<record() of Linear, entered>"
+    explained("this is the block, not the recording. Use acts")
+    assert not hasattr(block, "_repr_html_")
 
 
 def test_lazy_modules_are_recorded_from_their_first_call() -> None:

@@ -857,7 +857,7 @@ def test_an_upload_that_always_fails_is_told_once_and_its_file_kept(
     assert f"{url}/rank-00000/000002.safetensors could not be written: ConnectionError" in failure
     assert "tried 3 times at most" in failure
     (kept,) = tmp_path.iterdir()
-    assert f"The file is kept as {kept}. The " in failure
+    assert f"The file is kept as {kept}. Committed and safe: " in failure
     assert "resume=True) continues after them" in failure
     found = load(url)
     assert not found.complete

@@ -492,7 +492,7 @@ def test_where_the_disk_refuses_a_shard_the_one_behind_it_is_thrown_away(
     net = nn.Linear(4, 3)
     with (
         pytest.raises(
-            WriteError, match=r"000001\.safetensors could not be written: broken.*The 1 p"
+            WriteError, match=r"000001\.safetensors could not be written: broken.*safe: 1 pass"
         ),
         record(net, "", into=Folder(tmp_path / "r", seconds=0)),
     ):
