@@ -1,13 +1,8 @@
-"""Gradients: hooks on the tensors that a call returned put each gradient into the recording as soon as it is computed.
+"""The gradients of the calls of a layer: each is put where it belongs as soon as it arrives, and added to what came before.
 
-The hooks are placed when the layer returns. (Full backward hooks of modules put a view around the output, and the next
-in-place layer fails on it.) So a gradient belongs to the value as the layer returned it, also where an in-place layer
-follows. The graph owns the hooks, and they refer weakly to the recording: neither keeps the other alive.
-
-Three kinds of output need more than a hook: the calls that :mod:`reentrant` checkpointing runs again, views that are
-written in place (:class:`View`), and leaves. A leaf, such as a parameter that a layer returns as it is, outlives every
-graph, and a hook on it would get the gradients of all of them. So only the hook of the latest pass stays on it, and when
-the block ends, that hook moves from the leaf into the graph.
+A call has a place in the layer as soon as it is kept, in one step with its value. Where that is when a gradient arrives is
+counted from the end, for the recording may have been cleared, or be bounded, or units before it may have been dropped. The
+calls that :mod:`reentrant` checkpointing runs again have the places of the first time.
 """
 
 from __future__ import annotations
@@ -16,21 +11,19 @@ import threading
 import warnings
 import weakref
 from bisect import bisect_left, insort
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import Collection, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
-from torch.utils.hooks import RemovableHandle
 
-from actrec._torch import base_of, listen
 from actrec._values.containers import Value
 from actrec._values.spec import TENSOR, Spec, flatten, rebuild, tensors
 from actrec.errors import CaptureError, MissingGradientWarning
 
+from .arrivals import Arrivals, instead
 from .capture import SKIPPED, Capture
 from .reentrant import Regions
 from .views import View
@@ -74,76 +67,10 @@ class Call:
             gradients.arrived(self, index, grad, view)
 
 
-@dataclass(eq=False, slots=True)
-class _Arrival:
-    """The hook on tensor number ``index`` of what a call returned."""
-
-    call: Call
-    index: int
-    view: View | None
-
-    def __call__(self, grad: Tensor | None) -> None:
-        if grad is None:  # of several outputs of one operation, no gradient has reached this one
-            return
-        if self.view is not None and self.view.is_written():
-            self.view.uses(grad)  # the rest of the gradient arrives at the base
-        else:
-            self.call.tell(self.index, grad)
-
-    def at_base(self, grad: Tensor | None) -> None:
-        """The hook on the base of the tensor, if it is a view."""
-        if grad is not None and self.view is not None and self.view.is_written():
-            self.call.tell(self.index, grad, self.view)
-
-    def at_node(self, grads: tuple[Tensor | None, ...]) -> None:
-        """The same as ``__call__``, as a hook on the node that accumulates the gradients of a leaf."""
-        self(grads[0])
-
-
-class _Leaf(NamedTuple):
-    """The hook on a leaf that a call returned."""
-
-    arrival: _Arrival
-    handle: RemovableHandle
-    node: Node  # until an operation has used the leaf, only this keeps the node alive
-
-    def hand_over(self) -> None:
-        """Listen in the graph from now on, no longer at the leaf."""
-        self.handle.remove()
-        self.node.register_prehook(self.arrival.at_node)
-
-    def gives_way_to(self, call: Call) -> bool:
-        """Whether ``call``, which has returned the same leaf, is of another pass, or is its own call run again."""
-        own = self.arrival.call
-        return own is call or own.number != call.number
-
-
-def _is_in_graph(tensor: Tensor) -> bool:
-    if not tensor.requires_grad:
-        return False
-    try:
-        return tensor.is_leaf or tensor.grad_fn is not None
-    except RuntimeError:
-        # One of several views that one operation made, and their memory was written since: PyTorch refuses to use it.
-        return False
-
-
-class _Thread(threading.local):
-    """What this thread does in place of hooks on what calls return, if anything: compiled code tells of gradients itself."""
-
-    watch: Callable[[Gradients, Call], None] | None = None
-
-
-#: How compiled code says which calls it will tell of.
-thread: Final = _Thread()
-
 AGAIN: Final = (
     "activation checkpointing runs compiled code again in backward(), and nothing tells which call it repeats. Record it without "
     "grads, or without compiled=True"
 )
-
-
-# --- A layer ---------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -163,9 +90,9 @@ class Gradients:
     reentrant: bool = False  # whether calls ran in such regions, which may be gone by now
     #: What is told of gradients that go to a path; ``None`` in memory.
     backwards: Any = field(init=False)
+    arrivals: Arrivals = field(init=False)
     _itself: weakref.ref[Gradients] = field(init=False)  # for the graph
     _warned: set[str] = field(default_factory=set)
-    _leaves: list[_Leaf] = field(default_factory=list)
     _calls: int = 0  # that have had a place
     _open: dict[int, list[Call]] = field(default_factory=dict)  # of those passes
     #: The tickets of calls that were dropped, ascending.
@@ -173,6 +100,7 @@ class Gradients:
 
     def __post_init__(self) -> None:
         self.backwards = self.layer.backwards
+        self.arrivals = Arrivals(self.lock)
         self._itself = weakref.ref(self)
 
     def reserve(self, output: Value, kept: Value, number: int) -> Call:
@@ -237,13 +165,11 @@ class Gradients:
 
     def expect(self, output: Value, kept: Value, call: Call | None) -> None:
         """Listen for the gradients of ``output``, of a call that has a place (or else ``None``)."""
-        if call is not None and thread.watch is not None:
+        watch = instead.watch or self.arrivals.watch
+        if call is not None and watch(call, output, kept):
             self.watched = True
-            thread.watch(self, call)
             if self.backwards is not None:
                 self.backwards.expect(call.number)
-        elif call is not None:
-            self._watch(output, kept, call)
         if not torch.is_grad_enabled():
             self.regions.remember(call)
             self.reentrant = self.reentrant or bool(self.regions)
@@ -255,43 +181,11 @@ class Gradients:
         call = self.regions.find()
         if call is not None:
             self.expect(output, None, call)
-        elif thread.watch is not None:
+        elif instead.watch is not None:
             message = (
                 f"record() cannot keep the gradients of layer {self.capture.layer!r}: {AGAIN}."
             )
             raise CaptureError(message)
-
-    def end(self) -> None:
-        """The block ends: move the hooks off the leaves, which may be part of the model."""
-        while self._leaves:
-            self._leaves.pop().hand_over()
-
-    def _watch(self, output: Value, kept: Value, call: Call) -> None:
-        found = {at: t for at, t in enumerate(tensors(output)) if _is_in_graph(t)}
-        if found and self.backwards is not None:
-            self.backwards.expect(call.number)
-        for index, tensor in found.items():
-            self.watched = True
-            view = None
-            if base_of(tensor) is not None:  # not a variable: View counts references
-                view = View.of(tensor, [*found.values()], kept)
-            arrival = _Arrival(call, index, view)
-            if tensor.is_leaf:
-                handle: RemovableHandle = tensor.register_hook(arrival)  # type: ignore[no-untyped-call]
-                self._add_leaf(_Leaf(arrival, handle, get_gradient_edge(tensor).node))
-            else:
-                listen(tensor, arrival)
-            if view is not None:
-                listen(base_of(tensor), arrival.at_base)  # type: ignore[arg-type]
-
-    def _add_leaf(self, new: _Leaf) -> None:
-        with self.lock:
-            same = [leaf for leaf in self._leaves if leaf.node is new.node]
-            for leaf in same:
-                if leaf.gives_way_to(new.arrival.call):
-                    leaf.handle.remove()
-                    self._leaves.remove(leaf)
-            self._leaves.append(new)
 
     def arrived(self, call: Call, index: int, grad: Tensor, view: View | None = None) -> None:
         """The gradient of tensor number ``index`` of a call is there, or that of the base of this ``view``."""

@@ -137,7 +137,7 @@ class Tracks:
         """The block ends: leave nothing on a leaf, which may be part of the model."""
         for track in self._all():
             if track.grads is not None:
-                track.grads.end()
+                track.grads.arrivals.end()
 
     def _all(self) -> list[Track]:
         return [*self.of.values()]  # other threads may publish functions

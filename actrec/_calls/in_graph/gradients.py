@@ -9,7 +9,9 @@ from typing import Final
 
 from torch import Tensor
 
-from actrec._calls.gradients import Call, Gradients, thread
+from actrec._calls.arrivals import instead
+from actrec._calls.gradients import Call
+from actrec._values.containers import Value
 from actrec.errors import CaptureError
 
 
@@ -40,17 +42,20 @@ def watching(leaf: int, views: Collection[int]) -> Iterator[Watched]:
     """
     watched = Watched(views=views)
 
-    def watch(gradients: Gradients, call: Call) -> None:
+    def watch(call: Call, _: Value, __: Value) -> bool:
         if leaf >= 0:
             raise CaptureError(_LEAF)
         watched.call = call
+        gradients = call.gradients()
+        assert gradients is not None  # noqa: S101  # they are asking
         gradients.views_waiting += len(views)
+        return True
 
-    thread.watch = watch
+    instead.watch = watch
     try:
         yield watched
     finally:
-        thread.watch = None
+        instead.watch = None
 
 
 _LEAF: Final = (
