@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from actrec._selection.selection import Choice, select
 from actrec._tables.rows import Rows
 from actrec._tables.table import Column, Table
 from actrec._text import count, listed, shown
-from actrec.errors import SelectionError
+from actrec.errors import ActrecError, SelectionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,10 @@ def layers(
         OptionError: a mapping gives something else for a transform.
     """
     queries = (lambda *_: True) if layers is None else layers
-    selection = select(model, queries)
+    try:
+        selection = select(model, queries)
+    except ActrecError as error:  # which names the call that most queries are of
+        raise type(error)(re.sub(r"^record\(\)", "layers()", str(error))) from None
     if selection.functions:
         message = (
             f"layers(): {selection.functions[0].query!r} asks for functions, which are known when the model is called: call it in "

@@ -15,6 +15,12 @@ from actrec._values.spec import flatten
 
 K = TypeVar("K", bound=type)
 
+
+def _by_word(table: dict[str, str]) -> dict[str, str]:
+    """A row for each word of the first column."""
+    return {word: answer for words, answer in table.items() for word in words.split()}
+
+
 #: What may be recorded beside the layers, and how to ask for it.
 NOT_RECORDED: Final = {
     "inputs": "acts.inputs: inputs were not recorded. Ask for them: record(model, layers, inputs=True).",
@@ -22,55 +28,55 @@ NOT_RECORDED: Final = {
 }
 
 #: What other libraries call what a recording has.
-_OTHERWISE: Final = {
-    **dict.fromkeys(("names", "layers", "layer_names"), "list(acts)"),
-    **dict.fromkeys(("activations", "features", "outputs", "data", "tensors"), "acts.values()"),
-    **dict.fromkeys(("to_dict", "as_dict", "dict", "concat", "concatenate"), "acts.cat()"),
-    **dict.fromkeys(("summary", "describe", "statistics", "hist", "histogram", "histograms"), "acts.stats()"),
-    **dict.fromkeys(("filter", "find", "subset"), "acts.select('layer*')"),
-    **dict.fromkeys(("remove", "close", "detach_hooks", "remove_hooks"), "nothing: the hooks are gone when the with block ends"),
-    **dict.fromkeys(("to_pandas", "to_dataframe", "dataframe", "df"), "pandas.DataFrame(acts.stats())"),
-    **dict.fromkeys(("shapes", "show", "print", "table", "info", "head"), "acts, or print(acts)"),
-    **dict.fromkeys(("gradients", "gradient"), "acts.grads"),
-    **dict.fromkeys(("memory", "size_bytes"), "acts.nbytes"),
-    **dict.fromkeys(("num_calls", "calls", "lengths"), "{{name: len(layer) for name, layer in acts.items()}}"),
-    **dict.fromkeys(("first_nan", "nans", "has_nan", "first_nonfinite"), "acts.stats().first_nonfinite"),
-    **dict.fromkeys(("pop", "copy", "update"), "dict(acts), a dict of the layers that you may change"),
-    **dict.fromkeys(("start", "stop", "hooks", "register", "attach"), "with record(model) as acts: hooks are there while the block runs"),
-    **dict.fromkeys(("html", "to_html", "dashboard"), "acts.report('run.html')"),
-    **dict.fromkeys(("add", "unit", "pause", "clear"), "it inside the block: with record(model, layers) as acts: ... acts.{name}(...)"),
-    **dict.fromkeys(("rows", "dataset", "Dataset"), "actrec.data.rows(acts, name)"),
-    **dict.fromkeys(("loader", "dataloader", "DataLoader", "batches", "shuffle"), "actrec.data.shuffled(acts, name, batch_size=64)"),
+_OTHERWISE: Final = _by_word({
+    "names layers layer_names": "list(acts)",
+    "activations features outputs data tensors": "acts.values()",
+    "to_dict as_dict dict concat concatenate": "acts.cat()",
+    "summary describe statistics hist histogram histograms": "acts.stats()",
+    "filter find subset": "acts.select('layer*')",
+    "remove close detach_hooks remove_hooks": "nothing: the hooks are gone when the with block ends",
+    "to_pandas to_dataframe dataframe df": "pandas.DataFrame(acts.stats())",
+    "shapes show print table info head": "acts, or print(acts)",
+    "gradients gradient": "acts.grads",
+    "memory size_bytes": "acts.nbytes",
+    "num_calls calls lengths": "{{name: len(layer) for name, layer in acts.items()}}",
+    "first_nan nans has_nan first_nonfinite": "acts.stats().first_nonfinite",
+    "pop copy update": "dict(acts), a dict of the layers that you may change",
+    "start stop hooks register attach": "with record(model) as acts: hooks are there while the block runs",
+    "html to_html dashboard": "acts.report('run.html')",
+    "add unit pause clear": "it inside the block: with record(model, layers) as acts: ... acts.{name}(...)",
+    "rows dataset Dataset": "actrec.data.rows(acts, name)",
+    "loader dataloader DataLoader batches shuffle": "actrec.data.shuffled(acts, name, batch_size=64)",
     "compare": "actrec.compare(acts, others)",
     "load": "actrec.load(path)",
     "plot": "actrec.plot.distributions(acts)",
-}  # fmt: skip
+})  # fmt: skip
 
 #: What other libraries call the functions of actrec and of its modules.
-_FUNCTIONS: Final = {
-    **dict.fromkeys(("hist", "histogram", "histograms", "distribution"), "actrec.plot.distributions(acts)"),
-    **dict.fromkeys(("heatmap", "image", "images", "imshow", "maps", "show"), "actrec.plot.feature_maps(acts[name][0])"),
-    **dict.fromkeys(("cka", "heat", "correlation"), "actrec.plot.similarity(acts)"),
-    **dict.fromkeys(("open", "read"), "actrec.load(path)"),
-    **dict.fromkeys(("capture", "trace", "hook", "hooks", "watch", "extract"), "with actrec.record(model, layers) as acts:"),
-}  # fmt: skip
+_FUNCTIONS: Final = _by_word({
+    "hist histogram histograms distribution": "actrec.plot.distributions(acts)",
+    "heatmap image images imshow maps show": "actrec.plot.feature_maps(acts[name][0])",
+    "cka heat correlation": "actrec.plot.similarity(acts)",
+    "open read": "actrec.load(path)",
+    "capture trace hook hooks watch extract": "with actrec.record(model, layers) as acts:",
+})  # fmt: skip
 
 
 #: What people look for in a layer.
-_OF_LAYER: Final = {
-    **dict.fromkeys(("output", "outputs", "value", "tensor", "tensors", "activations", "concat"), "{place}.cat(), or {place}[0]"),
-    **dict.fromkeys(("input", "inputs"), "acts.inputs[{name!r}], after record(model, layers, inputs=True)"),
-    **dict.fromkeys(("grad", "grads", "gradient", "gradients"), "acts.grads[{name!r}], after record(model, layers, grads=True)"),
-    **dict.fromkeys(("stats", "summary", "describe", "hist", "histogram"), "acts.select({name!r}).stats()"),
-    **dict.fromkeys(("to_numpy", "array"), "{place}.cat().numpy()"),
-    **dict.fromkeys(("values", "list"), "list({place}), or {place}.cat()"),
-    **dict.fromkeys(("append", "extend", "pop", "sort"), "list({place}), a list of its calls that you may change"),
-    **dict.fromkeys(("report", "save"), "acts.select({name!r}).{attribute}(path)"),
+_OF_LAYER: Final = _by_word({
+    "output outputs value tensor tensors activations concat": "{place}.cat(), or {place}[0]",
+    "input inputs": "acts.inputs[{name!r}], after record(model, layers, inputs=True)",
+    "grad grads gradient gradients": "acts.grads[{name!r}], after record(model, layers, grads=True)",
+    "stats summary describe hist histogram": "acts.select({name!r}).stats()",
+    "to_numpy array": "{place}.cat().numpy()",
+    "values list": "list({place}), or {place}.cat()",
+    "append extend pop sort": "list({place}), a list of its calls that you may change",
+    "report save": "acts.select({name!r}).{attribute}(path)",
     "plot": "actrec.plot.distributions(acts.select({name!r}))",
     "first": "{place}[0]",
     "last": "{place}[-1]",
     "calls": "len({place})",
-}  # fmt: skip
+})  # fmt: skip
 
 
 def explained(why: Callable[[Any, str], str]) -> Callable[[K], K]:
@@ -95,7 +101,7 @@ def explained(why: Callable[[Any, str], str]) -> Callable[[K], K]:
 
 def no_attribute_of_layer(layer: Sequence[Any], name: str) -> str:
     """Return what to write for an attribute that tensors have, and a layer has not."""
-    place = f"acts[{getattr(layer, 'name', '...')!r}]"
+    place = _place(layer)
     if name in _OF_LAYER:
         own = getattr(layer, "name", "...")
         return f"{place}.{name}: write {_OF_LAYER[name].format(place=place, name=own, attribute=name)}."
@@ -107,20 +113,25 @@ def no_attribute_of_layer(layer: Sequence[Any], name: str) -> str:
 
 def no_index(layer: Sequence[Any], index: object) -> str:
     """Return what to write for an index that tensors take, and a layer does not."""
-    place = f"acts[{getattr(layer, 'name', '...')!r}]"
+    place = _place(layer)
     return f"{place}[{_shown(index)}]: {_instead(layer, place, f'[{_shown(index)}]')}"
 
 
 def no_call(layer: Sequence[Any], index: object) -> str:
     """Return what to say of an index behind the last call."""
     there = f"there {'is' if len(layer) == 1 else 'are'} {count(len(layer), 'call')}"
-    return f"acts[{getattr(layer, 'name', '...')!r}][{index}]: {there}"
+    return f"{_place(layer)}[{index}]: {there}"
 
 
 def no_sum(layer: Sequence[Any]) -> str:
     """Return what to write for adding something to a layer that is no list."""
-    place = f"acts[{getattr(layer, 'name', '...')!r}]"
+    place = _place(layer)
     return f"{place} + ...: {_instead(layer, place, ' + ...')}"
+
+
+def _place(layer: Sequence[Any]) -> str:
+    """A layer as one writes it."""
+    return f"acts[{getattr(layer, 'name', '...')!r}]"
 
 
 def _instead(layer: Sequence[Any], place: str, access: str) -> str:
@@ -198,10 +209,7 @@ def no_layer(recording: Mapping[str, Any], name: object) -> str:
     if isinstance(name, str):
         return f"acts[{name!r}]: no layer of that name was recorded. {_other_name(recording, name)}"
     if isinstance(name, nn.Module):
-        return (
-            f"acts[...]: this {type(name).__name__} was not recorded, or not by this recording: one that was loaded or copied "
-            "knows its layers by name alone."
-        )
+        return f"acts[...]: {no_module(name)}"
     first = next(iter(recording), "name")
     if isinstance(name, tuple) and name and name[0] in recording and not isinstance(name[-1], str):
         rest = "".join(f"[{_shown(index)}]" for index in name[1:])
@@ -212,6 +220,14 @@ def no_layer(recording: Mapping[str, Any], name: object) -> str:
         given = repr(name) if isinstance(name, (list, tuple, re.Pattern)) else "..."
         return f"acts[...]: expected the name of one layer. The recording of several is acts.select({given})."
     return f"acts[{name!r}]: expected the name of a layer, such as acts[{first!r}]."
+
+
+def no_module(module: nn.Module) -> str:
+    """Return what to say of a module of which no layer is known."""
+    return (
+        f"this {type(module).__name__} was not recorded, or not by this recording: one that was loaded or copied knows "
+        "its layers by name alone."
+    )
 
 
 def _other_name(recording: Mapping[str, Any], name: str) -> str:

@@ -15,7 +15,7 @@ from actrec.errors import AlignmentError, OptionError, UnknownLayerError
 
 from .covering import first_columns
 from .layer import Layer
-from .pass_numbers import RankPass
+from .pass_numbers import RankPass, calls_of
 from .pass_values import MissingError, PassValues, Stored
 
 #: The name of a mask, or a function that makes one of what is stored of a pass.
@@ -62,9 +62,7 @@ class Masks:
 
     def of(self, layer: Layer[Any]) -> Kept:
         """Return which positions of each call count: those of tensors whose positions are those of the mask in all calls."""
-        passes: dict[RankPass, list[int]] = {}
-        for number, rank_pass in enumerate(layer._rank_passes()):
-            passes.setdefault(rank_pass, []).append(number)
+        passes = calls_of(layer._rank_passes())
         shapes: dict[str, dict[int, Tensor]] = {}
         for number, value in enumerate(layer):
             for path, tensor in leaves(value):

@@ -62,6 +62,16 @@ class ListView(Sequence[T], Generic[T]):
 RankPass: TypeAlias = tuple[int | None, int]
 
 
+def calls_of(
+    rank_passes: Sequence[RankPass], among: Iterable[int] | None = None
+) -> dict[RankPass, list[int]]:
+    """Return the numbers of the calls of each pass, of all calls or some."""
+    found: dict[RankPass, list[int]] = {}
+    for number in range(len(rank_passes)) if among is None else among:
+        found.setdefault(rank_passes[number], []).append(number)
+    return found
+
+
 def nth_calls(
     call: str, title: str, rank_passes: Sequence[RankPass], nth: int, among: Iterable[int]
 ) -> list[int]:
@@ -72,10 +82,8 @@ def nth_calls(
             f"{call}: expected a whole number: 0 for the first call of each pass, -1 for the last."
         )
         raise OptionError(message)
-    passes: dict[RankPass, list[int]] = {}
     among = list(among)
-    for index in among:
-        passes.setdefault(rank_passes[index], []).append(index)
+    passes = calls_of(rank_passes, among)
     most = max(map(len, passes.values()), default=0)
     if most < 2:  # noqa: PLR2004
         return among

@@ -10,7 +10,7 @@ from typing_extensions import override
 from actrec._values.join import joined
 
 from .layer import Layer
-from .pass_numbers import RankPass
+from .pass_numbers import RankPass, calls_of
 
 
 class MissingError(KeyError):
@@ -28,9 +28,7 @@ class Stored:
         """Return what the calls of a layer in a pass returned; ``MissingError`` where it has none."""
         layer = self.recording[name]
         if name not in self._calls:
-            calls = self._calls[name] = {}
-            for number, own in enumerate(layer._rank_passes()):
-                calls.setdefault(own, []).append(number)
+            self._calls[name] = calls_of(layer._rank_passes())
         calls = self._calls[name]
         numbers = calls.get(rank_pass) or calls.get((None, rank_pass[1]))
         if numbers is None:

@@ -13,6 +13,8 @@ from actrec._selection.nearest import nearest
 from actrec._text import listed
 from actrec.errors import SelectionError
 
+from .instead import no_module
+
 
 class Known(NamedTuple):
     """What a recording knows of its layers."""
@@ -51,20 +53,18 @@ def _found(query: Any, known: Known) -> list[str]:
     """The names that one query selects, at least one."""
     call = f"acts.select({query!r})" if isinstance(query, (str, re.Pattern)) else "acts.select(...)"
     if isinstance(query, str):
-        found, message = _by_name(query, known), f"no recorded layer matches. {_near(query, known)}"
+        found = _by_name(query, known)
+        message = f"no recorded layer matches. {nearest(query, known.types)}"
     elif isinstance(query, re.Pattern):
-        found, message = _matching(query, known), f"no recorded layer matches. {_near('', known)}"
+        found = _matching(query, known)
+        message = f"no recorded layer matches. {nearest('', known.types)}"
     elif isinstance(query, nn.Module):
         found = [name for module, name in known.modules.items() if module is query]
-        message = (
-            f"this {type(query).__name__} was not recorded, or not by this recording: one that was loaded or copied knows "
-            "its layers by name alone."
-        )
+        message = no_module(query)
     elif isinstance(query, type):
         found = _by_type(query, known)
-        message = (
-            f"no recorded layer is a {query.__name__}; there are {listed(_once(known.types), 20)}."
-        )
+        kinds = listed(sorted({*known.types.values()}), 20)
+        message = f"no recorded layer is a {query.__name__}; there are {kinds}."
     elif callable(query):
         modules = known.named()
         found = [name for name in known.types if name in modules and query(name, modules[name])]
@@ -117,11 +117,3 @@ def _kinds(kind: type[Any]) -> Iterator[type[Any]]:
     yield kind
     for one in type.__subclasses__(kind):
         yield from _kinds(one)
-
-
-def _once(types: Mapping[str, str]) -> list[str]:
-    return sorted(set(types.values()))
-
-
-def _near(query: str, known: Known) -> str:
-    return nearest(query, known.types)
