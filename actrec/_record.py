@@ -150,7 +150,7 @@ def record(
             same path.
         resume: with a path: continue the recording that is there, if any. What was not committed is dropped. Open a
             :meth:`unit <Recorder.unit>` for each batch, prompt or document, and iterate over :meth:`Recorder.remaining`, which
-            skips the units that all ranks have committed. Values added in earlier runs can be read in the block.
+            skips the units that any rank has committed. Values added in earlier runs can be read in the block.
             (``acts.num_passes`` is the number of committed passes of this rank: enough to resume by if each batch is one pass
             and no pass raises.)
 

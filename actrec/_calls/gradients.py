@@ -49,7 +49,7 @@ class _Like(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A call that gradients may reach. The graph keeps it, and so does a region that may run again."""
+    """A call that gradients may reach. The graph keeps it alive, and so does a region that may run again."""
 
     gradients: weakref.ref[Gradients]
     ticket: int  # which call of the layer it is; -1 if its container gets it later, or never
@@ -61,14 +61,14 @@ class Call:
     dropped: bool = False  # its unit has failed
 
     def tell(self, index: int, grad: Tensor, view: View | None = None) -> None:
-        """The gradient of its tensor number ``index`` is there, or that of the base of this ``view``."""
+        """The gradient of tensor number ``index`` has arrived, or, with a ``view``, that of its base."""
         gradients = self.gradients()
         if gradients is not None:
             gradients.arrived(self, index, grad, view)
 
 
 AGAIN: Final = (
-    "activation checkpointing runs compiled code again in backward(), and nothing tells which call it repeats. Record it without "
+    "activation checkpointing runs compiled code again in backward(), and it is unknown which call that repeats. Record it without "
     "grads, or without compiled=True"
 )
 

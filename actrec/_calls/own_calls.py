@@ -1,4 +1,4 @@
-"""Whether a call is one of the model's own: neither repeated by checkpointing nor made to write down what the model does."""
+"""Whether a call is one of the model's own: neither repeated by checkpointing nor made by something that traces the model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from actrec._torch import (
 )
 from actrec._values.containers import Value
 
-#: The modes that are on while functions inside modules are recorded, which read nothing.
+#: The function modes that record functions inside modules: they do not trace the model.
 OWN_MODES: set[type] = set()
-
-#: The threads that torch.jit.trace may be comparing its trace with the model in.
+#: The threads in which torch.jit.trace may be comparing its trace with the model.
 comparing: set[int] = set()
 
 
@@ -29,7 +28,7 @@ def is_own_call() -> bool:
     """Whether the call that is running is one of the model's own.
 
     Activation checkpointing calls modules again while ``backward()`` runs, to recompute what it did not
-    keep, and :func:`is_tracing` says what else calls them.
+    keep; for other callers see :func:`is_tracing`.
     """
     if backward_number() != -1:
         return False
@@ -38,11 +37,11 @@ def is_own_call() -> bool:
 
 
 def is_tracing() -> bool:
-    """Whether this thread is running the model only to write down what it does.
+    """Whether this thread is running the model only to trace it.
 
     ``torch.jit.trace`` does, and calls the model again to compare it with the trace. So do ``make_fx``, AOT
-    autograd and ``torch.export``, with tensors that have no values. What other threads compile or export
-    meanwhile is not asked: ``torch.compiler.is_compiling()`` would tell that too.
+    autograd and ``torch.export``, with tensors that have no values. (``torch.compiler.is_compiling()`` is not
+    used: it is also true while other threads compile or export.)
     """
     if is_jit_tracing():
         comparing.add(threading.get_ident())
@@ -53,12 +52,12 @@ def is_tracing() -> bool:
 
 
 def _is_own_mode() -> bool:
-    """Whether the only function mode of this thread is one that looks for functions to record."""
+    """Whether the only function mode of this thread is one that records functions."""
     return count_function_modes() == 1 and type(function_mode_at(0)) in OWN_MODES
 
 
 def _is_compared() -> bool:
-    """Whether torch.jit.trace is comparing its trace with the model, behind a trace in this thread."""
+    """Whether torch.jit.trace, after a trace in this thread, is comparing it with the model."""
     if threading.get_ident() not in comparing:
         return False
     if is_jit_comparing():
@@ -68,10 +67,10 @@ def _is_compared() -> bool:
 
 
 def is_written_down(args: tuple[Value, ...], output: Value) -> bool:
-    """Whether the call that returned ``output`` was made only to write down what the model does."""
+    """Whether the call that returned ``output`` was made only to trace the model."""
     return is_tracing() or is_symbolic((*args, output))
 
 
 def is_symbolic(values: Iterable[Value]) -> bool:
-    """Whether ``torch.fx`` is reading the model: no tensor has a value then."""
+    """Whether ``torch.fx`` is tracing the model: tensors have no values then."""
     return any(isinstance(value, fx.Proxy) for value in values)

@@ -1,4 +1,4 @@
-"""What a function of PyTorch's was given, by the names of its parameters."""
+"""The arguments of a call of a PyTorch function, by the names of its parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from actrec._torch import schemas_of
 
 
 def named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ``function`` is given as a dict from parameter name to argument.
+    """Return the arguments of a call of ``function`` as a dict from parameter name to argument.
 
     >>> import torch
     >>> x = torch.ones(2, 3)
@@ -24,7 +24,7 @@ def named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> di
     >>> named(torch.Tensor.permute, (x, 1, 0), {})["dims"]
     (1, 0)
 
-    The first parameter of a method is ``input``, as that of the function. The last one takes all that is left.
+    The first parameter of a method is called ``input``, like that of a function. The last one takes all arguments that are left.
     """
     names, gathers = _parameters(function, tuple(map(type, args)), frozenset(kwargs))
     given = dict(zip(names, args, strict=False))
@@ -45,7 +45,7 @@ _BY_POSITION = {
 def _parameters(
     function: Any, types: tuple[type, ...], keywords: frozenset[str]
 ) -> tuple[tuple[str, ...], bool]:
-    """The names of the parameters for arguments of these types, and whether the last one takes several of them."""
+    """Return the names of the parameters for arguments of these types, and whether the last one takes several of them."""
     for is_exact in (True, False):
         for schema in schemas_of(function):
             positional = [one for one in schema.arguments if not one.kwarg_only]
@@ -68,7 +68,7 @@ def _name(name: str) -> str:
 def _fits(
     positional: list[Any], types: tuple[type, ...], keywords: Collection[str], *, is_exact: bool
 ) -> bool:
-    """Whether an operator may have been given arguments of these types; numbers for tensors, if not ``is_exact``."""
+    """Whether an operator can take arguments of these types; unless ``is_exact``, also numbers in place of tensors."""
     kinds = [str(one.type) for one in positional]
     if len(types) > len(positional) and not (kinds and "List[int]" in kinds[-1]):
         return False
@@ -83,7 +83,7 @@ def _fits(
 
 
 def _signature(function: Any) -> inspect.Signature | None:
-    """Of a function that is written in Python, or else as PyTorch's documentation of overrides has it."""
+    """Return the signature of a Python function, or of its stand-in in ``get_testing_overrides()``."""
     ways = [function, get_testing_overrides().get(function)]
     for described in ways if inspect.isfunction(function) else ways[::-1]:
         try:

@@ -1,20 +1,20 @@
 """Which pass is running: every call belongs to one outermost forward of the recorded model.
 
-Hooks on the root and on the modules between it and the chosen layers say when a forward begins and
+Hooks on the root and on the modules between it and the chosen layers report when a forward begins and
 ends. They keep a stack for each thread; the first module on it opened the pass. So a pass is normally a
 call of the root, and where the root is not called (``model.encode(x)``, the encoder that ``generate()``
 runs before the first step) it is the outermost call on the way to a chosen layer.
 
-A forward may share its work among threads: a call below it, in another thread than the main one, belongs to the pass
-that is running; where several are, nothing tells to which, and it is a pass of its own. And a forward may be a generator or a
-coroutine: then its pass goes on whenever that does.
+A forward may share its work among threads: a call of a module inside it, in another thread than the main one, belongs to the
+pass that is running; if several are, it is unknown to which, and the call is a pass of its own. And a forward may be a
+generator or a coroutine: then whatever it calls when it is resumed still belongs to its pass.
 
-The user may open a pass as well, a *unit*: then all calls until it ends belong to that pass, and forwards begin none of their own.
-A unit belongs to the thread or the asyncio task that opened it. Calls elsewhere belong to the one unit that is open; where
-several are, nothing tells to which, and it is as if none were.
+The user may open a pass as well, a *unit*: all calls until it ends belong to that pass, and forwards begin no passes.
+A unit belongs to the thread or the asyncio task that opened it. Calls elsewhere belong to the unit that is open; if
+several are, it is unknown to which, and it is as if none were.
 
-A forward that raises closes its stack entries too: ``always_call`` hooks run for an ``Exception``. Only
-after a ``KeyboardInterrupt`` entries stay behind; the next call of the root finds out and drops them.
+A forward that raises an ``Exception`` removes its stack entries too, because ``always_call`` hooks run for it. Only
+after a ``KeyboardInterrupt`` entries are left over; the next call of the root finds and drops them.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ class Unit:
     number: int
 
 
-#: The units, of any recordings, that this thread or task is inside of.
+#: The units, of all recordings, that this thread or task is inside of.
 _units_around: ContextVar[tuple[Unit, ...]] = ContextVar("actrec units", default=())
 
 
 class _Thread:
-    """What one thread is in: the modules it is calling, and the pass that their calls belong to."""
+    """The modules that one thread is calling, and the pass that their calls belong to."""
 
     __slots__ = ("calling", "graph", "handled", "is_root", "number", "opened_in", "opener")
 
     def __init__(self) -> None:
         self.calling: list[int] = []  # their ids
-        self.number: int | None = None  # of the pass, while it calls something
+        self.number: int | None = None  # of the pass, while the thread calls something
         self.opener: Callable[[], nn.Module | None] = lambda: None  # whose call began the pass
-        self.is_root = False  # whether that is the root
+        self.is_root = False  # whether the opener is the root
         self.handled = 0  # the id of the exception that was being handled when the pass began
         self.graph = False  # whether compiled code reports a call right now
-        self.opened_in: FrameType | None = None  # that of the compiled code that began the pass
+        self.opened_in: FrameType | None = None  # of the compiled code that began the pass
 
     def leads_to(self, module: nn.Module) -> bool:
-        """Whether ``module`` is inside the one whose call began the pass."""
+        """Whether ``module`` is inside the module whose call began the pass."""
         opener = self.opener()
         if opener is None or opener is module:
             return False
@@ -76,40 +76,41 @@ class _Local(threading.local):
         self.thread = _Thread()
 
 
-#: What a forward may return that has not run yet, and where it then runs.
+#: The types of a forward's result that has not run yet, each with the attribute that has its frame.
 _SUSPENDED = {GeneratorType: "gi_frame", CoroutineType: "cr_frame", AsyncGeneratorType: "ag_frame"}
 
 
 def _frame(suspended: Any) -> FrameType | None:
-    """Where it runs, or has stopped; ``None`` when it has ended."""
+    """Return the frame in which it runs or is suspended; ``None`` when it has ended."""
     return getattr(suspended, _SUSPENDED[type(suspended)])  # type: ignore[no-any-return]
 
 
 def _modules_called() -> list[int]:
-    """The modules (ids) that this thread is calling. What others are doing cannot be looked at while they do it."""
+    """Return the modules (ids) that this thread is calling. The frames of a running thread cannot be read by others."""
     return [id(one.f_locals["self"]) for one in frames() if one.f_code is CALL_CODE]
 
 
 class Passes(Count):
-    """Numbers the passes, from 0, and tells which one a call belongs to."""
+    """Numbers the passes from 0, and finds the pass that a call belongs to."""
 
     def __init__(self) -> None:
         super().__init__()
         self._local = _Local()
         self._open: list[_Thread] = []  # the threads that are in a pass, the latest last
-        #: From the first one on a WeakKeyDictionary, which is slow to say that it is empty.
+        #: The pass of each generator or coroutine that a forward returned. (A plain dict until there is one: quicker to test.)
         self._suspended: MutableMapping[Any, int] = {}
-        self.units: dict[int, Unit] = {}  # that are open, by their pass
-        #: Of units that were dropped while threads were in a forward of theirs: what drops what those still record.
+        self.units: dict[int, Unit] = {}  # the open ones, by their pass
+        #: By pass: its unit failed while other threads were still in it. Called when the last of them has left, to drop what
+        #: they recorded since.
         self._leaving: dict[int, Callable[[], None]] = {}
-        #: The passes of both: whether they are kept is not known yet.
+        #: The passes of `units` and of `_leaving`: they may still be dropped.
         self.undecided: set[int] = set()
         self._latest_unit = -1  # pass
         self._lock = threading.RLock()
 
     @override
     def __reduce__(self) -> tuple[type[Count], tuple[int, set[int]]]:
-        return Count, (self.count, self.raised)  # a copy counts no more
+        return Count, (self.count, self.raised)  # a copy does not count on
 
     # --- Beginning and ending ------------------------------------------------------------------------------
 
@@ -121,14 +122,14 @@ class Passes(Count):
         if not thread.calling:
             thread.handled = id(sys.exception())
             thread.opener, thread.is_root = weakref.ref(module), is_root
-            with self._lock:  # so that no pass is counted and not open, as complete() would see it
+            with self._lock:  # or complete() could see a pass that is counted and not open yet
                 thread.number = self._number(module)
                 self._open.append(thread)
         thread.calling.append(id(module))
 
     @contextmanager
     def in_graph(self) -> Iterator[None]:
-        """What is begun in this block, compiled code calls: such a call is not on Python's stack."""
+        """Compiled code makes the calls that begin in this block: they are not on Python's stack."""
         thread = self._local.thread
         thread.graph, before = True, thread.number
         try:
@@ -139,16 +140,19 @@ class Passes(Count):
                 thread.opened_in = compiled_frame()
 
     def _goes_on(self, thread: _Thread, module: nn.Module) -> bool:
-        """Whether the calls that this thread is in go on, and ``module`` is called inside them; or they were interrupted."""
+        """Whether ``module`` is called from inside the calls on this thread's stack.
+
+        If not, they were interrupted, and their entries are left over.
+        """
         if not thread.graph:
             return _is_inside_itself([*thread.calling, id(module)])
         return _is_inside(thread.calling) or any(one is thread.opened_in for one in frames())
 
     def end(self, module: nn.Module, output: object, error: BaseException | None) -> None:
-        """The call of ``module`` has ended, and with it those inside that did not say so.
+        """The call of ``module`` has ended, and with it those inside whose end was not reported.
 
-        If the ``output`` has not run yet, its calls will belong to this pass. ``error`` is the exception that is being
-        handled. If it was when the pass began, the pass did not raise it.
+        If the ``output`` is a generator or a coroutine, its calls will belong to this pass. ``error`` is the exception that is
+        being handled; if it was already handled when the pass began, the pass did not raise it.
         """
         thread = self._local.thread
         if type(output) in _SUSPENDED and thread.number is not None:
@@ -179,7 +183,7 @@ class Passes(Count):
             self.undecided.discard(number)
 
     def abandon(self) -> None:
-        """Nothing more is recorded of the passes that are open. Takes no lock, for a forked process."""
+        """The open passes are interrupted: count them as raised. Takes no lock, for a forked process."""
         numbers = [one.number for one in list(self._open)]
         self.raised.update(number for number in numbers if number is not None)
         self.raised.update(list(self.units))
@@ -211,7 +215,7 @@ class Passes(Count):
         return unit
 
     def leave_unit(self, unit: Unit) -> int:
-        """Its block has ended. Return how many other threads are in a forward that belongs to it."""
+        """The ``with`` block of the unit has ended. Return how many other threads are in a forward that belongs to it."""
         thread = self._local.thread
         if thread.number == unit.number:
             self._close(thread, raised=True)  # a forward that was interrupted
@@ -219,7 +223,7 @@ class Passes(Count):
             return sum(one.number == unit.number for one in self._open)
 
     def close_unit(self, unit: Unit, drop: Callable[[], None] | None = None) -> None:
-        """End it. If it has failed, ``drop`` is called again when the last thread has left it."""
+        """End the unit. If it has failed, ``drop`` is called again when the last thread has left it."""
         with self._lock:
             self.units.pop(unit.number, None)
             if drop is not None:
@@ -228,14 +232,14 @@ class Passes(Count):
                     self._leaving[unit.number] = drop
             if unit.number not in self._leaving:
                 self.undecided.discard(unit.number)
-            # Forwards that it has begun, and that have not run yet, will be passes of their own.
+            # Generators and coroutines that it returned, and that have not ended, begin passes of their own.
             begun = [one for one, number in self._suspended.items() if number == unit.number]
             for suspended in begun:
                 del self._suspended[suspended]
         _units_around.set(tuple(one for one in _units_around.get() if one is not unit))
 
     def is_inside_unit(self) -> bool:
-        """Whether this thread, or task, is inside a unit of its own."""
+        """Whether this thread or task is inside a unit that it opened."""
         return self._own_unit() is not None
 
     def _own_unit(self) -> Unit | None:
@@ -245,7 +249,7 @@ class Passes(Count):
         return next(iter(self.units.values())) if len(self.units) == 1 else None
 
     def latest(self) -> int | None:
-        """Return the pass that what the user adds now belongs to; ``None`` if nothing tells, or it is over."""
+        """Return the pass of a value that the user adds now; ``None`` if it is unknown, or the pass was a unit that ended."""
         with self._lock:
             if self.units:
                 unit = self._own_unit() or self._only_unit()
@@ -271,7 +275,7 @@ class Passes(Count):
     def count_complete(self) -> int:
         """Return how many passes are complete: nothing is going to be recorded of those before this number.
 
-        The latest one never is, for what is added after a forward belongs to it; a unit is when it has ended.
+        The latest pass never is, because a value that is added after a forward belongs to it; a unit is when it has ended.
         """
         with self._lock:
             unfinished = [n for one, n in self._suspended.items() if _frame(one) is not None]
@@ -296,7 +300,7 @@ class Passes(Count):
         return number
 
     def _elsewhere(self, module: nn.Module) -> int | None:
-        """Return the pass that a call of ``module`` belongs to, if it is running elsewhere than around the call."""
+        """Return the pass that a call of ``module`` belongs to, if it was opened in another place than this thread's stack."""
         if self._suspended:
             ids = {id(frame) for frame in frames()}
             for suspended, number in self._suspended.items():
@@ -305,7 +309,7 @@ class Passes(Count):
         own = self._own_unit() if self.units else None
         if own is not None:
             return own.number
-        # The replicas of DataParallel are no modules of the model's, and have threads of their own.
+        # The replicas of DataParallel are not modules of the model, and run in threads of their own.
         if self._open and is_replica(module):
             return self._open[-1].number
         around = (
@@ -317,10 +321,10 @@ class Passes(Count):
         return None if only is None else only.number
 
     def _around(self, module: nn.Module) -> set[int | None]:
-        """Return the passes of forwards that share their work among threads, and may be around a call of ``module``."""
+        """Return the passes of other threads whose forward may have started the thread of this call of ``module``."""
         around = [one for one in self._open if one.leads_to(module)]
         if around:
-            own = _modules_called()  # that began before the block, or in a pause
+            own = _modules_called()  # including calls that began before the block, or in a pause
             around = [one for one in around if id(one.opener()) not in own]
         return {one.number for one in around}
 
@@ -331,6 +335,9 @@ def _is_inside(modules: list[int]) -> bool:
 
 
 def _is_inside_itself(modules: list[int]) -> bool:
-    """Whether this thread is inside a call of one of ``modules`` (ids), besides the one that asks."""
+    """Whether this thread is inside a call of one of ``modules`` (ids), the last of which is being called.
+
+    So one frame is always there. Where frames cannot be recognised (``CALL_CODE`` is ``None``), assume that it is.
+    """
     calls = sum(one in modules for one in _modules_called())
     return calls > 1 or CALL_CODE is None

@@ -1,4 +1,4 @@
-"""How hooks come onto a model and off it again: all together or not at all, and on every path."""
+"""Places the hooks of a block on the model, all or none, and removes them however the block ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Hooks:
         self._placed: list[tuple[nn.Module, Hook[Any], RemovableHandle]] = []
 
     def place(self, plan: Iterable[tuple[nn.Module, Hook[Any]]]) -> None:
-        """Register every hook; if one cannot be, take those before it off again."""
+        """Register every hook; if one fails, remove those before it."""
         plan = list(plan)
         _reserve_ids(module for module, _ in plan)
         try:
@@ -32,12 +32,12 @@ class Hooks:
                     put_stops_last(module)
         except BaseException:
             self.remove()
-            for module, hook in plan:  # one that was interrupted is there, and no handle for it
+            for module, hook in plan:  # registering one may have been interrupted: it has no handle
                 delete(module, hook)
             raise
 
     def remove(self) -> None:
-        """Take every hook off, whatever happened to the model meanwhile. May be called again."""
+        """Remove every hook, whatever happened to the model meanwhile. May be called again."""
         try:
             self._take_off()
         except BaseException:
@@ -59,13 +59,13 @@ class Hooks:
 
 
 def _reserve_ids(modules: Iterable[nn.Module]) -> None:
-    """Keep new ids clear of those in use.
+    """Raise PyTorch's counter of hook ids above all ids in use.
 
-    A model that was pickled with hooks brings their ids into a process that counts from 0, and a handle
-    that gets the same id would replace another library's hook.
+    A model that was unpickled with hooks has their ids, while the process counts from 0: a new handle
+    with the same id would replace another library's hook.
     """
     used = [key for module in modules for table in hook_tables(module) for key in [*table]]
     lowest = max(used, default=-1) + 1
-    # No call in between, as in max(): it would set back what another thread has counted on meanwhile.
+    # Not max(): another thread could count between the call and the assignment.
     if lowest > RemovableHandle.next_id:  # noqa: PLR1730
         RemovableHandle.next_id = lowest

@@ -45,9 +45,9 @@ class Recorder(Recording[V], Generic[V]):
     >>> acts.num_passes
     1
 
-    When the block has ended it remains, as a recording.
+    After the block it can still be used, as a recording.
 
-    To type checkers and editors the values are tensors. Where a layer returns something else, say so with
+    Its values are typed as tensors. Where a layer returns something else, declare it with
     ``block: AbstractContextManager[Recorder[MyOutput]] = record(model)``, or ``Recorder[Any]``.
     """
 
@@ -77,12 +77,12 @@ class Recorder(Recording[V], Generic[V]):
         self._run.modules = weakref.WeakKeyDictionary(keys)
         self._run.where = destination.where
         self._session = session
-        self._tracks = tracks  # the hooks refer to them weakly: this is what keeps them
+        self._tracks = tracks  # the hooks refer to them weakly: this reference keeps them alive
         self._blocks = UnitRecorder(tracks, self._run.units)
         tracks.show_in(self)
 
     def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None:
-        """Put layers into the recording. Others may be reading it: what they see stays as it is."""
+        """Put layers into the recording. The dict is replaced, because other threads may be iterating over it."""
         places: dict[What, Recording[Any] | None] = {
             "output": self,
             "input": self._inputs,
@@ -95,15 +95,15 @@ class Recorder(Recording[V], Generic[V]):
                 recording._layers = {**recording._layers, name: layer}
 
     def _hide(self, name: str) -> None:
-        """Take the layer of a name out of the recording."""
+        """Remove the layer with this name from the recording."""
         self._layers = {other: layer for other, layer in self._layers.items() if other != name}
 
     @property
     def transfers(self) -> dict[str, str]:
-        """How values have come from each GPU into memory, while the model went on or while it waited.
+        """How values were moved from each GPU into memory: while the model continued, or while it waited.
 
         ``{"cuda:0": "asynchronous"}``, or ``"blocking"`` for a GPU on which the self-test of asynchronous copies has
-        failed. Other devices, and GPUs of which nothing was moved, are not in it; with ``detach=False``, none is.
+        failed. Other devices, and GPUs from which nothing was moved, are not in it; with ``detach=False``, it is empty.
         """
         offload = self._session.offload
         trusted = {} if offload is None else offload.trusted
@@ -125,10 +125,10 @@ class Recorder(Recording[V], Generic[V]):
         >>> len(acts[""]), acts.num_passes
         (1, 1)
 
-        It holds for all threads. The hooks stay on the model.
+        It applies to all threads. The hooks stay on the model.
 
         Returns:
-            A context manager. Pauses nest, and recording goes on after the outermost.
+            A context manager. Pauses nest, and recording continues after the outermost.
         """
         self._run.deliver()
         self._session.pause(by=1)
@@ -140,7 +140,7 @@ class Recorder(Recording[V], Generic[V]):
     # --- Units ---------------------------------------------------------------------------------------------
 
     def unit(self, key: Key) -> AbstractContextManager[None]:
-        """Make everything inside this block one pass, known by a key, and kept whole or dropped whole.
+        """Make everything inside this block one pass, identified by a key, and kept or dropped as a whole.
 
         >>> import torch
         >>> from torch import nn
@@ -155,12 +155,12 @@ class Recorder(Recording[V], Generic[V]):
         >>> acts[""].units, acts["length"].units
         ([0, 0, 1, 1, 1, 1, 1], [0, 1])
 
-        A unit is what you work off: a batch, a prompt with all its generated tokens, a document, an episode. However often
+        A unit is one piece of your work: a batch, a prompt with all its generated tokens, a document, an episode. However often
         the model, or methods of it, are called inside, all their calls belong to the unit's pass.
 
         If the block raises, also by an interrupt, everything of the unit is dropped: its calls, inputs, gradients and added
-        values. Its pass is one of ``failed_passes``, the error goes on its way, and the key is free again, so that a batch that
-        did not fit into memory may be recorded again, in halves:
+        values. Its pass is one of ``failed_passes``, the error propagates, and the key may be used again. So a batch that did
+        not fit into memory may be recorded again, in halves:
 
         >>> with record(model, "") as acts:
         ...     try:
@@ -173,32 +173,32 @@ class Recorder(Recording[V], Generic[V]):
         >>> acts[""].units, acts.failed_passes
         (['a', 'a'], [0])
 
-        An error that is caught inside the block leaves a unit that is kept, and in which a forward ended early.
+        If an error is caught inside the block, the unit is kept, with a forward that ended early.
 
         A container given as ``into=`` gets the calls of a unit when the unit has ended. A recording that is written to a path
-        commits a unit as it does a pass, without waiting for the next one. In :meth:`pause`, nothing is recorded of a unit,
+        commits a unit as it does a pass, without waiting for the next one. A unit inside :meth:`pause` records nothing,
         and its key is not done.
 
-        A unit belongs to the thread or the ``asyncio`` task that has opened it. Calls in other threads belong to the unit that
-        is open, if there is one alone.
+        A unit belongs to the thread or the ``asyncio`` task that has opened it. Calls in other threads belong to the open
+        unit, if exactly one is open.
 
         Args:
-            key: an int or a string, which no other unit of the recording has.
+            key: an int or a string that no other unit of the recording has.
 
         Returns:
             A context manager. Units do not nest.
 
         Raises:
-            OptionError: the key is no int and no str.
-            ActrecError: a unit of that key is done, or this is inside another unit or a forward, or the recording has
-                ended. From the end of the block: other threads are still in a forward that belongs to the unit.
+            OptionError: the key is neither an int nor a str.
+            ActrecError: a unit with that key is done, or this is inside another unit or a forward, or the recording has
+                ended. Raised at the end of the block: other threads are still in a forward that belongs to the unit.
         """
         return self._blocks.unit(key)
 
     def remaining(
         self, pairs: Iterable[tuple[K, T]], *, divide: bool = False
     ) -> Iterator[tuple[K, T]]:
-        """Go through pairs of key and item, and leave out those whose key is done.
+        """Iterate over pairs of key and item, without those whose key is done.
 
         >>> import torch
         >>> from torch import nn
@@ -211,22 +211,22 @@ class Recorder(Recording[V], Generic[V]):
         ...     list(acts.remaining(enumerate(batches)))
         []
 
-        In a run that is resumed it goes on where the runs before have stopped: what *all ranks* of the path have committed is
-        left out, however many ranks there were.
+        A resumed run continues where the earlier runs stopped: units that *any rank* of the path has committed are left out,
+        however many ranks there were.
 
-        Under several ranks each one passes its own pairs, those that its sampler gave it. With ``divide=True`` all ranks pass
-        the same pairs in the same order, and each key goes to one of them, without communication: of as many pairs as there are
-        ranks, in a row, each rank has one.
+        Under several ranks, each rank passes its own pairs, those that its sampler gave it. With ``divide=True`` all ranks pass
+        the same pairs in the same order, and each key goes to one rank, without communication: of every ``world_size``
+        successive pairs, each rank gets one.
 
         Args:
-            pairs: an iterable of ``(key, item)``, which is gone through one by one, such as ``enumerate(batches)``.
-            divide: whether to deal out the pairs among the ranks.
+            pairs: an iterable of ``(key, item)``, such as ``enumerate(batches)``. It is consumed lazily.
+            divide: whether to divide the pairs among the ranks.
 
         Returns:
-            An iterator over those that are left.
+            An iterator over the remaining pairs.
 
         Raises:
-            OptionError: an argument is invalid. While it is gone through: something is no pair, or a key is there twice.
+            OptionError: an argument is invalid. Raised while iterating: an item is not a pair, or a key occurs twice.
         """
         return self._blocks.remaining(pairs, divide=divide)  # type: ignore[return-value]
 
@@ -244,15 +244,15 @@ class Recorder(Recording[V], Generic[V]):
         ...     "a" in acts.done
         True
 
-        In a run that is resumed, they include those that all ranks of the path had committed before it, whatever the number of
-        ranks was in each run.
+        In a resumed run, they include the units that any rank of the path had committed before, however many ranks there
+        were in each run.
         """
         return self._blocks.done
 
     # --- Values of the user's ------------------------------------------------------------------------------
 
     def add(self, name: str, value: Value) -> None:
-        """Keep a value of your own beside the layers, for the latest pass: labels, token ids, a loss.
+        """Keep a value of your own in the recording, for the latest pass: labels, token ids, a loss.
 
         >>> import torch
         >>> from torch import nn
@@ -269,13 +269,13 @@ class Recorder(Recording[V], Generic[V]):
         nothing.
 
         Args:
-            name: the key in the recording, which no layer has.
-            value: tensors are detached, copied as a layer's values are and moved to ``device``; anything else is kept as
+            name: the key in the recording. It must not be the name of a layer.
+            value: tensors are detached, copied like a layer's values, and moved to ``device``; anything else is kept as
                 it is.
 
         Raises:
-            ActrecError: ``name`` is that of a layer, there was no pass yet, or the block has ended, or the unit that the value
-                would belong to.
+            ActrecError: ``name`` is the name of a layer, there was no pass yet, or the block has ended, or the unit that the
+                value would belong to.
             CaptureError: the value cannot be kept.
         """
         if not self._session.active:
@@ -322,7 +322,7 @@ class Recorder(Recording[V], Generic[V]):
         >>> len(means), len(acts[""])
         (3, 0)
 
-        For long runs that are worked off in portions. Call it between two passes. The keys of units are free again.
+        For long runs, processed in portions. Call it between two passes. The keys of units may be used again.
 
         Raises:
             ActrecError: a unit is open.
@@ -337,7 +337,7 @@ class Recorder(Recording[V], Generic[V]):
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
-        # What is copied or pickled is what was recorded, not the recording of it.
+        # A copy or a pickle is a plain Recording, which does not record.
         self._run.deliver()
         every = (self, self._inputs, self._grads)
         layers = [None if one is None else _as_they_are(one._layers) for one in every]
@@ -352,11 +352,11 @@ def _as_they_are(layers: dict[str, Layer[Any]]) -> dict[str, Layer[Any]]:
 def _no_unit(name: str, units: list[Unit]) -> str:
     if units:
         return (
-            f"acts.add({name!r}): {len(units)} units are open, and this thread is inside none of them, so nothing tells to which "
+            f"acts.add({name!r}): {len(units)} units are open, and this thread is inside none of them, so it is unknown to which "
             "the value belongs. Add it in the thread that has opened the unit."
         )
     return (
-        f"acts.add({name!r}): the unit has ended, and what belongs to it may have been committed. Add values inside "
+        f"acts.add({name!r}): the unit has ended, and may have been committed already. Add values inside "
         "with acts.unit(key):"
     )
 

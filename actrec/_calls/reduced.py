@@ -1,7 +1,7 @@
 """A layer whose calls are reduced as they come: by a metric of torchmetrics, or a reduction of :mod:`actrec.reduce`.
 
-What can be taken back, a unit that may still fail, or, where the recording goes to a path, a pass that is not complete, is in a
-part of its own: a reduction of that pass alone, which is merged with the rest once nothing can happen to it any more.
+A pass that may still be dropped (a unit that may fail, or, when recording to a path, a pass that is not complete) is reduced
+separately: as a part, which is merged with the rest once the pass is final.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .clean_room import devices_of, in_a_clean_room
 
 
 class States(Protocol):
-    """The path that the states of a reduction go to."""
+    """The path that the states of a reduction are written to."""
 
     rank: int | None
     closed: bool
@@ -42,11 +42,11 @@ class States(Protocol):
         """Pass ``number`` has calls."""
 
     def stored(self) -> Reduced:
-        """Return what is on the disk: before the block and in it, what was there when it began."""
+        """Return the reduction that is on the disk; until the block ends, the one that was there when it began."""
 
 
 class _Part(NamedTuple):
-    """What a layer has of one pass."""
+    """The reduction of one pass, and how many calls are in it."""
 
     sink: Any
     calls: int
@@ -63,14 +63,14 @@ class ReducedLayer(Reduced):
         undecided: Collection[int] = (),
         states: States | None = None,
     ) -> None:
-        """``undecided`` are the passes that may still be taken back; it changes. Without ``states``, it stays in memory."""
+        """``undecided`` are the passes that may still be dropped; it changes. Without ``states``, all stays in memory."""
         self.name = name
         self.type = kind
         self._make = make
         self._undecided = undecided
         self._disk = states
         self._rank = None if states is None else states.rank
-        self._lock = threading.RLock()  # whoever holds it calls no writer
+        self._lock = threading.RLock()  # the writer must not be called while it is held
         self._empty()
         if states is not None:
             before = states.stored()
@@ -82,10 +82,10 @@ class ReducedLayer(Reduced):
         self._sink: Any = self._make()
         self._merges = self._disk is not None or isinstance(self._sink, Reduction)
         self.mask: str | None = self._sink.mask if isinstance(self._sink, Reduction) else None
-        self._runs = PassRuns()  # of the calls that are in it
-        self._latest: int | None = None  # the last pass that came into it since it was written
+        self._runs = PassRuns()  # of the calls that are reduced into `_sink`
+        self._latest: int | None = None  # the last pass in `_sink` since its state was written
         self._parts: dict[int, _Part] = {}  # by pass
-        self._waiting: dict[int, list[Value]] = {}  # by pass, calls that are not taken in yet
+        self._waiting: dict[int, list[Value]] = {}  # by pass, calls that are not reduced yet
         self._masks: dict[int, list[Tensor]] = {}
 
     # --- What comes ----------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ class ReducedLayer(Reduced):
                 self._take_in(number)
 
     def add(self, name: str, value: Value, number: int) -> None:
-        """The user has added a value in pass ``number``: perhaps the mask."""
+        """The user has added a value to pass ``number``: perhaps the mask."""
         if name != self.mask:
             return
         with self._lock:
@@ -126,7 +126,7 @@ class ReducedLayer(Reduced):
                 of_passes.pop(number, None)
 
     def unmasked(self, raised: Collection[int]) -> ActrecError | None:
-        """Return what is wrong if calls wait for a mask, other than those of passes that raised."""
+        """Return an error if calls still wait for a mask, other than those of passes that raised."""
         waiting = [number for number in self._waiting if number not in raised]
         return CaptureError(self._without_mask(waiting)) if waiting else None
 
@@ -141,7 +141,7 @@ class ReducedLayer(Reduced):
         if self.mask is not None and not masks:
             raise ActrecError(self._without_mask([number]))
         is_part = self._merges and (joined or len(calls) > 1 or self._disk is not None)
-        sink = self._make() if is_part else self._sink  # all of them, or none
+        sink = self._make() if is_part else self._sink  # all of a pass, or none of it
         update = partial(_reduce, sink, masks, number, joined)
         in_a_clean_room(update, calls, devices_of(calls), grad=False)
         if is_part:
@@ -155,7 +155,7 @@ class ReducedLayer(Reduced):
     # --- What is merged ------------------------------------------------------------------------------------
 
     def _settled(self) -> Callable[[int], bool]:
-        """What tells whether nothing can happen to a pass any more."""
+        """Return a predicate: whether a pass is final."""
         if self._disk is None:
             return lambda number: number not in self._undecided
         complete = self._disk.count_complete()  # asks for a lock, and so is called outside ours
@@ -173,7 +173,7 @@ class ReducedLayer(Reduced):
         self._latest = number if self._latest is None else max(self._latest, number)
 
     def state(self, complete: int) -> tuple[int, dict[str, Any]] | None:
-        """Return what is stored after the passes before ``complete``, behind the last of them; ``None`` if that is nothing new."""
+        """Return the last of the passes before ``complete``, and the state after it; ``None`` if there is nothing new."""
         with self._lock:
             self._merge(lambda number: number < complete)
             latest, self._latest = self._latest, None
@@ -186,7 +186,7 @@ class ReducedLayer(Reduced):
     @property
     @override
     def sink(self) -> Any:
-        """The reduction. Where it goes to a path, a copy of it."""
+        """The reduction; if it goes to a path, a copy of it."""
         settled = self._settled()
         with self._lock:
             self._merge(settled)
@@ -202,7 +202,7 @@ class ReducedLayer(Reduced):
         return sink
 
     def _decided(self) -> list[int]:
-        """The passes in parts of their own that are there for who reads now."""
+        """Return the passes in separate parts that will not be dropped: a reader sees them."""
         return sorted(number for number in self._parts if number not in self._undecided)
 
     @override
@@ -251,7 +251,7 @@ class ReducedLayer(Reduced):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        # What is copied or pickled is what there is, in memory.
+        # A copy or a pickle is in memory, with the calls so far.
         sink, runs = self.sink, PassRuns(self.passes)
         kept = {k: v for k, v in vars(self).items() if k not in {"_lock", "_parts"}}
         return kept | {"_undecided": (), "_disk": None, "_sink": sink, "_runs": runs}
@@ -267,7 +267,7 @@ def _reduce(
     joined: bool,  # noqa: FBT001
     calls: list[Value],
 ) -> None:
-    """Let ``sink`` take in calls of a pass; those of a unit are joined along the positions."""
+    """Update ``sink`` with calls of a pass; those of a unit are joined along the positions."""
     if not isinstance(sink, Reduction):
         for value in calls:
             found = tensors(value)
@@ -282,7 +282,7 @@ def _reduce(
 
 
 def _mask_of(at: int, masks: list[Tensor], start: int, lengths: list[int]) -> Tensor:
-    """The mask of call number ``at``: its own, or its part of one for all calls of a unit, joined along the positions."""
+    """Return the mask of call number ``at``: its own, or its part of the one for all calls of a unit, along the positions."""
     if len(masks) == len(lengths):
         return masks[at]
     mask, total = masks[0], sum(lengths)

@@ -1,6 +1,6 @@
 """Reentrant activation checkpointing: it runs a region without a graph, and again, with one, inside ``backward()``.
 
-:class:`Regions` finds the call that is being run again. The calls of a layer come in the same order both times.
+:class:`Regions` finds the call that is being run again: the calls of a layer come in the same order both times.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Region(Generic[T]):
     repeated: int = 0
 
     def next(self) -> T | None:
-        if self.backward != backward_number():  # another one through the same graph starts over
+        if self.backward != backward_number():  # another backward starts over
             self.backward, self.repeated = backward_number(), 0
         self.repeated += 1
         return self.calls[self.repeated - 1] if self.repeated <= len(self.calls) else None

@@ -1,7 +1,7 @@
-"""Whether a GPU is trusted with copies that the model does not wait for: it has to pass a test first.
+"""A GPU has to pass a test before values are copied from it asynchronously.
 
-The test takes some milliseconds and some ten megabytes, once for each GPU and process, before the first value. A
-GPU that fails, for whatever reason, is not asked again: its values are moved while the model waits.
+The test takes some milliseconds and some ten megabytes, once for each GPU and process, before the first value. If a
+GPU fails, for whatever reason, it is not tested again: the model waits while its values are copied.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _MEMORY: Final = torch.device("cpu")
 
 
 def offload_for(capture: Capture, passes: Passes) -> Offload | None:
-    """Return what moves values for ``capture`` while the model goes on; ``None`` where there is nothing to move."""
+    """Return the :class:`Offload` for ``capture``, or ``None`` if no values will have to be moved."""
     moves = capture.detach and capture.device == _MEMORY and CUDA.is_used()
     return Offload(passes, CUDA, is_trusted) if moves else None
 
 
 def is_trusted(where: torch.device) -> bool:
-    """Return whether a GPU has passed the test, which it takes at the first call."""
+    """Return whether a GPU has passed the test. The first call runs it."""
     if where not in CUDA.tested:
         CUDA.tested[where] = passes_self_test(CUDA, where)
     return CUDA.tested[where]
@@ -55,7 +55,7 @@ _LAYOUTS: Final[tuple[Callable[[Tensor], Tensor], ...]] = (
 
 
 def passes_self_test(device: Cuda, where: torch.device) -> bool:
-    """Return whether tensors that are overwritten right behind :meth:`Offload.start` arrive as they were, bit for bit."""
+    """Return whether tensors that are overwritten right after :meth:`Offload.start` arrive unchanged, bit for bit."""
     try:
         with normal_mode_unseen():
             pairs = _moved_and_expected(Offload(Passes(), device), where)

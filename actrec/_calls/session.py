@@ -29,7 +29,7 @@ class Session:
     """What the hooks of one ``with`` block share."""
 
     stop: EarlyStop | None = None
-    offload: Offload | None = None  # what moves values from a GPU into memory
+    offload: Offload | None = None  # moves values from a GPU into memory
     passes: Passes = field(default_factory=Passes)
     eager: Stance = field(default_factory=Eager)  # towards the compiler
     recording: bool = False  # active, and not paused
@@ -37,12 +37,12 @@ class Session:
     interrupted: bool = False
     pauses: int = 0
     was_paused: bool = False
-    #: Whether DataParallel has called any; asked where functions are recorded.
+    #: Whether DataParallel has called replicas; only set where functions are recorded.
     has_replicas: bool = False
-    depth: int = 0  # how deep in code of the user's, which the recorder runs, the block was begun
-    #: The layers, by the end of their first call.
+    depth: int = 0  # of the clean room (see depth()) in which the block was begun
+    #: The layers, in the order in which their first calls ended.
     order: dict[str, None] = field(default_factory=dict)
-    #: Modules (ids) that others have replaced in the model, and the pass that found out.
+    #: Modules (ids) that others have replaced in the model, and the pass in which that was found.
     replaced: dict[int, int] = field(default_factory=dict)
     error: Exception | None = None  # the first one that capturing a value raised
     surfaced: bool = False  # that error left the model (or else the model swallowed it)
@@ -57,11 +57,11 @@ class Session:
         self.active = self.recording = True
 
     def end(self, *, interrupted: bool) -> None:
-        """The block ends; hooks that are still somewhere do nothing from now on."""
+        """The block ends; hooks that are still on some module do nothing from now on."""
         self.active = self.recording = False
         self.interrupted = interrupted
         if interrupted or self.eager.in_graph:
-            # Compiled code that raised has not told that its pass is over.
+            # Compiled code that raised has not reported the end of its pass.
             self.passes.abandon()
 
     def pause(self, by: int) -> None:
@@ -80,7 +80,7 @@ class Session:
         if torch.compiler.is_exporting():  # which is no call of the model's own
             return False
         self.eager.hold()
-        # An operator that compiles itself could not do with a hook that is not compiled.
+        # An operator that compiles itself cannot contain a hook that is not compiled.
         return self.recording and not compiles_itself()
 
     # --- A pass ------------------------------------------------------------------------------------------------
@@ -98,11 +98,11 @@ class Session:
         return True
 
     def look_for_replicas(self, _: object, module: nn.Module, *__: object) -> None:
-        """A call of a module begins, or of a replica of it that ``DataParallel`` has made."""
+        """Note whether the module whose call begins is a replica that ``DataParallel`` has made."""
         self.has_replicas = self.has_replicas or is_replica(module)
 
     def leave(self, _: object, module: nn.Module, __: object, ___: object, output: object) -> None:
-        """Such a call has ended, also by an exception."""
+        """A call that :meth:`enter` got has ended, also by an exception."""
         if (inside and depth() > self.depth) or not is_own_call():
             return
         error = sys.exception()
@@ -122,7 +122,7 @@ class Session:
                 self.surfaced = not self.passes.running
 
     def may_stop(self, *_: object) -> None:
-        """All hooks have heard of a call of a layer: the forward ends if no chosen layer is missing."""
+        """All other hooks of a layer's call have run: end the forward if no chosen layer is missing."""
         assert self.stop is not None  # noqa: S101  # or there would be no such hook
         self.stop.when_done()
 
@@ -135,12 +135,12 @@ class Session:
             self.surfaced = not self.passes.running
 
     def deliver(self) -> None:
-        """Wait for the values that are on their way from a device, and raise what went wrong."""
+        """Wait for the values that are being moved from a device, and raise an error of theirs."""
         if self.offload is not None:
             self.offload.deliver()
 
     def close(self) -> None:
-        """Wait for the last of them. What goes wrong now, the block raises."""
+        """Wait for the last of them. The end of the block raises an error of theirs."""
         try:
             self.deliver()
         except Exception as error:  # noqa: BLE001  # kept until all hooks are off
@@ -153,7 +153,7 @@ _begun: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 def _end_all() -> None:
-    """What a forked process would record, nobody could read: in there the hooks do nothing."""
+    """Disable recording in a forked process: nobody could read the results."""
     for session in _begun:
         session.end(interrupted=True)
 

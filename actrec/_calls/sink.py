@@ -1,4 +1,4 @@
-"""A layer whose calls go into a container of the user's."""
+"""A layer whose calls go into the user's container."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from actrec.errors import ActrecError
 
 from .clean_room import devices_of, in_a_clean_room
 
-#: Of this many calls that a bounded container has dropped, the passes may still be remembered.
+#: The passes of about so many calls that a bounded container has dropped may still be remembered.
 _SLACK = 64
 
 
 class SinkLayer(Layer[Any]):
-    """A layer whose calls go into a container of the user's, made by the factory given as ``into``.
+    """A layer whose calls go into a container, made by the factory that the user gave as ``into``.
 
-    Whatever else the container can do, the layer can do: ``acts["conv1"].mean`` is the container's.
+    Other attributes are the container's: ``acts["conv1"].mean`` is ``acts["conv1"].sink.mean``.
     """
 
     def __init__(
@@ -40,23 +40,23 @@ class SinkLayer(Layer[Any]):
         self.type = kind
         self.sink = sink
         self._held = held
-        #: By pass, what the container gets when the unit has ended.
+        #: By pass, the calls that the container gets when the unit has ended.
         self.waiting: dict[int, list[Value]] = {}
         self._make = None if hasattr(self.sink, "clear") else make
-        #: Of the latest calls that made it longer, or changed its end.
+        #: The passes of the latest calls, of those that made the container longer or changed its last item.
         self._passes: deque[int] = deque()
-        #: By id: what is in it, and its pass.
+        #: By id: an item of the container, and its pass.
         self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     @property
     @override
     def passes(self) -> ListView[int]:
-        # A bounded container has dropped the oldest calls; -1: the user has appended.
+        # A bounded container has dropped the oldest calls; -1: the user has appended an item.
         latest = [*self._passes][-len(self) :] if len(self) else []
         latest += [-1] * (len(self) - len(latest))
         if not self._known:
             return ListView(latest)
-        # It may have dropped others, or sorted them: what can be recognized is more than what can be counted.
+        # It may have dropped other items, or sorted them: the pass of an item that is recognized goes before the count.
         found = map(self._pass_of, self._readable())
         pairs = zip_longest(latest, islice(found, len(latest)))
         return ListView([number if known is None else known for number, known in pairs])
@@ -88,7 +88,7 @@ class SinkLayer(Layer[Any]):
             self._passes.append(number)
         while len(self._passes) > 2 * len(self) + _SLACK:
             self._passes.popleft()
-        for item in (value, newest):  # which is the value, or what the container has made of it
+        for item in (value, newest):  # newest: the value, or what the container has made of it
             if item is not last and self._pass_of(item) is None:
                 self._remember(item, number)
 
@@ -111,7 +111,7 @@ class SinkLayer(Layer[Any]):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        # No copy is the same thing.
+        # A copy has other objects.
         copied = {"_passes": deque(self.passes), "_known": {}, "_held": (), "waiting": {}}
         return vars(self) | copied
 
@@ -163,11 +163,11 @@ class SinkLayer(Layer[Any]):
         return self.sink
 
     def __getattr__(self, name: str) -> Any:
-        if name == "sink":  # while it is copied or unpickled there is none yet
+        if name == "sink":  # not set yet while the layer is being copied or unpickled
             raise AttributeError(name)
         return getattr(self.sink, name)
 
 
 def _forget(known: dict[int, Any], key: int, _: object) -> None:
-    """What was known by ``key`` is no more."""
+    """Forget the item ``key``, which was garbage-collected."""
     known.pop(key, None)

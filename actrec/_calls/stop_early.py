@@ -1,7 +1,7 @@
 """Stopping early: a forward ends as soon as every chosen layer has run in it.
 
-The hook of the last layer raises :class:`Stop`, which is no ``Exception``: models that catch those do not
-hold it up, and where a bare ``except:`` does, the end of the block says so. It is caught around
+The hook of the last layer raises :class:`Stop`, a ``BaseException``, so that the model's own ``except Exception``
+does not catch it; if a bare ``except:`` does, the end of the block warns. ``Stop`` is caught around
 ``model.forward``, so that the call of the model ends like any other one, with ``None`` as its result. For
 that, while the block is open, an :class:`EarlyStop` runs the forward of the model (:mod:`forwards`).
 """
@@ -20,11 +20,11 @@ from .forwards import Forward
 
 
 class Stop(BaseException):
-    """Ends a forward; its argument is the :class:`EarlyStop` that wants it to end."""
+    """Ends a forward; its argument is the :class:`EarlyStop` that raised it."""
 
 
 class _Thread(threading.local):
-    """What one thread is doing: whether it is inside a forward, and which layers have not run in it."""
+    """Whether one thread is inside a forward, and which layers have not run in it."""
 
     def __init__(self) -> None:
         self.inside = False
@@ -33,11 +33,11 @@ class _Thread(threading.local):
 
 
 class EarlyStop:
-    """Counts off, for each thread, the chosen layers that have run, and ends the forward after the last."""
+    """Tracks, for each thread, which chosen layers have run, and ends the forward after the last."""
 
     def __init__(self) -> None:
         self.layers: frozenset[str] = frozenset()
-        #: Forwards that went on to their end, for the model had caught what ends them.
+        #: How many forwards ran to their end, because the model caught the Stop.
         self.caught = 0
         self._thread = _Thread()
 
@@ -53,7 +53,7 @@ class EarlyStop:
             raise Stop(self)
 
     def run(self, stood_for: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a forward up to that point. A model that calls itself runs inside one such call."""
+        """Run a forward until all chosen layers have run. If a model calls itself, only the outer call is ended."""
         thread = self._thread
         forward = stood_for.forward_of(stood_for.called())
         if thread.inside:
@@ -69,14 +69,14 @@ class EarlyStop:
             thread.inside = False
         if thread.stopped:
             self.caught += 1
-            return None  # the result was made without what the stopped layer returned
+            return None  # the result was computed without the output of the stopped layer
         return result
 
 
 def refuse_sharded(model: nn.Module) -> None:
     """Raise ``UnsupportedModelError`` for a model under FSDP.
 
-    FSDP gathers the weights of a module before it runs, and frees them behind it: a module that is left
+    FSDP gathers the weights of a module before it runs, and frees them afterwards: a module that is left
     in the middle would keep them gathered.
     """
     for name, module in sharded(model):

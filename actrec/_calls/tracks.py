@@ -1,4 +1,4 @@
-"""What keeps the calls of a block: for each chosen layer a track, and layers for values of the user's."""
+"""The tracks that keep the calls of a block, one for each chosen layer, and the layers for values that the user adds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .reduced import ReducedLayer
 from .session import Session
 from .track import Track
 
-#: What is captured, for messages: before the number of the call.
+#: What is captured, in messages: before the number of the call.
 _OF: Final[dict[What, str]] = {
     "output": "call",
     "input": "what it received in call",
@@ -41,11 +41,11 @@ class Shown(Protocol):
 
 
 class Tracks:
-    """The tracks of a block, by the names of their layers, and the layers of what the user adds."""
+    """The tracks of a block, by the names of their layers, and the layers of values that the user adds."""
 
     def __init__(self, session: Session, capture: Capture, destination: Destination) -> None:
         self.of: dict[str, Track] = {}
-        #: What they are of; the recording that is left behind keeps no module alive, and so none of these.
+        #: The choices of the tracks; emptied at the end of the block, because the recording must not keep modules alive.
         self.choices: dict[str, Choice] = {}
         self.session = session
         self.destination = destination
@@ -56,7 +56,7 @@ class Tracks:
         self._recording: Callable[[], Shown | None] = lambda: None
 
     def show_in(self, recording: Shown) -> None:
-        """Let ``recording``, which is not kept, show the layers that come from now on."""
+        """Show layers that are made from now on in ``recording``, which is referred to weakly."""
         self._recording = weakref.ref(recording)
 
     def add(self, choice: Choice) -> None:
@@ -64,7 +64,7 @@ class Tracks:
         self._enter(choice, self._track(choice))
 
     def add_function(self, choice: Choice) -> tuple[Track, Callable[[], None]]:
-        """Make the track of a function, and what makes it and its layers part of the recording."""
+        """Make the track of a function. Return it, and a function that makes its layers part of the recording."""
         track = self._track(choice)
         return track, partial(self._publish, choice, track)
 
@@ -82,7 +82,7 @@ class Tracks:
 
     def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None:
         recording = self._recording()
-        if recording is not None:  # or nobody will ever look
+        if recording is not None:
             recording._show(name, layers)
 
     # --- All calls -------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class Tracks:
                 reduced.add(name, kept, number)
 
     def settle(self, number: int) -> None:
-        """Keep all of pass ``number``, a unit that has ended."""
+        """Keep all values of pass ``number``, a unit that has ended."""
         for track in self._all():
             track.settle(number)
         with self._adding:
@@ -108,7 +108,7 @@ class Tracks:
                 layer.settle(number)
 
     def drop(self, number: int) -> None:
-        """Forget all of pass ``number``, a unit that has failed, and names by which nothing else was added."""
+        """Forget all values of pass ``number``, a unit that has failed, and names under which nothing else was added."""
         for track in self._all():
             track.drop(number)
         with self._adding:
@@ -122,7 +122,7 @@ class Tracks:
                         recording._hide(name)
 
     def clear(self) -> None:
-        """Forget all there is."""
+        """Forget all calls and added values."""
         for track in self._all():
             track.clear()
         with self._adding:
@@ -130,11 +130,11 @@ class Tracks:
                 layer.clear()
 
     def unmasked(self, raised: Collection[int]) -> ActrecError | None:
-        """Return what is wrong if calls were not reduced for want of a mask, other than those of passes that raised."""
+        """Return an error if calls were not reduced because a mask is missing, other than those of passes that raised."""
         return next(filter(None, (layer.unmasked(raised) for layer in self._reduced)), None)
 
     def end(self) -> None:
-        """The block ends: leave nothing on a leaf, which may be part of the model."""
+        """The block ends: remove the gradient hooks from leaves, which may be part of the model."""
         for track in self._all():
             if track.grads is not None:
                 track.grads.arrivals.end()
@@ -165,10 +165,10 @@ class Tracks:
         return track
 
     def _capture_of(self, role: What, choice: Choice, layer: Layer[Any] | None) -> Capture:
-        """What makes the values that ``layer`` keeps, if there is one."""
+        """Return the capture for the values of ``layer``, if there is one."""
         treatment = choice.treatments.get(role)
         transform = None if treatment is None else treatment.transform
-        # A backward has no end at which it could be delivered: a gradient is moved at once.
+        # No hook reports the end of a backward, to deliver gradients at: they are moved at once.
         offload = None if role == "gradient" else self.session.offload
         capture = self._capture.of(choice.key, transform, _OF[role], offload)
         if layer is not None:

@@ -1,21 +1,20 @@
-"""From a GPU into memory while the model goes on.
+"""Copies values from a GPU into memory while the model continues.
 
-A tensor takes this way:
+A tensor is copied in three steps:
 
 1. It is copied on its device, in the stream in which the model computes: the next operation of the model may
    write to the original at once.
-2. A stream of our own waits for that copy, and copies its bytes into pinned memory.
-3. The host waits for the event behind that, and copies the bytes into ordinary memory. The copy on the
-   device and the pinned memory are free again.
+2. A separate stream waits for that copy, and copies its bytes into pinned memory.
+3. The host waits for the event after step 2, and copies the bytes into ordinary memory. Then the copy on the
+   device and the pinned memory are freed.
 
 :meth:`Offload.start` returns the memory of step 3 before it is filled. Nobody sees it then: the call that it
-belongs to stands in a queue behind its copies, and comes to its layer only from there. The queue is worked off
-in order, by whoever needs what is in it: at the end of each pass, before a look at the recording, and at
-the end of the block all of it; before another copy, as much as is there without waiting, and as makes
-room in the budget.
+belongs to waits in a queue, after its copies, and is appended to its layer only when its turn comes. The queue is
+processed in order: all of it at the end of each pass, before the recording is read, and at the end of the block;
+before another copy, the copies that have arrived already, and as many more as make room in the budget.
 
-The host lets go of the copy on the device only when it has seen the event, so that its memory is never
-given to somebody else while it is being read.
+The copy on the device is freed only after its event was seen, so that its memory is never reused while it is
+being read.
 """
 
 from __future__ import annotations
@@ -35,23 +34,23 @@ from actrec.errors import CaptureError
 from .device import Cuda
 from .passes import Passes
 
-#: So many bytes may be on their way at a time: on the device, and again in pinned memory.
+#: So many bytes may be in flight at a time: on the device, and again in pinned memory.
 BUDGET: Final = 512 << 20
 
 
 class _Copy(NamedTuple):
-    """A tensor on its way, as bytes."""
+    """A copy in flight, as bytes."""
 
     source: Tensor  # on the device
     pinned: Tensor
     memory: Tensor
-    done: Any  # the event behind the copy from the one into the other
+    done: Any  # the event after the copy from `source` to `pinned`
 
 
 class Offload:
-    """Moves what the layers of one block return into memory. Any thread may use it.
+    """Moves the values of one block into memory. Any thread may use it.
 
-    ``is_right`` says of a GPU whether copies from it come out right; of another one, nothing is moved.
+    ``is_right`` tells whether asynchronous copies from a GPU are right; from other GPUs, this moves nothing.
     """
 
     def __init__(
@@ -69,9 +68,9 @@ class Offload:
         self._queue: deque[_Copy | Callable[[], None]] = deque()
         self._in_flight = 0  # bytes of the copies in the queue
         self._lock = threading.RLock()
-        self._at_work = False  # on the queue
-        self._error: Exception | None = None  # what went wrong there, until it is raised
-        self._broken: CaptureError | None = None  # a copy has failed, and nothing more is moved
+        self._at_work = False  # whether the queue is being processed
+        self._error: Exception | None = None  # an error of the queue, until it is raised
+        self._broken: CaptureError | None = None  # a copy has failed: no more is moved
         self.trusted: dict[torch.device, bool] = {}  # the GPUs that tensors came from
 
     def takes(self, tensor: Tensor) -> bool:
@@ -89,11 +88,11 @@ class Offload:
         """Begin to move ``tensor`` as it is now, cast to ``dtype`` on its device first.
 
         Args:
-            tensor: one that :meth:`takes` is true of.
+            tensor: one for which :meth:`takes` is true.
             dtype: ``None`` keeps the tensor's own.
 
         Returns:
-            A tensor in memory, of the same shape. What is in it is undefined before the queue has been worked off.
+            A tensor in memory, of the same shape. Its content is undefined until the queue has been processed.
 
         Raises:
             CaptureError: an earlier copy has failed, or there is no memory left on the device.
@@ -103,7 +102,7 @@ class Offload:
             try:
                 copied = _on_device(tensor.detach(), dtype)
             except torch.OutOfMemoryError:
-                self._work_off()  # and lets go of the copies that are on the device
+                self._work_off()  # which frees the copies on the device
                 return _moved(tensor.detach(), dtype)
             source = torch.empty(0, dtype=torch.uint8, device=copied.device)
             source.set_(copied.untyped_storage())  # all of it
@@ -116,9 +115,9 @@ class Offload:
             return result.set_(memory.untyped_storage(), 0, copied.shape, copied.stride())
 
     def keep(self, call: Callable[[], None]) -> None:
-        """Run ``call``, which puts values into their layers, when what :meth:`start` returned for them is filled.
+        """Run ``call``, which appends values to their layers, when the tensors that :meth:`start` returned are filled.
 
-        That is at the latest when the pass ends; outside of a pass, now.
+        This happens at the latest when the pass ends; outside of a pass, now.
         """
         with self._lock:
             self._refuse_if_broken()
@@ -130,9 +129,9 @@ class Offload:
             self.deliver()
 
     def finish(self) -> None:
-        """Wait until everything is in its layer. What goes wrong is raised by the next :meth:`deliver`."""
+        """Wait until everything is in its layer. An error is raised by the next :meth:`deliver`."""
         with self._lock:
-            if not self._at_work:  # or else a container that is given a call looks at its layer
+            if not self._at_work:  # else a container's append(), run by the queue, reads its layer
                 self._work_off()
 
     def deliver(self) -> None:
@@ -140,7 +139,7 @@ class Offload:
 
         Raises:
             CaptureError: a copy has failed.
-            Exception: whatever a container of the user's, or the writer of a path, has raised. Once.
+            Exception: whatever the user's container, or the writer of a path, has raised. Raised once.
         """
         self.finish()
         with self._lock:
@@ -170,13 +169,13 @@ class Offload:
         return True
 
     def _work_off(self, before: int | None = None) -> None:
-        """Work off the queue; ``before`` a copy of so many bytes, what is there, and what makes room for it."""
+        """Process the whole queue; or, ``before`` a copy of so many bytes, what has arrived, and what makes room for it."""
         self._at_work = True
         try:
             with normal_mode_unseen():
                 while self._queue and (before is None or self._is_next_due(before)):
                     self._next()
-        except Exception as error:  # noqa: BLE001  # of the device: said in our words
+        except Exception as error:  # noqa: BLE001  # of the device: raised as a CaptureError
             self._lose(error)
         finally:
             self._at_work = False
@@ -190,24 +189,24 @@ class Offload:
         item = self._queue[0]
         if isinstance(item, _Copy):
             item.done.synchronize()
-            item.memory.copy_(item.pinned)  # which an interrupt may let happen twice
+            item.memory.copy_(item.pinned)  # an interrupt may cause this to happen twice
             self._queue.popleft()
             self._in_flight -= len(item.source)
             return
-        self._queue.popleft()  # first, for this must not happen twice
+        self._queue.popleft()  # before the call, which must not happen twice
         try:
             item()
         except Exception as error:  # noqa: BLE001  # raised by deliver()
             self._error = self._error or error
 
     def _lose(self, error: Exception) -> None:
-        """A copy has failed: neither its call nor one behind it must be seen."""
+        """A copy has failed: drop its call, and all after it."""
         lost = sum(not isinstance(item, _Copy) for item in self._queue)
         self._queue.clear()
         self._in_flight = 0
         self._broken = CaptureError(
-            f"record(): copying values from the device into memory failed: {error}. The {lost} calls that were on their "
-            "way are not in the recording, what came before them is, and nothing more is recorded in this block. To "
+            f"record(): copying values from the device into memory failed: {error}. The {lost} calls that were being "
+            "copied are not in the recording, those before them are, and nothing more is recorded in this block. To "
             "keep less, use a transform"
         )
         self._broken.__cause__ = error
@@ -220,12 +219,12 @@ class Offload:
 
 
 def _on_device(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy of ``tensor`` on its device, cast. It fills its storage."""
+    """Return a copy of ``tensor`` on its device, cast. It occupies its whole storage."""
     return snapshot(tensor) if dtype is None else tensor.to(dtype, copy=True)
 
 
 def _moved(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The blocking way, which takes no memory on the device, unless the tensor has gaps."""
+    """Copy the tensor while the model waits. This takes no memory on the device, unless the tensor has gaps."""
     try:
         moved = tensor.to("cpu", copy=True)
     except torch.OutOfMemoryError as error:

@@ -106,7 +106,7 @@ def _tell_watched(
     views: list[int],
     *key: Tensor,
 ) -> Tensor:
-    """The same, of a value that gradients may reach. Return what :func:`_tell_gradient` is given with them."""
+    """The same, for a value that gradients may reach. Return the ticket to pass to :func:`_tell_gradient` with them."""
     with watching(leaf, views) as watched:
         _tell_nested(tensors, numbers, outline, *key)
     number = next(_ticket_numbers)
