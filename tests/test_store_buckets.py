@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import fsspec
 import numpy as np
@@ -37,6 +40,7 @@ from actrec import (
     verify,
 )
 from actrec.__main__ import main
+from actrec.data import between as _between
 from actrec.data import rows, shuffled
 from actrec.data import shuffling as _shuffled
 from actrec.store import Folder
@@ -325,13 +329,19 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_small_blocks")
-def test_a_call_is_fetched_in_blocks_and_only_once(url: str, whole: Any) -> None:
+def test_a_call_is_fetched_alone_and_those_that_follow_in_blocks_and_only_once(
+    url: str, whole: Any
+) -> None:
     run(url)
     found = load(url)
     repr(found)
     Stand.begin()
     assert same(found["0"][5], whole["0"][5])
-    assert [kind for kind, _ in Stand.log] == ["cat", "info", "cat"]
+    assert Stand.fetched == [64, whole["0"][5].nbytes], (
+        "whether it is the same object, and the call"
+    )
+    assert same(found["0"][6], whole["0"][6])
+    assert [kind for kind, _ in Stand.log] == ["cat", "cat", "info", "cat"]
     assert max(Stand.fetched) <= 4096
     values = list(found["0"])
     joined = found["0"].cat()
@@ -622,6 +632,78 @@ def test_an_epoch_fetches_each_byte_once_and_ahead_of_need(
         assert len(asked) - len(parts) <= 4 * 5, "a look at each shard for each window"
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_workers_fetch_each_byte_once_between_them(
+    url: str,
+    asked: list[tuple[str, int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    masked: bool,
+    tmp_path: Path,
+) -> None:
+    acts = sized(url)
+    joined = acts[""].cat()
+    mask = torch.arange(1600) % 3 > 0 if masked else None
+    dataset = shuffled(acts, "", "label", batch_size=20, buffer=400 * (256 + 8 + 32), mask=mask)
+    alone = [label.tolist() for _, label in dataset]
+    dataset.set_epoch(0)
+    asked.clear()
+    of = []
+    for worker in range(3):
+        info = mock.Mock(id=worker, num_workers=3)
+        monkeypatch.setattr(_shuffled, "get_worker_info", lambda info=info: info)
+        of.append(iter(pickle.loads(pickle.dumps(dataset))))
+    found = [batch for batches in zip_longest(*of) for batch in batches if batch is not None]
+    assert [label.tolist() for _, label in found] == alone
+    assert all(same(hidden, joined[label]) for hidden, label in found)
+    parts = sorted(data(asked))
+    assert all(a[0] != b[0] or a[2] <= b[1] for a, b in pairwise(parts)), "no byte twice"
+    assert sum(b - a for _, a, b in parts) <= 1600 * 264
+    assert [*tmp_path.glob("actrec-*/*")], "they are in files"
+    del dataset, of
+    gc.collect()
+    assert not [*tmp_path.glob("actrec-*")]
+
+
+@pytest.mark.parametrize("broken", ["short", "no folder", "no room", "no locks"])
+def test_a_part_that_no_other_worker_has_is_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, broken: str
+) -> None:
+    between, of = _between.Between(), bytes(range(100))
+    downloaded: list[tuple[int, int]] = []
+
+    def download(begin: int, end: int) -> bytes:
+        downloaded.append((begin, end))
+        return of[begin:end]
+
+    def later(work: Any, *args: Any) -> Any:
+        return work(*args)
+
+    fetch = between.fetching("a", later)
+    assert fetch(lambda: 7) == 7, "what is no part is done by everybody"
+    assert fetch(download, 10, 30) == fetch(download, 10, 30) == of[10:30]
+    assert downloaded == [(10, 30)]
+    folder = next(tmp_path.glob("actrec-*"))
+    if broken == "short":
+        for path in folder.iterdir():
+            path.write_bytes(b"x")
+    elif broken == "no folder":
+        shutil.rmtree(folder)
+        folder.touch()
+    elif broken == "no locks":
+        monkeypatch.setattr(_between, "flock", mock.Mock(side_effect=OSError("no locks")))
+    else:
+        monkeypatch.setattr(_between, "_MOST", 25)
+        assert fetch(download, 30, 50) == of[30:50]
+        assert sum(path.stat().st_size for path in folder.iterdir()) == 20, "the oldest goes"
+    assert fetch(download, 10, 30) == of[10:30]
+    assert downloaded.count((10, 30)) == 2
+    with monkeypatch.context() as forked:
+        forked.setattr(os, "getpid", lambda: -1)
+        del between, fetch
+        gc.collect()
+    assert folder.exists(), "it goes with the process that made it"
+
+
 def test_what_is_fetched_at_a_time_is_many_parts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = shuffled(sized(url), "", batch_size=20, buffer=400 * (256 + 32))
     Stand.begin()
@@ -657,6 +739,20 @@ def test_two_rows_fetch_their_ranges_and_not_a_shard(
     assert same(found, joined[[1203, 7]])
     assert label.tolist() == [1203, 7]
     assert sorted(b - a for _, a, b in data(asked)) == [8, 8, 256, 256]
+    assert len(asked) == 6
+
+
+def test_single_rows_fetch_as_many_bytes_as_they_have(
+    url: str, asked: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_blocks, "_NEAR", 1000)
+    acts = sized(url)
+    joined = acts[""].cat()
+    dataset = rows(acts, "")
+    asked.clear()
+    for number in (1203, 7, 807, 390, 1590, 200):
+        assert same(dataset[number], joined[number])
+    assert [b - a for _, a, b in data(asked)] == [256] * 6
     assert len(asked) == 6
 
 

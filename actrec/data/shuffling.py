@@ -20,6 +20,7 @@ from actrec.errors import OptionError, ResumeError
 
 from .ahead import ahead
 from .align import Mask, Options, Passes, Table, table
+from .between import Between
 from .epochs import Order
 from .kept import Kept
 from .mixing import Part, check, checked_weights, parts, quotas
@@ -222,6 +223,7 @@ class Shuffled(IterableDataset[Any]):
         self._block = block
         self._next = _Progress(epoch=0)
         self._now: _Progress | None = None
+        self._between = Between()
         self._identity = {
             "recording": identity,
             "rows": sum(order.quotas),
@@ -346,7 +348,7 @@ class Shuffled(IterableDataset[Any]):
         mine = range(first, self._order.batches, now.workers)
         width = sum(column.width for column in self._columns)
         many = min(_TOGETHER, max(1, _MEBI // max(1, width * self._order.batch_size)))
-        with Files() as files:
+        with Files(self._between if now.workers > 1 else None) as files:
             window = Window(self._parts, self._block, files, self._order.most(mine))
             made = batches(self._columns, window, self._order, now.epoch, mine)
             with closing(ahead(made, many)) as coming:

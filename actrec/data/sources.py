@@ -19,8 +19,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from actrec._values.memory import words, writable
+from actrec.store.disk import Later
 from actrec.store.format import Defect, corrupt
 from actrec.store.place import Place, Reading
+
+from .between import Between
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -157,7 +160,7 @@ class Stored(Source):
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
         if nbytes:
             with suppress(Defect):  # reading it says what is wrong
-                files.reading(self).announce(begin, nbytes, files.later)
+                files.reading(self).announce(begin, nbytes, files.fetching(self))
 
 
 def _parts(begins: list[int], width: int) -> Iterator[tuple[int, int]]:
@@ -181,9 +184,14 @@ def _apart(begins: list[int], rows: list[memoryview]) -> Iterator[memoryview]:
 
 
 class Files(AbstractContextManager["Files"]):
-    """The files that are open: each is opened once, and few at a time."""
+    """The files that are open: each is opened once, and few at a time.
 
-    def __init__(self) -> None:
+    Args:
+        between: through which worker processes that need the same parts fetch them for each other.
+    """
+
+    def __init__(self, between: Between | None = None) -> None:
+        self.between = between
         self._open: dict[Stored, Reading] = {}  # the one used last is the last
 
     @override
@@ -200,6 +208,12 @@ class Files(AbstractContextManager["Files"]):
     def later(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
         """Let a thread do some work."""
         return self._threads.submit(work, *args)
+
+    def fetching(self, file: Stored) -> Later:
+        """Return what lets a thread fetch a part of a file, if no other worker has it."""
+        if self.between is None:
+            return self.later
+        return self.between.fetching(file.place.shown(file.name), self.later)
 
     @contextmanager
     def opened(self, file: Stored) -> Iterator[Reading]:

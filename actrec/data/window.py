@@ -74,33 +74,42 @@ class Window:
 
     def _read(self, pieces: Sequence[Piece], is_wanted: Tensor, places: Tensor) -> Iterator[None]:
         """Read one piece after the other, in the order in which they lie, as far as there is room."""
-        announced = (self._announced(piece, is_wanted) for piece in pieces)
+        announced = self._announced(pieces, is_wanted)
         coming = deque(islice(announced, self._ahead))
         done = 0
         while coming:
-            columns, rows = coming.popleft()
+            columns, rows, read = coming.popleft()
             while done + len(rows) > self._room:
                 yield
-            self._fill(columns, rows, places[done : done + len(rows)])
+            self._fill(columns, rows, read, places[done : done + len(rows)])
             done += len(rows)
             coming.extend(islice(announced, 1))
 
-    def _announced(self, piece: Piece, is_wanted: Tensor) -> tuple[Sequence[Column], Tensor]:
-        """Say that the wanted rows of a block will be read soon, and return their numbers, in ascending order."""
-        columns, kept = self._parts[piece.part]
-        rows = is_wanted[piece.place : piece.place + piece.many].nonzero()[:, 0] + piece.first
-        if len(rows):
-            rows = rows if kept is None else kept.block(piece.block, self._files)[rows]
-            rows += piece.block * self._block
-            for column in columns:
-                column.announce(int(rows[0]), int(rows[-1] - rows[0]) + 1, self._files)
-        return columns, rows
+    def _announced(
+        self, pieces: Sequence[Piece], is_wanted: Tensor
+    ) -> Iterator[tuple[Sequence[Column], Tensor, range]]:
+        """Say that rows of a block will be read soon: those between the first and the last that is wanted, here or by any worker.
 
-    def _fill(self, columns: Sequence[Column], rows: Tensor, places: Tensor) -> None:
-        """Read rows of a block, in ascending order, to their places."""
-        if not len(rows):
-            return
-        first, many = int(rows[0]), int(rows[-1] - rows[0]) + 1
+        Yields:
+            The columns; the rows that are wanted, in ascending order; and those that are read.
+        """
+        for piece in pieces:
+            wanted = is_wanted[piece.place : piece.place + piece.many]
+            if not bool(wanted.any()):
+                continue
+            columns, kept = self._parts[piece.part]
+            every = torch.arange(piece.first, piece.first + piece.many, device="cpu")
+            every = every if kept is None else kept.block(piece.block, self._files)[every]
+            every += piece.block * self._block
+            rows = every[wanted]
+            first, last = (rows if self._files.between is None else every)[[0, -1]].tolist()
+            for column in columns:
+                column.announce(first, last - first + 1, self._files)
+            yield columns, rows, range(first, last + 1)
+
+    def _fill(self, columns: Sequence[Column], rows: Tensor, read: range, places: Tensor) -> None:
+        """Read rows of a block, and put those that are wanted to their places."""
+        first, many = read.start, len(read)
         in_place = many == len(rows) and bool((places.diff() == 1).all())  # as in the first window
         for column, memory, scratch in zip(columns, self._memory, self._scratch, strict=True):
             place = int(places[0])

@@ -1,11 +1,10 @@
-"""Objects that are open for reading, of which ``fsspec`` keeps the blocks that it has downloaded last."""
+"""The objects that were read last. Of those that are read from one part to the next, ``fsspec`` keeps the blocks."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
 from typing import Any, BinaryIO, Final
 
 from typing_extensions import override
@@ -16,12 +15,33 @@ CACHE_BYTES: Final = 1 << 30
 
 BLOCK: Final = 4 << 20  #: bytes that are downloaded at a time
 _EACH: Final = 8  # blocks of one object
+_NEAR: Final = (
+    1 << 16
+)  # bytes between two parts, at most, of which the second goes on after the first
 #: What makes ``fs.open()`` keep them.
 CACHED: Final[dict[str, Any]] = {
     "block_size": BLOCK,
     "cache_type": "blockcache",
     "cache_options": {"maxblocks": _EACH},
 }
+
+
+class Kept:
+    """An object that was read. Whoever reads from it has its lock."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.head: bytes | None = None  #: what it was seen to begin with
+        self.file: BinaryIO | None = None  #: of which blocks are kept
+        self._ends: deque[int] = deque(maxlen=_EACH)
+
+    def goes_on(self, begin: int, end: int) -> bool:
+        """Whether a part lies near one that was read lately, and so others may come that are near it."""
+        near = next((other for other in self._ends if abs(begin - other) <= _NEAR), None)
+        if near is not None:
+            self._ends.remove(near)
+        self._ends.append(end)
+        return near is not None
 
 
 class Blocks:
@@ -41,7 +61,7 @@ class Blocks:
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, tuple[BinaryIO, threading.Lock]] = OrderedDict()
+        self._open: OrderedDict[str, Kept] = OrderedDict()
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -51,27 +71,13 @@ class Blocks:
         vars(self).update(state)
         self._begin()
 
-    def read_into(
-        self, url: str, opened: Callable[[], BinaryIO], begin: int, view: memoryview
-    ) -> int:
-        """Fill ``view`` with the bytes of an object from ``begin`` on, and return how many there were.
-
-        Args:
-            url: which object.
-            opened: opens it.
-            begin: the first byte.
-            view: what is filled.
-        """
+    def of(self, url: str) -> Kept:
+        """Return what is kept of an object."""
         if self._pid != os.getpid():  # forked off
             self._begin()
         with self._lock:
-            file, lock = self._open.pop(url, (None, threading.Lock()))
-        if file is None:
-            file = opened()
-        with self._lock:
-            self._open[url] = file, lock
+            kept = self._open.setdefault(url, Kept())
+            self._open.move_to_end(url)
             while len(self._open) > max(1, self._limit // (BLOCK * _EACH)):
                 self._open.popitem(last=False)  # it is closed once nobody reads from it
-        with lock:
-            file.seek(begin)
-            return file.readinto(view)  # type: ignore[attr-defined,no-any-return]
+            return kept

@@ -1,7 +1,7 @@
 """The objects below a URL, as ``fsspec`` has them: asking for them, and reading parts of one.
 
-What was announced is downloaded as it was announced, by threads. Of the rest, small parts are read from blocks that are
-kept, large ones in one request.
+What was announced is downloaded as it was announced, by threads. The rest is downloaded as it is asked for; where small parts
+are asked for one after the other, in blocks that are kept.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Object:
         """Fill ``views``, one behind the other, with the bytes from ``begin`` on."""
         view = views[0] if len(views) == 1 else memoryview(bytearray(sum(map(len, views))))
         end = begin + len(view)
-        read = self._read_at_once if len(view) > BLOCK else self._read_blocks
+        read = self._read_large if len(view) > BLOCK else self._read_small
         read = self._read_coming if (begin, end) in self._coming else read
         try:
             found = begin + read(begin, view)
@@ -112,12 +112,15 @@ class Object:
                 one[:] = view[: len(one)]
                 view = view[len(one) :]
 
-    def _read_at_once(self, begin: int, view: memoryview) -> int:
+    def _read_large(self, begin: int, view: memoryview) -> int:
         self._check()
+        return self._read_at_once(begin, view)
+
+    def _read_at_once(self, begin: int, view: memoryview) -> int:
         done = 0
         for at in range(0, len(view), _MOST):
             end = begin + min(at + _MOST, len(view))
-            part = self._objects.download(self._name, begin + at, end)
+            part = self._download(begin + at, end)
             view[at : at + len(part)] = part
             done += len(part)
         return done
@@ -129,24 +132,29 @@ class Object:
         view[: len(part)] = part
         return len(part)
 
-    def _read_blocks(self, begin: int, view: memoryview) -> int:
-        def opened() -> BinaryIO:
-            self._check()
-            return self._objects.open(self._name, **CACHED)
-
-        def read() -> int:
-            return self._blocks.read_into(self._objects.shown(self._name), opened, begin, view)
-
-        return self._objects.ask(self._name, read)
+    def _read_small(self, begin: int, view: memoryview) -> int:
+        kept = self._blocks.of(self._objects.shown(self._name))
+        with kept.lock:
+            if kept.head != self._head:
+                self._check()
+                kept.head = self._head
+            if kept.goes_on(begin, begin + len(view)):
+                file = kept.file = kept.file or self._objects.open(self._name, **CACHED)
+                file.seek(begin)
+                return self._objects.ask(self._name, lambda: file.readinto(view))  # type: ignore[attr-defined,no-any-return]
+        return self._read_at_once(begin, view)
 
     def _check(self) -> None:
-        need(self._objects.download(self._name, 0, len(self._head)) == self._head, ANOTHER)
+        need(self._download(0, len(self._head)) == self._head, ANOTHER)
+
+    def _download(self, begin: int, end: int) -> bytes:
+        return self._objects.download(self._name, begin, end)
 
     def announce(self, begin: int, nbytes: int, later: Later) -> None:
         """Let a thread download a part, which is read next, as it is."""
         self._same = self._same or later(self._check)
         part = begin, begin + nbytes
-        self._coming[part] = later(self._objects.download, self._name, *part)
+        self._coming[part] = later(self._download, *part)
 
     def gather(self, parts: Iterable[tuple[int, int]], later: Later) -> None:
         """Let threads download several parts, each where it begins and how many bytes it has."""
