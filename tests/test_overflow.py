@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import actrec
 from actrec import OverflowWarning, record
-from actrec._calls import overflow as _overflow
+from actrec._recordings import overflow as _overflow
 
 if TYPE_CHECKING:
     from collections.abc import Callable

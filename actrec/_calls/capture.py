@@ -13,6 +13,7 @@ from typing import Final, cast
 import torch
 from torch import Tensor
 
+from actrec._recordings.overflow import Overflows
 from actrec._selection.queries import Transform
 from actrec._text import listed
 from actrec._torch import version
@@ -27,7 +28,6 @@ from actrec.errors import CaptureError, TransformError
 from .clean_room import in_a_clean_room
 from .device import refuse_graph_capture
 from .options import Options
-from .overflow import Overflows
 from .transfer import Offload
 
 #: What :class:`Capture` returns for a call that its transform skips.

@@ -263,6 +263,10 @@ class Passes(Count):
         """The pass that this thread is inside of."""
         return self._local.thread.number
 
+    def current_or_last(self) -> int:
+        """Return the pass that this thread is inside of, or the last one that has begun."""
+        return max(0, self.count - 1) if self.current is None else self.current
+
     @property
     def running(self) -> bool:
         """Whether this thread is inside a pass."""

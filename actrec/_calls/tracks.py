@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from actrec._recordings.layer import FUNCTION, Layer
+from actrec._recordings.overflow import Overflows
 from actrec._selection.functions import WHATS, What
 from actrec._selection.names import type_name
 from actrec._selection.selection import Choice
@@ -20,7 +21,6 @@ from .capture import Capture
 from .destination import Destination
 from .gradients import Gradients
 from .inputs import Inputs
-from .overflow import Overflows
 from .reduced import ReducedLayer
 from .session import Session
 from .track import Track
@@ -174,5 +174,6 @@ class Tracks:
         if layer is not None:
             layer._transform = function_name(transform)
             if capture.dtype is not None:
-                capture.overflows = layer.overflows = Overflows(capture.dtype, self.session.passes)
+                number = self.session.passes.current_or_last
+                capture.overflows = layer.overflows = Overflows(capture.dtype, number)
         return capture

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 
 from torch import nn
 
+from actrec._recordings.overflow import Overflows
 from actrec._selection.functions import What
 from actrec._selection.selection import Choice
 from actrec._text import count, folded, listed
@@ -25,7 +26,6 @@ from actrec.errors import (
 )
 
 from .functions import Missing
-from .overflow import Overflows
 from .session import Session
 from .track import Track, Unrecorded
 
@@ -193,7 +193,7 @@ _OF: Final[Mapping[What, str]] = {
 def _overflows(track: Track) -> Iterator[tuple[str, Overflows]]:
     for role, layer in track.layers.items():
         overflows = layer.overflows
-        if isinstance(overflows, Overflows) and overflows.total:
+        if overflows is not None and overflows.total:
             yield _OF[role], overflows
 
 

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, Generic, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Final, Generic, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 from typing_extensions import TypeVar, override
 
@@ -23,6 +22,7 @@ from actrec.errors import ActrecError, JoinError
 from .instead import explained, no_attribute_of_layer
 from .layer_view import layer_table
 from .look import Look
+from .overflow import Overflows
 from .pass_numbers import ListView, RankPass, nth_calls
 from .units import Key, Units
 
@@ -38,32 +38,13 @@ V = TypeVar("V", default=Tensor)
 M = TypeVar("M")
 
 
-class Overflows(Protocol):
-    """Counts the finite values of a layer that overflowed when they were cast to ``dtype``."""
-
-    dtype: torch.dtype
-
-    def counts(self) -> dict[int, int]:
-        """How many values overflowed in each pass that had any."""
-
-    def nonfinite(self) -> dict[int, int]:
-        """How many infinities or NaN of each pass come from the cast."""
-
-    def clear(self) -> None:
-        """Forget the passes."""
-
-    def drop(self, number: int) -> None:
-        """Forget a pass."""
-
-
 @explained(no_attribute_of_layer)
 class Layer(Sequence[V], Generic[V]):
     """The calls of one layer, in the order in which they ended.
 
     >>> import torch
-    >>> from torch import nn
     >>> from actrec import record
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(inplace=True))
     >>> with record(model, "0") as acts:
     ...     for batch in torch.randn(2, 5, 4):
     ...         output = model(batch)
@@ -129,10 +110,9 @@ class Layer(Sequence[V], Generic[V]):
         """The index of each call's pass, in a read-only view that grows with the layer.
 
         >>> import torch
-        >>> from torch import nn
         >>> from actrec import record
-        >>> relu = nn.ReLU()
-        >>> model = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu)
+        >>> relu = torch.nn.ReLU()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), relu, torch.nn.Linear(4, 4), relu)
         >>> with record(model, ["0", "1"]) as acts:
         ...     for batch in torch.randn(2, 5, 4):
         ...         output = model(batch)
@@ -149,9 +129,8 @@ class Layer(Sequence[V], Generic[V]):
         """The key of each call's unit, beside :attr:`passes`: ``None`` for a call outside of :meth:`Recorder.unit`.
 
         >>> import torch
-        >>> from torch import nn
         >>> from actrec import record
-        >>> model = nn.Linear(4, 3)
+        >>> model = torch.nn.Linear(4, 3)
         >>> with record(model, "") as acts:
         ...     for key in ("a", "b"):
         ...         with acts.unit(key):
@@ -171,10 +150,9 @@ class Layer(Sequence[V], Generic[V]):
         """Select one call of each pass: the first for 0, the second for 1, the last for -1.
 
         >>> import torch
-        >>> from torch import nn
         >>> from actrec import record
-        >>> relu = nn.ReLU()
-        >>> model = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu)
+        >>> relu = torch.nn.ReLU()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), relu, torch.nn.Linear(4, 4), relu)
         >>> with record(model, "1") as acts:
         ...     for batch in torch.randn(2, 5, 4):
         ...         output = model(batch)
@@ -213,9 +191,8 @@ class Layer(Sequence[V], Generic[V]):
         """Concatenate all calls along an existing dimension, by default the batch, as ``torch.cat`` does.
 
         >>> import torch
-        >>> from torch import nn
         >>> from actrec import record
-        >>> model = nn.Linear(4, 3)
+        >>> model = torch.nn.Linear(4, 3)
         >>> with record(model, "") as acts:
         ...     for batch in torch.randn(10, 4).split(8):
         ...         output = model(batch)
@@ -247,9 +224,8 @@ class Layer(Sequence[V], Generic[V]):
         """Stack all calls along a new dimension, as ``torch.stack`` does: item ``i`` is call ``i``.
 
         >>> import torch
-        >>> from torch import nn
         >>> from actrec import record
-        >>> model = nn.Linear(4, 3)
+        >>> model = torch.nn.Linear(4, 3)
         >>> with record(model, "") as acts:
         ...     for one in torch.randn(2, 4):
         ...         output = model(one)

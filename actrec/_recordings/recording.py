@@ -38,9 +38,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
     """What was recorded: a read-only mapping from layer name to :class:`Layer`.
 
     >>> import torch
-    >>> from torch import nn
     >>> from actrec import record
-    >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(inplace=True))
     >>> with record(model) as acts:
     ...     output = model(torch.randn(5, 4))
     >>> list(acts)
@@ -188,9 +187,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         """The passes that raised or were interrupted. Layers that would have run later have no call in them.
 
         >>> import torch
-        >>> from torch import nn
         >>> from actrec import record
-        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
         >>> with record(model) as acts:
         ...     for width in (4, 5, 4):
         ...         try:
@@ -259,9 +257,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         """What the calls received. ``acts.inputs[name][i]`` is a dict from parameter name to value.
 
         >>> import torch
-        >>> from torch import nn
         >>> from actrec import record
-        >>> model = nn.Linear(4, 3)
+        >>> model = torch.nn.Linear(4, 3)
         >>> with record(model, "", inputs=True) as acts:
         ...     output = model(torch.zeros(5, 4))
         >>> acts.inputs[""][0]["input"].shape
@@ -329,9 +326,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         """The names of the layers that have calls, in the order in which their first calls ended.
 
         >>> import torch
-        >>> from torch import nn
         >>> from actrec import record
-        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
         >>> with record(model, ["1", "", "0"]) as acts:
         ...     output = model(torch.randn(5, 4))
         >>> list(acts), acts.execution_order
@@ -386,9 +382,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         """Concatenate the calls of every layer: ``{name: layer.cat(dim)}``.
 
         >>> import torch
-        >>> from torch import nn
         >>> from actrec import record
-        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
         >>> with record(model) as acts:
         ...     for batch in torch.randn(2, 5, 4):
         ...         output = model(batch)
@@ -411,9 +406,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         """Stack the calls of every layer: ``{name: layer.stack(dim)}``.
 
         >>> import torch
-        >>> from torch import nn
         >>> from actrec import record
-        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
         >>> with record(model) as acts:
         ...     for batch in torch.randn(2, 5, 4):
         ...         output = model(batch)
@@ -446,9 +440,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         """Compute statistics of every layer over all its calls, with one row for each tensor that it returns.
 
         >>> import torch
-        >>> from torch import nn
         >>> from actrec import record
-        >>> model = nn.Sequential(nn.Flatten(), nn.ReLU())
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.ReLU())
         >>> with record(model) as acts:
         ...     output = model(torch.tensor([[-1.0, 0.0, 2.0, 3.0]]))
         >>> acts.stats()
@@ -465,7 +458,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
         With a mask, such as the attention mask of each batch, padding does not count:
 
-        >>> model = nn.Sequential(nn.Embedding(9, 4))
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4))
         >>> ids = torch.tensor([[5, 6, 7], [8, 0, 0]])
         >>> with record(model) as acts:
         ...     output = model(ids)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -21,22 +22,25 @@ from actrec._values.chunks import blocks, dense
 from actrec._values.dtensor import is_distributed
 from actrec._values.snapshot import PLAIN
 
-from .passes import Passes
-
 #: So many counts that a device is computing may be waiting to be read.
 MOST_WAITING: Final = 256
 
 
 class Overflows:
-    """How many values of one layer do not fit into ``dtype``, by pass."""
+    """How many values of one layer do not fit into ``dtype``, by pass.
 
-    def __init__(self, dtype: torch.dtype, passes: Passes) -> None:
+    Args:
+        dtype: what they are cast to.
+        number: returns the number of the pass that runs.
+    """
+
+    def __init__(self, dtype: torch.dtype, number: Callable[[], int]) -> None:
         self.dtype = dtype
         self.largest = torch.finfo(dtype).max
         #: Whether a cast turns larger values, infinity included, into the largest one.
         self.saturates = bool(torch.tensor(math.inf, device="cpu").to(dtype).float().isfinite())
         self._total = 0  # of all passes, those that were cleared included
-        self._passes = passes
+        self._number = number
         self._counts: dict[int, int] = {}
         self._waiting: deque[tuple[int, Tensor]] = deque()
         self._lock = threading.Lock()
@@ -56,11 +60,6 @@ class Overflows:
                     self._settle()
             elif part.numel() and (many := self._counted(part)):
                 self._add(self._number(), many)
-
-    def _number(self) -> int:
-        """The number of the pass that this thread is in."""
-        number = self._passes.current
-        return max(0, self._passes.count - 1) if number is None else number
 
     @property
     def total(self) -> int:
@@ -123,7 +122,7 @@ class Overflows:
 
 
 def _copied(dtype: torch.dtype, counts: dict[int, int], total: int) -> Overflows:
-    made = Overflows(dtype, Passes())
+    made = Overflows(dtype, int)  # of which nothing is cast any more
     made._counts, made._total = counts, total
     return made
 
