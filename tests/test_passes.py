@@ -236,6 +236,29 @@ def test_a_module_that_calls_itself_is_one_pass_from_the_outside_and_inputs_stay
     assert depths == [0, 0, 1, 0, 0, 1, 2] * 2, "in the order in which the calls end"
 
 
+def test_a_call_that_is_not_recorded_ends_no_pass_that_a_call_of_the_same_module_has_begun() -> (
+    None
+):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, *, again: bool = True) -> Tensor:
+            if again:
+                with acts.pause():
+                    self(x, again=False)
+            return self.linear(x)
+
+    model = Model()
+    for options in ({}, {"inputs": True}):
+        with record(model, "linear", **options) as acts:
+            model(X)
+            model(X)
+        assert acts["linear"].passes == [0, 1]
+        assert acts.num_passes == 2
+
+
 class Codec(nn.Module):
     """A model with ways in besides forward."""
 

@@ -109,20 +109,21 @@ class Inputs:
         stack.append(Arrival(number, kwargs, inputs, late))
 
     def pop(self, kwargs: object) -> Arrival | None:
-        """The call with these ``kwargs`` ends: return its arguments, or ``None`` if it began before it was hooked.
-
-        If a pre-hook that ran after ours has replaced ``kwargs``, it is the call that began last.
-        """
-        stack = self._stacks.get(get_ident())
-        if not stack:
-            return None
-        if stack[-1].kwargs is kwargs:
+        """The call with these ``kwargs`` ends: return its arguments, or ``None`` if no own call has begun with them."""
+        stack = self._stacks.get(get_ident(), [])
+        if stack and stack[-1].kwargs is kwargs:
             return stack.pop()
         same = [at for at, earlier in enumerate(stack) if earlier.kwargs is kwargs]
-        at = same[-1] if same else len(stack) - 1
-        arrival = stack[at]
-        del stack[at:]
+        if not same:
+            return None
+        arrival = stack[same[-1]]
+        del stack[same[-1] :]
         return arrival
+
+    def pop_latest(self) -> Arrival | None:
+        """An own call ends whose ``kwargs`` a pre-hook after ours has replaced: it is the one that began last."""
+        stack = self._stacks.get(get_ident())
+        return stack.pop() if stack else None
 
     def received(
         self, arrival: Arrival, call: int, args: tuple[Any, ...], kwargs: Any

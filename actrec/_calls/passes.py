@@ -127,6 +127,12 @@ class Passes(Count):
                 self._open.append(thread)
         thread.calling.append(id(module))
 
+    def skip(self, module: nn.Module) -> None:
+        """A call of ``module`` begins that is not recorded. Inside a pass, its end is not that of a call that is."""
+        calling = self._local.thread.calling
+        if calling:
+            calling.append(-id(module))
+
     @contextmanager
     def in_graph(self) -> Iterator[None]:
         """Compiled code makes the calls that begin in this block: they are not on Python's stack."""
@@ -155,14 +161,18 @@ class Passes(Count):
         being handled; if it was already handled when the pass began, the pass did not raise it.
         """
         thread = self._local.thread
+        calling, called = thread.calling, id(module)
+        if calling and calling[-1] == -called:
+            calling.pop()
+            return
         if type(output) in _SUSPENDED and thread.number is not None:
             with self._lock:
                 self._suspended = self._suspended or weakref.WeakKeyDictionary()
                 self._suspended[output] = thread.number
-        if id(module) in thread.calling:
-            while thread.calling.pop() != id(module):
+        if called in calling:
+            while calling.pop() != called:
                 pass
-            if not thread.calling:
+            if not calling:
                 self._close(thread, raised=error is not None and id(error) != thread.handled)
 
     def _close(self, thread: _Thread, *, raised: bool) -> None:
@@ -273,8 +283,9 @@ class Passes(Count):
         return bool(self._local.thread.calling)
 
     def opened_by(self, module: nn.Module) -> bool:
-        """Whether the pass of this thread ends with the call of ``module``."""
-        return self._local.thread.calling[:1] == [id(module)]
+        """Whether the pass of this thread ends with the call of ``module`` that is ending."""
+        calling = self._local.thread.calling
+        return calling[:1] == [id(module)] and calling[-1] != -id(module)
 
     def count_complete(self) -> int:
         """Return how many passes are complete: nothing is going to be recorded of those before this number.

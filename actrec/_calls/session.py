@@ -88,6 +88,7 @@ class Session:
     def enter(self, module: nn.Module, *, is_root: bool) -> bool:
         """A call of the root, or of a module on the way to a chosen layer, begins. Return whether it is recorded."""
         if not self.recording or (inside and not self.listens()) or not is_own_call():
+            self.passes.skip(module)
             return False
         if is_root:
             if is_compiler_loaded():
@@ -103,8 +104,6 @@ class Session:
 
     def leave(self, _: object, module: nn.Module, __: object, ___: object, output: object) -> None:
         """A call that :meth:`enter` got has ended, also by an exception."""
-        if (inside and depth() > self.depth) or not is_own_call():
-            return
         error = sys.exception()
         try:
             if self.offload is not None and self.passes.opened_by(module):

@@ -177,23 +177,31 @@ class Track:
         session = self.session
         if not session.recording or (inside and not session.listens()):
             self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
-        elif backward_number() != -1:
-            self._returns_in_backward(output)
-        elif (
-            # Cheap signs first: a dispatch mode that traces uses a subclass of Tensor.
-            type(output) is not Tensor or is_jit_tracing() or count_function_modes() or comparing
-        ) and is_written_down(args, output):
-            self.unrecorded[Unrecorded.TRACED] += 1
+            return
+        arrival = None if self.inputs is None else self.inputs.pop(kwargs)
+        if arrival is None or type(output) is not Tensor:  # or it is known to be an own call
+            if backward_number() != -1:
+                self._returns_in_backward(output)
+                return
+            if (
+                # Cheap signs first: a dispatch mode that traces uses a subclass of Tensor.
+                type(output) is not Tensor
+                or is_jit_tracing()
+                or count_function_modes()
+                or comparing
+            ) and is_written_down(args, output):
+                self.unrecorded[Unrecorded.TRACED] += 1
+                return
+        if RemovableHandle.next_id != hook.checked_at and put_after_others(hook, module):
+            self.overtaken += 1
+        if arrival is None and self.inputs is not None:
+            arrival = self.inputs.pop_latest()
+        if arrival is None:  # no inputs are recorded, or the call began before it was hooked
+            self.keep(output, session.passes.number_of(module))
+        elif arrival.late is None:
+            self.keep(output, arrival.number, arrival.inputs)
         else:
-            if RemovableHandle.next_id != hook.checked_at and put_after_others(hook, module):
-                self.overtaken += 1
-            arrival = None if self.inputs is None else self.inputs.pop(kwargs)
-            if arrival is None:  # no inputs are recorded, or the call began before it was hooked
-                self.keep(output, session.passes.number_of(module))
-            elif arrival.late is None:
-                self.keep(output, arrival.number, arrival.inputs)
-            else:
-                self.keep(output, arrival.number, self._received_late(arrival, args, kwargs))
+            self.keep(output, arrival.number, self._received_late(arrival, args, kwargs))
 
     def _received_late(self, arrival: Arrival, args: tuple[Any, ...], kwargs: Any) -> Value:
         """Return the arguments of a call after the hooks that ran after ours."""
