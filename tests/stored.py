@@ -15,7 +15,7 @@ from actrec.store.description import Description, LayerInfo
 from actrec.store.format import Slot
 from actrec.store.layout import lay_out
 from actrec.store.layout import write as write_shard
-from actrec.store.ledger import Ledger
+from actrec.store.ledger import Commit, Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -132,7 +132,7 @@ class Shards:
             for at, number, t in calls
         ]
         parts, tensors = lay_out(made)
-        heading = self.ledger.next(parts, committed, **more)
+        heading = self.ledger.next(parts, Commit(committed, **more))
         path = self.folder / f"{heading.shard:06d}.safetensors"
         with path.open("wb") as file:
             write_shard(_Plain(file), heading, self.ledger.layers, parts, tensors)

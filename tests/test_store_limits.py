@@ -44,7 +44,7 @@ from actrec.store import (
 from actrec.store.call import Call
 from actrec.store.disk import Disk
 from actrec.store.format import Slot
-from actrec.store.ledger import Heading, Ledger
+from actrec.store.ledger import Commit, Heading, Ledger
 from tests.stored import opened_shards, same
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def test_a_header_takes_little_more_than_twice_what_was_counted_for_its_calls(
 
     ledger = Ledger(Heading("0" * 32, 99_999, 100_000, 10**18, 10**6, 10**7))
     parts, entries = _layout.lay_out(calls)
-    _layout.write(File(), ledger.next(parts, 10**7), ledger.layers, parts, entries)
+    _layout.write(File(), ledger.next(parts, Commit(10**7)), ledger.layers, parts, entries)
     assert int.from_bytes(written[:8], "little") <= 2 * counted + 4096
 
 
@@ -187,11 +187,11 @@ def test_of_a_pass_that_is_written_in_parts_no_value_is_kept_until_it_is_committ
     kept = weakref.ref(value)
     calls = [Call.of(Slot("output", 0, "a", "A"), 0, value)]
     parts, _ = _layout.lay_out(calls)
-    ledger.next(parts, 0, part_of=0)
+    ledger.next(parts, Commit(0, part_of=0))
     del calls, value, _
     gc.collect()
     assert kept() is None
-    assert ledger.next([], 1).committed == 1
+    assert ledger.next([], Commit(1)).committed == 1
     (so_far,) = ledger.layers.values()
     assert (so_far.calls, so_far.nbytes) == (1, 12)
 

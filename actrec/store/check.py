@@ -10,7 +10,7 @@ from actrec.errors import CorruptRecordingError
 
 from .format import corrupt, shard_name
 from .index import shard_names
-from .ledger import Heading, Ledger
+from .ledger import Commit, Heading, Ledger
 from .part import Part
 from .place import Place
 from .shard import Shard
@@ -90,14 +90,9 @@ def _miscounted(ledger: Ledger, shard: Shard, parts: list[Part]) -> Iterator[str
         first, last = int(one.passes[0]), int(one.passes[-1])
         if last >= heading.committed if part_of is None else not first == last == part_of:
             yield f"it has calls of layer {one.slot.name[:60]!r} of passes that it should have none of"
-    ledger.next(
-        parts,
-        heading.committed,
-        part_of=part_of,
-        raised=heading.raised[len(before.raised) :],
-        dropped=[number for number, _ in before.parts if number in void],
-        ended=heading.ended,
-    )
+    raised = heading.raised[len(before.raised) :]
+    dropped = {number for at, number in before.parts if at in void}
+    ledger.next(parts, Commit(heading.committed, part_of, raised, dropped, heading.ended))
     if ledger.heading != heading:
         yield "what it says of the shards before it is not so"
     found = {listed.slot: listed for listed in shard.layers.values()}

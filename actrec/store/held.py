@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from .call import Call, Look
 from .format import MAX_HEADER
+from .ledger import Commit
 
 
 class Batch(NamedTuple):
@@ -19,11 +20,7 @@ class Batch(NamedTuple):
 
     calls: list[Call]
     size: int  # the bytes that they count against the budget
-    committed: int  # with this shard, the passes before this number are complete
-    part_of: int | None = None  # the pass that all calls are of, if it is not
-    raised: tuple[int, ...] = ()  # the passes that raised, of those that it commits
-    dropped: tuple[int, ...] = ()  # passes of which parts were handed out, and that do not count
-    ended: str | None = None  # how the run ended
+    commit: Commit
 
 
 class Held:
@@ -79,7 +76,7 @@ class Held:
         if self.size >= many:
             for number in sorted(number for number, calls in self._passes.items() if calls):
                 self._parted.add(number)
-                yield Batch(*self._take([number]), self.committed, part_of=number)
+                yield Batch(*self._take([number]), Commit(self.committed, number))
 
     def close(self, passes: int, ended: str) -> Batch:
         """Hand out the passes before ``passes``, for the last shard, and forget the others."""
@@ -105,7 +102,7 @@ class Held:
         self._parted = {number for number in self._parted if number >= complete}
         self._dropped -= {*dropped}
         taken = self._take([number for number in self._passes if number < complete])
-        return Batch(*taken, complete, None, tuple(raised), dropped, ended)
+        return Batch(*taken, Commit(complete, None, tuple(raised), dropped, ended))
 
     def _take(self, numbers: Iterable[int]) -> tuple[list[Call], int]:
         calls = [call for number in numbers for call in self._passes.pop(number)]

@@ -9,10 +9,10 @@ stale or damaged.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -97,6 +97,18 @@ class Heading:
 
 def _tuple(value: Any) -> Any:
     return tuple(map(_tuple, value)) if isinstance(value, list) else value
+
+
+class Commit(NamedTuple):
+    """What one more shard commits."""
+
+    committed: int  #: with it, the passes before this number are complete
+    part_of: int | None = None  #: the pass that all its calls are of, if it is not complete
+    raised: tuple[int, ...] = ()  #: the passes that raised, of those that it commits
+    dropped: Collection[
+        int
+    ] = ()  #: the passes of which there are parts that do not count from now on
+    ended: str | None = None  #: how the run ended, if this is its last shard: ``""`` for properly
 
 
 @dataclass(slots=True)
@@ -192,57 +204,33 @@ class Ledger:
     _waiting: list[Part] = field(default_factory=list)  # in parts of passes that are not complete
     _latest: dict[Slot, int] = field(default_factory=dict)  # the last pass in a shard of this run
 
-    def next(
-        self,
-        laid: Iterable[Part],
-        committed: int,
-        *,
-        part_of: int | None = None,
-        raised: Iterable[int] = (),
-        dropped: Collection[int] = (),
-        ended: str | None = None,
-    ) -> Heading:
-        """Count the calls of one more shard, and return its heading.
-
-        Args:
-            laid: the calls.
-            committed: with this shard, the passes before this number are complete.
-            part_of: the pass that all calls are of, if it is not complete yet.
-            raised: the passes that raised, of those that it commits.
-            dropped: the shards whose calls do not count from now on: parts of passes that were dropped.
-            ended: how the run ended, if this is its last shard: ``""`` for properly.
-        """
-        shard = self.heading.shard + 1
-        gone = {number for at, number in self.heading.parts if at in dropped}
-        self._waiting = [one for one in self._waiting if int(one.passes[0]) not in gone]
-        parts = tuple(part for part in self.heading.parts if part[1] >= committed)
-        if part_of is not None:
-            parts += ((shard, part_of),)
+    def next(self, laid: Sequence[Part], commit: Commit) -> Heading:
+        """Count the calls of one more shard, and return its heading."""
+        heading, shard = self.heading, self.heading.shard + 1
+        held = [one for one in self._waiting if int(one.passes[0]) not in commit.dropped]
+        self._waiting = []
+        counting: dict[Slot, list[Part]] = defaultdict(list)
         for one in laid:
             self._store(one)
-            if part_of is not None:
-                self._waiting.append(one)
-        complete = [one for one in self._waiting if int(one.passes[0]) < committed]
-        self._waiting = [one for one in self._waiting if int(one.passes[0]) >= committed]
-        counting: dict[Slot, list[Part]] = defaultdict(list)
-        for one in [*complete, *(laid if part_of is None else ())]:
-            counting[one.slot].append(one)
+        for one in [*held, *laid]:
+            is_complete = int(one.passes[0]) < commit.committed
+            (counting[one.slot] if is_complete else self._waiting).append(one)
         for slot, calls in counting.items():
             self.layers[slot].add(calls)
+        parts = tuple(part for part in heading.parts if part[1] >= commit.committed)
+        if commit.part_of is not None:
+            parts += ((shard, commit.part_of),)
+        void = (before for before, number in heading.parts if number in commit.dropped)
         self.heading = replace(
-            self.heading,
+            heading,
             shard=shard,
-            committed=committed,
+            committed=commit.committed,
             parts=parts,
-            void=(*self.heading.void, *dropped),
-            raised=(*self.heading.raised, *raised),
-            ended=ended,
+            void=(*heading.void, *void),
+            raised=(*heading.raised, *commit.raised),
+            ended=commit.ended,
         )
         return self.heading
-
-    def parts_of(self, passes: Collection[int]) -> tuple[int, ...]:
-        """Return the shards that have parts of these passes, of those that are not complete."""
-        return tuple(shard for shard, number in self.heading.parts if number in passes)
 
     def _store(self, one: Part) -> None:
         so_far = self.layers.setdefault(one.slot, SoFar())

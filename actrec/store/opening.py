@@ -15,7 +15,7 @@ from .description import Description, read_description
 from .folder import Folder
 from .format import DESCRIPTION, shard_name
 from .layout import write
-from .ledger import Ledger
+from .ledger import Commit, Ledger
 from .place import place
 from .rank_folder import Rank, is_described, rank_folder, rank_folders
 from .safetensors import Writable
@@ -139,7 +139,7 @@ class Opening:
         ledger = Ledger(rank.index.heading, rank.index.layers).resumed(
             self.position.ranks, time.time_ns()
         )
-        heading = ledger.next((), ledger.heading.committed)
+        heading = ledger.next((), Commit(ledger.heading.committed))
         first = partial(write, heading=heading, layers=ledger.layers)
         self._commit(shard_name(heading.shard), first, _NOW)
         return ledger

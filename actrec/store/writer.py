@@ -173,7 +173,7 @@ class Writer:
         try:
             while (batch := self._next()) is not None:
                 unfinished = self._write(batch)
-                committed, size = batch.committed, batch.size
+                committed, size = batch.commit.committed, batch.size
                 del batch  # and the values with it
                 self._written(size)
                 self._hand_over(unfinished, committed)
@@ -205,14 +205,7 @@ class Writer:
 
     def _write(self, batch: Batch) -> Unfinished | Upload:
         parts, tensors = layout.lay_out(batch.calls)
-        heading = self._ledger.next(
-            parts,
-            batch.committed,
-            part_of=batch.part_of,
-            raised=batch.raised,
-            dropped=self._ledger.parts_of(batch.dropped),
-            ended=batch.ended,
-        )
+        heading = self._ledger.next(parts, batch.commit)
         layers = self._ledger.layers
         write = partial(layout.write, heading=heading, layers=layers, parts=parts, tensors=tensors)
         return self._disk.begin(shard_name(heading.shard), write)

@@ -25,7 +25,7 @@ from actrec.store.disk import Disk
 from actrec.store.format import Slot
 from actrec.store.index import shard_name
 from actrec.store.layout import lay_out, write
-from actrec.store.ledger import Ledger, SoFar
+from actrec.store.ledger import Commit, Ledger, SoFar
 from actrec.store.rank_folder import Rank
 from actrec.store.reader import StoredRecording
 
@@ -81,7 +81,7 @@ class Written(Disk):
             for slot in self.slots
         )
         last = number == self.count - 1
-        heading = ledger.next(parts, before + PASSES, ended="" if last else None)
+        heading = ledger.next(parts, Commit(before + PASSES, ended="" if last else None))
         (self.path / name).unlink()
         with (self.path / name).open("wb") as file:
             write(_File(file), heading, ledger.layers, parts, tensors)
