@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from actrec import CaptureError, load, record
 from actrec._recordings import (
-    runs as _runs,
+    pass_runs as _runs,
 )
 from actrec.store import (
     Folder,
