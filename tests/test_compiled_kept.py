@@ -233,7 +233,7 @@ def test_a_view_that_is_written_in_place_has_no_gradient_in_compiled_code_and_th
     run = torch.compile(model, backend="aot_eager")
     with (
         pytest.warns(
-            MissingGradientWarning, match=r"1 of 3 .*\n  '1': no gradient has come of 1 tensor"
+            MissingGradientWarning, match=r"1 of 3 .*\n  '1': no gradient has arrived for 1 tensor"
         ),
         record(model, grads=True, compiled=True) as acts,
     ):

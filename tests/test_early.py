@@ -545,7 +545,7 @@ class Stubborn(nn.Module):
 def test_a_model_that_catches_everything_is_named_and_its_result_is_none() -> None:
     model = Stubborn()
     with (
-        pytest.warns(UserWarning, match="2 forwards of this Stubborn went on to the end") as one,
+        pytest.warns(UserWarning, match="2 forwards of this Stubborn ran to the end") as one,
         record(model, "a", stop_early=True) as acts,
     ):
         assert model(X) is None

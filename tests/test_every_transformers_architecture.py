@@ -832,7 +832,7 @@ def test_a_model_that_puts_hooks_on_itself_while_it_is_recorded_keeps_them() -> 
 def test_dropout_that_fused_attention_does_itself_is_reported(name: str, dropout: str) -> None:
     model = build(name, attention="sdpa").train()
     with (
-        pytest.warns(UnusedLayerWarning, match="attention often does its dropout itself") as warned,
+        pytest.warns(UnusedLayerWarning, match="attention often computes dropout itself") as warned,
         record(model, dropout),
     ):
         model(**given_to(name))

@@ -115,8 +115,8 @@ ATTRIBUTES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "attribute of tensors": (lambda acts: acts.shape, "acts['conv1'].cat().shape."),
     "another library's word": (lambda acts: acts.activations, "acts.activations: write acts.values()."),
     "nothing known": (lambda acts: acts.foo, "a recording has no such attribute. Layers are items: acts['conv1']."),
-    "inputs": (lambda acts: acts.inputs, "Ask for them: record(model, layers, inputs=True)."),
-    "gradients": (lambda acts: acts.grads, "Ask for them: record(model, layers, grads=True)."),
+    "inputs": (lambda acts: acts.inputs, "Record them: record(model, layers, inputs=True)."),
+    "gradients": (lambda acts: acts.grads, "Record them: record(model, layers, grads=True)."),
 }  # fmt: skip
 
 
@@ -216,10 +216,10 @@ def test_what_python_itself_looks_for_is_not_there_without_a_word(acts: Any) -> 
 
 NAMES: dict[str, tuple[Any, str]] = {
     "close": ("conv2", "Did you mean 'conv1'?"),
-    "glob": ("layer1.*", "The recording of the 2 layers that match is acts.select('layer1.*')."),
-    "container": ("layer1", "What was recorded inside of it is acts.select('layer1.**')."),
+    "glob": ("layer1.*", "A recording of the 2 layers that match is acts.select('layer1.*')."),
+    "container": ("layer1", "The layers that were recorded inside it are acts.select('layer1.**')."),
     "several": (["conv1", "pair"], "acts.select(['conv1', 'pair'])"),
-    "type": (nn.Linear, "The recording of several is acts.select(...)."),
+    "type": (nn.Linear, "A recording of several layers is acts.select(...)."),
     "regex": (re.compile("conv."), "acts.select(re.compile('conv.'))"),
     "function": (lambda name, _: name, "acts.select(...)"),
     "number": (0, "layers have names: acts['conv1'], or [*acts.values()][0]."),

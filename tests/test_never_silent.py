@@ -197,7 +197,7 @@ def test_dropout_inside_fused_attention_is_explained() -> None:
 
     model = Attention()
     with (
-        pytest.warns(UnusedLayerWarning, match="attention often does its dropout itself, fused"),
+        pytest.warns(UnusedLayerWarning, match="attention often computes dropout itself, fused"),
         record(model, nn.Dropout),
     ):
         model(X[None])
@@ -226,7 +226,7 @@ def test_a_transform_that_never_returns_a_value_is_explained() -> None:
 
     model = nn.Linear(4, 4)
     with (
-        pytest.warns(UnusedLayerWarning, match="returned None for all of its 2 calls"),
+        pytest.warns(UnusedLayerWarning, match="returned None, which skips a call, for all of its 2 calls"),
         record(model, transform=forgets_to_return),
     ):
         model(X)

@@ -289,7 +289,7 @@ def test_where_several_units_are_open_a_call_elsewhere_is_a_pass_of_its_own():
         with pytest.raises(ActrecError, match="2 units are open, and this thread is inside none"):
             acts.add("x", 1)
         with (
-            pytest.raises(ActrecError, match="another thread or task is inside a unit of that"),
+            pytest.raises(ActrecError, match="another thread or task is inside a unit with that"),
             acts.unit(1),
         ):
             pass
@@ -432,7 +432,7 @@ def test_a_key_is_used_once_and_units_do_not_nest():
                 pass
             with pytest.raises(ActrecError, match="a unit is open"):
                 acts.clear()
-        with pytest.raises(ActrecError, match="leaves out what is done"), acts.unit("a"):
+        with pytest.raises(ActrecError, match="skips the keys that are done"), acts.unit("a"):
             pass
         with pytest.raises(ActrecError, match="the unit has ended"):
             acts.add("x", 1)
@@ -549,7 +549,7 @@ def test_what_is_done_is_left_out_and_pairs_are_gone_through_one_by_one():
         ([(0, 1)], 2, "divide is True or False"),
         ([X], False, "item 0 is a Tensor, and no pair"),
         (["ab"], False, "item 0 is a str, and no pair"),
-        ([(0, 1), (0, 2)], False, "the key 0 is there twice, again at item 1"),
+        ([(0, 1), (0, 2)], False, "the key 0 occurs twice, again at item 1"),
     ],
 )
 def test_what_are_no_pairs_is_said(pairs, divide, message):

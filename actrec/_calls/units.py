@@ -1,7 +1,7 @@
-"""Units while the block runs: a pass that the user opens and names, kept whole or dropped whole.
+"""Units while the block runs: a pass that the user opens and names, kept or dropped as a whole.
 
-What is recorded in a unit is kept as in any pass, where it can be taken back: lists forget it, and what waits for the
-disk is not written. From a container of the user's nothing can be taken back, so it gets its calls when the unit has ended.
+The calls of a unit are kept at once, like those of any pass, where they can be dropped again: from lists, and before they
+are written to disk. Nothing can be removed from the user's containers, so they get the calls when the unit has ended.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class UnitRecorder:
     """The units of one block.
 
     Args:
-        tracks: what keeps the calls.
-        units: the keys of the recording, which grow.
+        tracks: the tracks that keep the calls.
+        units: the units of the recording; this adds to them.
     """
 
     def __init__(self, tracks: Tracks, units: Units) -> None:
@@ -43,13 +43,13 @@ class UnitRecorder:
         self._lock = threading.RLock()  # held while a unit begins or ends
         self._done: dict[Key, None] | None = None
         self._pid = os.getpid()
-        self.nothing_left = False  # of the pairs, for this rank
+        self.nothing_left = False  # whether remaining() has left no pair to this rank
 
     # --- What is done --------------------------------------------------------------------------------------
 
     @property
     def done(self) -> AbstractSet[Key]:
-        """The keys that are done: in this block, and, of a run that is resumed, before it, by all ranks."""
+        """The keys that are done: in this block and, if a run is resumed, before it, by any rank."""
         return self._all_done().keys()
 
     def _all_done(self) -> dict[Key, None]:
@@ -59,7 +59,7 @@ class UnitRecorder:
             return self._done
 
     def remaining(self, pairs: Iterable[tuple[Key, T]], *, divide: bool) -> Iterator[tuple[Key, T]]:
-        """Check the arguments now; the pairs are gone through later, one by one."""
+        """Check the arguments now; the pairs are consumed lazily."""
         call = f"acts.remaining(pairs, divide={divide!r})"
         try:
             iterator = iter(pairs)
@@ -80,13 +80,13 @@ class UnitRecorder:
         for at, pair in enumerate(pairs):
             if not (isinstance(pair, (tuple, list)) and len(pair) == 2):  # noqa: PLR2004  # a pair
                 message = (
-                    f"{call}: item {at} is a {type(pair).__name__}, and no pair of key and item. Number them: "
+                    f"{call}: item {at} is a {type(pair).__name__}, not a (key, item) pair. Number the items: "
                     "acts.remaining(enumerate(batches)); of a dict, pass its items()."
                 )
                 raise OptionError(message)
             key = checked_key(call, pair[0])
             if key in met:
-                message = f"{call}: the key {key!r} is there twice, again at item {at}. Keys are unique in a recording."
+                message = f"{call}: the key {key!r} occurs twice, again at item {at}. Keys are unique in a recording."
                 raise OptionError(message)
             met.add(key)
             if position.has(at) and key not in self._all_done():
@@ -107,7 +107,7 @@ class UnitRecorder:
             )
             raise ActrecError(message)
         if not self._session.recording:
-            yield  # nothing is recorded in a pause
+            yield  # paused: nothing is recorded
             return
         unit = self._opened(call, key)
         try:
@@ -122,12 +122,12 @@ class UnitRecorder:
         with self._lock:
             if key in done:
                 message = (
-                    f"{call}: there is a unit of that key in the recording already. A key is used once; "
-                    "acts.remaining(pairs) leaves out what is done."
+                    f"{call}: the recording has a unit with that key already. A key is used once; "
+                    "acts.remaining(pairs) skips the keys that are done."
                 )
                 raise ActrecError(message)
             if any(unit.key == key for unit in list(self._passes.units.values())):
-                message = f"{call}: another thread or task is inside a unit of that key now. A key is used once."
+                message = f"{call}: another thread or task is inside a unit with that key now. A key is used once."
                 raise ActrecError(message)
             unit = self._passes.open_unit(key)
             if unit is not None:
@@ -141,10 +141,10 @@ class UnitRecorder:
         return unit
 
     def _keep(self, call: str, unit: Unit) -> None:
-        """The block of a unit has ended."""
+        """The ``with`` block of a unit has ended."""
         if self._pid != os.getpid():
             return
-        self._session.deliver()  # what is on its way from a device
+        self._session.deliver()  # wait for values from a device
         inside = self._passes.leave_unit(unit)
         if inside:
             message = (
@@ -171,7 +171,7 @@ class UnitRecorder:
         if self._pid != os.getpid():
             return  # in a forked process, where locks may be held by threads that do not exist
         if self._session.offload is not None:
-            self._session.offload.finish()  # what is on its way would come to its layer later
+            self._session.offload.finish()  # or values in flight would be appended later
         with self._lock:
             if self._passes.units.get(unit.number) is unit:
                 self._passes.leave_unit(unit)
@@ -192,7 +192,7 @@ class UnitRecorder:
         self._destination.drop_unit(number)
 
     def forget_from(self, committed: int) -> None:
-        """The block has ended: of units from pass ``committed`` on, nothing is in the recording."""
+        """The block has ended: forget the units from pass ``committed`` on, which are not in the recording."""
         for rank_pass, key in [*self._units.keys.items()]:
             if rank_pass[1] >= committed:
                 del self._units.keys[rank_pass]

@@ -2,11 +2,11 @@
 
 ``nn.Linear`` of ``(batch, tokens, width)``, an instance norm, a slice return a view: a tensor that shares the memory
 of another one, its base. When a view is written in place, or anything else that shares its memory, autograd gives it
-a new node in the graph. The node that it had when its layer returned, and a hook on that, hear only of what had used
-it before.
+a new node in the graph. The node that it had when its layer returned, and a hook on that node, get only the gradient
+of the uses before the write.
 
-All its uses, those before the write and those behind it, meet at the node of the base. The gradient there, cut as the
-view is cut from the base, is that of the view, if nothing but the view has used that part of the base.
+The gradients of all uses, before the write and after it, are added up at the node of the base. The part of that gradient
+at the view's elements is the gradient of the view, if nothing but the view has used that part of the base.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from actrec._values.spec import tensors
 
 _FROM_PYTHON, _FROM_ANYWHERE = owners_of_one_view()
 
-#: If a layer made more nodes than this between the base and its end, nobody looks at what they read.
+#: If a layer made more nodes than this after the base, they are not searched.
 _MOST = 64
 
 
@@ -42,7 +42,7 @@ _MOST = 64
 
 
 class _Cut(NamedTuple):
-    """What ``as_strided`` needs to cut a view from its base."""
+    """The arguments of ``as_strided`` that make a view from its base."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -50,7 +50,7 @@ class _Cut(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor, base: Tensor) -> _Cut | None:
-        """Return ``None`` if the gradient of the base has no part that is just the gradient of ``tensor``."""
+        """Return ``None`` if no part of the gradient of the base is exactly the gradient of ``tensor``."""
         if not (_is_plain(tensor) and _is_plain(base) and tensor.dtype == base.dtype):
             return None
         cut = cls(
@@ -62,11 +62,11 @@ class _Cut(NamedTuple):
         return cut if within and is_dense and cut.is_injective() else None
 
     def extent(self) -> int:
-        """How many elements there are from the first to the last."""
+        """Return the number of elements from the first to the last."""
         return 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
 
     def is_injective(self) -> bool:
-        """Whether each element has memory of its own, which an expanded dimension's have not."""
+        """Whether no two elements share memory, as those of an expanded dimension do."""
         reach = 0
         for step, n in sorted(zip(self.stride, self.size, strict=True)):
             if n > 1 and step <= reach:
@@ -100,22 +100,22 @@ class View:
 
     @classmethod
     def of(cls, tensor: Tensor, output: Collection[Tensor], kept: Value) -> View | None:
-        """``tensor`` is of the ``output`` of a call. Return ``None`` if a hook on it hears of all its uses.
+        """Return the view ``tensor``, of the ``output`` of a call; ``None`` if a hook on it gets the gradients of all uses.
 
-        What was ``kept`` of the output may be part of the graph, too.
+        ``kept`` is the recorded output: it may be part of the graph, too.
         """
         base = base_of(tensor)
         if base is None or base.is_leaf or not tensor.numel():
             return None
-        # Where PyTorch forbids to write to a view (one of several outputs of an operation, or that of a function
-        # of the user's), nothing can use it after a write.
+        # PyTorch forbids writes to some views (one of several outputs of an operation, or one from a custom autograd
+        # Function): then nothing can use it after a write.
         if not is_writable_view(tensor):
             return None
         try:
             with unseen():
                 probe = tensor.detach()  # shares the count of the writes,
                 probe.data = tensor.new_empty(0)  # and none of the memory
-        except RuntimeError:  # a kind of tensor that has no empty ones, such as a nested one
+        except RuntimeError:  # a kind of tensor that cannot be empty, such as a nested one
             return None
         views = [other for other in output if base_of(other) is base]
         view = cls(tensor, probe, base, [other for other in views if other is not tensor])
@@ -124,15 +124,15 @@ class View:
         return view
 
     def is_written(self) -> bool:
-        """Whether it, or anything else that shares its memory, was written in place since."""
+        """Whether the view, or anything else that shares its memory, was written in place since the layer returned it."""
         return version(self._probe) != self._version
 
     def uses(self, grad: Tensor) -> None:
-        """In a backward, ``grad`` is what comes from the uses before a write."""
+        """Note ``grad``, the gradient of the uses before a write, in a backward."""
         self._direct = grad
 
     def gradient(self, grad: Tensor) -> Tensor | None:
-        """Return what comes from all uses, if ``grad`` has reached the base; ``None`` if that cannot be told."""
+        """Return the gradient of all uses, made of ``grad``, which reached the base; ``None`` if they cannot be separated."""
         check(grad)
         direct, self._direct = self._direct, None
         if self._cut is None or not _is_plain(grad):
@@ -144,7 +144,7 @@ class View:
         part = grad.as_strided(self._cut.size, self._cut.stride, offset)
         if self._alone and not self._overlaps():
             return part
-        # If nothing has come but from the uses before the write, there are no others, of the view or of its base.
+        # If all of it comes from the uses before the write, there are no other uses of the view or of this part of its base.
         known = direct is not None and not part.is_meta and _is_same(part, direct)
         return part if known else None
 
@@ -169,15 +169,15 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
 def _is_read_by_nothing_else(
     base: Tensor, views: Collection[Tensor], results: Collection[Tensor]
 ) -> bool:
-    """Whether, of all operations since the one that made ``base``, none has read it but to make ``views``.
+    """Whether no operation since the one that made ``base`` has read it, except to make ``views``.
 
-    Their nodes are found on the ways from ``results``, and their numbers tell whether one is missing.
+    The nodes of the operations are found on the paths from ``results``, and their sequence numbers show whether one is missing.
     """
     made: Any = base.grad_fn
     numbers = range(number_of(made) + 1, next_number())
     if len(numbers) > _MOST:
         return False
-    inner: set[tuple[Node | None, int]] = {(made, base.output_nr)}  # what only the views may read
+    inner: set[tuple[Node | None, int]] = {(made, base.output_nr)}  # only the views may read these
     chains: set[Node | None] = set()
     for view in views:
         node: Any = view.grad_fn

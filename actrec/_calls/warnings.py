@@ -1,7 +1,7 @@
-"""Never silent: what the end of the block warns of, with the likely cause.
+"""The warnings at the end of the block, with their likely causes.
 
-Layers of which nothing was recorded, or not every call; layers of which gradients were asked for that cannot
-come; and forwards that did not stop early.
+They are about layers of which nothing was recorded, or not every call; about layers whose gradients cannot be
+recorded; and about forwards that did not stop early.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _NEVER_CALLED = (
 
 _IN_A_BODY = (
     "it is called in the body of an operator that PyTorch compiles itself where gradients are enabled (torch.cond, scan, "
-    "map, while_loop), and hooks do not run in there. They do under torch.no_grad(), if torch._dynamo was imported before "
+    "map, while_loop), and hooks do not run there. They do under torch.no_grad(), if torch._dynamo was imported before "
     "the block"
 )
 _IN_A_COMPILED_BODY = (
     "it is called in the body of an operator (torch.cond, scan, map, while_loop, nested_compile_region), and compiled code does "
-    "not tell what is computed in there. Without compiled=True it is recorded, under torch.no_grad()"
+    "not report values from there. Without compiled=True it is recorded, under torch.no_grad()"
 )
 _STANCE = (
-    "torch.compiler.set_stance() was called inside the with block, so what is compiled ran compiled from then on, "
+    "torch.compiler.set_stance() was called inside the with block, so compiled code ran compiled from then on, "
     "without hooks. Call it before the block"
 )
 
@@ -62,29 +62,29 @@ _REENTRANT = (
 )
 
 _TOO_LATE = (
-    "no backward() has reached it inside the with block. What is recorded into a path is written when the block ends, so "
+    "no backward() has reached it inside the with block. A recording to a path is complete when the block ends, so "
     "call backward() inside it"
 )
 
 _WRITTEN_VIEW = (
-    "no gradient has come of {many} that it returned, and they are views. If the model writes such a view in place, compiled "
-    "code does not tell its gradient. Let the layer return a clone(), or record without compiled=True"
+    "no gradient has arrived for {many} that it returned, and they are views. If the model writes such a view in place, compiled "
+    "code does not report its gradient. Let the layer return a clone(), or record without compiled=True"
 )
 
 
 def warned_of(
     model: nn.Module, tracks: _Tracks, session: Session, missing: Missing
 ) -> Iterator[tuple[str, type[UserWarning]]]:
-    """Yield the warnings of all that was asked for and is not in the recording, each kind once.
+    """Yield the warnings about all that was asked for and is not in the recording, each kind once.
 
-    ``missing`` says what was not recorded of functions.
+    ``missing`` has the functions that were not recorded.
     """
     came = any(track.grads is not None and track.grads.came for _, track in tracks.values())
     yield from _unused(model, tracks, session, missing)
     for kind, what, why in (
         (MissingGradientWarning, "no gradient can reach", _no_graph),
         *([(MissingGradientWarning, "gradients may be missing of", _written_view)] if came else []),
-        (IncompleteLayerWarning, "not all is right that was recorded of", _incomplete),
+        (IncompleteLayerWarning, "calls are missing or may be wrong of", _incomplete),
     ):
         causes = {key: cause for key, one in tracks.items() if one[1].kept and (cause := why(*one))}
         if causes:
@@ -93,8 +93,8 @@ def warned_of(
     if session.stop is not None and session.stop.caught:
         forwards = "a forward" if session.stop.caught == 1 else f"{session.stop.caught} forwards"
         message = (
-            f"record(stop_early=True): {forwards} of this {type(model).__name__} went on to the end, because the model has "
-            'caught what ends them. Let it catch errors with "except Exception:", not with a bare "except:".'
+            f"record(stop_early=True): {forwards} of this {type(model).__name__} ran to the end, because the model caught the "
+            'exception that ends them. Let it catch errors with "except Exception:", not with a bare "except:".'
         )
         yield message, UserWarning
 
@@ -125,7 +125,7 @@ def _unused(
             return
         message = _explained("nothing was recorded of", causes, model, {*tracks, *uncalled})
     else:
-        outside = ", but for acts.pause()" if session.was_paused else ""
+        outside = ", except in acts.pause()" if session.was_paused else ""
         message = (
             f"record(): nothing was recorded, this {type(model).__name__} was not called inside the with block{outside}."
             f" {_why(session)}"
@@ -134,7 +134,7 @@ def _unused(
 
 
 def _shared(model: nn.Module) -> set[int]:
-    """The parameters (ids) that several modules have."""
+    """Return the parameters (ids) that several modules share."""
     many = Counter(
         id(one) for module in model.modules() for one in module.parameters(recurse=False)
     )
@@ -144,10 +144,10 @@ def _shared(model: nn.Module) -> set[int]:
 def _nobody_chose(
     there: Collection[int], shared: Collection[int], choice: Choice, track: Track
 ) -> bool:
-    """Whether a layer that was not called is only one of all leaves, and has no weights of its own.
+    """Whether an uncalled layer is in the recording only because all leaves are, and has no weights of its own.
 
-    Such as the dropouts of an attention that computes it in one function, or an embedding whose weights others use. The
-    table says that it was not called.
+    It is not warned about (the table shows it). Examples are the dropout modules of an attention that computes dropout in a
+    fused function, and an embedding whose weights other modules use.
     """
     is_bare = choice.by_default and all(id(one) in shared for one in choice.module.parameters())
     was_there = id(choice.module) in there and not (track.called or track.error is not None)
@@ -201,7 +201,7 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
     since = track.session.replaced.get(id(choice.module))
     if since is not None:
         return (
-            f"from pass {since} on another module stood in its place, whose calls are not recorded. Change the model before "
+            f"from pass {since} on another module was in its place, whose calls are not recorded. Change the model before "
             "the block, or open another block after that"
         )
     for where in (Unrecorded.BACKWARD, Unrecorded.TRANSFORMED):
@@ -209,19 +209,19 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
             return f"{count(many, 'call')} of it ran {where.value}"
     if track.overtaken:
         return (
-            f"hooks were added to it in the middle of {count(track.overtaken, 'forward')}, and ran behind those of actrec: "
-            "what they changed of that call is not recorded. Add them between two forwards, or with prepend=True"
+            f"hooks were added to it in the middle of {count(track.overtaken, 'forward')}, and ran after those of actrec: "
+            "what they changed in that call is not recorded. Add them between two forwards, or with prepend=True"
         )
     if track.placeholder is not None and not track.has_tensors:
         return (
-            f"there is not one tensor in what was recorded of it, but {track.placeholder!r}, which stands for an object that "
-            "is not taken apart. Let a transform return what you need of it"
+            f"its recorded values have no tensor, but {track.placeholder!r}, in place of an object that actrec does not take "
+            "apart. Let a transform return the tensors that you need"
         )
     return _in_a_body(track) if track.compiled else None
 
 
 def _explained(what: str, causes: dict[str, str], model: nn.Module, tracks: Collection[str]) -> str:
-    """What is wrong with how many of the layers, and a line for each cause with the layers that it explains."""
+    """Return the message: ``what`` is wrong with how many layers, and a line for each cause with its layers."""
     many = f"{len(causes)} of {count(len(tracks), 'layer')}"
     layers: dict[str, list[str]] = {}
     for key, cause in causes.items():
@@ -252,10 +252,10 @@ def _written_view(_: Choice, track: Track) -> str | None:
 def _not_kept(track: Track) -> str:
     if track.error is None:
         return (
-            f"the transform returned None for all of its {track.called} calls, which skips a call"
+            f"the transform returned None, which skips a call, for all of its {track.called} calls"
         )
     first_line = track.error.partition("\n")[0].rstrip(".")
-    return f"what recording it raised was caught ({first_line})"
+    return f"recording it raised an error, which was caught ({first_line})"
 
 
 def _cause(there: Collection[int], choice: Choice, track: Track) -> str:
@@ -266,7 +266,7 @@ def _cause(there: Collection[int], choice: Choice, track: Track) -> str:
 
 
 def _elsewhere(track: Track) -> str | None:
-    """Where a layer was called, if that is where no call is recorded."""
+    """Return where all calls of a layer ran, if calls are not recorded there."""
     for where in Unrecorded:
         if track.unrecorded[where]:
             verb = "were made" if where is Unrecorded.TRACED else "ran"
@@ -284,14 +284,14 @@ def _not_called(there: Collection[int], choice: Choice, track: Track) -> str:
     """Why a layer was not called."""
     module = choice.module
     if id(module) not in there:
-        return "another module was put in its place inside the with block; the one that was hooked was not called"
+        return "another module was put in its place inside the with block; the hooked one was not called"
     if type(module).__call__ is not nn.Module.__call__:
         return (
-            f"its class {type(module).__name__} has a __call__ of its own, and hooks run only in that of torch.nn.Module. "
+            f"its class {type(module).__name__} defines __call__, and only the __call__ of torch.nn.Module runs hooks. "
             "Record modules inside it or around it"
         )
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weights without calling it. Record the attention module instead"
     if isinstance(module, DROPOUTS):
-        return f"{_NEVER_CALLED}; attention often does its dropout itself, fused (scaled_dot_product_attention) or with F.dropout"
+        return f"{_NEVER_CALLED}; attention often computes dropout itself, fused (scaled_dot_product_attention) or with F.dropout"
     return f"{_NEVER_CALLED}, or {_IN_A_BODY}" if track.session.eager.made_way else _NEVER_CALLED

@@ -1,1 +1,1 @@
-"""What was recorded: layers, recordings, and what can be said of them."""
+"""What was recorded: layers, recordings, their statistics and comparisons."""

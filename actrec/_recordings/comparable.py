@@ -1,4 +1,4 @@
-"""What is compared of a value: its tensors, its numbers and arrays as tensors, and its texts, each by its path."""
+"""The parts of a value that are compared, by their paths: tensors, numbers and arrays as tensors, and texts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from actrec._values.constants import Constant, as_tensor
 from actrec._values.spec import Spec, flatten
 
-#: A tensor; or a text, or an integer that no tensor can hold, which are equal or not.
+#: A tensor; or a text, or an integer that is too large for a tensor, which can only be equal or not.
 Leaf: TypeAlias = Tensor | str | bytes | int
 
-#: What :class:`~actrec._values.stand_ins.Fields` say of themselves.
+#: The path of the type that :class:`~actrec._values.stand_ins.Fields` have.
 _OF_STAND_IN: Final = "._type"
 
 
 def comparable(value: Any) -> dict[str, Leaf]:
-    """Return what is compared of a value, by what one writes behind it."""
+    """Return the parts of a value that are compared, by their paths: the index as one writes it after the value."""
     if isinstance(value, Tensor):
         return {"": value}
     tensors, spec = flatten(value)
@@ -54,9 +54,10 @@ _KEY: Final = re.compile(r"\[(?:<class '|Opaque\('|<)([\w.]+)(?:'>|'\)|: [^>]*>)
 
 
 def with_names_of(xs: Mapping[str, Leaf], ys: dict[str, Leaf]) -> dict[str, Leaf]:
-    """Return ``ys`` under the paths of ``xs``: a loaded value has another path to the same tensor in two cases.
+    """Return ``ys`` under the paths of ``xs``, of which one may have been loaded.
 
-    A field of a dataclass was loaded as an item of a dict, and a key that is an enum member or a class as an ``Opaque``.
+    A loaded value has other paths in two cases: a field of a dataclass is loaded as an item of a dict, and a key that is an
+    enum member or a class as an ``Opaque``.
     """
     if xs.keys() == ys.keys():
         return ys

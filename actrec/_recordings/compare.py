@@ -23,7 +23,7 @@ from .pairing import paired
 from .recording import Recording
 from .reduced import Reduced
 
-#: The names that layers of the first recording have in the second.
+#: The names of the layers of the first recording in the second.
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
 
 
@@ -54,24 +54,24 @@ def compare(
 
     A mismatch is reported, never raised: numbers of calls, shapes, dtypes and structures in the rows, layers that only one
     recording has in ``only_a`` and ``only_b``. The recordings may be in memory or on disk, on different devices, and of
-    different dtypes: elements are compared in float64. Numbers and NumPy arrays are compared as tensors are, texts for equality,
-    and objects not at all. Calls belong together by the keys of their units where all have one, else by their order. Both
+    different dtypes: elements are compared in float64. Numbers and NumPy arrays are compared like tensors, texts for equality,
+    and objects not at all. Calls are paired by the keys of their units if all have one, else by their order. Both
     recordings are read call by call in blocks of a few megabytes, and not changed.
 
     Args:
         a: a recording.
-        b: the recording to compare it with, which the relative errors refer to.
-        names: the name in ``b`` of a layer of ``a``, where they differ: a mapping (a name that is not in it is the same
+        b: the recording to compare it with. Relative errors are relative to it.
+        names: the names in ``b`` of the layers of ``a``, where they differ: a mapping (a name that is not in it is the same
             in both), or a function that returns the name, or ``None`` to leave the layer out.
         rtol: elements are close if ``|a - b| <= atol + rtol * |b|``. By default the tolerances are those
             of ``torch.testing.assert_close`` for the less precise of the two dtypes: ``1.3e-6`` and
             ``1e-5`` for float32, ``1e-3`` and ``1e-5`` for float16, ``1.6e-2`` and ``1e-5`` for bfloat16,
             ``1e-7`` both for float64, and 0 for integers and bools.
         atol: see ``rtol``.
-        mask: the name of a mask ``(batch, tokens)`` in ``a``, or a function that makes one, as in :meth:`Recording.stats`: what it
-            leaves out, such as padding, is not compared. If ``b`` has a mask of that name, it is that of ``b``, so the same
-            tokens may lie in other places. Tensors that have no such positions are compared in full.
-        progress: whether to show how far it is, as in :meth:`Recording.stats`.
+        mask: the name of a mask ``(batch, tokens)`` in ``a``, or a function that makes one, as in :meth:`Recording.stats`:
+            positions where it is 0, such as padding, are not compared. If ``b`` has a mask with that name, it is used for ``b``,
+            so the same tokens may be at other positions. Tensors that do not have these positions are compared in full.
+        progress: whether to show the progress, as in :meth:`Recording.stats`.
 
     Returns:
         A :class:`Comparison`: a tuple of rows in the execution order of ``a``, which prints as a table.
@@ -79,9 +79,9 @@ def compare(
 
     Raises:
         OptionError: an argument is of the wrong type, or a tolerance is negative.
-        UnknownLayerError: a key of the mapping ``names`` is not a layer of ``a``, or its value not one of ``b``; or ``a`` has no
-            mask of that name.
-        AlignmentError: a pass has no mask, or no layer has its positions.
+        UnknownLayerError: a key of the mapping ``names`` is not a layer of ``a``, or its value is not a layer of ``b``; or ``a``
+            has no mask with that name.
+        AlignmentError: a pass has no mask, or no layer has the positions of the mask.
     """
     _check(a, b, names, rtol=rtol, atol=atol)
     pairs = _pairs(a, b, names)
@@ -107,7 +107,9 @@ def _check(a: object, b: object, names: object, **tolerances: object) -> None:
         if not isinstance(recording, Recording):
             message = f"compare(a, b): expected two recordings, such as those of record() and load(), got {type(recording).__name__!r}."
             if isinstance(recording, (str, os.PathLike)):
-                message += f" The recording that is stored there is load({os.fspath(recording)!r})."
+                message += (
+                    f" Open the recording that is stored there: load({os.fspath(recording)!r})."
+                )
             if isinstance(recording, Layer):
                 message += f" A recording of one layer is acts.select({recording.name!r})."
             raise OptionError(message)
@@ -149,7 +151,7 @@ def _check_mapping(a: Recording[Any], b: Recording[Any], names: Mapping[str, str
 
 
 def _masks(a: Recording[Any], b: Recording[Any], mask: Mask) -> tuple[Masks, Masks | None]:
-    """The masks of both, or of ``a`` for both."""
+    """Return the masks of ``a`` and of ``b``; ``None`` for ``b`` if those of ``a`` apply to it too."""
     is_of_both = callable(mask) or mask in b
     own = Masks("compare", a, a._run.raised(), mask)
     return own, Masks("compare", b, b._run.raised(), mask) if is_of_both else None
@@ -189,14 +191,14 @@ def _rows(
 
 
 def _values(layer: Layer[Any], numbers: Sequence[int]) -> Iterable[Any]:
-    """Some calls of a layer; where it was reduced, the result."""
+    """Return some calls of a layer; if it was reduced, its result."""
     if isinstance(layer, Reduced):
         return [layer.compute()]
     return layer if numbers == range(len(layer)) else map(layer.__getitem__, numbers)
 
 
 def _masked(leaves: dict[str, Leaf], kept: Mapping[str, Tensor]) -> dict[str, Leaf]:
-    """What is left of tensors of which some positions do not count."""
+    """Return the leaves with only the positions of tensors that count."""
     tensors = {path: one for path, one in leaves.items() if isinstance(one, Tensor)}
     return leaves | {path: left_in(tensors[path], one) for path, one in kept.items()}
 
@@ -220,7 +222,7 @@ class _Tally:
             self.notes.setdefault(note)
 
     def compare(self, x: Leaf, y: Leaf, call: int, number: int, tolerances: Tolerances) -> None:
-        """Compare what call ``call`` of ``a`` has with what is beside it."""
+        """Compare a leaf of call ``call`` of ``a`` with that of the paired call."""
         if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
             self.calls += 1
             if x is not y and x != y:
@@ -261,7 +263,7 @@ class _Tally:
 
 
 def _quoted(leaf: Leaf, most: int = 20) -> str:
-    """A text, of a long one the beginning."""
+    """Return a text, or the beginning of a long one."""
     text = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
     return text if len(text) <= most else f"{text[:most]}..."
 

@@ -66,14 +66,14 @@ class Comparison(Rows[Row]):
     elements of a ReLU are.
 
     NaN equals NaN, and an infinity equals an infinity of the same sign. Where only one of two elements is finite or
-    NaN, ``max_abs`` is infinite. The cosine is that of the elements that are finite in both. Results of no elements are
+    NaN, ``max_abs`` is infinite. The cosine is that of the elements that are finite in both. Without elements, results are
     NaN. For complex numbers the modulus of the difference and the real part of the product are used.
 
-    A comparison has no truth value, because both would be read into it: ask for :attr:`equal`, :attr:`close` or
-    :attr:`different`.
+    A comparison has no truth value, because true could be read as equal or as different: use :attr:`equal`, :attr:`close`
+    or :attr:`different`.
 
-    Slices keep the rest of the table. ``only_a`` are the layers of ``a`` that ``b`` does not have, ``only_b`` those of ``b``
-    that were not compared.
+    A slice has ``only_a`` and ``only_b`` too: the layers of ``a`` that ``b`` does not have, and the layers of ``b`` that
+    were not compared.
     """
 
     only_a: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class Comparison(Rows[Row]):
     def first_difference(self) -> Row | None:
         """The row where the recordings first differ by more than the tolerances, or ``None``.
 
-        It is the first in execution order of the earliest pass of ``a`` that differs.
+        Of the rows that differ in the earliest pass of ``a``, it is the first in execution order.
         """
         return self._earliest("different_pass")
 
@@ -100,7 +100,7 @@ class Comparison(Rows[Row]):
         >>> found.equal, found.close, found.different
         (True, True, False)
 
-        Of no row nothing is equal.
+        A comparison without rows is not equal.
         """
         return self._is_all("equal")
 
@@ -123,7 +123,7 @@ class Comparison(Rows[Row]):
 
     def __bool__(self) -> NoReturn:
         message = (
-            "compare() returns a table, which is neither true nor false: ask for .equal, .close or .different. "
+            "compare() returns a table, which is neither true nor false: use .equal, .close or .different. "
             "len(...) is the number of rows."
         )
         raise TypeError(message)
@@ -166,7 +166,7 @@ _COLUMNS = (
 
 
 def _counted(verdicts: Sequence[str]) -> list[tuple[str, int]]:
-    """How often there is each verdict, the better ones first."""
+    """Return each verdict with its number of rows, the better ones first."""
     order = ("equal", "close", "different", "with nothing to compare")
     return [(verdict, verdicts.count(verdict)) for verdict in order if verdict in verdicts]
 

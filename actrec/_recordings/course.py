@@ -1,4 +1,4 @@
-"""How the mean, the standard deviation and the share of zeros of a layer go over its calls."""
+"""The mean, the standard deviation and the share of zeros of a layer, call by call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from actrec._values.statistics import Statistics
 
 from .layer import Layer
 
-#: Of more calls of a layer, so many are looked at.
+#: If a layer has more calls, only so many of them are read.
 MOST_CALLS: Final = 256
 
 
@@ -35,7 +35,7 @@ def course(layer: Layer[Any], each: Each, most: int = MOST_CALLS) -> list[Point]
 
 
 def spread(number: int, most: int) -> list[int]:
-    """Up to ``most`` of ``number`` places, evenly spread, the first and the last among them."""
+    """Return up to ``most`` of ``number`` indices, evenly spread, including the first and the last."""
     if number <= most:
         return list(range(number))
     if most == 1:

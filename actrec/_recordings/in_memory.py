@@ -1,4 +1,4 @@
-"""A layer in memory: a ``list``, whose passes stay with its calls however the list is changed."""
+"""A layer in memory: a ``list``. However the list is changed, each call keeps its pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .pass_numbers import ListView
 
 
 def chosen(layer: Layer[V], calls: list[int]) -> ListLayer[V]:
-    """Return a layer in memory of some calls of another."""
+    """Return a layer in memory with some calls of another layer."""
     passes = layer.passes
     found = ListLayer(layer.name, [layer[index] for index in calls], layer.type)
     found._passes = [passes[index] for index in calls]
@@ -32,8 +32,8 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         self.name = name
         self.type = kind
         self._passes = list(range(len(self)))
-        self._edits = 0  # of the calls that there were: what is appended is none
-        self._look: tuple[Look, int] | None = None  # the last look, and the edits before it
+        self._edits = 0  # how often the list was changed, other than by appending
+        self._look: tuple[Look, int] | None = None  # the last look, and `_edits` at that time
 
     __eq__ = Layer.__eq__
     __ne__ = Layer.__ne__
@@ -52,7 +52,7 @@ class ListLayer(list[V], Layer[V], Generic[V]):
 
     @override
     def keep(self, value: V, number: int) -> None:
-        passes = self._passes  # every attribute of a layer is looked for in its class first
+        passes = self._passes  # once: attribute access on a layer is slow
         if len(passes) != len(self):
             self._align()
         passes.append(number)
@@ -74,9 +74,9 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         self._edits += 1
 
     def _looked(self) -> Look:
-        """Look at the calls that were not looked at, or at all of them where others were taken away or changed places."""
+        """Look at the calls that were appended since, or at all calls if the list was changed in another way."""
         edits, before = self._edits, self._look
-        self._look = None  # no other thread goes on with this look meanwhile
+        self._look = None  # or another thread would continue this look meanwhile
         look = Look() if before is None or before[1] != edits else before[0]
         if look.calls > len(self):
             look = Look()
@@ -92,7 +92,7 @@ class ListLayer(list[V], Layer[V], Generic[V]):
             del self[index]
 
     def _align(self) -> None:
-        """Make as many passes as calls, after an interrupt in keep() or an append() by the user (pass -1)."""
+        """Make ``_passes`` as long as the list, after an interrupt in keep() or an append() by the user (pass -1)."""
         del self._passes[len(self) :]
         self._passes += [-1] * (len(self) - len(self._passes))
 
@@ -112,10 +112,10 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         except TypeError:
             raise TypeError(no_sum(self)) from None
 
-    # --- Users may change the list as any other: passes stay with their calls -------------------------------
+    # --- Users may change the list: each call keeps its pass ------------------------------------------------
 
     def _edit(self, method: str, *given: Any, passes: tuple[Any, ...]) -> Any:
-        """Do to the calls what ``given`` says, and the same to their passes."""
+        """Call a method of the list with ``given``, and the same method of the passes with ``passes``."""
         self._align()
         found = getattr(super(), method)(*given)
         getattr(self._passes, method)(*passes)
@@ -168,12 +168,12 @@ class ListLayer(list[V], Layer[V], Generic[V]):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has passes of its own, and units that stay as they are now.
+        # A copy has its own passes, and units that do not change with the recording.
         units = None if self._units is None else self._units.copy()
         return {**vars(self), "_passes": [*self.passes], "_units": units, "_look": None}
 
     @override
     def clear(self) -> None:
         super().clear()
-        self._passes = []  # a view of the old passes keeps them
+        self._passes = []  # a new list: a view of the old one keeps its items
         self._edits += 1

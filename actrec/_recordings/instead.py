@@ -1,4 +1,4 @@
-"""What somebody may have meant by an attribute or an item that a recording, or a layer, does not have."""
+"""What to write instead of an attribute or an item that a recording, or a layer, does not have."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ K = TypeVar("K", bound=type)
 
 
 def _by_word(table: dict[str, str]) -> dict[str, str]:
-    """A row for each word of the first column."""
+    """Return the table with a row for each word of the keys."""
     return {word: answer for words, answer in table.items() for word in words.split()}
 
 
-#: What may be recorded beside the layers, and how to ask for it.
+#: What may be recorded besides outputs, and how to record it.
 NOT_RECORDED: Final = {
-    "inputs": "acts.inputs: inputs were not recorded. Ask for them: record(model, layers, inputs=True).",
-    "grads": "acts.grads: gradients were not recorded. Ask for them: record(model, layers, grads=True).",
+    "inputs": "acts.inputs: inputs were not recorded. Record them: record(model, layers, inputs=True).",
+    "grads": "acts.grads: gradients were not recorded. Record them: record(model, layers, grads=True).",
 }
 
-#: What other libraries call what a recording has.
+#: Names in other libraries, and what a recording has instead.
 _OTHERWISE: Final = _by_word({
     "names layers layer_names": "list(acts)",
     "activations features outputs data tensors": "acts.values()",
     "to_dict as_dict dict concat concatenate": "acts.cat()",
     "summary describe statistics hist histogram histograms": "acts.stats()",
     "filter find subset": "acts.select('layer*')",
-    "remove close detach_hooks remove_hooks": "nothing: the hooks are gone when the with block ends",
+    "remove close detach_hooks remove_hooks": "nothing: the end of the with block removes the hooks",
     "to_pandas to_dataframe dataframe df": "pandas.DataFrame(acts.stats())",
     "shapes show print table info head": "acts, or print(acts)",
     "gradients gradient": "acts.grads",
@@ -42,7 +42,7 @@ _OTHERWISE: Final = _by_word({
     "num_calls calls lengths": "{{name: len(layer) for name, layer in acts.items()}}",
     "first_nan nans has_nan first_nonfinite": "acts.stats().first_nonfinite",
     "pop copy update": "dict(acts), a dict of the layers that you may change",
-    "start stop hooks register attach": "with record(model) as acts: hooks are there while the block runs",
+    "start stop hooks register attach": "with record(model) as acts: the hooks exist while the block runs",
     "html to_html dashboard": "acts.report('run.html')",
     "add unit pause clear": "it inside the block: with record(model, layers) as acts: ... acts.{name}(...)",
     "rows dataset Dataset": "actrec.data.rows(acts, name)",
@@ -52,7 +52,7 @@ _OTHERWISE: Final = _by_word({
     "plot": "actrec.plot.distributions(acts)",
 })  # fmt: skip
 
-#: What other libraries call the functions of actrec and of its modules.
+#: Names in other libraries, and the functions of actrec and of its modules.
 _FUNCTIONS: Final = _by_word({
     "hist histogram histograms distribution": "actrec.plot.distributions(acts)",
     "heatmap image images imshow maps show": "actrec.plot.feature_maps(acts[name][0])",
@@ -62,7 +62,7 @@ _FUNCTIONS: Final = _by_word({
 })  # fmt: skip
 
 
-#: What people look for in a layer.
+#: Names that people try on a layer, and what a layer has instead.
 _OF_LAYER: Final = _by_word({
     "output outputs value tensor tensors activations concat": "{place}.cat(), or {place}[0]",
     "input inputs": "acts.inputs[{name!r}], after record(model, layers, inputs=True)",
@@ -80,16 +80,16 @@ _OF_LAYER: Final = _by_word({
 
 
 def explained(why: Callable[[Any, str], str]) -> Callable[[K], K]:
-    """Return a class decorator: an attribute that is not there is an ``AttributeError`` with the message of ``why``."""
+    """Return a class decorator: a missing attribute raises an ``AttributeError`` with the message of ``why``."""
 
     def __getattr__(self: object, name: str) -> Any:  # noqa: N807  # it becomes that method
-        if name.startswith("_"):  # what Python and others look for
+        if name.startswith("_"):  # Python and libraries probe for these
             message = f"{type(self).__name__!r} object has no attribute {name!r}"
             raise AttributeError(message)
         raise AttributeError(why(self, name))
 
     def with_it(kind: K) -> K:
-        # Type checkers are not told: to them, what is not there is an error as before.
+        # Set here and not defined in the class, so that type checkers still report missing attributes.
         kind.__getattr__ = __getattr__  # type: ignore[attr-defined]
         return kind
 
@@ -100,7 +100,7 @@ def explained(why: Callable[[Any, str], str]) -> Callable[[K], K]:
 
 
 def no_attribute_of_layer(layer: Sequence[Any], name: str) -> str:
-    """Return what to write for an attribute that tensors have, and a layer has not."""
+    """Return what to write for an attribute that tensors have, and a layer does not."""
     place = _place(layer)
     if name in _OF_LAYER:
         own = getattr(layer, "name", "...")
@@ -118,19 +118,19 @@ def no_index(layer: Sequence[Any], index: object) -> str:
 
 
 def no_call(layer: Sequence[Any], index: object) -> str:
-    """Return what to say of an index behind the last call."""
+    """Return the message for an index after the last call."""
     there = f"there {'is' if len(layer) == 1 else 'are'} {count(len(layer), 'call')}"
     return f"{_place(layer)}[{index}]: {there}"
 
 
 def no_sum(layer: Sequence[Any]) -> str:
-    """Return what to write for adding something to a layer that is no list."""
+    """Return what to write for adding something to a layer that is not a list."""
     place = _place(layer)
     return f"{place} + ...: {_instead(layer, place, ' + ...')}"
 
 
 def _place(layer: Sequence[Any]) -> str:
-    """A layer as one writes it."""
+    """Return a layer as one writes it."""
     return f"acts[{getattr(layer, 'name', '...')!r}]"
 
 
@@ -140,21 +140,21 @@ def _instead(layer: Sequence[Any], place: str, access: str) -> str:
         return f"{calls}: nothing was recorded of this layer."
     spec = flatten(layer[0])[1]
     if not spec.paths:
-        return f"{calls}, and the first is no tensor: {place}[0]."
+        return f"{calls}, and the first is not a tensor: {place}[0]."
     (path, _), *_ = spec.paths
     kind = f", each a {spec.kind}" if path else ""
     return f"{calls}{kind}: {place}.cat(){path}{access}, or {place}[0]{path}{access}."
 
 
 def _access(name: str) -> str | None:
-    """An attribute of a tensor as one writes it; ``None`` if tensors have no such one."""
+    """Return an attribute of a tensor as one writes it; ``None`` if tensors do not have it."""
     if not hasattr(Tensor, name):
         return None
     return f".{name}()" if callable(getattr(Tensor, name)) else f".{name}"
 
 
 def _shown(index: object) -> str:
-    """An index as one writes it."""
+    """Return an index as one writes it."""
     if isinstance(index, tuple):
         return ", ".join(map(_shown, index))
     if isinstance(index, slice):
@@ -164,7 +164,7 @@ def _shown(index: object) -> str:
 
 
 def no_name(module: str, name: str, names: Iterable[str]) -> AttributeError:
-    """Return the error of a name that :mod:`actrec`, or a module of it, does not have: with what to write instead."""
+    """Return the error for a name that :mod:`actrec`, or a module of it, does not have, with what to write instead."""
     message = f"module {module!r} has no attribute {name!r}"
     return AttributeError(
         message if name.startswith("_") else message + _instead_of_name(name, names)
@@ -188,7 +188,7 @@ def _instead_of_name(name: str, names: Iterable[str]) -> str:
 
 
 def no_attribute_of_recording(recording: Mapping[str, Any], name: str) -> str:
-    """Return what to write for an attribute that is a layer, or that a tensor has."""
+    """Return the message for an attribute that a recording does not have: perhaps it is a layer, or tensors have it."""
     if name in NOT_RECORDED:
         return NOT_RECORDED[name]
     if name in recording:
@@ -205,7 +205,7 @@ def no_attribute_of_recording(recording: Mapping[str, Any], name: str) -> str:
 
 
 def no_layer(recording: Mapping[str, Any], name: object) -> str:
-    """Return what to say of an item that is no name of a layer."""
+    """Return the message for an item that is not the name of a layer."""
     if isinstance(name, str):
         return f"acts[{name!r}]: no layer of that name was recorded. {_other_name(recording, name)}"
     if isinstance(name, nn.Module):
@@ -213,29 +213,27 @@ def no_layer(recording: Mapping[str, Any], name: object) -> str:
     first = next(iter(recording), "name")
     if isinstance(name, tuple) and name and name[0] in recording and not isinstance(name[-1], str):
         rest = "".join(f"[{_shown(index)}]" for index in name[1:])
-        return f"acts[{', '.join(map(_shown, name))}]: one index after the other: acts[{name[0]!r}]{rest}."
+        return f"acts[{', '.join(map(_shown, name))}]: write one index after the other: acts[{name[0]!r}]{rest}."
     if isinstance(name, (int, slice)):
         return f"acts[{_shown(name)}]: layers have names: acts[{first!r}], or [*acts.values()][{_shown(name)}]."
     if isinstance(name, (Iterable, type, re.Pattern)) or callable(name):
         given = repr(name) if isinstance(name, (list, tuple, re.Pattern)) else "..."
-        return f"acts[...]: expected the name of one layer. The recording of several is acts.select({given})."
+        return f"acts[...]: expected the name of one layer. A recording of several layers is acts.select({given})."
     return f"acts[{name!r}]: expected the name of a layer, such as acts[{first!r}]."
 
 
 def no_module(module: nn.Module) -> str:
-    """Return what to say of a module of which no layer is known."""
+    """Return the message for a module that is not in the recording."""
     return (
-        f"this {type(module).__name__} was not recorded, or not by this recording: one that was loaded or copied knows "
-        "its layers by name alone."
+        f"this {type(module).__name__} was not recorded, or not by this recording: one that was loaded or copied has only "
+        "the names of its layers."
     )
 
 
 def _other_name(recording: Mapping[str, Any], name: str) -> str:
     matching = sum(map(bool, map(glob(name).fullmatch, recording))) if is_glob(name) else 0
     if matching:
-        return (
-            f"The recording of the {count(matching, 'layer')} that match is acts.select({name!r})."
-        )
+        return f"A recording of the {count(matching, 'layer')} that match is acts.select({name!r})."
     if any(key.startswith(f"{name}.") for key in recording):
-        return f"What was recorded inside of it is acts.select('{name}.**')."
+        return f"The layers that were recorded inside it are acts.select('{name}.**')."
     return nearest(name, recording)

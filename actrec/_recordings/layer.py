@@ -26,14 +26,13 @@ from .overflow import Overflows
 from .pass_numbers import ListView, RankPass, nth_calls
 from .units import Key, Units
 
-#: What the values of a layer are: its outputs, its inputs, the gradients of its outputs, what the user added, or the keys
-#: of units.
+#: What the values of a layer are: outputs, inputs, gradients of outputs, values that the user added, or keys of units.
 Role: TypeAlias = Literal["output", "input", "gradient", "added", "unit"]
 
 #: The type of a layer that is a function.
 FUNCTION: Final = "function"
 
-#: What each call of a layer returned: a tensor, unless the user says otherwise.
+#: The type of what each call of a layer returned: a tensor, unless the user declares another one.
 V = TypeVar("V", default=Tensor)
 M = TypeVar("M")
 
@@ -56,7 +55,7 @@ class Layer(Sequence[V], Generic[V]):
     torch.Size([10, 3])
 
     In memory a layer is a ``list``: index it, iterate over it, pass it to ``torch.cat``. On disk it is a lazy
-    ``Sequence``. Each item is what one call returned: a tensor, or tensors nested as the layer returned them. Items never
+    ``Sequence``. Each item is the output of one call: a tensor, or tensors nested as the layer returned them. Items never
     alias tensors of the model: writing to one changes nothing else.
     """
 
@@ -64,13 +63,13 @@ class Layer(Sequence[V], Generic[V]):
     name: str
     #: The type of the module, as ``type(module).__name__``.
     type: str
-    #: Counts what overflowed in the cast to ``dtype=``. Internal.
+    #: Counts the values that overflowed in the cast to ``dtype=``. Internal.
     overflows: Overflows | None = None
-    #: The name of the transform that its values have gone through. Internal.
+    #: The name of the transform that made its values. Internal.
     _transform: str | None = None
-    #: What is told of gradients, in a layer of gradients that go to a path. Internal.
+    #: Tracks which passes still await gradients; only for gradients that are recorded to a path. Internal.
     backwards: Any = None
-    #: By pass, what units that have not ended keep back. Internal.
+    #: By pass, the calls of units that have not ended, which the layer does not have yet. Internal.
     waiting: Mapping[int, list[Any]] = MappingProxyType({})
     #: The units of its recording. Internal.
     _units: Units | None = None
@@ -120,13 +119,13 @@ class Layer(Sequence[V], Generic[V]):
         ([0, 1], [0, 0, 1, 1])
 
         A pass is one outermost forward of the recorded model. A layer may be called several times in a pass, or not
-        at all, so calls of different layers belong together if their passes are equal, not their positions. A value that the
+        at all: calls of different layers belong together if their passes, not their indices, are equal. A value that the
         user put into the list has pass -1.
         """
 
     @property
     def units(self) -> Sequence[Key | None]:
-        """The key of each call's unit, beside :attr:`passes`: ``None`` for a call outside of :meth:`Recorder.unit`.
+        """The key of each call's unit, parallel to :attr:`passes`: ``None`` for a call outside of :meth:`Recorder.unit`.
 
         >>> import torch
         >>> from actrec import record
@@ -139,7 +138,7 @@ class Layer(Sequence[V], Generic[V]):
         >>> acts[""].units
         ['a', 'a', 'b', 'b']
 
-        Calls of different layers with the same key belong together, also where several ranks have recorded, whose
+        Calls of different layers with the same key belong together, also if several ranks have recorded, although their
         passes have the same numbers.
         """
         rank_passes = self._rank_passes()
@@ -161,8 +160,8 @@ class Layer(Sequence[V], Generic[V]):
         >>> torch.equal(acts["1"].nth(-1)[0], acts["1"][1])
         True
 
-        Passes that have fewer calls are left out. A layer that has no more than one call in any pass is returned as it
-        is, for any number. Values are not copied; a stored layer reads them when they are asked for.
+        If no pass has more than one call, there is nothing to select, and the layer itself is returned, whatever the number.
+        Else passes that have fewer calls are left out. Values are not copied; a stored layer reads them when they are used.
 
         Args:
             number: which call of each pass.
@@ -171,7 +170,7 @@ class Layer(Sequence[V], Generic[V]):
             A layer of these calls, with their passes.
 
         Raises:
-            OptionError: no pass has so many calls, or ``number`` is not an int.
+            OptionError: some passes have several calls but none has so many, or ``number`` is not an int.
         """
         rank_passes = self._rank_passes()
         call = f"acts[{self.name!r}].nth({number!r})"
@@ -207,7 +206,7 @@ class Layer(Sequence[V], Generic[V]):
 
         Args:
             dim: the dimension in which sizes may differ.
-            release: whether the calls are dropped. A stored layer ignores it.
+            release: whether to drop the calls. A stored layer ignores it.
 
         Returns:
             A new tensor, ``(N_1, *), ..., (N_k, *) -> (N_1 + ... + N_k, *)``. Nested values are concatenated tensor by
@@ -246,7 +245,7 @@ class Layer(Sequence[V], Generic[V]):
         return self._join("stack", dim, release=release)
 
     def compute(self) -> Any:
-        """Return what the calls come to, of a layer that a reduction has taken in.
+        """Return the result of the reduction, if the calls were reduced.
 
         >>> import torch
         >>> from actrec import record, reduce
@@ -258,10 +257,10 @@ class Layer(Sequence[V], Generic[V]):
         torch.Size([3])
 
         Returns:
-            What ``compute()`` of the reduction returns. In a :class:`actrec.reduce.TopK`, units have their keys.
+            The result of the reduction's ``compute()``. That of a :class:`actrec.reduce.TopK` has the keys of units.
 
         Raises:
-            ActrecError: the calls were kept; or what reduced them is of a class that a file cannot name.
+            ActrecError: the calls were kept; or they were loaded, and their reduction is not one of :mod:`actrec.reduce`.
         """
         sink: Any = getattr(self, "sink", None)  # a container of the user's
         if hasattr(sink, "compute"):
@@ -269,7 +268,7 @@ class Layer(Sequence[V], Generic[V]):
         raise ActrecError(self._not_reduced("compute()"))
 
     def merge_into(self, metric: M) -> M:
-        """Let a reduction take in what the reduction of this layer has taken in.
+        """Merge this layer's reduction into another one of the same kind.
 
         >>> import torch
         >>> from actrec import record, reduce
@@ -281,11 +280,11 @@ class Layer(Sequence[V], Generic[V]):
         >>> both.rows
         tensor(10)
 
-        Of a stored recording it is the way to a metric that is no reduction of :mod:`actrec.reduce`, for all ranks:
+        A stored metric that is not from :mod:`actrec.reduce` is read in this way, merged over all ranks:
         ``acts["conv1"].merge_into(MeanMetric()).compute()``.
 
         Args:
-            metric: one of the same kind, which has ``merge_state()``. It is changed.
+            metric: a reduction or metric of the same kind, with ``merge_state()``. It is changed.
 
         Returns:
             ``metric``.
@@ -298,19 +297,19 @@ class Layer(Sequence[V], Generic[V]):
 
     def _not_reduced(self, call: str) -> str:
         return (
-            f"acts[{self.name!r}].{call}: its calls were kept. A reduction that takes them in stands behind the query, "
-            f"record(model, {{{self.name!r}: actrec.reduce.Moments()}}); one of what was kept is told by its update(): "
-            f"for value in acts[{self.name!r}]: moments.update(value)."
+            f"acts[{self.name!r}].{call}: its calls were kept. To reduce them while recording, give a reduction with the query: "
+            f"record(model, {{{self.name!r}: actrec.reduce.Moments()}}). To reduce calls that were kept, pass each one to "
+            f"update(): for value in acts[{self.name!r}]: moments.update(value)."
         )
 
     def _join(self, how: How, dim: int, *, release: bool = False) -> V:
         call = f"acts[{self.name!r}].{how}(dim={dim!r})"
-        values = [*self._readable()]  # each call once: from disk, each read makes a new value
+        values = [*self._readable()]  # read once: each read from disk makes a new value
         if not len(self):
             message = f"{call}: nothing was recorded of this layer, so there is nothing to join."
             raise JoinError(message)
         if len(values) != len(self):
-            message = f"{call}: the container given as into= has {len(values)} of {len(self)} calls. Join what it holds: acts[{self.name!r}].sink."
+            message = f"{call}: the container given as into= has {len(values)} of {len(self)} calls. Join its items: acts[{self.name!r}].sink."
             raise JoinError(message)
         pop = getattr(self, "pop", None) if release else None
         value: V = joined(values, how, dim, call, pop=pop)
@@ -320,7 +319,7 @@ class Layer(Sequence[V], Generic[V]):
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the calls hold, in memory or on disk. What several of them share counts once."""
+        """The bytes that the calls occupy, in memory or on disk. Memory that several of them share counts once."""
         self._look_again()
         return sum(self._seen()[1].values())
 
@@ -330,7 +329,7 @@ class Layer(Sequence[V], Generic[V]):
         return True
 
     def _readable(self) -> Iterable[V]:
-        """The calls that can be read: all of them, unless a container of the user's keeps them."""
+        """Return the calls that can be read: all of them, unless the user's container has them."""
         return self
 
     @override
@@ -343,14 +342,14 @@ class Layer(Sequence[V], Generic[V]):
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     def _seen(self) -> tuple[Summary, Mapping[object, int]]:
-        """Look at each call once: return a summary of all, and the bytes at each address that they hold."""
+        """Look at each call once: return a summary of all, and the bytes at each address that they occupy."""
         look = Look()
         look.at(self._readable())
         return look.summary, look.places
 
     def _look_again(self) -> None:
-        """The calls may look otherwise, though they are the same."""
-        # Most layers are looked at anew each time.
+        """Forget what was remembered of the calls: they may share less memory than before, without having changed."""
+        # Most layers remember nothing.
 
     def _per_pass(self) -> tuple[int, int]:
         """Return the most calls of any pass, and the number of passes that have any."""
@@ -365,5 +364,5 @@ class Layer(Sequence[V], Generic[V]):
         return f"Layer {self.name!r} ({shown(self.type)}): {', '.join(facts)}"
 
     def _repr_html_(self) -> str:
-        """Show, for each shape, the range and a histogram of the first calls, and pictures where they are images."""
+        """Show, for each shape, the range and a histogram of the first calls, and pictures if they are images."""
         return as_html(layer_table(repr(self), len(self), self._readable()))

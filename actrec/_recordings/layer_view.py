@@ -1,6 +1,6 @@
-"""A layer as a notebook shows it: for each shape of its calls the range, a histogram, and where they are images, pictures.
+"""A layer as a notebook shows it: for each shape of its calls the range, a histogram, and, if they are images, pictures.
 
-It reads the first calls alone, up to a number of elements, and says so.
+Only the first calls are read, up to a number of elements; the title says so.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from actrec._values.spec import leaves
 
 from .tally import Tally, drawn
 
-#: So many elements are read.
+#: About so many elements are read.
 MOST: Final = 1 << 22
 #: So many channels of an image are shown, none larger than so many pixels.
 _CHANNELS: Final = 3
 _PIXELS: Final = 32
-_SMALLEST: Final = 6  # pixels, or it is no image
+_SMALLEST: Final = 6  # pixels of an image
 _IMAGES: Final = 4  # dimensions: batch, channel, height, width
 
 _COLUMNS: Final = (
@@ -41,12 +41,12 @@ _COLUMNS: Final = (
 
 
 def layer_table(title: str, total: int, calls: Iterable[Any]) -> Table:
-    """Return the table of a layer: a row for each of its tensors, and each shape that they have.
+    """Return the table of a layer: a row for each of its tensors and each of their shapes.
 
     Args:
-        title: what it is.
+        title: the title of the table.
         total: how many calls there are.
-        calls: the calls, of which as many are read as it takes.
+        calls: the calls; only the first are read.
     """
     found: dict[tuple[str, str, str], _Seen] = {}
     elements = read = 0
@@ -69,7 +69,7 @@ def layer_table(title: str, total: int, calls: Iterable[Any]) -> Table:
 
 
 class _Seen:
-    """What was read of one tensor, in one shape."""
+    """Statistics of one tensor of a layer, in one shape."""
 
     def __init__(self, first: Tensor) -> None:
         self.calls = 0
@@ -93,7 +93,7 @@ class _Seen:
 
 
 def _picture(tensor: Tensor) -> str | Drawn:
-    """Some channels of the first image, if the tensor is a batch of images."""
+    """Return some channels of the first image, if the tensor is a batch of images."""
     if (
         is_distributed(tensor)
         or tensor.is_nested
@@ -103,7 +103,7 @@ def _picture(tensor: Tensor) -> str | Drawn:
         return ""
     if tensor.is_meta or not tensor.numel() or tensor.is_complex():
         return ""
-    # Of what may be large, only the first image is looked at.
+    # Only the first image is read: the tensor may be large.
     (image,) = dense(tensor[0])
     step = -(-max(image.shape[1:]) // _PIXELS)
     maps = image[:: -(-len(image) // _CHANNELS), ::step, ::step].cpu().double()

@@ -1,7 +1,7 @@
-"""What the calls of a layer look like: shapes, dtypes, memory, and how many there are in a pass, each call looked at once.
+"""The shapes, dtypes, memory and calls per pass of a layer. Each call is looked at once.
 
-A look that goes on where it stopped is right as long as the calls before are the same, and cannot change by themselves: that
-is what lists of tensors, and of tuples of tensors, are. A dict in a recording may have got other items since.
+A later look continues where the last one stopped. That is right if the earlier calls are the same objects and cannot
+change: tensors, and tuples of tensors. A dict in a recording may have other items by then.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from actrec._values.memory import held, held_by_all
 from actrec._values.shapes import Summary
 from actrec._values.spec import Step, flatten
 
-#: So many calls are looked at together, where all are tensors, or tuples of tensors.
+#: So many calls are looked at together, if all are tensors, or tuples of tensors.
 MANY: Final = 1000
 
 #: What a table shows of a tensor, besides its memory.
@@ -29,7 +29,7 @@ _LOOK: Final = attrgetter("shape", "dtype", "device")
 
 
 class Look:
-    """A look at the calls of a layer, as many as there were.
+    """A look at the calls that a layer has so far.
 
     >>> import torch
     >>> look = Look()
@@ -39,17 +39,17 @@ class Look:
     """
 
     def __init__(self) -> None:
-        self.calls = 0  #: so many were looked at
+        self.calls = 0  #: how many were looked at
         self.summary = Summary()
         self.places: dict[object, int] = {}  #: the bytes at each address
         self.most = 0  #: calls in a pass
-        self.can_change = False  #: whether a call may come to look otherwise, though it is the same
+        self.can_change = False  #: whether a call may change its content, such as a dict
         self._known: set[object] = set()
         self._per_pass: Counter[int] = Counter()
         self._counted = 0
 
     def at(self, calls: Iterable[Any]) -> None:
-        """Look at the calls behind those that were looked at."""
+        """Look at the calls after those that were looked at."""
         rest = islice(calls, self.calls, None)
         while some := [*islice(rest, MANY)]:
             self.calls += len(some)
@@ -59,7 +59,7 @@ class Look:
                     self._at_value(value)
 
     def _at_columns(self, some: Sequence[Any], columns: list[Sequence[Tensor]]) -> bool:
-        """Look at plain tensors in loops that Python does not interpret; return whether these are such, on the CPU."""
+        """Look at plain tensors in loops that run in C. Return whether this was possible: they are dense and on the CPU."""
         looks = zip(*(map(_LOOK, column) for column in columns), strict=True)
         try:
             found = dict(zip(looks, some, strict=True))
@@ -69,7 +69,7 @@ class Look:
                 self.places.update(held_by_all(column))
         except RuntimeError:  # one is sparse or nested
             return False
-        for parts, value in found.items():  # there are few different ones
+        for parts, value in found.items():  # few: most calls have the same shapes
             look = type(value), parts
             if look not in self._known:
                 self._known.add(look)
@@ -98,7 +98,7 @@ class Look:
 class Together:
     """The bytes of several layers together: memory that they share counts once.
 
-    They are added up anew only where a layer has other calls than before.
+    The sum is computed anew only if a layer has other calls than before.
     """
 
     def __init__(self) -> None:
@@ -117,13 +117,13 @@ class Together:
             for one in places:
                 memory.update(one)
             total = sum(memory.values())
-            # It keeps them, so that no other one has their id.
+            # Keeps the mappings alive, so that no other object gets their ids.
             self._before = these, places, total
         return total
 
 
 def _columns(some: Sequence[Any]) -> list[Sequence[Tensor]]:
-    """The tensors of calls that are tensors alone, or tuples of as many different ones; nothing of other calls."""
+    """Return the tensors of calls, if all are tensors, or all are tuples of equally many, different tensors; else nothing."""
     types, columns = {*map(type, some)}, [some]
     if types == {tuple} and len({*map(len, some)}) == 1:
         columns = [*zip(*some, strict=True)]
@@ -134,7 +134,7 @@ def _columns(some: Sequence[Any]) -> list[Sequence[Tensor]]:
 
 
 def _is_fixed(step: Step) -> bool:
-    """Whether what a step makes is what it was, however long ago: a tensor, a constant, a plain tuple."""
+    """Whether the object that a step makes cannot change: a tensor, a constant, a plain tuple."""
     if isinstance(step, Container):
         return step.type is tuple
     return not _is_array(step)
