@@ -217,7 +217,10 @@ def test_what_python_itself_looks_for_is_not_there_without_a_word(acts: Any) -> 
 NAMES: dict[str, tuple[Any, str]] = {
     "close": ("conv2", "Did you mean 'conv1'?"),
     "glob": ("layer1.*", "A recording of the 2 layers that match is acts.select('layer1.*')."),
-    "container": ("layer1", "The layers that were recorded inside it are acts.select('layer1.**')."),
+    "container": (
+        "layer1",
+        "The layers that were recorded inside it are acts.select('layer1.**').",
+    ),
     "several": (["conv1", "pair"], "acts.select(['conv1', 'pair'])"),
     "type": (nn.Linear, "A recording of several layers is acts.select(...)."),
     "regex": (re.compile("conv."), "acts.select(re.compile('conv.'))"),

@@ -226,7 +226,9 @@ def test_a_transform_that_never_returns_a_value_is_explained() -> None:
 
     model = nn.Linear(4, 4)
     with (
-        pytest.warns(UnusedLayerWarning, match="returned None, which skips a call, for all of its 2 calls"),
+        pytest.warns(
+            UnusedLayerWarning, match="returned None, which skips a call, for all of its 2 calls"
+        ),
         record(model, transform=forgets_to_return),
     ):
         model(X)
