@@ -335,9 +335,9 @@ def test_a_query_that_selects_nothing_is_refused(query: Any, message: str) -> No
 
 
 def test_a_loaded_recording_says_that_it_knows_no_modules(stored: Any) -> None:
-    with pytest.raises(SelectionError, match="a function is asked about modules"):
+    with pytest.raises(SelectionError, match="a function gets modules"):
         stored.select(lambda *_: True)
-    with pytest.raises(UnknownLayerError, match="knows its layers by name alone"):
+    with pytest.raises(UnknownLayerError, match="has only the names of its layers"):
         stored[nn.ReLU()]
 
 

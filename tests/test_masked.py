@@ -131,7 +131,7 @@ def test_the_same_tokens_are_compared_wherever_the_padding_is() -> None:
 def test_a_mask_that_says_nothing_is_refused() -> None:
     acts = recorded(VALUE)
     with pytest.raises(
-        UnknownLayerError, match=r"stats\(mask='masks'\): nothing of that name.*acts.add"
+        UnknownLayerError, match=r"stats\(mask='masks'\): nothing with that name.*acts.add"
     ):
         acts.stats(mask="masks")
     with pytest.raises(OptionError, match="expected the name of a mask"):

@@ -433,7 +433,7 @@ def test_a_call_of_a_pass_that_its_shard_does_not_commit_is_found_out_by_verify(
     shards = Shards(tmp_path / "r", ["a"])
     shards.write([(0, 5, torch.ones(1))], 1)
     (problem,) = actrec.verify(tmp_path / "r")
-    assert "it has calls of layer 'a' of passes that it should have none of" in problem
+    assert "it has calls of layer 'a' of passes that do not belong into it" in problem
 
 
 def test_a_structure_that_python_cannot_write_again_is_damaged(

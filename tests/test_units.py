@@ -409,7 +409,7 @@ def test_keys_are_integers_of_any_kind_and_text(into):
         (None, "is a NoneType"),
         (torch.tensor(1), "is a Tensor"),
         (1 << 63, "too large for 64 bits"),
-        ("\udc80", "no text that can be stored"),
+        ("\udc80", "cannot be stored as text"),
     ],
 )
 def test_anything_else_is_no_key(key, message):

@@ -1,4 +1,4 @@
-"""Statistics without padding: which positions of a layer's tensors a mask leaves in."""
+"""Statistics without padding: which positions of a layer's tensors a mask keeps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .layer import Layer
 from .pass_numbers import RankPass, calls_of
 from .pass_values import MissingError, PassValues, Stored
 
-#: The name of a mask, or a function that makes one of what is stored of a pass.
+#: The name of a mask, or a function that makes one from the stored values of a pass.
 Mask: TypeAlias = str | Callable[[Mapping[str, Any]], Tensor]
 
-#: For each call, and each tensor in it, which of its positions count; a tensor that is not there counts in full.
+#: For each call, by the paths of its tensors, which positions count; a tensor that is not in the dict counts in full.
 Kept: TypeAlias = list[dict[str, Tensor]]
 
 
@@ -29,14 +29,14 @@ class Masks:
     """The masks of a recording.
 
     Args:
-        call: Who asks, for messages.
-        recording: Where the mask is stored.
-        raised: Its passes that raised, which may have none.
-        mask: What it is.
+        call: the calling function, for messages.
+        recording: the recording that has the mask.
+        raised: its passes that raised, which may have no mask.
+        mask: the name of the mask, or a function that makes it.
 
     Raises:
-        OptionError: It is neither a name nor a function.
-        UnknownLayerError: Nothing of that name was recorded.
+        OptionError: ``mask`` is neither a name nor a function.
+        UnknownLayerError: nothing with that name was recorded.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Masks:
             message = f"{call}(mask={mask!r}): expected the name of a mask that was recorded or added, or a function that makes one."
             raise OptionError(message)
         if isinstance(mask, str) and mask not in recording:
-            message = f"{call}(mask={mask!r}): nothing of that name was recorded. Add it to each pass: acts.add({mask!r}, attention_mask)."
+            message = f"{call}(mask={mask!r}): nothing with that name was recorded. Add it to each pass: acts.add({mask!r}, attention_mask)."
             raise UnknownLayerError(message)
         self._call = call
         self._mask = mask
@@ -61,7 +61,7 @@ class Masks:
         self._fits = False
 
     def of(self, layer: Layer[Any]) -> Kept:
-        """Return which positions of each call count: those of tensors whose positions are those of the mask in all calls."""
+        """Return which positions of each call count, for the tensors that have the positions of the mask in all calls."""
         passes = calls_of(layer._rank_passes())
         shapes: dict[str, dict[int, Tensor]] = {}
         for number, value in enumerate(layer):
@@ -93,13 +93,13 @@ class Masks:
         outlines: Mapping[int, Tensor],
         tokens_of: Callable[[Tensor, int], int | None],
     ) -> dict[int, Tensor] | None:
-        """Which positions of a tensor count in each call; ``None`` if they are not those of the mask."""
+        """Return which positions of a tensor count in each call; ``None`` if it does not have those of the mask."""
         found: dict[int, Tensor] = {}
         most = 0
         for rank_pass, calls in passes.items():
             own = [number for number in calls if number in outlines]
             masks = self._masks(rank_pass)
-            if masks is None:  # nothing says what counts in a pass that raised, so nothing does
+            if masks is None:  # a pass that raised, without a mask: it does not count
                 found |= {
                     number: torch.zeros(outlines[number].shape[:1], dtype=torch.bool, device="cpu")
                     for number in own
@@ -119,11 +119,11 @@ class Masks:
                 part = torch.ones_like(mask[:, :1]).expand(-1, many)
                 part = part if first is None else mask[:, first : first + many]
                 found[number] = part.flatten() if tokens_of is _merged else part
-        # One of each sample, such as a pooled vector, is none of its tokens.
+        # With one position for each sample, such as a pooled vector, it has no tokens.
         return found if most > 1 else None
 
     def _masks(self, rank_pass: RankPass) -> list[Tensor] | None:
-        """The masks of a pass, (batch, tokens) each; ``None`` if it has none because it raised."""
+        """Return the masks of a pass, (batch, tokens) each; ``None`` if it has none because it raised."""
         if rank_pass not in self._known:
             self._known[rank_pass] = self._read(rank_pass)
         return self._known[rank_pass]
@@ -157,7 +157,7 @@ def left_in(tensor: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def _outline(tensor: Tensor) -> Tensor:
-    """The shape and the dtype of a tensor; of one that is not indexed by positions, no shape."""
+    """Return a tensor of the same shape and dtype without data; without a shape if positions cannot be selected in it."""
     is_plain = tensor.layout is torch.strided and not (
         tensor.is_nested or tensor.is_quantized or tensor.is_meta
     )
@@ -165,24 +165,24 @@ def _outline(tensor: Tensor) -> Tensor:
 
 
 def _is_vector(tensor: Tensor) -> bool:
-    """Whether a tensor is one vector of each sample, or of each token of all samples."""
+    """Whether a tensor has one vector for each sample, or for each token of all samples."""
     return tensor.dim() == 2 and (tensor.is_floating_point() or tensor.is_complex())  # noqa: PLR2004
 
 
 def _tokens(tensor: Tensor, samples: int) -> int | None:
-    """How many tokens a tensor (samples, tokens, ...) has."""
+    """Return how many tokens a tensor (samples, tokens, ...) has."""
     is_other = tensor.dim() < 2 or len(tensor) != samples or _is_vector(tensor)  # noqa: PLR2004
     return None if is_other else tensor.shape[1]
 
 
 def _merged(tensor: Tensor, samples: int) -> int | None:
-    """How many tokens of each sample a tensor (samples * tokens, ...) has."""
+    """Return how many tokens of each sample a tensor (samples * tokens, ...) has."""
     is_other = not tensor.dim() or not samples or len(tensor) % samples
     return None if is_other else len(tensor) // samples
 
 
 def _firsts(mask: list[int], tokens: list[int]) -> list[int | None] | None:
-    """As ``first_columns``, but a mask is longer only where it counts the tokens before, or the call has one."""
+    """Like ``first_columns``, but a mask may be longer than its call only if it covers all tokens so far, or the call has one."""
     if len(mask) == len(tokens):
         pairs = zip(mask, tokens, accumulate(tokens), strict=True)
         if any(many not in {own, before} and own != 1 for many, own, before in pairs):

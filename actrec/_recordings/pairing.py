@@ -1,4 +1,4 @@
-"""Which calls of two layers belong together: those of the same unit, or those of the same number."""
+"""Pairs the calls of two layers: by unit, or by index."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .units import Key
 
 
 class Alone(NamedTuple):
-    """The first call that has nothing beside it."""
+    """The first call without a partner."""
 
     number: int  #: of its pass
     note: str
 
 
 class Pairing(NamedTuple):
-    """The numbers of calls of two layers, side by side."""
+    """The indices of paired calls of two layers."""
 
     ours: Sequence[int]
     theirs: Sequence[int]
@@ -29,7 +29,7 @@ class Pairing(NamedTuple):
 
 
 def paired(a: Layer[Any], b: Layer[Any]) -> Pairing:
-    """Put the calls of two layers beside each other, in the order of ``a``."""
+    """Pair the calls of two layers, in the order of ``a``."""
     ours, theirs = [*a.units], [*b.units]
     is_reduced = isinstance(a, Reduced) or isinstance(b, Reduced)
     if ours == theirs or is_reduced or None in ours or None in theirs:

@@ -22,7 +22,7 @@ class Count:
 
 
 class ListView(Sequence[T], Generic[T]):
-    """What is known of each call: a read-only view of a list, equal to any list of the same items."""
+    """A read-only view of a list, with an item for each call. It is equal to any list of the same items."""
 
     __slots__ = ("_items",)
 
@@ -65,7 +65,7 @@ RankPass: TypeAlias = tuple[int | None, int]
 def calls_of(
     rank_passes: Sequence[RankPass], among: Iterable[int] | None = None
 ) -> dict[RankPass, list[int]]:
-    """Return the numbers of the calls of each pass, of all calls or some."""
+    """Return the indices of the calls of each pass, among all calls or some."""
     found: dict[RankPass, list[int]] = {}
     for number in range(len(rank_passes)) if among is None else among:
         found.setdefault(rank_passes[number], []).append(number)
@@ -75,7 +75,7 @@ def calls_of(
 def nth_calls(
     call: str, title: str, rank_passes: Sequence[RankPass], nth: int, among: Iterable[int]
 ) -> list[int]:
-    """Return the n-th call of each pass, among some calls; all of them, if no pass has more than one."""
+    """Return the n-th call of each pass, among some calls; all of these, if no pass has more than one."""
     given: object = nth
     if isinstance(given, bool) or not isinstance(given, int):
         message = (

@@ -1,4 +1,4 @@
-"""The passes of the calls of a layer that is being written: a few numbers, however many calls there are."""
+"""The passes of the calls of a layer that is being written, in a few numbers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from itertools import repeat
 
 
 class PassRuns:
-    """The pass of each call, in as little memory as the number of calls in a pass changes.
+    """The pass of each call. The memory grows only when the number of calls in a pass changes.
 
-    Passes that follow each other and have equally many calls are a run: its first pass, how many passes, and how many calls
-    in each. It may be read while another thread adds.
+    Consecutive passes with equally many calls are a run: its first pass, how many passes, and how many calls in each.
+    A thread may read while another one adds.
     """
 
     def __init__(self, passes: Iterable[int] = ()) -> None:
-        self._over = array("q")  # runs that do not go on
-        # How many numbers those are, the run that goes on, the latest pass, its calls, and all calls: changed in one step.
+        self._over = array("q")  # runs that have ended
+        # How many numbers those are, the current run, the latest pass, its calls, and all calls: changed in one step.
         self._state = (0, 0, 0, 0, -1, 0, 0)
         for number in passes:
             self.add(number)
@@ -48,7 +48,7 @@ class PassRuns:
 
 
 def in_runs(runs: Iterable[tuple[int, int, int]]) -> Iterator[int]:
-    """Return the pass of each call in some runs."""
+    """Yield the pass of each call in some runs."""
     for first, passes, calls in runs:
         for number in range(first, first + passes):
             yield from repeat(number, calls)

@@ -1,4 +1,4 @@
-"""What is stored of each pass of a recording, by the names of layers."""
+"""The values of each pass of a recording, by the names of layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Stored:
         self._calls: dict[str, dict[RankPass, list[int]]] = {}
 
     def values(self, name: str, rank_pass: RankPass) -> list[Any]:
-        """Return what the calls of a layer in a pass returned; ``MissingError`` where it has none."""
+        """Return the values of a layer's calls in a pass; ``MissingError`` if it has none."""
         layer = self.recording[name]
         if name not in self._calls:
             self._calls[name] = calls_of(layer._rank_passes())
@@ -37,7 +37,7 @@ class Stored:
 
 
 class PassValues(Mapping[str, Any]):
-    """The values of a pass, read when they are asked for; those of several calls are joined along dimension 1, the tokens."""
+    """The values of a pass, read on access; those of several calls are joined along dimension 1, the tokens."""
 
     def __init__(self, stored: Stored, rank_pass: RankPass) -> None:
         self._stored = stored

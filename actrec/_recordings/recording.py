@@ -60,11 +60,11 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         layers: the layers by name.
         aliases: further names, each with the one that is listed.
         order: names in the order in which the layers ran, as far as it is known.
-        passes: how many passes there were; by default those that the calls belong to are counted.
-        inputs: likewise, what the calls received.
-        grads: likewise, the gradients.
+        passes: how many passes there were; by default those of the calls are counted.
+        inputs: the layers of inputs, by name.
+        grads: the layers of gradients, by name.
         units: which passes are units; by default none.
-        run: what makes all that its parts know as well.
+        run: makes the :class:`Run` that the recording shares with its parts.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         role: str = "",
     ) -> None:
         self._run = run
-        self._role = role  # what the values are, where they are not what layers returned
+        self._role = role  # what the values are, if not outputs
         self._together = Together()
         self._layers = dict(layers)
         for layer in self._layers.values():
-            if layer._units is None:  # or it may be shared with a recorder, whose units go on
+            if layer._units is None:  # else a recorder may share the layer
                 layer._units = run.units
         self._inputs = None if inputs is None else of_run(run, inputs, role="inputs")
         self._grads = None if grads is None else of_run(run, grads, role="gradients")
@@ -110,7 +110,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
             name = self._run.modules.get(name)
         aliases = self._run.aliases
         key = name if name in self._layers else aliases.get(name)  # type: ignore[call-overload]
-        if key is None and isinstance(name, str) and ":" in name:  # a module's, and a function's
+        if key is None and isinstance(name, str) and ":" in name:  # module:function
             module, _, function = name.rpartition(":")
             key = f"{aliases.get(f'{module}:', f'{module}:')}{canonical(function)}"
         return key if key in self._layers else None
@@ -125,7 +125,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
     def get(self, name: str, /, default: Layer[V] | T) -> Layer[V] | T: ...
     @override
     def get(self, name: str, /, default: Any = None) -> Any:
-        """Return a layer, or a default where there is none of that name.
+        """Return a layer, or a default if there is no layer with that name.
 
         >>> import torch
         >>> from actrec import record
@@ -137,7 +137,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
         Args:
             name: the name of a layer.
-            default: what is returned where there is no such layer.
+            default: the result if there is no such layer.
 
         Returns:
             The layer, or ``default``.
@@ -155,17 +155,17 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         return self._layers[key]
 
     def _elsewhere(self, name: object) -> str:
-        """What to say of a layer whose inputs or gradients alone were recorded; of any other, nothing."""
+        """Return the message for a layer of which only inputs or gradients were recorded; ``""`` for any other."""
         if not isinstance(name, (str, nn.Module)):
             return ""
         index = f"[{name!r}]" if isinstance(name, str) else "[...]"
         there = [f"acts.{what}{index}" for what, one in self._besides().items() if name in one]
         if not there:
             return ""
-        return f"acts{index}: what that layer returned was not recorded; there is {' and '.join(there)}."
+        return f"acts{index}: the outputs of that layer were not recorded; there is {' and '.join(there)}."
 
     def _besides(self) -> dict[str, Recording[Any]]:
-        """The recordings of inputs and of gradients, as far as there are any, by the names that they have here."""
+        """Return the recordings of inputs and of gradients, if there are any, by their attribute names."""
         found = {"inputs": self._inputs, "grads": self._grads}
         return {name: one for name, one in found.items() if one is not None}
 
@@ -229,7 +229,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         return dict.fromkeys(self._run.units.keys.values()).keys()
 
     def missing(self, wanted: Iterable[Key]) -> list[Key]:
-        """Return the keys of which the recording has no unit.
+        """Return the keys for which the recording has no unit.
 
         >>> import torch
         >>> from actrec import record
@@ -242,19 +242,19 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         [2, 4]
 
         Args:
-            wanted: the keys that should be there.
+            wanted: the keys that the recording should have.
 
         Returns:
-            Those that are not, in the order of ``wanted``, each once.
+            The keys that it does not have, in the order of ``wanted``, each once.
 
         Raises:
-            OptionError: one of them is no int and no str.
+            OptionError: one of them is neither an int nor a str.
         """
         return missing("acts.missing()", wanted, self.done)
 
     @property
     def inputs(self) -> Recording[dict[str, Any]]:
-        """What the calls received. ``acts.inputs[name][i]`` is a dict from parameter name to value.
+        """The arguments of the calls. ``acts.inputs[name][i]`` is a dict from parameter name to value.
 
         >>> import torch
         >>> from actrec import record
@@ -264,8 +264,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         >>> acts.inputs[""][0]["input"].shape
         torch.Size([5, 4])
 
-        Call ``i`` is that of ``acts[name][i]``. Parameters that were left at their defaults are not in the dict; the
-        value is ``None`` for a call that began before the block. Values were copied before the call ran.
+        Item ``i`` belongs to the call of ``acts[name][i]``. Parameters that were left at their defaults are not in the dict;
+        the item is ``None`` for a call that began before the block. Values were copied before the call ran.
 
         Raises:
             AttributeError: inputs were not recorded. Record them with ``record(..., inputs=True)``.
@@ -277,7 +277,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     @property
     def grads(self) -> Recording[V]:
-        """The gradients. ``acts.grads[name][i]`` is that of the loss with respect to ``acts[name][i]``.
+        """The gradients. ``acts.grads[name][i]`` is the gradient of the loss with respect to ``acts[name][i]``.
 
         >>> import torch
         >>> from torch import nn
@@ -291,14 +291,14 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         >>> acts.grads["0"][0].shape
         torch.Size([5, 3])
 
-        Call ``i`` is that of ``acts[name][i]``, nested in the same way, with ``None`` where no gradient has arrived. It is
-        the gradient of the value as the layer returned it, also where a later layer writes to that value in place. Where
-        that gradient is not defined it stays ``None``, and :class:`actrec.errors.MissingGradientWarning` names the layer.
+        It is nested like ``acts[name][i]``, with ``None`` where no gradient has arrived. It is the gradient of the value as
+        the layer returned it, also if a later layer writes to that value in place. If that gradient is not defined, it stays
+        ``None``, and a :class:`actrec.errors.MissingGradientWarning` names the layer.
 
         ``backward()`` may be called inside the block or after it. Calling it again for the same forward accumulates, as
         in the ``.grad`` of a parameter; so does ``torch.autograd.grad``. Gradients of a scaled loss are scaled.
 
-        Gradients are copied as values are, and moved and cast by ``device`` and ``dtype``. A ``transform`` is applied to
+        Gradients are copied like values, and moved and cast by ``device`` and ``dtype``. A ``transform`` is applied to
         each when it arrives, with zeros for tensors of the value that have no gradient.
 
         Raises:
@@ -310,11 +310,11 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of memory that the recording holds, inputs and gradients included.
+        """The bytes of memory that the recording occupies, inputs and gradients included.
 
         Memory that several calls share counts once, such as the output of one layer that is the input of the next. A value
-        that the model has not overwritten is shared with the model copy-on-write, so while the model still holds it, this is
-        an upper bound of the memory that recording adds.
+        that the model has not overwritten is shared with the model copy-on-write. So this is an upper bound of the memory
+        that recording adds, while the model still has the value.
         """
         layers = [layer for one in (self, *self._besides().values()) for layer in one.values()]
         for layer in layers:
@@ -359,13 +359,13 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
         Args:
             layers: names, globs, regular expressions, types, modules, functions of name and module, or several of these. A
-                recording that was loaded or copied knows the names of its layers and of their types, and no modules.
+                recording that was loaded or copied has only the names of its layers and of their types, not the modules.
 
         Returns:
-            A recording of the layers that were selected, in the order of the queries.
+            A recording of the selected layers, in the order of the queries.
 
         Raises:
-            SelectionError: a query selects nothing of what was recorded; the message names close matches.
+            SelectionError: a query selects no recorded layer; the message names close matches.
         """
         self._run.deliver()
         types: dict[str, str] = {}
@@ -451,7 +451,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         1      (1, 4)  █▁▁▁▁▁▁▁▁▁▁▁▁▅▂▁▁▁▁▆  1.25    1.5    0    3    50%    16 B
 
         The title says where the first NaN or infinity is. The range of a histogram leaves out half a per cent of the elements
-        on each side, which are in its first and last bar; a bar that sticks out is cut, such as that of the zeros of a ReLU.
+        on each side; they are counted in its first and last bar. A bar that is much higher than the others is cut, such as that
+        of the zeros of a ReLU.
 
         Calls are read one after the other in blocks of a few megabytes, and not changed. It may be called inside the block. Layers
         whose calls were not kept, because they were reduced, have no rows; the title names them.
@@ -467,12 +468,12 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         [('0', 16, 8), ('mask', 4, 2)]
 
         Args:
-            mask: the name of a mask ``(batch, tokens)`` that each pass has, 0 for what is left out, or a function that makes one of
-                the values of a pass: ``mask=lambda values: values["ids"] != 0``. It applies to all tensors
-                ``(batch, tokens, ...)``, of the calls of a pass joined, and ``(batch * tokens, ...)``, as in
-                :func:`actrec.data.rows`. What has other positions, such as one vector for each sample, counts in full:
-                ``left_out`` says how much was left out of each tensor.
-            progress: whether to show how far it is: a bar of ``tqdm`` where that is installed, else a line on stderr.
+            mask: the name of a mask ``(batch, tokens)`` that each pass has, 0 at the positions to leave out, or a function that
+                makes one from the values of a pass: ``mask=lambda values: values["ids"] != 0``. It applies to all tensors
+                ``(batch, tokens, ...)``, with the calls of a pass joined, and ``(batch * tokens, ...)``, as in
+                :func:`actrec.data.rows`. A tensor with other positions, such as one vector for each sample, counts in full:
+                ``left_out`` says how many elements of each tensor were left out.
+            progress: whether to show the progress: a bar of ``tqdm`` if that is installed, else a line on stderr.
 
         Returns:
             :class:`Stats`: a tuple of rows in execution order, which prints as a table. ``pandas.DataFrame(acts.stats())``
@@ -480,7 +481,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
         Raises:
             AlignmentError: a pass has no mask, or no layer has its positions.
-            UnknownLayerError: there is no mask of that name.
+            UnknownLayerError: there is no mask with that name.
             OptionError: ``mask`` is neither a name nor a function.
         """
         masks = None if mask is None else Masks("acts.stats", self, self._run.raised(), mask)
@@ -500,10 +501,10 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         Args:
             path: a new folder, or the URL of one.
             overwrite: whether a recording that is there may be replaced.
-            progress: whether to show how far it is.
+            progress: whether to show the progress.
 
         Raises:
-            RecordingExistsError: there is something at the path; it was not touched.
+            RecordingExistsError: there is something at the path; it was not changed.
             CaptureError: a value cannot be stored. Raised before anything is written.
             WriteError: writing failed.
         """
@@ -511,7 +512,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         import_module("actrec.store").save(self, path, overwrite=overwrite, progress=progress)
 
     def report(self, path: str | os.PathLike[str], *, progress: bool = False) -> None:
-        """Write a page of HTML about the recording: one file, which needs no server and nothing from elsewhere.
+        """Write an HTML page about the recording: one self-contained file, which needs no server and no network.
 
         >>> import tempfile, torch
         >>> from actrec import record
@@ -521,20 +522,20 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         ...         output = model(batch)
         >>> acts.report(tempfile.mkdtemp() + "/run.html")
 
-        It has the table, what was warned of, the statistics with the first NaN or infinity, the distributions, how they go over
-        the passes, how similar the layers are, and how to load the recording. A picture says what it leaves out.
+        It has the table, the warnings, the statistics with the first NaN or infinity, the distributions, how statistics change
+        over the passes, how similar the layers are, and how to load the recording. A picture says what it leaves out.
 
         A recording may be larger than memory: it is read call by call, three times, and not changed. A page that is there is
-        replaced when the new one is whole.
+        replaced when the new one is complete.
 
         Args:
-            path: the file, which ends in ``.html``.
-            progress: whether to show how far it is, as in :meth:`stats`.
+            path: the file, with a name that ends in ``.html``.
+            progress: whether to show the progress, as in :meth:`stats`.
 
         Raises:
-            OptionError: the path is that of a folder, or not one of a page. Raised before anything is read.
-            RecordingExistsError: there is a file at the path that is no report. It was not touched.
-            WriteError: writing failed. What was there before is there.
+            OptionError: the path is that of a folder, or does not end in ``.html``. Raised before anything is read.
+            RecordingExistsError: there is a file at the path that is not a report. It was not changed.
+            WriteError: writing failed. A page that was there before is unchanged.
         """
         # Reports are made of recordings, not the other way round.
         import_module("actrec._report").report(self, path, progress=progress)
@@ -576,5 +577,5 @@ def of_run(
 
 
 def _some(recording: Recording[T], names: Iterable[str]) -> dict[str, Layer[T]]:
-    """The layers of these names that are in a recording."""
+    """Return the layers with these names that are in a recording."""
     return {name: recording._layers[name] for name in names if name in recording._layers}

@@ -1,7 +1,7 @@
-"""A layer whose calls were not kept: a reduction has taken them in, and is there in their place.
+"""A layer whose calls were not kept: it has a reduction of them instead.
 
-What a reduction is asked for is what metrics of torchmetrics have: ``update()`` and ``compute()``, and where it is stored
-``metric_state``, a dict of tensors, and ``merge_state()``, which takes in such a dict.
+A reduction has the methods of a metric of torchmetrics: ``update()`` and ``compute()``, and, to be stored,
+``metric_state``, a dict of tensors, and ``merge_state()``, which merges such a dict.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .pass_runs import PassRuns
 
 M = TypeVar("M")
 
-#: How torchmetrics merges the states that come to the same whatever is merged first.
+#: The ways in which torchmetrics merges states whose result does not depend on the order.
 _EXACT: Final = {"dim_zero_sum", "dim_zero_max", "dim_zero_min", "dim_zero_cat"}
 
 
@@ -41,35 +41,35 @@ def why_not_stored(make: Callable[[], Any]) -> str | None:
         return "it has no metric_state and merge_state(), which reductions of actrec.reduce and metrics of torchmetrics have"
     for name, how in reductions_of(made).items():
         if how not in _EXACT:
-            return f"its state {name!r} is none that can be added up, or joined, in any order"
+            return f"its state {name!r} cannot be merged in any order, by sum, max, min or cat"
     try:
         made.merge_state(make().metric_state)
-    except Exception as error:  # noqa: BLE001  # whatever it is, it says why
+    except Exception as error:  # noqa: BLE001  # the error says why
         return f"its merge_state() raised {type(error).__name__}: {error}".rstrip(".")
     return None
 
 
 def merged(into: M, *states: Mapping[str, Any]) -> M:
-    """Return ``into``, which has taken in these states, too, before what it had."""
+    """Merge these states into ``into``, before its own, and return it."""
     metric: Any = into
-    for state in reversed(states):  # torchmetrics puts what comes first
+    for state in reversed(states):  # torchmetrics puts a merged state before its own
         metric.merge_state(state)
         count_an_update(metric)
     return into
 
 
 def followed(first: Any, second: Any) -> Any:
-    """Return what has taken in all that both have, in order; one of them is used up."""
-    if hasattr(first, "merge"):  # which copies less
+    """Return a reduction of the calls of both, in order. It is one of the two, changed."""
+    if hasattr(first, "merge"):  # copies less than merge_state()
         first.merge(second)
         return first
     return merged(second, first.metric_state)
 
 
 class Reduced(Layer[Any]):
-    """A layer of which a reduction is there in place of the calls.
+    """A layer that has a reduction instead of calls.
 
-    Whatever else that can do, the layer can do: ``acts["conv1"].compute()`` is the metric's.
+    Other attributes are the reduction's: ``acts["conv1"].mean`` is ``acts["conv1"].sink.mean``.
     """
 
     @property
@@ -79,7 +79,7 @@ class Reduced(Layer[Any]):
 
     @abstractmethod
     def _states(self) -> list[Mapping[str, Any]]:
-        """Return its states: of several ranks one each, if only their class can merge them."""
+        """Return its states: one for each rank, if only the class of the metric can merge them."""
 
     @override
     def compute(self) -> Any:
@@ -93,7 +93,7 @@ class Reduced(Layer[Any]):
         return merged(metric, *self._states())
 
     def _keys(self, ranks: Tensor, passes: Tensor) -> list[Any]:
-        """Return of each pass the key of its unit, or without units its number."""
+        """Return the key of each pass's unit, or, without a unit, the number of the pass."""
         rank_passes = [
             self._rank_pass(*one) for one in zip(ranks.tolist(), passes.tolist(), strict=True)
         ]
@@ -105,10 +105,10 @@ class Reduced(Layer[Any]):
 
     @abstractmethod
     def _rank_pass(self, rank: int, number: int) -> RankPass:
-        """Return what a recording knows a pass by, which ``rank`` has counted."""
+        """Return rank and pass as this recording identifies them (in memory the rank is ``None``)."""
 
     def _value(self, states: Sequence[Mapping[str, Any]], passes: PassRuns) -> dict[str, Any]:
-        """What is stored: a copy of these states, and the passes of the calls that they have taken in."""
+        """Return the value to store: a copy of these states, and the passes of the calls that are in them."""
         runs = torch.tensor([*passes.runs()], dtype=torch.int64, device="cpu").view(-1, 3)
         return {"reduction": self._kind, "states": deepcopy([*states]), "passes": runs}
 
@@ -159,6 +159,6 @@ class Reduced(Layer[Any]):
         return Summary({self._kind: None} if len(self) else {}), places
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # while it is copied there is no reduction yet
+        if name.startswith("_"):  # while the layer is being copied there is no reduction yet
             raise AttributeError(name)
         return getattr(self.sink, name)

@@ -1,4 +1,4 @@
-"""What a recording knows of the run that it is of, and shares with its inputs, its gradients and every part of it."""
+"""The run of a recording: shared with the recordings of its inputs, its gradients and every selection of its layers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ State: TypeAlias = Literal["recording", "recorded", "interrupted"]
 
 
 class Run:
-    """A run that has ended, of which nothing is on its way any more.
+    """A run that has ended, with all its values.
 
     Args:
         model: the type of the recorded model.
         aliases: further names of layers, each with the one that is listed.
         order: names in the order in which the layers ran, as far as it is known.
-        passes: how many there were, and which of them raised.
-        units: which of them are units.
+        passes: how many passes there were, and which of them raised.
+        units: which of the passes are units.
     """
 
-    #: Where it is stored, if that is known.
+    #: The path where it is stored, if that is known.
     where: str = ""
-    #: What the end of the block has warned of.
+    #: The warnings at the end of the block.
     warned: Sequence[str] = ()
-    #: The names of the modules that were recorded, while those are there.
+    #: The names of the recorded modules, as long as these exist.
     modules: Mapping[nn.Module, str] = MappingProxyType({})
 
     def __init__(
@@ -48,17 +48,17 @@ class Run:
         self.units = units
 
     def state(self) -> State:
-        """Return whether the block is running."""
+        """Return whether the block is running, has ended, or was ended by an exception."""
         return "recorded"
 
     def deliver(self) -> None:
         """Wait for copies from a device."""
-        # They are all there.
+        # They have all arrived.
 
     def raised(self) -> set[RankPass]:
         """Return the rank (``None`` in memory) and the number of each pass that raised."""
         return {(None, number) for number in list(self.passes.raised)}
 
     def warnings(self) -> Sequence[str]:
-        """Return what the end of the block has warned of."""
+        """Return the warnings at the end of the block."""
         return self.warned

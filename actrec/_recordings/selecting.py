@@ -1,4 +1,4 @@
-"""Which layers of a recording a query selects: the queries of ``record()``, read without the model."""
+"""Which layers of a recording a query selects: the queries of ``record()``, answered without the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .instead import no_module
 
 
 class Known(NamedTuple):
-    """What a recording knows of its layers."""
+    """The layers of a recording, as queries see them."""
 
     types: Mapping[str, str]  #: of the layers, by name
     aliases: Mapping[str, str]  #: their further names
-    modules: Mapping[nn.Module, str]  #: the names of the modules, while there are any
+    modules: Mapping[nn.Module, str]  #: the names of the modules that still exist
 
     def named(self) -> dict[str, nn.Module]:
         """Return the modules of the layers, by name."""
@@ -32,7 +32,7 @@ def chosen(queries: Any, known: Known) -> list[str]:
     """Return the names of the layers that ``queries`` select, in their order, each once.
 
     Raises:
-        SelectionError: one of them selects nothing.
+        SelectionError: one of the queries selects nothing.
     """
     names = list(dict.fromkeys(name for query in _flat(queries) for name in _found(query, known)))
     if not names:
@@ -50,7 +50,7 @@ def _flat(queries: Any) -> Iterator[Any]:
 
 
 def _found(query: Any, known: Known) -> list[str]:
-    """The names that one query selects, at least one."""
+    """Return the names that one query selects, at least one."""
     call = f"acts.select({query!r})" if isinstance(query, (str, re.Pattern)) else "acts.select(...)"
     if isinstance(query, str):
         found = _by_name(query, known)
@@ -71,8 +71,8 @@ def _found(query: Any, known: Known) -> list[str]:
         message = (
             "it is true of no recorded layer."
             if modules
-            else "a function is asked about modules, and this recording, which was loaded or copied or has outlived its model, "
-            "knows its layers by name alone. Use a name, a glob, a regular expression or a type."
+            else "a function gets modules, and this recording, which was loaded or copied or has outlived its model, has only the "
+            "names of its layers. Use a name, a glob, a regular expression or a type."
         )
     else:
         found = []
@@ -95,14 +95,14 @@ def _by_name(query: str, known: Known) -> list[str]:
 
 
 def _matching(pattern: re.Pattern[str], known: Known) -> list[str]:
-    """The layers whose names match; or if there are none, those of which another name does."""
+    """Return the layers whose names match; if there are none, those that have another name that matches."""
     found = [name for name in known.types if pattern.fullmatch(name)]
     others = (name for alias, name in known.aliases.items() if pattern.fullmatch(alias))
     return found or [name for name in others if name in known.types]
 
 
 def _by_type(kind: type, known: Known) -> list[str]:
-    """The layers of a type: by their modules, where those are known, else by the names of types."""
+    """Return the layers of a type: by their modules, if those exist, else by the names of types."""
     modules = known.named()
     names = {one.__name__ for one in _kinds(kind)}
     return [
@@ -113,7 +113,7 @@ def _by_type(kind: type, known: Known) -> list[str]:
 
 
 def _kinds(kind: type[Any]) -> Iterator[type[Any]]:
-    """A class and those that derive from it."""
+    """Yield a class and its subclasses."""
     yield kind
     for one in type.__subclasses__(kind):
         yield from _kinds(one)

@@ -1,7 +1,7 @@
 """How similar layers represent the same samples: linear CKA.
 
-It is computed from a matrix of samples by samples for each layer, summed up over blocks of features: a layer is never in
-memory as one matrix, and a call of which no sample was chosen is not read again.
+It is computed from a samples-by-samples matrix for each layer, summed over blocks of features: a layer is never in
+memory as one matrix, and a call without a chosen sample is not read again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from actrec._values.spec import leaves
 
 from .layer import Layer
 
-#: Of fewer samples, layers that have nothing in common look alike.
+#: With fewer samples, unrelated layers look alike.
 FEWEST: Final = 8
 _GRAM_BLOCK: Final = 1 << 22  # elements: 32 MB of float64
 
@@ -31,15 +31,15 @@ _GRAM_BLOCK: Final = 1 << 22  # elements: 32 MB of float64
 class Similarity(NamedTuple):
     """How similar layers are: from 0 to 1, NaN for a layer that returns the same for all samples."""
 
-    names: list[str]  #: those of layers that have the same samples as most
+    names: list[str]  #: of the layers that have the most common number of samples
     samples: int
-    matrix: list[list[float]]  #: empty where there are too few samples
+    matrix: list[list[float]]  #: empty if there are too few samples
 
 
 def similarity(
     acts: Mapping[str, Layer[Any]], names: Sequence[str], most: int, each: Each
 ) -> Similarity:
-    """Return how similar some layers of a recording are, in ``most`` of their samples, always the same ones.
+    """Return how similar some layers of a recording are, in up to ``most`` of their samples, always the same ones.
 
     ``each`` counts every layer twice.
     """
@@ -56,14 +56,14 @@ def similarity(
 
 
 class _Table(NamedTuple):
-    """A layer as a matrix: how many rows each call has, and how many columns all of them."""
+    """A layer as a matrix: how many rows each call has, and how many columns there are."""
 
     samples: list[int]
     features: int
 
 
 def _table(layer: Layer[Any]) -> _Table | None:
-    """What a layer is as a matrix; ``None`` where its calls have no rows that are alike."""
+    """Return the sizes of a layer as a matrix; ``None`` if its calls do not have rows of one shape."""
     shapes = [*map(_shape, layer)]
     rest = {shape[1:] for shape in shapes}
     sizes = [size for shape in shapes for size in shape]
@@ -86,7 +86,7 @@ def _some_rows(total: int, most: int) -> Tensor:
 
 
 def _gram(layer: Layer[Any], table: _Table, chosen: Tensor) -> Tensor:
-    """The products of all pairs of samples, the mean of every feature taken off."""
+    """Return the products of all pairs of samples, after subtracting the mean of every feature."""
     gram = torch.zeros(len(chosen), len(chosen), dtype=torch.float64, device="cpu")
     step = max(1, _GRAM_BLOCK // len(chosen))
     for start in range(0, table.features, step):
@@ -98,7 +98,7 @@ def _gram(layer: Layer[Any], table: _Table, chosen: Tensor) -> Tensor:
 
 
 def _columns(layer: Layer[Any], table: _Table, chosen: Tensor, features: slice) -> Iterator[Tensor]:
-    """Some features of the chosen samples, call by call."""
+    """Yield some features of the chosen samples, call by call."""
     for call, (begin, end) in enumerate(pairwise(accumulate(table.samples, initial=0))):
         rows = chosen[(chosen >= begin) & (chosen < end)] - begin
         if not len(rows):

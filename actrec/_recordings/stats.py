@@ -71,24 +71,24 @@ class Stats(Rows[Row]):
     ``nbytes``          the bytes of the elements
     ``nonfinite_pass``  the first pass in which the layer returned a NaN or an infinity, or ``None``
     ``shape``           the shapes of the tensor, as the table of a recording has them
-    ``histogram``       how many of the finite elements lie where, in bins that are at most 6.25 % of their
-                        numbers wide: ``histogram.counts``, and the ends ``low`` and ``high`` of each bin;
-                        ``histogram.quantile(0.5)`` and ``histogram.bars(low, high, many)`` are made of them
-    ``left_out``        how many elements a mask has left out; ``count`` and what follows it do not count them
+    ``histogram``       the distribution of the finite elements, in bins at most 6.25 % as wide as their
+                        numbers: ``histogram.counts``, and the ends ``low`` and ``high`` of each bin;
+                        ``histogram.quantile(0.5)`` and ``histogram.bars(low, high, many)`` use them
+    ``left_out``        how many elements a mask has left out; they are not in the other columns
     ==================  ===========================================================================
 
     Statistics are computed in float64: of the moduli of complex numbers, of bools as 0 and 1, of the dequantized values
     of quantized tensors. Without finite elements they are NaN. Tensors on the meta device have 0 elements.
     """
 
-    #: The layers whose calls were not kept, such as those that a reduction has taken in.
+    #: The layers whose calls were not kept, such as reduced ones.
     without: tuple[str, ...] = ()
 
     @property
     def first_nonfinite(self) -> Row | None:
         """The row of the layer that was the first to return a NaN or an infinity, or ``None``.
 
-        It is the first in execution order of the earliest pass that has any.
+        Of the rows with any in the earliest such pass, it is the first in execution order.
         """
         return self._earliest("nonfinite_pass")
 
@@ -100,13 +100,13 @@ class Stats(Rows[Row]):
         names = [row.layer + row.leaf for row in self]
         largest = max((row.nbytes for row in self), default=0)
         rows = [_cells(row, largest) for row in self]
-        # Names that are not told apart would be one row where the table folds.
+        # The table folds rows by name, so names must be unique.
         return Table(
             title, _COLUMNS, rows, names if len({*names}) == len(names) else (), self._verdict()
         )
 
     def _verdict(self) -> str:
-        """Where the first NaN or infinity is."""
+        """Return where the first NaN or infinity is."""
         first = self.first_nonfinite
         if first is None:
             return ""
@@ -144,7 +144,7 @@ def _cells(row: Row, largest: int) -> Cells:
 
 def stats(layers: Sequence[Layer[Any]], masks: Masks | None = None, *, progress: bool) -> Stats:
     """Return the statistics of some layers. See :meth:`actrec.Recording.stats`."""
-    kept = [layer for layer in layers if layer.is_kept] or layers  # if none is, it is an error
+    kept = [layer for layer in layers if layer.is_kept] or layers  # if none is, reading raises
     with showing("statistics", sum(map(len, kept)), progress=progress) as each:
         found = Stats(row for layer in kept for row in _rows(layer, masks, each))
     found.without = tuple(layer.name for layer in layers if not layer.is_kept)
@@ -163,7 +163,7 @@ def _rows(layer: Layer[Any], masks: Masks | None, each: Each) -> Iterator[Row]:
             mask = counts.get(path)
             counted = None if mask is None else left_in(tensor, mask)
             bad = found.setdefault(path, Tally()).add(tensor, counted)
-            # So many come from the cast to dtype=, not from the layer.
+            # So many of them come from the cast to dtype=, not from the layer.
             cast = min(bad, by_cast.get(number, 0))
             if cast:
                 by_cast[number] -= cast

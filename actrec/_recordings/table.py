@@ -45,8 +45,8 @@ def recording_table(
         state: whether the block is running.
         passes: how many there were.
         raised: how many of them raised.
-        beside: the layers of inputs and of gradients, where they were recorded. Those of which outputs were not recorded
-            have rows of their own.
+        beside: the layers of inputs and of gradients, if they were recorded. Those whose outputs were not recorded have
+            rows of their own.
         together: adds up the memory of all layers.
         units: how many of the passes are units that have ended.
     """
@@ -85,7 +85,7 @@ def recording_table(
 
 
 def _notes(layer: Layer[Any], state: State, last_pass: int) -> Iterator[str]:
-    """What needs attention, if anything does."""
+    """Yield notes about the layer."""
     if not len(layer):
         yield "no call yet" if state == "recording" else "never called"
         return

@@ -1,4 +1,4 @@
-"""What is counted of one tensor of a layer over its calls, and how its histogram is drawn."""
+"""Statistics of one tensor of a layer over its calls, and how its histogram is drawn."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from actrec._values.histogram import Bins, Histogram
 from actrec._values.shapes import Summary
 from actrec._values.statistics import Statistics
 
-#: So many bars has a histogram, and a narrow one.
+#: The number of bars of a histogram, and of a narrow one.
 _BARS: Final = 40
 _FEW_BARS: Final = 32
-#: The highest bar is drawn at most so many times as high as the next one.
+#: The highest bar is drawn at most this many times as high as the next one.
 _STICKS_OUT: Final = 1.5
-#: The share of the elements below and above that is drawn as if it were at the end.
+#: The share of the elements on each side that is drawn in the first and in the last bar.
 _TAIL: Final = 0.005
 
 
@@ -30,7 +30,7 @@ class Tally:
         self.left_out = 0
 
     def add(self, tensor: Tensor, counted: Tensor | None = None) -> int:
-        """Add a tensor, or those of its elements that are counted, and return how many are NaN or infinite."""
+        """Add a tensor, or only its elements ``counted``, and return how many are NaN or infinite."""
         self.looks.add(tensor)
         if counted is not None:
             self.left_out += tensor.numel() - counted.numel()
@@ -39,14 +39,14 @@ class Tally:
 
 
 def drawn(found: Histogram, low: float, high: float, count: int, *, below: bool = False) -> str:
-    """Return a histogram as a cell, without the last of the tails on both sides.
+    """Return a histogram as a cell, with the ends of its tails in the first and the last bar.
 
     Args:
         found: the histogram.
-        low: the smallest of its numbers.
+        low: the smallest finite element.
         high: the largest.
-        count: how many there are, those included that are not finite.
-        below: whether the range stands below the bars, which makes a narrow cell.
+        count: how many elements there are, including those that are not finite.
+        below: whether to put the range below the bars, in a narrow cell.
     """
     if not found.counts:
         return "no finite value" if count else ""
@@ -55,6 +55,6 @@ def drawn(found: Histogram, low: float, high: float, count: int, *, below: bool 
         left, right = low, high
     label = f"{left:.3g} ... {right:.3g}" if left < right else f"{left:.3g}"
     bars = found.bars(left, right, _FEW_BARS if below else _BARS)
-    # The zeros of a ReLU would leave nothing of the others: a bar that sticks out is cut.
+    # A bar that is much higher, such as that of the zeros of a ReLU, is cut: the others would not be visible.
     most = _STICKS_OUT * sorted(bars)[-2]
     return Bars([min(bar, most) if most else bar for bar in bars], label, below=below)

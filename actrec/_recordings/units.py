@@ -14,22 +14,22 @@ from actrec.errors import OptionError
 
 from .pass_numbers import RankPass
 
-#: What a unit is known by.
+#: What identifies a unit.
 Key: TypeAlias = int | str
 
 _LARGEST: Final = (1 << 63) - 1
 
 
 class Units:
-    """Which passes of a recording are units, and their keys. One object, which a recording and its layers share.
+    """Which passes of a recording are units, and their keys. A recording and its layers share one object.
 
     Args:
-        read: what reads them, when they are asked for first: each pass with its key, in the order of the passes.
+        read: reads them at the first use: each pass with its key, in the order of the passes.
     """
 
     def __init__(self, read: Callable[[], Iterable[tuple[RankPass, Key]]] = tuple) -> None:
         self._read = read
-        self.open: dict[RankPass, Key] = {}  # of those that have not ended
+        self.open: dict[RankPass, Key] = {}  # the keys of units that have not ended
 
     @cached_property
     def keys(self) -> dict[RankPass, Key]:
@@ -40,12 +40,12 @@ class Units:
         return len(self.keys)
 
     def of(self, rank_passes: Iterable[RankPass]) -> list[Key | None]:
-        """Return the key of each of these passes, ``None`` for those that are no units."""
+        """Return the key of each of these passes, ``None`` for those that are not units."""
         known = {**self.keys, **self.open} if self.open else self.keys
         return [*map(known.get, rank_passes)]
 
     def copy(self) -> Units:
-        """Return one that stays as it is now."""
+        """Return a copy, without open units, that does not change with the recording."""
         copied = Units()
         copied.keys.update(self.keys)
         return copied
@@ -62,7 +62,7 @@ def checked_key(call: str, key: Any) -> Key:
     """Return ``key`` as an ``int`` or a ``str``.
 
     Raises:
-        OptionError: it is neither, or cannot be stored.
+        OptionError: ``key`` is neither, or cannot be stored.
     """
     if isinstance(key, bool) or not isinstance(key, (Integral, str)):
         message = f"{call}: the key {key!r} is a {type(key).__name__}. The key of a unit is an int or a str."
@@ -71,7 +71,7 @@ def checked_key(call: str, key: Any) -> Key:
         try:
             key.encode()
         except UnicodeEncodeError as error:
-            message = f"{call}: the key {key!r} is no text that can be stored ({error.reason})."
+            message = f"{call}: the key {key!r} cannot be stored as text ({error.reason})."
             raise OptionError(message) from None
         return str(key)
     number = int(key)  # of NumPy, too

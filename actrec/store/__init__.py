@@ -1,4 +1,4 @@
-"""Recordings on disk: larger than memory, safe against what happens to long jobs, readable without actrec.
+"""Recordings on disk: larger than memory, safe against crashes, readable without actrec.
 
 >>> import tempfile, torch, actrec
 >>> from torch import nn
@@ -12,8 +12,8 @@ torch.Size([15, 3])
 >>> actrec.verify(path)
 []
 
-What is recorded into a path is written by a thread while the model goes on. The format is safetensors in
-a folder, described on a page of its own in the documentation.
+A thread writes the values of a recording to a path while the model continues. The format is safetensors in
+a folder; the documentation has a page about it.
 """
 
 from actrec._values.stand_ins import Fields

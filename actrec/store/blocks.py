@@ -45,14 +45,14 @@ class Kept:
 
 
 class Blocks:
-    """The objects of a recording that were read last.
+    """Open objects of a recording, those that were read last.
 
     Args:
-        limit: about how many bytes of them are kept in memory, all ranks together.
+        limit: about how many bytes of them are cached in memory, all ranks together.
     """
 
     def __init__(self, limit: Any) -> None:
-        if not isinstance(limit, (int, float)) or not limit > 0:  # which NaN is not
+        if not isinstance(limit, (int, float)) or not limit > 0:  # "not >": also for NaN
             message = f"cache_bytes={limit!r}: expected a number of bytes greater than 0."
             raise OptionError(message)
         self._limit = limit
@@ -65,7 +65,7 @@ class Blocks:
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        return {"_limit": self._limit}  # another process has connections of its own
+        return {"_limit": self._limit}  # another process opens its own connections
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -79,5 +79,5 @@ class Blocks:
             kept = self._open.setdefault(url, Kept())
             self._open.move_to_end(url)
             while len(self._open) > max(1, self._limit // (BLOCK * _EACH)):
-                self._open.popitem(last=False)  # it is closed once nobody reads from it
+                self._open.popitem(last=False)  # closed when its last reader is done
             return kept

@@ -1,12 +1,12 @@
 """A prefix in an object store, through ``fsspec``, as a place for recordings.
 
-What a disk has and an object store has not, and what stands for it here:
+An object store lacks three things that a disk has:
 
-* No folders: they are there when something is in them. Nothing is made.
-* No rename: an object is put whole, in one request or several, and is there when the last one has succeeded. So a
-  shard is written to a local file, and then uploaded.
-* No locks: every object is created exclusively. A run that is resumed begins with a shard of its own, and a run that was
-  thought to be dead, and is not, finds that name taken and ends with an error.
+* Folders: they exist when something is in them. Nothing is made.
+* Renaming: an object is uploaded in one request or several, and appears when the last one has succeeded. So a
+  shard is written to a local file first, and then uploaded.
+* Locks: every object is created exclusively. A resumed run begins with a new shard; if the earlier run was believed to be
+  dead but is not, it finds that name taken and ends with an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .safetensors import Writable
 from .upload import Upload
 
 _HEAD: Final = 1 << 16  # bytes in which the header of a shard is expected
-_HEADS: Final = 16  # that are kept
+_HEADS: Final = 16  # such first bytes, of the last objects, are cached
 _STREAM: Final[dict[str, Any]] = {"block_size": 1 << 24, "cache_type": "readahead"}
 
 
@@ -38,9 +38,9 @@ class Bucket:
         self, objects: Objects, spool: str | os.PathLike[str] | None, blocks: Blocks
     ) -> None:
         self._objects = objects
-        #: Of files that are to be uploaded; None for the system's temporary folder.
+        #: The folder of files that are to be uploaded; None for the system's temporary folder.
         self._spool = spool
-        self._blocks = blocks  # that were downloaded and are kept
+        self._blocks = blocks  # the cache of downloaded blocks
         self._head = lru_cache(maxsize=_HEADS)(self._ask_head)
 
     @override
@@ -92,7 +92,7 @@ class Bucket:
         return sorted(path.rpartition("/")[2] for path in paths)
 
     def size(self, name: str) -> int:
-        """Return the size of an object, whose first bytes are asked for next, as a rule."""
+        """Return the size of an object; its first bytes are downloaded too, which are usually read next."""
         return self._head(name)[1]
 
     # --- Reading ---------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Bucket:
         return head[begin:end] if end <= len(head) else self._objects.download(name, begin, end)
 
     def _ask_head(self, name: str) -> tuple[bytes, int]:
-        """The first bytes of an object, and how many it has."""
+        """Return the first bytes of an object, and its size."""
         size = self._objects.info(name)["size"]
         return self._objects.download(name, 0, min(_HEAD, size)), size
 
@@ -113,11 +113,11 @@ class Bucket:
         self.reading(name, head).into(begin, view)
 
     def reading(self, name: str, head: bytes) -> Object:
-        """Return what reads parts of an object; it is opened when the first is asked for."""
+        """Return a reader of parts of an object, which opens it at the first read."""
         return Object(self._objects, name, head, self._blocks)
 
     def map(self, name: str, size: int, head: bytes) -> Object:  # noqa: ARG002
-        """Return what downloads those parts of an object that are asked for."""
+        """Return an object whose parts are downloaded on access."""
         return self.reading(name, head)
 
     def open(self, name: str) -> BinaryIO:
@@ -130,22 +130,22 @@ class Bucket:
         """There are no folders to make."""
 
     def lock(self) -> Lock:
-        """Return a lock of nothing. Whoever creates an object that is there fails."""
+        """Return a lock that locks nothing: creating an object that exists fails."""
         return Lock()
 
     def sweep(self) -> None:
-        """What was never finished is not there."""
+        """There are no unfinished objects to remove."""
 
     def begin(self, name: str, write: Callable[[Writable], object]) -> Upload:
-        """Write a new object to a local file, so that all that is left to do is to upload it."""
+        """Write a new object to a local file; ``finish()`` of the result uploads it."""
         return Upload(self._objects, name, write, self._spool)
 
     def commit(self, name: str, write: Callable[[Writable], object]) -> None:
-        """Write a new object in one step: it is there whole, or not at all; ``FileExistsError`` if it is there already."""
+        """Write a new object atomically: completely, or not at all; ``FileExistsError`` if it exists."""
         self.begin(name, write).finish()
 
     def remove(self, name: str) -> None:
-        """Remove an object that this process has written, and that nobody has any use for."""
+        """Remove an object that this process has written and nobody needs."""
         try:
             self._objects.fs.rm_file(self._objects.at(name))
         except Exception as error:

@@ -1,4 +1,4 @@
-"""A call on its way to a shard: its tensors, and what they look like, which most calls of a layer have in common."""
+"""A call that waits to be written to a shard: its tensors, and their structure, dtypes and shapes, which most calls share."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .decoding import TENSOR_ALONE
 from .encoding import encode
 from .format import Slot
 
-#: What a tensor takes in Python's memory besides its data, and in the header of a shard besides its structure, roughly.
+#: About how many bytes a tensor takes in memory besides its data, and in the header of a shard besides its structure.
 OVERHEAD: Final = 1024
 
 _Kinds: TypeAlias = "list[tuple[torch.dtype, torch.Size]]"
 
 
 class Look:
-    """What values have in common that differ in their numbers alone."""
+    """The structure, dtypes and shapes of a value. Values that differ only in their numbers share one."""
 
     __slots__ = ("dtype", "group", "header", "kinds", "nbytes", "shape", "size", "structure")
 
     def __init__(self, structure: str, kinds: _Kinds) -> None:
         self.structure = structure  #: JSON
         self.kinds = kinds  #: the dtype and the shape of each tensor
-        #: Equal for values whose tensors are one in a shard.
+        #: Equal for values whose tensors are stored as one tensor in a shard.
         self.group = structure, *((dtype, len(shape)) for dtype, shape in kinds)
         #: The bytes that such a group takes in the header of a shard.
         self.header = len(structure) + OVERHEAD * len(kinds)
@@ -37,13 +37,13 @@ class Look:
         self.nbytes = sum(dtype.itemsize * shape.numel() for dtype, shape in kinds)
         #: The bytes that a call counts against the budget.
         self.size = self.nbytes + self.header + OVERHEAD
-        #: Of a tensor alone whose memory is what it is; of nothing else.
+        #: Set only if the value is a single tensor that is stored as it is.
         self.dtype, self.shape = None, None
         if structure == TENSOR_ALONE and not kinds[0][0].is_complex:
             self.dtype, self.shape = kinds[0]
 
     def fits(self, value: Value) -> bool:
-        """Whether a value looks like this, and can be written as it is: that is asked of the usual ones, for it takes little."""
+        """Whether a value is a plain tensor of this dtype and shape, which can be written as it is. A quick check."""
         return (
             type(value) is Tensor
             and value.dtype is self.dtype
@@ -73,7 +73,7 @@ class Call:
         parts: bool = False,
         before: Look | None = None,
     ) -> Call:
-        """Return a value as it is written, see ``encode``; ``before`` is the look of the call before, which may be shared."""
+        """Return a value as it is written, see ``encode``; ``before`` is the look of the previous call, to be shared if equal."""
         if before is not None and before.fits(value):
             return cls(slot, number, (value,), before)
         structure, tensors = encode(value, parts=parts)

@@ -1,4 +1,4 @@
-"""What is wrong with the shards of a rank: all of their data is read, and what their headers say is counted again."""
+"""Finds what is wrong with the shards of a rank: reads all their data, and counts again what their headers say."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def shard_problems(disk: Place, nothing: Heading | None, numbers: Iterable[int])
 
     Args:
         disk: the folder.
-        nothing: what holds before the first shard; ``None`` if nobody knows, so that nothing is counted.
-        numbers: those of all shards that there should be.
+        nothing: the heading before the first shard; ``None`` if it is unknown: then nothing is counted.
+        numbers: the numbers of all shards that there should be.
     """
     ledger = None if nothing is None else Ledger(nothing)
     for number in numbers:
@@ -48,15 +48,15 @@ def shard_problems(disk: Place, nothing: Heading | None, numbers: Iterable[int])
 
 
 def shards_expected(disk: Place) -> range:
-    """Return the numbers of all shards that there should be, judging by the last that there is."""
+    """Return the numbers of all shards that there should be, judging by the last one."""
     names = shard_names(disk)
     last = int(names[-1].partition(".")[0]) if names else -1
-    # A number that is far off is a name, not a count.
+    # A much larger number must be a foreign file.
     return range(min(last, 2 * len(names)) + 1)
 
 
 def _parts(shard: Shard) -> tuple[list[Part], list[str]]:
-    """What a shard has of each layer, and what is wrong with it."""
+    """Return the part of each layer in a shard, and what is wrong with it."""
     parts, problems = [], []
     for key in shard.layers:
         try:
@@ -72,14 +72,14 @@ def _parts(shard: Shard) -> tuple[list[Part], list[str]]:
 
 
 def _resumed(ledger: Ledger, heading: Heading) -> Ledger:
-    """The state before a shard, which may be the first of a run that went on."""
+    """Return the state before a shard, which may be the first of a resumed run."""
     if heading.began == ledger.heading.began:
         return ledger
     return ledger.resumed(heading.ranks, heading.began)
 
 
 def _miscounted(ledger: Ledger, shard: Shard, parts: list[Part]) -> Iterator[str]:
-    """What a shard says that does not follow from its calls and the shards before it."""
+    """Yield what a header says that does not follow from the calls and the shards before it."""
     heading, before = shard.heading, ledger.heading
     part_of = heading.parts[-1][1] if heading.is_part else None
     if heading.committed < before.committed:
@@ -89,12 +89,12 @@ def _miscounted(ledger: Ledger, shard: Shard, parts: list[Part]) -> Iterator[str
     for one in parts:
         first, last = int(one.passes[0]), int(one.passes[-1])
         if last >= heading.committed if part_of is None else not first == last == part_of:
-            yield f"it has calls of layer {one.slot.name[:60]!r} of passes that it should have none of"
+            yield f"it has calls of layer {one.slot.name[:60]!r} of passes that do not belong into it"
     raised = heading.raised[len(before.raised) :]
     dropped = {number for at, number in before.parts if at in void}
     ledger.next(parts, Commit(heading.committed, part_of, raised, dropped, heading.ended))
     if ledger.heading != heading:
-        yield "what it says of the shards before it is not so"
+        yield "what it says of the shards before it is wrong"
     found = {listed.slot: listed for listed in shard.layers.values()}
     if list(found) != list(ledger.layers):
         yield "it does not list the layers that have calls"
@@ -103,7 +103,7 @@ def _miscounted(ledger: Ledger, shard: Shard, parts: list[Part]) -> Iterator[str
     for slot, so_far in ledger.layers.items():
         stored = so_far.stored - here.get(slot, 0)
         if found[slot].before != stored or not found[slot].so_far.agrees(so_far):
-            yield f"what it says of the calls of layer {slot.name[:60]!r} so far is not so"
+            yield f"what it says of the calls of layer {slot.name[:60]!r} so far is wrong"
 
 
 # --- Data --------------------------------------------------------------------------------------------

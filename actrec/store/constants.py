@@ -1,6 +1,6 @@
 """Values without tensors and containers, as JSON: how each kind is written, and how it is read.
 
-Nothing that is read is ever imported or called by a name from the file: a class or an enum member comes back as an ``Opaque``.
+Reading never imports or calls anything by a name from the file: a class or an enum member is read as an ``Opaque``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORD: Final = re.compile(r"[A-Za-z]\w{0,99}", re.ASCII)
 
 
 def node_of(value: Any) -> Any:
-    """Return what stands for a constant; ``CaptureError`` if nothing does."""
+    """Return a constant as JSON; ``CaptureError`` if it cannot be stored."""
     plain = _plain(value)
     if plain is not None or value is None:
         return plain
@@ -37,7 +37,7 @@ def node_of(value: Any) -> Any:
 
 
 def from_node(node: Any) -> Any:
-    """Return the constant that a node stands for."""
+    """Return the constant of a node."""
     if not isinstance(node, dict):
         return node
     ((name, inner),) = node.items()
@@ -51,7 +51,7 @@ def refused(value: object) -> CaptureError:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has itself; ``None`` for anything else."""
+    """Return a value that JSON can express itself; ``None`` for anything else."""
     if isinstance(value, Enum):
         return None
     if isinstance(value, bool):
@@ -64,7 +64,7 @@ def _plain(value: Any) -> Any:
 
 
 class Kind(NamedTuple):
-    """A kind of constant that JSON has no words for."""
+    """A kind of constant that JSON cannot express itself."""
 
     type: Any
     write: Callable[[Any], Any]
@@ -89,7 +89,7 @@ def _float(word: Any) -> float:
 
 
 def _parts(nodes: Any, many: int) -> list[Any]:
-    """The constants that another one consists of."""
+    """Return the constants that another one consists of."""
     need(len(nodes) == many, "a constant has other parts")
     return [from_node(node) for node in checked(nodes, list, "the parts of a constant")]
 
@@ -103,11 +103,11 @@ def _name(value: object) -> str:
 
 
 def _of_torch(kind: Any) -> Kind:
-    """A constant of PyTorch's, written by its name."""
+    """Return the kind of a PyTorch constant, which is written as its name."""
 
     def read(name: Any) -> Any:
         is_name = WORD.fullmatch(checked(name, str, "a constant"))
-        found = vars(torch).get(name)  # getattr() would import what torch imports late
+        found = vars(torch).get(name)  # getattr() would import what torch imports lazily
         need(is_name and isinstance(found, kind), "an unknown constant of PyTorch")
         return found
 
@@ -122,7 +122,7 @@ def _device(name: Any) -> torch.device:
         raise Defect(message) from None
 
 
-#: By the name that stands in the file. The first that fits is the one: an ``IntEnum`` is also an ``int``.
+#: By their names in the file. The first that fits is used: an ``IntEnum`` is also an ``int``.
 KINDS: Final[dict[str, Kind]] = {
     "opaque": Kind((Enum, Opaque, type), _opaque_of, _opaque),
     "int": Kind(int, hex, lambda digits: int(checked(digits, str, "an integer"), 16)),
