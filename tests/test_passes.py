@@ -573,6 +573,29 @@ def test_the_calls_of_a_forward_that_is_a_generator_belong_to_its_pass() -> None
     assert acts.num_passes == 8
 
 
+class Yields(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        for _ in range(3):
+            x = self.linear(x)
+            yield x
+
+
+@pytest.mark.parametrize("is_enabled", [False, True])
+def test_forwards_that_have_not_run_yet_when_the_next_begins_are_passes_of_their_own(
+    is_enabled: bool,
+) -> None:
+    model = Yields()
+    with torch.set_grad_enabled(is_enabled), record(model, "linear") as acts:
+        begun = [model(X) for _ in range(8)]
+        for forward in begun:
+            list(forward)
+    assert acts["linear"].passes == [number for number in range(8) for _ in range(3)]
+
+
 def test_the_calls_of_a_forward_that_is_awaited_belong_to_its_pass() -> None:
     async def streamed(model: nn.Module) -> None:
         async for _ in model(X):

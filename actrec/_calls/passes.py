@@ -317,10 +317,11 @@ class Passes(Count):
     def _elsewhere(self, module: nn.Module) -> int | None:
         """Return the pass that a call of ``module`` belongs to, if it was opened in another place than this thread's stack."""
         if self._suspended:
-            ids = {id(frame) for frame in frames()}
-            for suspended, number in self._suspended.items():
-                if id(_frame(suspended)) in ids:
-                    return number
+            # The frames are kept while they are compared: what takes the place of one has its id.
+            stopped = {_frame(one): number for one, number in self._suspended.items()}
+            number = next((stopped[frame] for frame in frames() if frame in stopped), None)
+            if number is not None:
+                return number
         own = self._own_unit() if self.units else None
         if own is not None:
             return own.number
