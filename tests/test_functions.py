@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
 import sys
 import threading
@@ -34,7 +35,6 @@ from actrec import (
     record,
 )
 from actrec._calls import function_mode
-from actrec._calls.forwards import Forward
 from actrec._calls.parameters import named
 from actrec._torch import count_function_modes
 from actrec.testing import assert_unhooked
@@ -733,17 +733,56 @@ def test_blocks_nest_and_each_records_the_functions_that_it_was_asked_for() -> N
     assert unwrapped(net)
 
 
-def test_copies_and_pickles_of_a_model_that_is_recorded_are_not() -> None:
+def saved(net: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "made", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), saved]
+)
+def test_copies_and_pickles_of_a_model_that_is_recorded_are_plain_models(made: Any) -> None:
     net = Net()
-    with record(net, "**:*"):
-        copied = copy.deepcopy(net)
-        read = pickle.loads(pickle.dumps(net))
-        assert not any(
-            isinstance(vars(m).get("forward"), Forward)
-            for m in (*copied.modules(), *read.modules())
-        )
-        assert torch.equal(copied(X), net(X))
-        assert torch.equal(read(X), net(X))
+    net.blocks[0].forward = twice = Twice(net.blocks[0])  # which the user has set
+    with record(net, "**:*"), record(net, ["blocks.*:*", "**:add"], stop_early=True):
+        copied = made(net)
+        net(X)
+    for module in (*copied.modules(), *net.modules()):
+        assert "__getstate__" not in vars(module)
+    for module in copied.modules():
+        assert ("forward" in vars(module)) == (module is copied.blocks[0])
+    assert net.blocks[0].forward is twice
+    assert unwrapped(copied.blocks[1])
+    assert torch.equal(copied(X), net(X))
+
+
+class Twice:
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self, x: Tensor) -> Any:
+        return type(self.block).forward(self.block, x) * 2
+
+
+def test_a_state_that_is_of_another_kind_stays_as_it_is() -> None:
+    net = nn.Sequential(Reduced())
+    with record(net, "0:relu"):
+        net(X)
+        assert pickle.loads(pickle.dumps(net))[0].state == "a state"
+
+
+class Reduced(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+    def __getstate__(self) -> Any:
+        return ("a state",)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__init__()
+        (self.state,) = state
 
 
 def test_a_recording_that_is_dropped_is_gone_at_once() -> None:

@@ -104,6 +104,7 @@ class Forward:
             self.own = vars(self.module).get("forward")
             update_wrapper(self, self.forward, updated=())
             vars(self.module)["forward"] = self
+            vars(self.module).setdefault("__getstate__", _State(self.module))
 
     def remove(self) -> None:
         """Take it off again, unless somebody has put another forward in its place meanwhile."""
@@ -121,6 +122,27 @@ class Forward:
                 if above.own is self:
                     above.forward, above.own = self.forward, self.own
                 above = above.own
+            is_last = not isinstance(attributes.get("forward"), Forward)
+            if is_last and isinstance(attributes.get("__getstate__"), _State):
+                del attributes["__getstate__"]
+
+
+class _State:
+    """What a module says to be its state, in a copy or a pickle: that without a replaced ``forward``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self) -> Any:
+        found = getattr(type(self._module), "__getstate__")(self._module)  # noqa: B009  # mypy does not know it
+        if not isinstance(found, dict):  # the class has a state of its own kind
+            return found
+        kept = {name: value for name, value in found.items() if value is not self}
+        own = kept.get("forward")
+        while isinstance(own, Forward):
+            own = own.own
+        kept.pop("forward", None)
+        return kept if own is None else kept | {"forward": own}
 
 
 def without_ended(forward: Any) -> Any:
