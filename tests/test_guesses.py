@@ -197,7 +197,7 @@ def test_what_no_tensor_can_be_read_from_is_said_as_it_is() -> None:
     with pytest.warns(UnusedLayerWarning):
         _, acts = recorded(["conv1", "spare"], transform=lambda _: 3)
     with pytest.raises(
-        AttributeError, match=r"of 2 calls, and the first is no tensor: acts\['conv1'\]\[0\]"
+        AttributeError, match=r"of 2 calls, and the first is not a tensor: acts\['conv1'\]\[0\]"
     ):
         acts["conv1"].mean()
     with pytest.raises(

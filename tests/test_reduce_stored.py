@@ -336,7 +336,7 @@ class Last:
     ("metric", "why"),
     [
         (Last, r"it has no metric_state and merge_state\(\)"),
-        (Mean, "its state 'total' is none that can be added up, or joined, in any order"),
+        (Mean, "its state 'total' cannot be merged in any order, by sum, max, min or cat"),
         (Stubborn, r"its merge_state\(\) raised RuntimeError"),
     ],
 )

@@ -461,7 +461,7 @@ def test_a_shard_that_says_nonsense_of_what_raised_is_damaged(tmp_path: Path) ->
     for wrong, message in (
         (["x"], r"raised\[0\] is "),
         ([9], "a pass raised that is not committed"),
-        (3, "raised is 3, which is no list"),
+        (3, "raised is 3, which is not a list"),
     ):
         for shard in (tmp_path / "r" / "rank-00000").glob("*.safetensors"):
             rewrite(shard, lambda about, wrong=wrong: about.update(raised=wrong))  # type: ignore[misc]

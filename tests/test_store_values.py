@@ -212,7 +212,7 @@ UNSTORABLE = {
     "slice": (lambda: slice(object(), 1), "a value of type object cannot be stored"),
     "many": (lambda: [0] * 70_000, "it has too many parts"),
     "long": (lambda: "long" * 2_000_000, "it has too many parts"),
-    "fields": (lambda: _WIDE(*range(1001)), "a named tuple has not as many values as fields"),
+    "fields": (lambda: _WIDE(*range(1001)), "a named tuple does not have as many values as fields"),
     "no size": (lambda: torch.Size([-1, 3]), r"a size\[0\] is -1"),
     "equal keys": (lambda: {_class(): 1, _class(): 2}, "two keys are equal once they are read"),
     "dimensions": (lambda: torch.zeros([1] * 65), "a tensor of 65 dimensions cannot be stored"),

@@ -1,8 +1,8 @@
-"""Values made of JSON and tensors. Writing them is in ``encoding.py``.
+"""Makes values of JSON and tensors. ``encoding.py`` is the reverse.
 
-Nothing that is read is ever imported or called by a name from the file. What has a class that cannot be
-had without running somebody's code comes back as a stand-in: a :class:`Fields` for a dataclass, a
-``ModelOutput`` or a dict subclass, a named tuple made anew, an ``Opaque`` for a class or an enum member.
+Reading never imports or calls anything by a name from the file. A value whose class could only be obtained by
+running somebody's code is read as a stand-in: a :class:`Fields` for a dataclass, a ``ModelOutput`` or a dict
+subclass, a newly made named tuple, an ``Opaque`` for a class or an enum member.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .dtensor import Spread
 from .format import MAX_DEPTH, Defect, need
 from .forms import Maybe, checked
 
-#: The structure of a value that is a tensor and nothing else.
+#: The structure of a value that is a single tensor.
 TENSOR_ALONE: Final = '{"tensor":0}'
 TOO_DEEP: Final = f"a value is nested more than {MAX_DEPTH} deep"
 _PACKED: Final = 4  # items of a PackedSequence
@@ -37,11 +37,11 @@ _MOST_FIELDS: Final = 1000  # of a named tuple
 
 @dataclass(frozen=True)
 class Structure:
-    """What a structure says: how values are made of their tensors."""
+    """A parsed structure: how a value is made of its tensors."""
 
     spec: Spec
     parts: tuple[tuple[int, Spread], ...] = ()  #: the tensors that are a rank's part of a DTensor
-    #: The tensors that are a NumPy scalar, without dimensions.
+    #: The tensors that are NumPy scalars, without dimensions.
     scalars: frozenset[int] = frozenset()
     #: Whether the tensors of several values can be joined: not if they are arrays, or packed.
     joins: bool = True
@@ -49,7 +49,7 @@ class Structure:
 
 @lru_cache(maxsize=1024)
 def decode(structure: str) -> Structure:
-    """Return what the JSON of a structure says; ``Defect`` if it describes no value."""
+    """Parse the JSON of a structure; ``Defect`` if it does not describe a value."""
     if structure == TENSOR_ALONE:
         return Structure(TENSOR)
     reader = _Reader()
@@ -70,7 +70,7 @@ def decode(structure: str) -> Structure:
 
 
 def _step(step: Step, numbers: list[int]) -> Step:
-    """A step that makes the value itself of what was made of marks."""
+    """Return the step that makes the value itself, for one that makes the value of marks."""
     if isinstance(step, int):
         return numbers[step]
     if isinstance(step, Container) and step.type in _MADE_OF_ONE:
@@ -80,7 +80,7 @@ def _step(step: Step, numbers: list[int]) -> Step:
 
 
 class _Reader:
-    """Makes a value of the nodes of a structure, with marks for tensors. A method for each kind of node."""
+    """Makes a value of the nodes of a structure, with marks in place of tensors. It has a method for each kind of node."""
 
     def __init__(self) -> None:
         self.marks: dict[int, Tensor] = {}
@@ -136,11 +136,11 @@ class _Reader:
     def _named_tuple(self, nodes: Any, node: Any, depth: int) -> Value:
         checked(node, {"named_tuple": list, "name": str, "fields": [str]}, "a named tuple")
         fit = len(nodes) == len(node["fields"]) <= _MOST_FIELDS
-        need(fit, "a named tuple has not as many values as fields")
+        need(fit, "a named tuple does not have as many values as fields, or has too many")
         return _named(node["name"], tuple(node["fields"]), self._values(nodes, depth))
 
     def _packed_sequence(self, nodes: Any, _: Any, depth: int) -> Value:
-        need(len(nodes) == _PACKED, "a PackedSequence has other than four parts")
+        need(len(nodes) == _PACKED, "a PackedSequence does not have four parts")
         self.joins = False
         return tuple.__new__(PackedSequence, self._values(nodes, depth))
 
@@ -148,7 +148,7 @@ class _Reader:
         known = {kind.__name__: kind for kind in torch.return_types.all_return_types}
         need(node["name"] in known, "an unknown return type of PyTorch")
         kind: Any = known[node["name"]]
-        need(len(nodes) == kind.n_sequence_fields, "a return type has other parts")
+        need(len(nodes) == kind.n_sequence_fields, "a return type has the wrong number of parts")
         return kind(self._values(nodes, depth))
 
     def _dict(self, pairs: Any, _: Any, depth: int) -> Value:
@@ -170,7 +170,7 @@ class _Reader:
             reader = _Reader()
             name = reader.value(key, depth)
             need(not reader.marks, "a tensor is the key of an item")
-            # Of two classes of one name, say, one entry would be lost.
+            # With two classes of the same name, for example, one entry would be lost.
             need(name not in found, "two keys are equal once they are read")
             found[name] = self.value(node, depth)
         return found
@@ -188,15 +188,15 @@ _NODES: Final = frozenset(
 
 
 class _Array(list[Tensor]):
-    """Stands for a NumPy array that is made of a tensor."""
+    """In place of a NumPy array that is made of a tensor."""
 
 
 class _Scalar(list[Tensor]):
-    """Stands for a NumPy scalar that is made of a tensor."""
+    """In place of a NumPy scalar that is made of a tensor."""
 
 
 class _OfOneTensor(Container):
-    """A step that makes something else of a tensor, which is then no tensor of the value."""
+    """A step that makes something else of a tensor, which is then not a tensor of the value."""
 
     @property
     @override
@@ -204,7 +204,7 @@ class _OfOneTensor(Container):
         return []
 
 
-#: By the class that stands for it: a class of its name, and what makes it.
+#: For each of these classes, a class with the name of the object, and a function that makes the object.
 _MADE_OF_ONE: Final[dict[type, tuple[type, Callable[[list[Tensor]], Any]]]] = {
     _Array: (type("ndarray", (), {}), lambda tensors: tensors[0].numpy()),
     _Scalar: (type("scalar", (), {}), lambda tensors: tensors[0].numpy()[()]),
@@ -212,13 +212,13 @@ _MADE_OF_ONE: Final[dict[type, tuple[type, Callable[[list[Tensor]], Any]]]] = {
 
 
 def may_be_set(name: object) -> bool:
-    """Whether a stand-in can have an attribute of that name without losing what a dict can do."""
+    """Whether a stand-in can have an attribute with that name, without hiding an attribute of dict."""
     return isinstance(name, str) and name.isidentifier() and not hasattr(dict, name)
 
 
 @lru_cache(maxsize=256)
 def _named_tuple(name: str, fields: tuple[str, ...]) -> Any:
-    """A named tuple class; names that Python cannot have become others."""
+    """Make a named tuple class; invalid names are replaced."""
     name = name if constants.WORD.fullmatch(name) else "namedtuple"
     kind = namedtuple(name, fields, rename=True)  # type: ignore[misc]  # noqa: PYI024
     kind.__reduce__ = _reduced  # type: ignore[assignment,method-assign]
@@ -230,5 +230,5 @@ def _named(name: str, fields: tuple[str, ...], values: Iterable[Value]) -> Any:
 
 
 def _reduced(value: Any) -> tuple[Any, ...]:
-    """How such a named tuple is copied and pickled: its class is made anew, for nobody can import it."""
+    """Copy and pickle such a named tuple: its class is made anew, because it cannot be imported."""
     return _named, (type(value).__name__, value._fields, tuple(value))

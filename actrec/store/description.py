@@ -1,4 +1,4 @@
-"""What a rank records: ``rank.json``, which every rank writes into its own folder before its first shard, and never again."""
+"""``rank.json``: what a rank records. Each rank writes it to its own folder once, before its first shard."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from .place import Place
 T = TypeVar("T")
 
 _LAYER: Final = {"name": str, "type": str, "transform": Maybe(str)}
-#: Of what else layers may be listed, and the option that says so where they were not listed by role.
+#: The other roles of layers, each with the option that implies it for layers that are listed without a role.
 _BESIDES: Final[dict[Role, str]] = {"input": "inputs", "gradient": "grads"}
-#: What is in the file, besides the version.
+#: The form of the file, besides the version.
 _FORM: Final = {
     "recording": str,
     "ranks": int,
@@ -45,33 +45,33 @@ _FORM: Final = {
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """A layer that was chosen, and what of it is recorded."""
+    """A chosen layer, and the role in which it is recorded."""
 
     name: str
     type: str
     transform: str | None = None
     role: Role = "output"
-    reduction: str | None = None  #: what its values are reduced by, with arguments
+    reduction: str | None = None  #: the reduction of its values, with arguments
 
     @classmethod
     def of(cls, name: str, kind: str, treatment: Treatment, role: Role) -> LayerInfo:
-        """Return what is said of a layer that is treated so."""
+        """Return the entry of a layer with this treatment."""
         return cls(name, kind, function_name(treatment.transform), role, treatment.reduction)
 
     def node(self) -> dict[str, Any]:
-        """As it stands in the file."""
+        """Return the entry as it is in the file."""
         node = {key: getattr(self, key) for key in ("role", *_LAYER)}
         return node if self.reduction is None else {**node, "reduction": self.reduction}
 
     @property
     def shown(self) -> str:
-        """What it is called in a message."""
+        """Its name in a message."""
         return self.name if self.role == "output" else f"{self.role} of {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What ``rank.json`` says."""
+    """The content of ``rank.json``."""
 
     model: str
     layers: tuple[LayerInfo, ...]
@@ -80,12 +80,12 @@ class Description:
     recording: str = field(default_factory=lambda: uuid.uuid4().hex)  #: the same for all ranks
     ranks: int = 1  #: of the run that wrote it
     began: int = field(default_factory=time.time_ns)  #: when that run began in this rank
-    #: The queries for functions; what they have found is in the shards.
+    #: The queries for functions; the functions that they matched are in the shards.
     functions: tuple[LayerInfo, ...] = ()
 
     @classmethod
     def of(cls, model: str, selection: Selection, dtype: torch.dtype | None) -> Description:
-        """Return what is said of a model of this type, of which this is recorded."""
+        """Return the description of a selection of a model of this type."""
         layers = (
             LayerInfo.of(one.key, type_name(one.module), one.treatments[what], what)
             for what in WHATS
@@ -104,15 +104,15 @@ class Description:
         )
 
     def has(self, role: Role) -> bool:
-        """Whether this is recorded of any layer."""
+        """Whether any layer is recorded in this role."""
         return any(layer.role == role for layer in self.layers)
 
     def heading(self, rank: int) -> Heading:
-        """Return what holds before the first shard."""
+        """Return the heading before the first shard."""
         return Heading(self.recording, rank, self.ranks, self.began, shard=-1, committed=0)
 
     def content(self) -> bytes:
-        """Return it as JSON, readable for people too."""
+        """Return it as JSON, indented for people."""
         about = {
             "format": FORMAT,
             "version": VERSION,
@@ -145,7 +145,7 @@ class Description:
         ]
         if differences:
             message = (
-                f"record(into={str(path)!r}, resume=True): what is there was recorded otherwise: "
+                f"record(into={str(path)!r}, resume=True): the recording there was made differently: "
                 f"{'; '.join(differences[:5])}. Record it as before, or into another path."
             )
             raise ResumeError(message)
@@ -174,22 +174,22 @@ def read_description(disk: Place) -> Description:
     """Read ``rank.json`` of a rank's folder.
 
     Raises:
-        CorruptRecordingError: it is damaged, or of another version of the format.
-        FileNotFoundError: there is none.
+        CorruptRecordingError: the file is damaged, or of another version of the format.
+        FileNotFoundError: there is no such file.
     """
     return read_json(disk, DESCRIPTION, _parsed)
 
 
 def read_json(place: Place, name: str, parsed: Callable[[Any], T]) -> T:
-    """Read a file of JSON, and return what ``parsed`` makes of it.
+    """Read a JSON file, and return ``parsed`` of its content.
 
     Raises:
-        CorruptRecordingError: it is damaged; also if ``parsed`` raises ``Defect``.
-        FileNotFoundError: there is none.
+        CorruptRecordingError: the file is damaged; also if ``parsed`` raises ``Defect``.
+        FileNotFoundError: there is no such file.
     """
     try:
         size = place.size(name)
-        need(size, "it is empty, or no file")  # a pipe would be waited for
+        need(size, "it is empty, or not a file")  # reading a pipe would wait
         need(size <= MAX_JSON, f"it has {size} bytes, and {MAX_JSON} is the limit")
         return parsed(_json(place.read(name, 0, size)))
     except Defect as defect:
@@ -200,7 +200,7 @@ def _json(data: bytes) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        message = f"it is no JSON ({error})"
+        message = f"it is not JSON ({error})"
         raise Defect(message) from error
 
 
@@ -211,11 +211,11 @@ def _parsed(content: Any) -> Description:
         about["version"] == VERSION,
         f"it is of version {str(about['version'])[:20]} of the format, and this actrec reads version {VERSION}",
     )
-    about.setdefault("functions", [])  # which was not there from the first
+    about.setdefault("functions", [])  # missing in the first files of this version
     checked(about, _FORM, "the file")
     need(
         0 < about["ranks"] <= MAX_RANKS,
-        f"it is of a run of {about['ranks']} ranks, and there are from 1 to {MAX_RANKS}",
+        f"it is of a run of {about['ranks']} ranks, and a run has from 1 to {MAX_RANKS}",
     )
     return Description(
         about["model"],
@@ -230,10 +230,10 @@ def _parsed(content: Any) -> Description:
 
 
 def _layers(listed: list[dict[str, Any]], options: dict[str, bool]) -> Iterator[LayerInfo]:
-    """The layers; where no role stands with them, they are outputs, and inputs and gradients too if the options say so."""
+    """Yield the layers. Those without a role are outputs, and also inputs and gradients if the options say so."""
     for layer in listed:
         role = layer.get("role", "output")
-        need(role in ROLES, f"a layer has the role {str(role)[:40]!r}, which there is not")
+        need(role in ROLES, f"a layer has the unknown role {str(role)[:40]!r}")
         reduction = checked(layer.get("reduction"), Maybe(str), "the reduction of a layer")
         yield LayerInfo(layer["name"], layer["type"], layer["transform"], role, reduction)
     for role, option in _BESIDES.items():

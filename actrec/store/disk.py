@@ -1,4 +1,4 @@
-"""A folder on disk: what is in it, reading parts of its files, and adding a file whole or not at all."""
+"""A folder on disk: lists it, reads parts of its files, and adds files atomically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .lock import Lock, locked
 from .new_file import Unfinished, sync
 from .safetensors import Writable
 
-#: Lets a thread do some work.
+#: Runs a function in a thread.
 Later: TypeAlias = Callable[..., Future[Any]]
 
 GONE: Final = "it was there when it was opened, and is gone"
@@ -58,7 +58,7 @@ class Disk:
         return self.path.exists() and not self.path.is_dir()
 
     def names(self) -> list[str]:
-        """Return what is in the folder, sorted; nothing if there is no folder."""
+        """Return the names in the folder, sorted; none if there is no folder."""
         try:
             return sorted(os.listdir(self.path))  # noqa: PTH208  # a million names in half a second
         except (FileNotFoundError, NotADirectoryError):
@@ -96,9 +96,9 @@ class Disk:
     # --- Writing ---------------------------------------------------------------------------------------
 
     def make(self) -> None:
-        """Make the folder, and those that it is in; if they are there, they stay. They survive a power loss."""
+        """Make the folder and its parents, unless they exist, in a way that survives a power loss."""
         self.path.mkdir(parents=True, exist_ok=True)
-        # Also the names of folders that are there already: whoever made them may have been killed before this.
+        # Also those that exist already: whoever made them may have been killed before syncing.
         for folder in self.path.parents:
             if os.access(folder, os.R_OK | os.W_OK):
                 sync(folder)
@@ -108,17 +108,17 @@ class Disk:
         return locked(self.path)
 
     def begin(self, name: str, write: Callable[[Writable], object]) -> Unfinished:
-        """Write a new file, so that all that is left to do is to ``finish()`` it."""
+        """Write a new file; ``finish()`` of the result gives it its name."""
         unfinished = Unfinished(self.path, name)
         unfinished.write(write)
         return unfinished
 
     def commit(self, name: str, write: Callable[[Writable], object]) -> None:
-        """Write a new file in one step: it is there whole, or not at all; ``FileExistsError`` if it is there already."""
+        """Write a new file atomically: completely, or not at all; ``FileExistsError`` if it exists."""
         self.begin(name, write).finish()
 
     def remove(self, name: str) -> None:
-        """Remove a file that this process has written, and that nobody has any use for."""
+        """Remove a file that this process has written and nobody needs."""
         (self.path / name).unlink()
 
     def sweep(self) -> None:
@@ -129,7 +129,7 @@ class Disk:
 
 
 class Reading:
-    """A file of which parts are read. What is wrong with it is a ``Defect``."""
+    """A file of which parts are read. Raises ``Defect`` if something is wrong with it."""
 
     def __init__(self, path: Path, head: bytes) -> None:
         try:
@@ -142,7 +142,7 @@ class Reading:
             raise Defect(ANOTHER)
 
     def into(self, begin: int, *views: memoryview) -> None:
-        """Fill ``views``, one behind the other, with the bytes from ``begin`` on."""
+        """Fill ``views``, one after the other, with the bytes from ``begin`` on."""
         many = _read(self._fd, views, begin)
         while many < sum(map(len, views)):
             if not many:
@@ -153,20 +153,20 @@ class Reading:
             many = _read(self._fd, views, begin)
 
     def announce(self, begin: int, nbytes: int, later: Later) -> None:  # noqa: ARG002
-        """Let the system fetch a part while we do something else, if it can."""
+        """Let the system read a part ahead, if it can."""
         if _announce is not None:
             _announce(self._file.fileno(), begin, nbytes, os.POSIX_FADV_WILLNEED)
 
     def gather(self, parts: Iterable[tuple[int, int]], later: Later) -> None:
-        """Several parts are read one after the other."""
+        """Do nothing: the parts are read one after the other."""
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
 
 def _after(many: int, views: Sequence[memoryview]) -> tuple[memoryview, ...]:
-    """What is left of some views after so many bytes."""
+    """Return the views without their first ``many`` bytes."""
     at = 0
     while many >= len(views[at]):
         many -= len(views[at])
@@ -175,7 +175,7 @@ def _after(many: int, views: Sequence[memoryview]) -> tuple[memoryview, ...]:
 
 
 def _read_one(fd: int, views: Sequence[memoryview], begin: int) -> int:
-    """Read what the first view has room for, and return how many bytes that were."""
+    """Fill the first view, and return how many bytes were read."""
     os.lseek(fd, begin, os.SEEK_SET)
     found = os.read(fd, len(views[0]))
     views[0][: len(found)] = found
@@ -187,16 +187,16 @@ _announce: Any = getattr(os, "posix_fadvise", None)  # not on macOS, nor on Wind
 
 
 class Mapped:
-    """A file in memory. Writing to the memory copies the page, and never reaches the file."""
+    """A file that is mapped privately: writing to the memory copies the page, and never changes the file."""
 
     def __init__(self, path: Path, size: int, head: bytes) -> None:
         self._path, self._size, self._head = path, size, head
         self._memory: torch.UntypedStorage | None = None
 
     def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
-        """Return a part of the memory, which may be kept; ``Defect`` if it is another file by now."""
+        """Return a part of the memory, which stays valid; ``Defect`` if another file is there by now."""
         need(self._path.exists(), GONE)
-        # To read memory behind the end of a file would end the process.
+        # Reading mapped memory after the end of the file would kill the process (SIGBUS).
         found = self._path.stat().st_size
         need(
             found == self._size,
@@ -207,7 +207,7 @@ class Mapped:
                 try:
                     self._memory = _map(self._path, self._size)
                 except (RuntimeError, UnicodeEncodeError):
-                    # A process can have so many maps and no more; and PyTorch wants the names of files to be text.
+                    # The number of maps of a process is limited, and PyTorch requires file names to be valid text.
                     return copied(file.into, part)
         return cast("torch.UntypedStorage", self._memory[part])
 
@@ -217,7 +217,7 @@ def _map(path: Path, size: int) -> Any:
 
 
 def copied(into: Callable[[int, memoryview], None], part: slice) -> torch.UntypedStorage:
-    """Return a part of a file in memory of its own."""
+    """Return a copy of a part of a file."""
     data = torch.empty(part.stop - part.start, dtype=torch.uint8, device="cpu")
     into(part.start, writable(data))
     return data.untyped_storage()

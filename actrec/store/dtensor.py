@@ -1,7 +1,7 @@
-"""Tensors of which each rank has a part: how a ``DTensor`` is taken apart, and made whole again from its parts.
+"""Tensors that are distributed over ranks: how a ``DTensor`` is taken apart, and assembled from its parts.
 
-A rank writes its own part and how the tensor is spread over the ranks. The whole is put together when it is read, by
-whoever has all the parts: nothing here communicates.
+A rank writes its local part and how the tensor is spread over the ranks. The reader, which has all parts, assembles them:
+nothing here communicates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from actrec.errors import CaptureError
 from .format import MAX_DIMS, MAX_SIZE, Defect, need
 from .forms import Maybe, checked
 
-#: Along one dimension of the mesh: ``("replicate",)``, ``("shard", dim)`` or ``("partial", how to reduce)``.
+#: For one dimension of the mesh: ``("replicate",)``, ``("shard", dim)`` or ``("partial", how to reduce)``.
 Placement: TypeAlias = tuple[Any, ...]
 
 _T = TypeVar("_T")
@@ -51,28 +51,28 @@ class Spread:
     ranks: tuple[int, ...]  # in it, in row-major order
 
     def node(self) -> dict[str, Any]:
-        """As it stands in a structure."""
+        """Return it as it is in a structure."""
         return {key: getattr(self, key) for key in _FORM}
 
     @classmethod
     def parsed(cls, node: Any) -> Spread:
-        """What a structure says, checked; ``Defect`` if that cannot be."""
+        """Return it from a structure; ``Defect`` if it is invalid."""
         node = checked(node, _FORM, "a tensor in parts")
         shape, mesh, ranks = (tuple(node[key]) for key in ("shape", "mesh", "ranks"))
         placements = tuple(_placement(one, len(shape)) for one in node["placements"])
         names = None if node["names"] is None else tuple(node["names"])
-        need(names is None or len(names) == len(mesh), "a mesh has not as many names as dimensions")
+        need(names is None or len(names) == len(mesh), "a mesh needs as many names as dimensions")
         need(len(mesh) <= MAX_DIMS, f"a mesh has {len(mesh)} dimensions")
-        need(len(placements) == len(mesh), "a mesh has not as many placements as dimensions")
+        need(len(placements) == len(mesh), "a mesh needs as many placements as dimensions")
         fit = math.prod(mesh) == len(set(ranks)) == len(ranks)
-        need(fit, "a mesh has other than as many ranks as its shape says")
+        need(fit, "a mesh does not have as many different ranks as its shape says")
         need(max(ranks, default=0) <= MAX_RANKS, f"a mesh has a rank {max(ranks, default=0)}")
         most = math.prod(max(1, size) for size in shape) * torch.complex128.itemsize
         need(most <= MAX_SIZE, "a tensor in parts has an impossible shape")
         return cls(shape, placements, mesh, names, ranks)
 
     def enough(self, there: Collection[int]) -> bool:
-        """Whether the parts of these ranks make a whole: of replicas, one will do."""
+        """Whether the parts of these ranks make the whole tensor: one of several replicas is enough."""
         return self._folded(lambda rank: rank in there or None, lambda *_: True) is not None
 
     def whole(self, there: Collection[int], part: Callable[[int], Tensor]) -> Tensor:
@@ -91,7 +91,7 @@ class Spread:
     def _folded(
         self, one: Callable[[int], _T | None], join: Callable[[Placement, list[_T]], _T]
     ) -> _T | None:
-        """What comes out of the parts, joined over the dimensions of the mesh, the last one first."""
+        """Return the parts, joined over the dimensions of the mesh, the last one first; ``None`` if some are missing."""
 
         def fold(dim: int, first: int) -> _T | None:
             if dim == len(self.mesh):
@@ -131,7 +131,7 @@ def _placement(placement: Any, dims: int) -> Placement:
 
 
 def local(tensor: Any) -> Tensor:
-    """The part of this rank, a plain tensor. Waits for it, if it is on its way."""
+    """Return the part of this rank, a plain tensor. Waits for communication that is in progress."""
     with torch.no_grad():
         part: Any = tensor.to_local()
         part = part.wait() if type(part) is not Tensor and hasattr(part, "wait") else part
@@ -139,7 +139,7 @@ def local(tensor: Any) -> Tensor:
 
 
 def spread(tensor: Any) -> Spread:
-    """How a ``DTensor`` is spread; ``CaptureError`` if that is nothing that the format has words for."""
+    """Return how a ``DTensor`` is spread; ``CaptureError`` if the format cannot express it."""
     mesh = tensor.device_mesh
     names = mesh.mesh_dim_names
     return Spread(
@@ -157,7 +157,7 @@ _REFUSED: Final = "cannot be stored. Let a transform redistribute it, or take it
 def _placed(placement: Any) -> Placement:
     from torch.distributed.tensor import Partial, Replicate, Shard  # noqa: PLC0415  # takes a second
 
-    kind = type(placement)  # a kind derived from these means something else
+    kind = type(placement)  # not isinstance(): a subclass means something else
     if kind is Replicate:
         return ("replicate",)
     if kind is Shard:

@@ -1,4 +1,4 @@
-"""Values as JSON and tensors: a number stands in the place of every tensor. Reading them is in ``decoding.py``."""
+"""Takes values apart into JSON, with a number in place of each tensor, and tensors. ``decoding.py`` is the reverse."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def encode(value: Value, *, parts: bool = False) -> Encoded:
     """Return ``value`` as JSON and tensors.
 
     Args:
-        value: what a layer returned, or the user has added.
-        parts: whether of a ``DTensor`` this rank's local shard is stored, and its placement.
+        value: a recorded value, or one that the user has added.
+        parts: whether to store this rank's local shard of a ``DTensor``, and its placement.
 
     Raises:
-        CaptureError: there is something in it that cannot be stored.
+        CaptureError: it has something in it that cannot be stored.
     """
     if type(value) is Tensor:
         return Encoded(TENSOR_ALONE, [storable(value)])
@@ -65,7 +65,7 @@ def encode(value: Value, *, parts: bool = False) -> Encoded:
 
 
 def _numbered(node: Any) -> tuple[str, list[Tensor]]:
-    """The JSON of a node in which tensors stand for themselves, and these tensors, each once."""
+    """Return the JSON of a node that contains tensors, with numbers in their place, and these tensors, each once."""
     tensors: list[Tensor] = []
     numbers: dict[int, int] = {}
 
@@ -87,7 +87,7 @@ def _refuse(value: object) -> NoReturn:
 
 
 class _Node(NamedTuple):
-    """A node of the structure, in which tensors stand for themselves."""
+    """A node of the structure, which contains the tensors themselves."""
 
     content: Any
     has_data: bool = True  # whether there is a tensor or an array in it
@@ -97,7 +97,7 @@ class _Node(NamedTuple):
 
 
 def _leaves(tensors: list[Tensor], *, parts: bool) -> list[_Node]:
-    """The nodes of the tensors of a value."""
+    """Return the nodes of the tensors of a value."""
     nodes = []
     meshes = set()
     for tensor in tensors:
@@ -114,16 +114,16 @@ def _leaves(tensors: list[Tensor], *, parts: bool) -> list[_Node]:
 
 
 def storable(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` as it can be written; ``CaptureError`` if it cannot be."""
+    """Return ``tensor`` as a plain one, which can be written; ``CaptureError`` if that is impossible."""
     if type(tensor) is not Tensor and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
-        tensor = tensor.as_subclass(Tensor)  # without a mind of its own
+        tensor = tensor.as_subclass(Tensor)  # the subclass does not change its data
     if not _is_plain(tensor):
         what, fix = _unplain(tensor)
         message = f"a {what} cannot be stored. Let a transform make a plain tensor of it{fix}"
         raise CaptureError(message)
     if not tensor.is_cpu:  # pragma: no cover  # needs another device
         tensor = tensor.cpu()
-    # Each would make another tensor, also of one that is plain already, as nearly all are.
+    # Checked first: each call makes a new tensor, also where nothing has to change.
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.is_conj() or tensor.is_neg():
@@ -143,7 +143,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _unplain(tensor: Tensor) -> tuple[str, str]:
-    """What a tensor is that is not plain, and what makes it so."""
+    """Return what kind of tensor it is, and how a transform can make it plain."""
     if is_distributed(tensor):
         return "DTensor", ", with to_local() say"
     if tensor.is_nested:
@@ -165,7 +165,7 @@ def _constant(constant: Constant) -> _Node:
 
 def _array(value: Any) -> dict[str, Tensor]:
     numpy = sys.modules["numpy"]
-    if isinstance(value, numpy.ma.MaskedArray):  # or else it would come back without its mask
+    if isinstance(value, numpy.ma.MaskedArray):  # its mask would be lost
         message = "a masked NumPy array cannot be stored"
         raise CaptureError(message)
     try:
@@ -190,18 +190,18 @@ def _container(container: Container, children: list[_Node]) -> _Node:
 
 
 def _items(container: Container) -> int:
-    """How many of the children of a container are items as they are stored; the others are attributes."""
+    """Return how many of the children of a container are stored as items; the others are attributes."""
     kind = container.type
     if issubclass(kind, tuple) and not container.items:
         return len(getattr(kind, "_fields", ()))
     if issubclass(kind, (tuple, list, deque, UserList, Mapping)):
         return container.items
-    # What has attributes and no items comes back as Fields, of which they are the items.
+    # An object with attributes and no items is read as Fields, whose items they are.
     return len(container.keys)
 
 
 def _plain_node(container: Container, nodes: list[Any]) -> dict[str, Any] | None:
-    """The node of a sequence or a dict of Python's own; ``None`` for a container of another kind."""
+    """Return the node of a standard sequence or dict; ``None`` for a container of another kind."""
     kind = container.type
     if issubclass(kind, tuple):
         return _tuple_node(container, nodes)
@@ -228,18 +228,18 @@ def _tuple_node(container: Container, nodes: list[Any]) -> dict[str, Any]:
 
 
 def _object_node(container: Container, many: int, nodes: list[Any]) -> dict[str, Any]:
-    """The node of a container with attributes, which comes back as Fields."""
+    """Return the node of a container with attributes, which is read as Fields."""
     kind, keys = container.type, container.keys
     pairs = [[_key(key), node] for key, node in zip(keys[:many], nodes[:many], strict=True)]
     attributes = dict(zip(keys[many:], nodes[many:], strict=True))
     name = attributes.pop("_type") if kind is Fields else qualified(kind)
-    # An attribute that no stand-in can have is left out, and its tensors with it.
+    # An attribute that Fields cannot have is left out, with its tensors.
     more = [[k, n] for k, n in attributes.items() if k not in keys[:many] and may_be_set(k)]
     return {"object": pairs, "name": name, "more": more}
 
 
 def _key(key: object) -> Any:
-    """The node of a key of a dict."""
+    """Return the node of a key of a dict."""
     tensors, spec = flatten(key, unknown=_refuse)
     if tensors:
         message = "a dict with a tensor for a key cannot be stored"

@@ -1,4 +1,4 @@
-"""Where a recording goes, and in what portions."""
+"""A path to record into, with settings."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ _PASSWORD: Final = re.compile(r"[^/]*://[^/@:]*:[^/@]*@")
 
 @dataclass(frozen=True)
 class Folder(os.PathLike[str]):
-    """A path to record into, with settings of its own: ``record(model, into=Folder("run", budget=2**28))``.
+    """A path to record into, with settings: ``record(model, into=Folder("run", budget=2**28))``.
 
     >>> Folder("runs/minilm", shard_bytes=64 * 2**20)
     Folder(path='runs/minilm', shard_bytes=67108864, budget=1073741824, seconds=60.0, rank=None, world_size=None, run=None, spool=None)
 
-    Wherever a path will do, a ``Folder`` will do, and the other way round. The path may be the URL of an
-    object store, ``"s3://bucket/run"``; ``~`` is the home directory.
+    A ``Folder`` can be used wherever actrec expects a path. The path may be the URL of an object store,
+    ``"s3://bucket/run"``; ``~`` is the home directory.
     """
 
     path: str | os.PathLike[str]
     #: About how many bytes are written to one file, and committed together.
     shard_bytes: int = 256 * MEBI
-    #: How many bytes may wait to be written or be on their way. A call that does not fit makes the model wait.
+    #: How many bytes may wait to be written or be in the middle of it. The model waits at a call that does not fit.
     budget: int = 1024 * MEBI
-    #: What is complete is committed after so many seconds, however little it is, and though no call follows.
+    #: Complete passes are committed after so many seconds, however few bytes they have, and even if no call follows.
     seconds: float = 60.0
     #: Which rank this process is, for launchers other than ``torchrun`` when ``torch.distributed`` is not initialised.
     rank: int | None = field(default=None, kw_only=True)
-    #: And of how many. Both or neither.
+    #: How many ranks there are. Give both or neither.
     world_size: int | None = field(default=None, kw_only=True)
-    #: The name of the run, the same on all its ranks, and of no other run. Needed where the launcher gives it none.
+    #: The name of the run: the same on all its ranks, and different from other runs. Needed if the launcher does not give one.
     run: str | None = field(default=None, kw_only=True)
-    #: Where the files for a URL are until they are uploaded; in the system's temporary folder if not said.
+    #: The folder of the files for a URL until they are uploaded; by default the system's temporary folder.
     spool: str | os.PathLike[str] | None = field(default=None, kw_only=True)
-    #: What ``fsspec`` passes to the file system of a URL, such as credentials. It is never shown or stored.
+    #: Options that ``fsspec`` passes to the file system of a URL, such as credentials. They are never shown or stored.
     storage_options: Mapping[str, Any] | None = field(
         default=None, kw_only=True, repr=False, compare=False
     )
@@ -51,7 +51,7 @@ class Folder(os.PathLike[str]):
     def __post_init__(self) -> None:
         path: object = self.path
         text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
-        if not isinstance(text, str) or not text:  # which would be the current folder
+        if not isinstance(text, str) or not text:  # an empty one would be the current folder
             message = f"{path!r} is not a path. Give a string, such as 'runs/a' or 's3://bucket/run', or a pathlib.Path."
             raise OptionError(message)
         if _PASSWORD.match(text):
@@ -64,7 +64,7 @@ class Folder(os.PathLike[str]):
             value = getattr(self, name)
             if (
                 not isinstance(value, (int, float))
-                or not value >= 0  # which NaN is not
+                or not value >= 0  # "not >=": also for NaN
                 or (value == 0 and name != "seconds")
             ):
                 message = f"Folder({name}={value!r}): expected a number greater than 0."

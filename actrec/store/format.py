@@ -1,4 +1,4 @@
-"""What the writer and the reader agree on: names, dtypes and limits.
+"""What writer and reader share: names, dtypes and limits.
 
 The format itself is described in ``docs/reference/format.md``, which is normative.
 """
@@ -19,7 +19,7 @@ SHARD: Final = ".safetensors"
 UNFINISHED: Final = ".tmp"
 ANOTHER: Final = "it is another file than when it was opened"
 
-#: Limits that a writer keeps and a reader insists on, so that no file can ask for absurd amounts.
+#: Limits that the writer keeps and the reader checks, so that no file can demand absurd amounts of memory.
 MAX_HEADER: Final = 1 << 24  # bytes
 MAX_JSON: Final = 1 << 24  # bytes of a description
 MAX_DEPTH: Final = 64  # of nesting in a value
@@ -29,7 +29,7 @@ MAX_NODES: Final = 1 << 16  # containers, constants and tensors in one value
 MAX_SIZE: Final = 1 << 62  # any size or number
 MAX_DIMS: Final = 64  # of a tensor, and of a mesh
 
-#: What a layer's values are: what it returned, what it received, what the user added, or the keys of units.
+#: What a layer's values are: outputs, inputs, gradients, values that the user added, or keys of units.
 ROLES: Final[tuple[Role, ...]] = ("output", "input", "gradient", "added", "unit")
 
 
@@ -39,7 +39,7 @@ def shard_name(number: int) -> str:
 
 
 class Slot(NamedTuple):
-    """A list of calls in a recording: the outputs or inputs of a layer, or the values added by a name."""
+    """A list of calls in a recording: the outputs or inputs of a layer, or the values added by one name."""
 
     role: Role
     number: int  # of the layer in the recording
@@ -48,7 +48,7 @@ class Slot(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The start of its tensors' names in a shard: never the name of the layer, which can be anything."""
+        """The start of its tensors' names in a shard: not the name of the layer, which may contain anything."""
         return f"{self.role}.{self.number:05d}"
 
 
@@ -56,7 +56,7 @@ class Stored(NamedTuple):
     """How safetensors holds a dtype of PyTorch."""
 
     code: str
-    pair: bool = False  # a complex number as two real ones, in one more dimension
+    pair: bool = False  # whether a complex number is stored as two real ones, in one more dimension
 
 
 _CODES: Final = {
@@ -68,7 +68,7 @@ _CODES: Final = {
 }  # fmt: skip
 _PAIRS: Final = {"complex32", "complex128"}
 
-#: The dtypes that can be stored, by their name without ``torch.``; PyTorch decides which of them there are.
+#: The dtypes that can be stored, by their name without ``torch.``, as far as this version of PyTorch has them.
 DTYPES: Final[dict[str, tuple[torch.dtype, Stored]]] = {
     name: (dtype, Stored(code, name in _PAIRS))
     for name, code in _CODES.items()
@@ -79,12 +79,12 @@ DTYPES: Final[dict[str, tuple[torch.dtype, Stored]]] = {
 # --- What is wrong with a file -----------------------------------------------------------------------
 
 
-class Defect(Exception):  # noqa: N818  # not an error yet: whoever knows the file makes one of it
-    """Something in a file is not as it must be."""
+class Defect(Exception):  # noqa: N818  # not an error yet: code that knows the file makes one of it
+    """Something in a file is wrong."""
 
 
 def corrupt(path: object, defect: object) -> CorruptRecordingError:
-    """The error for a defect in the file at ``path``."""
+    """Return the error for a defect in the file at ``path``."""
     return CorruptRecordingError(f"{path} is damaged: {defect}.")
 
 

@@ -1,4 +1,4 @@
-"""What a file may say: the form of a value of JSON, checked before anything is made of it."""
+"""Checks the form of JSON from a file, before anything is made of it."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from .format import MAX_SIZE, Defect
 
 _NAMES: Final = {
     int: f"number from 0 to {MAX_SIZE}",
-    str: "text",
-    bool: "truth value",
+    str: "string",
+    bool: "boolean",
     list: "list",
-    dict: "object",
+    dict: "JSON object",
 }
 _SHOWN: Final = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Maybe:
-    """What may be null."""
+    """A form of which the value may also be null."""
 
     form: Any
 
 
 def checked(value: Any, form: Any, what: str) -> Any:
-    """Return ``value`` if it has a form, which is written as JSON with types in the place of values.
+    """Return ``value`` if it has the given form, which is written like JSON with types instead of values.
 
     >>> checked({"name": "a", "shape": [2, 3]}, {"name": str, "shape": [int]}, "a layer")
     {'name': 'a', 'shape': [2, 3]}
     >>> checked({"name": "a", "shape": [2, -3]}, {"name": str, "shape": [int]}, "a layer")
     Traceback (most recent call last):
-    actrec.store.format.Defect: a layer.shape[1] is -3, which is no number from 0 to 4611686018427387904
+    actrec.store.format.Defect: a layer.shape[1] is -3, which is not a number from 0 to 4611686018427387904
 
     Args:
-        value: what was read.
+        value: the value that was read.
         form: a type, or ``None`` for anything. ``[form]`` is a list of any length, ``(form, form)`` a list of two,
             ``{"key": form}`` an object with these keys and perhaps others, ``{str: form}`` one with any keys, and
             ``Maybe(form)`` may be null.
-        what: what it is, for the message.
+        what: what the value is, for the message.
 
     Raises:
-        Defect: it has another form; the message says where.
+        Defect: ``value`` has another form; the message says where.
     """
     misfit = _misfit(value, form)
     if misfit is not None:
@@ -54,7 +54,7 @@ def checked(value: Any, form: Any, what: str) -> Any:
 
 
 def _misfit(value: Any, form: Any) -> tuple[str, str] | None:
-    """Where in a value something has another form, and why."""
+    """Return where a value differs from the form, and how; ``None`` if it does not."""
     if isinstance(form, Maybe):
         return None if value is None else _misfit(value, form.form)
     why = None if form is None else _why_not(value, form)
@@ -69,12 +69,12 @@ def _misfit(value: Any, form: Any) -> tuple[str, str] | None:
 
 
 def _why_not(value: Any, form: Any) -> str | None:
-    """Why a value does not have a form, without a look at what is in it."""
+    """Return how a value differs from the form; its items are not checked."""
     kind: Any = form if isinstance(form, type) else dict if isinstance(form, dict) else list
     if type(value) is not kind or (kind is int and not 0 <= value <= MAX_SIZE):
         shown = repr(value)
         shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-        return f"is {shown}, which is no {_NAMES[kind]}"
+        return f"is {shown}, which is not a {_NAMES[kind]}"
     if isinstance(form, tuple) and len(value) != len(form):
         return f"has {len(value)} items, and should have {len(form)}"
     if isinstance(form, dict):
@@ -85,7 +85,7 @@ def _why_not(value: Any, form: Any) -> str | None:
 
 
 def _children(value: Any, form: Any) -> Iterable[tuple[Any, Any]]:
-    """The keys of what is in an object or a list, each with its form."""
+    """Return the keys or indices of an object or a list, each with its form."""
     if isinstance(form, tuple):
         return enumerate(form)
     if isinstance(form, list):

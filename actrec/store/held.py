@@ -1,7 +1,7 @@
-"""The calls that wait for a shard, by pass: a pass is held back until it is whole.
+"""The calls that wait to be written, by pass: a pass is held until it is complete.
 
-It is whole when no call can be added to it any more: when it and all passes before it have ended, and a later one has
-begun. A pass for which there is no room is handed out in parts, which count when the shard that commits the pass is there.
+It is complete when no call can be added to it any more: when it and all passes before it have ended, and a later one has
+begun. A pass for which there is no room is written in parts, which count once the shard that commits the pass is written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .ledger import Commit
 
 
 class Batch(NamedTuple):
-    """What becomes one shard."""
+    """The calls of one shard."""
 
     calls: list[Call]
     size: int  # the bytes that they count against the budget
@@ -24,26 +24,26 @@ class Batch(NamedTuple):
 
 
 class Held:
-    """Calls by pass."""
+    """Calls that wait to be written, by pass."""
 
     def __init__(self, committed: int, limit: int, raised: Collection[int]) -> None:
         self.size = 0
-        self.committed = committed  # passes, with what was handed out
-        self._limit = limit  # about so many bytes become a shard
-        self._raised = raised  # passes; it grows
+        self.committed = committed  # how many passes are committed by the batches so far
+        self._limit = limit  # about how many bytes make a shard
+        self._raised = raised  # the passes that raised; it grows
         self._passes: defaultdict[int, list[Call]] = defaultdict(list)
         self._parted: set[int] = set()  # passes of which parts were handed out
-        self._dropped: set[int] = set()  # of those, the ones that do not count
-        self._looks: set[Look] = set()  # of the calls, whose groups are known then
+        self._dropped: set[int] = set()  # of those, the dropped ones
+        self._looks: set[Look] = set()  # of the calls; their groups are in `_groups`
         self._groups: set[object] = set()
-        self._header = 0  # the bytes that those take in the header of a shard
-        self._crowded = False  # whether that is as much as a header should have
+        self._header = 0  # the bytes of the groups in the header of a shard
+        self._crowded = False  # whether that is enough for a header
 
     def __bool__(self) -> bool:
         return bool(self._passes)
 
     def add(self, call: Call) -> bool:
-        """Take a call, and return whether there is as much as a shard should hold."""
+        """Take a call, and return whether there are enough for a shard."""
         look = call.look
         self._passes[call.number].append(call)
         self.size += look.size
@@ -58,8 +58,8 @@ class Held:
         return self._crowded or self.size >= self._limit
 
     def expect(self, number: int) -> None:
-        """There will be calls of a pass when it is complete."""
-        self._passes[number]  # is there from now on
+        """Keep a place for a pass, which will get calls when it is complete."""
+        self._passes[number]  # makes an entry
 
     def whole(self, complete: int) -> Iterator[Batch]:
         """Hand out the passes before ``complete``, if there is anything to commit."""
@@ -68,7 +68,7 @@ class Held:
             yield self._commit(complete)
 
     def everything(self, complete: int) -> Iterator[Batch]:
-        """Hand out the passes before ``complete``, and the others in parts, unless that has made room enough."""
+        """Hand out the passes before ``complete``, and, unless that makes enough room, parts of the others."""
         many = 0
         for batch in self.whole(complete):
             many = self._limit
@@ -85,7 +85,7 @@ class Held:
         return batch
 
     def drop(self, number: int) -> None:
-        """Forget the calls of a pass, those included that were handed out."""
+        """Forget the calls of a pass, including those that were handed out."""
         if number in self._passes:
             self._take([number])
         if number in self._parted:

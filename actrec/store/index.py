@@ -1,6 +1,6 @@
-"""The shards of one rank: which there are, and which of them holds a call.
+"""The shards of one rank: which exist, and which of them has a given call.
 
-Nothing is read beside the headers that are needed: the last one to know what there is, and some twenty to find one call
+Only the headers that are needed are read: the last one to know what there is, and some twenty to find one call
 among a million shards.
 """
 
@@ -23,25 +23,25 @@ from .part import Group, Part
 from .place import Place
 from .shard import Shard
 
-#: Bytes of headers that a recording keeps in memory, and how many shards it keeps open, all ranks together.
+#: How many bytes of headers a recording keeps in memory, and how many shards it keeps open, all ranks together.
 _MOST_BYTES: Final = 64 << 20
 _MOST_OPEN: Final = 1024
 
 
 def shard_names(disk: Place) -> list[str]:
-    """Return the names of all shards that are there, in order."""
+    """Return the names of all shards that exist, in order."""
     there = (name for name in disk.names() if name.endswith(SHARD))
     numbers = sorted(int(stem) for name in there if (stem := name[: -len(SHARD)]).isdecimal())
     return [shard_name(number) for number in numbers]
 
 
 def _count(disk: Place) -> int:
-    """How many shards there are, without a gap."""
+    """Return how many shards there are; a gap in their numbers is an error."""
     there = [name for name in disk.names() if name.endswith(SHARD)]
     longest = max(map(len, there), default=0)
     last = max((name for name in there if len(name) == longest), default="")
     if last == shard_name(len(there) - 1):
-        return len(there)  # of a million names, none is taken apart
+        return len(there)  # without parsing the names: there may be a million
     names = shard_names(disk)
     for number, name in enumerate(names):
         if name != shard_name(number):
@@ -62,8 +62,8 @@ class Index:
 
     Args:
         disk: the folder of the rank.
-        nothing: the heading where there is no shard; all shards have to be of its recording and rank.
-        of: how many ranks are opened together, which share one limit of memory.
+        nothing: the heading before the first shard; all shards must be of its recording and rank.
+        of: how many ranks are opened together: they share one limit of memory.
     """
 
     def __init__(self, disk: Place, nothing: Heading, *, of: int = 1) -> None:
@@ -81,7 +81,7 @@ class Index:
     def _begin(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        # Each with its bytes. The one that was used last is the last.
+        # Each with its bytes. The least recently used shard is the first.
         self._open: dict[int, tuple[Shard, int]] = {}
         self._held = 0
         self._latest: dict[tuple[Role, str], int] = {}  # the shard in which the last call was found
@@ -106,7 +106,7 @@ class Index:
                 shard = Shard(self.disk, shard_name(number))
                 shard.check_identity(self.heading, number)
             self._open[number] = shard, shard.nbytes
-            self._held += shard.nbytes - counted  # it takes more once its parts were asked for
+            self._held += shard.nbytes - counted  # it takes more memory once its parts were read
             self._shrink()
             return shard
 
@@ -124,7 +124,7 @@ class Index:
         return (self.shard(number) for number in range(self.count) if number not in left_out)
 
     def parts(self, role: Role, name: str) -> Iterator[tuple[Shard, Part]]:
-        """What each shard holds of a layer, in order, without what does not count."""
+        """Yield the part of a layer in each shard, in order, without shards that do not count."""
         for shard in self.shards():
             part = shard.part(role, name)
             if part is not None:
@@ -145,13 +145,13 @@ class Index:
             self._latest[role, name] = at
         shard = self.shard(at)
         part = shard.part(role, name)
-        assert part is not None  # noqa: S101  # it has calls, and so groups
+        assert part is not None  # noqa: S101  # it has calls
         return Found(shard, *part.place(call - shard.span(role, name).start))
 
     def _span(self, number: int, role: Role, name: str) -> range:
         return self.shard(number).span(role, name)
 
     def _find_skips(self, role: Role, name: str) -> list[tuple[int, int]]:
-        """Where calls stand that do not count: how many calls are before them, and how many they are."""
+        """Return the runs of calls that do not count: how many calls are before each, and how many it has."""
         spans = (self._span(number, role, name) for number in self.heading.uncounted)
         return [(span.start, len(span)) for span in spans if span]

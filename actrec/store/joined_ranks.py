@@ -1,7 +1,8 @@
-"""A layer of which several ranks have recorded parts: each call is put together when it is asked for.
+"""A layer whose parts several ranks have recorded: each call is assembled when it is read.
 
-Parts belong together that are of the same layer and unit, or outside of units pass, have the same number among the calls of it
-there, and are spread in the same way. A call of which parts are missing is left out, as a pass that was never committed is.
+Parts belong to the same call if they are of the same layer, of the same unit (outside of units, pass), are the call with the
+same index in it, and are spread in the same way. A call of which parts are missing is left out, like a pass that was never
+committed.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from .read_only import ReadOnlyLayer
 
 
 class _Call(NamedTuple):
-    """A call of the layer: which of the recorded calls it is made of."""
+    """A call of the layer: the recorded calls of which it is made."""
 
     number: int  # of its pass
-    rank: int  # the first one
-    kind: int  # of spreads
+    rank: int  # the first that has a part
+    kind: int  # the index of its spreads
     spreads: tuple[tuple[int, Spread], ...]  # of the tensors that are parts
     parts: dict[int, int]  # by rank, the recorded call
 
 
 def made_whole(layer: StoredLayer) -> Layer[Any]:
-    """Return a layer whose calls are whole: ``layer`` itself, if nothing in it is in parts."""
+    """Return a layer whose calls are whole: ``layer`` itself, if none of its tensors is in parts."""
     return WholeLayer(layer) if layer.in_parts else layer
 
 
 class WholeLayer(ReadOnlyLayer):
-    """A layer on disk whose calls are made of what several ranks have recorded."""
+    """A layer on disk whose calls are assembled from the parts that several ranks have recorded."""
 
     def __init__(self, recorded: StoredLayer) -> None:
         self.name = recorded.name
@@ -55,7 +56,7 @@ class WholeLayer(ReadOnlyLayer):
 
     @cached_property
     def _found(self) -> tuple[list[_Call], int]:
-        """The calls that are whole, and how many are not."""
+        """The calls that are whole, and how many others there are."""
         calls: dict[object, _Call] = {}
         counts: Counter[tuple[int, int]] = Counter()
         recorded = self.recorded
@@ -64,7 +65,7 @@ class WholeLayer(ReadOnlyLayer):
         kinds, kind_of = recorded.spreads()
         for index, (owner, unit, kind) in enumerate(zip(rank_passes, units, kind_of, strict=True)):
             rank, number = owner
-            # Where a unit has failed on one rank, say, the passes of the ranks have other numbers.
+            # If a unit has failed on one rank, its later passes have other numbers: units go by key.
             of = number if unit is None else (unit,)
             key = (of, counts[owner], kind) if kinds[kind] else index
             calls.setdefault(key, _Call(number, rank, kind, kinds[kind], {})).parts[rank] = index
@@ -79,7 +80,7 @@ class WholeLayer(ReadOnlyLayer):
 
     @property
     def left_out(self) -> int:
-        """How many calls are left out, for parts of them are missing."""
+        """How many calls are left out because parts of them are missing."""
         return self._found[1]
 
     @property
@@ -94,7 +95,7 @@ class WholeLayer(ReadOnlyLayer):
 
     @override
     def _per_pass(self) -> tuple[int, int]:
-        # Each rank has passes of its own.
+        # Each rank counts its own passes.
         counts = Counter((call.number, call.rank) for call in self._found[0])
         return max(counts.values(), default=0), len(counts)
 
@@ -158,7 +159,7 @@ class WholeLayer(ReadOnlyLayer):
 
 
 def whole_problems(layers: Sequence[WholeLayer], *, progress: bool) -> Iterator[str]:
-    """What is wrong with the calls whose parts do not fit together."""
+    """Yield what is wrong with calls whose parts do not fit together."""
     with showing("verify parts", sum(map(len, layers)), progress=progress) as each:
         for layer in layers:
             for index in each(range(len(layer))):

@@ -1,8 +1,8 @@
-"""Gradients on their way to a path. They come after their calls, and are written with the passes of those.
+"""Gradients that are recorded to a path. They arrive after their calls, and are written with the passes of these.
 
-A gradient may come in several parts, in one backward or in several. That of a pass is written when nothing more is expected: a
-later pass has begun after the end of a backward that reached this pass, or one behind it. (Several forwards may share
-a backward.) That of a unit is written when the unit has ended.
+A gradient may arrive in several parts, in one backward or in several. The gradients of a pass are written when no more are
+expected: when a later pass has begun after the end of a backward that reached this pass, or a later one. (Several forwards
+may share a backward.) Those of a unit are written when the unit has ended.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from .live import LiveLayer, Open, Writing
 
 
 class Late(Protocol):
-    """What has something of a pass to write when the pass is committed."""
+    """A layer that has calls of a pass to write only when the pass is committed."""
 
     def take(self, complete: int) -> Iterator[Call]:
-        """Hand out what is written with the passes before ``complete``."""
+        """Yield the calls to write with the passes before ``complete``."""
 
 
 class Backwards:
-    """Which passes wait for their gradients, for all layers of a block."""
+    """Which passes still await gradients, for all layers of a block."""
 
     def __init__(self, complete: Callable[[], int]) -> None:
-        """``complete`` says how many passes nothing is going to be recorded of, but for gradients."""
+        """``complete`` returns how many passes will get no more calls, apart from gradients."""
         self.layers: list[Late] = []
-        self.lock = threading.RLock()  # whoever holds it calls no writer
-        self.written = 0  # the gradients of passes before this number
+        self.lock = threading.RLock()  # the writer must not be called while it is held
+        self.written = 0  # the gradients of passes before this number are written
         self._complete = complete
         self._expecting: set[int] = set()  # passes that a backward may reach
-        self._running: dict[int, int] = {}  # backwards, with the latest pass that each has reached
-        self._reached = -1  # the latest pass that a backward has reached and ended
+        self._running: dict[int, int] = {}  # the latest pass that each running backward has reached
+        self._reached = -1  # the latest pass that a backward which has ended had reached
         self._latest = -1  # the latest pass that has begun
-        self._over = -1  # up to this pass nothing more is expected
+        self._over = -1  # up to this pass, no more gradients are expected
 
     def begin(self, number: int) -> None:
-        """A call of pass ``number`` was recorded: with the first one, the backwards before it are over."""
+        """A call of pass ``number`` was recorded. At its first call, the passes that backwards have reached are over."""
         with self.lock:
             if number > self._latest:
                 self._latest, self._over = number, self._reached
@@ -72,7 +72,7 @@ class Backwards:
     def _end(self, backward: int) -> None:
         with self.lock:
             self._reached = max(self._reached, self._running.pop(backward, -1))
-            # Backwards that raised never say that they have ended.
+            # A backward that raised never reports its end.
             self._running = {one: at for one, at in self._running.items() if one > backward}
 
     def count_complete(self) -> int:
@@ -83,7 +83,7 @@ class Backwards:
             return min([complete, *waiting])
 
     def take(self, complete: int) -> Iterator[Call]:
-        """Return the gradients of the passes before ``complete``, which are written now."""
+        """Yield the gradients of the passes before ``complete``, to be written now."""
         with self.lock:
             self.written = max(self.written, complete)
             self._expecting = {number for number in self._expecting if number >= complete}
@@ -92,12 +92,12 @@ class Backwards:
 
 
 class LateLayer(LiveLayer):
-    """A layer of gradients that go to the disk."""
+    """A layer of gradients that are recorded to a path."""
 
     def __init__(self, stream: Writing, slot: Slot, backwards: Backwards) -> None:
         super().__init__(stream, slot)
         self.backwards = backwards
-        #: By pass, what may still change.
+        #: By pass, the gradients that may still change.
         self.waiting: dict[int, list[Value]] = {}
         backwards.layers.append(self)
 
@@ -125,7 +125,7 @@ class LateLayer(LiveLayer):
             self.waiting.pop(number, None)
 
     def take(self, complete: int) -> Iterator[Call]:
-        """Hand out the gradients of the passes before ``complete``."""
+        """Yield the gradients of the passes before ``complete``."""
         for number in sorted(number for number in self.waiting if number < complete):
             for value in self.waiting.pop(number):
                 call = Call.of(self._slot, number, value, parts=True, before=self._look)

@@ -1,4 +1,4 @@
-"""Layers on disk: where each call is, and how calls that lie behind each other are joined by copying bytes."""
+"""Layers on disk: where each call is, and how calls that follow each other in a file are joined by copying bytes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .rank_folder import Rank
 from .read_only import ReadOnlyLayer
 from .shard import Shard
 
-#: Bytes that are read to their place in one go; of shorter runs many are read together, and then copied.
+#: Runs of at least so many bytes are read to their place directly; shorter ones are read together, and then copied.
 _RUN: Final = 1 << 16
-_PIECE: Final = 1 << 22  # that are read together
+_PIECE: Final = 1 << 22  # bytes that are read together
 
 
 class Source(NamedTuple):
@@ -42,7 +42,7 @@ class Source(NamedTuple):
     so_far: SoFar
 
     def parts(self) -> Iterator[tuple[Shard, Part]]:
-        """What its shards hold of the layer."""
+        """Yield the parts of the layer in the shards of the rank."""
         return self.rank.index.parts(self.role, self.name)
 
     def find(self, call: int) -> Found:
@@ -51,7 +51,7 @@ class Source(NamedTuple):
 
 
 class StoredLayer(ReadOnlyLayer):
-    """A layer on disk: indexed and iterated over like a list, each call read when it is asked for."""
+    """A layer on disk: indexed and iterated over like a list; each access reads a call."""
 
     def __init__(self, name: str, kind: str, sources: Iterable[Source] = ()) -> None:
         self.name = name
@@ -62,7 +62,7 @@ class StoredLayer(ReadOnlyLayer):
 
     @cached_property
     def _order(self) -> Tensor | None:
-        """The calls by pass, ``None`` where they are stored so; several ranks or threads store them otherwise."""
+        """The stored calls sorted by pass; ``None`` if they are stored in that order. Ranks or threads may mix them."""
         found = [source.so_far for source in self._sources if source.so_far.calls]
         if all(one.ordered for one in found) and all(a.last <= b.first for a, b in pairwise(found)):
             return None
@@ -84,9 +84,9 @@ class StoredLayer(ReadOnlyLayer):
 
     @property
     def ranks(self) -> list[int]:
-        """For each call, the rank that has recorded it; of a tensor in parts, the first of those ranks.
+        """For each call, the rank that has recorded it; for a tensor in parts, the first of its ranks.
 
-        All zeros, unless a run of several processes was recorded.
+        All are 0, unless several processes have recorded.
         """
         owners = [
             source.rank.number for source in self._sources for _ in range(source.so_far.calls)
@@ -99,7 +99,7 @@ class StoredLayer(ReadOnlyLayer):
         return any(source.so_far.in_parts for source in self._sources)
 
     def spreads(self) -> tuple[list[tuple[tuple[int, Spread], ...]], list[int]]:
-        """Return in which ways tensors are spread over ranks, and the number of its way for each call."""
+        """Return the different ways in which tensors are spread over ranks, and the index of its way for each call."""
         kinds: dict[tuple[tuple[int, Spread], ...], int] = {}
         found = [torch.zeros(0, dtype=torch.int64, device="cpu")]
         for _, part in self._read():
@@ -155,7 +155,10 @@ class StoredLayer(ReadOnlyLayer):
         return part.groups[0].structure.spec.fill([joined for joined, _ in room])
 
     def _room(self, *, new: bool) -> list[tuple[Tensor, Tensor]]:
-        """Memory for each tensor of all calls, joined, and where in it each stored call begins; none if that is not enough."""
+        """Allocate memory for each tensor of all calls, joined. Return it, and the row at which each stored call begins.
+
+        Empty if the calls are too different to be joined by copying bytes.
+        """
         known: tuple[str, list[tuple[torch.dtype, list[int] | None]]] | None = None
         counts: list[tuple[Tensor, ...]] = []
         for _, part in self._read():
@@ -178,7 +181,7 @@ class StoredLayer(ReadOnlyLayer):
         return room
 
     def _firsts(self, counts: Tensor) -> Tensor:
-        """The row with which each stored call begins, of all rows in the order of the calls."""
+        """Return the row at which each stored call begins, among all rows in the order of the calls."""
         if self._order is None:
             return counts.cumsum(0) - counts
         ordered = counts[self._order]
@@ -189,7 +192,7 @@ class StoredLayer(ReadOnlyLayer):
 
 
 def _scatter(shard: Shard, begin: int, joined: Tensor, firsts: Tensor, counts: Tensor) -> None:
-    """Read the rows of calls that lie behind each other in a shard, those of each call to their place in ``joined``."""
+    """Read the rows of calls that follow each other in a shard, and put those of each call to its place in ``joined``."""
     if not joined.numel():
         return
     heads = (firsts[1:] != (firsts + counts)[:-1]).nonzero()[:, 0] + 1

@@ -1,9 +1,9 @@
 """Writing a shard: some calls of a rank become one safetensors file. Reading it is in ``shard.py``.
 
 All calls of a layer whose values have one structure, one dtype and one number of dimensions for each tensor
-are a *group*, and each tensor of a group is one tensor of the file: the elements of all calls, one behind the
-other. Beside it stand the shapes. So ten thousand small calls are three entries in the header, joining them
-again is one copy, and whoever has the safetensors library has the data.
+are a *group*, and each tensor of a group is one tensor of the file: the elements of all calls, one after the
+other. Another tensor has the shapes. So ten thousand small calls are three entries in the header, joining them
+is one copy, and the safetensors library alone can read the data.
 
 For a layer with the key ``output.00003`` the file has
 
@@ -13,7 +13,7 @@ For a layer with the key ``output.00003`` the file has
 ``….0.1.shapes``          int64         ``(calls, dims)``   the shape of that tensor in each call of the group
 ========================  ============  ==================  =====================================================
 
-and the metadata say the rest: see ``docs/reference/format.md``, which is normative.
+and the metadata has the rest: see ``docs/reference/format.md``, which is normative.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _PIECE: Final = 1 << 24  # bytes that are made contiguous at a time
 _STORED: Final = dict(DTYPES.values())
 
 
-# --- What the calls become -----------------------------------------------------------------------------
+# --- From calls to tensors -----------------------------------------------------------------------------
 
 
 def lay_out(calls: Iterable[Call]) -> tuple[list[Part], list[safetensors.Tensor]]:
-    """Sort calls, which come as they ended, into layers, by the first call of each, and these into groups.
+    """Sort calls, given in the order in which they ended, into layers, and those of each layer into groups.
 
     Returns:
-        What the shard holds of each layer, without the data; and the tensors of the file.
+        The part of each layer in the shard, without the data; and the tensors of the file.
     """
     by_slot: dict[Slot, list[Call]] = defaultdict(list)
     for call in calls:
@@ -66,7 +66,7 @@ def lay_out(calls: Iterable[Call]) -> tuple[list[Part], list[safetensors.Tensor]
 
 
 def _laid_out(slot: Slot, calls: list[Call]) -> tuple[Part, list[safetensors.Tensor]]:
-    # What most calls have in common is looked at once, and told apart by the number of their look.
+    # Most calls share a look: work is done once for each look, and calls refer to it by its index.
     looks = {look: at for at, look in enumerate(dict.fromkeys(call.look for call in calls))}
     numbers: dict[object, int] = {}
     group_of = _numbers([numbers.setdefault(look.group, len(numbers)) for look in looks])
@@ -96,7 +96,7 @@ def _numbers(numbers: Sequence[object]) -> Tensor:
 
 
 def _data(name: str, leaf: Leaf, column: Sequence[Tensor]) -> safetensors.Tensor:
-    """The elements of all calls; as rows, where all calls have rows of one shape."""
+    """Return the elements of all calls; as rows, if all calls have rows of one shape."""
     stored = _STORED[leaf.dtype]
     row = leaf.row(new=False)
     shape = [int(leaf.starts[-1])] if row is None else [int(leaf.counts(new=False).sum()), *row]
@@ -114,16 +114,16 @@ def _index(name: str, numbers: Tensor) -> safetensors.Tensor:
 
 
 def _pieces(column: Sequence[Tensor], leaf: Leaf, *, are_rows: bool) -> Iterator[safetensors.Piece]:
-    """The memory of large tensors as it is; small ones are joined, for to ask for each costs more than to copy it."""
+    """Yield the memory of large tensors as it is; small ones are joined, because a piece for each costs more than copying it."""
     sizes = leaf.starts.diff() * leaf.dtype.itemsize
-    column = list(compress(column, sizes.tolist()))  # what is empty may have an impossible shape
+    column = list(compress(column, sizes.tolist()))  # without empty ones, whose shapes may not fit
     small = sizes[sizes > 0] < _SMALL
     turns = (small.diff().nonzero().flatten() + 1).tolist()
     for begin, end in pairwise(dict.fromkeys([0, *turns, len(column)])):
         if small[begin]:
             for at in range(begin, end, _TOGETHER):
                 few = column[at : min(at + _TOGETHER, end)]
-                # torch.cat() only reads, and so leaves values shared with the model.
+                # torch.cat() only reads, so values stay shared with the model.
                 yield memory(torch.cat(few if are_rows else [one.reshape(-1) for one in few]))
             continue
         for tensor in column[begin:end]:
@@ -131,7 +131,7 @@ def _pieces(column: Sequence[Tensor], leaf: Leaf, *, are_rows: bool) -> Iterator
 
 
 def _made_contiguous(tensor: Tensor) -> Iterator[Tensor]:
-    """A few rows at a time, so that no second copy of a large tensor comes into being."""
+    """Yield a few rows at a time, so that a large tensor is never copied as a whole."""
     rows = max(1, _PIECE * len(tensor) // tensor.nbytes)
     for part in torch.split(tensor, rows):
         yield part.contiguous()
@@ -150,10 +150,10 @@ def write(
     """Write a shard.
 
     Args:
-        file: what is written to.
-        heading: what it says of itself.
-        layers: what there is of each layer with this shard, which ``heading`` counts.
-        parts: what it holds of the layers that have calls in it.
+        file: the file to write to.
+        heading: the heading of the shard.
+        layers: the counts of each layer, up to and including this shard.
+        parts: the parts of the layers that have calls in it.
         tensors: their tensors.
     """
     here = {part.slot: part for part in parts}
@@ -164,7 +164,7 @@ def write(
 
 
 def _node(slot: Slot, so_far: SoFar, part: Part | None) -> dict[str, Any]:
-    """What the metadata say of a layer."""
+    """Return the entry of a layer in the metadata."""
     groups = [
         {"structure": json.loads(group.text), "dtypes": [leaf.dtype_name for leaf in group.leaves]}
         for group in (part.groups if part is not None else ())
