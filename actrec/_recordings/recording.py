@@ -200,7 +200,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
         The calls before the error are kept; :func:`actrec.data.rows` leaves them out.
         """
-        return sorted({number for _, number in self._run.raised()})
+        return self._run.failed()
 
     # --- Units ---------------------------------------------------------------------------------------------
 
@@ -548,16 +548,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     @override
     def _table(self) -> Table:
-        return recording_table(
-            self._title(),
-            [*self.values()],
-            self._run.state(),
-            passes=self.num_passes,
-            raised=len(self.failed_passes),
-            beside={what: [*one.values()] for what, one in self._besides().items()},
-            together=self._together,
-            units=len(self._run.units),
-        )
+        layers = {one._role: [*one.values()] for one in (self, *self._besides().values())}
+        return recording_table(self._title(), self._run, layers, self._together)
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self)

@@ -59,6 +59,10 @@ class Run:
         """Return the rank (``None`` in memory) and the number of each pass that raised."""
         return {(None, number) for number in list(self.passes.raised)}
 
+    def failed(self) -> list[int]:
+        """Return the numbers of the passes that raised."""
+        return sorted({number for _, number in self.raised()})
+
     def warnings(self) -> Sequence[str]:
         """Return the warnings at the end of the block."""
         return self.warned

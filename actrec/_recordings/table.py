@@ -10,9 +10,7 @@ from actrec._text import count, shown, size
 
 from .layer import Layer
 from .look import Together
-from .run import State
-
-_WORDS: Final = {"inputs": "inputs", "grads": "gradients"}
+from .run import Run
 
 _COLUMNS: Final = (
     Column("layer"),
@@ -27,40 +25,29 @@ _COLUMNS: Final = (
 
 
 def recording_table(
-    title: str,
-    layers: Sequence[Layer[Any]],
-    state: State,
-    *,
-    passes: int,
-    raised: int,
-    beside: Mapping[str, Sequence[Layer[Any]]],
-    together: Together,
-    units: int = 0,
+    title: str, run: Run, layers: Mapping[str, Sequence[Layer[Any]]], together: Together
 ) -> Table:
     """Return the table of a recording, after one look at each call.
 
     Args:
         title: what was recorded.
-        layers: one for each row.
-        state: whether the block is running.
-        passes: how many there were.
-        raised: how many of them raised.
-        beside: the layers of inputs and of gradients, if they were recorded. Those whose outputs were not recorded have
-            rows of their own.
+        run: its passes and units.
+        layers: the layers by what their values are, outputs first. Those of inputs and gradients have rows of their own if
+            their outputs were not recorded.
         together: adds up the memory of all layers.
-        units: how many of the passes are units that have ended.
     """
     rows: list[Cells] = []
     names: list[str] = []  # of the rows
     places: list[Mapping[object, int]] = []
-    outputs = {layer.name for layer in layers}
-    for what, those in {"": layers, **beside}.items():
+    first, *beside = layers
+    outputs = {layer.name for layer in layers[first]}
+    for role, those in layers.items():
         for layer in those:
             looks, held = layer._seen()
             places.append(held)
-            if what and layer.name in outputs:
+            if role != first and layer.name in outputs:
                 continue
-            notes = (_WORDS.get(what, ""), *_notes(layer, state, passes - 1))
+            notes = (role if role != first else "", *_notes(layer, run))
             names.append(layer.name)
             rows.append(
                 (
@@ -74,22 +61,22 @@ def recording_table(
                     ", ".join(filter(None, notes)),
                 )
             )
-    words = " and ".join(_WORDS[what] for what in beside)
+    raised, units = len(run.failed()), len(run.units)
     facts = (
         count(len(set(names)), "layer"),
-        count(passes, "pass") + (f" ({raised:,} raised)" if raised else ""),
+        count(run.passes.count, "pass") + (f" ({raised:,} raised)" if raised else ""),
         *[count(units, "unit")] * bool(units),
-        size(together.nbytes(places)) + (f" with {words}" if words else ""),
+        size(together.nbytes(places)) + (f" with {' and '.join(beside)}" if beside else ""),
     )
     return Table(f"{title}: {', '.join(facts)}", _COLUMNS, rows, names)
 
 
-def _notes(layer: Layer[Any], state: State, last_pass: int) -> Iterator[str]:
+def _notes(layer: Layer[Any], run: Run) -> Iterator[str]:
     """Yield notes about the layer."""
     if not len(layer):
-        yield "no call yet" if state == "recording" else "never called"
+        yield "no call yet" if run.state() == "recording" else "never called"
         return
-    if state == "interrupted" and last_pass not in layer.passes:
+    if run.state() == "interrupted" and run.passes.count - 1 not in layer.passes:
         yield "not in the last pass"
     if layer.overflows is not None and (many := sum(layer.overflows.counts().values())):
         dtype = str(layer.overflows.dtype).removeprefix("torch.")
