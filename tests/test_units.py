@@ -547,8 +547,8 @@ def test_what_is_done_is_left_out_and_pairs_are_gone_through_one_by_one():
     [
         (3, False, "expected pairs of key and item, such as enumerate"),
         ([(0, 1)], 2, "divide is True or False"),
-        ([X], False, "item 0 is a Tensor, not a (key, item) pair"),
-        (["ab"], False, "item 0 is a str, not a (key, item) pair"),
+        ([X], False, r"item 0 is a Tensor, not a \(key, item\) pair"),
+        (["ab"], False, r"item 0 is a str, not a \(key, item\) pair"),
         ([(0, 1), (0, 2)], False, "the key 0 occurs twice, again at item 1"),
     ],
 )
