@@ -22,7 +22,6 @@ from actrec._calls.hooks import Event, Hook
 from actrec._calls.options import Options
 from actrec._calls.placing import Hooks
 from actrec._calls.recorder import Recorder
-from actrec._calls.reduced import ReducedLayer
 from actrec._calls.self_test import offload_for
 from actrec._calls.session import Session
 from actrec._calls.stop_early import EarlyStop
@@ -177,7 +176,6 @@ class Block(AbstractContextManager[Recorder[Any]]):
             Folder.of(self._options.path),
             Description.of(type_name(self._model), self._selection, self._options.dtype),
             self._session.passes,
-            reduced=ReducedLayer,
             resume=self._options.resume,
         )
 

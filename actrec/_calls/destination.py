@@ -11,10 +11,10 @@ from actrec._rank import Position, here
 from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.layer import Layer, Role
 from actrec._recordings.units import Key, Units
-from actrec._selection.treatment import Make, is_reduction
+from actrec._selection.treatment import is_reduction
 
 from .options import Options
-from .reduced import ReducedLayer
+from .reduced import ReducedLayer, States
 from .sink import SinkLayer
 
 
@@ -30,8 +30,12 @@ class Destination(Protocol):
     where: str = ""  #: the path, if it is one
     error: str | None = None  #: the type of the exception that ended the block, if one did
 
-    def layer(self, role: Role, name: str, kind: str, make: Make | None = None) -> Layer[Any]:
-        """Return the layer for values of this role; ``make``, if given, makes the reduction of them."""
+    def layer(self, role: Role, name: str, kind: str) -> Layer[Any]:
+        """Return the layer for values of this role."""
+
+    def states(self, role: Role, name: str, kind: str) -> States | None:  # noqa: ARG002
+        """Return where the states of a reduction of these values are written to; ``None`` in memory."""
+        return None
 
     def position(self) -> Position:
         """Return the position of this process among those that record."""
@@ -87,9 +91,7 @@ class Memory(Destination):
         self._held = held
 
     @override
-    def layer(self, role: Role, name: str, kind: str, make: Make | None = None) -> Layer[Any]:
-        if make is not None:
-            return ReducedLayer(name, make, kind, self._held)
+    def layer(self, role: Role, name: str, kind: str) -> Layer[Any]:
         if self._options.into is not list and role != "added":
             container = self._options.container()
             if is_reduction(container):

@@ -30,7 +30,10 @@ class States(Protocol):
     """The path that the states of a reduction are written to."""
 
     rank: int | None
-    closed: bool
+
+    @property
+    def closed(self) -> bool:
+        """Whether the recording has ended."""
 
     def take_from(self, layer: ReducedLayer) -> None:
         """Ask ``layer`` for its state whenever passes are committed."""

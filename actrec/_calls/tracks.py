@@ -13,6 +13,7 @@ from actrec._recordings.overflow import Overflows
 from actrec._selection.functions import WHATS, What
 from actrec._selection.names import type_name
 from actrec._selection.selection import Choice
+from actrec._selection.treatment import Make
 from actrec._text import function_name
 from actrec._values.containers import Value
 from actrec.errors import ActrecError
@@ -147,7 +148,7 @@ class Tracks:
     def _track(self, choice: Choice) -> Track:
         kind = FUNCTION if choice.is_function else type_name(choice.module)
         layers = {
-            role: self.destination.layer(role, choice.key, kind, treatment.make)
+            role: self._layer(role, choice.key, kind, treatment.make)
             for role, treatment in choice.treatments.items()
         }
         outputs, inputs, grads = (layers.get(role) for role in WHATS)
@@ -163,6 +164,12 @@ class Tracks:
             track.grads = Gradients(gradient, grads, track.lock, alike, undecided)
         track.earlier = len(next(iter(track.layers.values())))  # in a run that is resumed
         return track
+
+    def _layer(self, role: What, name: str, kind: str, make: Make | None) -> Layer[Any]:
+        if make is None:
+            return self.destination.layer(role, name, kind)
+        states = self.destination.states(role, name, kind)
+        return ReducedLayer(name, make, kind, self.session.passes.undecided, states)
 
     def _capture_of(self, role: What, choice: Choice, layer: Layer[Any] | None) -> Capture:
         """Return the capture for the values of ``layer``, if there is one."""

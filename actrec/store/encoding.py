@@ -22,10 +22,9 @@ from actrec.errors import CaptureError
 from .constants import node_of, refused
 from .decoding import TENSOR_ALONE, TOO_DEEP, decode, may_be_set
 from .dtensor import local, spread
-from .format import DTYPES, MAX_DIMS, MAX_NODES, MAX_STRUCTURE, Defect
+from .format import MAX_DIMS, MAX_NODES, MAX_STRUCTURE, STORED, Defect
 
 _ENTRIES: Final = 512  # bytes that a tensor takes in the header of a shard, at most
-_STORED: Final = dict(DTYPES.values())
 _TOO_LARGE: Final = "it has too many parts. Many numbers are better stored as one tensor"
 
 
@@ -137,8 +136,8 @@ def _is_plain(tensor: Tensor) -> bool:
         type(tensor) is Tensor
         and not (tensor.is_meta or tensor.is_nested)
         and tensor.layout is torch.strided
-        and tensor.dtype in _STORED
-        and tensor.dim() + _STORED[tensor.dtype].pair <= MAX_DIMS
+        and tensor.dtype in STORED
+        and tensor.dim() + STORED[tensor.dtype].pair <= MAX_DIMS
     )
 
 
@@ -150,7 +149,7 @@ def _unplain(tensor: Tensor) -> tuple[str, str]:
         return "nested tensor", ", with to_padded_tensor(0.0) say"
     if tensor.layout is not torch.strided:
         return f"{str(tensor.layout).removeprefix('torch.')} tensor", ", with to_dense() say"
-    if tensor.dtype not in _STORED:
+    if tensor.dtype not in STORED:
         return f"tensor of dtype {tensor.dtype}", ", with dequantize() say" * tensor.is_quantized
     if type(tensor) is not Tensor:
         return type(tensor).__name__, ""

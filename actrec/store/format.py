@@ -74,6 +74,8 @@ DTYPES: Final[dict[str, tuple[torch.dtype, Stored]]] = {
     for name, code in _CODES.items()
     if (dtype := getattr(torch, name, None)) is not None
 }
+#: How each dtype is held.
+STORED: Final = dict(DTYPES.values())
 
 
 # --- What is wrong with a file -----------------------------------------------------------------------

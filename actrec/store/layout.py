@@ -35,14 +35,13 @@ from actrec._values.memory import memory
 from . import safetensors
 from .call import Call
 from .decoding import decode
-from .format import DTYPES, VERSION, Slot
+from .format import STORED, VERSION, Slot
 from .ledger import Heading, SoFar
 from .part import Group, Leaf, Part
 
 _SMALL: Final = 1 << 16  # bytes
 _TOGETHER: Final = 64  # so many small tensors are joined
 _PIECE: Final = 1 << 24  # bytes that are made contiguous at a time
-_STORED: Final = dict(DTYPES.values())
 
 
 # --- From calls to tensors -----------------------------------------------------------------------------
@@ -97,7 +96,7 @@ def _numbers(numbers: Sequence[object]) -> Tensor:
 
 def _data(name: str, leaf: Leaf, column: Sequence[Tensor]) -> safetensors.Tensor:
     """Return the elements of all calls; as rows, if all calls have rows of one shape."""
-    stored = _STORED[leaf.dtype]
+    stored = STORED[leaf.dtype]
     row = leaf.row(new=False)
     shape = [int(leaf.starts[-1])] if row is None else [int(leaf.counts(new=False).sum()), *row]
     shape += [2] * stored.pair

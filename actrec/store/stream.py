@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from actrec._rank import Position
@@ -47,14 +47,11 @@ class Stream:
         description: Description,
         passes: Passes,
         *,
-        reduced: Callable[..., Layer[Any]],
         resume: bool = False,
     ) -> None:
-        """``reduced`` makes a layer whose values a reduction takes in: of name, maker, type, undecided passes and states."""
         self._opening = Opening("record(into={path!r})", folder, description, resume=resume)
         rank, ledger = self._opening.rank, self._opening.ledger
         self._resumed = resume
-        self._reduced = reduced
         self.rank: int | None = rank.number
         self._passes = passes
         self.undecided = passes.undecided
@@ -88,20 +85,21 @@ class Stream:
 
     # --- Layers ----------------------------------------------------------------------------------------
 
-    def layer(
-        self, role: Role, name: str, kind: str, make: Callable[[], Any] | None = None
-    ) -> Layer[Any]:
-        """Return the layer that stands for a chosen one."""
-        numbers = self._numbers[role]
-        number = numbers.setdefault(name, max(numbers.values(), default=-1) + 1)
-        slot = Slot(role, number, name, kind)
-        if make is not None:
-            return self._reduced(
-                name, make, kind, self.undecided, States(self, slot, self._backwards)
-            )
+    def layer(self, role: Role, name: str, kind: str) -> Layer[Any]:
+        """Return the layer that stands for values of this role."""
+        slot = self._slot(role, name, kind)
         if role == "gradient":
             return LateLayer(self, slot, self._backwards)
         return LiveLayer(self, slot)
+
+    def states(self, role: Role, name: str, kind: str) -> States:
+        """Return where the states of a reduction of these values are written to."""
+        return States(self, self._slot(role, name, kind), self._backwards)
+
+    def _slot(self, role: Role, name: str, kind: str) -> Slot:
+        numbers = self._numbers[role]
+        number = numbers.setdefault(name, max(numbers.values(), default=-1) + 1)
+        return Slot(role, number, name, kind)
 
     def position(self) -> Position:
         """Return the position of this process among the ranks."""
