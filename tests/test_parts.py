@@ -365,7 +365,7 @@ def test_calls_of_which_parts_are_missing_are_left_out_and_the_recording_says_so
     spread_out(tmp_path / "s", [whole, whole], (2, 2), [shard(0), REPLICATE], missing=[2, 3])
     acts = load(tmp_path / "s")
     assert (len(acts["layer"]), acts["layer"].passes, acts.num_passes) == (0, [], 2)
-    assert "ranks 2 and 3 wrote nothing; 2 calls left out for want of parts" in repr(acts)
+    assert "ranks 2 and 3 wrote nothing; 2 calls left out, with missing parts" in repr(acts)
     assert same(acts.rank(1)["layer"][0], whole[:4])
 
 
@@ -381,7 +381,7 @@ def test_a_rank_with_fewer_passes_makes_a_recording_incomplete(tmp_path: Path) -
     acts = load(tmp_path / "r")
     assert all(info.complete for info in acts.ranks)
     assert not acts.complete
-    assert repr(acts).startswith("stored Same (incomplete: 1 call left out for want of parts): ")
+    assert repr(acts).startswith("stored Same (incomplete: 1 call left out, with missing parts): ")
     assert len(acts["layer"]) == 1
 
 

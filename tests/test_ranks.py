@@ -164,7 +164,7 @@ def test_where_nothing_names_a_run_of_several_ranks_a_name_is_asked_for(
     assert run_of(monkeypatch, **said) is None
     for name, value in said.items():
         monkeypatch.setenv(name, value)
-    told = r"rank 1 of 4, and nothing says of which run.*Folder\(path, run='2026-11-28-a'\)"
+    told = r"rank 1 of 4, and it is unknown of which run.*Folder\(path, run='2026-11-28-a'\)"
     with pytest.raises(OptionError, match=told):
         write(tmp_path / "r", 1, 4, [row(1)], folder={"run": None})
     assert not list(tmp_path.iterdir())
@@ -593,7 +593,7 @@ def test_of_two_runs_that_begin_at_the_same_moment_at_most_one_records(tmp_path:
             done = list(threads.map(lambda w, p=path, t=together: begin(*w, p, t), who))
         recorded = {text for text in done if text.startswith("run of")}
         assert len(recorded) <= 1
-        assert all("Go on with it" in text or "Choose another" in text for text in done if text not in recorded)  # fmt: skip
+        assert all("Continue it" in text or "Choose another" in text for text in done if text not in recorded)  # fmt: skip
         assert not recorded or actrec.verify(path) == []
         outcomes += recorded
     assert outcomes, "as a rule, one of them gets there"

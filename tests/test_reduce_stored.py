@@ -408,11 +408,14 @@ def test_a_run_goes_on_with_the_same_reduction_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda value: 3, "the state of a reduction is something else"),
-        (lambda value: {**value, "passes": torch.ones(3)}, "are no runs"),
+        (lambda value: 3, "a value should be the state of a reduction, and is not"),
+        (lambda value: {**value, "passes": torch.ones(3)}, "are not runs"),
         (lambda value: {**value, "passes": torch.tensor([[0, 1 << 50, 1]])}, "impossibly many"),
         (lambda value: {**value, "states": []}, "has no state"),
-        (lambda value: {**value, "passes": torch.tensor([[0, 2, 1]])}, "what is not committed"),
+        (
+            lambda value: {**value, "passes": torch.tensor([[0, 2, 1]])},
+            "passes that are not committed",
+        ),
         (lambda value: {**value, "states": [{"ord": 2.0}]}, "rows has to be a tensor of 0"),
         (lambda value: {**value, "states": [{**value["states"][0], "ord": -1}]}, "none of Norms"),
         (

@@ -44,7 +44,7 @@ def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     acts.save(Path("~/b"))
     assert [*load("~/a")] == [*load(tmp_path / "b")] == [""]
     assert actrec.verify("~/b") == []
-    with pytest.raises(OptionError, match="nobody has that home directory"):
+    with pytest.raises(OptionError, match="that home directory does not exist"):
         load("~nobody-of-that-name/run")
 
 

@@ -360,7 +360,7 @@ def test_a_file_that_is_tidied_up_before_it_has_its_name_is_told(tmp_path: Path)
     disk = _disk.Disk(tmp_path)
     unfinished = disk.begin("a", lambda file: file.write(b"ours"))
     disk.sweep()
-    with pytest.raises(FileExistsError, match="another run has taken the folder over"):
+    with pytest.raises(FileExistsError, match="another run has taken over the folder"):
         unfinished.finish()
     assert disk.names() == []
 

@@ -782,7 +782,7 @@ def test_a_path_that_is_taken_is_refused_and_not_touched(tmp_path: Path) -> None
     (tmp_path / "file").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for name, told in (
-        ("r", r"there is a recording already. Go on with it: record\(..., resume=True\)"),
+        ("r", r"there is a recording already. Continue it: record\(..., resume=True\)"),
         ("other", r"that folder has other things in it \('notes.txt'\). Choose another path"),
         ("file", "that is a file. Choose another path"),
     ):
@@ -840,9 +840,7 @@ def test_a_file_system_without_locks_will_do_and_it_is_said_that_there_are_none(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     net = nn.Linear(4, 3)
-    told = (
-        r"rank-00000 cannot be locked: .* not supported. Nothing keeps another run from recording"
-    )
+    told = r"rank-00000 cannot be locked: .* not supported. So another run could record"
     with pytest.warns(UnlockedWarning, match=told), record(net, "", into=tmp_path / "r"):
         net(torch.ones(2, 4))
     assert load(tmp_path / "r").complete

@@ -1,9 +1,9 @@
-"""What the shards of a rank hold, counted up from the first: it stands in the header of each shard.
+"""Counts of what the shards of a rank hold, up to and including each: they are in the header of each shard.
 
-So the last shard alone says how many calls of which layers there are, of which passes, and what they look like: opening a
-recording reads one header of each rank, however many shards there are. And the shard with call ``i`` of a layer
-is found by bisection, for each header says how many calls there are before it. No file beside the shards can be missing,
-stale or damaged.
+So the last shard alone tells which layers have how many calls, their passes, shapes and dtypes: opening a recording reads
+one header of each rank, however many shards there are. And the shard with call ``i`` of a layer is found by bisection,
+because each header says how many calls there are before it. There is no other file that could be missing, stale or
+damaged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .format import MAX_DIMS, Slot, need
 from .forms import Maybe, checked
 from .part import Part
 
-#: The forms in which they stand in the header of a shard.
+#: The forms of the heading and of the counts of a layer in the header of a shard.
 HEADING: Final = {
     "recording": str,
     "rank": int,
@@ -47,16 +47,16 @@ SO_FAR: Final = {
 }
 
 
-#: What earlier versions did not write.
+#: A key that earlier versions did not write.
 _NESTED: Final = Maybe([(str, [int], [int])])
 
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """What a shard says of itself and of those before it.
+    """What a shard says of itself and of the shards before it.
 
     A call counts if its pass is before ``committed`` of the last shard, and its shard is not ``void``: a pass
-    that is larger than a shard is written in parts, and those of a pass that was never completed are void.
+    that is larger than a shard is written in parts, and the parts of a pass that was never completed are void.
     """
 
     recording: str
@@ -69,12 +69,12 @@ class Heading:
     parts: tuple[tuple[int, int], ...] = ()
     void: tuple[int, ...] = ()  #: shards whose calls do not count
     raised: tuple[int, ...] = ()  #: passes that raised, of those that are complete
-    #: ``""`` if the run was closed properly with this shard, or what it was left by.
+    #: ``""`` if the run was closed properly with this shard; else the exception or the reason that ended it.
     ended: str | None = None
 
     @classmethod
     def of(cls, about: dict[str, Any]) -> Heading:
-        """What a header says, which has the form ``HEADING``."""
+        """Return the heading from a header, which has the form ``HEADING``."""
         heading = cls(*(_tuple(about[key]) for key in HEADING))
         need(
             heading.ranks <= MAX_RANKS,
@@ -86,7 +86,7 @@ class Heading:
 
     @property
     def is_part(self) -> bool:
-        """Whether the calls of the shard itself are of a pass that was not complete."""
+        """Whether the calls of this shard are of a pass that is not complete."""
         return bool(self.parts) and self.parts[-1][0] == self.shard
 
     @property
@@ -113,9 +113,9 @@ class Commit(NamedTuple):
 
 @dataclass(slots=True)
 class SoFar:
-    """What the shards of a rank hold of one layer, up to and including one of them."""
+    """The counts of one layer in the shards of a rank, up to and including one of them."""
 
-    stored: int = 0  #: calls, those included that do not count
+    stored: int = 0  #: calls, including void ones
     calls: int = 0
     nbytes: int = 0
     first: int = 0  #: pass
@@ -127,7 +127,7 @@ class SoFar:
     looks: Summary = field(default_factory=Summary)
 
     def add(self, calls: Sequence[Part]) -> None:
-        """Take in all calls of some passes, which come after those before."""
+        """Count all calls of some passes, which follow those counted before."""
         passes, counts = torch.unique(torch.cat([o.passes for o in calls]), return_counts=True)
         self.first = self.first if self.calls else int(passes[0])
         self.last = int(passes[-1])
@@ -140,7 +140,7 @@ class SoFar:
             self.looks.update(one.summary())
 
     def node(self) -> dict[str, Any]:
-        """As it stands in the metadata, in the form ``SO_FAR``."""
+        """Return the counts as they are in the metadata, in the form ``SO_FAR``."""
         nested = self.looks.nested
         return {
             "stored": self.stored,
@@ -165,7 +165,7 @@ class SoFar:
 
     @classmethod
     def of(cls, node: Any) -> SoFar:
-        """What the metadata say, which have the form ``SO_FAR``."""
+        """Return the counts from the metadata, which have the form ``SO_FAR``."""
         *facts, kinds, dtypes, shapes = (node[key] for key in SO_FAR)
         nested = checked(node.get("nested"), _NESTED, "the outlines of nested values")
         devices = {"cpu": None} if dtypes else {}
@@ -195,10 +195,10 @@ def _is_outline(template: str, low: Sequence[int], high: Sequence[int]) -> bool:
 
 @dataclass(slots=True)
 class Ledger:
-    """The state of a rank's writer: what stands in the header of the next shard."""
+    """The state of a rank's writer, of which the header of the next shard is made."""
 
     heading: Heading  #: of the last shard
-    layers: dict[Slot, SoFar] = field(default_factory=dict)  #: by the end of their first calls
+    layers: dict[Slot, SoFar] = field(default_factory=dict)  #: in the order of their first calls
     _waiting: list[Part] = field(default_factory=list)  # in parts of passes that are not complete
     _latest: dict[Slot, int] = field(default_factory=dict)  # the last pass in a shard of this run
 
@@ -238,11 +238,11 @@ class Ledger:
         self._latest[one.slot] = max(latest, int(one.passes[-1]))
 
     def resumed(self, ranks: int, now: int) -> Ledger:
-        """Return the state of a run that goes on here: the parts of passes that were never completed are void."""
+        """Return the state of a run that is resumed here: the parts of passes that were never completed are void."""
         heading = replace(
             self.heading,
             ranks=ranks,
-            began=max(now, self.heading.began + 1),  # clocks may be put back
+            began=max(now, self.heading.began + 1),  # a clock may be set back
             parts=(),
             void=self.heading.uncounted,
             ended=None,

@@ -1,4 +1,4 @@
-"""What stands in the recorder for a layer whose values go to a path."""
+"""The layer of a recorder whose values are written to a path."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .read_only import ReadOnlyLayer
 
 
 class Writing(Protocol):
-    """The path that the values of a layer go to."""
+    """The path that the values of a layer are written to."""
 
     disk: Place
     rank: int | None
@@ -36,15 +36,15 @@ class Writing(Protocol):
         """Write a call, sooner or later."""
 
     def expect(self, number: int) -> None:
-        """There will be calls of pass ``number`` that come when it is complete."""
+        """Keep a place for pass ``number``, which will get more calls when it is complete."""
 
     def stored(self, slot: Slot) -> StoredLayer:
-        """Return what is on the disk of a layer."""
+        """Return the part of a layer that is on the disk."""
 
 
 @dataclass(slots=True)
 class Open:
-    """What a layer has of a unit that has not ended."""
+    """The counts of a layer's calls in a unit that has not ended."""
 
     calls: int = 0
     nbytes: int = 0
@@ -52,7 +52,7 @@ class Open:
 
 
 class LiveLayer(ReadOnlyLayer):
-    """A layer whose values go to the disk. They can be read when the block has ended; those of earlier runs at any time."""
+    """A layer whose values are written to the disk. They can be read after the block; those of earlier runs at any time."""
 
     def __init__(self, stream: Writing, slot: Slot) -> None:
         self.name = slot.name
@@ -101,11 +101,11 @@ class LiveLayer(ReadOnlyLayer):
     @override
     def drop(self, number: int) -> None:
         self._open.pop(number, None)
-        self._look = None  # it may have been that of its last call
+        self._look = None  # it may have been the look of a dropped call
 
     @property
     def _stored(self) -> StoredLayer:
-        """What is on the disk, if that is all there is."""
+        """The layer on the disk, if it has all calls."""
         if self._stream.closed:
             return self._stream.stored(self._slot)
         if self._known and len(self) == self._known:
@@ -178,11 +178,11 @@ class LiveLayer(ReadOnlyLayer):
     def clear(self) -> NoReturn:
         message = (
             f"acts[{self.name!r}].clear(): what was written to a path stays there. To keep only a part of a "
-            "run, record that part: acts.pause() records nothing."
+            "run, record only that part: nothing is recorded inside acts.pause()."
         )
         raise ActrecError(message)
 
     @override
     def __reduce__(self) -> tuple[Callable[..., StoredLayer], tuple[StoredLayer]]:
-        # What is copied or pickled is what was stored, not the storing of it.
+        # A copy or a pickle is the layer on the disk.
         return itself, (self._stored,)

@@ -50,51 +50,50 @@ def load(
     >>> acts["0"][1].shape, acts["0"].cat().shape
     (torch.Size([5, 3]), torch.Size([10, 3]))
 
-    Opening reads one header of each rank and no data, so it takes milliseconds however large the recording is. A
-    call is read from the disk when it is asked for; one of more than a megabyte is a view of the mapped file. Writing
-    to it never changes the file, but may be seen where this recording gives out the same bytes again; take a
-    ``clone()`` to write to. ``cat()`` and ``stack()`` return new tensors.
+    Opening reads one header of each rank and no data, so it takes milliseconds however large the recording is. Each access
+    reads a call from the disk; a call of more than a megabyte is a view of the mapped file. Writing to it never changes the
+    file, but other values that this recording returns may share the memory: write to a ``clone()``. ``cat()`` and
+    ``stack()`` return new tensors.
 
-    A recording that was not closed properly (the process was killed, the block left by an exception, the
-    disk full) has all the passes that were committed, and says so: ``acts.complete`` is false.
+    A recording that was not closed properly (the process was killed, an exception ended the block, the disk was full)
+    has all the passes that were committed, and ``acts.complete`` is false.
 
     What several ranks of ``torch.distributed`` have recorded is read as one recording: calls are ordered by
-    pass, and within a pass by rank; ``acts[name].ranks`` says whose they are. The parts of a ``DTensor`` become one
-    call, a plain tensor that is whole, assembled when it is asked for; where a part is missing, the call is left
-    out. ``acts.ranks`` says how far each rank has come, and ``acts.rank(2)`` is what rank 2 has recorded, with its
-    parts as they are. With ``rank=2``, nothing but the folder of that rank is opened: it can be read though
-    another one is damaged.
+    pass, and within a pass by rank; ``acts[name].ranks`` has the rank of each. The parts of a ``DTensor`` become one
+    call, a plain, whole tensor, assembled when it is read; if a part is missing, the call is left out. ``acts.ranks``
+    says how far each rank has come, and ``acts.rank(2)`` is the recording of rank 2, with its local parts. With
+    ``rank=2``, only the folder of that rank is opened: it can be read even if another one is damaged.
 
-    Data is not checked when it is read: a file whose bytes were changed, by a bad disk say, gives other numbers without a
-    word. ``check=True`` reads everything once, compares the checksums, and raises for the first that does not fit;
+    Data is not checked when it is read: a file whose bytes were changed, for example by a bad disk, silently gives other
+    numbers. ``check=True`` reads everything once, compares the checksums, and raises for the first that does not match;
     :func:`verify` lists all of them.
 
-    Containers come back in their structure: tuples, lists, dicts, named tuples, NumPy arrays and Python's
+    Containers are restored with their structure: tuples, lists, dicts, named tuples, NumPy arrays and Python's
     numbers and strings as themselves, dataclasses and other classes as :class:`actrec.store.Fields`. No
     class that a file names is ever imported.
 
-    A URL such as ``"s3://bucket/run"`` is opened through ``fsspec``. What is asked for is downloaded, in blocks of
-    4 MiB, of which the last ones stay in memory. For a path on disk ``cache_bytes`` means nothing.
+    A URL such as ``"s3://bucket/run"`` is opened through ``fsspec``. Data is downloaded on access, in blocks of
+    4 MiB, of which the last ones are cached in memory. ``cache_bytes`` has no effect for a path on disk.
 
     Args:
         path: the folder, or the URL.
-        rank: the rank whose folder alone is opened.
+        rank: open only the folder of this rank.
         check: whether to read and check all data first, which takes as long as reading it.
-        units: the keys of units that have to be there. :meth:`Recording.missing` says which are not without raising.
-        storage_options: what ``fsspec`` passes to the file system of a URL: credentials, an endpoint.
-        cache_bytes: about how many bytes of what was downloaded are kept.
-        progress: whether to show how far the check is, as in :meth:`Recording.stats`.
+        units: the keys of units that must be there. :meth:`Recording.missing` returns those that are not, without raising.
+        storage_options: options that ``fsspec`` passes to the file system of a URL: credentials, an endpoint.
+        cache_bytes: about how many downloaded bytes are cached.
+        progress: whether to show the progress of the check, as in :meth:`Recording.stats`.
 
     Returns:
         A :class:`actrec.Recording` whose layers are lazy. It also has ``complete``, ``ranks`` and ``rank()``.
 
     Raises:
         RecordingNotFoundError: there is no recording at ``path``.
-        OptionError: there is no such rank, or something in ``units`` is no key.
-        MissingUnitsError: keys of ``units`` are not there; the message and its ``missing`` say which.
+        OptionError: there is no such rank, or an item of ``units`` is not a key.
+        MissingUnitsError: keys of ``units`` are not there; the message and the attribute ``missing`` name them.
         CorruptRecordingError: a file is damaged; the message names it and what is wrong with it. Only
             headers are checked, unless ``check=True``.
-        ReadError: an object store could not be reached, or refused.
+        ReadError: an object store could not be reached, or refused the request.
     """
     recording = opened(place(path, storage_options, cache_bytes), rank=rank)
     problem = next(recording.problems(progress=progress), None) if check else None
@@ -119,7 +118,7 @@ def _check_units(recording: StoredRecording[Any], units: Iterable[Key]) -> None:
 
 
 def opened(disk: Place, *, rank: int | None = None) -> StoredRecording[Any]:
-    """Open what is at a place; of a ``rank`` that is there, nothing else is looked at."""
+    """Open the recording at a place, or only its ``rank``."""
     folders = {rank_number(folder.name): folder for folder in rank_folders(disk)}
     if type(rank) is int and rank in folders and is_described(folders[rank]):
         return StoredRecording(disk, [Rank(folders[rank])], only=rank)
@@ -136,7 +135,7 @@ def opened(disk: Place, *, rank: int | None = None) -> StoredRecording[Any]:
 
 
 def _what_is_there(disk: Place) -> str:
-    """What is at a place where there is no recording, and what to write instead."""
+    """Return what is at a place without a recording, and what to write instead."""
     is_file = disk.is_file()
     if not (is_file or disk.exists()):
         return "there is no recording there (no such folder)"
@@ -146,5 +145,5 @@ def _what_is_there(disk: Place) -> str:
         what = "a file of a recording" if is_file else f"the folder of rank {number} of a recording"
         return f"that is {what}. Write load({whole!r}), or load({whole!r}, rank={number}) for what that rank has written"
     if is_file:
-        return "that is a file, and a recording is a folder. What record(..., into=path) has written is opened with load(path)"
+        return "that is a file, and a recording is a folder. Open what record(..., into=path) has written with load(path)"
     return "there is no recording there (no rank.json in any folder in it)"

@@ -1,7 +1,7 @@
 """The lock of a rank's folder: a file that is open for writing, which network file systems lock on all machines.
 
-This is own code rather than ``filelock``: that falls back to files which outlive a killed process, where a disk without
-locks is only warned about here, and what it does in a forked process depends on its version.
+The package ``filelock`` is not used: on a disk without locks it falls back to files that outlive a killed process, while
+this module warns, and what it does in a forked process depends on its version.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class Lock(AbstractContextManager[None]):
-    """A folder is locked until this is released, or the process ends. Without a file, nothing is locked."""
+    """Keeps a folder locked until it is released or the process ends. Without a file, it locks nothing."""
 
     def __init__(self, fd: int | None = None) -> None:
         self._fd = fd
         _held.add(self)
 
     def release(self) -> None:
-        """Let others have the folder. May be called again."""
+        """Unlock the folder. May be called again."""
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
@@ -47,7 +47,7 @@ class Lock(AbstractContextManager[None]):
 
 
 def locked(folder: Path) -> Lock:
-    """Lock a folder; ``BlockingIOError`` if somebody else has. Where there are no locks, warn."""
+    """Lock a folder; ``BlockingIOError`` if somebody else has. Warn if the file system has no locks."""
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _lock(fd)
@@ -56,8 +56,8 @@ def locked(folder: Path) -> Lock:
         if error.errno not in _NO_LOCKS:
             raise
         message = (
-            f"{folder} cannot be locked: {error}. Nothing keeps another run from recording there at the same time. If one "
-            "does, what is committed stays whole, and the run that comes second with a file ends with a WriteError."
+            f"{folder} cannot be locked: {error}. So another run could record there at the same time. If one does, committed "
+            "data stays intact, and the run that is second to write a file ends with a WriteError."
         )
         warnings.warn(message, UnlockedWarning, stacklevel=2)
         return Lock()
@@ -82,7 +82,7 @@ _held: weakref.WeakSet[Lock] = weakref.WeakSet()
 
 
 def _release_all() -> None:
-    """Close a forked process's copies: to unlock the file would end the lock of its parent."""
+    """Close the copies of a forked process, without unlocking: that would end the lock of its parent."""
     for lock in _held:
         lock.release()
 

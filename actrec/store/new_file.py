@@ -1,4 +1,4 @@
-"""A file that is being written: it gets its name when it is on the disk for certain, and never that of another file."""
+"""A file that is being written: it gets its name once it is synced, and never replaces another file."""
 
 from __future__ import annotations
 
@@ -14,26 +14,24 @@ from typing import Final
 from .format import UNFINISHED
 from .safetensors import Buffer, Writable
 
-_PATIENCE = 2.0  # seconds that another process may take to give a file its name
+_PATIENCE = 2.0  # seconds that another process may take to name a file
 _TAKEN: Final = "another run has written it"
-_TAKEN_OVER: Final = (
-    "the unfinished file is gone: another run has taken the folder over, or somebody has removed it"
-)
+_TAKEN_OVER: Final = "the unfinished file is gone: another run has taken over the folder, or somebody has removed the file"
 
 
 class Unfinished:
-    """A file that is written, but has neither reached the disk for certain nor got its name."""
+    """A file that is neither synced nor named yet."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
         self._name = name
-        # Several processes may write the same name: each has a file of its own until one has won.
+        # Several processes may write the same name: each has its own file until one gets the name.
         self._path = folder / f"{name}.{uuid.uuid4().hex}{UNFINISHED}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         self._fd = os.open(self._path, flags, 0o666)
 
     def write(self, write: Callable[[Writable], object]) -> None:
-        """Let ``write`` write all that it is."""
+        """Let ``write`` write the content."""
         try:
             write(FileBeingWritten(self._fd))
         except BaseException:
@@ -41,7 +39,7 @@ class Unfinished:
             raise
 
     def finish(self) -> None:
-        """Put it onto the disk, and then into the folder; ``FileExistsError`` if there is a file of its name."""
+        """Sync the file, and then name it; ``FileExistsError`` if there is a file with its name."""
         try:
             try:
                 os.fsync(self._fd)
@@ -55,7 +53,7 @@ class Unfinished:
         sync(self._folder)
 
     def discard(self) -> None:
-        """Take it away."""
+        """Close and remove the file."""
         os.close(self._fd)
         self._unlink()
 
@@ -77,13 +75,13 @@ class FileBeingWritten:
             view = view[os.write(self.fd, view) :]
 
     def write_at_start(self, data: Buffer) -> None:
-        """Write over the beginning."""
+        """Overwrite the beginning."""
         os.lseek(self.fd, 0, os.SEEK_SET)
         self.write(data)
 
 
 def sync(folder: Path) -> None:
-    """Make what names there are in a folder survive a power loss."""
+    """Sync the names in a folder, so that they survive a power loss."""
     if not hasattr(os, "O_DIRECTORY"):  # pragma: no cover  # Windows does this itself
         return
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -97,19 +95,19 @@ def sync(folder: Path) -> None:
 
 
 def _name(path: Path, name: Path) -> None:
-    """Give a file a name that no other file has: ``FileExistsError`` if one has."""
+    """Give a file a name; ``FileExistsError`` if another file has it."""
     try:
         os.link(path, name)
     except OSError as error:
         if name.exists():
-            if name.samefile(path):  # it was done, though the file server's answer was lost
+            if name.samefile(path):  # it succeeded, but the file server's answer was lost
                 return
             raise FileExistsError(errno.EEXIST, _TAKEN, str(name)) from error
         _name_without_links(path, name)
 
 
 def _name_without_links(path: Path, name: Path) -> None:
-    """Rename a file while nobody else gives that name: whoever does makes a file beside it first, which only one can."""
+    """Rename a file while no other process uses that name: each first creates a second file, which only one can."""
     turn = name.with_name(name.name + ".turn" + UNFINISHED)
     _take(turn)
     try:
@@ -121,7 +119,7 @@ def _name_without_links(path: Path, name: Path) -> None:
 
 
 def _take(turn: Path) -> None:
-    """Make a file that is not there; wait while it is, unless it stays for so long that who made it must be dead."""
+    """Create a file; wait while it exists, unless it stays so long that the process that created it must be dead."""
     seen: object = None
     since = time.monotonic()
     while True:

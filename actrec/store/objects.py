@@ -27,7 +27,7 @@ _MOST: Final = 1 << 26  # bytes of a large part that are downloaded at a time
 
 
 class Objects:
-    """The objects below a URL. A name is what stands behind it; the empty one is the URL itself."""
+    """The objects below a URL. A name is the rest of an object's URL; the empty name is the URL itself."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.url = url.rstrip("/")
@@ -40,7 +40,7 @@ class Objects:
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
-        return Objects, (self.url, self.options)  # others need them, credentials or not
+        return Objects, (self.url, self.options)  # other processes need them
 
     def shown(self, name: str) -> str:
         """Return the URL of an object."""
@@ -48,17 +48,17 @@ class Objects:
 
     @property
     def fs(self) -> Any:
-        """The file system; in a forked process another one, for connections are not inherited."""
+        """The file system; in a forked process a new one, because connections are not inherited."""
         if self._connected[0] != os.getpid():
-            self._connect()  # several threads, each for itself
+            self._connect()  # threads may do this at the same time
         return self._connected[1]
 
     def at(self, name: str) -> str:
-        """Return the path of an object, as the file system knows it."""
+        """Return the path of an object in the file system."""
         return f"{self._root}/{name}" if name else self._root
 
     def ask(self, name: str, request: Callable[[], T]) -> T:
-        """Ask for something; ``FileNotFoundError`` if it is not there, ``ReadError`` for everything else."""
+        """Return ``request()``. Errors become a ``ReadError``, except ``FileNotFoundError``."""
         try:
             return request()
         except (FileNotFoundError, NotADirectoryError, Defect, ReadError):
@@ -68,11 +68,11 @@ class Objects:
             raise ReadError(message) from error
 
     def info(self, name: str) -> dict[str, Any]:
-        """Return what the store says of an object now: its ``size``, and its ``type``, for it may be a folder."""
+        """Return the current ``size`` of an object, and its ``type``, which may be a folder."""
         return dict(self.ask(name, lambda: self.fs.info(self.at(name))))
 
     def download(self, name: str, begin: int, end: int) -> bytes:
-        """Return the bytes of an object from ``begin`` to ``end``, which it has."""
+        """Return the bytes of an object from ``begin`` to ``end``, which must exist."""
         if begin >= end:
             return b""
         return bytes(self.ask(name, lambda: self.fs.cat_file(self.at(name), start=begin, end=end)))
@@ -84,15 +84,15 @@ class Objects:
 
 
 class Object:
-    """An object that began with ``head`` when the recording was opened. What is wrong with it is a ``Defect``."""
+    """An object that began with ``head`` when the recording was opened. Raises ``Defect`` if something is wrong with it."""
 
     def __init__(self, objects: Objects, name: str, head: bytes, blocks: Blocks) -> None:
         self._objects, self._name, self._head, self._blocks = objects, name, head, blocks
-        self._same: Future[None] | None = None  # whether it still begins so
+        self._same: Future[None] | None = None  # checks that it still begins with `head`
         self._coming: dict[tuple[int, int], Future[bytes]] = {}
 
     def into(self, begin: int, *views: memoryview) -> None:
-        """Fill ``views``, one behind the other, with the bytes from ``begin`` on."""
+        """Fill ``views``, one after the other, with the bytes from ``begin`` on."""
         view = views[0] if len(views) == 1 else memoryview(bytearray(sum(map(len, views))))
         end = begin + len(view)
         read = self._read_large if len(view) > BLOCK else self._read_small
@@ -102,7 +102,7 @@ class Object:
         except FileNotFoundError:
             raise Defect(GONE) from None
         except ReadError:
-            # That it is shorter by now says more than how the store puts it.
+            # If the object is shorter by now, that is a clearer message than the store's.
             found = self._objects.info(self._name)["size"]
             if found >= end:
                 raise
@@ -151,18 +151,18 @@ class Object:
         return self._objects.download(self._name, begin, end)
 
     def announce(self, begin: int, nbytes: int, later: Later) -> None:
-        """Let a thread download a part, which is read next, as it is."""
+        """Let a thread download a part that will be read next."""
         self._same = self._same or later(self._check)
         part = begin, begin + nbytes
         self._coming[part] = later(self._download, *part)
 
     def gather(self, parts: Iterable[tuple[int, int]], later: Later) -> None:
-        """Let threads download several parts, each where it begins and how many bytes it has."""
+        """Let threads download several parts, given as first byte and number of bytes."""
         for begin, nbytes in parts:
             self.announce(begin, nbytes, later)
 
     def close(self) -> None:
-        """What is open is closed once other objects are read; what was not begun to be downloaded is not."""
+        """Cancel downloads that have not begun. The file is closed when other objects are read."""
         for coming in self._coming.values():
             coming.cancel()
 
@@ -172,17 +172,17 @@ class Object:
 
 
 def said(error: Exception) -> str:
-    """Return what an error says, with its type, for few of these texts make sense without."""
+    """Return the message of an error with its type: few of these messages make sense without it."""
     return f"{type(error).__name__}: {error}".rstrip(". ")
 
 
 def _filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """The file system that ``fsspec`` has for a URL, and the path that it knows it by."""
+    """Return the file system of ``fsspec`` for a URL, and the path of the URL in it."""
     try:
         url_to_fs = import_module("fsspec.core").url_to_fs
         fs, path = url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:
-        message = f"{url!r} needs a package that is not installed: {error}. For s3:// that is s3fs, for gs:// gcsfs."
+        message = f"{url!r} needs a package that is not installed: {error}. For s3:// install s3fs, for gs:// gcsfs."
         raise OptionError(message) from error
     except (ValueError, TypeError) as error:
         message = f"{url!r} with storage_options {sorted(options)}: fsspec says: {error}."

@@ -1,4 +1,4 @@
-"""How recording into a path begins: what may be there, whose it is, and how nobody else comes to record there too."""
+"""Begins recording into a path: checks what is there, and makes sure that no other run records there."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .safetensors import Writable
 
 
 class Opening:
-    """The folder of a rank, taken by this process for as long as it records there.
+    """The folder of a rank, locked by this process while it records there.
 
     Args:
-        call: who asks, for messages.
+        call: the calling function, for messages.
         folder: the path and its settings.
-        new: what is going to be recorded.
-        resume: whether what is there may be gone on with.
-        alone: whether this process is the only one, whatever launched it.
+        new: the description of the new recording.
+        resume: whether a recording that is there may be resumed.
+        alone: whether this process is the only one, even if a launcher started several.
 
     Raises:
-        RecordingExistsError: there is something at the path that this run has no part in; it was not touched.
-        ResumeError: what is there was recorded with other layers or options.
+        RecordingExistsError: there is something at the path that does not belong to this run; it was not changed.
+        ResumeError: the recording there has other layers or options.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class Opening:
         rank, ranks, run = self.position
         if run is None:
             message = (
-                f"{self._call}: this process is rank {rank} of {ranks}, and nothing says of which run, as its launcher has given "
-                "it no name. Ranks of different runs could end up in one recording. Give all ranks of this run a name that no "
-                "other run has: record(..., into=Folder(path, run='2026-11-28-a')), or torchrun --rdzv-id=NAME."
+                f"{self._call}: this process is rank {rank} of {ranks}, and it is unknown of which run, because the launcher gave "
+                "the run no name. Ranks of different runs could end up in one recording. Give all ranks of this run a name that "
+                "no other run has: record(..., into=Folder(path, run='2026-11-28-a')), or torchrun --rdzv-id=NAME."
             )
             raise OptionError(message)
 
     def _check_path(self) -> None:
-        """Check that what is there is a recording, or nothing."""
+        """Check that there is a recording, or nothing."""
         if self.disk.is_file():
             why = "that is a file"
             raise self._taken(why)
@@ -101,17 +101,17 @@ class Opening:
                 raise self._taken(why, _GO_ON)
 
     def _others(self) -> Iterator[Description]:
-        """What other ranks record there."""
+        """Yield the descriptions of the other ranks there."""
         for folder in rank_folders(self.disk):
             if folder.name != self.own.name and is_described(folder):
-                # A run that has just begun may take its description back for another one.
+                # Of two runs that begin at the same time, one removes its description again.
                 with suppress(FileNotFoundError):
                     yield read_description(folder)
 
     # --- Beginning -------------------------------------------------------------------------------------
 
     def _begun(self, new: Description, *, resume: bool) -> tuple[Rank, Ledger]:
-        """Describe what is recorded, if that was not done before; return what there is."""
+        """Write the description, unless the rank is resumed. Return the rank, and the state before the next shard."""
         if resume and is_described(self.own):
             rank = Rank(self.own)
             rank.description.check_same(self.disk, new)
@@ -132,9 +132,9 @@ class Opening:
             raise
 
     def _resumed(self, rank: Rank) -> Ledger:
-        """Go on after the last shard, with one that nobody else can write and that leaves out what was not completed.
+        """Resume after the last shard: write a new one, without calls, that voids what was not completed.
 
-        From there on, a run that is still alive, though no lock says so, cannot write.
+        From then on, an earlier run that is still alive cannot write, even where there are no locks: the name is taken.
         """
         ledger = Ledger(rank.index.heading, rank.index.layers).resumed(
             self.position.ranks, time.time_ns()
@@ -160,4 +160,4 @@ class Opening:
 _DONE = "there is a recording already"
 _BEGUN = "another run has just begun there"
 _NOW = "another run is recording there now"
-_GO_ON = "Go on with it: record(..., resume=True); or delete it, or choose another path."
+_GO_ON = "Continue it: record(..., resume=True); or delete it, or choose another path."

@@ -1,4 +1,4 @@
-"""What a shard holds of one layer: its calls, sorted into groups whose values differ in their numbers and shapes alone."""
+"""The part of a layer in a shard: its calls, in groups whose values differ only in their numbers and shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .format import Slot
 
 @dataclass(slots=True, eq=False)
 class Leaf:
-    """One tensor of the values of a group: the elements of all calls lie behind each other in the file."""
+    """One tensor of the values of a group: the elements of all calls follow each other in the file."""
 
     dtype: torch.dtype
     shapes: Tensor  #: (calls, dims)
@@ -28,23 +28,23 @@ class Leaf:
         torch.cumsum(self.shapes.prod(1), 0, out=self.starts[1:])
 
     def shape(self, call: int) -> tuple[int, ...]:
-        """The shape of the tensor in a call."""
+        """Return the shape of the tensor in a call."""
         return tuple(self.shapes[call].tolist())
 
     def extent(self, first: int, many: int = 1) -> tuple[int, int]:
-        """Where the bytes of some calls begin in the file, and how many they are."""
+        """Return the first byte of some calls in the file, and their number of bytes."""
         begin, end = self.starts[first].item(), self.starts[first + many].item()
         size = self.dtype.itemsize
         return self.begin + int(begin) * size, int(end - begin) * size
 
     def row(self, *, new: bool) -> list[int] | None:
-        """The shape of a row, a call if there is a ``new`` dimension of calls; ``None`` if there are several, or no rows."""
+        """Return the shape of a row; ``None`` if shapes differ, or there are no rows. If ``new``, each call is one row."""
         shapes = self.shapes if new else self.shapes[:, 1:]
         alike = (new or self.shapes.shape[1]) and bool((shapes == shapes[0]).all())
         return shapes[0].tolist() if alike else None
 
     def counts(self, *, new: bool) -> Tensor:
-        """How many rows each call has, ``(calls,)``."""
+        """Return how many rows each call has, ``(calls,)``."""
         return (
             torch.ones(len(self.shapes), dtype=torch.int64, device="cpu")
             if new
@@ -64,7 +64,7 @@ class Leaf:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Calls of a layer that are alike."""
+    """Calls of a layer with the same structure, dtypes and numbers of dimensions."""
 
     text: str  #: the structure as JSON, equal for equal structures
     structure: Structure
@@ -73,7 +73,7 @@ class Group:
 
 @dataclass(eq=False)
 class Part:
-    """What a shard holds of one layer. What else is said of each call has its place beside ``passes``."""
+    """The part of one layer in a shard. Other tensors with an entry for each call belong next to ``passes``."""
 
     slot: Slot
     groups: list[Group]
@@ -85,7 +85,7 @@ class Part:
 
     @cached_property
     def within(self) -> Tensor:
-        """For each call its number in its group, ``(calls,)``."""
+        """The index of each call in its group, ``(calls,)``."""
         order = self.group.argsort(stable=True)
         before = torch.bincount(self.group).cumsum(0) - torch.bincount(self.group)
         within = torch.empty_like(self.group)
@@ -93,7 +93,7 @@ class Part:
         return within
 
     def place(self, call: int) -> tuple[Group, int]:
-        """In which group a call is, and its number there."""
+        """Return the group of a call, and its index there."""
         return self.groups[int(self.group[call])], int(self.within[call])
 
     @property
@@ -107,7 +107,7 @@ class Part:
         return any(group.structure.parts for group in self.groups)
 
     def summary(self) -> Summary:
-        """What the values look like, without the device."""
+        """Return the summary of the values, without the device."""
         found = Summary()
         for group in self.groups:
             found.dtypes.update(dict.fromkeys(leaf.dtype_name for leaf in group.leaves))

@@ -21,9 +21,9 @@ from .objects import Object, Objects
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+)://(.*)", re.DOTALL)
 
 
-#: A folder, or what stands for one. Everything the store does to files, it does there; both have the same methods.
+#: A folder, or a prefix in an object store. Both have the same methods, which do everything that the store does to files.
 Place: TypeAlias = Disk | Bucket
-#: A file of which parts are read, and one of which parts are kept. What is wrong with it is a ``Defect``.
+#: A file of which parts are read, and one whose parts stay valid. Both raise ``Defect`` if something is wrong.
 Reading: TypeAlias = _disk.Reading | Object
 Mapped: TypeAlias = _disk.Mapped | Object
 
@@ -33,7 +33,7 @@ def place(
     storage_options: Mapping[str, Any] | None = None,
     cache_bytes: float = CACHE_BYTES,
 ) -> Place:
-    """Where ``path`` leads: a URL, which a ``pathlib.Path`` never is, to an object store; a path to the disk."""
+    """Return the place of ``path``: in an object store for a URL, else on disk. A ``pathlib.Path`` is never a URL."""
     folder = Folder.of(path)
     url = _URL.match(text := folder.__fspath__())
     if url is None:
@@ -41,30 +41,30 @@ def place(
     if url[1].lower() in {"file", "local"}:
         return Disk(_path_of(text, url[2]))
     if not url[2].strip("/"):
-        message = f"{text!r}: there is nothing behind the ://. Name a bucket and a folder, as in 's3://bucket/run'."
+        message = f"{text!r}: there is nothing after the ://. Name a bucket and a folder, as in 's3://bucket/run'."
         raise OptionError(message)
     options = {**(folder.storage_options or {}), **(storage_options or {})}
     return Bucket(Objects(text, options), folder.spool, Blocks(cache_bytes))
 
 
 def _expanded(text: str) -> str:
-    """The path in which ``~`` is the home directory."""
+    """Return the path with ``~`` replaced by the home directory."""
     try:
         return str(Path(text).expanduser())
     except RuntimeError:
-        message = f"{text!r}: nobody has that home directory. A folder whose name begins with ~ is written './~'."
+        message = f"{text!r}: that home directory does not exist. Write a folder whose name begins with ~ as './~'."
         raise OptionError(message) from None
 
 
 def _path_of(url: str, rest: str) -> str:
-    """The path that a ``file://`` URL means: what stands behind the slashes is a host, and only this one will do."""
+    """Return the path of a ``file://`` URL. After two slashes comes a host, which must be empty or ``localhost``."""
     path = rest.removeprefix("localhost")
     if not path.startswith("/"):
         message = (
-            f"{url!r}: a file URL has three slashes and then the whole path, as in 'file:///runs/a'. A relative path is "
-            "written without file://."
+            f"{url!r}: a file URL has three slashes and then the whole path, as in 'file:///runs/a'. Write a relative path "
+            "without file://."
         )
         raise OptionError(message)
-    # From Python 3.14 on, url2pathname() takes what follows # or ? for no part of the path, and // for a host.
+    # From Python 3.14 on, url2pathname() drops what follows # or ?, and takes // for a host.
     path = "/" + path.lstrip("/").replace("#", "%23").replace("?", "%3F")
     return url2pathname(path)

@@ -1,4 +1,4 @@
-"""The folder of a rank: what it is called, whether it is described, and what is in it."""
+"""The folder of a rank: its name, whether it has a description, and what is in it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rank_folders(disk: Place) -> list[Place]:
 
 
 def rank_number(folder: str) -> int:
-    """Return the rank that a folder is of."""
+    """Return the rank of a folder."""
     return int(folder.partition("-")[2])
 
 
@@ -48,7 +48,7 @@ def _has_description(folder: Place) -> bool:
 
 
 class Rank:
-    """What one rank has written: the folder ``rank-00000``, say, of ``of`` folders that are opened together."""
+    """The recording of one rank, in a folder such as ``rank-00000``, one of ``of`` that are opened together."""
 
     def __init__(self, disk: Place, *, of: int = 1) -> None:
         self.number = rank_number(disk.name)
@@ -57,7 +57,7 @@ class Rank:
 
     @property
     def committed(self) -> int:
-        """How many passes there are."""
+        """The number of committed passes."""
         return self.index.heading.committed
 
     @property
@@ -66,6 +66,6 @@ class Rank:
         ended = self.index.heading.ended
         if ended is None:
             error: str | None = "killed or still recording"
-        else:  # the name of an exception, or a sentence
+        else:  # the name of an exception, or a reason in words
             error = f"left by {ended}" if ended.isidentifier() else ended or None
         return RankInfo(self.number, self.committed, error is None, error)

@@ -1,4 +1,4 @@
-"""How far the ranks of a recording have come, for people and for programs."""
+"""How far the ranks of a recording have come, as objects and as text."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class RankInfo:
 
 
 def listed_ranks(there: Iterable[RankInfo], numbers: Iterable[int]) -> Iterator[RankInfo]:
-    """Each of these ranks, also those that are not there."""
+    """Yield each of these ranks, including those that wrote nothing."""
     by_number = {info.number: info for info in there}
     for number in numbers:
         yield by_number.get(number) or RankInfo(number, 0, complete=False, error="wrote nothing")
 
 
 def summary(ranks: Iterable[RankInfo]) -> Iterator[str]:
-    """What is wrong with which ranks.
+    """Yield what is wrong, with the ranks that it is wrong with.
 
     >>> ranks = [RankInfo(0, 5, True, None), RankInfo(1, 3, False, "left by ValueError")]
     >>> list(summary(listed_ranks(ranks, range(4))))

@@ -1,4 +1,4 @@
-"""What the layers on disk have in common; most are read call by call, and cannot be written to."""
+"""Base classes of layers on disk: most are read call by call, and cannot be written to."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from actrec.errors import ActrecError
 
 
 class LayerOnDisk(Layer[Any]):
-    """A layer whose calls are on disk. What they look like is known without reading them."""
+    """A layer whose calls are on disk. Their shapes and dtypes are known without reading them."""
 
     @abstractmethod
     def _summary(self) -> Summary:
-        """What the calls look like, together."""
+        """Return the shapes and dtypes of all calls."""
 
     @override
     def _seen(self) -> tuple[Summary, dict[object, int]]:
@@ -54,11 +54,11 @@ class Unchanged(Layer[Any]):
 
 
 class ReadOnlyLayer(Unchanged, LayerOnDisk):
-    """A layer whose calls are read when they are asked for."""
+    """A layer whose calls are read on access."""
 
     @abstractmethod
     def _call(self, index: int) -> Value:
-        """What call number ``index``, which there is, returned."""
+        """Read call number ``index``, which must exist."""
 
     @override
     def __getitem__(self, index: int | slice) -> Value:

@@ -1,7 +1,7 @@
-"""A stored recording: what several ranks have written, as one recording whose calls are read when they are asked for.
+"""A stored recording: what several ranks have written, as one recording whose calls are read on access.
 
-Opening reads the description of each rank and the header of its last shard. What is small is read when it is asked for;
-what is large is mapped, privately: what is written to a value reaches the memory of this process alone, never the file.
+Opening reads the description of each rank and the header of its last shard. Small values are read into memory; large ones
+are mapped privately: writing to a value changes only the memory of this process, never the file.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class StoredRecording(Recording[V], Generic[V]):
     """A recording on disk, as :func:`actrec.load` opens it.
 
     Args:
-        disk: where it is.
+        disk: the place of the recording.
         ranks: the ranks that were opened.
-        only: the rank that it is of alone, whose tensors are as it has written them.
-        model: the type of the model, where no rank says it.
+        only: the rank, if only this one is opened: its tensors are then as it has written them.
+        model: the type of the model, if no rank has a description.
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class StoredRecording(Recording[V], Generic[V]):
     @property
     @override
     def num_passes(self) -> int:
-        """The number of committed passes; where several ranks have recorded, that of the rank that has most.
+        """The number of committed passes; if several ranks have recorded, the number of the rank that has most.
 
-        Each rank counts its own passes. ``acts.ranks`` says how many each one has.
+        Each rank counts its own passes: see ``acts.ranks``.
         """
         return super().num_passes
 
     @cached_property
     def ranks(self) -> tuple[RankInfo, ...]:
-        """How far each rank of the run has come, as a :class:`RankInfo`, also of those that wrote nothing.
+        """How far each rank of the run has come, as a :class:`RankInfo`, including ranks that wrote nothing.
 
-        A single process is rank 0. Where a run was gone on with by fewer ranks, those that it had before are listed, too.
+        A single process is rank 0. If a run was resumed with fewer ranks, those that it had before are listed too.
         """
         there = [rank.info for rank in self._ranks]
         if self._only is not None:
@@ -91,17 +91,17 @@ class StoredRecording(Recording[V], Generic[V]):
 
     @property
     def _expected(self) -> int:
-        """How many ranks the run has that began last: those are to be closed, and no others."""
+        """How many ranks the latest run has: only these have to be closed."""
         headings = (rank.index.heading for rank in self._ranks)
         return max(((one.began, one.ranks) for one in headings), default=(0, 1))[1]
 
     @property
     def _latest(self) -> list[RankInfo]:
-        """How far the ranks have come that are to be closed."""
+        """The ranks that have to be closed."""
         return [i for i in self.ranks if self._only is not None or i.number < self._expected]
 
     def rank(self, number: int) -> StoredRecording[V]:
-        """Return what one rank has recorded, as a recording of its own; nothing is read or copied.
+        """Return the recording of one rank. Nothing is read or copied.
 
         >>> import tempfile, torch, actrec
         >>> path = tempfile.mkdtemp() + "/run"
@@ -118,7 +118,7 @@ class StoredRecording(Recording[V], Generic[V]):
             number: the number of the rank.
 
         Returns:
-            A recording, without calls if the rank wrote nothing. Of a ``DTensor`` it has that rank's local part, as a plain
+            A recording, without calls if the rank wrote nothing. For a ``DTensor`` it has that rank's local part, as a plain
             tensor.
 
         Raises:
@@ -132,8 +132,8 @@ class StoredRecording(Recording[V], Generic[V]):
     def complete(self) -> bool:
         """Whether every rank was closed properly, so that nothing is missing at the end.
 
-        Of a recording that was gone on with by fewer ranks than before, these are the ranks that count. It is false, too, where
-        several ranks have recorded units of the same key.
+        If a recording was resumed with fewer ranks than before, only these ranks have to be closed. It is also false if
+        several ranks have recorded units with the same key.
         """
         whole = not (self._left_out or self._repeated)
         return all(rank.complete for rank in self._latest) and whole
@@ -144,7 +144,7 @@ class StoredRecording(Recording[V], Generic[V]):
         return sum(layer.nbytes for layer in self.everything())
 
     def layer(self, role: Role, name: str) -> StoredLayer | None:
-        """Return a layer by its role, if there is one, as the ranks have recorded it."""
+        """Return a layer by its role, as the ranks have recorded it; ``None`` if there is none."""
         layers = {"input": self._inputs, "gradient": self._grads}.get(role, self)
         found = None if layers is None else layers._layers.get(name)
         return found.recorded if isinstance(found, (WholeLayer, StoredReduction)) else found  # type: ignore[return-value]
@@ -160,7 +160,7 @@ class StoredRecording(Recording[V], Generic[V]):
         return [layer for layer in self.everything() if isinstance(layer, WholeLayer)]
 
     def problems(self, *, progress: bool = False) -> Iterator[str]:
-        """Yield what is wrong with the shards, all of whose data is read, and with tensors in parts."""
+        """Yield what is wrong with the shards (all data is read), with tensors in parts, and with reductions."""
         expected = [(rank, shards_expected(rank.index.disk)) for rank in self._ranks]
         with showing(
             "check", sum(len(shards) for _, shards in expected), progress=progress
@@ -171,7 +171,7 @@ class StoredRecording(Recording[V], Generic[V]):
         yield from self._misfits(progress=progress)
 
     def _misfits(self, *, progress: bool) -> Iterator[str]:
-        """Yield what is wrong with what is made of several calls: tensors in parts, and reductions."""
+        """Yield what is wrong with values that are made of several calls: tensors in parts, and reductions."""
         yield from whole_problems(self.wholes, progress=progress)
         for layer in self.everything():
             if isinstance(layer, StoredReduction):
@@ -184,7 +184,7 @@ class StoredRecording(Recording[V], Generic[V]):
 
     @property
     def _repeated(self) -> int:
-        """How many units several ranks have recorded, each all of it."""
+        """How many units were recorded by more than one rank, unless each has recorded a part."""
         apart = len(self._ranks) > 1 and not self.wholes
         return len(self._run.units) - len(self.done) if apart else 0
 
@@ -192,7 +192,7 @@ class StoredRecording(Recording[V], Generic[V]):
     def _title(self) -> str:
         reasons = list(summary(self._latest)) if len(self.ranks) > 1 else []
         if self._left_out:
-            reasons.append(f"{count(self._left_out, 'call')} left out for want of parts")
+            reasons.append(f"{count(self._left_out, 'call')} left out, with missing parts")
         if self._repeated:
             reasons.append(f"{count(self._repeated, 'unit')} recorded by more than one rank")
         why = f" (incomplete{': ' * bool(reasons)}{'; '.join(reasons)})"
@@ -200,7 +200,7 @@ class StoredRecording(Recording[V], Generic[V]):
 
 
 class _StoredRun(Run):
-    """What some ranks have written of a run."""
+    """A run, as some ranks have written it."""
 
     def __init__(self, ranks: Sequence[Rank], *known: Any) -> None:
         super().__init__(*known)
@@ -213,19 +213,19 @@ class _StoredRun(Run):
     @override
     def warnings(self) -> Sequence[str]:
         found = (text for rank in self._ranks for text in warnings_of(rank.index.disk))
-        return [*dict.fromkeys(found)]  # ranks of one run warn alike
+        return [*dict.fromkeys(found)]  # ranks of one run give the same warnings
 
 
 def check_rank(call: str, rank: int, there: Sequence[int]) -> None:
     """Raise ``OptionError`` if there is no such rank."""
     if type(rank) is not int or rank not in there:
-        ranks = f"rank {there[0]} alone" if len(there) == 1 else f"ranks {there[0]} to {there[-1]}"
+        ranks = f"only rank {there[0]}" if len(there) == 1 else f"ranks {there[0]} to {there[-1]}"
         message = f"{call}: there is no such rank; the recording has {ranks}."
         raise OptionError(message)
 
 
 def _check_same_recording(disk: Place, ranks: Sequence[Rank]) -> None:
-    """Refuse ranks that different runs have begun."""
+    """Raise ``CorruptRecordingError`` for ranks of different recordings."""
     for other in ranks:
         first = ranks[0]
         if other.description.recording != first.description.recording:
@@ -237,7 +237,7 @@ def _check_same_recording(disk: Place, ranks: Sequence[Rank]) -> None:
 
 
 def _sources(ranks: Sequence[Rank]) -> dict[tuple[Role, str], list[Source]]:
-    """What each rank has of each layer, in the order in which the first calls of the layers ended."""
+    """Return each layer as the ranks have recorded it, in the order in which the first calls of the layers ended."""
     sources: dict[tuple[Role, str], list[Source]] = {}
     for rank in ranks:
         for slot, so_far in rank.index.layers.items():

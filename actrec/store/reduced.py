@@ -1,7 +1,7 @@
-"""Layers on disk that a reduction stands for: with each commit its state is written, and the last one of each rank counts.
+"""Reduced layers on disk: each commit writes the state of the reduction, and the last state of each rank counts.
 
-A state is a call of the layer, of the last pass that it has taken in: a dict of ``reduction``, the name of its class, ``states``, a list
-of dicts of tensors, and ``passes``, the passes of the calls in runs ``(first, how many, calls in each)``.
+A state is stored like a call of the layer, in the last pass that is in it: a dict of ``reduction``, the name of its class,
+``states``, a list of dicts of tensors, and ``passes``, the passes of the calls in runs ``(first, how many, calls in each)``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Reducing(Protocol):
     """A layer that is reduced while it is recorded."""
 
     def state(self, complete: int) -> tuple[int, dict[str, Any]] | None:
-        """Return what is stored after the passes before ``complete``, and the last of them, if that is new."""
+        """Return the last of the passes before ``complete``, and the state after it; ``None`` if there is nothing new."""
 
 
 _FORM: Final = ["reduction", "states", "passes"]
@@ -46,7 +46,7 @@ _NOTHING: Final = "nothing"
 
 
 class States:
-    """Where the states of a reduction go while it is recorded."""
+    """Writes the states of a reduction while it is recorded."""
 
     def __init__(self, stream: Writing, slot: Slot, backwards: Backwards) -> None:
         self.rank = stream.rank
@@ -69,18 +69,18 @@ class States:
 
     def take(self, complete: int) -> Iterator[Call]:
         """Hand out the state after the passes before ``complete``, if it is new."""
-        assert self._layer is not None  # noqa: S101  # it has asked to be asked
+        assert self._layer is not None  # noqa: S101  # set by take_from()
         found = self._layer.state(complete)
         if found is not None:
             yield Call.of(self._slot, *found)
 
     def stored(self) -> StoredReduction:
-        """Return what is on the disk: before the block and in it, what was there when it began."""
+        """Return the reduction that is on the disk; until the block ends, the one that was there when it began."""
         return StoredReduction(self._stream.stored(self._slot))
 
 
 def state_call(slot: Slot, layer: Reduced, number: Callable[[RankPass], int]) -> Call:
-    """Return a reduction as it is written, its passes numbered anew."""
+    """Return a reduction as it is written, with passes renumbered by ``number``."""
     passes = sorted(map(number, layer._rank_passes()))
     runs = PassRuns(passes)
     states = layer._states()
@@ -93,7 +93,7 @@ def state_call(slot: Slot, layer: Reduced, number: Callable[[RankPass], int]) ->
 
 
 class _Foreign:
-    """A reduction of whose class nothing is known but the name."""
+    """A stored reduction that is not from :mod:`actrec.reduce`: only the name of its class is known."""
 
     def __init__(self, layer: str, kind: str) -> None:
         self.kind = kind
@@ -104,14 +104,14 @@ class _Foreign:
             message = f"acts[{self._layer!r}].compute(): nothing was recorded of this layer, so there is no result."
             raise ActrecError(message)
         message = (
-            f"acts[{self._layer!r}].compute(): it was reduced by {self.kind}, and a file does not get to say what is imported. Let a "
-            f"new one take in what is stored: acts[{self._layer!r}].merge_into({self.kind}(...)).compute()."
+            f"acts[{self._layer!r}].compute(): it was reduced by {self.kind}, and actrec never imports a class that a file names. "
+            f"Merge the stored states into a new one: acts[{self._layer!r}].merge_into({self.kind}(...)).compute()."
         )
         raise ActrecError(message)
 
 
 class StoredReduction(Unchanged, Reduced):
-    """A layer on disk that a reduction stands for, that of all ranks. It is read when it is asked for."""
+    """A reduced layer on disk, with the merged reduction of all ranks. It is read on access."""
 
     def __init__(self, recorded: StoredLayer) -> None:
         self.name = recorded.name
@@ -148,7 +148,7 @@ class StoredReduction(Unchanged, Reduced):
 
     @cached_property
     def _ordered(self) -> list[RankPass]:
-        """The rank_passes of the calls, by pass."""
+        """The rank and pass of each call, sorted by pass."""
         rank_passes = [
             (rank, number) for rank, found in self._found for number in in_runs(found.runs)
         ]
@@ -170,7 +170,7 @@ class StoredReduction(Unchanged, Reduced):
 
     @override
     def _per_pass(self) -> tuple[int, int]:
-        counts = Counter(self._ordered)  # each rank has passes of its own
+        counts = Counter(self._ordered)  # each rank counts its own passes
         return max(counts.values(), default=0), len(counts)
 
     @override
@@ -183,16 +183,16 @@ class StoredReduction(Unchanged, Reduced):
         return Summary({self._kind: None} if len(self) else {}), {id(self): nbytes}
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the states."""
+        """Yield what is wrong with the states."""
         try:
-            self.sink  # noqa: B018  # it is made of them
+            self.sink  # noqa: B018  # is made of them
             self._ordered  # noqa: B018
         except CorruptRecordingError as error:
             yield str(error)
 
 
 class _State(NamedTuple):
-    """What a rank has stored last."""
+    """A stored state."""
 
     kind: str
     states: list[dict[str, Any]]
@@ -200,7 +200,7 @@ class _State(NamedTuple):
 
 
 def _last(source: Source) -> _State:
-    """The last state of a rank."""
+    """Return the last state of a rank."""
     found = source.find(source.so_far.calls - 1)
     value = found.shard.value(found.group, found.call)
     try:
@@ -210,25 +210,25 @@ def _last(source: Source) -> _State:
 
 
 def _checked(value: Any, committed: int) -> _State:
-    need(is_state(value), "the state of a reduction is something else")
+    need(is_state(value), "a value should be the state of a reduction, and is not")
     kind, states, runs = (value[key] for key in _FORM)
     need(
         runs.dtype is torch.int64
         and runs.shape[1:] == (3,)
         and bool(((runs >= 0) & (runs <= MAX_SIZE // 4)).all()),
-        "the passes of a reduction are no runs",
+        "the passes of a reduction are not runs",
     )
-    many = runs[:, 1:].double().prod(1).sum()  # which may be more than 64 bits hold
+    many = runs[:, 1:].double().prod(1).sum()  # may be too large for 64 bits
     need(many <= _MOST, "a reduction has impossibly many calls")
     last = int(runs[:, :2].sum(1).max()) if len(runs) else 0
-    need(last <= committed, "a reduction has taken in what is not committed")
+    need(last <= committed, "a reduction has passes that are not committed")
     if kind in KINDS:
         need(len(states) > 0, "a reduction has no state")
         for state in states:
             try:
                 KINDS[kind].of(state)
             except (OptionError, TypeError, ValueError) as error:
-                message = f"the state of a reduction is none of {kind}: {error}"
+                message = f"the state of a reduction is not one of {kind}: {error}"
                 raise Defect(message) from None
     return _State(kind, states, [(first, many, each) for first, many, each in runs.tolist()])
 
@@ -246,12 +246,12 @@ def is_state(value: Any) -> bool:
 
 
 def made_reduced(layer: StoredLayer, name: str | None, *, by_functions: bool) -> Layer[Any]:
-    """Return what stands for a layer: itself, unless it is reduced.
+    """Return the layer, or a :class:`StoredReduction` of it if it was reduced.
 
     Args:
-        layer: as it is stored.
-        name: what reduces it, as its rank says.
-        by_functions: whether functions are reduced, which no rank lists one by one.
+        layer: the layer as it is stored.
+        name: the reduction in the rank's description, if it has one.
+        by_functions: whether functions are reduced: the description does not list them one by one.
     """
     is_reduced = name is not None
     if by_functions and layer.type == FUNCTION and len(layer):

@@ -1,4 +1,4 @@
-"""Replacing a recording on disk: the new one is written beside it, and then takes its place."""
+"""Replaces a recording on disk: the new one is written next to it, and then takes its place."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .warned import is_warnings
 
 @contextmanager
 def replacing(there: Disk) -> Iterator[Path]:
-    """Yield the path of a new folder, which takes the place of ``there`` when the block ends without an error.
+    """Yield the path of a new folder, which takes the place of ``there`` when the ``with`` block ends without an error.
 
     Args:
-        there: a folder with a recording, which stays as it is until then.
+        there: a folder with a recording, which stays unchanged until then.
 
     Raises:
-        RecordingExistsError: there is something else in the folder, or a run is recording there; it was not touched.
+        RecordingExistsError: there is something else in the folder, or a run is recording there; it was not changed.
     """
-    path = there.path.resolve()  # a link goes on leading there
+    path = there.path.resolve()  # so that a link still leads there
     old = Disk(path)
     ranks = [old / name for name in old.names()]
     if foreign := _foreign(old, ranks):
@@ -49,7 +49,7 @@ def replacing(there: Disk) -> Iterator[Path]:
 
 
 def _foreign(disk: Disk, ranks: list[Disk]) -> str | None:
-    """The name of something in a folder that is no part of a recording; ``None`` if there is none."""
+    """Return the name of something in a folder that is not part of a recording; ``None`` if there is none."""
     known = {folder.name for folder in rank_folders(disk)}
     described = False
     for rank in ranks:
@@ -65,12 +65,14 @@ def _foreign(disk: Disk, ranks: list[Disk]) -> str | None:
 
 
 def _refused(disk: Disk, why: str) -> RecordingExistsError:
-    message = f"save({str(disk)!r}, overwrite=True): {why}. It stays as it is: choose another path."
+    message = (
+        f"save({str(disk)!r}, overwrite=True): {why}. It was not changed: choose another path."
+    )
     return RecordingExistsError(message)
 
 
 def _swap(path: Path, new: Path) -> None:
-    """Put a folder in the place of another one, which is removed. At any time, one of them is there, whole."""
+    """Put a folder in the place of another one, which is removed. At any time, one of them exists, complete."""
     old = new.with_suffix(f".old{UNFINISHED}")
     path.rename(old)
     try:

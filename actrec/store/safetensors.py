@@ -1,11 +1,11 @@
 """The container: a safetensors file, written from its tensors' own memory and read by its header alone.
 
 Eight bytes give the length of the header, the header is JSON, and then comes the data of all tensors without a gap. The
-``safetensors`` library reads these files like any other. It is not used to write them, for it wants
-either ``bytes``, which are a copy, or a mutable pointer, which ends the sharing of a snapshot with the model and is a
-copy too; nor to read them, for nothing may be mapped before the header's checksum has been compared.
+``safetensors`` library reads these files like any other. It is not used to write them, because it needs
+either ``bytes``, which are a copy, or a mutable pointer, which ends the copy-on-write sharing of a snapshot and so makes a
+copy too; nor to read them, because the header's checksum must be compared before anything is mapped.
 
-Two checksums (CRC-32) are in the metadata: one for each tensor's data, and one for the header itself,
+The metadata has checksums (CRC-32): one for each tensor's data, and one for the header itself,
 computed with eight zeros in its own place.
 """
 
@@ -35,7 +35,7 @@ _SIZES: Final = {
 }  # fmt: skip
 
 
-#: What a header says, in the words of ``forms``.
+#: The forms of a header, see ``forms.py``.
 _METADATA: Final = {"header_crc32": str, "data_crc32": str, str: str}
 _ENTRY: Final = {"dtype": str, "shape": [int], "data_offsets": (int, int)}
 
@@ -47,24 +47,24 @@ class Writable(Protocol):
         """Append."""
 
     def write_at_start(self, data: Buffer) -> object:
-        """Write over the beginning."""
+        """Overwrite the beginning."""
 
 
-#: What owns some memory, and the memory, which may be read as long as the owner lives.
+#: The owner of some memory, and the memory, which is valid as long as the owner lives.
 Piece: TypeAlias = tuple[object, memoryview]
 
 
 @dataclass(slots=True, eq=False)
 class Tensor:
-    """A tensor to be written, out of pieces that follow each other in memory order."""
+    """A tensor to be written, in pieces that follow each other in memory order."""
 
     name: str
     code: str
     shape: tuple[int, ...]
     nbytes: int
     pieces: Callable[[], Iterator[Piece]]
-    alignment: int  # in bytes: of a complex number, which is two elements here, the size of both
-    index: bool = False  # it says where the others are, and stands before them
+    alignment: int  # in bytes; a complex number is two elements here, aligned to the size of both
+    index: bool = False  # whether it is an index of other tensors, and comes before them
 
 
 def write(file: Writable, metadata: dict[str, str], tensors: Iterable[Tensor]) -> None:
@@ -107,9 +107,9 @@ def _mark(checksum: str) -> bytes:
 
 
 class _Stream:
-    """Writes what it is given in chunks.
+    """Writes pieces in chunks.
 
-    A thread writes one chunk while the checksum of the next is computed: both take about as long.
+    A thread writes one chunk while the checksum of the next is computed: the two take about equally long.
     """
 
     def __init__(self, file: Writable, thread: Executor) -> None:
@@ -136,7 +136,7 @@ class _Stream:
             self.flush()
 
     def flush(self) -> None:
-        """Let the thread write what has come together, once it has written what came before."""
+        """Let the thread write the current chunk, after the one before."""
         self.wait()
         self._writing = self._thread.submit(self._write, self._chunk)
         self._chunk, self._size = [], 0
@@ -167,7 +167,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """What the header of a container says, checked."""
+    """The checked header of a container."""
 
     metadata: dict[str, str]
     tensors: dict[str, Extent] = field(repr=False)
@@ -178,7 +178,7 @@ class Container:
 def parse(size: int, read: Callable[[int], bytes]) -> Container:
     """Read and check the header of a file of ``size`` bytes; ``read(n)`` gives the first ``n`` of them.
 
-    Raises ``Defect``. Nothing is read or allocated that the file is too small for.
+    Raises ``Defect``. Nothing larger than the file is read or allocated.
     """
     need(size >= _LENGTH, f"it has {size} bytes, too few for a header")
     length = int.from_bytes(read(_LENGTH), "little")
@@ -191,7 +191,7 @@ def parse(size: int, read: Callable[[int], bytes]) -> Container:
     try:
         table = checked(json.loads(content), {"__metadata__": _METADATA}, "the header")
     except (ValueError, RecursionError) as error:
-        message = f"the header is no JSON ({error})"
+        message = f"the header is not JSON ({error})"
         raise Defect(message) from error
     metadata = table.pop("__metadata__")
     _check_header(content, metadata["header_crc32"])
@@ -238,5 +238,5 @@ def _extent(name: str, entry: Any, checksum: str, start: int) -> Extent:
     try:
         return Extent(code, shape, start + begin, start + end, int(checksum, 16))
     except ValueError as error:
-        message = f"the checksum of {what} is no number"
+        message = f"the checksum of {what} is not a number"
         raise Defect(message) from error
