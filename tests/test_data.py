@@ -257,7 +257,8 @@ def test_a_tuple_says_which_tensor_of_a_value(tmp_path: Path) -> None:
             with pytest.raises(AlignmentError, match=r"has no \["):
                 rows(acts, wrong)
         with pytest.raises(
-            AlignmentError, match=r"of '' is tuple of 2, and rows are cut out of plain"
+            AlignmentError,
+            match=r"of '' is tuple of 2, and rows are cut out of plain tensors. Name what is in it",
         ):
             rows(acts, "")
 
@@ -353,8 +354,18 @@ def test_beside_a_tensor_there_may_be_whatever_else_can_be_stored(tmp_path: Path
         for value in values:
             model(value)
     assert same(rows(acts, ("", 1))[:], torch.cat([value[1] for value in values]))
-    with pytest.raises(AlignmentError, match="rows are cut out of plain tensors"):
+    with pytest.raises(AlignmentError, match=r"rows are cut out of plain tensors. Record with a"):
         rows(acts, ("", 0))
+
+
+@pytest.mark.parametrize("into", [list, "path"])
+def test_what_was_added_is_no_column_unless_it_is_a_tensor(into: Any, tmp_path: Path) -> None:
+    model = nn.Identity()
+    with record(model, "", into=tmp_path / "r" if into == "path" else into) as acts:
+        model(torch.randn(2, 3))
+        acts.add("label", 3)
+    with pytest.raises(AlignmentError, match=r"acts.add\('label', torch.tensor\(...\)\)"):
+        rows(acts, "", "label")
 
 
 def test_a_recording_without_calls_has_no_rows() -> None:

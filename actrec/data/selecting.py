@@ -11,7 +11,7 @@ from torch import Tensor
 from actrec._recordings.layer import Layer
 from actrec._recordings.recording import Recording
 from actrec._values.dtensor import is_distributed
-from actrec._values.spec import Spec, flatten
+from actrec._values.spec import Spec, flatten, tensors
 from actrec.errors import AlignmentError, OptionError
 from actrec.store.joined_ranks import WholeLayer
 from actrec.store.layers import StoredLayer
@@ -42,8 +42,8 @@ class Selected:
                 raise AlignmentError(message) from None
         if not is_plain(value):
             message = (
-                f"{self.call}: {which} of {self.title} is {kind(value)}, and rows are cut out of plain tensors. Name what is in "
-                f"it, as in ({self.layer.name!r}, 0), or record with a transform that returns a tensor."
+                f"{self.call}: {which} of {self.title} is {kind(value)}, and rows are cut out of plain tensors. "
+                f"{_fix(value, self.layer)}"
             )
             raise AlignmentError(message)
         return value  # type: ignore[no-any-return]
@@ -64,6 +64,16 @@ class Selected:
         layer = self.layer.recorded if isinstance(self.layer, WholeLayer) else self.layer
         sources = layer._sources if isinstance(layer, StoredLayer) else ()
         return {source.rank.description.recording for source in sources}
+
+
+def _fix(value: Any, layer: Layer[Any]) -> str:
+    if tensors(value) and not isinstance(value, Tensor):
+        return f"Name what is in it, as in ({layer.name!r}, 0), or record with a transform that returns a tensor."
+    if layer.type == "added":
+        return (
+            f"Add a tensor with a row for each sample: acts.add({layer.name!r}, torch.tensor(...))."
+        )
+    return "Record with a transform that returns a plain tensor."
 
 
 def kind(value: Any) -> str:
