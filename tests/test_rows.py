@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from actrec import (
     AlignmentError,
@@ -18,6 +20,7 @@ from actrec import (
     load,
     record,
 )
+from actrec.data import numbering as _numbering
 from actrec.data import rows, shuffled
 from actrec.data.calls import Calls
 from actrec.data.steps import steps
@@ -545,10 +548,11 @@ MOMENTS = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3)), max_size=8)
 
 
 @settings(max_examples=200, deadline=None)
-@given(MOMENTS, st.lists(MOMENTS, max_size=2), st.lists(st.integers(0, 2), min_size=2, max_size=2), st.booleans(), st.booleans())  # fmt: skip
+@given(MOMENTS, st.lists(MOMENTS, max_size=2), st.lists(st.integers(0, 2), min_size=2, max_size=2), st.lists(st.booleans(), min_size=3, max_size=3))  # fmt: skip
 def test_calls_are_put_side_by_side_as_if_one_by_one(
-    first: list[Any], others: list[Any], copies: list[int], flatten: bool, common: bool
+    first: list[Any], others: list[Any], copies: list[int], options: list[bool]
 ) -> None:
+    flatten, common, many = options
     layers = [first, *others, *([one for one in first for _ in range(many)] for many in copies)]
     expected = call_by_call(layers, flatten=flatten, common=common)
     given = [calls_of(own, f"layer {at}") for at, own in enumerate(layers)]
@@ -557,7 +561,8 @@ def test_calls_are_put_side_by_side_as_if_one_by_one(
             steps("rows", given, flatten=flatten, common=common)
         return
     numbers, whole, order = expected
-    found = steps("rows", given, flatten=flatten, common=common)
+    with mock.patch.object(_numbering, "_FEW", 0 if many else 4096):
+        found = steps("rows", given, flatten=flatten, common=common)
     assert [one.numbers.tolist() for one in found.layers] == numbers
     assert found.whole.tolist() == whole
     passes = [*dict.fromkeys(order)]
@@ -580,6 +585,32 @@ def loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]
         lambda disk, name: read.append(name) or opening(disk, name),  # type: ignore[func-returns-value]
     )
     return acts, read
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # fmt: skip
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("nth", [None, -1])
+def test_to_open_rows_takes_as_many_operations_however_many_calls(
+    tmp_path: Path, nth: int | None
+) -> None:
+    counts = []
+    for many in (5, 50):
+        reused([2] * many, path := tmp_path / f"{many}")
+        acts = load(path)
+        layers = ["relu"] if nth is None else ["relu", "label"]
+        rows(acts, *layers, nth=nth)  # the headers are read
+        with Operations() as operations:
+            rows(acts, *layers, nth=nth)
+        counts.append(operations.count)
+    assert counts[0] == counts[1] < 400
 
 
 def test_each_header_is_read_once_however_many_layers(

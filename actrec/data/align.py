@@ -19,6 +19,7 @@ from .columns import Column, place_order
 from .cutting import cut
 from .last import last_rows
 from .masks import Function, computed
+from .numbering import integers, numbered
 from .origins import ORIGINS, Origin, Origins
 from .selecting import Selector, is_plain, kind, select
 from .steps import steps
@@ -144,16 +145,24 @@ def _counting(call: str, calls: Calls, nth: int | None, raised: AbstractSet[Rank
         # What knows no rank, a call or a pass, may be of any.
         return rank < 0 or bool({(rank, number), (None, number)} & raised)
 
-    maybe = torch.isin(
-        calls.moments[:, 1], torch.tensor([*numbers], dtype=torch.int64, device="cpu")
-    )
+    maybe = torch.isin(calls.moments[:, 1], integers([*numbers]))
     good = ~maybe
     good[maybe] = torch.tensor(
         [not is_bad(*moment) for moment in calls.moments[maybe].tolist()], device="cpu"
     ).bool()
-    found = good.nonzero()[:, 0]
-    if nth is not None:
-        moments = [(rank, number) for rank, number in calls.moments.tolist()]
-        few = nth_calls(f"{call}(nth={nth!r})", calls.title, moments, nth, found.tolist())
-        found = torch.tensor(few, dtype=torch.int64, device="cpu")
-    return calls.of(found)
+    found = calls.of(good.nonzero()[:, 0])
+    return found if nth is None else found.of(_nth(call, found, nth))
+
+
+def _nth(call: str, calls: Calls, nth: int) -> Tensor:
+    """The n-th call of each pass, of the passes that have so many."""
+    passes, _ = numbered(*calls.moments.unbind(1))
+    counts = torch.bincount(passes)
+    most = max(counts.tolist(), default=0)
+    # Which fails for the longest pass, it fails for all.
+    nth_calls(f"{call}(nth={nth!r})", calls.title, [(None, 0)] * most, nth, range(most))
+    order = passes.argsort(stable=True)
+    if most < 2:  # noqa: PLR2004
+        return order
+    at = torch.full_like(counts, nth) if nth >= 0 else counts + nth
+    return order[(counts.cumsum(0) - counts + at)[(at >= 0) & (at < counts)]].sort().values

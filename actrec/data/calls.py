@@ -24,6 +24,7 @@ from actrec.store.part import Leaf
 from actrec.store.shard import Shard
 from actrec.store.units import StoredUnits
 
+from .numbering import integers
 from .selecting import Selected
 from .sources import Held, Made, Shape, Source, Stored
 
@@ -149,8 +150,8 @@ class _Table:
                 lines.append((self._look(tensor), number, 0))
                 self._sources.append(Held(tensor))
         moments = [(-1 if rank is None else rank, number) for rank, number in layer._rank_passes()]
-        self._moments.append(torch.tensor(moments, dtype=torch.int64, device="cpu").view(-1, 2))
-        self._places.append(torch.tensor(lines, dtype=torch.int64, device="cpu").view(-1, 3))
+        self._moments.append(integers(moments).view(-1, 2))
+        self._places.append(integers(lines).view(-1, 3))
 
     def calls(self) -> Calls:
         """Return the calls that were given, in the order of the layer: stored ones lie by rank, and count by pass."""
@@ -171,7 +172,7 @@ class _Table:
         )
         if among is None:
             return found
-        few = torch.tensor(among, dtype=torch.int64, device="cpu")
+        few = integers(among)
         return replace(found.of(few), numbers=numbers[: len(few)])
 
     def _units(self, moments: Tensor) -> Tensor | None:
@@ -185,7 +186,7 @@ class _Table:
             -1 if key is None else self._keys.setdefault(key, len(self._keys))
             for key in known.of(passes)
         ]
-        found = torch.tensor(units, dtype=torch.int64, device="cpu")[of_calls]
+        found = integers(units)[of_calls]
         return found if bool((found >= 0).any()) else None
 
     def _look(self, tensor: Tensor) -> int:
@@ -198,4 +199,4 @@ class _Table:
         looks = [Look(leaf.shape(begin), leaf.dtype) for begin in begins]
         numbers = [self._looks.setdefault(look, len(self._looks)) for look in looks]
         which = torch.cat([new.new_zeros(1), new]).cumsum(0)
-        return torch.tensor(numbers, dtype=torch.int64, device="cpu")[which]
+        return integers(numbers)[which]

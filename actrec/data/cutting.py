@@ -14,7 +14,7 @@ from actrec.errors import AlignmentError
 from .calls import Look
 from .columns import Runs
 from .joining import Joint, covered, is_joined, leads
-from .numbering import numbered
+from .numbering import integers, numbered
 from .origins import Origins
 from .positions import MERGED, Reading, has_width, read, readings
 from .sources import Held, Shape
@@ -72,7 +72,6 @@ class _Cut:
         # Where there are no calls, it is calls without rows.
         columns = [calls.places[:, 0] for calls in steps.layers]
         self._kind_of, firsts = numbered(*columns, *(steps.whole.long() if steps.has_whole else ()))
-        look_of = self._kind_of.tolist()
         found = [
             [calls.looks[int(calls.places[first, 0])] for calls in steps.layers]
             for first in firsts.tolist()
@@ -86,17 +85,17 @@ class _Cut:
         rows = (
             leads(found, whole, masked=masked) if flatten else [one[0].shape[:1] for one in found]
         )
-        is_one = flatten and steps.tells and is_joined(steps, found, whole, rows, look_of)
-        self._joint = joint = Joint(steps, rows, look_of, is_joined=is_one)
+        looks = self._kind_of
+        is_one = flatten and steps.tells and is_joined(steps, found, whole, rows, looks)
+        self._joint = joint = Joint(steps, rows, looks, is_joined=is_one)
         if steps.has_whole and not is_one:
             raise self._not_joined()
         masks = [one[-1].shape for one in found] if flatten and masked else []
-        self._covered = covered(steps, joint, masks, look_of)
+        self._covered = covered(steps, joint, masks, looks)
         of_pass = joint.rows_of_passes() if steps.has_whole else []
         shapes = {shape: number for number, shape in enumerate(dict.fromkeys(of_pass))}
-        which = torch.tensor([shapes[shape] for shape in of_pass], dtype=torch.int64, device="cpu")
+        which = integers([shapes[shape] for shape in of_pass])
         keys = self._kind_of, self._covered.is_covered.long(), *([which] if of_pass else [])
-        looks = self._kind_of
         self._kind_of, firsts = numbered(*keys)
         self._kinds = [
             _Kind(
@@ -157,7 +156,7 @@ class _Cut:
 
     def _of_steps(self, of_kinds: Sequence[_Place]) -> Tensor:
         """What each step has of what its kind has."""
-        return torch.tensor(of_kinds, dtype=torch.int64, device="cpu").view(-1, 3)[self._kind_of]
+        return integers(of_kinds).view(-1, 3)[self._kind_of]
 
     # --- Positions -------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from actrec._text import count
 
 from .align import Mask, Options, Passes, Table, table
 from .kept import Kept
+from .numbering import integers
 from .origins import Where
 from .selecting import Selector
 from .sources import Files
@@ -196,11 +197,7 @@ class Rows(Dataset[Any]):
             IndexError: there is no such row.
         """
         wanted, is_one = self._wanted(index)
-        numbers = (
-            torch.tensor(wanted, dtype=torch.int64, device="cpu")
-            if isinstance(wanted, range)
-            else wanted
-        )
+        numbers = integers(wanted) if isinstance(wanted, range) else wanted
         if self._kept is not None:
             with Files() as files:
                 numbers = self._kept.located(numbers, files)
@@ -255,7 +252,7 @@ class Rows(Dataset[Any]):
 
     def _range(self, wanted: range) -> list[Tensor]:
         if self._kept is not None or wanted.step != 1:
-            return self._take(torch.tensor(wanted, dtype=torch.int64, device="cpu"))
+            return self._take(integers(wanted))
         found = [column.empty(len(wanted)) for column in self._columns]
         with Files() as files:
             for column, out in zip(self._columns, found, strict=True):

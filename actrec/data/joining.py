@@ -16,6 +16,7 @@ from torch import Tensor
 from actrec._recordings.covering import first_columns
 
 from .calls import Look
+from .numbering import integers
 from .origins import Origins
 from .positions import lead, positions
 from .sources import Shape
@@ -59,19 +60,18 @@ def is_joined(
     looks: list[list[Look]],
     whole: list[Sequence[bool]],
     rows: list[Shape],
-    look_of: list[int],
+    of: Tensor,
 ) -> bool:
     """Whether the steps of each pass go on with the same samples."""
-    of = torch.tensor(look_of, device="cpu")
     order, firsts = steps.by_pass
     heads = order[firsts]  # of each pass, its first step
     several = torch.bincount(steps.passes)[steps.passes] > 1
     used = torch.unique(of[several]).tolist()
     if any(len(rows[look]) == 1 for look in used):
         return False
-    samples = torch.tensor([one[0] for one in rows], device="cpu")[of]
+    samples = integers([one[0] for one in rows])[of]
     inner: dict[Shape, int] = {}
-    inners = torch.tensor([inner.setdefault(one[2:], len(inner)) for one in rows], device="cpu")[of]
+    inners = integers([inner.setdefault(one[2:], len(inner)) for one in rows])[of]
     for sizes in (samples, inners):
         if bool((sizes != sizes[heads][steps.passes]).any()):
             return False
@@ -98,19 +98,16 @@ class Lines(NamedTuple):
 class Joint:
     """The rows of steps, and how those of a pass follow each other."""
 
-    def __init__(
-        self, steps: Steps, rows: list[Shape], look_of: list[int], *, is_joined: bool
-    ) -> None:
+    def __init__(self, steps: Steps, rows: list[Shape], of: Tensor, *, is_joined: bool) -> None:
         self._steps = steps
         self._rows = rows
-        self._look_of = look_of
+        self._of = of  # of each step, which of the rows
         self.is_joined = is_joined
         sizes = [
             (one[0], *one[1:2], math.prod(one[2:])) if len(one) > 1 else (one[0], 1, 1)
             for one in rows
         ]
-        of = torch.tensor(look_of, dtype=torch.int64, device="cpu")
-        self.samples, self.tokens, self._inner = torch.tensor(sizes, device="cpu")[of].unbind(1)
+        self.samples, self.tokens, self._inner = integers(sizes)[of].unbind(1)
         self.rows = self.samples * self.tokens * self._inner  #: of each step
         none = torch.zeros_like(of)
         self.before = (
@@ -121,7 +118,7 @@ class Joint:
     def rows_of_passes(self) -> list[Shape]:
         """The positions that are the rows of the pass of each step."""
         tokens = self._of_passes(self.tokens)[self._steps.passes].tolist()
-        rows = (self._rows[look] for look in self._look_of)
+        rows = (self._rows[look] for look in self._of.tolist())
         return [(one[0], many, *one[2:]) for one, many in zip(rows, tokens, strict=True)]
 
     @cached_property
@@ -208,24 +205,21 @@ class Covered(NamedTuple):
     columns: Tensor
 
 
-def covered(steps: Steps, joint: Joint, masks: list[Shape], look_of: list[int]) -> Covered:
+def covered(steps: Steps, joint: Joint, masks: list[Shape], of: Tensor) -> Covered:
     """Find the columns of a mask, ``(batch, columns)`` in its call, that are those of each step."""
-    none = torch.zeros(len(look_of), dtype=torch.int64, device="cpu")
+    none = torch.zeros_like(of)
     found = Covered(none.bool(), none.bool(), none.bool(), none.clone(), none)
-    of = torch.tensor(look_of, dtype=torch.int64, device="cpu")
     sizes = [shape if len(shape) == 2 else (-1, 0) for shape in masks]  # noqa: PLR2004
-    if not sizes or not look_of:
+    if not sizes or not len(of):
         return found
-    samples, columns = torch.tensor(sizes, device="cpu")[of].unbind(1)
+    samples, columns = integers(sizes)[of].unbind(1)
     found = found._replace(columns=columns)
     is_whole = steps.whole[-1]
     asks = (samples == joint.samples) & (is_whole | (columns != joint.tokens))
     if not bool(asks.any()):
         return found
     firsts_of = cache(first_columns)
-    groups = (
-        _steps_of_passes(steps) if joint.is_joined else [[step] for step in range(len(look_of))]
-    )
+    groups = _steps_of_passes(steps) if joint.is_joined else [[step] for step in range(len(of))]
     asked, tokens, many, whole = (
         asks.tolist(),
         joint.tokens.tolist(),

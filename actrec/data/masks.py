@@ -15,7 +15,7 @@ from actrec._recordings.recording import Recording
 from actrec.errors import OptionError
 
 from .calls import Calls, Look
-from .numbering import numbered
+from .numbering import integers, numbered
 from .selecting import is_plain, kind
 from .sources import Held
 
@@ -55,12 +55,12 @@ def computed(call: str, recording: Recording[Any], function: Function, beside: C
     flat = torch.cat(
         [torch.empty(0, dtype=torch.bool, device="cpu"), *(one.reshape(-1) for one in found)]
     )
-    calls = beside.of(torch.tensor(kept, dtype=torch.int64, device="cpu"))
+    calls = beside.of(integers(kept))
     return replace(
         calls,
         title="the mask",
         numbers=torch.arange(len(kept), device="cpu"),
-        places=torch.tensor(places, dtype=torch.int64, device="cpu").view(-1, 3),
+        places=integers(places).view(-1, 3),
         looks=[*looks],
         sources=[Held(flat)],
     )

@@ -83,13 +83,18 @@ class Held(_InMemory):
     """A tensor in memory."""
 
     def __init__(self, tensor: Tensor) -> None:
-        # A view costs nothing, and is ready. A copy would cost memory as long as this lives.
-        self._is_view = tensor.device.type == "cpu" and tensor.is_contiguous()
-        self._tensor = _bytes(tensor) if self._is_view else tensor
+        self._tensor = tensor.detach()
+        self._view: Tensor | None = None
 
     @override
     def bytes(self) -> Tensor:
-        return self._tensor if self._is_view else _bytes(self._tensor)
+        if self._view is not None:
+            return self._view
+        found = _bytes(self._tensor)
+        # A view costs nothing, once it is there. A copy would cost memory as long as this lives.
+        is_view = self._tensor.device.type == "cpu" and self._tensor.is_contiguous()
+        self._view = found if is_view else None
+        return found
 
 
 class Made(_InMemory):

@@ -14,7 +14,7 @@ from torch import Tensor
 from actrec.errors import AlignmentError
 
 from .calls import Calls
-from .numbering import numbered
+from .numbering import integers, numbered
 
 _JOIN = " or rows of all positions (flatten=True), for which the calls of a pass are joined"
 
@@ -81,7 +81,7 @@ def _names(calls: Calls, which: Tensor | slice = slice(None)) -> list[Any]:
 def _in_a_tensor(names: list[Any]) -> list[Any] | Tensor:
     """The names of passes in a tensor, if all are integers."""
     if set(map(type, names)) <= {int}:
-        return torch.tensor(names, dtype=torch.int64, device="cpu")
+        return integers(names)
     return names
 
 
