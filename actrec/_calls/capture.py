@@ -67,7 +67,9 @@ class Capture:
         self, layer: str, transform: Transform | None, what: str, offload: Offload | None
     ) -> Capture:
         """Return the same for the values of one layer."""
-        return replace(self, layer=layer, transform=transform, what=what, offload=offload)
+        return Capture(
+            layer, transform, self.detach, self.share, self.device, self.dtype, what, offload
+        )
 
     def __call__(self, value: Value, call: int) -> Value:
         """Return the value to keep for ``value``, which call number ``call`` returned, or ``SKIPPED``."""

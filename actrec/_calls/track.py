@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -62,14 +62,15 @@ class Track:
 
     session: Session
     capture: Capture
-    outputs: Layer[Any] | None
+    layers: Mapping[What, Layer[Any]]  # of the recording, that its values go to
+    outputs: Layer[Any] | None = field(init=False)
     inputs: Inputs | None = None
     grads: Gradients | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)  # held while a call is kept
     called: int = 0
     earlier: int = 0  # calls that were kept in the runs that this one resumes
     lost: int = 0  # calls that were skipped, or could not be kept
-    unrecorded: Counter[Unrecorded] = field(default_factory=Counter)
+    unrecorded: dict[Unrecorded, int] = field(default_factory=partial(defaultdict, int))
     overtaken: int = 0  # calls that hooks of others may have changed after ours
     compiled: int = 0  # calls that were compiled in a way in which hooks do not run
     has_tensors: bool = False  # whether any kept value had a tensor
@@ -85,6 +86,7 @@ class Track:
     _keep_output: Callable[[Value, int], None] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.outputs = self.layers.get("output")
         if self.outputs is not None:
             self._keep_output = self.outputs.keep
         is_kept = self.outputs is not None and self.capture.transform is None
@@ -101,16 +103,6 @@ class Track:
         if compiles_itself() and not runs:
             self.compiled += 1
         return runs
-
-    @property
-    def layers(self) -> dict[What, Layer[Any]]:
-        """The layers of the recording that its values go to."""
-        found: dict[What, Layer[Any] | None] = {
-            "output": self.outputs,
-            "input": None if self.inputs is None else self.inputs.calls,
-            "gradient": None if self.grads is None else self.grads.layer,
-        }
-        return {role: layer for role, layer in found.items() if layer is not None}
 
     # --- All calls ---------------------------------------------------------------------------------------------
 

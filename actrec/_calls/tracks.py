@@ -151,9 +151,9 @@ class Tracks:
             role: self._layer(role, choice.key, kind, treatment.make)
             for role, treatment in choice.treatments.items()
         }
-        outputs, inputs, grads = (layers.get(role) for role in WHATS)
+        outputs, inputs, grads = map(layers.get, WHATS)
         capture = self._capture_of("output", choice, outputs)
-        track = Track(self.session, capture, outputs)
+        track = Track(self.session, capture, layers)
         if inputs is not None:
             received = self._capture_of("input", choice, inputs)
             track.inputs = Inputs.of(choice.module, inputs, received)
@@ -162,7 +162,7 @@ class Tracks:
             undecided = self.session.passes.undecided
             alike = outputs is not None and gradient.transform is capture.transform
             track.grads = Gradients(gradient, grads, track.lock, alike, undecided)
-        track.earlier = len(next(iter(track.layers.values())))  # in a run that is resumed
+        track.earlier = len(next(iter(layers.values())))  # in a run that is resumed
         return track
 
     def _layer(self, role: What, name: str, kind: str, make: Make | None) -> Layer[Any]:

@@ -119,7 +119,7 @@ def _unused(
         if not _nobody_chose(there, shared, *item)
     }
     causes |= uncalled
-    is_called |= any(track.unrecorded.total() for _, track in tracks.values())
+    is_called |= any(sum(track.unrecorded.values()) for _, track in tracks.values())
     if session.passes.count or is_called:
         if not causes:
             return
@@ -270,7 +270,9 @@ def _elsewhere(track: Track) -> str | None:
     for where in Unrecorded:
         if track.unrecorded[where]:
             verb = "were made" if where is Unrecorded.TRACED else "ran"
-            return f"all of its {count(track.unrecorded.total(), 'call')} {verb} {where.value}"
+            return (
+                f"all of its {count(sum(track.unrecorded.values()), 'call')} {verb} {where.value}"
+            )
     if track.compiled:
         return _in_a_body(track)
     return _STANCE if track.session.eager.replaced else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -105,7 +105,7 @@ def select(
         Choice(
             key,
             first.name.module,
-            tuple(dict.fromkeys(n for claim in of_one.values() for n in claim.names(names))),
+            _names(names, of_one.values()),
             {what: claim.treatment for what, claim in of_one.items()},
             by_default=all(claim.by_default for claim in of_one.values()),
         )
@@ -219,11 +219,6 @@ class _Claim:
         else:
             self.spellings += other.spellings
 
-    def names(self, model: Model) -> tuple[str, ...]:
-        """All that the module may be called."""
-        names = [s for name in model.of[id(self.name.module)] for s in (name.full, name.short)]
-        return tuple(dict.fromkeys(names + self.spellings))
-
 
 @dataclass(slots=True)
 class _Claims:
@@ -245,6 +240,15 @@ def _claims(model: Model, query: Query | None, treatment: Treatment) -> Iterator
 
 
 # --- Keys and parents ----------------------------------------------------------------------------------
+
+
+def _names(model: Model, claims: Collection[_Claim]) -> tuple[str, ...]:
+    """All that a module may be called."""
+    module = next(iter(claims)).name.module
+    names = [s for name in model.of[id(module)] for s in (name.full, name.short)]
+    for claim in claims:
+        names += claim.spellings
+    return tuple(dict.fromkeys(names))
 
 
 def _keys(names: list[Name]) -> list[str]:
