@@ -59,7 +59,7 @@ def edit(model: nn.Module, draw: random.Random) -> None:
 
 
 @given(st.randoms(use_true_random=False))
-@settings(max_examples=60)
+@settings(derandomize=True, max_examples=40, deadline=None, database=None)
 def test_law_a_block_selects_what_one_would_that_had_not_seen_the_model_before(
     draw: random.Random,
 ) -> None:
@@ -82,6 +82,14 @@ def test_a_model_that_is_the_same_is_walked_once() -> None:
     del model[1][0]
     assert remembered(model) is not before
     assert list(acts) == ["0", "1.0"]
+
+
+def test_a_module_that_has_moved_has_its_new_name() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.Sequential())
+    assert [choice.key for choice in select(model, nn.Linear).choices] == ["0.0"]
+    model[1].add_module("0", model[0][0])
+    del model[0][0]
+    assert [choice.key for choice in select(model, nn.Linear).choices] == ["1.0"]
 
 
 def test_what_was_replaced_is_not_kept_alive_and_neither_is_the_model() -> None:

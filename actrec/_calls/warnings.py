@@ -204,7 +204,7 @@ def _incomplete(choice: Choice, track: Track) -> str | None:
             f"from pass {since} on another module was in its place, whose calls are not recorded. Change the model before "
             "the block, or open another block after that"
         )
-    for where in (Unrecorded.BACKWARD, Unrecorded.TRANSFORMED):
+    for where in (Unrecorded.BACKWARD, Unrecorded.TRANSFORMED) if track.unrecorded else ():
         if many := track.unrecorded[where]:
             return f"{count(many, 'call')} of it ran {where.value}"
     if track.overtaken:

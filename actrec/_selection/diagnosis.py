@@ -21,22 +21,22 @@ from .nearest import nearest
 
 def why_not(model: Model, name: Name) -> str | None:
     """Return why hooks on this module would never run, and what to write instead; ``None`` if they do."""
-    kind = type_name(name.module)
+    kind = type_name(name.module())
     spelled = name.short or name.full
     if name.full in model.inlined:
         return (
             f"the graph that holds {spelled!r} does not call it: tracing has merged its operations into "
             "the graph. Record the original module, or torch.export.unflatten(exported_program)"
         )
-    if isinstance(name.module, torch.jit.ScriptModule):
+    if isinstance(name.module(), torch.jit.ScriptModule):
         return (
             f"{spelled!r} is a {kind}: TorchScript runs no Python hooks. Record the original module"
         )
-    if is_called(name.module):
+    if is_called(name.module()):
         return None
     reason = f"{spelled!r} is a {kind}, a container that is never called itself"
     instead = f"{spelled}.*" if spelled else "*"
-    children = len(children_of(name.module))
+    children = len(children_of(name.module()))
     return f"{reason}. Write {instead!r} for its {children} children" if children else reason
 
 
@@ -51,7 +51,7 @@ def nothing(model: Model, query: str | re.Pattern[str]) -> str:
     query = query if isinstance(query, str) else query.pattern
     if not instead:
         instead = nearest(query, dict.fromkeys(name.short for name in model.names if name.short))
-        if any(isinstance(name.module, torch.fx.GraphModule) for name in model.names):
+        if any(isinstance(name.module(), torch.fx.GraphModule) for name in model.names):
             instead += " It is a traced graph: record the original module, or torch.export.unflatten(exported_program)."
     return f"record(): {query!r} matches no layer of this {model.type}. {instead}"
 

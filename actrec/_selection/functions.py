@@ -107,7 +107,7 @@ def ask(model: Model, query: str, treatment: Treatment, what: What) -> FunctionQ
     except SelectionError as error:
         message = f"{error} That is before the colon of {query!r}, where the module stands that calls a function."
         raise SelectionError(message) from None
-    owners = {id(name.module): _owner(model, name, module) for name in names}
+    owners = {id(name.module()): _owner(model, name, module) for name in names}
     is_spelled_out = not (is_glob(function) or is_glob(module))
     function = function if is_glob(function) else canonical(function)
     return FunctionQuery(query, tuple(owners.values()), function, treatment, what, is_spelled_out)
@@ -129,7 +129,7 @@ def _innermost(model: Model, name: Name) -> Name:
 
 
 def _owner(model: Model, name: Name, spelling: str) -> Owner:
-    names = [s for one in model.of[id(name.module)] for s in (one.full, one.short)]
+    names = [s for one in model.of[id(name.module())] for s in (one.full, one.short)]
     wrappers = [one.full for one in model.by_short.get(name.short, ())]
     spelled = [] if is_glob(spelling) else [spelling]
-    return Owner(name.short, name.module, tuple(dict.fromkeys(names + wrappers + spelled)))
+    return Owner(name.short, name.module(), tuple(dict.fromkeys(names + wrappers + spelled)))

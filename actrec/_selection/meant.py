@@ -36,7 +36,7 @@ def _meanings(model: Model, query: str, names: Collection[str]) -> Iterator[str]
         yield f"That is a type: {kind}"
     front, _, last = query.rpartition(".")
     owner = model.spelled(front)
-    if owner and last in _tensors(owner.module):
+    if owner and last in _tensors(owner.module()):
         yield (
             f"That is a parameter or buffer of {owner.short!r}. What is recorded is what a layer returns: record(model, "
             f"{owner.short!r})."
@@ -54,13 +54,13 @@ def _meanings(model: Model, query: str, names: Collection[str]) -> Iterator[str]
 
 def _of_type(model: Model, name: str) -> str:
     """What to write for the modules whose type has that name, if there are any."""
-    found = [one for one in model.names if type_name(one.module).lower() == name.lower()]
+    found = [one for one in model.names if type_name(one.module()).lower() == name.lower()]
     if not found:
         return ""
-    kind = type(found[0].module)
+    kind = type(found[0].module())
     public = getattr(nn, kind.__name__, None) is kind
     where = f"torch.nn.{kind.__name__}" if public else f"type(model.{_python(found[0])})"
-    many = count(len({id(one.module) for one in found}), "layer")
+    many = count(len({id(one.module()) for one in found}), "layer")
     return f"record(model, {where}) records {many}, such as {found[0].short!r}."
 
 
@@ -77,7 +77,7 @@ def _counted_from_the_end(model: Model, query: str) -> str | None:
     """The name in which the ``-1`` of ``"layers.-1"`` is the last child."""
     name = model.names[0]
     for segment in query.split("."):
-        children = [key for key, child in children_of(name.module).items() if child is not None]
+        children = [key for key, child in children_of(name.module()).items() if child is not None]
         if re.fullmatch(r"-\d+", segment) and int(segment[1:]) <= len(children):
             segment = children[int(segment)]  # noqa: PLW2901
         found = model.spelled(f"{name.full}.{segment}" if name.full else segment)
@@ -114,7 +114,7 @@ def no_query(model: Model, query: object) -> str:
         names = dict.fromkeys(name.short for name in model.names if name.short)
         return f"A name is text. {nearest(str(query), names)} "
     if isinstance(query, Tensor):
-        for name, tensor in model.names[0].module.named_parameters():
+        for name, tensor in model.names[0].module().named_parameters():
             if tensor is query:
                 return f"It is the parameter {name!r}; recorded is what a layer returns: record(model, {name.rpartition('.')[0]!r}). "
         return "The model is called with it inside the with block. "
@@ -131,7 +131,7 @@ def is_of_torch(query: object) -> bool:
 def layers_of_function(model: Model, function: object) -> str:
     """Return what to write for the layers that may compute a function of PyTorch."""
     name = getattr(function, "__name__", "")
-    kinds = sorted({type_name(one.module) for one in model.names[1:]})
+    kinds = sorted({type_name(one.module()) for one in model.names[1:]})
     found = _of_type(model, name.replace("_", "")) or (
         f"Layers are modules, and none of this {model.type} is a {name}; there are {listed(kinds, 20)}."
     )

@@ -37,7 +37,7 @@ class Model:
         self.by_full = {name.full: name for name in self.names}
         self.of: dict[int, list[Name]] = {}
         for name in self.names:
-            self.of.setdefault(id(name.module), []).append(name)
+            self.of.setdefault(id(name.module()), []).append(name)
         self.inlined = frozenset(_inlined(self.names))
         #: The names that a pattern matches.
         self.matching = lru_cache(_MOST_PATTERNS)(partial(_matching, self.names))
@@ -49,6 +49,11 @@ class Model:
         for name in self.names:
             found.setdefault(name.short, []).append(name)
         return found
+
+    @cached_property
+    def leaves(self) -> list[Name]:
+        """The names of modules without others inside, less PyTorch's machinery."""
+        return [name for name in self.names if not name.is_machinery and _is_leaf(name.module())]
 
     def spelled(self, query: str) -> Name | None:
         """The module of that name, where wrapper segments may be left out."""
@@ -64,7 +69,7 @@ class Model:
         """The module at a path that was not walked."""
         name = self.names[0]
         for segment in full.split("."):
-            child = children_of(name.module).get(segment)
+            child = children_of(name.module()).get(segment)
             if child is None:
                 return None
             name = child_of(name, segment, child)
@@ -97,10 +102,17 @@ def _matching(names: list[Name], pattern: re.Pattern[str]) -> tuple[list[Name], 
     return short or [n for n in names if n.full and pattern.fullmatch(n.full)], bool(short)
 
 
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(
+        child is not None and segment != "parametrizations"
+        for segment, child in children_of(module).items()
+    )
+
+
 def _inlined(names: list[Name]) -> Iterator[str]:
     """The names of the modules below a traced or exported graph that the graph does not call."""
     for graph in names:
-        module = graph.module
+        module = graph.module()
         if isinstance(module, torch.fx.GraphModule):
             prefix = f"{graph.full}." if graph.full else ""
             calls = (node.target for node in module.graph.nodes if node.op == "call_module")
@@ -146,7 +158,7 @@ class _Graph:
     """The modules of a model, and what each has inside: all that its names come from."""
 
     def __init__(self, model: Model) -> None:
-        modules = [names[0].module for names in model.of.values()]
+        modules = [names[0].module() for names in model.of.values()]
         self._modules = [weakref.ref(module) for module in modules]
         self._types = [*map(type, modules)]
         self._inside = _inside(modules)

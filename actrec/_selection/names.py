@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -48,7 +49,7 @@ class Name:
     It refers weakly to the module: names are remembered, and what is no longer in the model is not kept alive.
     """
 
-    __slots__ = ("_module", "full", "is_machinery", "parent", "short")
+    __slots__ = ("full", "is_machinery", "module", "parent", "short")
 
     def __init__(
         self,
@@ -64,21 +65,8 @@ class Name:
         self.parent = parent
         #: Whether no pattern should find it: what computes a parametrized weight, or checks an exported input.
         self.is_machinery = is_machinery
-        self._module = weakref.ref(module)
-
-    @property
-    def module(self) -> nn.Module:
-        """The module, which is in the model of whoever asks."""
-        found = self._module()
-        assert found is not None  # noqa: S101
-        return found
-
-    def above(self) -> Iterator[Name]:
-        """The names of the modules around it, from the inside out."""
-        name = self.parent
-        while name is not None:
-            yield name
-            name = name.parent
+        #: Returns the module, to whoever has the model.
+        self.module = cast("Callable[[], nn.Module]", weakref.ref(module))
 
 
 def child_of(name: Name, segment: str, child: nn.Module) -> Name:
@@ -97,13 +85,13 @@ def child_of(name: Name, segment: str, child: nn.Module) -> Name:
 
 def _is_wrapped(name: Name, segment: str, child: nn.Module) -> bool:
     """Whether a wrapper at ``name`` has added ``segment`` to the names of what it wraps."""
-    children = children_of(name.module)
+    children = children_of(name.module())
     outer, inner = _PEFT
     if segment == outer:
         return len(children) == 1 and [*children_of(child)] == [inner]
     if segment == inner and len(children) == 1:
         return _last(name.full) == outer != _last(name.short)
-    return wrapped(name.module) is not None and segment in WRAPPERS
+    return wrapped(name.module()) is not None and segment in WRAPPERS
 
 
 def wrapped(module: nn.Module) -> nn.Module | None:

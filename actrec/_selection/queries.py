@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from actrec._text import listed
-from actrec._torch import children_of
 from actrec.errors import SelectionError
 
 from .diagnosis import hookable, nothing, why_not
@@ -88,10 +87,10 @@ def _by_pattern(model: Model, query: str | re.Pattern[str], pattern: re.Pattern[
 
 
 def _by_type(model: Model, kind: type) -> list[Name]:
-    found = [name for name in hookable(model) if isinstance(name.module, kind)]
+    found = [name for name in hookable(model) if isinstance(name.module(), kind)]
     if not found:
-        reasons = (why_not(model, n) for n in model.names if isinstance(n.module, kind))
-        kinds = sorted({type_name(name.module) for name in hookable(model)})
+        reasons = (why_not(model, n) for n in model.names if isinstance(n.module(), kind))
+        kinds = sorted({type_name(name.module()) for name in hookable(model)})
         none = f"no layer of this {model.type} is a {kind.__name__}; there are {listed(kinds, 20)}"
         message = f"record(): {next(filter(None, reasons), none)}."
         raise SelectionError(message)
@@ -115,10 +114,10 @@ def _by_function(model: Model, query: Callable[[str, nn.Module], object]) -> lis
 def _asked(query: Callable[[str, nn.Module], object], name: Name) -> bool:
     """What a query that is a function says about a module."""
     try:
-        return bool(query(name.full, name.module))
+        return bool(query(name.full, name.module()))
     except Exception as error:
         error.add_note(
-            f"raised while record() asked the layer query {query!r} about {name.full!r}, a {type_name(name.module)}. "
+            f"raised while record() asked the layer query {query!r} about {name.full!r}, a {type_name(name.module())}. "
             "It is called with name and module, and returns whether to record it"
         )
         raise
@@ -147,25 +146,18 @@ def _leaves(model: Model) -> list[Name]:
 
     In place of the projection of ``nn.MultiheadAttention``, which is never called, the attention.
     """
-    leaves = [name for name in model.names if _is_leaf(name) and not name.is_machinery]
-    scripted = [name for name in leaves if isinstance(name.module, torch.jit.ScriptModule)]
+    leaves = model.leaves
+    scripted = [name for name in leaves if isinstance(name.module(), torch.jit.ScriptModule)]
     if scripted or all(why_not(model, name) for name in leaves):
         reasons = [reason for name in scripted or leaves if (reason := why_not(model, name))]
         message = f"record() cannot record every leaf module of this {model.type}: {next(iter(reasons), 'it has none')}, or choose layers."
         raise SelectionError(message)
-    return [_called(name) for name in leaves if is_called(name.module)]
+    return [_called(name) for name in leaves if is_called(name.module())]
 
 
 def _called(leaf: Name) -> Name:
     """A leaf, or in its place the module around it that uses its weights without calling it."""
     parent = leaf.parent
-    inside = isinstance(leaf.module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    is_attention = parent is not None and isinstance(parent.module, nn.MultiheadAttention)
-    return parent if parent is not None and inside and is_attention else leaf
-
-
-def _is_leaf(name: Name) -> bool:
-    return not any(
-        child is not None and key != "parametrizations"
-        for key, child in children_of(name.module).items()
-    )
+    inside = isinstance(leaf.module(), nn.modules.linear.NonDynamicallyQuantizableLinear)
+    is_attention = inside and parent and isinstance(parent.module(), nn.MultiheadAttention)
+    return parent if parent and is_attention else leaf

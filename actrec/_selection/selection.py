@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from .treatment import Treatment
 _OPTIONS: Mapping[What, str] = {"input": "inputs", "gradient": "grads"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Choice:
     """One chosen layer: a module, or a function that one calls."""
 
@@ -48,8 +47,9 @@ class Selection:
 
     def of(self, what: What) -> tuple[Choice, ...]:
         """Return the layers of which this is recorded, in the order of its queries."""
-        choices = {id(choice.module): choice for choice in self.choices}
-        return tuple(choices[module] for module in self._order[what])
+        order = self._order[what]
+        choices = {id(choice.module): choice for choice in self.choices} if order else {}
+        return tuple(choices[module] for module in order)
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -104,7 +104,7 @@ def select(
     choices = tuple(
         Choice(
             key,
-            first.name.module,
+            first.name.module(),
             _names(names, of_one.values()),
             {what: claim.treatment for what, claim in of_one.items()},
             by_default=all(claim.by_default for claim in of_one.values()),
@@ -128,7 +128,7 @@ def _claimed(names: Model, queries: Any, transform: Transform | None, what: What
             claims.functions.append(ask(names, query, own, what))
             continue
         for claim in _claims(names, query, own):
-            known = claims.modules.setdefault(id(claim.name.module), claim)
+            known = claims.modules.setdefault(id(claim.name.module()), claim)
             if known is not claim:
                 known.merge(claim)
     return claims
@@ -244,7 +244,7 @@ def _claims(model: Model, query: Query | None, treatment: Treatment) -> Iterator
 
 def _names(model: Model, claims: Collection[_Claim]) -> tuple[str, ...]:
     """All that a module may be called."""
-    module = next(iter(claims)).name.module
+    module = next(iter(claims)).name.module()
     names = [s for name in model.of[id(module)] for s in (name.full, name.short)]
     for claim in claims:
         names += claim.spellings
@@ -267,7 +267,7 @@ def _parents(
     Those begin passes themselves: they are among them only if hooks of layers need one around their calls.
     """
     alone = {*map(id, callers)} - {*map(id, chosen)}
-    found = {id(model.names[0].module): model.names[0].module, **_above(model, chosen)}
+    found = {id(model.names[0].module()): model.names[0].module(), **_above(model, chosen)}
     more = {id(module): module for module in callers} | _above(model, callers)
     return iter((found | {key: more[key] for key in more if key not in alone}).values())
 
@@ -276,10 +276,13 @@ def _above(model: Model, modules: list[nn.Module]) -> dict[int, nn.Module]:
     """The modules that are called above some, by their ids."""
     found: dict[int, nn.Module] = {}
     met: set[Name] = set()
-    for module in modules:
-        for name in model.of[id(module)]:
-            for above in takewhile(lambda one: one not in met, name.above()):
+    for one in modules:
+        for name in model.of[id(one)]:
+            above = name.parent
+            while above is not None and above not in met:
                 met.add(above)
-                if id(above.module) not in found and why_not(model, above) is None:
-                    found[id(above.module)] = above.module
+                module = above.module()
+                if id(module) not in found and why_not(model, above) is None:
+                    found[id(module)] = module
+                above = above.parent
     return found
