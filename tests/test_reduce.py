@@ -18,6 +18,7 @@ from actrec import ActrecError, CaptureError, OptionError, record, reduce
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 KINDS: dict[str, Callable[..., reduce.Reduction]] = {
     "moments": reduce.Moments,
@@ -523,3 +524,29 @@ def test_a_metric_gets_the_calls_of_a_unit_when_it_ends() -> None:
             model(numbers(2, 4))
             assert acts["up"].sink.count == 0
     assert acts["up"].sink.count == 6
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_a_pass_outside_of_the_units_is_not_taken_for_one_of_them(
+    is_stored: bool, tmp_path: Path
+) -> None:
+    layer = nn.Identity()
+    into = tmp_path / "r" if is_stored else list
+    with record(layer, {"": reduce.TopK(k=2)}, into=into) as acts:
+        with acts.unit(1):
+            layer(torch.ones(1, 1))
+        layer(torch.zeros(1, 1))
+    assert acts[""].compute()["unit"] == [[1], [None]]
+    assert acts[""].compute()["pass"].tolist() == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 2).to(torch.float8_e4m3fn)]
+)
+def test_what_cannot_be_ordered_is_said(value: Tensor) -> None:
+    layer = nn.Identity()
+    with (
+        pytest.raises(CaptureError, match=r"layer '': TopK cannot order values of .*float\(\)"),
+        record(layer, "", into=partial(reduce.TopK, k=2)),
+    ):
+        layer(value)

@@ -93,15 +93,13 @@ class Reduced(Layer[Any]):
         return merged(metric, *self._states())
 
     def _keys(self, ranks: Tensor, passes: Tensor) -> list[Any]:
-        """Return the key of each pass's unit, or, without a unit, the number of the pass."""
+        """Return the key of each pass's unit; of a recording without units, the number of the pass."""
         rank_passes = [
             self._rank_pass(*one) for one in zip(ranks.tolist(), passes.tolist(), strict=True)
         ]
-        keys = [None] * len(rank_passes) if self._units is None else self._units.of(rank_passes)
-        return [
-            number if key is None else key
-            for key, (_, number) in zip(keys, rank_passes, strict=True)
-        ]
+        if self._units:
+            return self._units.of(rank_passes)
+        return [number for _, number in rank_passes]
 
     @abstractmethod
     def _rank_pass(self, rank: int, number: int) -> RankPass:

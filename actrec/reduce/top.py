@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from actrec.errors import OptionError
+from actrec.errors import CaptureError, OptionError
 
 from .reduction import Reduction, Rows, State
 
@@ -60,7 +60,8 @@ class TopK(Reduction):
 
         Returns:
             ``values``, the largest first, ``(k, C)``, and of each of them ``unit``, ``sample`` and ``position``, ``(k, C)``: the key of
-            the unit (a list of ``k`` lists, where keys are strings; without units the number of the pass), the index in its
+            the unit (a list of ``k`` lists, where not all are integers: ``None`` is for a pass outside of the units; in a
+            recording without units the number of the pass), the index in its
             batch, and that among the other dimensions of the sample, those of earlier calls of the unit included; and the
             ``pass`` with the ``rank`` that counted it. With fewer than ``k`` rows there are as many as rows; without rows nothing.
         """
@@ -92,7 +93,14 @@ class TopK(Reduction):
 
     @override
     def _states(self, rows: Rows, number: int, start: int) -> Iterator[tuple[int, State]]:
-        values, at = rows.table.topk(min(self.k, len(rows.table)), dim=0)
+        try:
+            values, at = rows.table.topk(min(self.k, len(rows.table)), dim=0)
+        except RuntimeError as error:  # of float8 and bool
+            dtype = str(rows.table.dtype).removeprefix("torch.")
+            message = (
+                f"TopK cannot order values of {dtype}; let a transform cast them, with float() say"
+            )
+            raise CaptureError(message) from error
         sample, position = rows.index(at)
         where = (torch.full_like(at, number), sample, position + start, torch.zeros_like(at))
         yield len(rows.table), (values, torch.stack(where))
