@@ -82,21 +82,20 @@ class Recorder(Recording[V], Generic[V]):
         tracks.show_in(self)
 
     def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None:
-        """Put layers into the recording. The dict is replaced, because other threads may be iterating over it."""
+        """Show these layers under a name. Dicts are replaced, because other threads may be iterating over them."""
         places: dict[What, Recording[Any] | None] = {
             "output": self,
             "input": self._inputs,
             "gradient": self._grads,
         }
-        for role, layer in layers.items():
-            recording = places[role]
+        for role, recording in places.items():
             if recording is not None:
-                layer._units = self._run.units
-                recording._layers = {**recording._layers, name: layer}
-
-    def _hide(self, name: str) -> None:
-        """Remove the layer with this name from the recording."""
-        self._layers = {other: layer for other, layer in self._layers.items() if other != name}
+                layer = layers.get(role)
+                shown = {other: one for other, one in recording._layers.items() if other != name}
+                if layer is not None:
+                    layer._units = self._run.units
+                    shown[name] = layer
+                recording._layers = shown
 
     @property
     def transfers(self) -> dict[str, str]:

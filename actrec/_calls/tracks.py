@@ -37,8 +37,8 @@ _OF: Final[dict[What, str]] = {
 class Shown(Protocol):
     """The recording that shows the layers."""
 
-    def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None: ...
-    def _hide(self, name: str) -> None: ...
+    def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None:
+        """Show these layers under a name, and no others."""
 
 
 class Tracks:
@@ -118,9 +118,7 @@ class Tracks:
                 layer.drop(number)
                 if known and not len(layer):
                     del self.added[name]
-                    recording = self._recording()
-                    if recording is not None:
-                        recording._hide(name)
+                    self._show(name, {})
 
     def clear(self) -> None:
         """Forget all calls and added values."""
