@@ -334,7 +334,7 @@ def test_one_rank_can_be_read_alone(uneven: Path) -> None:
         assert one.ranks == (RankInfo(2, 3, complete=True, error=None),)
         assert one.num_passes == 3
         assert one.complete
-        with pytest.raises(OptionError, match="the recording has rank 2 alone"):
+        with pytest.raises(OptionError, match="the recording has only rank 2"):
             one.rank(0)
     for wrong in (3, -1, "0", True):
         with pytest.raises(OptionError, match=r"there is no such rank; .* ranks 0 to 2"):

@@ -71,7 +71,7 @@ def test_a_vector_of_each_sample_is_repeated_or_the_shapes_do_not_tell(
     acts = beside(calls, lambda batch, _: numbered(batch, width))
     mask = "mask" if masked else None
     if {tokens for _, tokens in calls} == {width}:
-        with pytest.raises(AlignmentError, match=r"fits 2 readings: one number for each row"):
+        with pytest.raises(AlignmentError, match=r"can be read in 2 ways: one number for each row"):
             rows(acts, "", "value", flatten=True, mask=mask)
     else:
         found = rows(acts, "", "value", flatten=True, mask=mask)[:][1]
@@ -85,7 +85,7 @@ def test_floating_point_numbers_of_each_position_need_lengths_that_vary(
 ) -> None:
     acts = beside(calls, numbered)
     if len({tokens for _, tokens in calls}) == 1:
-        with pytest.raises(AlignmentError, match="fits 2 readings"):
+        with pytest.raises(AlignmentError, match="can be read in 2 ways"):
             rows(acts, "", "value", flatten=True)
     else:
         found = rows(acts, "", "value", flatten=True)[:][1]
@@ -116,7 +116,7 @@ def test_what_a_router_returns_has_the_rows_of_the_layer_before_it(
     layers = ["value", ""] if whole else ["value"]
     mask = None if whole else "mask"
     if {tokens for _, tokens in calls} == {1} == {experts}:  # (batch, 1) is also (batch, tokens)
-        with pytest.raises(AlignmentError, match="fits 2 readings"):
+        with pytest.raises(AlignmentError, match="can be read in 2 ways"):
             rows(acts, *layers, flatten=True, mask=mask)
     else:
         found = rows(acts, *layers, flatten=True, mask=mask)[:]
@@ -160,7 +160,7 @@ def test_what_has_fewer_positions_than_heads_have_fits_two_readings() -> None:
         acts.add("pooled", numbered(2, 8))
     with pytest.raises(
         AlignmentError,
-        match=r"fits 2 readings: rows of shape \(6,\) \(to say so, .*, or rows of shape \(3, 6\)\.",
+        match=r"can be read in 2 ways: rows of shape \(6,\) \(for this reading, .*, or rows of shape \(3, 6\)\.",
     ):
         rows(acts, "", "hidden", flatten=True)
     assert rows(acts, "", "pooled", flatten=True)[:][1].shape == (24, 8)

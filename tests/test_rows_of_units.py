@@ -337,7 +337,7 @@ def generated(prompt: int = 4, steps: int = 3) -> Any:
 REFUSED = {
     "returned": ({"mask": "returned"}, r"generate\(\) returns was not run.*\[:, :-1\]"),
     "ids": ({"layers": ["ids"]}, r"generate\(\) returns was not run.*\[:, :-1\]"),
-    "beams": ({"mask": "beams"}, r"Each sample was run 2 times.*repeat_interleave\(2, 0\)"),
+    "beams": ({"mask": "beams"}, r"If each sample was run 2 times.*repeat_interleave\(2, 0\)"),
     "calls": ({"layers": ["two"]}, r"'hidden' has 4, 'two' has 2.*take one call of each pass \(nth=0\)"),
     "flat": ({"layers": ["ids"], "flatten": False}, r"flatten=True\), for which the calls of a pass are joined"),
 }  # fmt: skip

@@ -224,7 +224,7 @@ def test_a_path_is_a_url_only_if_it_is_text_with_a_scheme(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("where", "options", "message"),
     [
-        ("stand://", {}, "nothing behind the ://"),
+        ("stand://", {}, "nothing after the ://"),
         ("nobody://bucket/run", {}, "Protocol not known: nobody"),
         ("abfs://bucket/run", {}, "needs a package that is not installed"),
         ("s3://me:password@bucket/run", {}, "there is a password in that URL"),
@@ -1130,7 +1130,7 @@ def test_a_spool_without_room_is_told_and_nothing_stays_in_it(
         patch.setattr(_new_file.FileBeingWritten, "write", full)
         failure = failing(lambda *_: None, url)
     assert failure is not None
-    assert "No space left on device. Folder(..., spool=...) puts it elsewhere" in failure
+    assert "No space left on device. Folder(..., spool=...) chooses another folder" in failure
     assert spooled(tmp_path) == []
 
 

@@ -584,13 +584,13 @@ HOSTILE_CALLS: dict[str, tuple[Callable[[Path], None], str]] = {
     "dtype": (lambda shard: rewrite(shard, put(*GROUP, "dtypes", ["qint8"])), "has an unknown dtype"),
     "dtype list": (lambda shard: rewrite(shard, put(*GROUP, "dtypes", [[]])), "dtypes[0] is [], which is not a string"),
     "other dtype": (lambda shard: rewrite(shard, put(*GROUP, "dtypes", ["int32"])), "is not of dtype int32"),
-    "dtypes": (lambda shard: rewrite(shard, more_dtypes), "other than as many tensors as its group"),
+    "dtypes": (lambda shard: rewrite(shard, more_dtypes), "structure does not have as many tensors as the group"),
     "tensor": (lambda shard: rewrite(shard, put(*LAYER, "number", 9)), "there is no tensor 'output.00009.calls'"),
     "calls": (lambda shard: rewrite(shard, one_call_more), "calls, and claims"),
     "order": (table("output.00002.calls", (0, 99)), "the calls of a layer are not ordered by pass"),
     "no group": (table(CALLS, (1, 7)), "a call is in a group that is not there"),
     "negative": (table(CALLS, (0, -1)), "there is a negative number in tensor"),
-    "huge": (table(SHAPES, (0, 10**9)), "take other than the bytes that tensor"),
+    "huge": (table(SHAPES, (0, 10**9)), "does not have as many bytes as its shapes need"),
     "impossible": (table(SHAPES, (0, 1 << 40), (1, 1 << 40)), "has an impossible shape"),
     "overflow": (table(SHAPES, (0, 0), (1, 1 << 62), (2, 1 << 62)), "has an impossible shape"),
 }  # fmt: skip
@@ -648,13 +648,13 @@ TABLES: dict[str, tuple[Any, str]] = {
     "dimensions": (entry(shape=[1] * 70), "has 70 dimensions"),
     "negative": (entry(shape=[-1]), "shape[0] is -1"),
     "no object": (lambda header: {**header, "x": []}, "checksums for"),
-    "checksum": (said("data_crc32", lambda old: "z" + old[1:]), "is no number"),
+    "checksum": (said("data_crc32", lambda old: "z" + old[1:]), "is not a number"),
     "no checksums": (said("data_crc32", lambda _: ""), "0 checksums for"),
     "metadata": (said("x", lambda _: 1), "__metadata__.x is 1"),
     "no metadata": (lambda _: {}, "the header has no '__metadata__'"),
     "no description": (said("actrec", lambda _: "null"), "the description is None"),
-    "description": (said("actrec", lambda _: "{"), "its description is no JSON"),
-    "deep": (said("actrec", lambda _: "[" * 100_000), "its description is no JSON"),
+    "description": (said("actrec", lambda _: "{"), "its description is not JSON"),
+    "deep": (said("actrec", lambda _: "[" * 100_000), "its description is not JSON"),
 }  # fmt: skip
 
 

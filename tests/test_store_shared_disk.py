@@ -168,7 +168,7 @@ def test_a_run_that_was_taken_over_learns_it_from_its_next_call_and_where_to_go(
     first.one_pass()
     first.end()
     assert "another run has written it" in first.error
-    assert "That run goes on there; choose another path for this one." in first.error
+    assert "That run continues there; choose another path for this one." in first.error
     assert passes_of(tmp_path / "r") == before
     assert load(tmp_path / "r").complete
 

@@ -1,4 +1,4 @@
-"""Recordings as datasets of ``torch.utils.data``: to train probes and sparse autoencoders on what was recorded.
+"""Recordings as datasets of ``torch.utils.data``, to train probes and sparse autoencoders on.
 
 >>> import torch
 >>> from torch.utils.data import DataLoader
@@ -16,7 +16,7 @@ torch.Size([5, 3]) torch.Size([5])
 torch.Size([5, 3]) torch.Size([5])
 
 A *row* is a sample of a layer or, flattened, one position of it; the rows of several layers belong together.
-:func:`rows` has them by number, :func:`shuffled` brings all of them in random order, at the speed of the disk.
+:func:`rows` returns them by number, :func:`shuffled` all of them in random order, at the speed of the disk.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Reading ahead: what comes next is made by a thread, while the program works with what it has."""
+"""Reading ahead: a thread makes the next items while the program works with the current ones."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def ahead(items: Generator[T, None, None], many: int = 1) -> Generator[T, None, 
     >>> list(ahead(number for number in range(3)))
     [0, 1, 2]
 
-    An error comes where its item would have come. When the generator is closed, so is ``items``, and the thread has ended.
+    An error is raised in place of its item. Closing the generator closes ``items`` and ends the thread.
 
     Args:
-        items: what to yield. They are made by one thread alone, and in order.
-        many: so many are handed over at a time, for to hand over wakes a thread.
+        items: the items to yield. A single thread makes them, in order.
+        many: how many are handed over at a time: each time wakes a thread.
     """
     wanted: SimpleQueue[bool] = SimpleQueue()
     made: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
@@ -32,11 +32,11 @@ def ahead(items: Generator[T, None, None], many: int = 1) -> Generator[T, None, 
 
     def stop() -> None:
         wanted.put(False)  # noqa: FBT003
-        if thread is not current_thread():  # where garbage is collected
+        if thread is not current_thread():  # the garbage collector may run in it
             thread.join()
 
     thread.start()
-    atexit.register(stop)  # no thread outlives the modules that it works with
+    atexit.register(stop)  # the thread must end before modules are torn down
     try:
         wanted.put(True)  # noqa: FBT003
         error: BaseException | None = None
@@ -58,7 +58,7 @@ def _make(
     wanted: SimpleQueue[bool],
     made: SimpleQueue[tuple[list[T], BaseException | None]],
 ) -> None:
-    """Each time that some are wanted, make so many items; or fewer, and the error that came then."""
+    """For each request, make ``many`` items; or fewer, and the error that ended them."""
     with closing(items):
         while wanted.get():
             found: list[T] = []

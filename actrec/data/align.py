@@ -1,4 +1,4 @@
-"""Layers side by side, as columns of rows: the same calls of each, cut into the same rows."""
+"""Aligns layers as columns of a table: the same calls of each, cut into the same rows."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .origins import ORIGINS, Origin, Origins
 from .selecting import Selector, is_plain, kind, select
 from .steps import steps
 
-#: What says which rows count: a layer or an added value, a tensor, or a function of what is stored of each pass.
+#: A mask of rows: a layer or an added value, a tensor, or a function of the stored values of each pass.
 Mask: TypeAlias = Selector | Tensor | Function
-#: Which passes have to be those of all layers.
+#: Whether all layers must have the same passes, or only the common ones are used.
 Passes: TypeAlias = Literal["all", "common"]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of as many rows each, and maybe a mask beside them."""
+    """Columns with equally many rows, and perhaps a mask."""
 
     columns: list[Column]
     mask: Column | None
     where: Origins
-    origins: tuple[str, ...]  #: what recordings the columns are of; none, if they are in memory
+    origins: tuple[str, ...]  #: ids of the stored recordings of the columns
     raised: int  #: how many passes raised, and are left out
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Options:
-    """Which rows a table has, as the user says."""
+    """The user's options for the rows of a table."""
 
     flatten: bool
     mask: Mask | None
@@ -64,7 +64,7 @@ def table(
     as_stored: bool = False,
     number: int = 0,
 ) -> Table:
-    """Align the layers, in the order of the calls, or as they lie in the files. See :func:`actrec.data.rows`."""
+    """Align the layers, in the order of the calls, or in that of the files. See :func:`actrec.data.rows`."""
     mask, flatten = options.mask, options.flatten or options.last
     _check(call, recording, selectors, options)
     answers = _answers(call, mask) if isinstance(mask, Tensor) else None
@@ -100,7 +100,7 @@ def table(
 
 
 def _is_origin(selector: Selector, recording: Recording[Any]) -> TypeGuard[str]:
-    """Whether a name is that of a column which says where rows come from: what was recorded under it comes first."""
+    """Whether a name is that of a column of origins. A recorded layer with that name takes precedence."""
     return isinstance(selector, str) and selector in ORIGINS and selector not in recording
 
 
@@ -112,18 +112,18 @@ def _check(
         message = f"{call}: expected a recording, such as actrec.load(path), got {recording!r}."
         raise OptionError(message)
     if all(_is_origin(selector, recording) for selector in selectors):
-        message = f"{call}: no layer was named. {call}(recording, {next(iter(recording), 'name')!r}), say."
+        message = f"{call}: no layer was named. Write {call}(recording, {next(iter(recording), 'name')!r}), for example."
         raise OptionError(message)
     if options.passes not in {"all", "common"}:
         message = (
-            f'{call}(passes={options.passes!r}): expected "all", where each layer has to have the same passes, or "common", '
-            "which leaves out those that a layer does not have."
+            f'{call}(passes={options.passes!r}): expected "all", where all layers must have the same passes, or "common", '
+            "which leaves out passes that a layer does not have."
         )
         raise OptionError(message)
 
 
 def _answers(call: str, mask: Tensor) -> Tensor:
-    """A mask that is a tensor, as answers of our own: the user may write to theirs."""
+    """Return a mask that is a tensor as a new bool tensor: the user may write to theirs."""
     if not is_plain(mask):
         message = (
             f"{call}(mask={kind(mask)}): expected a plain tensor with one number for each row."
@@ -142,7 +142,7 @@ def _counting(call: str, calls: Calls, nth: int | None, raised: AbstractSet[Rank
     numbers = {number for _, number in raised}
 
     def is_bad(rank: int, number: int) -> bool:
-        # What knows no rank, a call or a pass, may be of any.
+        # A call or a pass without a known rank may be of any rank.
         return rank < 0 or bool({(rank, number), (None, number)} & raised)
 
     maybe = torch.isin(calls.moments[:, 1], integers([*numbers]))

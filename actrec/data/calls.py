@@ -1,6 +1,6 @@
-"""The calls of a layer as a table: which pass each is of, what shape it has, and where its bytes lie.
+"""The calls of a layer as a table: the pass, the shape and the place of the bytes of each.
 
-All of it is tensors with a line for each call, so a million calls are aligned by a few operations.
+The table is made of tensors with a line for each call, so a few operations align a million calls.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .sources import Held, Made, Shape, Source, Stored
 
 
 class Look(NamedTuple):
-    """What a call looks like."""
+    """The shape and dtype of a call."""
 
     shape: Shape
     dtype: torch.dtype
@@ -42,10 +42,10 @@ class Calls:
 
     title: str
     moments: Tensor  #: (calls, 2): rank and pass of each; in memory, the rank is -1
-    units: Tensor | None  #: (calls,): the unit of each, or -1, where the recording has any
-    keys: Mapping[Any, int]  #: of all units, by their keys
-    numbers: Tensor  #: (calls,): as the layer that was given numbers them
-    places: Tensor  #: (calls, 3): its look, its source, and the byte there that it begins with
+    units: Tensor | None  #: (calls,): the number of each call's unit, or -1; ``None`` without units
+    keys: Mapping[Any, int]  #: the numbers of all units, by their keys
+    numbers: Tensor  #: (calls,): their indices in the layer that the user gave
+    places: Tensor  #: (calls, 3): the numbers of look and source, and the first byte there
     looks: list[Look]
     sources: list[Source]
 
@@ -65,7 +65,7 @@ class Calls:
 
 
 def located(layers: Sequence[Selected]) -> list[Calls]:
-    """Return the calls of some layers; the header of each shard is read once, however many layers are in it."""
+    """Return the calls of some layers. The header of each shard is read once, however many layers are in it."""
     keys: dict[Any, int] = {}
     tables = [_Table(selected, keys) for selected in layers]
     stored = [table for table in tables if isinstance(table.selected.layer, StoredLayer)]
@@ -98,7 +98,7 @@ class _Keys:
         self.found: dict[RankPass, Key] = {}
 
     def add_shard(self, source: StoredSource, shard: Shard, _: Stored) -> None:
-        """Take in what a shard says."""
+        """Add the keys in a shard."""
         self.found.update(self.known.of_shard(source, shard))
 
 
@@ -116,11 +116,11 @@ class _Table:
 
     @property
     def stored(self) -> Sequence[StoredSource]:
-        """What each rank has of a stored layer."""
+        """The sources of a stored layer, one for each rank."""
         return self.selected.layer._sources  # type: ignore[attr-defined,no-any-return]
 
     def add_shard(self, source: StoredSource, shard: Shard, file: Stored) -> None:
-        """Take in the calls of a stored layer that are in a shard."""
+        """Add the calls of a stored layer in a shard."""
         part = shard.part(source.role, source.name)
         if part is None:
             return
@@ -138,7 +138,7 @@ class _Table:
         )
 
     def add_values(self) -> None:
-        """Take in the calls of a layer in memory, or of one whose calls are put together when they are asked for."""
+        """Add the calls of a layer in memory, or of one whose calls are assembled on access."""
         layer, lines = self.selected.layer, []
         if isinstance(layer, WholeLayer):
             for number, (spec, outlines) in enumerate(layer.outlines()):
@@ -154,7 +154,7 @@ class _Table:
         self._places.append(integers(lines).view(-1, 3))
 
     def calls(self) -> Calls:
-        """Return the calls that were given, in the order of the layer: stored ones lie by rank, and count by pass."""
+        """Return the calls of the selected layer, in its order: files are ordered by rank, layers by pass."""
         moments, places = torch.cat(self._moments), torch.cat(self._places)
         if isinstance(self.selected.layer, StoredLayer) and bool((moments[:, 1].diff() < 0).any()):
             order = moments[:, 1].argsort(stable=True)
@@ -176,7 +176,7 @@ class _Table:
         return replace(found.of(few), numbers=numbers[: len(few)])
 
     def _units(self, moments: Tensor) -> Tensor | None:
-        """The unit of each call, where any has one."""
+        """Return the number of each call's unit; ``None`` if no call has a unit."""
         known = getattr(self.selected.layer, "_units", None)
         if known is None or not (known or known.open):
             return None
@@ -193,7 +193,7 @@ class _Table:
         return self._looks.setdefault(Look(tuple(tensor.shape), tensor.dtype), len(self._looks))
 
     def _looks_of(self, leaf: Leaf) -> Tensor:
-        """The look of each call of a group; calls of one shape are mostly behind each other."""
+        """Return the number of the look of each call of a group. Calls of the same shape mostly follow each other."""
         new = (leaf.shapes[1:] != leaf.shapes[:-1]).any(1)
         begins = [0, *(new.nonzero()[:, 0] + 1).tolist()]
         looks = [Look(leaf.shape(begin), leaf.dtype) for begin in begins]

@@ -1,4 +1,4 @@
-"""A layer as a column of rows: which row lies where, whatever calls and files it is spread over."""
+"""A layer as a column of rows: where each row is, in whichever call and file."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from .sources import Files, Shape, Source
 
-#: Where more runs than this have rows of a block, those of each file are read together.
+#: If more runs than this have rows of a block, the rows of each file are read together.
 _MANY: Final = 16
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Rows of a layer that lie behind each other, a run for each call."""
+    """Rows of a layer in runs of consecutive rows, one for each call."""
 
     name: str
     shape: Shape  #: of a row
     dtype: torch.dtype
     sources: Sequence[Source]
-    #: (runs, 4): how many rows, the number of the source, the byte there that they begin with, and how many of the rows are
-    #: one row of the source.
+    #: (runs, 4): how many rows, the number of the source, the first byte there, and how often each row of the source is
+    #: repeated.
     lines: Tensor
 
     @property
@@ -38,7 +38,7 @@ class Runs:
         return replace(self, lines=self.lines[order])
 
     def coalesced(self) -> Tensor:
-        """Join runs where the next rows lie behind those before."""
+        """Join runs whose rows follow each other in the same source."""
         rows, source, begin, repeat = self.lines.unbind(1)
         whole = rows[:-1] % repeat[:-1] == 0
         next_to = begin[:-1] + rows[:-1] // repeat[:-1] * self.width == begin[1:]
@@ -49,8 +49,8 @@ class Runs:
 class Column:
     """The rows of a layer.
 
-    It is as large as the number of its runs: one for each shard, however many calls there are, or one for each call of a
-    recording in memory.
+    Its memory is proportional to the number of its runs: about one for each shard, however many calls there are, or one for
+    each call of a recording in memory.
     """
 
     def __init__(self, runs: Runs) -> None:
@@ -61,7 +61,7 @@ class Column:
         self._sources = runs.sources
         rows, self._source, self._start, self._repeat = runs.coalesced().unbind(1)
         self._ends = rows.cumsum(0)
-        #: Whether there may be many runs of one source behind each other.
+        #: Whether a source may have many runs in a row.
         self._scatters = len(rows) > _MANY * (1 + int((self._source.diff() != 0).sum()))
 
     def __len__(self) -> int:
@@ -69,21 +69,21 @@ class Column:
 
     @property
     def look(self) -> str:
-        """What a row is, as text."""
+        """The shape and dtype of a row, as text."""
         return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
 
     def dressed(self, rows: Tensor) -> Any:
-        """Rows of bytes as what they are."""
+        """Return rows of bytes in the shape and dtype of the column."""
         if not rows.numel():
             return torch.empty((len(rows), *self.shape), dtype=self.dtype, device="cpu")
         return rows.view(self.dtype).view(len(rows), *self.shape)
 
     def empty(self, rows: int) -> Tensor:
-        """Memory for so many rows."""
+        """Return memory for so many rows."""
         return torch.empty((rows, self.width), dtype=torch.uint8, device="cpu")
 
     def read(self, first: int, out: Tensor, files: Files) -> None:
-        """Copy rows from number ``first`` on into ``out``, as many as it has place for."""
+        """Fill ``out`` with the rows from number ``first`` on."""
         if self._is_scattered(first, len(out)):
             out.copy_(self.take(torch.arange(first, first + len(out), device="cpu"), files))
             return
@@ -99,16 +99,16 @@ class Column:
                 out[place : place + many] = few[which]
 
     def announce(self, first: int, many: int, files: Files) -> None:
-        """Say that these rows will be read soon."""
+        """Prefetch these rows, which will be read soon."""
         if self._is_scattered(first, many):
-            return  # they are gathered when they are read
+            return  # prefetched when they are read
         for _, rows, run, skip in self._pieces(first, many):
             source, start, repeat = self._at(run)
             begin, end = skip // repeat, (skip + rows - 1) // repeat + 1
             source.announce(start + begin * self.width, (end - begin) * self.width, files)
 
     def take(self, indices: Tensor, files: Files) -> Tensor:
-        """Copy rows of any numbers; little else is read."""
+        """Return a copy of rows with any numbers; little else is read."""
         if not self.width or not len(indices):
             return self.empty(len(indices))
         runs = torch.searchsorted(self._ends, indices, right=True)
@@ -132,7 +132,7 @@ class Column:
         return Column(Runs(self.name, self.shape, self.dtype, self._sources, lines))
 
     def _is_scattered(self, first: int, many: int) -> bool:
-        """Whether these rows are of many runs of few sources."""
+        """Whether these rows are in many runs of few sources."""
         if not many or not self._scatters:
             return False
         ends = torch.tensor([first, first + many - 1], device="cpu")
@@ -145,14 +145,14 @@ class Column:
         return source, int(self._start[run]), int(self._repeat[run])
 
     def _starts(self, runs: Tensor, rows: Tensor) -> Tensor:
-        """The byte that each row begins with, in its run."""
+        """Return the first byte of each row in its source."""
         return self._start[runs] + (rows - self._begins(runs)) // self._repeat[runs] * self.width
 
     def _begins(self, runs: Tensor) -> Tensor:
         return torch.where(runs > 0, self._ends[runs - 1], 0)
 
     def _pieces(self, first: int, many: int) -> Iterator[tuple[int, int, int, int]]:
-        """For each run that has some of these rows: their place among them, how many, the run, and how many to skip there."""
+        """Yield, for each run with some of these rows: their place among them, how many, the run, and how many to skip there."""
         run = int(torch.searchsorted(self._ends, first, right=True))
         place = 0
         while place < many:
@@ -166,14 +166,14 @@ class Column:
 
 
 def place_order(lines: Tensor) -> Tensor:
-    """The order in which lines of rows lie in their sources."""
+    """Return the order of the lines in their sources."""
     _, source, begin, _ = lines.unbind(1)
     order = begin.argsort(stable=True)
     return order[source[order].argsort(stable=True)]
 
 
 def coalesced(lines: Tensor, goes_on: Tensor) -> Tensor:
-    """Join lines, whose first column is how many rows they have, where a line goes on with the one before it."""
+    """Join lines, whose first column is their number of rows, where ``goes_on`` says that the next one continues a line."""
     heads = torch.cat([goes_on.new_ones(min(1, len(lines))), ~goes_on])
     into = heads.cumsum(0) - 1
     sums = lines.new_zeros(int(heads.sum())).index_add_(0, into, lines[:, 0])

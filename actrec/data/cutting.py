@@ -1,4 +1,4 @@
-"""Cuts calls that lie side by side into rows: each layer has as many, of one shape and dtype."""
+"""Cuts aligned calls into rows: equally many for each layer, of one shape and dtype."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ from .steps import Steps
 def cut(
     call: str, steps: Steps, *, flatten: bool, masked: bool, answers: Tensor | None
 ) -> tuple[list[Runs], Origins]:
-    """Cut the calls of some layers, and behind them a mask that is a tensor.
+    """Cut the calls of some layers, and after them a mask that is a tensor.
 
     Args:
-        call: The function that was called, for messages.
-        steps: The calls of the layers, side by side.
-        flatten: Whether each position is a row, or each sample.
-        masked: Whether the last layer is a mask.
-        answers: A mask that is a tensor.
+        call: the calling function, for messages.
+        steps: the aligned calls of the layers.
+        flatten: whether each position is a row, or each sample.
+        masked: whether the last layer is a mask.
+        answers: a mask that is a tensor.
 
     Returns:
         The rows of each layer, and of a mask that is a tensor; and where the rows come from.
 
     Raises:
-        AlignmentError: The layers do not have the same rows, or the mask has others.
+        AlignmentError: the layers do not have the same rows, or the mask has others.
     """
     return _Cut(call, steps, flatten=flatten, masked=masked).runs(answers)
 
 
 class _Place(NamedTuple):
-    """Where the rows of a layer are in a step; but for ``repeat`` in bytes."""
+    """Where the rows of a layer are in a step; all but ``repeat`` in bytes."""
 
-    repeat: int  #: so many rows are one row of the call
+    repeat: int  #: how many rows share one row of the call
     sample: int  #: from a sample to the next
-    token: int  #: from a token to the next, where the call is that of the whole pass
+    token: int  #: from a token to the next, if the call is that of the whole pass
 
 
 class _Kind(NamedTuple):
-    """What a step looks like."""
+    """The shapes of a step."""
 
     looks: list[Look]
     rows: Shape  #: the positions that are the rows of the step
@@ -61,7 +61,7 @@ class _Kind(NamedTuple):
 
 
 class _Cut:
-    """Cuts steps by their kinds. There are few, however many steps there are."""
+    """Cuts steps by their kinds: there are few kinds, however many steps."""
 
     def __init__(self, call: str, steps: Steps, *, flatten: bool, masked: bool) -> None:
         self._call = call
@@ -69,7 +69,7 @@ class _Cut:
         self._layers = steps.layers
         self._flatten = flatten
         self._masked = masked
-        # Where there are no calls, it is calls without rows.
+        # If there are no calls, take one kind of calls without rows.
         columns = [calls.places[:, 0] for calls in steps.layers]
         self._kind_of, firsts = numbered(*columns, *(steps.whole.long() if steps.has_whole else ()))
         found = [
@@ -161,18 +161,18 @@ class _Cut:
     # --- Positions -------------------------------------------------------------------------------------
 
     def _shape(self, kind: _Kind, column: int) -> Shape:
-        """The shape of a call; of a mask with more columns than its step has tokens, what is of these."""
+        """Return the shape of a call; for a mask with more columns than the step has tokens, without the other columns."""
         is_mask = self._masked and column == len(self._layers) - 1
         return kind.rows[:2] if is_mask and kind.is_covered else kind.looks[column].shape
 
     def _rows(self, kind: _Kind, column: int) -> Shape:
-        """The positions that a call has to have."""
+        """Return the positions that a call must have."""
         is_mask = self._masked and column == len(self._layers) - 1
         is_whole = kind.whole[column] and not (is_mask and kind.is_covered)
         return kind.rows_of_pass if is_whole else kind.rows
 
     def _taken(self, column: int) -> int:
-        """How many dimensions of a layer are positions, in all of its calls; the others make a row."""
+        """Return how many dimensions of a layer are positions, in all of its calls; the others are the row."""
         if not self._flatten:
             return 1
         kinds = self._kinds
@@ -188,7 +188,7 @@ class _Cut:
         return found[0]
 
     def _readings(self, number: int, takes: list[int]) -> list[Reading]:
-        """How each layer is cut, after a look at whether the layers have the same rows."""
+        """Return how each layer is cut, after checking that the layers have the same rows."""
         kind, found = self._kinds[number], []
         for column, taken in enumerate(takes):
             rows = self._rows(kind, column)
@@ -200,13 +200,13 @@ class _Cut:
             fix = "." if self._flatten else "; flatten=True makes a row of each position."
             message = (
                 f"{self._at(-1, number)} has shape {kind.looks[-1].shape}, more than one number for each row, "
-                f"so it is no mask. The rows are those of {kind.rows}{fix}"
+                f"so it is not a mask. The rows are those of {kind.rows}{fix}"
             )
             raise AlignmentError(message)
         return found
 
     def _place(self, number: int, column: int, reading: Reading, width: int) -> _Place:
-        """Where the rows of a layer are in the steps of a kind."""
+        """Return where the rows of a layer are in the steps of a kind."""
         kind = self._kinds[number]
         of_step = math.prod(kind.rows[1:])
         rows = self._rows(kind, column)
@@ -250,7 +250,7 @@ class _Cut:
                     raise AlignmentError(message)
 
     def _check_alike(self, found: list[list[Reading]]) -> None:
-        """Check that the rows of a layer are alike."""
+        """Check that the rows of a layer have one shape and dtype."""
         for kind, readings_of_kind in enumerate(found):
             for column, (reading, first) in enumerate(zip(readings_of_kind, found[0], strict=True)):
                 if reading.shape != first.shape:
@@ -259,7 +259,7 @@ class _Cut:
                         fix = f"take a row of each position, flatten=True, or {fix} that pools"
                     message = (
                         f"{self._at(column, kind)} has rows of shape {reading.shape}, and the calls before it rows of shape "
-                        f"{first.shape}. Rows of different shapes make no batch: {fix}."
+                        f"{first.shape}. Rows of different shapes cannot be batched: {fix}."
                     )
                     raise AlignmentError(message)
                 dtype, before = (self._kinds[at].looks[column].dtype for at in (kind, 0))
@@ -268,22 +268,22 @@ class _Cut:
                     raise AlignmentError(message)
 
     def _ambiguous(self, column: int, rows: Shape, takes: list[int]) -> AlignmentError:
-        """The shapes fit two readings, in all calls."""
+        """Return the error for shapes that fit two readings, in all calls."""
         look, said = self._kinds[0].looks[column], []
         for taken in takes:
             shape = (read(look.shape, rows, taken) or Reading((), 1)).shape
             what = f"rows of shape {shape}" if shape else "one number for each row"
             whole = rows if taken == MERGED else (*rows[:taken], *[1] * (len(rows) - taken))
-            say = f" (to say so, give it the shape {(*whole, *(shape or (1,)))})"
+            say = f" (for this reading, give it the shape {(*whole, *(shape or (1,)))})"
             said.append(what + (say if len(shape) <= 1 else ""))
         message = (
-            f"{self._at(column, 0)} has shape {look.shape}, and the rows are those of {rows}. In all calls that fits "
-            f"{len(said)} readings: {', or '.join(said)}. Reshape it in a transform, or where it is added."
+            f"{self._at(column, 0)} has shape {look.shape}, and the rows are those of {rows}. In all calls this can be read in "
+            f"{len(said)} ways: {', or '.join(said)}. Reshape it in a transform, or where it is added."
         )
         return AlignmentError(message)
 
     def _unequal(self, column: int, number: int, rows: Shape) -> AlignmentError:
-        """The rows of a layer are not those of the others."""
+        """Return the error for a layer whose rows are not those of the others."""
         kind = self._kinds[number]
         shape, dtype = kind.looks[column]
         others = f"as in {self._layers[0].title} of shape {kind.looks[0].shape}"
@@ -292,10 +292,10 @@ class _Cut:
         if not self._flatten:
             fix = "Record with a transform that gives every layer one row for each sample."
         elif kind.whole[column] and shape[1:2] == (rows[1] + 1,):
-            fix = "The last token that generate() returns was not run: add all but it, ids[:, :-1], say."
+            fix = "The last token that generate() returns was not run: add all but the last, for example ids[:, :-1]."
         elif shape[0] and shape[0] < rows[0] and rows[0] % shape[0] == 0:
             fix = (
-                f"Each sample was run {rows[0] // shape[0]} times, as in a search with beams? Repeat it where it is added: "
+                f"If each sample was run {rows[0] // shape[0]} times, as in beam search, repeat it where it is added: "
                 f"repeat_interleave({rows[0] // shape[0]}, 0)."
             )
         elif 1 < len(shape) <= len(rows) and not has_width(dtype):
@@ -305,12 +305,12 @@ class _Cut:
                 f"repeated, give it the shape {ones}."
             )
         else:
-            fix = "Its first dimensions have to be the same."
+            fix = "Its first dimensions must be the same."
         message = f"{self._at(column, number)} has shape {shape}, and the rows are those of {rows}, {others}. {fix}"
         return AlignmentError(message)
 
     def _not_joined(self) -> AlignmentError:
-        """A layer has one call in a pass, and the calls of the others are not joined."""
+        """Return the error for a layer with one call in a pass, while the calls of the others cannot be joined."""
         passes, whole = self._steps.passes, self._steps.whole
         step = int(whole.any(0).nonzero()[0, 0])
         column = int(whole[:, step].nonzero()[0, 0])

@@ -1,4 +1,4 @@
-"""The objects below a URL, as ``fsspec`` has them: asking for them, and reading parts of one.
+"""The objects below a URL, through ``fsspec``: listing them, and reading parts of one.
 
 What was announced is downloaded as it was announced, by threads. The rest is downloaded as it is asked for; where small parts
 are asked for one after the other, in blocks that are kept.

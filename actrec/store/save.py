@@ -1,4 +1,4 @@
-"""Writing a recording that is there already."""
+"""``save()``: writes an existing recording to a path."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def save(
     memory, record into a path: ``record(model, layers, into=path)``.
 
     Args:
-        recording: what is written. It may be one that was loaded, also from this very path.
+        recording: the recording to write. It may be a loaded one, even from this very path.
         path: a path, a URL, or a :class:`actrec.store.Folder`, which is a path with settings.
-        overwrite: whether a recording that is there may be replaced. The new one is written beside it and then takes its
-            place, so that one of them is there whatever happens. Anything but a recording is left alone. Only for a
-            path on disk.
-        progress: whether to show how far it is, as in :meth:`Recording.stats() <actrec.Recording.stats>`.
+        overwrite: whether a recording that is there may be replaced. The new one is written next to it and then takes its
+            place, so that one of them exists whatever happens. Nothing but a recording is ever replaced. Only for a path on
+            disk.
+        progress: whether to show the progress, as in :meth:`Recording.stats() <actrec.Recording.stats>`.
 
     Raises:
         RecordingExistsError: there is something at the path already, or, with ``overwrite``, something other than a
-            recording, or one that a run is recording now. It was not touched.
+            recording, or one that a run is recording now. It was not changed.
         CaptureError: a value cannot be stored. Raised before anything is written.
         OptionError: ``overwrite`` was given with a URL at which there is something.
         WriteError: writing failed.
@@ -78,8 +78,8 @@ def save(
             _write(recording, layers, replace(folder, path=new), progress=progress)
     else:
         message = (
-            f"save({str(there)!r}, overwrite=True): an object store cannot put one recording in the place of another in "
-            "one step. Delete what is there first, or choose another path."
+            f"save({str(there)!r}, overwrite=True): an object store cannot replace a recording by another in one step. "
+            "Delete what is there first, or choose another path."
         )
         raise OptionError(message)
 
@@ -123,7 +123,7 @@ def _write(
 
 
 def _layers(recording: Recording[Any]) -> Iterator[tuple[Slot, Layer[Any]]]:
-    """The layers, each with its place in the format."""
+    """Yield the layers, each with its slot in the format."""
     layers = sorted(recording.values(), key=lambda layer: layer.type == "added")
     for index, layer in enumerate(layers):
         role: Role = "added" if layer.type == "added" else "output"
@@ -138,7 +138,7 @@ def _layers(recording: Recording[Any]) -> Iterator[tuple[Slot, Layer[Any]]]:
 
 
 def _reduction(layer: Layer[Any]) -> str | None:
-    """What reduces a layer, for people."""
+    """Return the reduction of a layer, as text; ``None`` if it was not reduced."""
     if not isinstance(layer, Reduced):
         return None
     sink = layer.sink
@@ -146,11 +146,11 @@ def _reduction(layer: Layer[Any]) -> str | None:
 
 
 def _check(layers: list[tuple[Slot, Layer[Any]]], *, progress: bool) -> None:
-    """Find what cannot be stored before anything is written."""
+    """Raise ``CaptureError`` for a value that cannot be stored, before anything is written."""
     for slot, layer in layers:
         if isinstance(layer, Reduced):
             _check_reduction(slot, layer)
-    # What was stored can be stored again, if it can be read at all.
+    # A value that was stored once can be stored again: of a layer on disk, one call is enough.
     kept = [
         (slot, layer[:1] if isinstance(layer, LayerOnDisk) else layer)
         for slot, layer in layers
@@ -178,11 +178,11 @@ def _check_reduction(slot: Slot, layer: Reduced) -> None:
 def _numbers(
     recording: Recording[Any], layers: list[tuple[Slot, Layer[Any]]]
 ) -> tuple[int, dict[RankPass, int]]:
-    """How many passes are written, and the numbers of those that have another one.
+    """Return how many passes are written, and the new numbers of those that are renumbered.
 
-    Each rank counts its own passes, and a pass has the key of one unit: where there are units of several ranks, all passes
-    are numbered anew, in the order in which their calls are read. What several ranks have of one unit is one pass, if these are
-    parts; if each of them has recorded all of it, that stays as it is.
+    Each rank counts its own passes, and a pass has the key of at most one unit: if several ranks have units, all passes are
+    renumbered, in the order in which their calls are read. If several ranks have recorded parts of a unit, they become one
+    pass; if each has recorded all of it, they stay separate passes.
     """
     units = recording._run.units.keys
     if len({rank for rank, _ in units}) <= 1:
@@ -207,7 +207,7 @@ def _calls(
     *,
     progress: bool,
 ) -> Iterator[Call]:
-    """All calls, pass after pass, in a pass in the order of execution, and behind them the key of the unit that it is."""
+    """Yield all calls, pass by pass, within a pass in execution order, and after them the key of its unit."""
     names = dict.fromkeys([*recording._run.order, *recording])
     rank = {name: number for number, name in enumerate(names)}
 

@@ -1,6 +1,6 @@
-"""Reading a shard. Its header is read and checked when it is opened, its data when it is asked for.
+"""Reads a shard: its header, with checks, when it is opened, its data on access.
 
-What it holds is in ``layout.py``, which writes it, and in ``docs/reference/format.md``, which is normative.
+Its content is described in ``layout.py``, which writes it, and in ``docs/reference/format.md``, which is normative.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .place import Mapped, Place
 
 #: Bytes that are read rather than mapped: a process can map no more than 65,530 files.
 _SMALL: Final = 1 << 20
-#: Bytes that tell a shard from every other: the checksum of the header is among them, and those of the data are in the header.
+#: The first bytes of a shard identify it: they contain the checksum of the header, which has those of the data.
 _HEAD: Final = 64
-_OBJECTS: Final = 8  # Python's objects take so many times the bytes that a header has
+_OBJECTS: Final = 8  # the Python objects of a header take so many times its bytes
 
 _LAYER: Final = {
     "role": str,
@@ -44,7 +44,7 @@ _GROUP: Final = {"structure": None, "dtypes": [str]}
 
 
 class Listed(NamedTuple):
-    """What the header of a shard says of one layer."""
+    """The entry of one layer in the header of a shard."""
 
     slot: Slot
     before: int  #: calls of the layer in the shards before this one
@@ -53,13 +53,13 @@ class Listed(NamedTuple):
 
 
 class Shard:
-    """A shard whose header was read and checked. Its data is untouched until it is asked for."""
+    """A shard whose header was read and checked. Its data is read on access."""
 
     def __init__(self, disk: Place, name: str) -> None:
         self.disk = disk
         self.name = name
         self.path = disk.shown(name)
-        self.head = b""  #: what tells the file from any other
+        self.head = b""  #: the first bytes, which identify the file
         self._memory: Mapped | None = None
         self._parts: dict[tuple[Role, str], Part] = {}
         try:
@@ -77,7 +77,7 @@ class Shard:
         return found
 
     def check_identity(self, other: Heading, number: int) -> None:
-        """Check that the shard is number ``number`` of the rank that ``other`` is of, and no other file that was put there."""
+        """Check that the file is shard ``number`` of the recording and rank of ``other``, and not another file put there."""
         heading = self.heading
         for what, found, expected in (
             ("recording", heading.recording, other.recording),
@@ -91,13 +91,13 @@ class Shard:
     # --- Data ------------------------------------------------------------------------------------------
 
     def value(self, group: Group, call: int) -> Value:
-        """Return what call number ``call`` of a group returned."""
+        """Return the value of call number ``call`` of a group."""
         return group.structure.spec.fill([self.tensor(leaf, call) for leaf in group.leaves])
 
     def tensor(self, leaf: Leaf, call: int) -> Tensor:
         """Return one tensor of a call.
 
-        What is small is read. What is large is a view of the mapped file, private to this process.
+        A small one is read; a large one is a view of the mapped file, private to this process.
         """
         begin, nbytes = leaf.extent(call)
         shape = torch.Size(leaf.shape(call))
@@ -106,9 +106,9 @@ class Shard:
             self.read_into(begin, data)
             own = data.untyped_storage()
         else:
-            # Saved with torch.save, a call must not take the whole shard along.
+            # A separate storage: torch.save writes the whole storage of a tensor.
             own = self._mapped(slice(begin, begin + nbytes))
-            if begin % leaf.dtype.itemsize:  # to read a complex128 there would end the process
+            if begin % leaf.dtype.itemsize:  # an unaligned read may kill the process
                 own = own.clone()  # type: ignore[no-untyped-call]
         empty = torch.empty(0, dtype=leaf.dtype, device="cpu")
         return empty.set_(own, 0, shape)  # type: ignore[call-overload,no-any-return]
@@ -132,12 +132,12 @@ class Shard:
     # --- Layers ----------------------------------------------------------------------------------------
 
     def span(self, role: Role, name: str) -> range:
-        """The numbers of the calls of a layer that the shard holds, those counted that do not count."""
+        """Return the numbers of the calls of a layer in the shard, void calls included."""
         listed = self.layers.get((role, name))
         return range(0) if listed is None else range(listed.before, listed.so_far.stored)
 
     def part(self, role: Role, name: str) -> Part | None:
-        """What the shard holds of a layer."""
+        """Return the part of a layer in the shard; ``None`` if there is none."""
         key = role, name
         listed = self.layers.get(key)
         if listed is None or not listed.groups:
@@ -154,7 +154,7 @@ class Shard:
         what = f"layer {slot.name[:60]!r}"
         table = self._numbers(f"{slot.key}.calls", columns=2)
         passes, group = table.unbind(1)
-        need(len(table), f"{what} has groups and no calls")
+        need(len(table), f"{what} has groups, but no calls")
         ordered = bool((passes[1:] >= passes[:-1]).all())
         need(ordered, "the calls of a layer are not ordered by pass")
         need(int(group.max()) < len(listed.groups), "a call is in a group that is not there")
@@ -173,7 +173,7 @@ class Shard:
         text = _json(node["structure"])
         structure = decode(text)
         fit = structure.spec.count == len(node["dtypes"])
-        need(fit, "a structure has other than as many tensors as its group")
+        need(fit, "a group's structure does not have as many tensors as the group")
         names = enumerate(node["dtypes"])
         leaves = [self._leaf(f"{key}.{at}", dtype, calls) for at, dtype in names]
         scalars = [leaves[number].shapes for number in structure.scalars]
@@ -186,13 +186,13 @@ class Shard:
         kind, stored = DTYPES[dtype]
         need(stored.code == extent.code, f"tensor {name!r} is not of dtype {dtype}")
         shapes = self._numbers(f"{name}.shapes")
-        need(len(shapes) == calls, f"tensor {name!r} has not as many shapes as calls")
-        # As floating-point numbers, for the product of a few sizes may be larger than any integer.
+        need(len(shapes) == calls, f"tensor {name!r} does not have as many shapes as calls")
+        # As floating-point numbers, because the product of a few sizes may be too large for int64.
         sizes = shapes.clamp(min=1).double().prod(1) * kind.itemsize
         need(float(sizes.max()) <= MAX_SIZE, f"tensor {name!r} has an impossible shape")
         nbytes = float(shapes.double().prod(1).sum()) * kind.itemsize
         fit = nbytes == extent.end - extent.begin
-        need(fit, f"the calls of a layer take other than the bytes that tensor {name!r} has")
+        need(fit, f"tensor {name!r} does not have as many bytes as its shapes need")
         return Leaf(kind, shapes, extent.begin)
 
     def _extent(self, name: str) -> safetensors.Extent:
@@ -200,11 +200,11 @@ class Shard:
         return self.container.tensors[name]
 
     def _numbers(self, name: str, columns: int | None = None) -> Tensor:
-        """A table of numbers, read and checked: none is negative."""
+        """Read a table of numbers, and check that none is negative."""
         extent = self._extent(name)
         rows, *others = extent.shape or (0,)
         fit = extent.code == "I64" and len(others) == 1 and others[0] <= MAX_DIMS
-        need(fit and columns in {None, *others}, f"tensor {name!r} is no table")
+        need(fit and columns in {None, *others}, f"tensor {name!r} is not a table")
         data = bytearray(self.disk.read(self.name, extent.begin, extent.end - extent.begin))
         need(len(data) == extent.end - extent.begin, "it became shorter while it was read")
         need(zlib.crc32(data) == extent.checksum, f"the checksum of tensor {name!r} is wrong")
@@ -225,11 +225,11 @@ def _json(structure: Any) -> str:
 
 
 def _contents(description: str) -> tuple[Heading, dict[tuple[Role, str], Listed]]:
-    """What the header says of the shard, and of each layer."""
+    """Return the heading of the shard and the entry of each layer from its header."""
     try:
         about = json.loads(description)
     except (ValueError, RecursionError) as error:
-        message = f"its description is no JSON ({error})"
+        message = f"its description is not JSON ({error})"
         raise Defect(message) from error
     version = checked(about, {"version": int}, "the description")["version"]
     need(version == VERSION, "it is of another version of the format")

@@ -1,4 +1,4 @@
-"""Signs that a pass is a part of what the user works off, such as a step of ``generate()``."""
+"""Signs that a pass is only a part of a piece of the user's work, such as a step of ``generate()``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from .reader import StoredRecording
 
 
 def steps(path: str, recording: StoredRecording[Any]) -> str | None:
-    """Return a warning, if passes of a recording without units look like steps: nothing is read for it."""
+    """Return a warning if passes of a recording without units look like such steps. No calls are read for it."""
     sign = next(_signs(recording), None)
     if sign is None:
         return None
     return (
-        f"record(into={path!r}, resume=True): {sign}. If what you work off is several passes (a prompt and its tokens, a batch "
-        "in chunks), acts.num_passes does not say where to go on, and what was begun would be recorded twice, or left out. Make "
-        "a unit of each: for key, item in acts.remaining(enumerate(items)): with acts.unit(key): ..."
+        f"record(into={path!r}, resume=True): {sign}. If a piece of your work is several passes (a prompt and its tokens, a batch "
+        "in chunks), acts.num_passes does not say where to continue: a piece that was begun would be recorded twice, or left out. "
+        "Make a unit of each: for key, item in acts.remaining(enumerate(items)): with acts.unit(key): ..."
     )
 
 

@@ -1,4 +1,4 @@
-"""Recording into a path: what stands in the recorder for layers whose values go to the disk."""
+"""Recording into a path: the destination that makes layers whose values are written to the disk."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from .writer import Writer
 
 
 class Passes(Protocol):
-    """What numbers the passes of the block."""
+    """Numbers the passes of the block."""
 
     count: int
     raised: set[int]
     undecided: set[int]  #: those that may still be dropped
 
     def count_complete(self) -> int:
-        """Return how many passes are complete: nothing is going to be recorded of those before this number."""
+        """Return how many passes are complete: those before this number will get no more calls."""
 
 
 class Stream:
@@ -67,7 +67,7 @@ class Stream:
             self._numbers[layer.role][layer.name] = len(self._numbers[layer.role])
         for slot in ledger.layers:
             self._numbers[slot.role][slot.name] = slot.number
-        #: The layers that have calls, by the first of them.
+        #: The layers that have calls, in the order of their first calls.
         self.order: Sequence[str] = [*self._before._run.order]
         self.error: str | None = "the recorder was garbage-collected before the block ended"
         self.closed = False
@@ -80,7 +80,7 @@ class Stream:
             passes.raised,
             late=self._backwards.take,
         )
-        #: Write a call, sooner or later; there will be calls of a pass that come when it is complete.
+        #: Write a call, sooner or later; keep a place for a pass, which will get more calls when it is complete.
         self.keep, self.expect = self._writer.keep, self._writer.expect
 
     # --- Layers ----------------------------------------------------------------------------------------
@@ -106,15 +106,15 @@ class Stream:
         return self._opening.position
 
     def added_before(self) -> dict[str, Layer[Any]]:
-        """Return the layers of names that were added in earlier runs."""
+        """Return the layers of values that the user added in earlier runs, by name."""
         return {name: self.layer("added", name, "added") for name in [*self._numbers["added"]]}
 
     def stored(self, slot: Slot) -> StoredLayer:
-        """Return what is on the disk of a layer: before the block and in it, what was there when it began."""
+        """Return a layer on the disk; until the block ends, as it was when it began."""
         return self._recording().layer(slot.role, slot.name) or StoredLayer(slot.name, slot.type)
 
     def _recording(self) -> StoredRecording[Any]:
-        """What is on the disk: when the block began, or now that it has ended."""
+        """Return the recording on the disk; until the block ends, as it was when it began."""
         if self.closed and self._after is None:
             self._after = opened(self.disk, rank=self._opening.rank.number)
         return self._before if self._after is None else self._after
@@ -126,11 +126,11 @@ class Stream:
         return self._before._run.units.copy()
 
     def done_before(self) -> Iterable[Key]:
-        """Return the keys of the units that all ranks have committed, in earlier runs."""
+        """Return the keys of the units that any rank has committed in earlier runs."""
         return opened(self.disk).done if self._resumed else ()
 
     def doubt(self) -> str | None:
-        """Return what suggests that passes are not what the user works off, in a run that goes on by their number."""
+        """Return why it may be wrong to resume by the number of passes, if there are no units and it seems so."""
         if not self._resumed or len(self._recording()._run.units):
             return None
         return steps(str(self.disk), self._recording())
@@ -146,11 +146,11 @@ class Stream:
     # --- Ending ----------------------------------------------------------------------------------------
 
     def warned(self, messages: Sequence[str]) -> None:
-        """Keep what the end of the block warns of beside the shards."""
+        """Write the warnings at the end of the block to a file next to the shards."""
         keep_warnings(self._opening.own, self._opening.ledger.heading.began, messages)
 
     def close(self) -> None:
-        """Commit what is complete. May be called again."""
+        """Commit the complete passes. May be called again."""
         self.closed = True
         try:
             passes = self._passes.count if self.error is None else self._passes.count_complete()
@@ -160,5 +160,5 @@ class Stream:
             self._opening.lock.release()
 
     def failure(self) -> WriteError | None:
-        """Return the error of the writer that no call has raised."""
+        """Return the error of the writer, if no call has raised it."""
         return self._writer.take_error()

@@ -28,7 +28,7 @@ def key_call(number: int, key: Key) -> Call:
 
 
 class StoredUnits(Units):
-    """Those that are stored, read when they are asked for first: all keys of a shard in one go."""
+    """The stored units, read at the first use: all keys of a shard in one read."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
         super().__init__(self._stored)
@@ -49,7 +49,7 @@ class StoredUnits(Units):
                 yield from self.of_shard(source, shard)
 
     def of_shard(self, source: Source, shard: Shard) -> Iterator[tuple[RankPass, Key]]:
-        """Yield what a shard says, for whoever reads other things there, too."""
+        """Yield the keys in a shard, each with its rank and pass."""
         part = shard.part(source.role, source.name)
         if part is None:
             return
@@ -63,11 +63,11 @@ class StoredUnits(Units):
 
 
 def _keys(shard: Shard, group: Group) -> list[Key]:
-    """The keys of a group: all of them integers, or all of them text."""
+    """Read the keys of a group: all of them integers, or all of them text."""
     kinds = [(leaf.dtype, leaf.shapes.shape[1]) for leaf in group.leaves]
     need(
         kinds in ([(torch.int64, 0)], [(torch.uint8, 1)]),
-        "the key of a unit is no number and no text",
+        "the key of a unit is neither a number nor text",
     )
     (leaf,) = group.leaves
     data = torch.empty(int(leaf.starts[-1]), dtype=leaf.dtype, device="cpu")
@@ -78,5 +78,5 @@ def _keys(shard: Shard, group: Group) -> list[Key]:
     try:
         return [text[a:b].decode() for a, b in pairwise(starts)]
     except UnicodeDecodeError as error:
-        message = f"the key of a unit is no text ({error.reason})"
+        message = f"the key of a unit is not text ({error.reason})"
         raise Defect(message) from None

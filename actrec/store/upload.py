@@ -1,4 +1,4 @@
-"""Writing an object: into a local file first, which is then uploaded whole, by as many tries as it takes."""
+"""Writes an object: into a local file first, which is then uploaded as a whole, with several tries."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .safetensors import Writable
 
 #: How many seconds to wait after each try that failed; there is one more try than waits.
 WAITS: tuple[float, ...] = (0.5, 1, 2, 4, 8, 16)
-#: Errors that come again.
+#: Errors that another try cannot avoid.
 _FINAL: Final = (
     FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError,
     ValueError, TypeError, NotImplementedError,
 )  # fmt: skip
-_HEAD: Final = 1 << 16  # bytes by which an object is compared with what was sent
+_HEAD: Final = 1 << 16  # bytes of an object that are compared with the file
 _CHUNK: Final = 1 << 24  # bytes that are sent at a time
-_SENDERS: Final = 4  # of such chunks
+_SENDERS: Final = 4  # chunks that are sent at the same time
 
 
 class Upload:
-    """An object that is written to a local file, in the folder ``spool``, and not in the store yet."""
+    """An object that was written to a local file, in the folder ``spool``, and is not uploaded yet."""
 
     def __init__(
         self,
@@ -50,7 +50,9 @@ class Upload:
             self._fill(fd, write)
         except OSError as error:
             where = tempfile.gettempdir() if spool is None else spool
-            message = f"the spool in {where}: {error}. Folder(..., spool=...) puts it elsewhere"
+            message = (
+                f"the spool in {where}: {error}. Folder(..., spool=...) chooses another folder"
+            )
             raise WriteError(message) from error
 
     def _fill(self, fd: int, write: Callable[[Writable], object]) -> None:
@@ -62,7 +64,7 @@ class Upload:
             raise
 
     def finish(self) -> None:
-        """Create the object; ``FileExistsError`` if there is one. If that fails, for good, the file is kept."""
+        """Create the object; ``FileExistsError`` if another one exists. If all tries fail, the file is kept."""
         try:
             self._try_for_long()
         except FileExistsError:
@@ -74,7 +76,7 @@ class Upload:
         self.discard()
 
     def discard(self) -> None:
-        """Take the file away."""
+        """Remove the file."""
         with suppress(OSError):
             self._path.unlink()
 
@@ -89,13 +91,13 @@ class Upload:
         return self._try()
 
     def _try(self) -> None:
-        """Create the object, unless an earlier try has, and check that all of it has arrived."""
+        """Create the object, unless an earlier try has created it, and check its size."""
         if not self._is_there():
             fs, path = self._objects.fs, self._objects.at(self._name)
             try:
                 fs.put_file(str(self._path), path, mode="create", **_sending(fs))
             except Exception as error:
-                # Some servers do not say that there is one, and of some answers nothing but an error arrives.
+                # Some servers do not report that the object exists, and sometimes it was created but the answer was lost.
                 taken = isinstance(error, FileExistsError) or not _is_final(error)
                 if not (taken and self._is_there()):
                     raise
@@ -105,9 +107,10 @@ class Upload:
             raise OSError(errno.EIO, message)
 
     def _is_there(self) -> bool:
-        """Whether the object is there; ``FileExistsError`` if it is another one.
+        """Whether the object exists; ``FileExistsError`` if it has other content.
 
-        The header of a shard has the checksums of the rest, and the description of a rank says when it began.
+        Comparing the beginnings is enough: the header of a shard has the checksums of the rest, and the description of a
+        rank has the time at which it began.
         """
         with self._path.open("rb") as file:
             own = file.read(_HEAD)
@@ -116,7 +119,7 @@ class Upload:
             found = self._objects.download(self._name, 0, min(len(own), size))
         except FileNotFoundError:
             return False
-        if found != own[: len(found)]:  # or of what was sent a part has arrived
+        if found != own[: len(found)]:  # if only a part has arrived, they are equal
             taken = "another run has written it"
             raise FileExistsError(errno.EEXIST, taken, self._objects.shown(self._name))
         return True
@@ -129,7 +132,7 @@ def _is_final(error: BaseException) -> bool:
 
 
 def _sending(fs: Any) -> dict[str, int]:
-    """Options that bound the memory which an upload takes, for the file systems that have them."""
+    """Return options that bound the memory of an upload, if the file system has them."""
     known = inspect.signature(getattr(fs, "_put_file", fs.put_file)).parameters
     options = {"chunksize": _CHUNK, "max_concurrency": _SENDERS}
     return {name: value for name, value in options.items() if name in known}

@@ -1,4 +1,4 @@
-"""``verify()``: every problem that a stored recording has, its data included."""
+"""``verify()``: finds every problem of a stored recording, including its data."""
 
 from __future__ import annotations
 
@@ -34,21 +34,20 @@ def verify(
     []
 
     Everything is read: headers, the description of every value, and all data, whose checksums are
-    compared. A recording that was not closed properly is no problem: what was committed is whole.
-
-    Of an object store everything is downloaded, a part at a time, and nothing of it kept.
+    compared. It is not a problem if a recording was not closed properly: committed passes are complete.
+    From an object store everything is downloaded, a part at a time, and nothing is kept.
 
     Args:
         path: the folder, or the URL.
-        storage_options: what ``fsspec`` passes to the file system of a URL.
-        progress: whether to show how far it is, as in :meth:`Recording.stats`.
+        storage_options: options that ``fsspec`` passes to the file system of a URL.
+        progress: whether to show the progress, as in :meth:`Recording.stats`.
 
     Returns:
         A sentence for each problem.
 
     Raises:
         RecordingNotFoundError: there is no recording at ``path``.
-        ReadError: it is in an object store that cannot be reached, or refuses.
+        ReadError: an object store could not be reached, or refused the request.
     """
     return list(dict.fromkeys(_problems(place(path, storage_options), progress=progress)))
 

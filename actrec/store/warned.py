@@ -1,4 +1,4 @@
-"""What the end of a block has warned of, in a file beside the shards, so that who opens a recording later knows it, too."""
+"""The warnings at the end of a block, in a file next to the shards, for whoever opens the recording later."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _NAME: Final = re.compile(r"warned-[0-9]{1,20}\.json")
 
 
 def is_warnings(name: str) -> bool:
-    """Whether a file in the folder of a rank is one of warnings."""
+    """Whether a file in the folder of a rank contains warnings."""
     return _NAME.fullmatch(name) is not None
 
 
 def keep_warnings(rank: Place, began: int, messages: Sequence[str]) -> None:
-    """Write what a run has warned of, which began then, if it is anything.
+    """Write the warnings of a run, if there are any. ``began`` is when it began.
 
-    The user hears of it anyway: if the file cannot be written, as on a full disk, there is none.
+    If the file cannot be written, as on a full disk, there is none: the user gets the warnings anyway.
     """
     if messages:
         content = json.dumps([*messages]).encode()
@@ -34,7 +34,7 @@ def keep_warnings(rank: Place, began: int, messages: Sequence[str]) -> None:
 
 
 def warnings_of(rank: Place) -> list[str]:
-    """Return what the runs of a rank have warned of.
+    """Return the warnings of the runs of a rank.
 
     Raises:
         CorruptRecordingError: a file is damaged.

@@ -1,10 +1,10 @@
-"""The writer: a thread that puts calls on the disk, shard by shard, while the model computes the next.
+"""The writer: a thread that writes calls to the disk, shard by shard, while the model computes the next ones.
 
-A shard counts when it has reached the disk for certain, which takes the disk as long as writing takes the
-processor. So while the thread writes a shard, another one waits for the disk to have the shard before it.
+A shard counts once it is synced. Syncing takes about as long as writing, so the two overlap: while one thread
+writes a shard, another waits for the sync of the shard before it.
 
-What waits counts against a budget of bytes. A call that does not fit waits until there is room, and with
-it the forward that it belongs to. What becomes a shard, :class:`~actrec.store.held.Held` says.
+Calls that wait to be written count against a budget of bytes. A call that does not fit waits until there is
+room, and its forward with it. :class:`~actrec.store.held.Held` decides which calls make a shard.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from .new_file import Unfinished
 from .place import Place
 from .upload import Upload
 
-_SHORTEST: Final = 0.1  # seconds that the thread sleeps, where calls wait for others of their pass
-_LONGEST: Final = 3600.0  # for it may have been told to wait for ever
+_SHORTEST: Final = 0.1  # seconds that the thread sleeps while calls wait for others of their pass
+_LONGEST: Final = 3600.0  # `seconds` of a folder may be infinite
 
 
 class Writer:
-    """Writes the folder of one rank. One thread of its own writes; any thread may give it calls."""
+    """Writes the folder of one rank, in a thread of its own. Any thread may give it calls."""
 
     def __init__(
         self,
@@ -49,15 +49,18 @@ class Writer:
         *,
         late: Callable[[int], Iterable[Call]] = lambda _: (),
     ) -> None:
-        """``complete`` says how many passes can be committed, and ``late`` what of these comes only then."""
+        """``complete()`` returns how many passes can be committed.
+
+        ``late(n)`` returns calls of passes before ``n`` that exist only once these are complete: gradients.
+        """
         self._disk = disk
         self._ledger = ledger
         self._complete = complete
         self._late = late
         self._budget = folder.budget
         self._seconds = folder.seconds
-        self._finished = ledger.heading.shard + 1  # shards on the disk
-        self.committed = ledger.heading.committed  # passes, on the disk
+        self._finished = ledger.heading.shard + 1  # how many shards are synced
+        self.committed = ledger.heading.committed  # how many passes are in them
         limit = min(folder.shard_bytes, max(folder.budget // 2, 1))
         self._held = Held(self.committed, limit, raised)
         self._queue: deque[Batch] = deque()
@@ -77,7 +80,7 @@ class Writer:
 
     @property
     def used(self) -> int:
-        """The bytes that wait or are on their way."""
+        """The bytes that wait to be written or are being written."""
         return self._held.size + self._away
 
     # --- Taking calls ----------------------------------------------------------------------------------
@@ -88,7 +91,7 @@ class Writer:
         Raises:
             WriteError: the writer has failed. Raised once; after that, calls are dropped.
         """
-        with self._lock:  # not with the condition, which takes twice the time
+        with self._lock:  # "with self._changed" takes twice the time
             if self._error is not None:
                 self._raise_if_failed()
             held = self._held
@@ -97,7 +100,7 @@ class Writer:
             if self._failed or self._closed:
                 return
             if not held.size:
-                self._changed.notify_all()  # the thread looks at the clock from now on
+                self._changed.notify_all()  # the thread wakes up after `seconds` from now on
             if held.add(call):
                 self._cut(held.everything(self._fetch_late()))
             elif call.number != self._latest:  # the passes before it may be complete
@@ -105,7 +108,7 @@ class Writer:
                 self._look_at_clock()
 
     def expect(self, number: int) -> None:
-        """There will be calls of pass ``number`` when it is complete.
+        """Keep a place for pass ``number``, which will get more calls through ``late``.
 
         Raises:
             WriteError: as for ``keep``.
@@ -124,7 +127,7 @@ class Writer:
             self._cut(self._held.whole(self._fetch_late()))
 
     def _fetch_late(self) -> int:
-        """Return how many passes can be committed; all that there is of them is held."""
+        """Return how many passes can be committed, after fetching their late calls."""
         return self._with_late(self._complete())
 
     def _with_late(self, complete: int) -> int:
@@ -133,7 +136,7 @@ class Writer:
         return complete
 
     def drop(self, number: int) -> None:
-        """Forget the calls of a pass; of what is on the disk, it will be said that it does not count."""
+        """Forget the calls of a pass; those on the disk become void."""
         with self._changed:
             self._held.drop(number)
             self._changed.notify_all()  # there may be room now
@@ -144,25 +147,25 @@ class Writer:
             raise error
 
     def _wait_for_room(self, size: int) -> None:
-        """Wait until so many bytes fit, or there is nothing else."""
+        """Wait until so many bytes fit, or nothing else is waiting."""
         while self.used + size > self._budget and self.used and not self._failed:
             if not self._queue and not self._writing:
                 self._cut(self._held.everything(self._fetch_late()))
-            self._changed.wait(1.0)  # or else Windows would not let an interrupt through
+            self._changed.wait(1.0)  # without a timeout, Windows would not handle an interrupt
             self._raise_if_failed()
 
     def _cut(self, batches: Iterable[Batch]) -> None:
         try:
             for batch in batches:
                 self._enqueue(batch)
-        except BaseException as error:  # an interrupt, by which a batch may be lost
+        except BaseException as error:  # an interrupt: a batch may be lost
             self._fail(error)
             raise
         self._last_cut = time.monotonic()
 
     def _enqueue(self, batch: Batch) -> None:
         size = batch.size
-        give_back(size)
+        give_back(size)  # after a large shard, the allocator returns unused memory to the system
         self._away += size
         self._queue.append(batch)
         self._changed.notify_all()
@@ -174,11 +177,11 @@ class Writer:
             while (batch := self._next()) is not None:
                 unfinished = self._write(batch)
                 committed, size = batch.commit.committed, batch.size
-                del batch  # and the values with it
+                del batch  # frees the values
                 self._written(size)
                 self._hand_over(unfinished, committed)
         except BaseException as error:  # noqa: BLE001  # whatever it is, it reaches the caller
-            # Or else the frames that the error went through would keep the values.
+            # The frames in the traceback would keep the values alive.
             traceback.clear_frames(error.__traceback__)
             batch = None
             self._settle()
@@ -211,9 +214,9 @@ class Writer:
         return self._disk.begin(shard_name(heading.shard), write)
 
     def _hand_over(self, unfinished: Unfinished | Upload, committed: int) -> None:
-        """Let another thread wait for the disk, once it has the shard before."""
+        """Let another thread sync and name the file, after the shard before it."""
         self._settle()
-        if self._failed:  # to put this one into the folder would leave a gap
+        if self._failed:  # naming this one would leave a gap
             unfinished.discard()
             return
         self._finishing = threading.Thread(
@@ -230,7 +233,7 @@ class Writer:
             self._fail(error)
 
     def _settle(self) -> None:
-        """Wait until the disk has what was written."""
+        """Wait until the shard before is synced."""
         if self._finishing is not None:
             self._finishing.join()
             self._finishing = None
@@ -240,7 +243,7 @@ class Writer:
             if self._failed:
                 return
             what_now = (
-                "That run goes on there; choose another path for this one."
+                "That run continues there; choose another path for this one."
                 if isinstance(error, FileExistsError)
                 else "record(..., resume=True) continues after them."
             )
@@ -261,7 +264,7 @@ class Writer:
     def close(self, passes: int, error: str | None = None) -> None:
         """Commit ``passes`` passes, and say how the run ended. May be called again, which does nothing.
 
-        A process that was forked off has no thread, and nothing to write.
+        A forked process has no such thread, and nothing to write.
         """
         if os.getpid() != self._pid:
             return
@@ -272,10 +275,10 @@ class Writer:
                     self._enqueue(self._held.close(self._with_late(passes), error or ""))
                 self._changed.notify_all()
         if threading.current_thread() in {self._thread, self._finishing}:
-            return  # it collects garbage, a dropped block among it: it cannot wait for itself
+            return  # called by the garbage collector, which runs in this thread: it cannot wait for itself
         self._thread.join()
 
     def take_error(self) -> WriteError | None:
-        """Return the error that no call has raised; from then on it counts as seen."""
+        """Return the error that no call has raised, and forget it."""
         error, self._error = self._error, None
         return error
