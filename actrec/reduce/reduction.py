@@ -135,20 +135,20 @@ class Reduction:
         """Return what ``before`` rows and ``many`` further ones come to. ``mine`` is used up."""
 
     def _take_in(self, many: int, state: State) -> None:
-        mine = self._held()
-        if not self.rows:
+        mine, before = self._held(), int(self.rows)
+        if not before:
             found: State = [one.clone() for one in state]
         else:
-            before, channels = (one[0].shape[self._channels] for one in (mine, state))
-            if channels != before:
+            width, channels = mine[0].shape[self._channels], state[0].shape[self._channels]
+            if channels != width:
                 message = (
-                    f"{self!r}: a value with {count(channels, 'channel')} came after one with {before}; dim= says which dimension "
+                    f"{self!r}: a value with {count(channels, 'channel')} came after one with {width}; dim= says which dimension "
                     "the channels are"
                 )
                 raise CaptureError(message)
-            found = self._merged(
-                mine, [one.to(mine[0].device) for one in state], int(self.rows), many
-            )
+            if state[0].device != mine[0].device:
+                state = [one.to(mine[0].device) for one in state]
+            found = self._merged(mine, state, before, many)
         for name, one in zip(self._shapes(), found, strict=True):
             setattr(self, name, one)
         self.rows += many
