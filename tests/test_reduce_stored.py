@@ -417,7 +417,10 @@ def test_a_run_goes_on_with_the_same_reduction_alone(tmp_path: Path) -> None:
             "passes that are not committed",
         ),
         (lambda value: {**value, "states": [{"ord": 2.0}]}, "rows has to be a tensor of 0"),
-        (lambda value: {**value, "states": [{**value["states"][0], "ord": -1}]}, "none of Norms"),
+        (
+            lambda value: {**value, "states": [{**value["states"][0], "ord": -1}]},
+            "not one of Norms",
+        ),
         (
             lambda value: {**value, "states": [{**value["states"][0], "_total": torch.ones(2, 2)}]},
             "_total has to be a tensor of 1 dimension",
