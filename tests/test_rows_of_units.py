@@ -472,8 +472,8 @@ def test_a_stored_recording_lies_beside_one_in_memory_in_one_loader(tmp_path: Pa
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "none": (lambda a, _: shuffled([], "", batch_size=1), OptionError, "there is no recording in the list"),
-    "layer": (lambda a, b: shuffled([a, b], a[""], batch_size=1), OptionError, "a layer is that of one recording. Name it"),
-    "steps": (lambda a, b: shuffled([a, b], (a[""], 0), batch_size=1), OptionError, "a layer is that of one recording. Name it"),
+    "layer": (lambda a, b: shuffled([a, b], a[""], batch_size=1), OptionError, "a layer object belongs to one recording. Give its name"),
+    "steps": (lambda a, b: shuffled([a, b], (a[""], 0), batch_size=1), OptionError, "a layer object belongs to one recording. Give its name"),
     "mask": (lambda a, b: shuffled([a, b], "", batch_size=1, mask=torch.ones(9)), OptionError, "a tensor is the mask of one recording"),
     "shape": (lambda a, b: shuffled([a, b], "odd", batch_size=1), AlignmentError, r"'odd' has rows of shape \(\) and torch.float32 in recording 0, and of shape \(2,\)"),
     "empty": (lambda a, b: shuffled([a, numbers(0, 0)], "", batch_size=1, weights=[1, 1]), OptionError, "recording 1 has no rows"),

@@ -1,4 +1,4 @@
-"""``rows()``: any row of a recording, by its number."""
+"""``rows()``: a dataset of the rows of a recording, by their numbers."""
 
 from __future__ import annotations
 
@@ -56,13 +56,14 @@ def rows(
     torch.Size([4, 3]) tensor([4, 5, 6, 7])
     torch.Size([2, 3]) tensor([8, 9])
 
-    Rows are numbered in the order of the passes, within a pass of the ranks: as ``acts[name].cat()`` has them. Passes that
-    raised are left out (``acts.failed_passes``). To go through a large recording in random order, :func:`shuffled` is many
+    Rows are numbered in the order of the passes, and within a pass of the ranks, as in ``acts[name].cat()``. Passes that
+    raised are left out (``acts.failed_passes``). To read a large recording in random order, :func:`shuffled` is many
     times faster.
 
-    Where each position is a row, the calls of a layer in one pass or unit, such as a prompt and the tokens that
-    ``generate()`` adds to it one by one, are joined along the tokens, dimension 1: the rows are those of the first sample, in all
-    calls, then those of the second. What was added once for all of them lies beside, such as token ids ``(batch, all tokens)``:
+    If each position is a row, the calls of a layer in one pass or unit, such as a prompt and the tokens that
+    ``generate()`` adds to it one by one, are joined along the tokens, dimension 1: first come the rows of the first sample, in
+    all calls, then those of the second. A value that was added once for all calls, such as token ids ``(batch, all tokens)``, is
+    aligned with them:
 
     >>> steps = torch.randn(2, 5, 4), torch.randn(2, 1, 4), torch.randn(2, 1, 4)
     >>> class Generator(torch.nn.Module):
@@ -81,57 +82,56 @@ def rows(
     >>> torch.equal(dataset[3], acts["layer"][1][0, 0])
     True
 
-    Calls that cannot be joined, or that have a label of each sample beside each of them, as micro-batches do, are batches of
-    their own, and follow each other. Layers are aligned by the keys of their units, where all of them have units, else by the
+    Calls that cannot be joined, or for each of which a label of each sample was added, as for micro-batches, are separate
+    batches, one after the other. Layers are aligned by the keys of their units if all of them have units, else by the
     numbers of their passes.
 
-    A layer is named, or given, such as ``acts.inputs["mlp"]``. Where a call returns several tensors, a tuple
-    says which: ``("lstm", 0)``. With one layer an item is a tensor, with several a tuple in their order. The names ``"unit"``, ``"sample"`` and ``"position"``
-    are columns as well, unless something was recorded under them: see :meth:`Rows.where`.
+    A layer is given by its name, or as an object such as ``acts.inputs["mlp"]``. If a call returns several tensors, a tuple
+    selects one: ``("lstm", 0)``. With one layer an item is a tensor, with several a tuple in their order. The names ``"unit"``,
+    ``"sample"`` and ``"position"`` are columns too, unless something was recorded under them: see :meth:`Rows.where`.
 
     Args:
-        recording: In memory or stored.
-        *layers: One or more, added values among them.
-        flatten: A row for each position instead: ``(batch, tokens, width)`` gives ``batch * tokens`` rows of
-            ``width``. What has fewer positions, such as labels ``(batch,)`` or a vector ``(batch, width)``, is
-            repeated. Integers have no width: token ids ``(batch, tokens)``, beside a layer or alone, give one number
-            for each row. ``(batch * tokens, experts)``, as mixtures of experts return it, has the same rows. What the
-            shapes do not tell, such as floating-point numbers ``(batch, tokens)`` where all calls have as many tokens,
-            is an error that says which shape would: ``(batch, tokens, 1)`` or ``(batch, 1, tokens)``.
-        mask: Which positions count; the others, such as padding on either side, are left out. An added value or a layer, one
-            number for each row, 0 where it is left out: ``flatten=True, mask="attention_mask"``. It may be
-            longer than the tokens of its call, as that of a step with a cache is: the last columns count. That of a prompt
-            alone leaves in what is generated after it. Or a function that makes a mask
-            ``(batch, tokens)`` of what is stored of a pass: ``mask=lambda values: values["ids"] != 0``. Or a tensor with one
-            number for each row of all calls.
-        last: A row for each sample instead: its last position, or the last that the mask leaves in. A sample of which nothing
-            is left in has no row.
-        nth: Of layers that are called several times in a pass, such as a ReLU that is used twice in a block, take one
+        recording: a recording in memory or stored.
+        *layers: one or more layers, or values that were added.
+        flatten: make a row of each position instead: ``(batch, tokens, width)`` gives ``batch * tokens`` rows of
+            ``width``. A value with fewer positions, such as labels ``(batch,)`` or a vector ``(batch, width)``, is
+            repeated. Integers have no width: token ids ``(batch, tokens)``, with a layer or alone, give one number
+            for each row. ``(batch * tokens, experts)``, as mixtures of experts return it, has the same rows. If the
+            shapes are ambiguous, such as floating-point numbers ``(batch, tokens)`` where all calls have equally many tokens,
+            an error says which shapes are not: ``(batch, tokens, 1)`` or ``(batch, 1, tokens)``.
+        mask: which positions count; the others, such as padding on either side, are left out. An added value or a layer with
+            one number for each row, 0 to leave it out: ``flatten=True, mask="attention_mask"``. It may be longer than the tokens
+            of its call, like the mask of a step with a cache: its last columns are used. With the mask of a prompt, all
+            generated tokens count. Or a function that makes a mask ``(batch, tokens)`` from the stored values of a pass:
+            ``mask=lambda values: values["ids"] != 0``. Or a tensor with one number for each row of all calls.
+        last: make a row of each sample instead: its last position, or the last one that the mask keeps. A sample without such
+            a position has no row.
+        nth: for layers that are called several times in a pass, such as a ReLU that is used twice in a block, take one
             call of each pass: 0 the first, -1 the last, as :meth:`actrec.Layer.nth` does.
-        passes: With ``"common"``, passes in which one of the layers was not called are left out. Otherwise they are an error.
+        passes: with ``"common"``, passes in which one of the layers was not called are left out. Otherwise they are an error.
 
     Returns:
         A map-style dataset.
 
     Raises:
         AlignmentError: the layers do not have the same calls with the same number of rows, rows differ in shape or
-            dtype, or values are no tensors.
-        OptionError: a layer or ``nth`` says nothing that there is.
+            dtype, or values are not tensors.
+        OptionError: an argument is invalid, or no pass has so many calls as ``nth`` says.
     """
     options = Options(flatten=flatten, mask=mask, nth=nth, passes=passes, last=last)
     return Rows(table("rows", recording, layers, options))
 
 
 class Rows(Dataset[Any]):
-    """What :func:`rows` returns: a map-style dataset.
+    """The map-style dataset that :func:`rows` returns.
 
     ``dataset[7]`` is a row, ``dataset[-1]`` the last one. A slice, a list or a tensor of numbers gives their
     rows joined along a new first dimension: ``dataset[3:8]``, ``dataset[[5, 1, 1]]``. A ``DataLoader`` fetches
-    a batch in one go. It need not be taken apart and joined again, which is fastest:
+    a batch in one call. Fastest is a batch that is not taken apart and collated again:
     ``DataLoader(dataset, batch_size=None, sampler=BatchSampler(...))``.
 
-    All that it returns are copies, on the CPU, in the dtype of the recording. From a stored recording little but
-    the rows asked for is read, and no file is mapped. It is sent to worker processes without data, unless the recording is in memory.
+    All results are copies, on the CPU, in the dtype of the recording. From a stored recording little more than the requested
+    rows is read, and no file is mapped. Pickling it for worker processes copies no data, unless the recording is in memory.
     """
 
     def __init__(self, source: Table) -> None:
@@ -163,7 +163,7 @@ class Rows(Dataset[Any]):
         return f"{self._len} rows of {each}{left_out}"
 
     def where(self, index: int | slice | Sequence[int] | Tensor) -> Where:
-        """Return where rows come from: which unit, which sample of its batch, and which position in that sample.
+        """Return the origin of rows: the unit, the sample in its batch, and the position in that sample.
 
         >>> import torch
         >>> from actrec import record
@@ -181,17 +181,17 @@ class Rows(Dataset[Any]):
         >>> dataset.where([0, 69]).position
         tensor([0, 6])
 
-        It is computed from the numbers of the rows; of the layers nothing is read. The same as columns:
+        It is computed from the numbers of the rows, without reading the layers. The same as columns:
         ``rows(acts, "", "unit", "sample", "position", flatten=True)``.
 
         Args:
             index: the number of a row, or of several, as for ``dataset[index]``.
 
         Returns:
-            A named tuple ``(unit, sample, position)``. For a row three numbers, for several three tensors ``(rows,)``. ``unit`` is
-            the key of the unit (of several rows a list, where keys are strings); without units the number of the pass.
-            ``position`` counts the positions as they were recorded, padding included, over all calls of the pass; with
-            further dimensions, such as heads, over these as well. Where a row is a sample, it is 0.
+            A named tuple ``(unit, sample, position)``: for one row three numbers, for several three tensors ``(rows,)``. ``unit``
+            is the key of the unit (for several rows a list, if keys are strings); without units the number of the pass.
+            ``position`` counts the recorded positions, padding included, over all calls of the pass, and over further
+            dimensions, such as heads. If a row is a sample, it is 0.
 
         Raises:
             IndexError: there is no such row.
@@ -209,7 +209,7 @@ class Rows(Dataset[Any]):
         return Where(unit, sample.item(), position.item())
 
     def _wanted(self, index: int | slice | Sequence[int] | Tensor) -> tuple[range | Tensor, bool]:
-        """The numbers of the rows that are asked for, and whether it is one."""
+        """Return the numbers of the requested rows, and whether a single one was requested."""
         if isinstance(index, slice):
             return range(self._len)[index], False
         if isinstance(index, int):
@@ -220,7 +220,7 @@ class Rows(Dataset[Any]):
         return self._checked(numbers.view(-1)), not numbers.dim()
 
     def _numbers(self, index: Any) -> Tensor:
-        """The numbers that are asked for: as such, or by one answer for each row."""
+        """Return the requested numbers, given as such or as a bool for each row."""
         try:
             numbers = torch.as_tensor(index, device="cpu")
         except (TypeError, ValueError, RuntimeError):

@@ -1,7 +1,7 @@
-"""In which order rows come: arithmetic alone, no data.
+"""The order of rows in an epoch: only arithmetic, no data.
 
-Rows are cut into *blocks*, which are read in one go. An epoch permutes the blocks, and all that follows
-is counted in the sequence of rows that comes of it::
+Rows are cut into *blocks*, each of which is read at once. An epoch permutes the blocks, which gives a sequence of rows,
+and everything else is counted in that sequence::
 
     rows      |----------------------- one epoch ------------------------|
     ranks     |------- rank 0 --------|------- rank 1 --------|   ...
@@ -9,9 +9,9 @@ is counted in the sequence of rows that comes of it::
     batches   |---|---|---|---|---|---|        of the rows of the windows, permuted
 
 A window is read and its rows are permuted. Batches are cut out of the permuted rows, across the ends of
-windows. Of several recordings, each has a sequence of its own, and every window its share of each. So which rows batch 1000 has depends on the seed, the epoch and the numbers of rows, blocks and ranks,
-and is computed without the batches before it: any number of workers can make the batches between them,
-and resuming costs nothing.
+windows. If there are several recordings, each has its own sequence, and every window has a share of each. So the rows of
+batch 1000 depend only on the seed, the epoch and the numbers of rows, blocks and ranks, and are computed without the
+batches before it: any number of workers can divide the batches among them, and resuming costs nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Cut(NamedTuple):
 
     low: int
     high: int
-    ends: bool  # the batch
+    ends: bool  # whether it completes the batch
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Order:
         shares = self._shares(self.rank)
         if not self.drop_last:
             return shares
-        # As many batches for every rank, or they would wait for each other.
+        # The same number of batches for every rank, or ranks would wait for each other.
         least = min(_sum(self._shares(rank)) for rank in range(self.world_size))
         surplus = _sum(shares) - least // self.batch_size * self.batch_size
         longest_first = sorted(range(len(shares)), key=lambda n: shares[n][0] - shares[n][1])
@@ -90,7 +90,7 @@ class Order:
         return -(-self.rows // self.batch_size)
 
     def parts(self, number: int) -> list[tuple[int, int]]:
-        """What a window has of each recording, in the sequence of all its rows."""
+        """Return the part of each recording's sequence in a window."""
         many = self._windows
         return [
             (begin + (end - begin) * number // many, begin + (end - begin) * (number + 1) // many)
@@ -99,7 +99,7 @@ class Order:
 
     @property
     def windows(self) -> list[tuple[int, int]]:
-        """The windows: as few as fit into the buffer, and of the same size."""
+        """The windows: as few as possible that fit into the buffer, and of equal size."""
         ends = [
             *accumulate((_sum(self.parts(number)) for number in range(self._windows)), initial=0)
         ]
@@ -111,7 +111,7 @@ class Order:
         return -(-self.rows // max(1, self.window - len(self.quotas) + 1))
 
     def cuts(self, window: tuple[int, int], batches: range) -> list[Cut]:
-        """What some of the batches have of a permuted window."""
+        """Return the parts of a permuted window that go to some of the batches."""
         (begin, end), size = window, self.batch_size
         before = max(0, begin // size - batches.start)
         first = batches.start + -(-before // batches.step) * batches.step
@@ -124,7 +124,7 @@ class Order:
         return found
 
     def most(self, batches: range) -> int:
-        """The most rows that some of the batches have of a window."""
+        """Return the largest number of rows that some of the batches take from one window."""
         each, start = self.batch_size * batches.step, self.batch_size * batches.start
 
         def before(row: int) -> int:
@@ -153,7 +153,7 @@ class Epoch:
         self._ends = [counts[blocks].cumsum(0) for counts, blocks in pairs]
 
     def pieces(self, window: int) -> list[Piece]:
-        """What a window has of which blocks, of each recording in the order in which they lie on the disk."""
+        """Return the pieces of blocks in a window, for each recording in the order of the disk."""
         found: list[Piece] = []
         place = 0
         for part, (begin, end) in enumerate(self._order.parts(window)):
@@ -163,7 +163,7 @@ class Epoch:
         return found
 
     def _of_part(self, part: int, begin: int, end: int) -> list[list[int]]:
-        """Blocks that have rows in a part of the sequence of a recording, with the first such row and how many."""
+        """Return the blocks with rows in a part of a recording's sequence, each with the first such row and how many."""
         counts, all_ends = self._order.counts[part], self._ends[part]
         low = int(torch.searchsorted(all_ends, begin, right=True))
         high = int(torch.searchsorted(all_ends, end)) + 1
@@ -186,7 +186,7 @@ def _sum(parts: Sequence[tuple[int, int]]) -> int:
 
 
 def _permutation(many: int, *numbers: int) -> Tensor:
-    """A permutation that depends on these numbers and nothing else: the same in every process."""
+    """Return a permutation that depends only on these numbers: the same in every process."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randperm(many, generator=generator, device="cpu")

@@ -1,6 +1,6 @@
-"""The steps of a pass, such as a prompt and what is generated after it: joined along the tokens, or batches of their own.
+"""The steps of a pass, such as a prompt and the tokens generated after it: joined along the tokens, or separate batches.
 
-Shapes alone, no data.
+This uses only shapes, no data.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def leads(looks: list[list[Look]], whole: list[Sequence[bool]], *, masked: bool)
         layers = [look for look, mark in zip(one, marks, strict=True) if not mark]
         own = layers[:-1] if masked and not marks[-1] and len(layers) > 1 else layers
         found.append(lead(own))
-        # What else tells how many samples there are: the mask, or what has all tokens of the pass.
+        # The mask, or a value with all tokens of the pass, also tells how many samples there are.
         beside = [one[-1].shape] if masked else []
         beside += [positions(*look) for look, mark in zip(one, marks, strict=True) if mark]
         samples.append(next((shape for shape in beside if len(shape) > 1), None))
@@ -50,7 +50,7 @@ def _is_merged(rows: Shape, shape: Shape | None) -> bool:
 
 
 def _split(rows: int, shape: Shape, *, is_merged: bool) -> Shape:
-    """The samples and tokens of a layer ``(batch * tokens, ...)`` beside ``(batch, more tokens)``."""
+    """Return the samples and tokens of a layer ``(batch * tokens, ...)``, given a value ``(batch, more tokens)``."""
     is_other = len(shape) != 2 or not is_merged or not shape[0] or rows % shape[0]  # noqa: PLR2004
     return shape if is_other else (shape[0], rows // shape[0])
 
@@ -62,7 +62,7 @@ def is_joined(
     rows: list[Shape],
     of: Tensor,
 ) -> bool:
-    """Whether the steps of each pass go on with the same samples."""
+    """Whether the steps of each pass continue the same samples."""
     order, firsts = steps.by_pass
     heads = order[firsts]  # of each pass, its first step
     several = torch.bincount(steps.passes)[steps.passes] > 1
@@ -75,7 +75,7 @@ def is_joined(
     for sizes in (samples, inners):
         if bool((sizes != sizes[heads][steps.passes]).any()):
             return False
-    # A label beside each of several steps: they are batches of their own, unless a step goes on with one token.
+    # If each of several steps has a label, they are separate batches, unless later steps have a single token.
     is_later = several.clone()
     is_later[heads] = False
     later = torch.unique(of[is_later]).tolist()
@@ -88,7 +88,7 @@ def is_joined(
 
 
 class Lines(NamedTuple):
-    """Rows that lie behind each other in each layer: those of a step, or of one sample of it."""
+    """Rows that follow each other in each layer: those of a step, or of one sample of it."""
 
     step: Tensor
     sample: Tensor  #: the first one, in the step
@@ -116,7 +116,7 @@ class Joint:
         self._first = none if is_joined else self._before(self.samples)
 
     def rows_of_passes(self) -> list[Shape]:
-        """The positions that are the rows of the pass of each step."""
+        """Return, for each step, the positions that are the rows of its pass."""
         tokens = self._of_passes(self.tokens)[self._steps.passes].tolist()
         rows = (self._rows[look] for look in self._of.tolist())
         return [(one[0], many, *one[2:]) for one, many in zip(rows, tokens, strict=True)]
@@ -138,11 +138,11 @@ class Joint:
         return (*tokens[:1].tolist(), *inner.pop()) if len(self._rows[0]) > 1 else ()
 
     def lines(self, is_apart: Tensor) -> Lines:
-        """Cut the steps into lines: where they are joined, or their samples lie apart, one for each sample."""
+        """Cut the steps into lines: one for each sample if steps are joined or samples are apart, else one for each step."""
         alone = is_apart
         if self.is_joined:
             alone = alone | (torch.bincount(self._steps.passes)[self._steps.passes] > 1)
-            # Of a pass all steps, or none.
+            # All steps of a pass, or none.
         counts = torch.where(alone, self.samples, 1)
         step = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
         sample = torch.arange(len(step), device="cpu") - (counts.cumsum(0) - counts)[step]
@@ -155,7 +155,7 @@ class Joint:
         return Lines(step, sample, rows)
 
     def origins(self, lines: Lines) -> Origins:
-        """Where the rows of lines come from."""
+        """Return the origins of the rows of lines."""
         step = lines.step
         of_sample = (self.tokens * self._inner)[step].clamp(min=1)
         columns = [
@@ -169,7 +169,7 @@ class Joint:
         return Origins(torch.stack(columns, 1), self._steps.names, self.origins_samples)
 
     def answers(self, lines: Lines, is_of_samples: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001
-        """Where the answers of a tensor begin for each line, and how many rows have the same."""
+        """Return where the numbers of a mask tensor begin for each line, and how many rows share each number."""
         if not is_of_samples:
             return lines.rows.cumsum(0) - lines.rows, torch.ones_like(lines.rows)
         first = self.origins_samples.cumsum(0) - self.origins_samples
@@ -194,19 +194,19 @@ class Joint:
 
 
 class Covered(NamedTuple):
-    """Which columns of a mask are those of each step."""
+    """The columns of a mask that belong to each step."""
 
     is_covered: (
         Tensor  #: whether it has a column for each token of the step, or its tokens all count
     )
-    is_all: Tensor  #: whether all tokens of the step count, without being asked for
-    is_apart: Tensor  #: whether the samples lie apart in the mask
+    is_all: Tensor  #: whether all tokens of the step count, whatever the mask
+    is_apart: Tensor  #: whether the columns of the samples do not follow each other in the mask
     first: Tensor  #: the column of the first token
     columns: Tensor
 
 
 def covered(steps: Steps, joint: Joint, masks: list[Shape], of: Tensor) -> Covered:
-    """Find the columns of a mask, ``(batch, columns)`` in its call, that are those of each step."""
+    """Find the columns of a mask, ``(batch, columns)`` in its call, that belong to each step."""
     none = torch.zeros_like(of)
     found = Covered(none.bool(), none.bool(), none.bool(), none.clone(), none)
     sizes = [shape if len(shape) == 2 else (-1, 0) for shape in masks]  # noqa: PLR2004
@@ -234,7 +234,7 @@ def covered(steps: Steps, joint: Joint, masks: list[Shape], of: Tensor) -> Cover
             tuple(many[step] for step in mine), tuple(tokens[step] for step in group)
         )
         if firsts is None:
-            continue  # which is an error, where the mask is read
+            continue  # an error is raised when the mask is cut
         for step, first in zip(group, firsts, strict=True):
             found.is_covered[step] = True
             found.is_all[step] = first is None
@@ -244,6 +244,6 @@ def covered(steps: Steps, joint: Joint, masks: list[Shape], of: Tensor) -> Cover
 
 
 def _steps_of_passes(steps: Steps) -> list[list[int]]:
-    """The steps of each pass, in their order."""
+    """Return the steps of each pass, in order."""
     order, _ = steps.by_pass
     return [part.tolist() for part in torch.split(order, torch.bincount(steps.passes).tolist())]

@@ -33,7 +33,7 @@ class Kept:
         return int(self.counts.sum())
 
     def block(self, number: int, files: Files) -> Tensor:
-        """Return the rows that are kept of a block, counted from its first."""
+        """Return the kept rows of a block, counted from its first row."""
         return self._kept(number * self._block, self._block, files).nonzero()[:, 0]
 
     def located(self, indices: Tensor, files: Files) -> Tensor:

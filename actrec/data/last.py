@@ -11,12 +11,12 @@ from .columns import Column
 from .origins import Origins
 from .sources import Files
 
-#: Rows that are looked at in one go.
+#: Rows that are processed at a time.
 _MANY: Final = 1 << 20
 
 
 def last_rows(where: Origins, mask: Column | None, *, as_stored: bool) -> Tensor:
-    """Return the numbers of these rows, by sample or as they are stored. A sample of which no row is kept has none."""
+    """Return the numbers of these rows, by sample or in stored order. A sample without a kept row has none."""
     firsts = where.samples.cumsum(0) - where.samples
     positions = torch.full((int(where.samples.sum()),), -1, device="cpu")
     rows, total = positions.clone(), int(where.lines[:, 0].sum())

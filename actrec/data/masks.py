@@ -1,4 +1,4 @@
-"""A mask that the user computes from what is stored of each pass."""
+"""A mask that the user's function computes from the stored values of each pass."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Function: TypeAlias = Callable[[Mapping[str, Any]], Tensor]
 
 
 def computed(call: str, recording: Recording[Any], function: Function, beside: Calls) -> Calls:
-    """Return what a function makes of each pass that a layer has calls in: answers, as a layer.
+    """Call the function for each pass in which a layer has calls. Return the masks as calls of a layer.
 
-    A pass without a value that the function asks for has no call.
+    A pass without a value that the function needs has no call.
 
     Raises:
-        OptionError: The function returns no tensor.
+        OptionError: the function does not return a tensor.
     """
     stored = Stored(recording)
     _, firsts = numbered(*beside.moments.unbind(1))
@@ -42,7 +42,7 @@ def computed(call: str, recording: Recording[Any], function: Function, beside: C
             continue
         if not is_plain(answers):
             message = (
-                f"{call}(mask={function!r}): of pass {of} it has returned {kind(answers)}. Return a tensor with one number "
+                f"{call}(mask={function!r}): for pass {of} it has returned {kind(answers)}. Return a tensor with one number "
                 "for each position, (batch, tokens)."
             )
             raise OptionError(message)

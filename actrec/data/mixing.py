@@ -1,4 +1,4 @@
-"""Several recordings in one loader: the same columns of each, and how many rows of each an epoch has."""
+"""Several recordings in one loader: the same columns of each, and the number of rows of each in an epoch."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Part(NamedTuple):
 
 
 def check(layers: Sequence[Selector], mask: Mask | None) -> None:
-    """Check that layers and mask can be those of several recordings."""
+    """Check that layers and mask can apply to several recordings."""
     for one in layers:
         layer = one[0] if one and isinstance(one, tuple) else one
         if isinstance(layer, Layer):
-            message = f"shuffled([...], {one!r}): a layer is that of one recording. Name it, as each recording has it."
+            message = f"shuffled([...], {one!r}): a layer object belongs to one recording. Give its name, which each recording has."
             raise OptionError(message)
     if isinstance(mask, Tensor):
-        message = "shuffled([...], mask=tensor): a tensor is the mask of one recording. Name a mask that each of them has."
+        message = "shuffled([...], mask=tensor): a tensor is the mask of one recording. Give the name of a mask that each of them has."
         raise OptionError(message)
 
 
@@ -55,13 +55,13 @@ def _is_weight(given: object) -> bool:
 
 
 def quotas(rows: Sequence[int], weights: Sequence[Fraction] | None) -> list[int]:
-    """Return how many rows of each recording an epoch has: all, or by weight as many as there are without repeating any.
+    """Return how many rows of each recording an epoch has: all, or, by weight, as many as possible without repeating any.
 
     >>> quotas([30, 100], None), quotas([30, 100], [Fraction(1), Fraction(2)])
     ([30, 100], [30, 60])
 
     Raises:
-        OptionError: A recording that has a weight has no rows.
+        OptionError: there are weights, and a recording has no rows.
     """
     if weights is None:
         return [*rows]
@@ -76,14 +76,14 @@ def parts(tables: Sequence[Table], kept: Sequence[Kept | None]) -> list[Part]:
     """Return the rows of each recording.
 
     Raises:
-        AlignmentError: The rows of a layer are not alike.
+        AlignmentError: the rows of a layer differ in shape or dtype.
     """
     for number, table in enumerate(tables):
         for one, first in zip(table.columns, tables[0].columns, strict=True):
             if (one.shape, one.dtype) != (first.shape, first.dtype):
                 message = (
                     f"shuffled: {first.name} has rows of shape {first.shape} and {first.dtype} in recording 0, and of shape "
-                    f"{one.shape} and {one.dtype} in recording {number}. Rows that differ make no batch: record "
+                    f"{one.shape} and {one.dtype} in recording {number}. Rows that differ cannot be batched: record "
                     "with a transform, or with dtype=."
                 )
                 raise AlignmentError(message)

@@ -1,4 +1,4 @@
-"""Numbers for what is different, by runs: of a million calls that follow each other alike, one is looked at."""
+"""Numbers the different lines of a table, run by run: of a million equal lines in a row, one is looked at."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def integers(numbers: Sequence[Any]) -> Tensor:
 
 
 def numbered(*columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Number the different lines of some columns, in the order in which they come first.
+    """Number the different lines of some columns, in the order of their first occurrence.
 
     >>> numbered(torch.tensor([5, 5, 2, 5]), torch.tensor([0, 0, 0, 1]))
     (tensor([0, 0, 1, 2]), tensor([0, 2, 3]))
@@ -27,7 +27,7 @@ def numbered(*columns: Tensor) -> tuple[Tensor, Tensor]:
         *columns: integers, ``(lines,)`` each.
 
     Returns:
-        The number of each line, and of each number the first line that has it.
+        The number of each line, and for each number the first line that has it.
     """
     if len(columns[0]) <= _FEW:
         numbers: dict[tuple[int, ...], int] = {}

@@ -1,4 +1,4 @@
-"""Where rows come from: the unit, the sample in its batch, the position in the sample. Arithmetic alone, no data."""
+"""The origins of rows: the unit, the sample in its batch, the position in the sample. Only arithmetic, no data."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from .sources import Files
 
 
 class Where(NamedTuple):
-    """Where a row comes from, or rows."""
+    """The origin of one row, or of several."""
 
     unit: Any
     sample: Any
     position: Any
 
 
-#: The names of columns that say where a row comes from; of several recordings, the number of its own as well.
+#: The names of columns of origins; ``"recording"`` is the number of the recording, if there are several.
 ORIGINS: Final = (*Where._fields, "recording")
 
 
 @dataclass(frozen=True)
 class Origins:
-    """Where the rows come from, a line for rows whose origins go on evenly."""
+    """The origins of rows, with a line for each run of rows whose origins are regular."""
 
     #: (lines, 6): how many rows, and of the first one: its pass, its sample, its position, how many rows its sample has here,
     #: and how many its pass has here.
     lines: Tensor
-    units: Sequence[Any] | Tensor  #: of each pass, what is its name
+    units: Sequence[Any] | Tensor  #: for each pass, the key of its unit, or its number
     samples: Tensor  #: (passes,): how many samples each has
 
     def ordered(self, order: Tensor) -> Origins:
-        """Return the same, for rows whose lines come in another order."""
+        """Return the origins of the rows with their lines in another order."""
         return replace(self, lines=self.lines[order])
 
     def coalesced(self) -> Origins:
-        """Join lines where a pass follows that is cut in the same way."""
+        """Join the lines of successive passes that are cut in the same way."""
         many, number, *same, whole = self.lines.unbind(1)
         goes_on = (number.diff() == 1) & (many[:-1] == whole[:-1]) & (whole.diff() == 0)
         for column in same:
@@ -69,7 +69,7 @@ class Origins:
         )
 
     def names(self, passes: Tensor) -> Any:
-        """Return the units of passes: a tensor, where their keys are integers, else a list."""
+        """Return the units of passes: a tensor if their keys are integers, else a list."""
         if isinstance(self.units, Tensor):
             return self.units[passes]
         return [self.units[number] for number in passes.tolist()]
@@ -80,7 +80,7 @@ class Origins:
 
 
 class Origin(Column):
-    """Where rows come from, as a column beside those of layers."""
+    """The origins of rows, as a column like those of layers."""
 
     def __init__(self, name: str, origins: Origins, recording: int = 0) -> None:
         self.name = repr(name)
@@ -91,7 +91,7 @@ class Origin(Column):
         self._origins = origins
         self._recording = recording
         self._ends = origins._ends
-        #: What the numbers of passes stand for, where keys are strings, and the first of this recording there.
+        #: The keys of passes by their numbers, if keys are strings; and the index of this recording's first key there.
         self._names = None if isinstance(origins.units, Tensor) else origins.units
         self._first_name = 0
 
@@ -128,7 +128,7 @@ class Origin(Column):
 
 
 def together(columns: Sequence[Column]) -> Sequence[Column]:
-    """Return the same column of several recordings, with one list of names between them, if any of them needs one."""
+    """Return the same column of several recordings; they share one list of keys, if any of them has string keys."""
     origins = [column for column in columns if isinstance(column, Origin)]
     names: list[Any] = []
     if any(column._names is not None for column in origins):

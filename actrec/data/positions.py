@@ -1,4 +1,4 @@
-"""Which dimensions of a layer are positions, each of them a row, and which of them make a row. Shapes alone, no data."""
+"""Which dimensions of a layer are positions, each of which is a row, and which are the row itself. Only shapes, no data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from .calls import Look
 from .sources import Shape
 
-#: Reads a layer whose first dimension is all positions, as mixtures of experts have it: ``(batch * tokens, experts)``.
+#: A way to read a layer: its first dimension has all positions, as in mixtures of experts: ``(batch * tokens, experts)``.
 MERGED: Final = 0
 
 
@@ -20,16 +20,16 @@ class Reading(NamedTuple):
     """How the rows of a call are cut."""
 
     shape: Shape  #: of a row
-    repeat: int  #: so many rows of the dataset are one row of the call
+    repeat: int  #: how many rows of the dataset share one row of the call
 
 
 def has_width(dtype: torch.dtype) -> bool:
-    """Whether the last dimension of a tensor may be a vector: integers are ids or answers, each a number of its own."""
+    """Whether the last dimension of a tensor may be a vector. Integers are ids or masks: separate numbers."""
     return dtype.is_floating_point or dtype.is_complex
 
 
 def lead(layers: Sequence[Look]) -> Shape:
-    """Return the dimensions whose positions are the rows: those of the layer that has most."""
+    """Return the dimensions whose positions are the rows: those of the layer with the most."""
     found = [positions(*layer) for layer in layers]
     most = max(map(len, found))
     sizes = zip(*(shape for shape in found if len(shape) == most), strict=True)
@@ -43,10 +43,10 @@ def positions(shape: Shape, dtype: torch.dtype) -> Shape:
 
 
 def read(shape: Shape, rows: Shape, taken: int) -> Reading | None:
-    """Read a call, where the rows are those of the positions ``rows``, and its first ``taken`` dimensions are positions.
+    """Return how a call is cut into rows, if its first ``taken`` dimensions are positions, and the rows have positions ``rows``.
 
-    ``None`` if they are not. In a tensor that has all dimensions of the positions and one more, a dimension of size 1
-    stands for all its positions, where those after it do so too.
+    ``None`` if it cannot be. In a tensor that has all dimensions of the positions and one more, a dimension of size 1
+    is repeated for all its positions, if those after it are too.
     """
     if taken == MERGED:
         return Reading(shape[1:], 1) if shape[0] == math.prod(rows) else None
@@ -64,11 +64,11 @@ def readings(calls: Sequence[tuple[Shape, Shape]], *, is_sure: bool) -> list[int
     """Return the ways to read a layer that fit all of its calls and differ, the most likely first.
 
     Args:
-        calls: The shape of each call, and the positions that are the rows beside it.
-        is_sure: Whether as many dimensions are positions as there are, so that fewer are not tried.
+        calls: the shape of each call, and the positions that are its rows.
+        is_sure: whether as many dimensions as possible are positions, so that fewer are not tried.
 
     Returns:
-        How many dimensions are positions. Where no way fits, the one that goes furthest: where it ends, the error is.
+        For each way, how many dimensions are positions. If no way fits, the way that fits the most calls, for the error.
     """
     dims, positions = len(calls[0][0]), len(calls[0][1])
     choices = [min(dims, positions), *([] if is_sure else range(dims - 1, 0, -1)), MERGED]

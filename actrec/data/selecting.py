@@ -24,16 +24,16 @@ Selector: TypeAlias = str | Layer[Any] | tuple[Any, ...]
 
 @dataclass(frozen=True, eq=False)
 class Selected:
-    """A layer, and the steps that lead to a tensor in its values."""
+    """A layer, and the indices of a tensor in its values."""
 
     call: str  #: for messages
     title: str
     layer: Layer[Any]
     steps: tuple[Any, ...]
-    among: list[int] | None  #: the calls of the layer that were given; none, if all were
+    among: list[int] | None  #: the selected calls of the layer; ``None`` for all
 
     def tensor(self, value: Any, which: str = "a call") -> Tensor:
-        """Return the tensor in a value that the steps lead to."""
+        """Return the selected tensor of a value."""
         for step in self.steps:
             try:
                 value = value[step]
@@ -49,7 +49,7 @@ class Selected:
         return value  # type: ignore[no-any-return]
 
     def number(self, spec: Spec) -> int:
-        """Return which of the tensors of a value the steps lead to."""
+        """Return which of the tensors of a value is selected."""
         marks = [torch.empty(0, device="cpu") for _ in range(spec.count)]
         found = self.tensor(spec.fill(marks))
         return next(at for at, mark in enumerate(marks) if mark is found)
@@ -60,7 +60,7 @@ class Selected:
 
     @property
     def origins(self) -> set[str]:
-        """The recordings on disk that the layer is of."""
+        """The ids of the stored recordings of the layer."""
         layer = self.layer.recorded if isinstance(self.layer, WholeLayer) else self.layer
         sources = layer._sources if isinstance(layer, StoredLayer) else ()
         return {source.rank.description.recording for source in sources}
@@ -77,7 +77,7 @@ def _fix(value: Any, layer: Layer[Any]) -> str:
 
 
 def kind(value: Any) -> str:
-    """Say what a value is that has no rows."""
+    """Return what a value is, for messages."""
     if not isinstance(value, Tensor):
         return flatten(value)[1].kind
     if is_plain(value):
@@ -97,14 +97,14 @@ def is_plain(value: Any) -> bool:
 
 
 def select(call: str, recording: Recording[Any], selector: Selector) -> Selected:
-    """Return the layer that a selector means."""
+    """Return the layer that a selector selects."""
     layer, *steps = selector if selector and isinstance(selector, tuple) else (selector,)
     if isinstance(layer, str):
         layer = recording[layer]
     if not isinstance(layer, Layer):
         message = (
             f"{call}: {selector!r} is not a layer. Give the name of one, a layer such as acts.inputs['conv1'], or a "
-            "tuple of either and what leads to a tensor in its values: ('lstm', 0)."
+            "tuple of either and the index of a tensor in its values: ('lstm', 0)."
         )
         raise OptionError(message)
     title = repr(layer.name) + "".join(f"[{step!r}]" for step in steps)

@@ -1,4 +1,4 @@
-"""``shuffled()``: batches of shuffled rows, read in the order of the disk."""
+"""``shuffled()``: batches of shuffled rows, read in the order of the disk. The order is drawn in ``epochs.py``."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from .window import Window, batches
 
 _MEBI: Final = 1 << 20
 _BUFFER: Final = 256 * _MEBI
-#: A block is at most this share of the buffer, so that a window has rows of that many places at least.
+#: A block is at most this fraction of the buffer, so that a window has rows from at least so many blocks.
 _BLOCKS: Final = 64
-#: So many small batches, up to a mebibyte of them, are made at a time.
+#: So many small batches, up to a mebibyte, are made at a time.
 _TOGETHER: Final = 64
-#: What the number of a row takes while a window is permuted, in bytes.
+#: The bytes that each row takes while a window is permuted, besides its data.
 _NUMBERS: Final = 32
 
 
@@ -54,7 +54,7 @@ def shuffled(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> Shuffled:
-    """Return shuffled batches of the rows of some layers, to train on, as fast as the disk is read in order.
+    """Return shuffled batches of the rows of some layers, to train on, at the speed of reading the disk in order.
 
     >>> import torch
     >>> from torch.utils.data import DataLoader
@@ -72,47 +72,47 @@ def shuffled(
     (4, 3) 4
     (2, 3) 2
 
-    Batches come ready, so a ``DataLoader`` gets ``batch_size=None``. While the program works with a batch, a thread makes the
-    next one, so no workers are needed; there may be any number of them: ``DataLoader(dataset, batch_size=None, num_workers=4)``.
+    Items are whole batches, so a ``DataLoader`` needs ``batch_size=None``. While the program works with a batch, a thread
+    makes the next one, so no workers are needed; there may be any number: ``DataLoader(dataset, batch_size=None, num_workers=4)``.
 
     The recording is cut into blocks of about a mebibyte. Each epoch permutes the blocks; as many as fit into
-    the buffer are read, in the order in which they lie on the disk, and their rows are permuted. Every row comes
-    exactly once. The order depends on the seed, the epoch, the recording, the options and the number of ranks (and
-    on PyTorch's generator of permutations), not on the number of workers, which share one buffer between them.
+    the buffer are read, in the order of the disk, and their rows are permuted. Every row is in exactly one batch. The order
+    depends on the seed, the epoch, the recording, the options and the number of ranks (and on PyTorch's generator of
+    permutations), not on the number of workers, which divide one buffer among them.
 
-    Several recordings, such as those of two models or of two corpora, in memory or stored, make one loader, which takes
-    rows of the layers of each:
+    Several recordings, such as those of two models or of two corpora, in memory or stored, make one loader with rows of the
+    same layers of each:
 
     >>> dataset = shuffled([acts, acts], "", "recording", batch_size=3, weights=[2, 1])
     >>> torch.cat([recording for hidden, recording in dataset]).bincount()
     tensor([10,  5])
 
     Args:
-        recording: In memory or stored; or a list of several.
-        *layers: As in :func:`rows`. One gives batches that are a tensor, several a tuple of tensors.
-        batch_size: Rows in a batch; the last batch may have fewer.
-        seed: Another seed gives another order.
-        buffer: The bytes of rows held in memory, in all workers together, beside the batch that is taken and the next one.
-            The more it is, the better rows are mixed.
-        flatten: A row for each position, as in :func:`rows`.
-        mask: What says which rows to leave out, as in :func:`rows`. It is read once when this is called.
-        last: The last position of each sample, as in :func:`rows`.
-        nth: Which call of each pass, as in :func:`rows`.
-        passes: Whether passes are left out that a layer does not have, as in :func:`rows`.
-        weights: How many rows of each of several recordings come, in proportion: ``[2, 1]`` two of the first for each of the
-            second. An epoch ends when the recording with the fewest rows for its weight has brought them all; no row comes twice,
-            and other ones of the others come in another epoch. By default all rows of all recordings come.
-        drop_last: Leave out what does not fill a batch. All ranks then have the same number of batches.
-        rank: Which part of the rows, of ``world_size``. By default as ``torch.distributed`` says if it is
-            initialised, or the variables ``RANK`` and ``WORLD_SIZE`` of ``torchrun``.
-        world_size: The number of ranks. Their parts do not overlap, and are equal but for one row.
+        recording: a recording in memory or stored; or a list of several.
+        *layers: as in :func:`rows`. With one layer, batches are tensors, with several, tuples of tensors.
+        batch_size: the number of rows in a batch; the last batch may have fewer.
+        seed: another seed gives another order.
+        buffer: the bytes of rows held in memory, in all workers together, besides the current batch and the next one. A
+            larger buffer mixes rows better.
+        flatten: make a row of each position, as in :func:`rows`.
+        mask: which rows count, as in :func:`rows`. It is read once, when this is called.
+        last: take the last position of each sample, as in :func:`rows`.
+        nth: which call of each pass to take, as in :func:`rows`.
+        passes: whether to leave out passes that a layer does not have, as in :func:`rows`.
+        weights: the proportions of rows of several recordings: with ``[2, 1]``, two rows of the first for each of the second.
+            An epoch ends when all rows of the recording with the fewest rows for its weight were used; no row is used twice, and
+            another epoch has other rows of the other recordings. By default an epoch has all rows of all recordings.
+        drop_last: leave out the rows that do not fill a batch. All ranks then have the same number of batches.
+        rank: which of ``world_size`` parts of the rows to use. By default the rank in ``torch.distributed`` if it is
+            initialised, or in the variables ``RANK`` and ``WORLD_SIZE`` of ``torchrun``.
+        world_size: the number of ranks. Their parts do not overlap, and differ by at most one row.
 
     Returns:
-        A dataset for ``torch.utils.data.DataLoader(dataset, batch_size=None)``, or to be iterated over as it is.
+        A dataset for ``torch.utils.data.DataLoader(dataset, batch_size=None)``, or to be iterated over directly.
 
     Raises:
         AlignmentError: the layers do not have the same rows, as in :func:`rows`.
-        OptionError: a size is none, or there is no such rank.
+        OptionError: a size is not a positive whole number, or there is no such rank.
     """
     rank, world_size = _place(rank, world_size)
     _check(batch_size=batch_size, buffer=buffer)
@@ -169,7 +169,7 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if rank is None or world_size is None:
         return placed()
     try:
-        place = index(rank), index(world_size)  # NumPy's numbers would give another order
+        place = index(rank), index(world_size)  # as plain ints: the order depends on their repr
     except TypeError:
         place = (0, 0)
     if not 0 <= place[0] < place[1]:
@@ -180,21 +180,21 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
 
 @dataclass
 class _Progress:
-    """How far an epoch is."""
+    """The progress of an epoch."""
 
     epoch: int
-    first: int = 0  # the batch from which the workers have shared the batches between them
+    first: int = 0  # the batch from which on the workers divide the batches
     done: int = 0  # the batches that this worker has made since
     worker: int = 0
     workers: int = 1
 
 
 class Shuffled(IterableDataset[Any]):
-    """What :func:`shuffled` returns: an iterable dataset of batches.
+    """The iterable dataset of batches that :func:`shuffled` returns.
 
-    **Epochs.** Each iteration is an epoch, with an order of its own; the first one is epoch 0. Worker processes
-    have a copy of the dataset each, which a ``DataLoader`` makes anew for every epoch unless its workers
-    persist, so with workers say which epoch it is, as one does for PyTorch's distributed sampler:
+    **Epochs.** Each iteration is an epoch, with its own order; the first one is epoch 0. Each worker process
+    has a copy of the dataset, which a ``DataLoader`` makes anew for every epoch unless its workers
+    persist. So with workers, set the epoch, as for PyTorch's distributed sampler:
 
     .. code-block:: python
 
@@ -203,13 +203,13 @@ class Shuffled(IterableDataset[Any]):
             for batch in loader:
                 ...
 
-    **Going on in the middle of an epoch.** ``state_dict()`` says in a few numbers which batch is next, and
-    ``load_state_dict()`` goes on there, exactly, with any number of workers. ``StatefulDataLoader`` of torchdata
-    does both by itself, in its workers too. With workers of a plain ``DataLoader``, say how many batches of the epoch you
-    have had: ``state_dict(batches=step)``.
+    **Resuming in the middle of an epoch.** ``state_dict()`` has the number of the next batch, and ``load_state_dict()``
+    continues exactly there, with any number of workers. ``StatefulDataLoader`` of torchdata calls both itself, in its
+    workers too. With workers of a plain ``DataLoader``, pass the number of batches of the epoch that you have used:
+    ``state_dict(batches=step)``.
 
-    **Memory.** The buffer and two batches, whatever the size of the recording; of an object store, also the 16 blocks that are on their
-    way. A stored recording is read, not mapped; what the system keeps of the files it gives up when memory is needed.
+    **Memory.** The buffer and two batches, whatever the size of the recording; from an object store, also the 16 blocks that
+    are being downloaded. A stored recording is read, not mapped; the system frees its file cache when memory is needed.
 
     ``len(dataset)`` is the number of batches in an epoch, for this rank.
     """
@@ -259,13 +259,13 @@ class Shuffled(IterableDataset[Any]):
         Args:
             epoch: the number of the epoch. If a loaded state is in this epoch, the iteration continues after it.
         """
-        epoch = index(epoch)  # of NumPy's numbers, the order would be another one
+        epoch = index(epoch)  # as a plain int: the order depends on its repr
         if self._next.epoch != epoch:
             self._next = _Progress(epoch)
         self._now = None
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
-        """Return where the iteration is, as numbers and strings: after the latest batch, or after so many of the epoch.
+        """Return the position of the iteration, as numbers and strings: after the latest batch, or after ``batches``.
 
         >>> import torch
         >>> from actrec import record
@@ -310,21 +310,21 @@ class Shuffled(IterableDataset[Any]):
         After a state at the end of an epoch the iteration has no batches, and the one after it is the next epoch.
 
         Args:
-            state: what :meth:`state_dict` has returned.
+            state: the result of :meth:`state_dict`.
 
         Raises:
-            ResumeError: the state is of another recording or of other options; the message says which.
+            ResumeError: the state belongs to another recording or other options; the message says which.
         """
         for name, own in self._identity.items():
             if name not in state or state[name] != own:
                 found = repr(state[name]) if name in state else "none at all"
                 message = (
-                    f"load_state_dict(): the state is of {name}={found}, and this dataset has {name}={own!r}. The "
-                    "order of the batches would be another one."
+                    f"load_state_dict(): the state has {name}={found}, and this dataset has {name}={own!r}. The "
+                    "order of the batches would be different."
                 )
                 raise ResumeError(message)
         progress = _Progress(**{name: int(state[name]) for name in vars(_Progress(0))})
-        if progress.workers == 1:  # whoever goes on, shares what is left
+        if progress.workers == 1:  # the new workers divide the rest
             progress = _Progress(progress.epoch, progress.first + progress.done)
         self._next, self._now = progress, None
 
@@ -336,7 +336,7 @@ class Shuffled(IterableDataset[Any]):
         if now.workers > 1 and (now.worker, now.workers) != (worker, workers):
             message = (
                 f"the state is that of worker {now.worker} of {now.workers}, and this is worker {worker} of {workers}. "
-                "Go on with as many workers as there were."
+                "Continue with the same number of workers."
             )
             raise ResumeError(message)
         now.worker, now.workers = worker, workers
@@ -358,7 +358,7 @@ class Shuffled(IterableDataset[Any]):
 
 
 def _identity(tables: Sequence[Table], order: Order) -> str:
-    """What tells a recording from others, and the same rows of it from other rows, as text."""
+    """Return a text that identifies the recordings and the selected rows."""
     found = []
     for one in tables:
         columns = (*one.columns, *filter(None, [one.mask]))

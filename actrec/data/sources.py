@@ -1,6 +1,6 @@
-"""What rows lie in: a tensor in memory, a file, or a tensor that is made when it is asked for.
+"""The sources of rows: a tensor in memory, a file, or a tensor that is made on access.
 
-A source is bytes. Every dtype can be selected from and joined as bytes, also those that PyTorch cannot compute with.
+A source has bytes: rows of every dtype can be selected and joined as bytes, also of those that PyTorch cannot compute with.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from .between import Between
 
 Shape: TypeAlias = tuple[int, ...]
 
-#: Bytes between two rows, at most, that are read rather than skipped.
+#: Up to so many bytes between two rows are read rather than skipped.
 _GAP: Final = 1 << 14
-#: Where what is between rows goes, which nobody looks at.
+#: The memory for bytes between rows, which nobody reads.
 _NOTHING: Final = memoryview(bytearray(_GAP))
-#: So many rows, at most, are read each to its own place.
+#: Up to so many rows are read directly to their places.
 _FEW: Final = 16
-#: Bytes that are read in one go to pick rows from.
+#: Bytes that are read at once to pick rows from.
 _MOST: Final = 1 << 20
-#: Files that are open at a time. Rows come in the order in which they lie, so those before are read to their end.
+#: Files that are open at a time. Rows are read in the order of the files, so earlier files are not needed again soon.
 _MOST_OPEN: Final = 64
-#: Requests to an object store that are on their way at a time.
+#: Concurrent requests to an object store.
 _THREADS: Final = 16
 
 
 class Source(Protocol):
-    """Bytes that lie behind each other."""
+    """A sequence of bytes."""
 
     def read(self, begin: int, out: Tensor, files: Files) -> None:
-        """Copy bytes from number ``begin`` on into ``out``, as many as it has place for."""
+        """Fill ``out`` with the bytes from number ``begin`` on."""
 
     def take(self, begins: Tensor, out: Tensor, places: Tensor, files: Files) -> None:
-        """Copy the rows that begin there, in ascending order, to these places in ``out``: ``(N,), (M, width), (N,)``."""
+        """Copy the rows that begin at ``begins``, ascending, to ``places`` in ``out``: ``(N,), (M, width), (N,)``."""
 
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
-        """Say that a part will be read soon."""
+        """Prefetch a part, which will be read soon."""
 
 
 # --- In memory ---------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class _InMemory(Source):
 
     @abstractmethod
     def bytes(self) -> Tensor:
-        """Return all of them; not to be written to."""
+        """Return all bytes; not to be written to."""
 
     @override
     def read(self, begin: int, out: Tensor, files: Files) -> None:
@@ -98,7 +98,7 @@ class Held(_InMemory):
 
 
 class Made(_InMemory):
-    """A tensor that lies nowhere as it is: it is made when it is asked for."""
+    """A tensor that is not stored as such: it is made on access."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
         self._make = make
@@ -109,11 +109,11 @@ class Made(_InMemory):
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The elements of a tensor in order, as bytes: a view of a contiguous one on the CPU, else a copy."""
+    """Return the elements of a tensor in order, as bytes: a view of a contiguous one on the CPU, else a copy."""
     if not tensor.numel():
         return torch.empty(0, dtype=torch.uint8, device="cpu")
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    # What is contiguous may still have other strides, where there is a single element.
+    # A contiguous tensor may still have other strides in dimensions of size 1.
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
@@ -122,11 +122,11 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Stored(Source):
-    """A file of a recording; it is sent to another process as its name alone."""
+    """A file of a recording. A pickle has only its name."""
 
     place: Place
     name: str
-    head: bytes = field(repr=False)  #: what it began with when the recording was opened
+    head: bytes = field(repr=False)  #: its first bytes when the recording was opened
 
     @override
     def read(self, begin: int, out: Tensor, files: Files) -> None:
@@ -136,7 +136,7 @@ class Stored(Source):
 
     @override
     def take(self, begins: Tensor, out: Tensor, places: Tensor, files: Files) -> None:
-        # Read, not mapped: on a disk that has to be asked, a map reads for each row as much around it as the system likes.
+        # Read, not mapped: a map makes the system read pages around each row.
         width, memory = out.shape[1], writable(out)
         starts, targets = begins.tolist(), (places * width).tolist()
         parts = list(_parts(starts, width))
@@ -164,12 +164,12 @@ class Stored(Source):
     @override
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
         if nbytes:
-            with suppress(Defect):  # reading it says what is wrong
+            with suppress(Defect):  # raised when it is read
                 files.reading(self).announce(begin, nbytes, files.fetching(self))
 
 
 def _parts(begins: list[int], width: int) -> Iterator[tuple[int, int]]:
-    """Rows that are near each other, from one to before another: they come with what is between them."""
+    """Yield ranges of rows that are near each other: each range is read with the bytes between the rows."""
     low = 0
     for at, (one, other) in enumerate(pairwise(begins), 1):
         if other - one > width + _GAP or other - begins[low] > _MOST:
@@ -179,7 +179,7 @@ def _parts(begins: list[int], width: int) -> Iterator[tuple[int, int]]:
 
 
 def _apart(begins: list[int], rows: list[memoryview]) -> Iterator[memoryview]:
-    """The rows that begin there, and between them as much memory for nothing."""
+    """Yield the memory of the rows that begin there, and of the unused bytes between them."""
     at = begins[0]
     for begin, row in zip(begins, rows, strict=True):
         if begin > at:
@@ -197,7 +197,7 @@ class Files(AbstractContextManager["Files"]):
 
     def __init__(self, between: Between | None = None) -> None:
         self.between = between
-        self._open: dict[Stored, Reading] = {}  # the one used last is the last
+        self._open: dict[Stored, Reading] = {}  # the least recently used is the first
 
     @override
     def __exit__(self, *_: object) -> None:
@@ -211,7 +211,7 @@ class Files(AbstractContextManager["Files"]):
         return ThreadPoolExecutor(_THREADS, "actrec-fetch")
 
     def later(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Let a thread do some work."""
+        """Run a function in a thread."""
         return self._threads.submit(work, *args)
 
     def fetching(self, file: Stored) -> Later:
@@ -222,14 +222,14 @@ class Files(AbstractContextManager["Files"]):
 
     @contextmanager
     def opened(self, file: Stored) -> Iterator[Reading]:
-        """Read parts of a file; what is wrong with it is a ``CorruptRecordingError``."""
+        """Open a file to read parts of it; a ``Defect`` becomes a ``CorruptRecordingError``."""
         try:
             yield self.reading(file)
         except Defect as defect:
             raise corrupt(file.place.shown(file.name), defect) from None
 
     def reading(self, file: Stored) -> Reading:
-        """Return a file, open; what is wrong with it is a ``Defect``."""
+        """Return an open file; raises ``Defect`` if something is wrong with it."""
         found = self._open.pop(file, None)
         if found is None:
             found = file.place.reading(file.name, file.head)

@@ -1,4 +1,4 @@
-"""The calls of several layers side by side, pass by pass: those of a pass are its steps."""
+"""The aligned calls of several layers, pass by pass: the calls of a pass are its steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _JOIN = " or rows of all positions (flatten=True), for which the calls of a pass
 
 @dataclass(frozen=True)
 class Steps:
-    """As many calls of each layer, side by side. A layer with one call in a pass has that in each step of it."""
+    """Equally many calls of each layer, aligned. A layer with one call in a pass has that call in each step of the pass."""
 
     layers: list[Calls]
     whole: Tensor  #: (layers, steps): whether the call is that of a whole pass with several steps
@@ -42,22 +42,22 @@ class Steps:
 
     @cached_property
     def by_pass(self) -> tuple[Tensor, Tensor]:
-        """The steps in the order of their passes, and where there the first one of each pass is."""
+        """The steps in the order of their passes, and the index of each pass's first step in it."""
         counts = torch.bincount(self.passes, minlength=len(self.names))
         return self.passes.argsort(stable=True), counts.cumsum(0) - counts
 
 
 def steps(call: str, layers: Sequence[Calls], *, flatten: bool, common: bool) -> Steps:
-    """Put the calls of the same unit beside each other; those of the same pass, where a layer has no units.
+    """Align the calls of the same unit; or those of the same pass, if a layer has no units.
 
     Args:
-        call: The function that was called, for messages.
-        layers: The calls of each layer.
-        flatten: Whether a layer with one call in a pass may lie beside one with several.
-        common: Whether passes are left out in which a layer has no call.
+        call: the calling function, for messages.
+        layers: the calls of each layer.
+        flatten: whether a layer with one call in a pass may be aligned with one that has several.
+        common: whether to leave out passes in which a layer has no call.
 
     Raises:
-        AlignmentError: The layers do not have the same passes, or not as many calls in one of them.
+        AlignmentError: the layers do not have the same passes, or not the same number of calls in one of them.
     """
     keys = _keys(call, layers)
     whole = torch.zeros(len(layers), len(keys[0]), dtype=torch.bool, device="cpu")
@@ -72,21 +72,21 @@ def steps(call: str, layers: Sequence[Calls], *, flatten: bool, common: bool) ->
 
 
 def _names(calls: Calls, which: Tensor | slice = slice(None)) -> list[Any]:
-    """The keys of the units of some calls, none for those that have none."""
+    """Return the keys of the units of some calls, ``None`` for calls without a unit."""
     keys = [*calls.keys, None]
     assert calls.units is not None  # noqa: S101
     return [keys[number] for number in calls.units[which].tolist()]
 
 
 def _in_a_tensor(names: list[Any]) -> list[Any] | Tensor:
-    """The names of passes in a tensor, if all are integers."""
+    """Return the keys or numbers of passes as a tensor, if all are integers."""
     if set(map(type, names)) <= {int}:
         return integers(names)
     return names
 
 
 def _keys(call: str, layers: Sequence[Calls]) -> list[Tensor]:
-    """What tells the pass of each call: its unit, ``(calls, 1)``, else its rank and number, ``(calls, 2)``."""
+    """Return what identifies the pass of each call: its unit, ``(calls, 1)``, else its rank and number, ``(calls, 2)``."""
     units = [one.units for one in layers if one.units is not None]
     if len(units) == len(layers) and all(bool((own >= 0).all()) for own in units):
         return [own[:, None] for own in units]
@@ -97,8 +97,8 @@ def _keys(call: str, layers: Sequence[Calls]) -> list[Tensor]:
         ranks = [rank for rank in torch.unique(one.moments[:, 0]).tolist() if rank >= 0]
         if len(ranks) > 1:
             message = (
-                f"{call}: layer {one.title} was recorded by {len(ranks)} ranks, and {alone.title} is in memory, where "
-                f"nothing says which rank its calls are of. Open one rank, actrec.load(path, rank={ranks[0]}), say."
+                f"{call}: layer {one.title} was recorded by {len(ranks)} ranks, and {alone.title} is in memory, where the rank "
+                f"of calls is unknown. Open a single rank, for example actrec.load(path, rank={ranks[0]})."
             )
             raise AlignmentError(message)
     none = torch.tensor([-1, 0], device="cpu")
@@ -108,7 +108,7 @@ def _keys(call: str, layers: Sequence[Calls]) -> list[Tensor]:
 def _side_by_side(
     call: str, layers: Sequence[Calls], keys: list[Tensor], *, flatten: bool, common: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """The calls of the passes of the first layer, in its order: as many of each layer; and which are those of whole passes."""
+    """Return equally many calls of each layer, in the order of the first one; and which of them are those of a whole pass."""
     passes, firsts = numbered(*torch.cat(keys).unbind(1))  # so those of the first layer come first
     of = torch.split(passes, [*map(len, keys)])
     every = torch.stack([torch.bincount(own, minlength=len(firsts)) for own in of])
@@ -153,13 +153,13 @@ def _misaligned(
     message = (
         f"{call}: layers {title} and {name} do not have the same calls. {title} has {len(expected)}, {name} has "
         f"{len(found)}, and call {same} is {_at(expected, same)} of {title} and {_at(found, same)} of {name}. "
-        f"Choose layers that are called equally often in each pass, {fix}, or record them in a run of their own."
+        f"Choose layers that are called equally often in each pass, {fix}, or record them in a separate run."
     )
     return AlignmentError(message)
 
 
 def _shown(calls: Calls, keys: Tensor) -> list[tuple[Any, ...]]:
-    """The unit of each call, or its rank and pass."""
+    """Return the unit of each call, or its rank and pass."""
     if keys.shape[1] == 1:
         return [(key,) for key in _names(calls)]
     return [(None if rank < 0 else rank, number) for rank, number in keys.tolist()]

@@ -1,6 +1,6 @@
-"""Rows of one window after the other, and the batches that are cut out of their permuted rows.
+"""The rows of one window after the other, and the batches that are cut out of their permuted rows.
 
-The next window is read evenly, a little with each batch: its rows come to the places of those that were taken.
+The next window is read evenly, a little with each batch: its rows replace those that were taken.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .epochs import Cut, Order, Piece
 from .mixing import Part
 from .sources import Files
 
-#: So many blocks are announced before the first of them is read, and so many bytes.
+#: Up to so many blocks, and so many bytes, are prefetched.
 _AHEAD: Final = 16, 1 << 24
 
 
 class Window:
-    """Memory that holds the rows of a window that are wanted, each of them once, and ever more of the next window.
+    """Memory for the wanted rows of a window, each once, and, as they are taken, for those of the next window.
 
     Args:
         parts: the rows of each recording.
-        block: how many rows a block has.
-        files: those that are open.
-        rows: for how many there is room.
+        block: the number of rows of a block.
+        files: the open files.
+        rows: the number of rows that the memory holds.
     """
 
     def __init__(self, parts: Sequence[Part], block: int, files: Files, rows: int) -> None:
@@ -44,36 +44,36 @@ class Window:
         many = min(block, max(len(part.columns[0]) for part in parts))
         self._scratch = [column.empty(many) for column in parts[0].columns]
         self._unused = torch.arange(rows, device="cpu")
-        #: Where the rows are, in the order in which they are taken: those of this window, and of the next one.
+        #: The places of the rows in memory, in the order in which they are taken: of this window, and of the next one.
         self._slots = self._next = self._unused[:0]
-        self._room = 0  # for so many rows of the next window
+        self._room = 0  # for how many rows of the next window there is room so far
         self._reading: Iterator[None] = iter(())
 
     def begin(self, pieces: Sequence[Piece], wanted: Tensor) -> None:
-        """Begin to read the next window; ``wanted`` has the numbers of its rows, each once, in the order in which they are taken."""
+        """Begin to read the next window; ``wanted`` has the numbers of its rows, in the order in which they will be taken."""
         is_wanted = torch.zeros(sum(piece.many for piece in pieces), dtype=torch.bool, device="cpu")
         is_wanted[wanted] = True
-        free = torch.cat([self._unused, self._slots])  # in the order in which they become so
+        free = torch.cat([self._unused, self._slots])  # in the order in which they become free
         self._room = len(self._unused)
         places, self._unused = free[: len(wanted)], free[len(wanted) :]
         self._next = places[(is_wanted.cumsum(0) - 1)[wanted]]
         self._reading = self._read(pieces, is_wanted, places)
 
     def turn(self) -> None:
-        """Go on to the next window, the rest of which is read now."""
+        """Switch to the next window, after reading the rest of it."""
         self._room = len(self._memory[0])
         next(self._reading, None)
         self._slots = self._next
 
     def take(self, low: int, high: int) -> list[Tensor]:
-        """The rows that were wanted from number ``low`` to ``high``, as new tensors; then others are read to their places."""
+        """Return the wanted rows from number ``low`` to ``high``, as new tensors; then read others to their places."""
         taken = [memory.index_select(0, self._slots[low:high]) for memory in self._memory]
         self._room += high - low
         next(self._reading, None)
         return taken
 
     def _read(self, pieces: Sequence[Piece], is_wanted: Tensor, places: Tensor) -> Iterator[None]:
-        """Read one piece after the other, in the order in which they lie, as far as there is room."""
+        """Read one piece after the other, as far as there is room."""
         announced = self._announced(pieces, is_wanted)
         coming = deque(islice(announced, self._ahead))
         done = 0
@@ -126,19 +126,19 @@ def batches(
     """Make some of the batches of an epoch.
 
     Args:
-        columns: The layers.
-        window: What holds the rows of one window after the other.
-        order: How the recording is cut up.
-        epoch: Its number.
-        mine: The numbers of the batches.
+        columns: the layers.
+        window: the memory for one window after the other.
+        order: how the recording is cut up.
+        epoch: the number of the epoch.
+        mine: the numbers of the batches.
 
     Yields:
-        A tensor, or a tuple of tensors where there are several layers.
+        A tensor, or a tuple of tensors if there are several layers.
     """
     rows_of, windows = order.epoch(epoch), enumerate(order.windows)
 
     def begin() -> list[Cut]:
-        """Begin the next window that has any of the batches, and return what they have of it."""
+        """Begin the next window that has rows of the batches, and return the parts that they take."""
         for number, bounds in windows:
             cuts = order.cuts(bounds, mine)
             if cuts:
@@ -148,7 +148,7 @@ def batches(
                 return cuts
         return []
 
-    begun: list[list[Tensor]] = []  # parts of a batch that goes on in the next window
+    begun: list[list[Tensor]] = []  # parts of a batch that continues in the next window
     coming = begin()
     while coming:
         window.turn()
