@@ -103,9 +103,12 @@ class Description:
             functions=tuple(functions),
         )
 
-    def has(self, role: Role) -> bool:
-        """Whether any layer is recorded in this role."""
-        return any(layer.role == role for layer in self.layers)
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of ``record()`` that say what the values are."""
+        roles = {layer.role for layer in self.layers}
+        besides = {option: role in roles for role, option in _BESIDES.items()}
+        return {**besides, "dtype": self.dtype}
 
     def heading(self, rank: int) -> Heading:
         """Return the heading before the first shard."""
@@ -121,10 +124,7 @@ class Description:
             "began": self.began,
             "made_by": {"actrec": own_version(), "torch": torch.__version__},
             "model": self.model,
-            "options": {
-                **{option: self.has(role) for role, option in _BESIDES.items()},
-                "dtype": self.dtype,
-            },
+            "options": self.options,
             "layers": [layer.node() for layer in self.layers],
             "functions": [one.node() for one in self.functions],
             "names": {name: key for name, key in self.names.items() if name != key},
@@ -137,8 +137,10 @@ class Description:
             f"{what} {then!r} then, {now!r} now"
             for what, then, now in (
                 ("the model was", self.model, new.model),
-                *((f"{o} was", self.has(role), new.has(role)) for role, o in _BESIDES.items()),
-                ("dtype was", self.dtype, new.dtype),
+                *(
+                    (f"{name} was", given, new.options[name])
+                    for name, given in self.options.items()
+                ),
                 *self._layer_differences(new),
             )
             if then != now

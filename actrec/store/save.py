@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -124,17 +125,17 @@ def _write(
 
 def _layers(recording: Recording[Any]) -> Iterator[tuple[Slot, Layer[Any]]]:
     """Yield the layers, each with its slot in the format."""
-    layers = sorted(recording.values(), key=lambda layer: layer.type == "added")
-    for index, layer in enumerate(layers):
-        role: Role = "added" if layer.type == "added" else "output"
-        yield Slot(role, index, layer.name, layer.type), layer
-    more: tuple[tuple[Role, Any], ...] = (
+    numbers: Counter[Role] = Counter()
+    of_roles: tuple[tuple[Role, Any], ...] = (
+        ("output", recording),
         ("input", recording._inputs),
         ("gradient", recording._grads),
     )
-    for role, found in more:
-        for index, layer in enumerate((found or {}).values()):
-            yield Slot(role, index, layer.name, layer.type), layer
+    for of_role, found in of_roles:
+        for layer in (found or {}).values():
+            role: Role = "added" if layer.type == "added" else of_role
+            yield Slot(role, numbers[role], layer.name, layer.type), layer
+            numbers[role] += 1
 
 
 def _reduction(layer: Layer[Any]) -> str | None:
