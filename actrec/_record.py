@@ -12,7 +12,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from actrec._calls.compiled import COMPILING
-from actrec._calls.options import Options, refuse_functions
+from actrec._calls.options import Options
 from actrec._calls.own_calls import is_tracing
 from actrec._calls.recorder import Recorder
 from actrec._calls.stop_early import refuse_sharded
@@ -205,11 +205,10 @@ def record(
         resume=resume,
     )
     selection = select(model, layers, transform, inputs=inputs, grads=grads)
-    options.check_reductions(selection)
+    options.check(selection)
     if stop_early:
         refuse_sharded(model)
     if compiled:
-        refuse_functions(selection)
         from ._calls.in_graph.self_test import prepare  # noqa: PLC0415
 
         prepare()

@@ -95,26 +95,33 @@ class Options:
             raise OptionError(message)
         return container
 
-    def check_reductions(self, selection: Selection) -> None:
-        """Check the reductions of layers, before any side effect."""
+    def check(self, selection: Selection) -> None:
+        """Check the options against what was selected, before any side effect."""
+        if self.compiled and selection.functions:
+            message = (
+                f"record({selection.functions[0].query!r}, compiled=True): compiled code fuses the functions that the model calls, and does not call them. "
+                "Record the modules around them, or without compiled=True."
+            )
+            raise OptionError(message)
         path = None if self.path is None else os.fspath(self.path)
         into = None if path is not None else maker(self.into)
         chosen = [(one.key, *pair) for one in selection.choices for pair in one.treatments.items()]
         chosen += [(one.query, one.what, one.treatment) for one in selection.functions]
-        storable: set[Make] = set()
+        reduced: dict[Make, str] = {}  # with the first layer of each
         for name, what, treatment in chosen:
             make = treatment.make or into
             if make is not None:
                 if what == "gradient":
                     raise OptionError(_late(name))
-                why = None if path is None or make in storable else why_not_stored(make)
-                storable.add(make)
-                if why is not None:
-                    message = (
-                        f"record(into={path!r}): {name!r} is reduced by {make!r}, whose state cannot be stored: "
-                        f"{why}. Record into memory."
-                    )
-                    raise OptionError(message)
+                reduced.setdefault(make, name)
+        for make, name in reduced.items():
+            why = None if path is None else why_not_stored(make)
+            if why is not None:
+                message = (
+                    f"record(into={path!r}): {name!r} is reduced by {make!r}, whose state cannot be stored: "
+                    f"{why}. Record into memory."
+                )
+                raise OptionError(message)
 
     def _check_into(self) -> None:
         make = None if isinstance(self.into, (str, os.PathLike)) else maker(self.into)
@@ -162,17 +169,6 @@ class Options:
                 "grads=True, or let the model return what the loss needs; or record without compiled=True."
             )
             raise OptionError(message)
-
-
-def refuse_functions(selection: Selection) -> None:
-    """Raise ``OptionError`` if functions are to be recorded in compiled code."""
-    if selection.functions:
-        query = selection.functions[0].query
-        message = (
-            f"record({query!r}, compiled=True): compiled code fuses the functions that the model calls, and does not call them. "
-            "Record the modules around them, or without compiled=True."
-        )
-        raise OptionError(message)
 
 
 def _late(name: str) -> str:
