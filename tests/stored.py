@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from actrec import Opaque
 from actrec.store.call import Call, Look
@@ -152,3 +153,13 @@ class _Plain:
     def write_at_start(self, data: bytes) -> None:
         self._file.seek(0)
         self._file.write(data)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations on tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # fmt: skip
+        self.count += 1
+        return function(*args, **(kwargs or {}))

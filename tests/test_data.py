@@ -43,7 +43,7 @@ from actrec.data.ahead import ahead
 from actrec.data.sources import Files
 from actrec.store import Folder
 from actrec.store import disk as _disk
-from tests.stored import same
+from tests.stored import Operations, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -947,6 +947,27 @@ def test_the_next_window_is_read_evenly_while_batches_of_this_one_are_taken(
     block = 4000 * (12 + 32) // 64 // 12
     assert 4000 <= first <= 4000 + 100 + block
     assert max(others) <= 100 + block, "no batch waits for a window"
+
+
+def test_a_block_of_a_later_window_takes_few_operations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made([(40, 8)] * 50, tmp_path / "r")  # 16,000 rows
+    options: Any = {"flatten": True, "batch_size": 1000, "buffer": 4000 * (12 + 8 + 32)}
+    dataset = shuffled(load(tmp_path / "r"), "hidden", "label", **options)
+    monkeypatch.setattr(_shuffled, "ahead", lambda items, _: items)  # of this thread
+    fill, filled = _window.Window._fill, 0
+
+    def counted(*args: Any) -> None:
+        nonlocal filled
+        filled += 1
+        fill(*args)
+
+    monkeypatch.setattr(_window.Window, "_fill", counted)
+    with Operations() as operations:
+        list(dataset)
+    assert filled > 50
+    assert operations.count < 40 * filled
 
 
 def test_whoever_stops_early_leaves_no_thread_and_no_file(stored: Path) -> None:

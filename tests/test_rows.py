@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from actrec import (
     AlignmentError,
@@ -27,7 +26,7 @@ from actrec.data.steps import steps
 from actrec.store import Folder
 from actrec.store import disk as _disk
 from actrec.store import index as _index
-from tests.stored import same
+from tests.stored import Operations, same
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -585,16 +584,6 @@ def loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]
         lambda disk, name: read.append(name) or opening(disk, name),  # type: ignore[func-returns-value]
     )
     return acts, read
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations on tensors."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # fmt: skip
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("nth", [None, -1])

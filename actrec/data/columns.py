@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -61,6 +63,11 @@ class Column:
         self._sources = runs.sources
         rows, self._source, self._start, self._repeat = runs.coalesced().unbind(1)
         self._ends = rows.cumsum(0)
+        #: The same as arrays, to look at one run after the other.
+        self._runs = [
+            array("q", of_runs.tolist())
+            for of_runs in (self._ends, self._source, self._start, self._repeat)
+        ]
         #: Whether a source may have many runs in a row.
         self._scatters = len(rows) > _MANY * (1 + int((self._source.diff() != 0).sum()))
 
@@ -141,8 +148,8 @@ class Column:
         return bool(sources * _MANY < high - low)
 
     def _at(self, run: int) -> tuple[Source, int, int]:
-        source = self._sources[int(self._source[run])]
-        return source, int(self._start[run]), int(self._repeat[run])
+        _, source, start, repeat = self._runs
+        return self._sources[source[run]], start[run], repeat[run]
 
     def _starts(self, runs: Tensor, rows: Tensor) -> Tensor:
         """Return the first byte of each row in its source."""
@@ -153,11 +160,12 @@ class Column:
 
     def _pieces(self, first: int, many: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield, for each run with some of these rows: their place among them, how many, the run, and how many to skip there."""
-        run = int(torch.searchsorted(self._ends, first, right=True))
+        ends = self._runs[0]
+        run = bisect_right(ends, first)
         place = 0
         while place < many:
-            end = int(self._ends[run])
-            begin = int(self._ends[run - 1]) if run else 0
+            end = ends[run]
+            begin = ends[run - 1] if run else 0
             skip = first + place - begin
             rows = min(many - place, end - begin - skip)
             if rows:

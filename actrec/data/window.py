@@ -76,48 +76,57 @@ class Window:
         """Read one piece after the other, as far as there is room."""
         announced = self._announced(pieces, is_wanted)
         coming = deque(islice(announced, self._ahead))
+        in_order = bool((places.diff() == 1).all())  # as in the first window
         done = 0
         while coming:
-            columns, rows, read = coming.popleft()
-            while done + len(rows) > self._room:
+            columns, read, rows = coming.popleft()
+            many = len(read) if rows is None else len(rows)
+            while done + many > self._room:
                 yield
-            self._fill(columns, rows, read, places[done : done + len(rows)])
-            done += len(rows)
+            if in_order and rows is None:
+                for column, memory in zip(columns, self._memory, strict=True):
+                    column.read(read.start, memory[int(places[done]) :][:many], self._files)
+            else:
+                self._fill(columns, read, rows, places[done : done + many])
+            done += many
             coming.extend(islice(announced, 1))
 
     def _announced(
         self, pieces: Sequence[Piece], is_wanted: Tensor
-    ) -> Iterator[tuple[Sequence[Column], Tensor, range]]:
+    ) -> Iterator[tuple[Sequence[Column], range, Tensor | None]]:
         """Say that rows of a block will be read soon: those between the first and the last that is wanted, here or by any worker.
 
         Yields:
-            The columns; the rows that are wanted, in ascending order; and those that are read.
+            The columns; the rows that are read; and which of them are wanted, in ascending order, if not all are.
         """
         for piece in pieces:
             wanted = is_wanted[piece.place : piece.place + piece.many]
-            if not bool(wanted.any()):
-                continue
             columns, kept = self._parts[piece.part]
-            every = torch.arange(piece.first, piece.first + piece.many, device="cpu")
-            every = every if kept is None else kept.block(piece.block, self._files)[every]
-            every += piece.block * self._block
-            rows = every[wanted]
-            first, last = (rows if self._files.between is None else every)[[0, -1]].tolist()
+            rows, begin = None, piece.block * self._block
+            if kept is None and bool(wanted.all()):
+                read = range(begin + piece.first, begin + piece.first + piece.many)
+            elif bool(wanted.any()):
+                every = torch.arange(piece.first, piece.first + piece.many, device="cpu")
+                every = every if kept is None else kept.block(piece.block, self._files)[every]
+                rows = every[wanted]
+                ends = rows if self._files.between is None else every
+                read = range(begin + int(ends[0]), begin + int(ends[-1]) + 1)
+                rows = rows + (begin - read.start)
+            else:
+                continue
             for column in columns:
-                column.announce(first, last - first + 1, self._files)
-            yield columns, rows, range(first, last + 1)
+                column.announce(read.start, len(read), self._files)
+            yield columns, read, rows
 
-    def _fill(self, columns: Sequence[Column], rows: Tensor, read: range, places: Tensor) -> None:
+    def _fill(
+        self, columns: Sequence[Column], read: range, rows: Tensor | None, places: Tensor
+    ) -> None:
         """Read rows of a block, and put those that are wanted to their places."""
-        first, many = read.start, len(read)
-        in_place = many == len(rows) and bool((places.diff() == 1).all())  # as in the first window
         for column, memory, scratch in zip(columns, self._memory, self._scratch, strict=True):
-            place = int(places[0])
-            found = memory[place : place + many] if in_place else scratch[:many]
-            column.read(first, found, self._files)
-            if not in_place:
-                found = found if many == len(rows) else found.index_select(0, rows - first)
-                words(memory).index_copy_(0, places, words(found))
+            found = scratch[: len(read)]
+            column.read(read.start, found, self._files)
+            found = found if rows is None else found.index_select(0, rows)
+            words(memory).index_copy_(0, places, words(found))
 
 
 def batches(
