@@ -286,7 +286,7 @@ def test_other_kinds_of_tensors_are_compared_by_what_they_stand_for() -> None:
     ragged = torch.nested.nested_tensor([dense, dense[:1]], layout=torch.strided)
     assert only(ragged, ragged.clone()).equal
     other = torch.nested.nested_tensor([dense, dense[:1].T], layout=torch.strided)
-    assert only(ragged, other).note == "call 0: nested or without data in another way"
+    assert only(ragged, other).note == "call 0: nested in different ways, or only one has data"
     quantized = torch.quantize_per_tensor(dense, 1.0, 0, torch.qint8)
     assert only(quantized, dense).close
 
@@ -301,7 +301,10 @@ def test_jagged_tensors_are_equal_if_their_parts_are() -> None:
     row = only(jagged(2, 1), jagged(2, 1, add=1.0))
     assert (row.max_abs, row.count, row.close, row.note) == (1.0, 9, False, "")
     row = only(jagged(2, 1), jagged(1, 2))
-    assert (row.equal, row.note) == (False, "call 0: nested or without data in another way")
+    assert (row.equal, row.note) == (
+        False,
+        "call 0: nested in different ways, or only one has data",
+    )
     assert (
         only(jagged(2, 1), jagged(2, 1, 1)).note == "call 0: (2, 'ragged', 3) and (3, 'ragged', 3)"
     )

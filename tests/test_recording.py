@@ -240,8 +240,8 @@ JOIN_ERRORS: dict[str, tuple[str, int, list[Any], list[str]]] = {
     "other keys": (
         "cat", 0, [{"a": torch.zeros(1)}, {"b": torch.zeros(1)}], ["{'b': a tensor}", "{'a': a tensor}"],
     ),
-    "no tensors": ("stack", 0, [Opaque("Cache")] * 2, ["hold no tensors", "Opaque('Cache')"]),
-    "words": ("cat", 0, ["a", "b"], ["hold no tensors; call 0 is 'a'"]),
+    "no tensors": ("stack", 0, [Opaque("Cache")] * 2, ["have no tensors", "Opaque('Cache')"]),
+    "words": ("cat", 0, ["a", "b"], ["have no tensors; call 0 is 'a'"]),
     "losses": ("cat", 0, [0.1, 0.2], ["call 0 is 0.1", "torch.tensor([*acts[name]])"]),
     "long": ("cat", 0, [torch.ones(1), "long" * 200], ["call 1 is str, while call 0 is a tensor"]),
 }  # fmt: skip

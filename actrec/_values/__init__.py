@@ -1,1 +1,1 @@
-"""What a layer returned: one tensor, or tensors nested in containers. Knows PyTorch, and nothing of recordings."""
+"""What a layer returned: one tensor, or tensors nested in containers. Depends on PyTorch, not on recordings."""

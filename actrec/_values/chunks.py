@@ -1,4 +1,4 @@
-"""Tensors of any kind, read in small blocks: the way through a recording in bounded memory."""
+"""Reads tensors of any kind in small blocks, in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch import Tensor
 
 from .dtensor import is_distributed
 
-#: Elements read at a time: 250 kB of float64. They stay in the cache, and PyTorch starts no threads for so
-#: few, which would spend more time waiting for each other than working. It would from 32,768 on.
+#: Elements read at a time: 250 kB of float64. They stay in the cache, and PyTorch starts no threads below 32,768
+#: elements, which would spend more time waiting for each other than working.
 BLOCK = 32_000
 
 
 def dense(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements of a tensor of any kind, as plain tensors; none if it has no data.
+    """Yield the elements of a tensor of any kind, as plain tensors; nothing if it has no data.
 
-    Of a ``DTensor``, the elements that this rank has; none if it has parts of sums, say, which are no elements.
+    For a ``DTensor``, the elements of this rank; nothing if it is partial, such as a part of a sum.
     """
     if is_distributed(tensor):
         if any(placement.is_partial() for placement in tensor.placements):
@@ -36,10 +36,10 @@ def dense(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The elements of plain tensors of one shape, side by side and in order, in flat blocks on the CPU.
+    """Yield the elements of plain tensors of one shape, in parallel and in order, in flat blocks on the CPU.
 
-    Where one block ends depends on the shape alone, so a sum over blocks comes out the same however a tensor lies
-    in memory. Nothing is copied beyond a block.
+    The ends of blocks depend only on the shape, so a sum over blocks is the same for any strides. Nothing larger than a
+    block is copied.
     """
     number = tensors[0].numel()
     if number <= BLOCK:

@@ -1,4 +1,4 @@
-"""What is neither a tensor nor a container, and is kept as it is: numbers, words, types, NumPy arrays, placeholders."""
+"""Values that are neither tensors nor containers, and are kept as they are: numbers, strings, types, NumPy arrays, placeholders."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Constant:
 
     @property
     def kind(self) -> str:
-        """What it is, for people."""
+        """The type of the constant, for messages and tables."""
         value = self.value
         return value.type.rpartition(".")[2] if isinstance(value, Opaque) else type(value).__name__
 
@@ -53,8 +53,8 @@ class Constant:
 
 
 def is_array(value: Any) -> bool:
-    """Return whether ``value`` is a NumPy array, or a scalar of NumPy's, that holds nothing but numbers."""
-    numpy = sys.modules.get("numpy")  # whoever has an array has imported it
+    """Return whether ``value`` is a NumPy array or scalar without Python objects."""
+    numpy = sys.modules.get("numpy")  # if there is an array, NumPy was imported
     is_numpy = numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic))
     return is_numpy and not value.dtype.hasobject
 

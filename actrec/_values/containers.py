@@ -1,8 +1,8 @@
-"""One container: taken apart into what is in it, and made again of other content.
+"""One container: taken apart into its children, and made anew with other children.
 
-:func:`parts` knows tuples, lists, deques and dicts with what derives from them, ``UserDict`` and ``UserList``,
-dataclasses, attrs classes and namespaces. It reads and makes them by the methods of Python's own classes: no code of
-the model's runs.
+:func:`parts` supports tuples, lists, deques and dicts and their subclasses, ``UserDict`` and ``UserList``,
+dataclasses, attrs classes and namespaces. It reads and makes them by the methods of Python's own classes: none of the
+model's code runs.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ Value: TypeAlias = Any
 
 @dataclasses.dataclass(slots=True)
 class Container:
-    """What a container is besides its children."""
+    """A container without its children."""
 
     type: type
     keys: Sequence[Any]  #: of the children
-    items: int  #: so many are keys of items, the others are names of attributes
-    #: Makes a container like it, of other children. It refers to none of its own.
+    items: int  #: how many of them are keys of items; the others are names of attributes
+    #: Makes a container like it, with other children. It does not refer to the original children.
     make: Callable[[list[Value]], Value] = dataclasses.field(compare=False, repr=False)
     maxlen: int | None = None  #: of a deque
 
     @property
     def kind(self) -> str:
-        """What it is, for people: ``"tuple of 2"``."""
+        """A description for messages and tables: ``"tuple of 2"``."""
         many = len(self.keys) if issubclass(self.type, tuple) else self.items
         counts = many or issubclass(self.type, (tuple, list, dict))
         return f"{self.type.__name__} of {many}" if counts else self.type.__name__
 
     @property
     def paths(self) -> list[str]:
-        """What one writes behind the container to reach each child."""
+        """The index or attribute of each child, as one writes it after the container."""
         items = (f"[{key!r}]" for key in self.keys[: self.items])
         return [*items, *(f".{name}" for name in self.keys[self.items :])]
 
 
 def parts(value: Value) -> tuple[Container, list[Value]] | None:
-    """Return the container without its children, and the children; ``None`` if it is of no kind that is known."""
+    """Return the container without its children, and the children; ``None`` if its kind is not supported."""
     kind = type(value)
     if kind is tuple or kind is list:
         return Container(kind, range(len(value)), len(value), kind), list(value)
@@ -81,7 +81,7 @@ def _plain_dict(keys: list[Any], items: list[Value]) -> dict[Any, Value]:
 
 
 def _dict(value: dict[Any, Value]) -> tuple[Container, list[Value]]:
-    # The order of an OrderedDict is its own.
+    # An OrderedDict stores its order itself.
     base: Any = OrderedDict if isinstance(value, OrderedDict) else dict
     keys, children = list(base.keys(value)), list(base.values(value))
     factory = value.default_factory if isinstance(value, defaultdict) else None
@@ -101,7 +101,7 @@ def _new_dict(kind: type, base: Any, keys: list[Any], factory: Any, items: list[
 
 
 def _new_namespace(new_dict: Callable[[list[Value]], Value], items: list[Value]) -> Value:
-    """A dict that is its own ``__dict__``."""
+    """Make a dict that is its own ``__dict__``."""
     new = new_dict(items)
     new.__dict__ = new
     return new
@@ -146,9 +146,9 @@ def _new_user(kind: type, make: Callable[[list[Value]], Value], items: list[Valu
 
 
 def _is_record(value: Any) -> bool:
-    """Whether it is of a dataclass or of a class of attrs, and holds what that declares.
+    """Whether it is an instance of a dataclass or an attrs class, and has the declared fields as attributes.
 
-    A ``tensorclass`` of tensordict's is a dataclass by its looks, and keeps its fields elsewhere.
+    A ``tensorclass`` of tensordict looks like a dataclass, but keeps its fields elsewhere.
     """
     kind = type(value)
     is_dataclass = dataclasses.is_dataclass(kind)
@@ -160,7 +160,7 @@ def _is_record(value: Any) -> bool:
 
 
 def _attributes(value: object) -> dict[str, Value]:
-    """What an object holds besides its items, by name; what was never set is not there."""
+    """Return the attributes of an object that are set, by name."""
     state: Any = object.__getstate__(value)
     held, slots = state if isinstance(state, tuple) else (state, {})
     return {} if held is value else {**(held or {}), **slots}  # a dict may be its own __dict__
@@ -173,7 +173,7 @@ def _with_attributes(
     new: Callable[[list[Value]], Value],
     besides: str = "",
 ) -> tuple[Container, list[Value]]:
-    """A container of these items, of which ``new`` makes one, and of what it holds besides."""
+    """Return the container with these items, which ``new`` makes from items, and with the attributes of ``value``."""
     kind, held = type(value), _attributes(value)
     held.pop(besides, None)
     if not held:
@@ -187,7 +187,7 @@ def _set_attributes(
 ) -> Value:
     made = new(children[:many])
     for name, child in zip(names, children[many:], strict=True):
-        # Past a frozen dataclass, and past a __setattr__ that also writes an item.
+        # Bypasses a frozen dataclass, and a __setattr__ that also writes an item.
         object.__setattr__(made, name, child)
     return made
 
@@ -196,6 +196,6 @@ _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that was made in Python
 
 
 def _bare(kind: type, _: object = None) -> Any:
-    """An object of the class with nothing in it: as the class in C, which it derives from, makes it."""
+    """Make an empty object of the class, with the ``__new__`` of its base class in C."""
     base: Any = next(base for base in kind.__mro__ if not base.__flags__ & _HEAP)
     return base.__new__(kind)

@@ -23,7 +23,7 @@ from .shapes import shape_of
 Tolerances: TypeAlias = tuple[float | None, float | None]
 
 
-class Mismatch(Exception):  # noqa: N818  # caught where it is told in a table
+class Mismatch(Exception):  # noqa: N818  # caught, and shown in a table
     """Two tensors that cannot be compared element by element; the message says why."""
 
 
@@ -33,7 +33,8 @@ class Difference:
     def __init__(self) -> None:
         self.count = 0  #: of elements
         self.equal = True  #: whether all dtypes and bits are the same
-        self.nan = [0, 0]  #: how many elements are NaN in the first, or the second tensors alone
+        #: How many elements are NaN only in the first, and only in the second tensors.
+        self.nan = [0, 0]
         self._max_abs = self._largest = 0.0
         self._ab = self._aa = self._bb = 0.0  # sums of products
 
@@ -44,14 +45,14 @@ class Difference:
             Whether ``|x - y| <= atol + rtol * |y|`` holds for all elements.
 
         Raises:
-            Mismatch: they differ in shape, or in how they are nested; nothing was added.
+            Mismatch: they differ in shape, or in how they are nested. Nothing was added.
         """
         if shape_of(x) != shape_of(y):
             message = f"{shape_of(x)} and {shape_of(y)}"
             raise Mismatch(message)
         parts, others = list(dense(x)), list(dense(y))
         if [part.shape for part in parts] != [part.shape for part in others]:
-            message = "nested or without data in another way"
+            message = "nested in different ways, or only one has data"
             raise Mismatch(message)
         self.equal &= x.dtype == y.dtype
         limits = _limits(x.dtype, y.dtype, tolerances)
@@ -69,7 +70,7 @@ class Difference:
 
     @property
     def max_rel(self) -> float:
-        """That, divided by the largest finite magnitude of the second tensors."""
+        """``max_abs``, divided by the largest finite magnitude of the second tensors."""
         if not self.count:
             return math.nan
         if self._max_abs == 0:
@@ -81,19 +82,19 @@ class Difference:
         """The cosine of the angle between all first and all second tensors, each seen as one vector."""
         if not self.count:
             return math.nan
-        if self._aa == self._bb == self._ab:  # equal, or zero both, or nothing was finite in both
+        if self._aa == self._bb == self._ab:  # equal, or both zero, or no element is finite in both
             return math.nan if not self._aa and math.isinf(self._max_abs) else 1.0
         lengths = math.sqrt(self._aa) * math.sqrt(self._bb)
         return max(-1.0, min(1.0, self._ab / lengths)) if lengths else 0.0
 
     def _add(self, x: Tensor, y: Tensor, limits: tuple[float, float], *, known: bool) -> bool:
-        """Compare two blocks, and return whether they are further apart, if that is not known yet."""
+        """Compare two blocks. Return whether they differ by more than the limits; skip the check if that is ``known``."""
         if x.dtype == y.dtype and _same_bits(x, y):
             y = _wide(y, y)
             self._sum(y, y, finite=math.isfinite(_magnitude(y)))
             return False
         self.equal = False
-        # Integers beyond 2**53 differ by more than float64 shows.
+        # float64 cannot show all differences of integers beyond 2**53.
         exact = x.dtype == y.dtype and not (
             x.dtype.is_floating_point or x.dtype.is_complex or any(limits)
         )
@@ -130,17 +131,17 @@ class Difference:
 
 
 def _wide(block: Tensor, other: Tensor) -> Tensor:
-    """A block in float64, or as complex numbers if it or the other block is of such."""
+    """Return a block in float64, or in complex128 if it or the other block is complex."""
     is_complex = block.is_complex() or other.is_complex()
     return block.to(torch.complex128) if is_complex else block.double()
 
 
 def _same_bits(x: Tensor, y: Tensor) -> bool:
-    """Whether two blocks of one dtype have the same bits, compared in steps as large as they allow."""
+    """Whether two blocks of one dtype have the same bits, compared as integers that are as large as possible."""
     size = x.element_size()
     offsets = (size * x.numel(), size * x.storage_offset(), size * y.storage_offset())
     step = torch.int64 if math.gcd(8, *offsets) == 8 else _INTEGERS[size]  # noqa: PLR2004  # bytes
-    # A single element may have any stride, and still count as contiguous.
+    # A contiguous tensor with a single element may have any stride.
     x, y = (block.contiguous().as_strided(block.shape, (1,)) for block in (x, y))
     return torch.equal(x.view(step), y.view(step))
 
@@ -149,14 +150,14 @@ _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def _magnitude(block: Tensor) -> float:
-    """The largest absolute value: infinite, or NaN, if an element is."""
+    """Return the largest absolute value: infinite, or NaN, if an element is."""
     if block.is_complex():
         return float(block.abs().max())
     low, high = block.aminmax()
     return max(-low.item(), high.item())
 
 
-# As torch.testing.assert_close has them. Types that are not here, of 8 bits and less, get its bfloat16.
+# Those of torch.testing.assert_close. Other types, of 8 bits and less, get those of bfloat16.
 _DEFAULTS: Final = {
     torch.float64: (1e-7, 1e-7), torch.complex128: (1e-7, 1e-7),
     torch.float32: (1.3e-6, 1e-5), torch.complex64: (1.3e-6, 1e-5),
@@ -167,7 +168,7 @@ _COARSE: Final = (1.6e-2, 1e-5)
 
 
 def _limits(one: torch.dtype, two: torch.dtype, given: Tolerances) -> tuple[float, float]:
-    """The tolerances for elements of two dtypes, relative and absolute."""
+    """Return the tolerances for elements of two dtypes, relative and absolute."""
     defaults = [_default(one), _default(two)]
     rtol, atol = (max(values) for values in zip(*defaults, strict=True))
     return rtol if given[0] is None else given[0], atol if given[1] is None else given[1]

@@ -1,4 +1,4 @@
-"""A ``DTensor``: each rank keeps its local shard, and none communicates."""
+"""Operations on a ``DTensor`` that use only the local shard of each rank, without communication."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def is_distributed(tensor: Tensor) -> TypeIs[DTensor]:
     """Return whether ``tensor`` is a ``DTensor``, of which each rank has a shard."""
     if type(tensor) is Tensor:
         return False
-    module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
+    module = sys.modules.get("torch.distributed.tensor")  # if there is one, it was imported
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def on_part(tensor: DTensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Return a ``DTensor`` like this one, whose local shard is ``change(shard)``. No rank communicates.
 
-    Its own operators may: by the version of PyTorch, ``clone()`` or ``detach()`` reduces partial sums, or loses the kind
-    of a partial placement.
+    Its own operators may communicate: depending on the version of PyTorch, ``clone()`` or ``detach()`` reduces partial sums,
+    or loses the kind of a partial placement.
 
     Raises:
         CaptureError: it is sharded in another order than that of its mesh.
@@ -50,7 +50,7 @@ def on_part(tensor: DTensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _in_order_of_mesh(tensor: DTensor) -> bool:
-    """Whether a dimension that is sharded several times is so in the order of the mesh's dimensions."""
+    """Whether each dimension that is sharded several times is sharded in the order of the mesh's dimensions."""
     return all(dims == sorted(dims) for dims in shard_order(tensor))
 
 
@@ -63,6 +63,6 @@ def cloned(tensor: Tensor) -> Tensor:
     """Return a clone. No rank communicates."""
     if not is_distributed(tensor):
         return tensor.clone()
-    if tensor.requires_grad and torch.is_grad_enabled():  # where the graph is kept
+    if tensor.requires_grad and torch.is_grad_enabled():  # keeps the graph
         return tensor.to(tensor.dtype, copy=True)
     return on_part(tensor, torch.clone)

@@ -15,7 +15,7 @@ from .dtensor import is_distributed
 
 def frees_weights(model: nn.Module) -> bool:
     """Return whether FSDP frees the storages of weights of ``model``, or of a model that it is a part of."""
-    return "torch.distributed.fsdp" in sys.modules and (  # whoever shards a model has imported it
+    return "torch.distributed.fsdp" in sys.modules and (  # if a model is sharded, it was imported
         any(sharded(model)) or any(map(is_distributed, model.parameters()))
     )
 
@@ -31,11 +31,11 @@ def sharded(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def refuse_freed(tensor: Tensor) -> None:
-    """Raise ``CaptureError`` for a weight that FSDP has freed: reading it would end the process."""
+    """Raise ``CaptureError`` for a weight that FSDP has freed: reading it would kill the process."""
     plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
     if plain and tensor.nbytes and not tensor.untyped_storage().nbytes():
         message = (
-            "its memory is freed. FSDP does so with the weights of a module after its call; let the module that uses "
-            "them be sharded, not the one that returns them"
+            "its memory is freed. FSDP frees the weights of a module after its call; shard the module that uses "
+            "them, not the one that returns them"
         )
         raise CaptureError(message)

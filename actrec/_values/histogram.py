@@ -1,8 +1,8 @@
 """Histograms of tensors, in one pass over their elements and in bounded memory.
 
-A bin is what the first 13 bits of a float32 say: sign, exponent, and 4 bits behind the point. So each bin is a
-sixteenth of an octave wide, the bins are the same for every tensor, and counts of blocks, calls or layers add up to what
-one count of all elements would be, in any order.
+The bin of a number is the first 13 bits of it as a float32: sign, exponent, and 4 bits of the mantissa. So each bin is a
+sixteenth of an octave wide, the bins are the same for every tensor, and counts of blocks, calls or layers can be added
+up in any order.
 
 >>> import torch
 >>> bins = Bins()
@@ -22,14 +22,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-_SHIFT: Final = 19  # of the 32 bits, these are not looked at
+_SHIFT: Final = 19  # the last bits of the 32 are ignored
 _HALF: Final = 1 << 12  # so many bins have one sign
 _LARGEST: Final = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How many of some numbers lie where: the bins that have any, in ascending order.
+    """A histogram of some numbers: the bins that have any, in ascending order.
 
     Bin ``i`` has ``counts[i]`` numbers, from ``low[i]`` to ``high[i]``. A bin is at most 6.25 % of its numbers wide.
     """
@@ -44,7 +44,7 @@ class Histogram:
         return sum(self.counts)
 
     def quantile(self, share: float) -> float:
-        """Return the number below which ``share`` of all lie, as exactly as the bins say it; NaN if there are none."""
+        """Return the number below which ``share`` of all numbers are, to the width of a bin; NaN if there are none."""
         if not self.counts:
             return float("nan")
         ends = [*accumulate(self.counts)]
@@ -54,7 +54,7 @@ class Histogram:
         return self.low[at] + min(inside, 1.0) * (self.high[at] - self.low[at])
 
     def bars(self, low: float, high: float, many: int) -> list[float]:
-        """Return how many numbers lie in each of ``many`` parts, equally wide, of the range from ``low`` to ``high``.
+        """Return how many numbers are in each of ``many`` equally wide parts of the range from ``low`` to ``high``.
 
         Numbers below and above are in the first and the last one.
         """
@@ -74,7 +74,7 @@ class Histogram:
 
 
 class Bins:
-    """Counts numbers, bin by bin."""
+    """Counts numbers in bins."""
 
     def __init__(self) -> None:
         self._counts = torch.zeros(2 * _HALF, dtype=torch.int64, device="cpu")
@@ -101,6 +101,6 @@ class Bins:
 
 
 def _edge(sizes: Tensor) -> Tensor:
-    """The least magnitude in bins; what is next to zero counts as zero."""
+    """Return the least magnitude in bins; the bin next to zero begins at zero."""
     sizes = torch.where(sizes == 1, 0, sizes)
     return (sizes.int() << _SHIFT).view(torch.float32).double().clamp(max=_LARGEST)

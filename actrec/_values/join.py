@@ -1,4 +1,4 @@
-"""Joining the values of several calls into one, and saying what is wrong where they do not fit."""
+"""Joins the values of several calls into one, or says why they cannot be joined."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def joined(
     (tensor([0., 0., 1.]), 1)
 
     Args:
-        values: what is joined, at least one; with ``pop`` the list may be emptied.
+        values: the values to join, at least one; with ``pop`` the list may be emptied.
         how: along an existing dimension, or a new one.
         dim: the number of that dimension.
-        call: who asks, for messages.
-        pop: drops the last value from where it is kept besides, and returns it. With it, plain tensors are copied and
-            dropped one after the other, the last first, so that the result and one value are held at a time.
+        call: the calling function, for messages.
+        pop: removes the last value from the place where it is kept, and returns it. With it, plain tensors are copied and
+            dropped one after the other, the last first, so that only the result and one value are in memory at a time.
 
     Raises:
-        OptionError: ``dim`` is no number.
+        OptionError: ``dim`` is not a number.
         JoinError: the values do not fit together; nothing was dropped.
     """
     if not hasattr(dim, "__index__"):
@@ -63,12 +63,12 @@ def joined(
 
 
 def _columns(call: str, values: list[Value]) -> tuple[Spec, list[list[Tensor]]]:
-    """The spec that all values have; and for every tensor in it, the tensors of all values."""
+    """Return the spec of all values; and for every tensor in it, the tensors of all values."""
     flat = [flatten(value) for value in values]
     first = flat[0][1]
     if not any(found for found, _ in flat):
         message = (
-            f"{call}: the calls hold no tensors; call 0 is {_told(first)}. Numbers can be joined by torch.tensor([*acts[name]]), "
+            f"{call}: the calls have no tensors; call 0 is {_told(first)}. Numbers can be joined by torch.tensor([*acts[name]]), "
             "arrays by numpy.concatenate(acts[name])."
         )
         raise JoinError(message)
@@ -81,7 +81,7 @@ def _columns(call: str, values: list[Value]) -> tuple[Spec, list[list[Tensor]]]:
             raise JoinError(message)
     if any(isinstance(step, Container) and step.type is PackedSequence for step in first.steps):
         message = (
-            f"{call}: the calls are packed sequences, which hold several batches in one tensor. Unpack them first, "
+            f"{call}: the calls are packed sequences, each with several batches in one tensor. Unpack them first, "
             "with torch.nn.utils.rnn.pad_packed_sequence."
         )
         raise JoinError(message)
@@ -89,7 +89,7 @@ def _columns(call: str, values: list[Value]) -> tuple[Spec, list[list[Tensor]]]:
 
 
 def _told(spec: Spec) -> str:
-    """What a value is, as it is written; what would be long, by its kind."""
+    """Return a value as text; a long one as its kind."""
     text = str(spec)
     return text if len(text) <= _LONGEST else spec.kind
 
@@ -104,7 +104,7 @@ def _check(call: str, how: How, dim: int, columns: list[list[Tensor]]) -> None:
 def _problems(
     how: How, dim: int, column: list[Tensor], columns: list[list[Tensor]]
 ) -> Iterator[str]:
-    """Yield what keeps tensors from being joined, the first of all first."""
+    """Yield what keeps tensors from being joined, the most basic reason first."""
     if any(tensor.is_nested for tensor in column):
         yield "are nested tensors. They can be used one by one: acts[name][i]."
     dtypes = sorted({str(tensor.dtype) for tensor in column})
@@ -128,7 +128,7 @@ def _problems(
 
 
 def _instead(columns: list[list[Tensor]]) -> str:
-    """What joins values whose shapes differ, where anything does."""
+    """Return how values whose shapes differ can be joined or used."""
     ways = []
     dimensions = min(tensor.dim() for column in columns for tensor in column)
     if dims := [dim for dim in range(dimensions) if all(_agree(dim, one) for one in columns)]:
@@ -163,7 +163,7 @@ def _shapes(column: Iterable[Tensor], most: int = 6) -> str:
 
 # --- Releasing -------------------------------------------------------------------------------------
 
-#: The memory of the values is given back to the system in so many portions.
+#: The memory of the values is returned to the system in so many portions.
 _PORTIONS: Final = 16
 
 
@@ -175,12 +175,12 @@ def _is_plain(column: list[Tensor]) -> bool:
 
 
 def _piece(tensor: Tensor, how: How, dim: int) -> Tensor:
-    """What becomes of a tensor in the result: to stack is to join along a new dimension of size 1."""
+    """Return a tensor as a part of the result: stacking is joining along a new dimension of size 1."""
     return tensor if how == "cat" else tensor.unsqueeze(dim)
 
 
 def _empty_result(how: How, dim: int, column: list[Tensor]) -> Tensor:
-    """Where the tensors of a column will be joined."""
+    """Allocate the result for the tensors of a column."""
     shapes = [_piece(tensor, how, dim).shape for tensor in column]
     shape = list(shapes[0])
     shape[dim] = sum(shape[dim] for shape in shapes)
@@ -199,6 +199,6 @@ def _move(pop: Callable[[], Value], count: int, results: list[Tensor], how: How,
             results[at].narrow(dim, ends[at], piece.shape[dim]).copy_(piece)
             freed += tensor.nbytes
             del tensor, piece
-        if freed >= portion:  # or else the results are there, and the room of the values is too
+        if freed >= portion:  # else the freed memory would stay allocated
             give_back(freed)
             freed = 0

@@ -1,4 +1,4 @@
-"""The memory of a tensor: where it lies, how many bytes it holds, what is in it, and how unused memory goes back."""
+"""The memory of a tensor: its address and size, access to its bytes, and returning unused memory to the system."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from actrec._torch import data_address, sparse_parts
 
 
 def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
-    """Yield the memory that a tensor holds: where it is, and how many bytes. Equal places are shared memory."""
+    """Yield the memory of a tensor: address and number of bytes. Equal addresses are shared memory."""
     if tensor.layout is torch.sparse_coo:
         parts = sparse_parts(tensor)
     elif tensor.layout in {torch.sparse_csr, torch.sparse_bsr}:
@@ -30,18 +30,18 @@ def held(tensor: Tensor) -> Iterator[tuple[object, int]]:
 
 
 def held_by_all(tensors: Sequence[Tensor]) -> Iterable[tuple[object, int]]:
-    """Return what :func:`held` yields of many plain tensors on the CPU, in loops that Python does not interpret.
+    """Return what :func:`held` yields for many plain tensors on the CPU, in loops that run in C.
 
     Raises:
-        RuntimeError: while iterating, at one that has no storage: it is sparse, for example.
+        RuntimeError: while iterating, at a tensor without a storage, such as a sparse one.
     """
     sizes = map(UntypedStorage.nbytes, map(Tensor.untyped_storage, tensors))
     return zip(map(data_address or id, tensors), sizes, strict=True)
 
 
 def address(tensor: Tensor) -> object:
-    """Return what is equal for tensors in the same memory."""
-    # data_ptr() would end the sharing that it is asked about.
+    """Return an object that is equal for tensors in the same memory."""
+    # data_ptr() would end copy-on-write sharing.
     plain = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
     if not plain or data_address is None:
         return id(tensor)
@@ -62,11 +62,10 @@ _memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 
 
 def memory(tensor: Tensor) -> tuple[Tensor, memoryview]:
-    """Return the memory of a contiguous tensor on the CPU, to be read as long as the tensor that comes with it lives.
+    """Return a tensor, and its memory, which may be read as long as that tensor lives. It is contiguous and on the CPU.
 
-    A pointer that could be written through, as ``data_ptr()`` gives, would end the sharing with the
-    model, by a copy. Reading a shared tensor is safe while the model writes to its side: the model's side
-    moves to fresh memory, and ours stays where it is.
+    ``data_ptr()`` returns a pointer for writing, which would end copy-on-write sharing by a copy. Reading a shared
+    tensor is safe while the model writes: the model's side moves to new memory, and this one stays where it is.
     """
     if tensor.nbytes == 0:
         return tensor, memoryview(b"")
@@ -87,23 +86,22 @@ def writable(tensor: Tensor) -> memoryview:
 
 
 def words(rows: Tensor) -> Tensor:
-    """Return rows of bytes, ``(N, width)``, as rows of integers of eight bytes, or as many as fit: they are copied as much faster."""
+    """Return rows of bytes, ``(N, width)``, as rows of the largest integers that fit, which are copied faster."""
     kinds = (torch.int64, torch.int32, torch.int16)
     fitting = (kind for kind in kinds if rows.shape[1] % kind.itemsize == 0)
     return rows.view(next(fitting, torch.uint8))
 
 
-# --- Giving back -----------------------------------------------------------------------------------
-
-# The allocator of glibc often cannot use again what was freed between two tensors that are kept: a hole of the size of
-# a tensor is too small for another one, which has to be aligned. Where values wait for the disk, the holes between them
-# came to as much as the values. What is in a hole can be given back to the system all the same.
+# --- Returning memory to the system ----------------------------------------------------------------
+# The allocator of glibc often cannot reuse memory that was freed between two tensors that are kept: a hole of the size of
+# a tensor is too small for another one, which has to be aligned. While values waited for the disk, the holes between them
+# were as large as the values. The memory in a hole can be returned to the system all the same.
 
 WORTH_IT: Final = 1 << 25  # bytes: it takes the time of writing a few megabytes
 
 
 def _found() -> Callable[[int], int]:
-    """``malloc_trim`` where the C library has it, which is glibc alone."""
+    """Return ``malloc_trim`` if the C library has it: only glibc does."""
     try:
         trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # another system
@@ -115,6 +113,6 @@ _trim = _found()
 
 
 def give_back(kept: int) -> None:
-    """Give the unused memory between values of ``kept`` bytes back to the system, if it is worth the time."""
+    """Return the unused memory between values of ``kept`` bytes to the system, if it is worth the time."""
     if kept >= WORTH_IT:
         _trim(0)

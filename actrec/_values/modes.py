@@ -1,4 +1,4 @@
-"""What PyTorch does with tensors that are made while a model runs, put aside: inference mode, selective checkpointing."""
+"""Leaves inference mode and selective checkpointing of the running model, for tensors that actrec makes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _AS_IT_IS = nullcontext()
 
 
 def normal_mode() -> AbstractContextManager[object]:
-    """Tensors made in here are normal ones, also under ``inference_mode``: a probe can train on them.
+    """Make normal tensors in this block, also under ``inference_mode``: a probe can train on them.
 
-    Enter it at once: PyTorch's guard takes effect when it is made.
+    Enter it immediately: PyTorch's guard takes effect when it is made.
     """
     return InferenceMode(_OFF) if is_inference_mode_enabled() else _AS_IT_IS
 
@@ -32,8 +32,8 @@ def normal_mode() -> AbstractContextManager[object]:
 def unseen() -> AbstractContextManager[object]:
     """Hide operations in this block from selective activation checkpointing.
 
-    It counts the operations of a forward, and gives those that ``backward()`` runs again the results that it
-    kept by number. One more, and it would hand out results of other operations.
+    It numbers the operations of a forward, and when ``backward()`` runs them again, it returns the kept results by
+    number. With an additional operation, it would return the results of other operations.
     """
     number = count_dispatch_modes()
     if number and any(is_caching(dispatch_mode_at(at)) for at in range(number)):
@@ -42,7 +42,7 @@ def unseen() -> AbstractContextManager[object]:
 
 
 def normal_mode_unseen() -> AbstractContextManager[object]:
-    """Both at once. Enter it at once, too."""
+    """Combine :func:`normal_mode` and :func:`unseen`. Enter it immediately, too."""
     if not count_dispatch_modes():  # the shortest way: nothing to hide from
         return normal_mode()
     both = ExitStack()
@@ -66,5 +66,5 @@ def _without_caching() -> Iterator[None]:
 
 
 def _popped() -> list[Any]:
-    """Take all modes off the stack; the lowest is the first."""
+    """Pop all modes off the stack; the lowest comes first."""
     return [pop_dispatch_mode(None) for _ in range(count_dispatch_modes())][::-1]

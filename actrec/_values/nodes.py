@@ -1,7 +1,7 @@
 """Containers that only their own class can take apart: nodes of PyTorch's pytree, and mappings of any kind.
 
-Their methods are the model's code. What these raise is not for the model to hear, and where they make no container
-again of other children, a :class:`Fields` stands for it.
+Their methods are the model's code. Errors of these must not reach the model, and if they cannot make a container of other
+children, a :class:`Fields` takes its place.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .stand_ins import Fields, qualified
 
 
 def parts(value: Value, *, stand_ins: bool) -> tuple[Container, list[Value]] | None:
-    """Return the container without its children, and the children; ``None`` if it says nothing of them.
+    """Return the container without its children, and the children; ``None`` if it is not such a container.
 
     Args:
         value: any object.
-        stand_ins: whether to take a ``Mapping`` apart, of which nothing but stand-ins can be made.
+        stand_ins: whether to take a ``Mapping`` apart, which can only be rebuilt as a stand-in.
     """
     with suppress(Exception):
         if type(value) in PYTREE_NODES:
@@ -54,9 +54,9 @@ def _node(value: Any) -> tuple[Container, list[Value]]:
 def _make(
     registered: Any, context: Any, keys: Sequence[Any], types: list[type], children: list[Value]
 ) -> Value:
-    # In the place of a tensor, anything else may be refused, or silently taken for something else.
+    # If a child is not a tensor as before, the class may refuse it, or misinterpret it silently.
     if types == list(map(_type, children)):
-        with suppress(Exception):  # what cannot be copied is passed as it is
+        with suppress(Exception):  # if it cannot be copied, it is passed as it is
             context = copy.deepcopy(context)
         with suppress(Exception):
             made = registered.unflatten_fn(children, context)
@@ -70,10 +70,10 @@ def _type(child: Value) -> type:
 
 
 def _keys(registered: Any, value: Any, children: list[Value]) -> tuple[Sequence[Any], int]:
-    """The keys of the children of a node, and how many of them are keys of items."""
+    """Return the keys of the children of a node, and how many of them are keys of items."""
     number = len(children)
     entries: list[Any] = []
-    with suppress(Exception):  # it may have none, or not the function that tells them
+    with suppress(Exception):  # it may have no keys, or no such function
         entries = [entry for entry, _ in registered.flatten_with_keys_fn(value)[0]]
     names = [entry.name for entry in entries if hasattr(entry, "name")]
     if not entries:

@@ -1,7 +1,7 @@
 r"""The structure of nested values with the shapes in it, as text: ``(8, 12, 96), ((4, 8, 48) x 2)``.
 
-An outline is such a text with ``#`` for each size, so that values that differ in sizes alone have the same one, and with
-control characters around the items of a container, of which equal ones behind each other become one when it is shown.
+An outline is such a text with ``#`` for each size, so that values that differ only in sizes have the same one. Control
+characters mark the items of containers; successive equal items are merged when the outline is shown.
 
 >>> import torch
 >>> from actrec._values.spec import flatten
@@ -27,7 +27,7 @@ from .spec import Spec
 _SIZE: Final = "#"
 _OPEN, _NEXT, _CLOSE = "\1", "\2", "\3"
 _MARKS: Final = re.compile(f"([{_SIZE}{_OPEN}{_NEXT}{_CLOSE}])")
-#: What would be longer is called "tuple of 1000", as what is in it.
+#: A longer outline is replaced by the kind of the value: "tuple of 1000".
 LONGEST: Final = 2000
 
 #: An outline, and the sizes for it.
@@ -35,7 +35,7 @@ _Sized: TypeAlias = "tuple[str, tuple[int, ...]]"
 
 
 def outline(spec: Spec, shapes: Sequence[Sequence[int | str]]) -> _Sized:
-    """Return the outline of a value, and the sizes of its tensors in the order in which they stand there."""
+    """Return the outline of a value, and the sizes of its tensors in the order of the outline."""
     template, sizes = spec.fold(lambda number: _shape(shapes[number]), _constant, _container)
     last = spec.steps[-1]
     if len(template) > LONGEST:  # for its names
@@ -84,9 +84,9 @@ def _name(name: str) -> str:
 
 
 def drawn(template: str, low: Sequence[int], high: Sequence[int]) -> str:
-    """Return an outline with its sizes, or their ranges; ``ValueError`` where those are not as many."""
+    """Return an outline with its sizes, or their ranges; ``ValueError`` if their number is wrong."""
     if not template.count(_SIZE) == len(low) == len(high):
-        message = "there are other than as many sizes"
+        message = "the number of sizes is wrong"
         raise ValueError(message)
     sizes = (str(a) if a == b else f"{a}-{b}" for a, b in zip(low, high, strict=True))
     open_lists = [[""]]
@@ -107,6 +107,6 @@ def drawn(template: str, low: Sequence[int], high: Sequence[int]) -> str:
 
 
 def _joined(texts: list[str]) -> str:
-    """Return items side by side, equal ones as one."""
+    """Join items, with successive equal ones merged."""
     runs = ((text, len([*group])) for text, group in groupby(texts))
     return ", ".join(text if many == 1 else f"{text} x {many}" for text, many in runs)

@@ -1,6 +1,6 @@
-"""What the calls of a layer have in common: types, dtypes, devices and the range of their shapes, for tables.
+"""Summaries of the calls of a layer for tables: types, dtypes, devices and the range of their shapes.
 
-A summary is as large as the differences between the calls, however many there are, and reads no element of a tensor.
+The size of a summary depends on how much the calls differ, not on their number. It reads no element of a tensor.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .spec import Spec, flatten
 #: A size of a tensor; the ragged dimension of a nested tensor is a name.
 Size: TypeAlias = "int | str"
 
-#: So many kinds of values are told apart; the rest counts as "...".
+#: So many kinds of values are distinguished; the rest counts as "...".
 MOST: Final = 16
 
 
 def shape_of(tensor: Tensor) -> tuple[Size, ...]:
-    """Return the shape of a tensor of any kind; ``("nested",)`` for one that has none."""
+    """Return the shape of a tensor of any kind; ``("nested",)`` for a nested tensor without one."""
     if tensor.is_nested and tensor.layout is torch.strided:
         return ("nested",)
-    # The ragged dimension of a jagged tensor is a symbol, and another one for each tensor.
+    # The ragged dimension of a jagged tensor is a symbol, different for each tensor.
     return tuple(size if type(size) is int else "ragged" for size in tensor.shape)
 
 
@@ -40,7 +40,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 @dataclass(slots=True)
 class Summary:
-    """What some values look like.
+    """The types, dtypes, devices and shapes of some values.
 
     >>> import torch
     >>> summary = Summary()
@@ -60,11 +60,11 @@ class Summary:
     _latest: object = field(default=None, compare=False, repr=False)
 
     def add(self, value: Value) -> None:
-        """Take in a value."""
+        """Add a value."""
         self.add_flat(*flatten(value))
 
     def add_flat(self, tensors: Sequence[Tensor], spec: Spec) -> None:
-        """Take in a value that was taken apart."""
+        """Add a value that was taken apart."""
         shapes = [shape_of(t) for t in tensors]
         self.add_spec(spec, shapes, shapes)
         for tensor in tensors:
@@ -74,7 +74,7 @@ class Summary:
     def add_spec(
         self, spec: Spec, low: Sequence[Sequence[Size]], high: Sequence[Sequence[Size]]
     ) -> None:
-        """Take in the structure of values, and the least and the largest shapes of their tensors."""
+        """Add the structure of values, and the least and the largest shapes of their tensors."""
         kind = spec.kind
         self._add_kind(kind)
         if not kind:
@@ -82,10 +82,10 @@ class Summary:
         elif (spec, low, high) != self._latest:
             template, sizes = outline(spec, low)
             self.add_outline(template, sizes, outline(spec, high)[1])
-            self._latest = spec, low, high  # most are like the one before
+            self._latest = spec, low, high  # most equal the one before
 
     def add_outline(self, template: str, low: Sequence[int], high: Sequence[int]) -> None:
-        """Take in the outline of nested values, with its sizes."""
+        """Add the outline of nested values, with its sizes."""
         if self.nested is None:
             return
         known = self.nested.setdefault(template, ([*low], [*high]))
@@ -99,7 +99,7 @@ class Summary:
             self.kinds["..." if len(self.kinds) >= MOST else kind] = None
 
     def add_shape(self, low: Sequence[Size], high: Sequence[Size]) -> None:
-        """Take in the sizes of tensors that are values of their own, from least to largest."""
+        """Add the least and the largest sizes of values that are single tensors."""
         names = tuple(size if isinstance(size, str) else None for size in low)
         known = self.shapes.get(names)
         if known is None:
@@ -110,7 +110,7 @@ class Summary:
             known[1][:] = map(max, known[1], high)
 
     def update(self, other: Summary) -> None:
-        """Take in what another summary has."""
+        """Add another summary."""
         for kind in other.kinds:
             self._add_kind(kind)
         self.dtypes.update(other.dtypes)
@@ -125,7 +125,7 @@ class Summary:
 
     @property
     def what(self) -> str:
-        """The shapes of the values, also of the tensors in them; or what the values are, where that is shorter."""
+        """The shapes of the values, also of nested tensors; or their kinds, if that would be too long."""
         if not any(self.kinds):
             return self.shape
         if self.nested and len(self.nested) <= _SHOWN:
@@ -137,7 +137,7 @@ class Summary:
 
     @property
     def shape(self) -> str:
-        """The shapes of the values that are tensors, in one text; a dimension that varies shows its range."""
+        """The shapes of the values that are single tensors, as text; a dimension that varies shows its range."""
         if len(self.shapes) > _SHOWN:
             return f"{len(self.shapes)} kinds of shapes"
         return " | ".join(_range(low, high) for low, high in self.shapes.values())
@@ -148,6 +148,6 @@ _LONGEST: Final = 72
 
 
 def _range(low: Iterable[Size], high: Iterable[Size]) -> str:
-    """One shape; a dimension that varies shows its range."""
+    """Return one shape as text; a dimension that varies shows its range."""
     texts = [str(a) if a == b else f"{a}-{b}" for a, b in zip(low, high, strict=True)]
     return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"

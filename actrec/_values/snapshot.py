@@ -1,21 +1,21 @@
-"""One tensor, kept as it is now: independent, detached, compact, and where possible free.
+"""One tensor, kept as it is now: independent, detached, compact, and where possible without a copy.
 
-The usual ``out.detach().cpu()`` is an alias on CPU, so the next in-place operation rewrites what was
+The usual ``out.detach().cpu()`` is an alias on CPU, so the next in-place operation overwrites what was
 "saved". A ``clone()`` is right and costs a pass over memory. :func:`snapshot` shares the memory
 copy-on-write instead, with ``torch._lazy_clone``: nothing is copied unless somebody writes to either
-side, and then the writer's side moves to fresh memory.
+side, and then the writer's side moves to new memory.
 
-Copy-on-write is private API and wrong for some tensors, so it stands behind an allow-list, here and
-nowhere else. A tensor is shared only if all of this holds, and is cloned otherwise:
+Copy-on-write is private API and wrong for some tensors, so it is used only here, behind an allow-list.
+A tensor is shared only if all of this holds, and is cloned otherwise:
 
-* it has two dimensions or more: a clone of less costs as little;
+* it has two dimensions or more: cloning a smaller one costs no more;
 * it is a plain CPU tensor: no subclass, and not quantized. (Sparse, mkldnn and nested tensors, and the
-  wrappers of ``torch.func``, have no storage, or no such kernel, and say so. Its dispatch keys would tell
-  all that at once, but PyTorch takes a microsecond to make a Python object of them.)
-* it fills its storage, so that a slice never keeps a larger storage alive;
-* its storage is resizable, which ``Tensor.numpy()`` and ``from_numpy`` end: a NumPy array that shares
-  the memory writes past the copy-on-write;
-* nobody frees the storages of weights, as FSDP does, and allocates them again: a tensor may lie in one.
+  wrappers of ``torch.func``, raise, because they have no storage or no such kernel. Dispatch keys would
+  tell all that at once, but PyTorch takes a microsecond to make a Python object of them.)
+* it occupies its whole storage, so that a slice never keeps a larger storage alive;
+* its storage is resizable, which it is not after ``Tensor.numpy()`` and ``from_numpy``: a NumPy array that
+  shares the memory bypasses copy-on-write;
+* nobody frees and reallocates the storages of weights, as FSDP does: a tensor may be in one.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from .fsdp import refuse_freed
 from .modes import normal_mode, normal_mode_unseen
 
 _OFF: Final = False
-#: The types of tensors that are that and nothing more.
+#: The types of plain tensors.
 PLAIN: Final = frozenset({Tensor, Parameter})
 
 
 def twin(tensor: Tensor, *, detach: bool = True) -> Tensor | None:
-    """Return a copy of ``tensor`` that shares its memory copy-on-write, or ``None`` if there can be none.
+    """Return a copy of ``tensor`` that shares its memory copy-on-write, or ``None`` if it cannot be shared.
 
-    It is a normal tensor, and with ``detach=False`` part of the autograd graph. Anything but a tensor has none. One
-    function, because it runs for every value, and a call of a function costs as much as a question.
+    It is a normal tensor, and with ``detach=False`` part of the autograd graph. For anything but a tensor the result is
+    ``None``. This is one function because it runs for every value, and a function call costs as much as a check.
     """
-    # One of PyTorch's 700 operators cannot read shared memory: the backward of ctc_loss, of the losses
-    # that it returned, one for each sample. So vectors are not shared.
+    # One of PyTorch's 700 operators cannot read shared memory: the backward of ctc_loss, which reads its
+    # losses, a vector. So vectors are not shared.
     if (
         type(tensor) is not Tensor
         or tensor.dim() < 2  # noqa: PLR2004  # see above
@@ -53,14 +53,14 @@ def twin(tensor: Tensor, *, detach: bool = True) -> Tensor | None:
         or tensor.is_quantized
     ):
         return None
-    # The mode ends when this is made, until it is gone; "with" would only add time.
+    # Leaves the mode as long as the guard exists; "with" would only add time.
     guard = InferenceMode(_OFF) if is_inference_mode_enabled() else None
     try:
         storage = tensor.untyped_storage()
         if storage.nbytes() == tensor.nbytes and storage.resizable():
             return lazy_clone(tensor.detach() if detach and tensor.requires_grad else tensor)
     except RuntimeError:
-        pass  # there is no storage, or it is not the allocator's own: shared, foreign
+        pass  # there is no storage, or it is not from PyTorch's allocator
     finally:
         del guard
     return None
@@ -89,7 +89,7 @@ def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tens
 
 
 def _clone(tensor: Tensor) -> Tensor:
-    """A clone that is as small as its content: dimensions that were expanded stay expanded."""
+    """Return a clone without copies of equal elements: expanded dimensions stay expanded."""
     if is_distributed(tensor):
         return cloned(tensor)
     if tensor.layout is strided and not tensor.is_nested and 0 in tensor.stride():
@@ -103,22 +103,22 @@ def _clone(tensor: Tensor) -> Tensor:
 
 _RESIZED: Final = (
     "A tensor that a recorded layer returned was made larger in place, by resize_() or out=, and PyTorch cannot write "
-    "to it any more, for actrec shares its memory copy-on-write. Let the layer return a clone() of it"
+    "to it any more, because actrec shares its memory copy-on-write. Let the layer return a clone() of it"
 )
 
 
 def explain(error: BaseException) -> None:
-    """Say on an error of PyTorch's what it is about: it cannot write to shared memory that was made larger."""
-    is_new = _RESIZED not in getattr(error, "__notes__", ())  # a module inside has not said it yet
+    """Add a note to a certain error of PyTorch: it cannot write to shared memory that was made larger."""
+    is_new = _RESIZED not in getattr(error, "__notes__", ())  # not added for a module inside
     if "ctx != nullptr INTERNAL ASSERT" in str(error) and is_new:
         error.add_note(_RESIZED)
 
 
 def check(tensor: Tensor) -> None:
-    """Raise ``CaptureError`` for a tensor that means nothing outside of a ``torch.func`` transform."""
+    """Raise ``CaptureError`` for a tensor that is meaningless outside of a ``torch.func`` transform."""
     if is_wrapped(tensor):
         message = (
-            "inside torch.func (vmap, grad, jvp) a tensor stands for many, or for a step of a derivative, and cannot "
+            "inside torch.func (vmap, grad, jvp) a tensor represents many, or a step of a derivative, and cannot "
             "be kept. Record a call of the model outside of it"
         )
         raise CaptureError(message)

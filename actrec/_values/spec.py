@@ -1,7 +1,7 @@
 """Nested values: tensors inside tuples, dicts, dataclasses and what libraries derive from them.
 
-:func:`flatten` takes a value apart into its tensors and a :class:`Spec`, which is all the rest, and
-``spec.fill(tensors)`` makes such a value again, of new tensors:
+:func:`flatten` takes a value apart into its tensors and a :class:`Spec`, which has all the rest, and
+``spec.fill(tensors)`` makes such a value of new tensors:
 
 >>> import torch
 >>> tensors, spec = flatten((torch.zeros(2), {"h": torch.ones(3)}))
@@ -11,14 +11,14 @@
 (('[0]', 0), ("[1]['h']", 1))
 
 Every use of a nested value is a case of this: a recorded value is ``spec.fill(map(keep, tensors))``, joined
-calls are ``spec.fill(map(cat, zip(*calls)))`` where the specs are equal, a table prints the spec, and the
+calls are ``spec.fill(map(cat, zip(*calls)))`` if the specs are equal, a table prints the spec, and the
 store writes it.
 
-A spec is a program in postfix order, as PyTorch's pytree writes one: the steps of the children stand before
-that of their container. So no depth of nesting can exhaust Python's stack, and two specs are equal where their
+A spec is a program in postfix order, like that of PyTorch's pytree: the steps of the children come before
+the step of their container. So no depth of nesting can exhaust Python's stack, and specs are equal if their
 steps are. PyTorch's pytree itself would lose what matters here: the types of dict and list subclasses, attributes
-beside the items (``ModelOutput``), dataclasses that nobody registered, a tensor that stands in two places, and
-containers that contain themselves. What is registered there is taken apart as it says.
+besides the items (``ModelOutput``), unregistered dataclasses, tensors that occur twice, and
+containers that contain themselves. Classes that are registered there are taken apart by their registered functions.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ T = TypeVar("T")
 
 
 class Again(NamedTuple):
-    """A step that gives once more what the step number ``step`` made."""
+    """A step that gives the result of step number ``step`` again."""
 
     step: int
 
 
-#: The ``int`` ``k`` is the step that gives tensor number ``k``; a container is made of what the last open steps made.
+#: The ``int`` ``k`` is the step that gives tensor number ``k``; a container is made of the results of the last open steps.
 Step: TypeAlias = int | Constant | Again | Container
 
 
@@ -66,7 +66,7 @@ _A_TENSOR: Final = _ATensor()
 
 @dataclass(frozen=True)
 class Spec:
-    """What a value is besides its tensors. Equal specs make values of the same types and constants."""
+    """A value without its tensors. Equal specs make values of the same types and constants."""
 
     steps: tuple[Step, ...] = field(repr=False)
     count: int  #: of the tensors
@@ -76,10 +76,9 @@ class Spec:
         return hash((len(self.steps), self.count))
 
     def fill(self, tensors: Iterable[Value]) -> Value:
-        """Return a value of these tensors, in the places of those that it was made from.
+        """Return the value with these tensors in the places of the original ones.
 
-        Containers are new, and of the types that they were; a tensor or a container that stood in several
-        places does so again.
+        Containers are new, and of the same types; a tensor or a container that occurred several times does so again.
         """
         new = tensors if type(tensors) is list else list(tensors)
         return self.fold(new.__getitem__, attrgetter("value"), lambda one, parts: one.make(parts))
@@ -90,7 +89,7 @@ class Spec:
         constant: Callable[[Constant], T],
         container: Callable[[Container, list[T]], T],
     ) -> T:
-        """Return what the functions make of the tensors by number, of the constants, and of containers and their children."""
+        """Return the result of the functions, applied to the tensors (by number), the constants, and each container with its children."""
         made: list[T] = []
         open_steps: list[T] = []
         for step in self.steps:
@@ -110,16 +109,16 @@ class Spec:
 
     @cached_property
     def paths(self) -> tuple[tuple[str, int], ...]:
-        """Where tensors stand, in order: what one writes behind the value to reach it, and the number of the tensor.
+        """The places of tensors, in order: the index as one writes it after the value, and the number of the tensor.
 
-        A field of a ``ModelOutput`` is an item and an attribute at the same time, and counts as the item.
+        A field of a ``ModelOutput`` is both an item and an attribute, and counts as an item.
         """
         Paths: TypeAlias = tuple[tuple[str, int], ...]
 
         def behind(container: Container, children: list[Paths]) -> Paths:
             items, attributes = children[: container.items], children[container.items :]
             children = items + [() if child in items else child for child in attributes]
-            # What has no step is no tensor of the value, such as the data of an array that was stored.
+            # A child without a path is not a tensor of the value, such as the data of a stored array.
             steps = zip(container.paths, children, strict=False)
             return tuple((step + path, number) for step, child in steps for path, number in child)
 
@@ -127,7 +126,7 @@ class Spec:
 
     @property
     def kind(self) -> str:
-        """What the value is, for people: ``""`` for a tensor, else ``"tuple of 2"``, ``"dict of 3"``, ``"int"``."""
+        """A description for messages and tables: ``""`` for a tensor, else ``"tuple of 2"``, ``"dict of 3"``, ``"int"``."""
         last = self.steps[-1]
         return last.kind if isinstance(last, (Constant, Container)) else ""
 
@@ -136,7 +135,7 @@ class Spec:
         return repr(self.fill([_A_TENSOR] * self.count))
 
 
-#: The spec of a value that is a tensor and nothing else.
+#: The spec of a value that is a single tensor.
 TENSOR: Final = Spec((0,), 1)
 
 
@@ -154,7 +153,7 @@ class _Close:
 def flatten(
     value: Value, unknown: Callable[[object], object] = opaque, *, stand_ins: bool = True
 ) -> tuple[list[Tensor], Spec]:
-    """Take ``value`` apart into its tensors, each once and in order, and the rest.
+    """Take ``value`` apart into its tensors, each once and in order, and a spec.
 
     >>> import torch
     >>> tensors, spec = flatten([torch.zeros(2), None, {"h": torch.zeros(3)}])
@@ -163,9 +162,9 @@ def flatten(
 
     Args:
         value: a tensor, or containers of tensors and constants, nested to any depth.
-        unknown: what stands for an object that is neither, such as an open file; by default an
-            :class:`Opaque`. It is never asked about tensors, containers, constants and NumPy arrays.
-        stand_ins: whether :class:`Fields` stand for a ``Mapping`` that only its own class could make. Otherwise
+        unknown: returns a replacement for an object that is neither, such as an open file; by default an
+            :class:`Opaque`. It is never called for tensors, containers, constants and NumPy arrays.
+        stand_ins: whether a ``Mapping`` that only its own class could make becomes a :class:`Fields`. Otherwise
             it is unknown.
 
     Returns:
@@ -177,7 +176,7 @@ def flatten(
     numbers: dict[int, int] = {}  # of tensors, by id
     steps: list[Step] = []
     met: dict[int, int | None] = {}  # the steps of containers, by id; None while one is taken apart
-    kept: list[Value] = []  # so that no id is used twice while this runs
+    kept: list[Value] = []  # keeps containers alive, so that no id is reused
     pending: list[Value] = [value]
     while pending:
         item = pending.pop()
@@ -214,13 +213,13 @@ def tensors(value: Value) -> list[Tensor]:
 
 
 def leaves(value: Value) -> list[tuple[str, Tensor]]:
-    """Return the tensors of a value, each with what one writes behind the value to reach it.
+    """Return the tensors of a value, each with its path: the index as one writes it after the value.
 
     >>> import torch
     >>> [path for path, _ in leaves((torch.zeros(2), {"h": torch.zeros(3)}))]
     ['[0]', "[1]['h']"]
 
-    A tensor that stands in several places is there for each of them.
+    A tensor that occurs several times is listed each time.
     """
     if type(value) is Tensor:
         return [("", value)]
@@ -229,7 +228,7 @@ def leaves(value: Value) -> list[tuple[str, Tensor]]:
 
 
 def same(one: Value, other: Value) -> bool:
-    """Whether two values have one structure, and equal tensors and constants in it.
+    """Whether two values have the same structure, with equal tensors and constants.
 
     >>> import torch
     >>> same((torch.ones(2), "a"), (torch.ones(2), "a")), same([torch.ones(2)], (torch.ones(2),))
@@ -244,12 +243,12 @@ def _equal(one: Tensor, other: Tensor) -> bool:
         return True
     try:
         return type(one) is type(other) and one.dtype == other.dtype and torch.equal(one, other)
-    except RuntimeError:  # tensors of kinds that cannot be compared
+    except RuntimeError:  # PyTorch cannot compare such tensors
         return False
 
 
 def itself(value: T) -> T:
-    """Return ``value``: what stands for an object that is kept as it is."""
+    """Return ``value``. As ``unknown=``, it keeps unknown objects as they are."""
     return value
 
 

@@ -1,4 +1,4 @@
-"""What stands for an object that a recording does not hold itself."""
+"""Replacements of objects that a recording cannot keep."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing_extensions import override
 
 @dataclass(frozen=True)
 class Opaque:
-    """Stands where a layer returned an object that actrec does not take apart, such as a cache.
+    """Replaces an object that actrec does not take apart, such as a key-value cache.
 
     >>> Opaque("transformers.cache_utils.DynamicCache")
     Opaque('transformers.cache_utils.DynamicCache')
 
-    The object itself is not kept: it may be large, and the model goes on changing it. To record
-    something of it, take that out with a ``transform``.
+    The object itself is not kept: it may be large, and the model may still change it. To record
+    something of it, extract that with a ``transform``.
 
     Attributes:
         type: the name of its class, with the module.
@@ -31,7 +31,7 @@ class Opaque:
 
 
 class Fields(dict[Any, Any]):
-    """Stands for a container whose class cannot be had: what is in it, by key or by name.
+    """Replaces a container whose class is not available: its content, by key or by attribute.
 
     >>> out = Fields("transformers.modeling_outputs.BaseModelOutput", {"hidden": 1})
     >>> out["hidden"], out.hidden
@@ -39,9 +39,9 @@ class Fields(dict[Any, Any]):
     >>> out
     BaseModelOutput({'hidden': 1})
 
-    In a recording that was loaded it stands for a dataclass, a ``ModelOutput`` or another kind of dict: the
-    class itself would have to be imported, and a file does not get to say what is imported. In memory it stands
-    for a ``Mapping`` of a kind of its own, which nobody but its class knows how to make.
+    In a loaded recording it replaces a dataclass, a ``ModelOutput`` or another dict subclass, because actrec never
+    imports a class that a file names. In memory it replaces a ``Mapping`` that is not a dict: only its class could
+    make one.
     """
 
     def __init__(self, kind: str, fields: Any = (), more: Iterable[tuple[str, Any]] = ()) -> None:

@@ -1,11 +1,11 @@
 """Statistics of tensors, in one pass over their elements and in bounded memory.
 
-Tensors are read in blocks of :data:`actrec._values.chunks.BLOCK` elements. Of each block, converted to float64 while it
-is in the cache, the sum and the sum of squares are taken around the mean of all blocks before it. That is sound
-where the block's own mean is close to that, by less than its deviation, as it is in nearly all blocks of a layer;
-where it is not, they are taken again, around the block's own mean. They are merged into what came before after
+Tensors are read in blocks of :data:`actrec._values.chunks.BLOCK` elements. Each block is converted to float64 while it
+is in the cache, and the sum and the sum of squares are taken around the mean of all blocks before it. That is accurate
+if the block's own mean differs from that by less than its deviation, as in nearly all blocks of a layer;
+if not, they are taken again, around the block's own mean. They are merged with the earlier ones as in
 Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
-The mean is held as a sum of two floats, so that a large mean does not drown a small variance.
+The mean is kept as a sum of two floats, so that a small variance is accurate beside a large mean.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .histogram import Bins
 
 
 class Statistics:
-    """The statistics of everything that was added. What is of no element is NaN.
+    """The statistics of all elements that were added. Without elements, statistics are NaN.
 
     >>> statistics = Statistics()
     >>> statistics.add(torch.tensor([1.0, 3.0, float("nan")]))
@@ -30,7 +30,7 @@ class Statistics:
     """
 
     def __init__(self, bins: Bins | None = None) -> None:
-        self._bins = bins  # which the finite elements are counted in, too
+        self._bins = bins  # finite elements are counted in them, too
         self.count = self.zeros = self.nan = self.inf = self.nbytes = 0
         self._finite = 0
         self._mean = self._low = self._squares = 0.0  # the mean is the sum of two
@@ -43,7 +43,7 @@ class Statistics:
 
     @property
     def std(self) -> float:
-        """The standard deviation of the sample of finite elements, as ``torch.std`` has it; of one element NaN."""
+        """The sample standard deviation of the finite elements, as in ``torch.std``; NaN for one element."""
         return (
             math.sqrt(max(self._squares, 0.0) / (self._finite - 1))
             if self._finite > 1
@@ -101,7 +101,7 @@ class Statistics:
     def _merge(self, numbers: Tensor) -> None:
         n, shift = numbers.numel(), self._mean
         low, squares = _around(shift, numbers)
-        # Where that is far, the difference below would be left with few digits.
+        # If the mean is far from the shift, the subtraction below would lose digits.
         if squares and n * low * low * 2 >= squares:
             shift = float(numbers.sum(dtype=torch.float64)) / n
             low, squares = _around(shift, numbers)
@@ -120,13 +120,13 @@ class Statistics:
 
 
 def _around(shift: float, numbers: Tensor) -> tuple[float, float]:
-    """How far numbers are from ``shift``: their mean, and the sum of their squares."""
-    is_double = numbers.dtype is torch.float64  # what double() would not copy
+    """Return the mean of ``numbers - shift``, and the sum of the squares."""
+    is_double = numbers.dtype is torch.float64  # double() would not copy them
     away = numbers - shift if is_double else numbers.double().sub_(shift)
     return float(away.sum()) / away.numel(), float(away.dot(away))
 
 
-# The types in which a minimum is found faster than in float64, or more exactly.
+# The dtypes in which the minimum is found faster than in float64, or more exactly.
 _WITH_MINIMUM = frozenset(
     {torch.float32, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
 )
