@@ -457,6 +457,15 @@ def compiler_config() -> Any:
     return _of("torch._dynamo", "config")
 
 
+#: What an own pass of Inductor's over its graphs is set as: a setting of ``torch._inductor.config``.
+GRAPH_PASS: Final = "post_grad_custom_post_pass"
+
+
+def inductor_config() -> Any:
+    """The settings of Inductor; ``None`` where it was not imported with the compiler."""
+    return _of("torch._inductor", "config")
+
+
 def as_constant(function: F) -> F:
     """Mark a function that the compiler calls while it reads, as ``torch._dynamo.assume_constant_result`` does."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -32,8 +32,8 @@ from actrec._calls import options, session
 from actrec._calls.hooks import Event
 from actrec._calls.in_graph import hook as in_graph
 from actrec._calls.in_graph import self_test, trial
-from actrec._calls.in_graph.operator import TOKEN, tell, tell_nested
-from actrec._calls.in_graph.outline import decode, encode
+from actrec._calls.in_graph.operator import TOKEN, tell
+from actrec._calls.in_graph.outline import encode, values
 from actrec._values.spec import same
 
 if TYPE_CHECKING:
@@ -544,22 +544,24 @@ def test_what_the_compiler_reads_in_the_place_of_a_hook_tells_the_same_where_pyt
     assert all(len(layer) == 0 for layer in acts.values()), "an exported model tells nobody"
 
 
+ALONE = "(1, 0, ('tensor', 0))"
+
+
 def test_what_is_told_for_a_block_that_is_gone_is_told_to_nobody() -> None:
     model, target, heard = nn.Linear(4, 4), session.Session(), []
     hook = in_graph.HookInGraph(Event.RETURN, target, lambda *_: heard.append(1))
     handle = hook.register(model)
     model(X)
-    tell(X, hook.key, TOKEN)
+    tell([X], [], ALONE, [hook.key], False, TOKEN)
     assert heard == [1, 1]
     del target
     model(X)
-    tell(X, hook.key, TOKEN)
+    tell([X], [], ALONE, [hook.key], False, TOKEN)
     hook.is_in_body()
     handle.remove()
     asked, key = hook.is_told, hook.key
     del hook, handle
-    tell(X, key, TOKEN)
-    tell_nested([X], [], "('tensor', 0)", key, TOKEN)
+    tell([X], [], ALONE, [key], False, TOKEN)
     assert not asked()
     assert heard == [1, 1]
 
@@ -599,20 +601,20 @@ def test_values_come_back_as_they_were() -> None:
         return Same
 
     tensor = torch.ones(2)
-    values = [
+    returned = [
         *(tensor, None, 3, 1.5, "a'b", b"c", True, 2j, ..., slice(1, 2), torch.float16, nn.Linear),
         *((tensor, [tensor, torch.zeros(1)]), X.shape, X.max(0), Words([tensor]), Record(tensor)),
         *({"a": tensor, 3: (1, 2)}, OrderedDict(a=tensor), ModelOutput(tensor, [tensor])),
         *(local()(tensor), local()(tensor), (), [], {}, torch.device("cpu"), torch.strided),
     ]
-    for value in values:
+    for value in returned:
         tensors: list[Tensor] = []
         numbers: list[int] = []
         outline = encode(value, tensors, numbers)
-        again = decode(outline, tensors, numbers)
+        (again,) = values(outline, tensors, numbers)
         assert same(again, value), outline
         assert type(again) is type(value), outline
-    assert decode(encode(object(), [], []), [], []) == Opaque("object")
+    assert [*values(encode(object(), [], []), [], [])] == [Opaque("object")]
 
 
 @pytest.mark.parametrize("kinds", [*itertools.product([False, True], repeat=3)])

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.layer import Layer
 from actrec._selection.functions import What
 from actrec._torch import (
@@ -103,6 +104,14 @@ class Track:
         if compiles_itself() and not runs:
             self.compiled += 1
         return runs
+
+    def keeps_all(self) -> bool:
+        """Whether all values are kept as they are, in lists: until compiled code has run they may wait for that."""
+        kept = [(self.outputs, self.capture)]
+        kept += [] if self.inputs is None else [(self.inputs.calls, self.inputs.capture)]
+        return all(
+            type(layer) is ListLayer and how.direct and how.transform is None for layer, how in kept
+        )
 
     # --- All calls ---------------------------------------------------------------------------------------------
 

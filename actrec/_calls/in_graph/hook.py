@@ -29,7 +29,7 @@ from actrec._torch import (
 )
 from actrec.errors import CaptureError
 
-from .operator import TOKEN, key_to, tell, tell_gradient, tell_nested, tell_watched
+from .operator import TOKEN, key_to, tell, tell_gradient, tell_watched
 from .outline import encode
 
 _OUTPUT, _RECEIVED, _NOTHING = range(3)
@@ -44,18 +44,20 @@ _in_bodies: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 class HookInGraph(Hook[T]):
     """A hook that compiled code calls, by the operator."""
 
-    __slots__ = ("__weakref__", "is_told", "key", "told", "watches")
+    __slots__ = ("__weakref__", "is_told", "key", "late", "told", "watches")
 
     def __init__(self, event: Event, target: T, hear: Callable[..., object]) -> None:
         super().__init__(event, target, hear)
         self.told = _TOLD.get(event, _NOTHING)
         self.watches = event is Event.RETURN and getattr(target, "grads", None) is not None
+        #: Whether it may be told when the compiled code has gone on.
+        self.late = target.keeps_all()
         self.is_told = _asked_by_the_compiler(self)
 
     @property
-    def kind(self) -> tuple[Event, bool]:
+    def kind(self) -> tuple[Event, bool, bool]:
         """What determines the code that is compiled in its place."""
-        return self.event, self.watches
+        return self.event, self.watches, self.late
 
     @override
     def __call__(
@@ -145,17 +147,14 @@ _TRANSFORM = (
 
 def _tell(hook: HookInGraph[Any], args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
     """Call the operator."""
-    if hook.told == _NOTHING:
-        tell(None, hook.key, TOKEN)
-    elif hook.watches and torch.is_grad_enabled():
+    if hook.watches and torch.is_grad_enabled():
         _tell_watched(hook, output)
-    elif hook.told == _OUTPUT and type(output) is Tensor:
-        tell(output, hook.key, TOKEN)
-    else:
-        tensors: list[Tensor] = []
-        numbers: list[int] = []
-        outline = encode(output if hook.told == _OUTPUT else (args, kwargs), tensors, numbers)
-        tell_nested(tensors, numbers, outline, hook.key, TOKEN)
+        return
+    tensors: list[Tensor] = []
+    numbers: list[int] = []
+    value = output if hook.told == _OUTPUT else (args, kwargs) if hook.told == _RECEIVED else None
+    outline = encode(value, tensors, numbers)
+    tell(tensors, numbers, outline, [hook.key], hook.late, TOKEN)
 
 
 def _tell_watched(hook: HookInGraph[Any], output: Any) -> None:
@@ -165,7 +164,7 @@ def _tell_watched(hook: HookInGraph[Any], output: Any) -> None:
     outline = encode(output, tensors, numbers)
     watched = [at for at, tensor in enumerate(tensors) if tensor.requires_grad]
     if not watched:
-        tell_nested(tensors, numbers, outline, hook.key, TOKEN)
+        tell(tensors, numbers, outline, [hook.key], hook.late, TOKEN)
         return
     leaves = [at for at in watched if tensors[at].is_leaf]
     leaf = leaves[0] if leaves else -1

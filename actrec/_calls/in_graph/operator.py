@@ -5,6 +5,9 @@ nor exchanges two of them, also with graphs from its cache on disk. The name of 
 
 A tensor says which hook a call is for (:func:`key_to`): a number would be a constant of the graph, and twelve blocks that
 are compiled alike would need twelve graphs.
+
+One call of it passes on one value, or several in their order (:mod:`.together`): its lists hold what belongs to each,
+and its text has a line for each.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from actrec._values.snapshot import twin
 from actrec.errors import CaptureError
 
 from .gradients import Watched, watching
-from .outline import decode
+from .outline import values
 
 
 class Receiver(Protocol):
@@ -63,25 +66,21 @@ with torch.inference_mode(mode=False):
 _rewind: Final = rewinding(TOKEN)
 
 
-def _receiver(key: Tensor) -> Receiver | None:
+def _tell(
+    tensors: list[Tensor],
+    numbers: list[int],
+    outlines: str,
+    keys: list[Tensor],
+    late: bool,  # noqa: FBT001, ARG001  # an operator has no keywords alone; together.py reads it
+    _: Tensor,
+) -> None:
     # A graph that recomputes in its backward has saved the token, and would raise if its version had changed since.
     if version(TOKEN):
         _rewind()
-    return RECEIVER_OF.get(int(key))
-
-
-def _tell(value: Tensor | None, key: Tensor, _: Tensor) -> None:
-    receiver = _receiver(key)
-    if receiver is not None:
-        receiver.hear(value)
-
-
-def _tell_nested(
-    tensors: list[Tensor], numbers: list[int], outline: str, key: Tensor, _: Tensor
-) -> None:
-    receiver = _receiver(key)
-    if receiver is not None:
-        receiver.hear(decode(outline, tensors, numbers))
+    for key, value in zip(keys, values(outlines, tensors, numbers), strict=True):
+        receiver = RECEIVER_OF.get(int(key))
+        if receiver is not None:
+            receiver.hear(value)
 
 
 # --- Gradients -------------------------------------------------------------------------------------------
@@ -104,11 +103,12 @@ def _tell_watched(
     outline: str,
     leaf: int,
     views: list[int],
-    *key: Tensor,
+    key: Tensor,
+    token: Tensor,
 ) -> Tensor:
     """The same, for a value that gradients may reach. Return the ticket to pass to :func:`_tell_gradient` with them."""
     with watching(leaf, views) as watched:
-        _tell_nested(tensors, numbers, outline, *key)
+        _tell(tensors, numbers, outline, [key], False, token)  # noqa: FBT003
     number = next(_ticket_numbers)
     ticket = _Ticket(number.to_bytes(8, sys.byteorder))
     ticket.watched = watched
@@ -148,12 +148,11 @@ def _nothing(*_: object) -> None:
 
 
 _library: Final[Any] = torch.library.Library("actrec", "FRAGMENT")  # type: ignore[no-untyped-call]
-_VALUE = "Tensor[] tensors, SymInt[] numbers, str outline"
-_TO = "Tensor key, Tensor(a!) token"
+_VALUE = "Tensor[] tensors, SymInt[] numbers, str outlines"
+_TOKEN = "Tensor(a!) token"
 _OPERATORS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
-    f"tell_1(Tensor? value, {_TO}) -> ()": (_tell, _nothing),
-    f"tell_nested_1({_VALUE}, {_TO}) -> ()": (_tell_nested, _nothing),
-    f"tell_watched_1({_VALUE}, int leaf, int[] views, {_TO}) -> Tensor": (
+    f"tell_2({_VALUE}, Tensor[] keys, bool late, {_TOKEN}) -> ()": (_tell, _nothing),
+    f"tell_watched_2({_VALUE}, int leaf, int[] views, Tensor key, {_TOKEN}) -> Tensor": (
         _tell_watched,
         _any_ticket,
     ),
@@ -167,7 +166,6 @@ for _schema, (_body, _fake) in _OPERATORS.items():
     _library.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"actrec::{_name}", _fake, lib=_library)
 
-tell: Final[Any] = torch.ops.actrec.tell_1.default
-tell_nested: Final[Any] = torch.ops.actrec.tell_nested_1.default
-tell_watched: Final[Any] = torch.ops.actrec.tell_watched_1.default
+tell: Final[Any] = torch.ops.actrec.tell_2.default
+tell_watched: Final[Any] = torch.ops.actrec.tell_watched_2.default
 tell_gradient: Final[Any] = torch.ops.actrec.tell_gradient_1.default

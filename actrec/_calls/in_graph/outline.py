@@ -2,7 +2,7 @@
 
 The compiler traces :func:`encode`: it knows the structure of a value while it traces, and keeps the text as a constant of
 the graph. So the function uses only Python that the compiler supports, and takes apart whatever a compiled model can return;
-anything else becomes an :class:`Opaque`, as it does in eager mode. :func:`decode` rebuilds the value when the graph runs.
+anything else becomes an :class:`Opaque`, as it does in eager mode. :func:`values` rebuilds the values when the graph runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import lru_cache
 from typing import Any, Final, TypeAlias
@@ -31,7 +31,12 @@ _NAMED = (
 
 
 def encode(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
-    """Append the tensors and integers of ``value`` to the lists, each tensor once, and return the rest as a text."""
+    """Append the tensors and integers of ``value`` to the empty lists, each tensor once, and return the rest as a line."""
+    text = _encode(value, tensors, numbers)
+    return f"({len(tensors)}, {len(numbers)}, {text})"
+
+
+def _encode(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
     if isinstance(value, Tensor):
         for at, known in enumerate(tensors):
             if known is value:
@@ -52,17 +57,17 @@ def _encode_object(value: Any, tensors: list[Tensor], numbers: list[int]) -> str
     kind = type(value)
     name = _name(kind)
     if isinstance(value, (tuple, list)):
-        children = [encode(item, tensors, numbers) for item in value]
+        children = [_encode(item, tensors, numbers) for item in value]
         return f"('sequence', {name!r}, [{', '.join(children)}])"
     if isinstance(value, dict):
         children = [
-            f"({encode(key, tensors, numbers)}, {encode(item, tensors, numbers)})"
+            f"({_encode(key, tensors, numbers)}, {_encode(item, tensors, numbers)})"
             for key, item in value.items()
         ]
         return f"('mapping', {name!r}, [{', '.join(children)}])"
     if dataclasses.is_dataclass(kind):
         fields = [
-            f"({field.name!r}, {encode(getattr(value, field.name), tensors, numbers)})"
+            f"({field.name!r}, {_encode(getattr(value, field.name), tensors, numbers)})"
             for field in dataclasses.fields(kind)
             if hasattr(value, field.name)
         ]
@@ -89,20 +94,35 @@ def _name(constant: Any) -> str:
 _Fill: TypeAlias = Callable[["Sequence[Tensor]", "Sequence[int]"], Any]
 
 
-def decode(outline: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
-    """Rebuild the value from the text, the tensors and the integers."""
-    return _parsed(outline)(tensors, numbers)
+def values(outlines: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Iterator[Any]:
+    """Rebuild the value of each line, from the next of the tensors and integers."""
+    tensor = number = 0
+    for of_tensors, of_numbers, fill in _parsed(outlines):
+        if fill is _first:  # the shortest way
+            yield tensors[tensor]
+        else:
+            more = tensors[tensor : tensor + of_tensors], numbers[number : number + of_numbers]
+            yield fill(*more)
+        tensor += of_tensors
+        number += of_numbers
 
 
 @lru_cache(maxsize=4096)
-def _parsed(outline: str) -> _Fill:
-    return _filling(ast.literal_eval(outline))
+def _parsed(outlines: str) -> list[tuple[int, int, _Fill]]:
+    parsed = map(ast.literal_eval, outlines.split("\n"))
+    return [(tensors, numbers, _filling(what)) for tensors, numbers, what in parsed]
 
 
 def _filling(parsed: tuple[Any, ...]) -> _Fill:
     """Return a function that makes the value that the parsed text describes."""
+    if parsed == _ALONE:
+        return _first
     what, *rest = parsed
     return _FILLING[what](*rest)
+
+
+def _first(tensors: Sequence[Tensor], _: Sequence[int]) -> Any:
+    return tensors[0]
 
 
 def _tensor(at: int) -> _Fill:
@@ -164,6 +184,9 @@ def _record(name: str, children: list[tuple[str, tuple[Any, ...]]]) -> _Fill:
 
     return fill
 
+
+#: The outline of a tensor alone, which most are.
+_ALONE: Final = ("tensor", 0)
 
 _FILLING: Final[dict[str, Callable[..., _Fill]]] = {
     "tensor": _tensor,

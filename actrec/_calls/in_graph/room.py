@@ -1,14 +1,17 @@
-"""Raises the compiler's limits for code that is compiled once more because it is recorded.
+"""What a block changes in the settings of the compiler while it is open.
 
 The compiler makes a limited number of versions of a piece of code; beyond that, it runs the code eagerly, or raises. The
-versions that are compiled for a block must not count against the user's own.
+versions that are compiled for a block must not count against the user's own. And Inductor joins the calls of the operator
+(:mod:`.together`), unless the user has a pass of their own there.
+
+Since 2.13 each thread, and each task, has settings of its own: a block that ends in another one changes none there.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any, Final
 
 from torch import nn
@@ -16,20 +19,16 @@ from typing_extensions import override
 
 from actrec._calls.compiled import Stance
 from actrec._calls.hooks import Hook
-from actrec._torch import LIMITS, compiler_config, count_graphs
+from actrec._torch import GRAPH_PASS, LIMITS, compiler_config, count_graphs, inductor_config
 
 from .hook import HookInGraph
 from .mark import Marks
+from .together import Together
 
-_changing: Final = threading.RLock()
+#: The blocks that are open in this thread, or task.
+_open: Final[ContextVar[tuple[Room, ...]]] = ContextVar("actrec rooms", default=())
 
-
-class _Open:
-    """How many blocks are open, by how much the limits were raised, and how many graphs there were before."""
-
-    blocks = 0
-    graphs = 0
-    given: dict[str, int]
+_TOGETHER: Final = Together()
 
 
 class Room(Stance):
@@ -37,6 +36,8 @@ class Room(Stance):
 
     hook = HookInGraph
     in_graph = True
+    _graphs = 0
+    _given: dict[str, int]
 
     @override
     def marks(
@@ -48,21 +49,29 @@ class Room(Stance):
     @override
     def __enter__(self) -> None:
         config = compiler_config()
-        with _changing:
-            _Open.blocks += 1
-            if _Open.blocks == 1:
-                _Open.graphs = count_graphs()
-                _Open.given = {limit: getattr(config, limit) for limit in LIMITS}
-                for limit, given in _Open.given.items():
-                    setattr(config, limit, getattr(config, limit) + given)
+        self._graphs = count_graphs()
+        self._given = {limit: getattr(config, limit) for limit in LIMITS}
+        for limit, given in self._given.items():
+            setattr(config, limit, getattr(config, limit) + given)
+        _replace_pass(None, _TOGETHER)
+        _open.set((*_open.get(), self))
 
     @override
     def __exit__(self, *_: object) -> None:
+        rooms = _open.get()
+        if self not in rooms:
+            return
+        _open.set(tuple(room for room in rooms if room is not self))
         config = compiler_config()
-        with _changing:
-            _Open.blocks -= 1
-            if _Open.blocks == 0:
-                # Somebody may have reset the counter.
-                used = max(0, count_graphs() - _Open.graphs)
-                for limit, given in _Open.given.items():
-                    setattr(config, limit, getattr(config, limit) - given + min(used, given))
+        # Somebody may have reset the counter.
+        used = max(0, count_graphs() - self._graphs)
+        for limit, given in self._given.items():
+            setattr(config, limit, getattr(config, limit) - given + min(used, given))
+        if not _open.get():
+            _replace_pass(_TOGETHER, None)
+
+
+def _replace_pass(expected: Any, new: Any) -> None:
+    config = inductor_config()
+    if getattr(config, GRAPH_PASS, new) is expected:
+        setattr(config, GRAPH_PASS, new)
