@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+from typing_extensions import override
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -457,8 +458,29 @@ def compiler_config() -> Any:
     return _of("torch._dynamo", "config")
 
 
-#: What an own pass of Inductor's over its graphs is set as: a setting of ``torch._inductor.config``.
-GRAPH_PASS: Final = "post_grad_custom_post_pass"
+#: The setting of Inductor for a pass of one's own over its graphs.
+CHANGES_GRAPHS: Final = "post_grad_custom_post_pass"
+
+
+def own_pass(function: Callable[[Any], None], version: str) -> Any:
+    """Return a pass that runs ``function``; the version of that is part of the keys of Inductor's caches."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: PLC0415
+
+    class Pass(CustomGraphPass):
+        @override
+        def __call__(self, graph: Any) -> None:
+            function(graph)
+
+        @override
+        def uuid(self) -> str:
+            return version
+
+    return Pass()
+
+
+def writes(operator: Any) -> bool:
+    """Whether an operator in a graph writes to one of its arguments."""
+    return isinstance(operator, torch._ops.OpOverload) and operator._schema.is_mutable
 
 
 def inductor_config() -> Any:

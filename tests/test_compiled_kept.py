@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -521,6 +522,90 @@ def test_where_weights_are_constants_of_the_graph_a_block_compiles_nothing_again
             with record(model, ["**", ""], inputs=True, compiled=True) as acts:
                 assert graphs_of(lambda: run(X)) == new
             assert torch.equal(acts[""][0], expected)
+
+
+def joining(graphs: list[torch.fx.Graph], *, writes: bool = False) -> Any:
+    """A backend that changes its graphs as Inductor does while a block is open, and runs them; some write in place."""
+
+    def compiler(module: torch.fx.GraphModule, _: Any) -> Any:
+        graph_pass = torch._inductor.config.post_grad_custom_post_pass
+        if graph_pass is not None:
+            if writes:
+                _, first, *_, last = (node for node in module.graph.nodes if tell in node.args)
+                with module.graph.inserting_before(last):
+                    add = torch.ops.aten.add_.Scalar, (first.kwargs["tensors"][0], 0)
+                    module.graph.call_function(*add)
+            graph_pass(module.graph)
+            module.recompile()
+            graphs.append(module.graph)
+        return torch._functorch.aot_autograd.make_boxed_func(module.forward)
+
+    return torch._dynamo.backends.common.aot_autograd(fw_compiler=compiler)
+
+
+def told(graph: torch.fx.Graph) -> list[int]:
+    """How much each call of the operator passes on."""
+    return [len(node.kwargs["keys"]) for node in graph.nodes if tell in node.args]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_inductor_is_told_to_join_what_is_kept_anyway(grad: bool) -> None:
+    model = Nested()
+    graphs: list[torch.fx.Graph] = []
+    run = torch.compile(lambda x: model(x), backend=joining(graphs))  # noqa: PLW0108
+    with torch.set_grad_enabled(grad):
+        both(model, ["**", ""], lambda _: [run(X), run(X + 1)], inputs=True)
+        (graph,) = graphs
+        first, rest = told(graph)
+        assert first == 1, "the pass has begun before anything runs"
+        assert rest > 10
+        both(model, {"relu": torch.clone, "pair": None}, lambda _: run(X))
+        assert len(told(graphs[1])) == 3, "what is not kept is told before what follows"
+    assert torch._inductor.config.post_grad_custom_post_pass is None
+
+
+def test_what_is_told_is_not_joined_across_what_writes_in_place() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    graphs: list[torch.fx.Graph] = []
+    run = torch.compile(model, backend=joining(graphs, writes=True))
+    with torch.no_grad():
+        both(model, "*", lambda _: run(X))
+    # The beginning of the pass, the values, and its end, which is behind the write.
+    assert told(graphs[0]) == [1, 4, 1]
+
+
+def test_a_pass_of_the_users_own_stays() -> None:
+    def own(_: torch.fx.Graph) -> None:
+        pass
+
+    with torch._inductor.config.patch(post_grad_custom_post_pass=own):
+        with pytest.warns(UnusedLayerWarning), record(Net(), compiled=True):
+            assert torch._inductor.config.post_grad_custom_post_pass is own
+        assert torch._inductor.config.post_grad_custom_post_pass is own
+
+
+def test_the_limits_of_each_thread_are_as_before_when_blocks_of_several_end() -> None:
+    limit = torch._dynamo.config.recompile_limit
+    blocks = [record(Net(), compiled=True) for _ in range(3)]
+    blocks[0].__enter__()
+
+    def work() -> tuple[int, int]:
+        own = torch._dynamo.config.recompile_limit
+        with pytest.warns(UnusedLayerWarning):
+            blocks[1].__enter__()
+            inside = torch._dynamo.config.recompile_limit
+            blocks[1].__exit__(None, None, None)
+            blocks[2].__exit__(None, None, None)  # which another thread has entered
+        return inside - own, torch._dynamo.config.recompile_limit - own
+
+    blocks[2].__enter__()
+    with ThreadPoolExecutor() as pool:
+        inside, behind = pool.submit(work).result()
+    assert inside > 0
+    assert behind == 0
+    with pytest.warns(UnusedLayerWarning):
+        blocks[0].__exit__(None, None, None)
+    assert torch._dynamo.config.recompile_limit >= limit
 
 
 # --- What the compiler reads -------------------------------------------------------------------------------

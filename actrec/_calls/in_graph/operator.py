@@ -7,7 +7,7 @@ A tensor says which hook a call is for (:func:`key_to`): a number would be a con
 are compiled alike would need twelve graphs.
 
 One call of it passes on one value, or several in their order (:mod:`.together`): its lists hold what belongs to each,
-and its text has a line for each.
+and its text describes one after the other.
 """
 
 from __future__ import annotations
@@ -103,12 +103,11 @@ def _tell_watched(
     outline: str,
     leaf: int,
     views: list[int],
-    key: Tensor,
-    token: Tensor,
+    *to: Tensor,
 ) -> Tensor:
     """The same, for a value that gradients may reach. Return the ticket to pass to :func:`_tell_gradient` with them."""
     with watching(leaf, views) as watched:
-        _tell(tensors, numbers, outline, [key], False, token)  # noqa: FBT003
+        _tell(tensors, numbers, outline, [to[0]], False, to[1])  # noqa: FBT003
     number = next(_ticket_numbers)
     ticket = _Ticket(number.to_bytes(8, sys.byteorder))
     ticket.watched = watched
@@ -149,10 +148,10 @@ def _nothing(*_: object) -> None:
 
 _library: Final[Any] = torch.library.Library("actrec", "FRAGMENT")  # type: ignore[no-untyped-call]
 _VALUE = "Tensor[] tensors, SymInt[] numbers, str outlines"
-_TOKEN = "Tensor(a!) token"
+_TO = "Tensor(a!) token"
 _OPERATORS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
-    f"tell_2({_VALUE}, Tensor[] keys, bool late, {_TOKEN}) -> ()": (_tell, _nothing),
-    f"tell_watched_2({_VALUE}, int leaf, int[] views, Tensor key, {_TOKEN}) -> Tensor": (
+    f"tell_2({_VALUE}, Tensor[] keys, bool late, {_TO}) -> ()": (_tell, _nothing),
+    f"tell_watched_2({_VALUE}, int leaf, int[] views, Tensor key, {_TO}) -> Tensor": (
         _tell_watched,
         _any_ticket,
     ),

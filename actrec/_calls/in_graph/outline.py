@@ -31,7 +31,7 @@ _NAMED = (
 
 
 def encode(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
-    """Append the tensors and integers of ``value`` to the empty lists, each tensor once, and return the rest as a line."""
+    """Append the tensors and integers of ``value`` to empty lists, each tensor once, and return the rest as a text."""
     text = _encode(value, tensors, numbers)
     return f"({len(tensors)}, {len(numbers)}, {text})"
 
@@ -95,7 +95,7 @@ _Fill: TypeAlias = Callable[["Sequence[Tensor]", "Sequence[int]"], Any]
 
 
 def values(outlines: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Iterator[Any]:
-    """Rebuild the value of each line, from the next of the tensors and integers."""
+    """Rebuild the values of texts with commas between them, each from the next of the tensors and integers."""
     tensor = number = 0
     for of_tensors, of_numbers, fill in _parsed(outlines):
         if fill is _first:  # the shortest way
@@ -109,7 +109,7 @@ def values(outlines: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> 
 
 @lru_cache(maxsize=4096)
 def _parsed(outlines: str) -> list[tuple[int, int, _Fill]]:
-    parsed = map(ast.literal_eval, outlines.split("\n"))
+    parsed = ast.literal_eval(f"[{outlines}]")
     return [(tensors, numbers, _filling(what)) for tensors, numbers, what in parsed]
 
 

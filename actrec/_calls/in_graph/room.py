@@ -19,16 +19,24 @@ from typing_extensions import override
 
 from actrec._calls.compiled import Stance
 from actrec._calls.hooks import Hook
-from actrec._torch import GRAPH_PASS, LIMITS, compiler_config, count_graphs, inductor_config
+from actrec._torch import (
+    CHANGES_GRAPHS,
+    LIMITS,
+    compiler_config,
+    count_graphs,
+    inductor_config,
+    own_pass,
+)
 
 from .hook import HookInGraph
 from .mark import Marks
-from .together import Together
+from .operator import tell
+from .together import join
 
 #: The blocks that are open in this thread, or task.
 _open: Final[ContextVar[tuple[Room, ...]]] = ContextVar("actrec rooms", default=())
 
-_TOGETHER: Final = Together()
+_JOIN: Final = own_pass(join, str(tell))
 
 
 class Room(Stance):
@@ -53,7 +61,7 @@ class Room(Stance):
         self._given = {limit: getattr(config, limit) for limit in LIMITS}
         for limit, given in self._given.items():
             setattr(config, limit, getattr(config, limit) + given)
-        _replace_pass(None, _TOGETHER)
+        _replace_pass(None, _JOIN)
         _open.set((*_open.get(), self))
 
     @override
@@ -68,10 +76,10 @@ class Room(Stance):
         for limit, given in self._given.items():
             setattr(config, limit, getattr(config, limit) - given + min(used, given))
         if not _open.get():
-            _replace_pass(_TOGETHER, None)
+            _replace_pass(_JOIN, None)
 
 
 def _replace_pass(expected: Any, new: Any) -> None:
     config = inductor_config()
-    if getattr(config, GRAPH_PASS, new) is expected:
-        setattr(config, GRAPH_PASS, new)
+    if getattr(config, CHANGES_GRAPHS, new) is expected:
+        setattr(config, CHANGES_GRAPHS, new)
