@@ -104,7 +104,7 @@ class Forward:
             self.own = vars(self.module).get("forward")
             update_wrapper(self, self.forward, updated=())
             vars(self.module)["forward"] = self
-            vars(self.module).setdefault("__getstate__", _State(self.module))
+            vars(self.module).setdefault("__getstate__", State(self.module))
 
     def remove(self) -> None:
         """Take it off again, unless somebody has put another forward in its place meanwhile."""
@@ -123,11 +123,11 @@ class Forward:
                     above.forward, above.own = self.forward, self.own
                 above = above.own
             is_last = not isinstance(attributes.get("forward"), Forward)
-            if is_last and isinstance(attributes.get("__getstate__"), _State):
+            if is_last and isinstance(attributes.get("__getstate__"), State):
                 del attributes["__getstate__"]
 
 
-class _State:
+class State:
     """What a module says to be its state, in a copy or a pickle: that without a replaced ``forward``."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -138,11 +138,15 @@ class _State:
         if not isinstance(found, dict):  # the class has a state of its own kind
             return found
         kept = {name: value for name, value in found.items() if value is not self}
-        own = kept.get("forward")
-        while isinstance(own, Forward):
-            own = own.own
-        kept.pop("forward", None)
+        own = without_any(kept.pop("forward", None))
         return kept if own is None else kept | {"forward": own}
+
+
+def without_any(forward: Any) -> Any:
+    """Return ``forward``, or the forward that it replaced, if it is of a block."""
+    while isinstance(forward, Forward):
+        forward = forward.own
+    return forward
 
 
 def without_ended(forward: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any, Final, TypeAlias
 from torch import nn
 from typing_extensions import override
 
-from actrec._calls.forwards import Forward, placing, without_ended
+from actrec._calls.forwards import Forward, State, placing, without_any, without_ended
 from actrec._torch import REPLICATE, is_compiled_wrapper
 
 #: The copies of forwards that one selection has, by what they are copies of.
@@ -92,7 +92,8 @@ class _Mark:
     def place(self) -> None:
         attributes = vars(self.module)
         for name in _METHODS:
-            attributes.setdefault(name, _Inert(self, name))
+            if isinstance(attributes.get(name), (State, type(None))):
+                attributes[name] = _Inert(self, name)
         _marks.setdefault(self.module, []).append(self)
         attributes["forward"] = self.forward
 
@@ -108,6 +109,8 @@ class _Mark:
                 del attributes[name]
                 if others:
                     attributes[name] = _Inert(others[0], name)
+                elif name == _STATE and _is_replaced(attributes.get("forward"), self.forward, own):
+                    attributes[name] = State(self.module)
         if attributes.get("forward") is self.forward:
             del attributes["forward"]
             if own is not None:
@@ -121,6 +124,11 @@ class _Mark:
             above = _standing(above.own, others)
 
 
+def _is_replaced(forward: Any, marked: Any, own: Any) -> bool:
+    """Whether a block that ends early has replaced the forward of a module, besides the one that ``marked`` is of."""
+    return isinstance(own if forward is marked else forward, Forward)
+
+
 def _standing(forward: Any, marks: list[_Mark]) -> _Mark | Forward | None:
     """Return the mark that has set ``forward`` on the module, or ``forward`` if it is a :class:`Forward`."""
     if isinstance(forward, Forward):
@@ -129,7 +137,8 @@ def _standing(forward: Any, marks: list[_Mark]) -> _Mark | Forward | None:
 
 
 #: The methods that make a copy, a pickle or a replica of a module.
-_METHODS: Final = ("__getstate__", REPLICATE)
+_STATE: Final = "__getstate__"
+_METHODS: Final = (_STATE, REPLICATE)
 #: The marks of all open blocks.
 _marks: MutableMapping[nn.Module, list[_Mark]] = weakref.WeakKeyDictionary()
 
@@ -173,7 +182,7 @@ class _Inert:
         state = vars(found) if isinstance(found, type(module)) else found
         if not isinstance(state, dict):  # the class has its own kind of state
             return found
-        own = without_ended(self._mark.own)
+        own = without_any(self._mark.own)
         kept = {name: value for name, value in state.items() if not isinstance(value, _Inert)}
         kept.pop("forward", None)
         if own is not None:
