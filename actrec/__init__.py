@@ -102,8 +102,8 @@ __all__ = [
 ]
 
 _MODULES = ("data", "plot", "reduce", "store", "testing")
-#: Where the names are that are imported when they are first asked for: the command line shows its help without PyTorch, and
-#: who records into memory does not wait for the store.
+#: Names imported on first use, and their modules: so ``actrec --help`` does not wait for PyTorch, nor a recording in memory
+#: for the store.
 _HOMES = {
     "attention": "_attention",
     "Recorder": "_calls.recorder",
@@ -130,7 +130,7 @@ def __getattr__(name: str) -> Any:
         return found
     if name == "__version__":
         return own_version()
-    if name.startswith("_"):  # Python asks for such names itself: nothing is imported for them
+    if name.startswith("_"):  # Python looks for such names itself: nothing is imported for them
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
     from actrec._recordings.instead import no_name  # noqa: PLC0415

@@ -1,6 +1,6 @@
-"""``actrec show PATH`` and its like: stored recordings on the command line. ``python -m actrec`` is the same.
+"""The command line: ``actrec show PATH`` and other commands for stored recordings. ``python -m actrec`` is the same.
 
-A path may be the URL of an object store, which fsspec has to be able to open without being told more.
+A path may be the URL of an object store that fsspec can open without further options.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._text import own_version
 
 __all__ = ["main", "run"]
 
-#: What is printed, and whether it is a problem.
+#: Lines to print, each with whether it is a problem.
 _Lines: TypeAlias = Iterator[tuple[object, bool]]
 
 
@@ -75,14 +75,12 @@ def _parser() -> argparse.ArgumentParser:
         masked.add_argument(
             "--mask",
             metavar="NAME",
-            help="leave out what the mask of that name leaves out, such as padding",
+            help="leave out positions where the mask with that name is 0, such as padding",
         )
     command(
         "verify", _verify, "check a recording, its data included, and list every problem", "path"
     )
-    report = command(
-        "report", _report, "write a page of HTML about a recording, with charts", "path"
-    )
+    report = command("report", _report, "write an HTML page about a recording, with charts", "path")
     report.add_argument(
         "-o",
         "--output",
@@ -93,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _watched() -> bool:
-    """Whether somebody sees how far a command is: progress goes to stderr."""
+    """Whether to show progress: stderr is a terminal."""
     return sys.stderr.isatty()
 
 

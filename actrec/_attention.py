@@ -1,4 +1,4 @@
-"""Attention maps of what a fused attention received: PyTorch's kernels return the mixed values alone."""
+"""Attention maps, computed from the inputs of fused attention: PyTorch's kernels return only the mixed values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import OptionError
 
 #: So many elements of a map are computed at a time.
 BLOCK: Final = 1 << 22
-#: How many roundings of its dtype an output may be away from what the map gives.
+#: By how many roundings of its dtype an output may differ from the one that the map gives.
 _ROUNDINGS: Final = 16
 
 
@@ -29,7 +29,7 @@ def attention(
     enable_gqa: bool = False,
     output: Tensor | None = None,
 ) -> Tensor:
-    r"""Return the attention map of a call of ``scaled_dot_product_attention``, of what it received.
+    r"""Return the attention map of a call of ``scaled_dot_product_attention``, computed from its arguments.
 
     >>> import torch, actrec
     >>> class Attention(torch.nn.Module):
@@ -43,13 +43,12 @@ def attention(
     >>> weights = actrec.attention(**received, output=acts[name][0])
     >>> weights.shape
     torch.Size([2, 4, 5, 5])
-    >>> weights[0, 0, 0]  # the first token sees itself alone
+    >>> weights[0, 0, 0]  # the first token sees only itself
     tensor([1., 0., 0., 0., 0.])
 
-    The parameters are those of the function, so that what was recorded of a call can be given as it is. The map is computed
-    in blocks over batch and heads, so that besides it a few megabytes are needed, or what the keys and values of one head take
-    in ``float32``; where all maps are too large to be
-    kept, let a transform of the inputs make less of each one while the model runs:
+    The parameters are those of the function, so recorded arguments can be passed directly. The map is computed in blocks over
+    batch and heads, which need a few megabytes besides the map, or the keys and values of one head in ``float32``. If the maps
+    are too large to be kept, reduce each one in a transform of the inputs while the model runs:
     ``record(model, (), inputs={"**:scaled_dot_product_attention": lambda given: actrec.attention(**given).mean(1)})``.
 
     Args:
@@ -58,19 +57,19 @@ def attention(
         value: :math:`(*, H, S, E_v)`. Needed only to check ``output``.
         attn_mask: :math:`(*, H, L, S)` or a shape that broadcasts to it: boolean, true where a key is seen, or added to the
             scores.
-        dropout_p: 0: what was dropped is not known.
+        dropout_p: must be 0, because it is unknown which weights were dropped.
         is_causal: whether query :math:`i` sees the keys up to :math:`i`.
-        scale: of the scores; :math:`1/\sqrt{E}` by default.
+        scale: the factor of the scores; :math:`1/\sqrt{E}` by default.
         enable_gqa: whether several heads of the queries share one of the keys.
-        output: what the call returned. If it is given, ``weights @ value`` has to agree with it, up to rounding.
+        output: the output of the call. If it is given, ``weights @ value`` must agree with it, up to rounding.
 
     Returns:
         A new tensor of shape :math:`(*, H, L, S)`, on the device of ``query``: ``float32``, or ``float64`` if ``query`` is. It is
         not part of a graph. A query that sees no key has zeros.
 
     Raises:
-        OptionError: there was dropout, or ``output`` is not what these weights give: attention was computed in another
-            way, or the two are not of one call.
+        OptionError: there was dropout, or ``output`` differs from the result of these weights: attention was computed in
+            another way, or the arguments are of different calls.
     """
     if dropout_p:
         message = (
@@ -79,7 +78,7 @@ def attention(
         )
         raise OptionError(message)
     if is_causal and attn_mask is not None:
-        message = "attention(is_causal=True): with a mask besides; PyTorch takes one of the two."
+        message = "attention(is_causal=True, attn_mask=...): PyTorch takes only one of the two."
         raise OptionError(message)
     if output is not None and value is None:
         message = "attention(output=...): give the values too, to check it: attention(query, key, value, output=...)."
@@ -103,12 +102,12 @@ def attention(
 
 
 def _expanded(tensor: Tensor | None, heads: torch.Size) -> Tensor | None:
-    """The same for each of the heads, as a view."""
+    """Return the tensor expanded to all heads, as a view."""
     return None if tensor is None else tensor.expand(*heads, *tensor.shape[-2:])
 
 
 def _blocks(tensors: list[Any]) -> Iterator[list[Any]]:
-    """Take tensors apart along batch and heads, until all are small, or there is one head."""
+    """Split tensors along batch and heads, until all are small, or there is one head."""
     first = tensors[0]
     is_small = all(tensor is None or tensor.numel() <= BLOCK for tensor in tensors)
     if is_small or first.dim() == 2:  # noqa: PLR2004  # a map
@@ -119,7 +118,7 @@ def _blocks(tensors: list[Any]) -> Iterator[list[Any]]:
 
 
 def _compute(block: list[Any], *, scale: float, is_causal: bool) -> None:
-    """Fill in a block of the map, some queries at a time."""
+    """Compute a block of the map, some queries at a time."""
     weights, mask, query, output, key, value = block
     keys = key.shape[-2]
     key = key.to(weights.dtype)

@@ -40,8 +40,8 @@ class Layers(Rows[LayerRow]):
     ==============  ==========================================================================
     ``layer``       the name that :func:`actrec.record` takes; ``''`` is the model itself
     ``type``        the type of the module
-    ``parameters``  the number of elements of its parameters, those of the modules in it included
-    ``also``        its other names, where a module is used in several places
+    ``parameters``  the number of elements of its parameters, including those of the modules in it
+    ``also``        its other names, if a module is used in several places
     ==============  ==========================================================================
     """
 
@@ -83,32 +83,32 @@ def layers(
     0      Linear          15
     2      Linear           8
 
-    The model is not called, and not changed. Functions that its modules call, such as ``x + y``, are layers, too, whose names are
-    known when it is called: ``record(model, "**:*")`` records all of them, in execution order.
+    The model is neither called nor changed. Functions that its modules call, such as ``x + y``, can be recorded too, but their
+    names are known only when the model is called: ``record(model, "**:*")`` records all of them, in execution order.
 
     Args:
         model: any ``torch.nn.Module``.
-        layers: the layer queries, as :func:`actrec.record` takes them; by default every module that can be recorded, which
-            containers such as ``ModuleList`` cannot: they are never called.
+        layers: the layer queries, as :func:`actrec.record` takes them; by default every module that can be recorded. (Containers
+            such as ``ModuleList`` cannot: they are never called.)
 
     Returns:
         A :class:`Layers`: a tuple of rows, in the order of the model or of the queries. ``pandas.DataFrame(layers(model))``
         makes a data frame of it.
 
     Raises:
-        UnsupportedModelError: ``model`` is not a module, or of a kind in which hooks never run.
+        UnsupportedModelError: ``model`` is not a module, or is of a kind in which hooks never run.
         SelectionError: a query matches nothing, or only containers; or it asks for functions.
-        OptionError: a mapping gives something else for a transform.
+        OptionError: a value of a mapping is not a transform.
     """
     queries = (lambda *_: True) if layers is None else layers
     try:
         selection = select(model, queries)
-    except ActrecError as error:  # which names the call that most queries are of
+    except ActrecError as error:  # its message names record()
         raise type(error)(re.sub(r"^record\(\)", "layers()", str(error))) from None
     if selection.functions:
         message = (
-            f"layers(): {selection.functions[0].query!r} asks for functions, which are known when the model is called: call it in "
-            "record(model, '**:*'), which records all of them."
+            f"layers(): {selection.functions[0].query!r} asks for functions, which are known only when the model is called: call it "
+            "in record(model, '**:*'), which records all of them."
         )
         raise SelectionError(message)
     found = Layers(_row(choice) for choice in selection.choices)

@@ -1,11 +1,11 @@
-"""Progress of what takes long: a wrapper of iterables that shows how many of all items have been worked off.
+"""Progress of long operations: a wrapper of iterables that shows how many of all items are done.
 
 >>> with showing("adding", 3, progress=False) as each:
 ...     sum(each([1, 2, 3]))
 6
 
-It is shown where somebody has asked for it, by ``progress=True`` or with a command on a terminal, and never from inside a
-hook. With ``tqdm`` it is a bar, without it one line of text, on stderr.
+It is shown only on request, by ``progress=True`` or in a command on a terminal, and never from inside a hook. With ``tqdm``
+it is a bar, without it one line of text, on stderr.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, Final, Protocol, TypeVar
 
 T = TypeVar("T")
 
-#: Seconds between two lines, on a terminal, where each takes the place of the one before, and in a file.
+#: Seconds between two lines: on a terminal, where each replaces the one before, and in a file.
 _OFTEN: Final = 0.1
 _SELDOM: Final = 10.0
 
 
 class Each(Protocol):
-    """Wraps an iterable: each of its items counts as done when the next one is asked for."""
+    """Wraps an iterable: an item counts as done when the next one is requested."""
 
     def __call__(self, items: Iterable[T], /) -> Iterable[T]:
         """Return an iterable of the same items."""
@@ -33,15 +33,15 @@ class Each(Protocol):
 
 @contextmanager
 def showing(what: str, total: int, *, progress: bool) -> Iterator[Each]:
-    """Show how far a piece of work is, while the block runs.
+    """Show the progress of an operation while the ``with`` block runs.
 
     Args:
-        what: the work, such as "statistics".
-        total: how many items there are, in all iterables that are going to be wrapped.
-        progress: whether it is shown.
+        what: the operation, such as "statistics".
+        total: the number of items in all iterables that will be wrapped.
+        progress: whether to show it.
 
     Returns:
-        A context manager that gives the wrapper.
+        A context manager that yields the wrapper.
     """
     if not (progress and total):
         yield unseen
@@ -62,7 +62,7 @@ def unseen(items: Iterable[T], /) -> Iterable[T]:
 
 
 def _bar() -> Callable[..., Any]:
-    """What makes a bar: ``tqdm`` where it is installed."""
+    """Return ``tqdm`` if it is installed, else :class:`_Line`."""
     try:
         made: Callable[..., Any] = import_module("tqdm.auto").tqdm
     except ImportError:
@@ -71,7 +71,7 @@ def _bar() -> Callable[..., Any]:
 
 
 class _Line:
-    """A line of text, with those methods of ``tqdm`` that are used here."""
+    """A line of text, with the methods of ``tqdm`` that are used here."""
 
     def __init__(self, *, total: int, desc: str, leave: bool) -> None:
         self._total, self._what, self._leave = total, desc, leave

@@ -1,6 +1,6 @@
-"""Which rank of which run a process is, as far as it can be known without asking the others.
+"""The rank and the run of this process, as far as they can be determined without communication.
 
-Nothing here communicates: ``torch.distributed`` knows its own rank, and launchers say it in the environment.
+``torch.distributed`` has its own rank, and launchers set it in the environment.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Final, NamedTuple
 
 from torch import distributed
 
-#: So many ranks may be in a run.
+#: The largest number of ranks in a run.
 MAX_RANKS: Final = 100_000
 
-#: Stands for the run of ranks that nothing names, and that were told to go on with whatever is there: they are one run.
+#: The name of the run of ranks whose run has no name, and that resume whatever is there: they count as one run.
 ANY_RUN: Final = "0" * 32
 
-#: Where launchers besides torchrun name a launch, alike for all its processes: PMIx (Open MPI, PRRTE, Slurm), Open MPI
-#: before that, Intel MPI, PMI (MPICH, Slurm), PALS, Flux, and Slurm itself.
+#: The variables in which launchers other than torchrun name a launch, equal in all its processes: PMIx (Open MPI, PRRTE,
+#: Slurm), earlier Open MPI, Intel MPI, PMI (MPICH, Slurm), PALS, Flux, and Slurm itself.
 _LAUNCHES: Final = (
     ("PMIX_NAMESPACE",),
     ("OMPI_MCA_ess_base_jobid",),
@@ -31,9 +31,9 @@ _LAUNCHES: Final = (
     ("FLUX_JOB_ID",),
     ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
 )
-#: And where they say how many processes it has.
+#: The variables in which they set the number of processes.
 _SIZES: Final = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "FLUX_JOB_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")  # fmt: skip
-_UNNAMED: Final = {"", "none"}  # what torchrun says if it was given no --rdzv-id
+_UNNAMED: Final = {"", "none"}  # the name that torchrun sets without --rdzv-id
 
 
 class Position(NamedTuple):
@@ -41,15 +41,15 @@ class Position(NamedTuple):
 
     rank: int = 0
     ranks: int = 1  # how many there are
-    #: The same in all processes of a run, and in no other run; of a process that is alone, never the same again;
-    #: ``None`` if nothing says which run this is.
+    #: The name of the run: equal in all its processes, and different from other runs; unique for a single process;
+    #: ``None`` if it is unknown.
     run: str | None = None
 
     def has(self, at: int) -> bool:
-        """Whether item number ``at``, of those that all ranks are given, is this rank's: one of each ``ranks`` in a row.
+        """Whether item number ``at`` of the items that all ranks get is this rank's: one of every ``ranks`` successive items.
 
-        Which one, the name of the run decides: what a rank that has died leaves behind is spread over all ranks of the next
-        run, and no rank has to know what the others have done.
+        Which one depends on the name of the run: the items that a dead rank has left are spread over all ranks of the next
+        run, without communication.
         """
         if self.ranks == 1:
             return True
@@ -59,26 +59,26 @@ class Position(NamedTuple):
 
 
 def here(rank: int | None = None, ranks: int | None = None, run: str | None = None) -> Position:
-    """Return the position of this process; ``rank``, ``ranks`` and ``run`` are what the user says, who knows best."""
+    """Return the position of this process; ``rank``, ``ranks`` and ``run`` are given by the user, and take precedence."""
     if rank is None or ranks is None:
         rank, ranks = placed()
     return Position(rank, ranks, _run(ranks, run))
 
 
 def placed() -> tuple[int, int]:
-    """The rank of this process, and how many ranks there are."""
+    """Return the rank of this process, and how many ranks there are."""
     return _initialized() or _launched() or (0, 1)
 
 
 def _initialized() -> tuple[int, int] | None:
-    """What ``torch.distributed`` says."""
+    """Return what ``torch.distributed`` says, if it is initialised."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return None
 
 
 def _launched() -> tuple[int, int] | None:
-    """What ``torchrun`` says, also before the process group is there."""
+    """Return what ``torchrun`` has set in the environment, also before the process group is initialised."""
     try:
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
@@ -96,16 +96,16 @@ def _run(ranks: int, name: str | None) -> str | None:
 
 
 def _facts(said: Mapping[str, str], ranks: int) -> list[str] | None:
-    """What names this run, of what the launcher says: nothing that another run may have as well."""
+    """Return values of the launcher's environment that together identify this run; ``None`` if another run may have the same."""
     if said.get("TORCHELASTIC_RUN_ID", "") not in _UNNAMED:
-        # How often it restarted its processes is not among it. The port is another one for each launch, as a rule.
+        # Without the number of restarts, which belong to the run. The port usually differs between launches.
         named = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
         return [said.get(name, "") for name in named]
     if "TORCHELASTIC_RUN_ID" in said and said.get("LOCAL_WORLD_SIZE") == str(ranks):
         return _parent()  # one torchrun has started all processes
     size = next((said[name] for name in _SIZES if name in said), None)
     if size not in {None, str(ranks), said.get("GROUP_WORLD_SIZE")}:
-        return None  # it has started a shell, say, in which there may be many runs; not the ranks, nor a torchrun for each node
+        return None  # the launcher has started something else, such as a shell, in which there may be many runs
     for names in _LAUNCHES:
         if names[0] in said:
             return [said.get(name, "") for name in names]
@@ -113,10 +113,10 @@ def _facts(said: Mapping[str, str], ranks: int) -> list[str] | None:
 
 
 def _parent() -> list[str]:
-    """What tells the parent of this process from all others: where it runs, its number, and since when it has had it."""
+    """Return values that identify the parent process: its machine, its process id, and its start time."""
     try:
         machine = Path("/proc/sys/kernel/random/boot_id").read_text()
         began = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         machine, began = str(uuid.getnode()), ""
     return [machine, str(os.getppid()), began]

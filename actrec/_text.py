@@ -1,4 +1,4 @@
-"""Words for people: sizes, counts and names, as tables and messages show them."""
+"""Sizes, counts and names, as tables and messages show them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UNITS: Final = ("kB", "MB", "GB", "TB", "PB")
 
 
 def own_version() -> str:
-    """Return the version of actrec, as the package says it; ``"unknown"`` where it was never installed."""
+    """Return the version of actrec from the package metadata; ``"unknown"`` if it is not installed."""
     try:
         return version("actrec")
     except PackageNotFoundError:
@@ -19,7 +19,7 @@ def own_version() -> str:
 
 
 def size(nbytes: int) -> str:
-    """Return ``"4.9 MB"``: powers of 1,000, as disks and torch's own messages about files count.
+    """Return ``"4.9 MB"``: with powers of 1,000, like sizes of disks.
 
     >>> size(120), size(4_900_000)
     ('120 B', '4.9 MB')
@@ -44,7 +44,7 @@ def count(number: int, noun: str) -> str:
 
 
 def shown(name: str) -> str:
-    r"""Return a name as it is, or quoted if it is empty or would upset a table.
+    r"""Return a name unchanged, or quoted if it is empty or would break a table.
 
     >>> shown("conv1"), shown(""), shown("two\nlines")
     ('conv1', "''", "'two\\nlines'")
@@ -64,7 +64,7 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def function_name(function: Callable[..., object] | None) -> str | None:
-    """Return the name of a function, or of the class of what can be called like one; ``None`` where there is none.
+    """Return the name of a function, or of the class of another callable; ``None`` for ``None``.
 
     >>> function_name(print), function_name(None)
     ('print', None)
@@ -76,7 +76,7 @@ def function_name(function: Callable[..., object] | None) -> str | None:
 
 
 def folded(names: Iterable[str], least: int = 3) -> list[str]:
-    """Return names in which numbers are stars, where that makes one of ``least`` or more: ``h.*.attn``.
+    """Return names, with ``least`` or more that differ only in numbers as one pattern: ``h.*.attn``.
 
     >>> folded(["h.0.attn", "h.1.attn", "h.2.attn", "head"])
     ['h.*.attn', 'head']

@@ -21,7 +21,7 @@
 
     UnusedLayerWarning              nothing was recorded of a chosen layer
     IncompleteLayerWarning          calls of a chosen layer are missing, or may differ from what it returned
-    ResumeWarning                   a run goes on by the number of passes, and a pass may not be what is worked off
+    ResumeWarning                   a run is resumed by the number of passes, and a pass may be only a part of a work item
     MissingGradientWarning          a gradient of a chosen layer cannot arrive, or is not defined
     OverflowWarning                 values overflowed in the cast to ``dtype``
     UnlockedWarning                 a folder that is recorded into cannot be locked
@@ -64,7 +64,7 @@ class ActrecError(Exception):
 
 
 class UnsupportedModelError(ActrecError, TypeError):
-    """The model is not a module, or of a kind whose layers run no hooks, such as a TorchScript module."""
+    """The model is not a module, or is of a kind whose layers run no hooks, such as a TorchScript module."""
 
 
 class OptionError(ActrecError, ValueError):
@@ -124,7 +124,7 @@ class RecordingNotFoundError(ActrecError, FileNotFoundError):
 
 
 class ResumeError(ActrecError, ValueError):
-    """A stored recording, or the state of a dataset, is of other layers or options; the message says which."""
+    """A stored recording, or the state of a dataset, has other layers or options; the message says which."""
 
 
 class WriteError(ActrecError, OSError):
@@ -152,7 +152,7 @@ class OverflowWarning(UserWarning):
 
 
 class ResumeWarning(UserWarning):
-    """A run that is resumed goes on by the number of passes, and a pass seems not to be what is worked off."""
+    """A run is resumed by the number of passes, and a pass seems to be only a part of a work item."""
 
 
 class UnusedLayerWarning(UserWarning):
@@ -160,4 +160,4 @@ class UnusedLayerWarning(UserWarning):
 
 
 class UnlockedWarning(UserWarning):
-    """A folder that is recorded into cannot be locked, so nothing stops another run from recording there too."""
+    """A folder that is recorded into cannot be locked, so another run could record there too."""

@@ -1,4 +1,4 @@
-"""For your own tests: a check that nothing was left on a model.
+"""For your own tests: a check that no hook was left on a model.
 
 >>> import torch
 >>> from actrec import record, testing
@@ -34,13 +34,13 @@ def assert_unhooked(model: nn.Module) -> None:
     AssertionError: assert_unhooked(): hooks of actrec are on '', '0' of this Sequential...
     >>> assert_unhooked(model)
 
-    Call it after the block. Hooks of others do not matter, and nothing is changed.
+    Call it after the block. Hooks of others do not count, and nothing is changed.
 
     Args:
-        model: What was recorded.
+        model: the recorded model.
 
     Raises:
-        AssertionError: A hook is left; the message names the modules.
+        AssertionError: a hook is left; the message names the modules.
     """
     hooked = [name for name, module in model.named_modules() if _has_hooks(module)]
     if hooked:

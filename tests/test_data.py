@@ -391,7 +391,7 @@ def added(**values: Any) -> Any:
 z = torch.zeros
 A = [z(4, 3), z(4, 3)]
 REFUSED: dict[str, tuple[Any, list[Any], dict[str, Any], type[Exception], str]] = {
-    "none": ({"a": A}, [], {}, OptionError, r"no layer was named. rows\(recording, ''\), say"),
+    "none": ({"a": A}, [], {}, OptionError, r"no layer was named. Write rows\(recording, ''\)"),
     "number": ({"a": A}, [3], {}, OptionError, "3 is not a layer. Give the name of one"),
     "nothing": ({"a": A}, [()], {}, OptionError, r"\(\) is not a layer. Give the name of one"),
     "calls": ({"a": A, "b": A[:1]}, ["a", "b"], {}, AlignmentError, "'a' has 2, 'b' has 1, and call 1 is in pass 1 of 'a' and missing of 'b'"),

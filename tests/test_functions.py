@@ -981,7 +981,7 @@ def test_functions_inside_torch_func_are_told_where_a_glob_asks_for_all() -> Non
     [
         ("blocks.7:add", "Did you mean 'blocks"),
         ("blocks:add", "a container that is never called"),
-        ("blocks.0:", "names no function behind the colon"),
+        ("blocks.0:", "names no function after the colon"),
         ([], "no layers were given"),
     ],
 )
@@ -1010,7 +1010,7 @@ def test_inputs_and_gradients_of_functions_can_be_asked_for_alone(what: str) -> 
 
 
 def test_the_table_of_a_models_layers_says_how_to_find_functions() -> None:
-    with pytest.raises(SelectionError, match="are known when the model is called"):
+    with pytest.raises(SelectionError, match="are known only when the model is called"):
         layers(Net(), "blocks.*:add")
 
 

@@ -191,7 +191,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "Name them: grads='conv1'",
     ),
     "an empty list": ({"inputs": []}, SelectionError, r"inputs=\[\].*False means none"),
-    "None": ({"grads": None}, OptionError, r"grads=None.*False means none, True the layers"),
+    "None": (
+        {"grads": None},
+        OptionError,
+        r"grads=None.*expected False for none, True for the layers",
+    ),
     "no such layer": ({"grads": "3"}, SelectionError, "'3' matches no layer"),
     "no transform": ({"inputs": {"2": 3}}, OptionError, "gives '2' 3; expected a transform"),
     "a graph that ends": (

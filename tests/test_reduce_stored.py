@@ -378,7 +378,7 @@ def test_what_cannot_be_meant_is_refused(layers: Any, options: Any, message: str
 def test_a_reduction_that_has_taken_in_something_is_refused() -> None:
     used = reduce.Norms()
     used.update(torch.ones(2, 3))
-    with pytest.raises(OptionError, match="the Norms has taken in 2 rows already"):
+    with pytest.raises(OptionError, match="the Norms has 2 rows already"):
         record(Net(), {"up": used})
 
 
@@ -416,14 +416,14 @@ def test_a_run_goes_on_with_the_same_reduction_alone(tmp_path: Path) -> None:
             lambda value: {**value, "passes": torch.tensor([[0, 2, 1]])},
             "passes that are not committed",
         ),
-        (lambda value: {**value, "states": [{"ord": 2.0}]}, "rows has to be a tensor of 0"),
+        (lambda value: {**value, "states": [{"ord": 2.0}]}, "rows must be a tensor of 0"),
         (
             lambda value: {**value, "states": [{**value["states"][0], "ord": -1}]},
             "not one of Norms",
         ),
         (
             lambda value: {**value, "states": [{**value["states"][0], "_total": torch.ones(2, 2)}]},
-            "_total has to be a tensor of 1 dimension",
+            "_total must be a tensor of 1 dimension",
         ),
         (
             lambda value: {

@@ -323,7 +323,7 @@ PATHS: dict[str, tuple[Any, str]] = {
     "bytes": (b"run.html", "expected the path of a file"),
     "URL": ("s3://bucket/run.html", "a report is a file on disk"),
     "folder": (".", "that is a folder. Name a file in it: 'run.html'"),
-    "other suffix": ("run.pdf", "a report is a page of HTML. Write 'run.pdf.html'"),
+    "other suffix": ("run.pdf", "a report is an HTML page. Write 'run.pdf.html'"),
     "no folder": ("there/is/none.html", "there is no folder 'there/is'. Make it first"),
 }
 
@@ -342,7 +342,7 @@ def test_a_path_that_cannot_be_is_refused_before_anything_is_read(
 def test_another_file_is_left_alone_and_a_report_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "run.html"
     path.write_text("my thesis")
-    with pytest.raises(RecordingExistsError, match="is no report of actrec"):
+    with pytest.raises(RecordingExistsError, match="is not a report of actrec"):
         recorded().report(path)
     assert path.read_text() == "my thesis"
     path.unlink()
@@ -399,4 +399,4 @@ def test_the_command_writes_a_page_of_the_name_of_the_recording(
     assert main(["report", "run.1", "-o", "b.html"]) == 0
     assert Page(Path("b.html")).text.keys() == Page(Path("run.1.html")).text.keys()
     assert main(["report", "run.1", "-o", "b.txt"]) == 1
-    assert "a report is a page of HTML" in capsys.readouterr().err
+    assert "a report is an HTML page" in capsys.readouterr().err

@@ -374,7 +374,7 @@ def test_calls_that_cannot_be_joined_are_named() -> None:
 
 def test_a_function_is_a_mask_only_if_it_returns_a_tensor() -> None:
     acts = generated()
-    with pytest.raises(OptionError, match=r"of pass 0 it has returned bool"):
+    with pytest.raises(OptionError, match=r"for pass 0 it has returned bool"):
         rows(acts, "hidden", flatten=True, mask=lambda _: True)  # type: ignore[arg-type,return-value]
     seen: list[Any] = []
 

@@ -557,7 +557,7 @@ def test_what_is_inside_a_module_with_several_names_has_several_names_too() -> N
 
 
 def test_one_module_cannot_have_two_transforms() -> None:
-    message = "'enc' and 'dec' are one module and cannot have two transforms"
+    message = "'enc' and 'dec' are the same module and cannot have two transforms"
     with pytest.raises(SelectionError, match=message):
         record(Tied(), {"enc": halve, "dec": negate})
 
@@ -701,14 +701,14 @@ ERRORS: dict[str, tuple[Any, list[str]]] = {
     "name of a type as written": ("nn.Linear", ["record(model, torch.nn.Linear) records 5 layers"]),
     "name of an own type": ("Block", ["record(model, type(model.get_submodule('blocks.0'))) records 2"]),
     "a parameter": ("blocks.0.lin.bias", ["a parameter or buffer of 'blocks.0.lin'", "record(model, 'blocks.0.lin')"]),
-    "several": ("stem, heads.main", ["Several layers are a list: record(model, ['stem', 'heads.main'])"]),
+    "several": ("stem, heads.main", ["Give several layers as a list: record(model, ['stem', 'heads.main'])"]),
     "all": ("all", ["record(model) records every leaf module, record(model, '**') every module"]),
     "text of a regex": (r"blocks\.\d\.lin", ["As a regular expression it matches 2 layers", "re.compile("]),
     "part of a regex": (re.compile(r"\.lin"), ["match the whole name", "re.compile(r'.*(?:\\.lin).*') matches 2 layers"]),
     "function of PyTorch": (torch.relu, ["relu", "is a function of PyTorch", "record(model, torch.nn.ReLU) records 2", "record(model, '**:relu')"]),
     "functional": (nn.functional.gelu, ["gelu", "none of this Net is a gelu; there are 'Block'", "'**:gelu'"]),
     "method": (Tensor.relu, ["is a function of PyTorch", "torch.nn.ReLU"]),
-    "index": (0, ["A name is text", "Did you mean 'blocks.0'?"]),
+    "index": (0, ["A name is a string", "Did you mean 'blocks.0'?"]),
     "empty container": (nn.ModuleList([]), ["the ModuleList given"]),
     "number": (3, ["3 is not a layer query", "re.compile(...)", "a module type"]),
     "number in a list": (["stem", 1.5], ["1.5 is not a layer query"]),

@@ -1,4 +1,4 @@
-"""A recording as one page of HTML, to be looked at, kept and sent: without a server, and without scripts from elsewhere."""
+"""A recording as one self-contained HTML page: it needs no server and no external scripts."""
 
 from .report import report
 

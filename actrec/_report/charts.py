@@ -1,4 +1,4 @@
-"""Charts as HTML and inline SVG: as wide as the page, with text that stays as large as it is, in the colours of the page."""
+"""Charts as HTML and inline SVG: as wide as the page, with text of constant size, in the colours of the page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STYLE: Final = """
 
 _WIDTH: Final = 1000  # of a chart, in its own units
 _HEIGHT: Final = 120
-#: Layers whose extents differ by more than so much are drawn on a scale that is linear around zero alone.
+#: If the extents of layers differ by more than this factor, the scale is linear only around zero.
 _APART: Final = 30
 
 
@@ -41,18 +41,18 @@ def _text(number: float) -> str:
 
 
 class Box(NamedTuple):
-    """Where numbers lie: five of their percentiles, in ascending order."""
+    """The distribution of numbers: five percentiles, in ascending order."""
 
     name: str
     marks: tuple[float, float, float, float, float]
 
 
 class _Scale(NamedTuple):
-    """Places on an axis: linear up to a distance from zero, and logarithmic beyond."""
+    """A scale of an axis: linear up to a distance from zero, and logarithmic beyond."""
 
     low: float
     high: float
-    linear: float  #: infinite where all of it is
+    linear: float  #: infinite if all of it is linear
 
     @classmethod
     def of(cls, found: Sequence[Box]) -> _Scale:
@@ -69,7 +69,7 @@ class _Scale(NamedTuple):
         return math.copysign(self.linear * (1 + math.log10(size / self.linear)), number)
 
     def place(self, number: float) -> float:
-        """Where a number is, from 0 to ``_WIDTH``."""
+        """Return the place of a number, from 0 to ``_WIDTH``."""
         low, high = self.bend(self.low), self.bend(self.high)
         return round((self.bend(number) - low) / (high - low) * _WIDTH, 1)
 
@@ -105,7 +105,7 @@ def _row(name: str, cell: Html) -> Html:
 
 
 def _svg(inside: Iterable[Html], label: str, size: tuple[int, int], height: int) -> Html:
-    """A picture that is as wide as there is room, and ``height`` pixels high."""
+    """Return a picture that fills the width, and is ``height`` pixels high."""
     view = {"viewBox": "0 0 {} {}".format(*size), "height": height, "preserveAspectRatio": "none"}
     return tag("svg", *inside, **view, role="img", aria_label=label)
 
@@ -118,7 +118,7 @@ def _axis(*ends: str) -> Html:
 
 
 class Line(NamedTuple):
-    """A line through points; where a number is NaN it is broken."""
+    """A line through points, interrupted where a number is NaN."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -157,7 +157,7 @@ def lines(title: str, found: Sequence[Line]) -> Html:
 
 
 def key(names: Sequence[str]) -> Html:
-    """Return what the colours of lines mean."""
+    """Return the legend of the colours of lines."""
     items = (
         tag("li", tag("i", style=f"background:{colour}"), name)
         for name, colour in zip(names, _colours(len(names)), strict=True)
@@ -166,13 +166,13 @@ def key(names: Sequence[str]) -> Html:
 
 
 def _colours(number: int) -> list[str]:
-    """Colours from blue over green to red, that are seen on white and on black."""
+    """Return colours from blue over green to red that are visible on white and on black."""
     return [f"hsl({220 - 220 * at / max(number - 1, 1):.0f} 65% 48%)" for at in range(number)]
 
 
 # --- Heat --------------------------------------------------------------------------------------------
 
-#: From nothing to everything: dark blue, green, yellow.
+#: From 0 to 1: dark blue, green, yellow.
 _STOPS: Final = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 

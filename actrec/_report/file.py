@@ -1,4 +1,4 @@
-"""The file of a report: where it may go, and how it gets there in one step."""
+"""The file of a report: where it may be written, and how it is written atomically."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Final
 
 from actrec.errors import OptionError, RecordingExistsError, WriteError
 
-#: What every report begins with: a file that does not is never written over.
+#: The beginning of every report: a file that does not begin so is never overwritten.
 MARK: Final = '<!doctype html><meta charset="utf-8"><meta name="generator" content="actrec">'
 
 
 def checked(path: str | os.PathLike[str]) -> Path:
-    """Return where a report is going to be written.
+    """Return the path to which a report will be written.
 
     Raises:
-        OptionError: it cannot be written there.
-        RecordingExistsError: there is another file.
+        OptionError: a report cannot be written there.
+        RecordingExistsError: a file that is not a report is there.
     """
     given: object = path
     call = f"acts.report({str(path) if isinstance(given, os.PathLike) else path!r})"
@@ -34,13 +34,13 @@ def checked(path: str | os.PathLike[str]) -> Path:
         message = f"{call}: that is a folder. Name a file in it: {str(found / 'run.html')!r}."
         raise OptionError(message)
     if found.suffix.lower() not in {".html", ".htm"}:
-        message = f"{call}: a report is a page of HTML. Write {str(found) + '.html'!r}."
+        message = f"{call}: a report is an HTML page. Write {str(found) + '.html'!r}."
         raise OptionError(message)
     if not found.parent.is_dir():
         message = f"{call}: there is no folder {str(found.parent)!r}. Make it first."
         raise OptionError(message)
     if found.exists() and not _is_report(found):
-        message = f"{call}: that file is there, and is no report of actrec. It stays as it is: choose another path."
+        message = f"{call}: that file exists, and is not a report of actrec. It was not changed: choose another path."
         raise RecordingExistsError(message)
     return found
 
@@ -51,7 +51,7 @@ def _is_report(path: Path) -> bool:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file beside its place, and then put it there, so that a page is there whole, or the one before it."""
+    """Write a file next to its place, and then move it there: at any time, the new page is there completely, or the old one."""
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with new.open("x", encoding="utf-8", errors="backslashreplace") as file:

@@ -1,4 +1,4 @@
-"""What is to be known of a recording before its numbers are believed: what was warned of, and what is missing or odd."""
+"""The notes of a report: warnings, and what is missing or odd in a recording."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST: Final = 8
 def notes(
     acts: Recording[Any], rows: Sequence[Row], left_out: Sequence[Layer[Any]]
 ) -> Iterator[str]:
-    """Yield a sentence for each thing to be known.
+    """Yield a sentence for each note.
 
     Args:
         acts: the recording.

@@ -1,7 +1,7 @@
-"""``acts.report()``: what a recording says of itself, put on one page.
+"""``acts.report()``: one page about a recording.
 
-A recording is read three times, call by call: for its statistics, for their course over the passes, and for the
-similarity of layers. Only results are in memory.
+The recording is read three times, call by call: for its statistics, for their drift over the passes, and for the
+similarity of layers. Only results are kept in memory.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .charts import Box, Line, boxes, heat, key, lines
 from .file import MARK, checked, write
 from .notes import notes
 
-#: Of more layers, so many are drawn where each is a line or a row, evenly spread.
+#: At most so many layers, evenly spread, are drawn as lines, or as rows and columns.
 _LAYERS: Final = 60
-#: And so many where each is a row alone.
+#: At most so many tensors are drawn as rows.
 _ROWS: Final = 200
-#: So many calls of a layer are points of its line.
+#: At most so many calls of a layer are points of its line.
 _POINTS: Final = 128
 #: So many samples are compared.
 _SAMPLES: Final = 128
@@ -40,7 +40,7 @@ _PERCENTILES: Final = (0.01, 0.25, 0.5, 0.75, 0.99)
 
 
 def report(acts: Recording[Any], path: str | os.PathLike[str], *, progress: bool = False) -> None:
-    """Write a page of HTML about a recording. See :meth:`actrec.Recording.report`."""
+    """Write an HTML page about a recording. See :meth:`actrec.Recording.report`."""
     place = checked(path)
     acts._run.deliver()
     write(place, _page(acts, progress=progress))
@@ -96,7 +96,7 @@ def _list(sentences: Iterator[str]) -> Html:
 
 
 def _beside(acts: Recording[Any], *, progress: bool) -> dict[str, Html]:
-    """The statistics of inputs and of gradients, as far as they were recorded."""
+    """Return the statistics of inputs and of gradients, if they were recorded."""
     names = {"inputs": "Inputs", "grads": "Gradients"}
     return {
         names[what]: as_html(
@@ -168,7 +168,7 @@ def _similarity(acts: Recording[Any], layers: Sequence[Layer[Any]], *, progress:
 
 
 def _some(many: int, total: int, noun: str) -> str:
-    """What a chart leaves out, if it does."""
+    """Say what a chart leaves out, if anything."""
     return f" It shows {many:,} of {count(total, noun)}." if many < total else ""
 
 
@@ -176,7 +176,7 @@ def _some(many: int, total: int, noun: str) -> str:
 
 
 def _loading(acts: Recording[Any], layers: Sequence[Layer[Any]]) -> Html:
-    """Code that opens the recording."""
+    """Return code that opens the recording."""
     name = layers[0].name if layers else next(iter(acts), "name")
     lines = ["import actrec", ""]
     where = acts._run.where or "run"

@@ -41,12 +41,12 @@ def why_not(model: Model, name: Name) -> str | None:
 
 
 def hookable(model: Model) -> Iterator[Name]:
-    """Yield the names that hooks can run on, less PyTorch's machinery."""
+    """Yield the names that hooks can run on, without PyTorch's machinery."""
     return (n for n in model.names if not n.is_machinery and why_not(model, n) is None)
 
 
 def nothing(model: Model, query: str | re.Pattern[str]) -> str:
-    """Return what to say of a name or a pattern that matches nothing."""
+    """Return the message for a name or a pattern that matches nothing."""
     instead = what_was_meant(model, query)
     query = query if isinstance(query, str) else query.pattern
     if not instead:
@@ -57,7 +57,7 @@ def nothing(model: Model, query: str | re.Pattern[str]) -> str:
 
 
 def layer_for_transform(query: object, own: object) -> str:
-    """Return what to say of a mapping whose values are layers."""
+    """Return the message for a mapping whose values are layers."""
     shown = repr(query) if isinstance(query, str) else "a query"
     return (
         f"record(): the mapping gives {shown} a {type(own).__name__} of the model for its transform; its values are transforms, "
@@ -70,11 +70,11 @@ def check_model(model: object, queries: object = None) -> None:
     """Check that hooks run in a model: it is a Python module.
 
     Args:
-        model: what is to be recorded.
-        queries: its layers, which somebody may have given first.
+        model: the object to record.
+        queries: the layers; the user may have swapped the two.
 
     Raises:
-        UnsupportedModelError: it is something else, or a form of one without Python.
+        UnsupportedModelError: it is not a module, or is a module without Python code.
     """
     kind = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
@@ -90,7 +90,7 @@ def check_model(model: object, queries: object = None) -> None:
 
 
 def _instead_of(model: object, queries: object) -> str:
-    """What to write in place of something that is no module."""
+    """Return what to write in place of something that is not a module."""
     if isinstance(queries, nn.Module):
         given = repr(model) if isinstance(model, str) else "layers"
         return f" The model comes first: record(model, {given})."

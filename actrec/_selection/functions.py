@@ -1,4 +1,4 @@
-"""Functions inside modules: ``"layer1.*:relu"`` means the calls of ``relu`` by the forwards of those modules themselves."""
+"""Functions inside modules: ``"layer1.*:relu"`` selects the calls of ``relu`` by the forwards of those modules themselves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OPERATORS: Final = frozenset(
     {"add", "sub", "mul", "matmul", "truediv", "div", "floordiv", "mod", "pow"}
     | {"and", "or", "xor", "lshift", "rshift"}
 )
-#: What PyTorch calls the operators whose names in Python are others.
+#: PyTorch's names of operators that Python calls differently.
 _SPELLED: Final = {
     "truediv": "div",
     "floordiv": "floor_divide",
@@ -59,16 +59,16 @@ def canonical(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A module whose functions are asked for."""
+    """A module whose functions are to be recorded."""
 
-    key: str  #: what stands before the colon in the names of its functions
+    key: str  #: the part before the colon in the names of its functions
     module: nn.Module
-    names: tuple[str, ...]  #: everything else that it may be called
+    names: tuple[str, ...]  #: its other names
 
 
 @dataclass(frozen=True, slots=True)
 class FunctionQuery:
-    """Functions that one query asks for, and what is to be recorded of them."""
+    """The functions that one query asks for, and what is to be recorded of them."""
 
     query: str  #: as it was written
     owners: tuple[Owner, ...]
@@ -90,22 +90,22 @@ def is_function_query(query: object, model: Model) -> TypeGuard[str]:
 
 
 def ask(model: Model, query: str, treatment: Treatment, what: What) -> FunctionQuery:
-    """Return what a function query means.
+    """Answer a function query.
 
     Raises:
-        SelectionError: no module is named before the colon, or no function behind it.
+        SelectionError: no module is named before the colon, or no function after it.
     """
     module, _, function = query.rpartition(":")
     if not function:
         message = (
-            f"record(): {query!r} names no function behind the colon. Write {module + ':*'!r} for all that "
+            f"record(): {query!r} names no function after the colon. Write {module + ':*'!r} for all that "
             "are called there."
         )
         raise SelectionError(message)
     try:
         names = [*dict.fromkeys(_innermost(model, name) for name in _modules(model, module))]
     except SelectionError as error:
-        message = f"{error} That is before the colon of {query!r}, where the module stands that calls a function."
+        message = f"{error} It is the part before the colon of {query!r}, which names the module that calls a function."
         raise SelectionError(message) from None
     owners = {id(name.module()): _owner(model, name, module) for name in names}
     is_spelled_out = not (is_glob(function) or is_glob(module))
@@ -116,14 +116,14 @@ def ask(model: Model, query: str, treatment: Treatment, what: What) -> FunctionQ
 def _modules(model: Model, query: str) -> Iterator[Name]:
     if query == "**" and why_not(model, model.names[0]) is None:
         yield model.names[0]
-        with suppress(SelectionError):  # inside, there may be nothing that is called
+        with suppress(SelectionError):  # it may have no modules that are called
             yield from answer(model, query)
         return
     yield from answer(model, query)
 
 
 def _innermost(model: Model, name: Name) -> Name:
-    """What a wrapper wraps: it is that whose forward calls functions."""
+    """Return the module inside wrappers: its forward calls the functions."""
     same = [one for one in model.by_short.get(name.short, ()) if why_not(model, one) is None]
     return max([name, *same], key=lambda one: len(one.full))
 

@@ -8,12 +8,12 @@ from typing import Final
 
 
 def is_glob(query: str) -> bool:
-    """Return whether a query that is no name stands for a pattern of names."""
+    """Return whether a query is a pattern of names."""
     return _SIGNS.search(query) is not None
 
 
 def glob(pattern: str) -> re.Pattern[str]:
-    """Return what names match: ``*``, ``?`` and ``[12]`` stay inside one segment; ``**`` crosses dots, and may be no segment at all.
+    """Return a glob as a regular expression: ``*``, ``?`` and ``[12]`` stay inside one segment; ``**`` matches any number of segments.
 
     >>> pattern = glob("blocks.**.conv[12]")
     >>> [bool(pattern.fullmatch(name)) for name in ("blocks.conv1", "blocks.0.a.conv2", "blocks.0.conv3")]
@@ -24,7 +24,7 @@ def glob(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(parts) + (".+" if last == "**" else _segment(last)))
 
 
-#: What stands for other characters; a bracket that is not closed stands for itself.
+#: The special signs. A bracket that is not closed is an ordinary character.
 _SIGNS: Final = re.compile(r"\*\*|\*|\?|\[!?\]?[^\]]*\]")
 _MEANING: Final = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
 
@@ -38,5 +38,5 @@ def _segment(text: str) -> str:
 
 
 def _one_of(brackets: str) -> str:
-    """What ``[12]`` and ``[!12]`` match, which is no dot."""
-    return rf"(?!\.){fnmatch.translate(brackets)[:-2]}"  # less the sign for the end of the text
+    """Return a pattern for ``[12]`` or ``[!12]``, which never matches a dot."""
+    return rf"(?!\.){fnmatch.translate(brackets)[:-2]}"  # without the sign for the end of the text

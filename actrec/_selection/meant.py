@@ -1,4 +1,4 @@
-"""What somebody may have meant by a query that is none, or that no name matches."""
+"""What the user may have meant by an invalid query, or by one that no name matches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .nearest import nearest
 
 
 def what_was_meant(model: Model, query: str | re.Pattern[str]) -> str:
-    """Return what to write for text that no name matches; nothing where only close names can help."""
+    """Return what to write instead of text that no name matches; ``""`` if only close names can help."""
     names = dict.fromkeys(name.short for name in model.names if name.short)
     if isinstance(query, re.Pattern):
         inside = sum(1 for name in names if query.search(name))
@@ -38,14 +38,14 @@ def _meanings(model: Model, query: str, names: Collection[str]) -> Iterator[str]
     owner = model.spelled(front)
     if owner and last in _tensors(owner.module()):
         yield (
-            f"That is a parameter or buffer of {owner.short!r}. What is recorded is what a layer returns: record(model, "
+            f"That is a parameter or buffer of {owner.short!r}. Recording is of what a layer returns: record(model, "
             f"{owner.short!r})."
         )
     if query.lower() in {"all", "any", "every", "everything", "leaves", "none"}:
         yield "record(model) records every leaf module, record(model, '**') every module."
     pieces = [piece for piece in re.split(r"[\s,;|]+", query) if piece]
     if len(pieces) > 1 and all(map(model.spelled, pieces)):
-        yield f"Several layers are a list: record(model, {pieces})."
+        yield f"Give several layers as a list: record(model, {pieces})."
     if (last_one := _counted_from_the_end(model, query)) is not None:
         yield f"Did you mean {last_one!r}?"
     if many := _as_regex(query, names):
@@ -53,7 +53,7 @@ def _meanings(model: Model, query: str, names: Collection[str]) -> Iterator[str]
 
 
 def _of_type(model: Model, name: str) -> str:
-    """What to write for the modules whose type has that name, if there are any."""
+    """Return what to write for the modules whose type has that name, if there are any."""
     found = [one for one in model.names if type_name(one.module()).lower() == name.lower()]
     if not found:
         return ""
@@ -74,7 +74,7 @@ def _tensors(module: nn.Module) -> set[str]:
 
 
 def _counted_from_the_end(model: Model, query: str) -> str | None:
-    """The name in which the ``-1`` of ``"layers.-1"`` is the last child."""
+    """Return the name in which the ``-1`` of ``"layers.-1"`` is replaced by the last child."""
     name = model.names[0]
     for segment in query.split("."):
         children = [key for key, child in children_of(name.module()).items() if child is not None]
@@ -88,41 +88,41 @@ def _counted_from_the_end(model: Model, query: str) -> str | None:
 
 
 def _as_regex(query: str, names: Collection[str]) -> int:
-    """How many names match a text that may be meant as a regular expression."""
+    """Return how many names match a text that may be meant as a regular expression."""
     try:
         pattern = re.compile(query)
     except re.error:
         return 0
-    if not set(query) & set(r"\()[]{}+*|^$"):  # which a name may have, too
+    if not set(query) & set(r"\()[]{}+*|^$"):  # without "." and "?", which other queries have
         return 0
     return sum(1 for name in names if pattern.fullmatch(name))
 
 
-# --- What is no text ---------------------------------------------------------------------------------
+# --- Queries that are not text -----------------------------------------------------------------------
 
 
 def shown_query(query: object) -> str:
-    """Return a query for a message: of a tensor, what it is."""
+    """Return a query as text for a message; a tensor as its type and shape."""
     if isinstance(query, Tensor):
         return f"a {type(query).__name__} of shape {tuple(query.shape)}"
     return repr(query)
 
 
 def no_query(model: Model, query: object) -> str:
-    """Return what may be meant by an object that is no query, as a sentence; nothing if there is no idea."""
+    """Return what may be meant by an object that is not a query, as a sentence; ``""`` if unknown."""
     if isinstance(query, int):
         names = dict.fromkeys(name.short for name in model.names if name.short)
-        return f"A name is text. {nearest(str(query), names)} "
+        return f"A name is a string. {nearest(str(query), names)} "
     if isinstance(query, Tensor):
         for name, tensor in model.names[0].module().named_parameters():
             if tensor is query:
-                return f"It is the parameter {name!r}; recorded is what a layer returns: record(model, {name.rpartition('.')[0]!r}). "
-        return "The model is called with it inside the with block. "
+                return f"It is the parameter {name!r}; recording is of what a layer returns: record(model, {name.rpartition('.')[0]!r}). "
+        return "Call the model with it inside the with block. "
     return ""
 
 
 def is_of_torch(query: object) -> bool:
-    """Return whether a function is PyTorch's own, such as ``torch.relu``, which knows nothing of layers."""
+    """Return whether a function is PyTorch's own, such as ``torch.relu``, and so not a query."""
     owner = getattr(query, "__objclass__", query)  # of a method
     home = getattr(owner, "__module__", None) or ""
     return inspect.isroutine(query) and home.partition(".")[0] == "torch"
@@ -135,4 +135,4 @@ def layers_of_function(model: Model, function: object) -> str:
     found = _of_type(model, name.replace("_", "")) or (
         f"Layers are modules, and none of this {model.type} is a {name}; there are {listed(kinds, 20)}."
     )
-    return f"{found} Calls of the function itself are named behind the modules that make them: record(model, '**:{name}')."
+    return f"{found} To record calls of the function itself, name it after the modules that call it: record(model, '**:{name}')."

@@ -1,7 +1,7 @@
 """A model as queries see it: every module, and each name that it may be called by.
 
-It is a tree of names over a graph of modules. What was found out of it is remembered as long as the graph is the same, so
-that a block in every step of a training loop walks it once. No module is kept alive by that.
+It is a tree of names over a graph of modules. It is cached as long as the graph is the same, so that a block in every step
+of a training loop walks the model once. The cache keeps no module alive.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from actrec._torch import children_of
 
 from .names import Name, child_of, stripped, type_name
 
-#: So many names of a module lead to the modules inside it; those are found under further names only by spelling one out.
+#: Only so many names of a module are continued to the modules inside it; by other names, these are only found if spelled out.
 _MOST_NAMES: Final = 256
-#: So many patterns are remembered with a model.
+#: So many patterns are cached with a model.
 _MOST_PATTERNS: Final = 32
 
 
@@ -39,7 +39,7 @@ class Model:
         for name in self.names:
             self.of.setdefault(id(name.module()), []).append(name)
         self.inlined = frozenset(_inlined(self.names))
-        #: The names that a pattern matches.
+        #: Returns the names that a pattern matches.
         self.matching = lru_cache(_MOST_PATTERNS)(partial(_matching, self.names))
 
     @cached_property
@@ -56,7 +56,7 @@ class Model:
         return [name for name in self.names if not name.is_machinery and _is_leaf(name.module())]
 
     def spelled(self, query: str) -> Name | None:
-        """The module of that name, where wrapper segments may be left out."""
+        """Return the module with that name, in which wrapper segments may be left out."""
         if query in self.by_full:
             return self.by_full[query]
         for short in (query, stripped(query)):
@@ -66,7 +66,7 @@ class Model:
         return self._at(query)
 
     def _at(self, full: str) -> Name | None:
-        """The module at a path that was not walked."""
+        """Return the module at a path that was not walked."""
         name = self.names[0]
         for segment in full.split("."):
             child = children_of(name.module()).get(segment)
@@ -79,9 +79,9 @@ class Model:
 def _walk(
     name: Name, module: nn.Module, names: list[Name], met: Counter[int], above: set[int]
 ) -> None:
-    """Add the paths to every module, in the order of ``named_modules()``, without going in circles.
+    """Add the paths to every module, in the order of ``named_modules()``, without cycles.
 
-    Where modules are registered in several others, and those in several others, a model has exponentially many paths.
+    If modules are registered in several others, and those in several others, a model has exponentially many paths.
     """
     names.append(name)
     children, identity = children_of(module), id(module)
@@ -95,7 +95,7 @@ def _walk(
 
 
 def _matching(names: list[Name], pattern: re.Pattern[str]) -> tuple[list[Name], bool]:
-    """The names that match without their wrapper segments; or if there are none, as they stand. And which of the two it is."""
+    """Return the names that match without their wrapper segments; if there are none, those that match in full. And which it is."""
     inside_weights = "parametrizations" in pattern.pattern
     names = [name for name in names if inside_weights or not name.is_machinery]
     short = [name for name in names if name.short and pattern.fullmatch(name.short)]
@@ -110,7 +110,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _inlined(names: list[Name]) -> Iterator[str]:
-    """The names of the modules below a traced or exported graph that the graph does not call."""
+    """Yield the names of the modules below a traced or exported graph that the graph does not call."""
     for graph in names:
         module = graph.module()
         if isinstance(module, torch.fx.GraphModule):
@@ -127,25 +127,25 @@ def _inlined(names: list[Name]) -> Iterator[str]:
 
 
 def _upwards(full: str) -> Iterator[str]:
-    """A name, and those of the modules around it."""
+    """Yield a name, and those of the modules around it."""
     while full:
         yield full
         full = full.rpartition(".")[0]
 
 
 def _leaves_out_wrappers(query: str, full: str) -> bool:
-    """Whether ``query`` is ``full`` less some of its segments (which the caller knows to be wrappers)."""
+    """Whether ``query`` is ``full`` without some of its segments (the caller knows that these are wrappers)."""
     segments = iter(full.split("."))
     return all(segment in segments for segment in query.split("."))
 
 
-# --- What is remembered --------------------------------------------------------------------------------
+# --- The cache -----------------------------------------------------------------------------------------
 
 _models: MutableMapping[nn.Module, tuple[Model, _Graph]] = weakref.WeakKeyDictionary()
 
 
 def remembered(model: nn.Module) -> Model:
-    """Return what was found out of a model before, if it is the same; or find it out."""
+    """Return the cached :class:`Model` if its graph is still the same; else a new one."""
     known, graph = _models.get(model, (None, None))
     if known is not None and graph is not None and graph.is_that_of(model):
         return known
@@ -155,19 +155,19 @@ def remembered(model: nn.Module) -> Model:
 
 
 class _Graph:
-    """The modules of a model, and what each has inside: all that its names come from."""
+    """The modules of a model, and the children of each: everything that determines its names."""
 
     def __init__(self, model: Model) -> None:
         modules = [names[0].module() for names in model.of.values()]
         self._modules = [weakref.ref(module) for module in modules]
         self._types = [*map(type, modules)]
         self._inside = _inside(modules)
-        # What a traced graph calls may change, and its modules stay.
+        # The calls of a traced graph may change while its modules stay the same.
         self._is_traced = any(issubclass(kind, torch.fx.GraphModule) for kind in {*self._types})
 
     def is_that_of(self, model: nn.Module) -> bool:
-        """Whether it is the graph of the model still."""
-        modules: list[Any] = [module() for module in self._modules]  # None, if it is gone
+        """Whether it is still the graph of the model."""
+        modules: list[Any] = [module() for module in self._modules]  # None for one that is gone
         return (
             modules[0] is model
             and not self._is_traced
@@ -177,7 +177,7 @@ class _Graph:
 
 
 def _inside(modules: list[nn.Module]) -> tuple[list[int], list[str], list[int]]:
-    """How many children modules have, and the segments and ids of all these: of modules that are there, no two ids are one."""
+    """Return the numbers of children, and the segments and ids of all children. Ids of modules that exist are unique."""
     tables = [*map(children_of, modules)]
     tables_of_some = [table for table in tables if table]  # most have none
     segments = chain.from_iterable(table.keys() for table in tables_of_some)

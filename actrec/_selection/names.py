@@ -1,4 +1,4 @@
-"""The names of modules, with and without what wrappers add to them.
+"""The names of modules, with and without the segments that wrappers add.
 
 One module may have several names, and wrappers such as ``DistributedDataParallel`` or ``torch.compile`` add segments that
 nobody wants to type.
@@ -16,7 +16,7 @@ from torch import nn
 
 from actrec._torch import children_of, is_export_guard
 
-#: Segments that wrappers add to the names of what they wrap. They have no other children.
+#: Segments that wrappers add to the names of the modules that they wrap. A wrapper has no other children.
 WRAPPERS = frozenset(
     {
         "module",  # DataParallel and its like
@@ -29,14 +29,14 @@ WRAPPERS = frozenset(
     }
 )
 
-#: What PEFT adds: two wrappers, one in the other, whose segments alone are names as others have them.
+#: The segments that PEFT adds: two nested wrappers. Each segment alone may be the name of any module.
 _PEFT = ("base_model", "model")
 _SEGMENTS = WRAPPERS.union(_PEFT)
 
 
 def type_name(module: nn.Module) -> str:
     """Return the type of a module as its author named it: ``fully_shard`` makes a ``FSDPLinear`` of a ``Linear``."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever shards a model has imported it
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if a model is sharded, it was imported
     kind: type = getattr(fsdp, "FSDPModule", type(None))
     if not isinstance(module, kind):
         return type(module).__name__
@@ -46,7 +46,7 @@ def type_name(module: nn.Module) -> str:
 class Name:
     """One path to a module: as ``named_modules()`` spells it, and without the segments of wrappers.
 
-    It refers weakly to the module: names are remembered, and what is no longer in the model is not kept alive.
+    It refers weakly to the module: names are cached, and must not keep modules alive.
     """
 
     __slots__ = ("full", "is_machinery", "module", "parent", "short")
@@ -63,14 +63,14 @@ class Name:
         self.full = full
         self.short = short
         self.parent = parent
-        #: Whether no pattern should find it: what computes a parametrized weight, or checks an exported input.
+        #: Whether patterns skip it: a module that computes a parametrized weight, or checks an exported input.
         self.is_machinery = is_machinery
         #: Returns the module, to whoever has the model.
         self.module = cast("Callable[[], nn.Module]", weakref.ref(module))
 
 
 def child_of(name: Name, segment: str, child: nn.Module) -> Name:
-    """The name of what the module at ``name`` has under ``segment``."""
+    """Return the name of the child ``segment`` of the module at ``name``."""
     full, short = name.full, name.short
     is_wrapped = segment in _SEGMENTS and _is_wrapped(name, segment, child)
     spelled = f"{short}.{segment}" if short else segment
@@ -84,7 +84,7 @@ def child_of(name: Name, segment: str, child: nn.Module) -> Name:
 
 
 def _is_wrapped(name: Name, segment: str, child: nn.Module) -> bool:
-    """Whether a wrapper at ``name`` has added ``segment`` to the names of what it wraps."""
+    """Whether the module at ``name`` is a wrapper, which has added ``segment`` to the names of the module inside."""
     children = children_of(name.module())
     outer, inner = _PEFT
     if segment == outer:
@@ -95,7 +95,7 @@ def _is_wrapped(name: Name, segment: str, child: nn.Module) -> bool:
 
 
 def wrapped(module: nn.Module) -> nn.Module | None:
-    """Return the module that ``module`` hands its arguments on to, if it is a wrapper."""
+    """Return the module to which ``module`` passes its arguments, if it is a wrapper."""
     children = children_of(module)
     return next(iter(children.values()), None) if children.keys() <= WRAPPERS else None
 
@@ -105,14 +105,14 @@ def _last(name: str) -> str:
 
 
 def is_called(module: nn.Module) -> bool:
-    """Return whether there is a forward: ``ModuleList`` and its like have none, so hooks on them never run."""
-    if isinstance(module, torch.jit.ScriptModule):  # whose class has one for objects alone
+    """Return whether there is a forward: ``ModuleList`` and similar ones have none, so hooks on them never run."""
+    if isinstance(module, torch.jit.ScriptModule):  # its class has none
         return True
     return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def stripped(query: str) -> str:
-    """A name without the segments that wrappers may have added."""
+    """Return a name without the segments that wrappers may have added."""
     peft = ".".join((*_PEFT, ""))
     segments = query.replace(peft, "", 1).split(".")
     return ".".join(segment for segment in segments if segment not in WRAPPERS)

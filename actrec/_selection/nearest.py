@@ -1,4 +1,4 @@
-"""The names that come nearest to one that there is not, for messages."""
+"""The names closest to one that does not exist, for messages."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from actrec._text import listed
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return ``"Did you mean 'conv1'?"``, or what there is where nothing comes close.
+    """Return ``"Did you mean 'conv1'?"``, or, if no name is close, a list of the names that there are.
 
-    Those come first that have the longest prefix in common with ``name``, and otherwise those that come first in ``names``.
+    Names with the longest common prefix with ``name`` come first, and otherwise in the order of ``names``.
 
     >>> nearest("conv1", ["backbone.conv1", "head"]), nearest("x", ["head"])
     ("Did you mean 'backbone.conv1'?", "There are 'head'.")
@@ -28,13 +28,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _like(name: str, names: list[str]) -> list[str]:
-    """Return the names that ``name`` may stand for, in order; those of the first kind of which there are any."""
+    """Return the names that ``name`` may mean, in order: those of the first kind that has any."""
     if not name:
         return []
     segments = name.split(".")
     kinds: list[Callable[[str], object]] = [
         lambda other: other == name,  # written in another way
-        # Often only the front is missing, "conv1" for "backbone.conv1", or there is one: "model.conv1", "self.conv1".
+        # Often a prefix is missing, "conv1" for "backbone.conv1", or there is one too many: "model.conv1", "self.conv1".
         lambda other: other.endswith(f".{name}") or (other and name.endswith(f".{other}")),
         lambda other: _leaves_out(segments, other.split(".")),
         set(get_close_matches(name, names, n=6, cutoff=0.6)).__contains__,
@@ -44,16 +44,16 @@ def _like(name: str, names: list[str]) -> list[str]:
 
 
 def _dotted(name: str) -> str:
-    """A name with dots, where it was written as Python or as a path: ``layer[0].conv``, ``layer/0/conv``."""
+    """Return a name with dots, if it was written as Python or as a path: ``layer[0].conv``, ``layer/0/conv``."""
     return re.sub(r"\[(\d+)\]", r".\1", name).replace("/", ".").strip(".")
 
 
 def _leaves_out(segments: list[str], others: Iterable[str]) -> bool:
-    """Whether ``segments`` are ``others`` less some of them."""
+    """Whether ``segments`` are ``others`` without some of them."""
     rest = iter(others)
     return len(segments) > 1 and all(segment in rest for segment in segments)
 
 
 def _in_common(one: str, other: str) -> int:
-    """How many characters two names begin with in common."""
+    """Return the length of the common prefix of two names."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

@@ -1,4 +1,4 @@
-"""One layer query, answered with the names of the modules that it means."""
+"""Answers one layer query with the names of the modules that it selects."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Transform: TypeAlias = Callable[[Any], Any]
 
 
 def answer(model: Model, query: Any) -> list[Name]:
-    """Return the names of the modules that one query means; several names of one module may be among them.
+    """Return the names of the modules that one query selects; perhaps several names of one module.
 
     Raises:
-        SelectionError: there are none, or hooks never run on them; it says what to write instead.
+        SelectionError: there are none, or hooks never run on them; the message says what to write instead.
     """
     match query:
         case None:
@@ -66,9 +66,9 @@ def _by_name(model: Model, query: str) -> list[Name]:
 
 
 def _by_pattern(model: Model, query: str | re.Pattern[str], pattern: re.Pattern[str]) -> list[Name]:
-    """Names that match without their wrapper segments; or if there are none, as they stand.
+    """Return the names that match without their wrapper segments; if there are none, those that match in full.
 
-    Of a wrapper and what it wraps, which have one name, the wrapper.
+    If a wrapper and the module inside have the same name, only the wrapper's.
     """
     matches, is_short = model.matching(pattern)
     if not matches:
@@ -112,7 +112,7 @@ def _by_function(model: Model, query: Callable[[str, nn.Module], object]) -> lis
 
 
 def _asked(query: Callable[[str, nn.Module], object], name: Name) -> bool:
-    """What a query that is a function says about a module."""
+    """Return the answer of a query that is a function, for one module."""
     try:
         return bool(query(name.full, name.module()))
     except Exception as error:
@@ -142,9 +142,9 @@ def _by_module(model: Model, module: nn.Module) -> list[Name]:
 
 
 def _leaves(model: Model) -> list[Name]:
-    """Every leaf module with a forward; if a traced graph calls only some, the exit says which it did not.
+    """Return every leaf module with a forward. If a traced graph does not call some, the end of the block warns.
 
-    In place of the projection of ``nn.MultiheadAttention``, which is never called, the attention.
+    The projection of ``nn.MultiheadAttention`` is never called: the attention module is returned in its place.
     """
     leaves = model.leaves
     scripted = [name for name in leaves if isinstance(name.module(), torch.jit.ScriptModule)]
@@ -156,7 +156,7 @@ def _leaves(model: Model) -> list[Name]:
 
 
 def _called(leaf: Name) -> Name:
-    """A leaf, or in its place the module around it that uses its weights without calling it."""
+    """Return a leaf, or the module around it that uses its weights without calling it."""
     parent = leaf.parent
     inside = isinstance(leaf.module(), nn.modules.linear.NonDynamicallyQuantizableLinear)
     is_attention = inside and parent and isinstance(parent.module(), nn.MultiheadAttention)

@@ -1,4 +1,4 @@
-"""All queries: which layers they choose, each once, under which key, what of it is recorded and with which transform."""
+"""The answer to all queries: the chosen layers, each once, with its key, what is recorded of it, and its transforms."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _OPTIONS: Mapping[What, str] = {"input": "inputs", "gradient": "grads"}
 
 @dataclass(eq=False, slots=True)
 class Choice:
-    """One chosen layer: a module, or a function that one calls."""
+    """One chosen layer: a module, or a function that a module calls."""
 
     key: str  # its name in the recording: without wrapper segments, unless another chosen layer has that name
     module: nn.Module
-    names: tuple[str, ...]  # everything else it may be called, with and without wrapper segments
-    treatments: Mapping[What, Treatment]  # of what is recorded of it
+    names: tuple[str, ...]  # its other names, with and without wrapper segments
+    treatments: Mapping[What, Treatment]  # for each thing that is recorded of it
     by_default: bool = (
         False  # whether it is one of all leaf modules, and no other query asks for it
     )
@@ -38,7 +38,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The chosen layers and functions, and the modules whose calls lead to theirs: the root first, and all parents."""
+    """The chosen layers and functions, and the modules on the way to them: the root, and all parents."""
 
     choices: tuple[Choice, ...]
     parents: tuple[nn.Module, ...]
@@ -46,14 +46,14 @@ class Selection:
     functions: tuple[FunctionQuery, ...] = ()
 
     def of(self, what: What) -> tuple[Choice, ...]:
-        """Return the layers of which this is recorded, in the order of its queries."""
+        """Return the layers whose ``what`` is recorded, in the order of its queries."""
         order = self._order[what]
         choices = {id(choice.module): choice for choice in self.choices} if order else {}
         return tuple(choices[module] for module in order)
 
     @property
     def aliases(self) -> dict[str, str]:
-        """All that layers may be called, each with their key; in the names of functions, what stands up to the colon."""
+        """All names of layers, each with the layer's key; for functions, the part up to the colon."""
         names = {name: choice.key for choice in self.choices for name in choice.names}
         owners = [owner for query in self.functions for owner in query.owners]
         return names | {f"{name}:": f"{owner.key}:" for owner in owners for name in owner.names}
@@ -67,19 +67,19 @@ def select(
     inputs: Any = False,
     grads: Any = False,
 ) -> Selection:
-    """Return the layers that ``queries`` choose, in order, each once; then those that ``inputs`` and ``grads`` choose besides.
+    """Return the layers that ``queries`` choose, in order, each once; then those that only ``inputs`` and ``grads`` choose.
 
     Args:
-        model: what is recorded.
-        queries: as ``record()`` takes them.
-        transform: of outputs and gradients for which the queries give none.
+        model: the model to record.
+        queries: the layer queries, in the form of ``record()``.
+        transform: for outputs and gradients for which the queries give none.
         inputs: the queries for inputs. ``True`` chooses the same layers, without their transforms.
         grads: the queries for gradients. ``True`` chooses the same layers, with their transforms.
 
     Raises:
         UnsupportedModelError: hooks do not run in the model.
-        SelectionError: a query chooses nothing, or a layer was given two transforms.
-        OptionError: a mapping gives something else for a transform.
+        SelectionError: a query chooses nothing, or a layer has two transforms.
+        OptionError: a value of a mapping is not a transform or a reduction.
     """
     check_model(model, queries)
     names = remembered(model)
@@ -91,8 +91,8 @@ def select(
     }
     if not any(claimed.values()):
         message = (
-            f"record(): no layers were given, {queries!r} is empty. None means every leaf module; to record nothing but "
-            "what layers receive, or their gradients, name those: inputs='conv1', grads='conv1'."
+            f"record(): no layers were given, {queries!r} is empty. None means every leaf module; to record only "
+            "inputs or gradients of layers, name these: inputs='conv1', grads='conv1'."
         )
         raise SelectionError(message)
     claims: dict[int, dict[What, _Claim]] = {}
@@ -119,7 +119,7 @@ def select(
 
 
 def _claimed(names: Model, queries: Any, transform: Transform | None, what: What) -> _Claims:
-    """What some queries choose."""
+    """Return what some queries choose."""
     claims = _Claims()
     for query, own in _flatten(queries, Treatment(transform)):
         if own.transform is not transform and id(own.transform) in names.of:
@@ -137,16 +137,16 @@ def _claimed(names: Model, queries: Any, transform: Transform | None, what: What
 def _claimed_besides(
     names: Model, what: What, given: Any, transform: Transform | None, outputs: _Claims
 ) -> _Claims:
-    """What ``inputs=`` or ``grads=`` chooses."""
+    """Return what ``inputs=`` or ``grads=`` chooses."""
     if given is False:
         return _Claims()
     option = f"{_OPTIONS[what]}={given!r}"
     if given is None:
-        message = f"record({option}): False means none, True the layers that are recorded, and a query others."
+        message = f"record({option}): expected False for none, True for the layers that are recorded, or layer queries."
         raise OptionError(message)
     if given is True and not outputs:
         message = (
-            f"record({option}): True means the layers that are recorded, and none are. "
+            f"record({option}): True means the layers whose outputs are recorded, and there are none. "
             f"Name them: {_OPTIONS[what]}='conv1'."
         )
         raise SelectionError(message)
@@ -169,12 +169,12 @@ def _claimed_besides(
 
 
 def _besides(treatment: Treatment, what: What) -> Treatment:
-    """What becomes of the inputs or gradients of a layer whose outputs are treated so."""
+    """Return the treatment of the inputs or gradients of a layer, given that of its outputs."""
     return treatment if what == "gradient" else Treatment(None, treatment.make)
 
 
 def _flatten(queries: Any, treatment: Treatment) -> Iterator[tuple[Query | None, Treatment]]:
-    """The single queries, each with what becomes of the values."""
+    """Yield the single queries, each with the treatment of the values."""
     if isinstance(queries, Mapping):
         for query, own in queries.items():
             yield from _flatten(query, Treatment.of(query, own, treatment))
@@ -187,7 +187,7 @@ def _flatten(queries: Any, treatment: Treatment) -> Iterator[tuple[Query | None,
         yield queries, treatment
 
 
-# --- One layer, which several queries may choose -------------------------------------------------------
+# --- Layers that several queries may choose ------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -198,18 +198,18 @@ class _Claim:
     spellings: list[str]  # how it was called, for messages and as further names
     is_spelled_out: bool
     treatment: Treatment
-    by_default: bool  # whether it was asked for only as one of all leaf modules
+    by_default: bool  # whether it was selected only as one of all leaf modules
 
     def merge(self, other: _Claim) -> None:
-        """Another query has selected the module, too.
+        """Merge with the claim of another query on the same module.
 
-        One that spells it out goes before a pattern; otherwise the first query counts.
+        A query that spells the module out takes precedence over a pattern; otherwise the first query does.
         """
         self.by_default = self.by_default and other.by_default
         both = self.is_spelled_out and other.is_spelled_out
         if both and not self.treatment.is_same(other.treatment):
             message = (
-                f"record(): {self.spellings[0]!r} and {other.spellings[0]!r} are one module and cannot have two "
+                f"record(): {self.spellings[0]!r} and {other.spellings[0]!r} are the same module and cannot have two "
                 "transforms."
             )
             raise SelectionError(message)
@@ -222,7 +222,7 @@ class _Claim:
 
 @dataclass(slots=True)
 class _Claims:
-    """What queries have selected: modules, by their ids, and functions."""
+    """The modules, by their ids, and functions that queries have selected."""
 
     modules: dict[int, _Claim] = field(default_factory=dict)
     functions: list[FunctionQuery] = field(default_factory=list)
@@ -252,7 +252,7 @@ def _names(model: Model, claims: Collection[_Claim]) -> tuple[str, ...]:
 
 
 def _keys(names: list[Name]) -> list[str]:
-    """The short name of each; where a wrapper and what it wraps are both there, the wrapper's alone."""
+    """Return the short name of each; if a wrapper and the module inside are both chosen, only the wrapper has it."""
     full = {name.full: name for name in names}
     outermost = sorted(names, key=lambda name: name.full.count("."), reverse=True)
     owners = {name.short: name for name in outermost} | full
@@ -262,9 +262,9 @@ def _keys(names: list[Name]) -> list[str]:
 def _parents(
     model: Model, chosen: list[nn.Module], callers: list[nn.Module]
 ) -> Iterator[nn.Module]:
-    """The root, and every module that is called above chosen ones, or above modules whose functions are (``callers``).
+    """Return the root, and every called module above chosen ones, or above modules whose functions are chosen (``callers``).
 
-    Those begin passes themselves: they are among them only if hooks of layers need one around their calls.
+    Callers begin passes themselves: they are included only if they are above a chosen module.
     """
     alone = {*map(id, callers)} - {*map(id, chosen)}
     found = {id(model.names[0].module()): model.names[0].module(), **_above(model, chosen)}
@@ -273,7 +273,7 @@ def _parents(
 
 
 def _above(model: Model, modules: list[nn.Module]) -> dict[int, nn.Module]:
-    """The modules that are called above some, by their ids."""
+    """Return the called modules above some modules, by their ids."""
     found: dict[int, nn.Module] = {}
     met: set[Name] = set()
     for one in modules:

@@ -1,4 +1,4 @@
-"""What a mapping of queries gives a layer: a transform of each value, what reduces all of them, or both."""
+"""What a mapping of queries specifies for a layer: a transform of each value, a reduction of all values, or both."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from actrec.errors import OptionError
 
 from .queries import Transform
 
-#: Makes what reduces the values of a layer, a new one for each.
+#: Makes a reduction, a new one for each layer.
 Make: TypeAlias = "Callable[[], Any]"
 
 
 class Reduces(Protocol):
-    """What reduces values: a reduction of :mod:`actrec.reduce`, or a metric of torchmetrics."""
+    """A reduction of :mod:`actrec.reduce`, or a metric of torchmetrics."""
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Take in a value."""
+        """Add a value."""
 
     def compute(self) -> Any:
         """Return the result."""
 
 
-#: What is given for values to be reduced by: one like which each layer gets a new one, its class, or a partial of that.
+#: How the user gives a reduction: an object, of which each layer gets a copy, its class, or a partial of its class.
 Reducer: TypeAlias = "Reduces | Callable[..., Any]"
 
 
 class Treatment(NamedTuple):
-    """What becomes of the values of a layer."""
+    """How the values of a layer are treated."""
 
     transform: Transform | None = None
-    make: Make | None = None  #: what reduces them; ``None`` if they are kept
+    make: Make | None = None  #: makes their reduction; ``None`` if they are kept
 
     @classmethod
     def of(cls, query: object, given: Any, default: Treatment) -> Treatment:
-        """Return what a mapping gives for a query, where it says nothing, the ``default``.
+        """Return the treatment that a mapping gives for a query; the ``default`` where it gives none.
 
         Raises:
-            OptionError: it is no transform, no reduction, and not both.
+            OptionError: ``given`` is neither a transform nor a reduction, nor a pair of them.
         """
         if given is None:
             return default
@@ -61,28 +61,28 @@ class Treatment(NamedTuple):
 
     @property
     def reduction(self) -> str | None:
-        """What the values are reduced by, for people, and to be compared with."""
+        """The reduction as text, for messages and comparisons; ``None`` without one."""
         if self.make is None:
             return None
         made = self.make()
         return repr(made) if hasattr(made, "settings") else type(made).__name__
 
     def is_same(self, other: Treatment) -> bool:
-        """Return whether it is the same in both."""
+        """Return whether transform and reduction are the same objects."""
         return all(mine is theirs for mine, theirs in zip(self, other, strict=True))
 
 
 def is_reduction(made: object) -> bool:
-    """Return whether values go to it by ``update()``, and a result comes from ``compute()``, as in torchmetrics."""
+    """Return whether it has ``update()`` for values and ``compute()`` for the result, as in torchmetrics."""
     return not hasattr(made, "append") and all(
         callable(getattr(made, method, None)) for method in ("update", "compute")
     )
 
 
 def maker(given: Any) -> Make | None:
-    """Return what makes a new reduction for each layer: of a class, of one with arguments, or like ``given``.
+    """Return a function that makes a new reduction for each layer: ``given`` itself if it is a class or a partial, else copies.
 
-    ``None`` if it is none of these.
+    ``None`` if it is not a reduction.
     """
     kind = given
     while isinstance(kind, partial):
@@ -93,9 +93,6 @@ def maker(given: Any) -> Make | None:
         return given  # type: ignore[no-any-return]
     rows = getattr(given, "rows", 0)
     if rows:
-        message = (
-            f"record(): the {type(given).__name__} has taken in {int(rows)} rows already. Give a new one; each layer gets "
-            "one like it."
-        )
+        message = f"record(): the {type(given).__name__} has {int(rows)} rows already. Give a new one; each layer gets a copy of it."
         raise OptionError(message)
     return partial(deepcopy, given)

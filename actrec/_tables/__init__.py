@@ -1,1 +1,1 @@
-"""Tables of plain rows, as text and as HTML. Knows nothing of layers."""
+"""Tables of plain rows, as text and as HTML. Does not depend on layers."""

@@ -1,4 +1,4 @@
-"""Cells that are drawn in HTML: histograms, bars and badges. In text each is what it says."""
+"""Cells with a drawing in HTML: histograms, bars and badges. In text, only their text is shown."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ STYLE: Final = """
 .actrec > .actrec-table tr.actrec-first td:last-child { border-right: 2px solid rgb(184, 50, 38); }
 """
 
-#: From nothing to everything, in one line of text.
+#: From empty to full, in one line of text.
 _BLOCKS: Final = "▁▂▃▄▅▆▇█"
 _HEIGHT: Final = 20
-#: So many pixels are a bar, and about so many a character.
+#: The width in pixels of a bar, and about that of a character.
 _STEP: Final = 4
 _CHARACTER: Final = 8
 
 
 class Drawn(str):
-    """A cell: the text that it is, and the HTML that is shown in its place."""
+    """A cell: a text, and the HTML that is shown in its place."""
 
     __slots__ = ("html", "width")
 
@@ -56,7 +56,7 @@ class Framed(str):
 
 
 class Bars(Drawn):
-    """A histogram: SVG in HTML, and behind it or below it the range; in text a block character for two bars.
+    """A histogram: in HTML an SVG with the range after it or below it; in text a block character for every two bars.
 
     >>> Bars([1, 1, 4, 4, 2, 1], "0 ... 3")
     '▃█▄'
@@ -65,7 +65,7 @@ class Bars(Drawn):
     __slots__ = ()
 
     def __new__(cls, heights: Sequence[float], label: str, *, below: bool = False) -> Self:
-        """Make a cell of heights; the highest is as high as the cell."""
+        """Make a cell of bars with these heights; the highest fills the cell."""
         pairs = [sum(heights[at : at + 2]) for at in range(0, len(heights), 2)]
         text = "".join(_BLOCKS[round(share * (len(_BLOCKS) - 1))] for share in _shares(pairs))
         path = "".join(
@@ -85,7 +85,7 @@ def _shares(heights: Sequence[float]) -> list[float]:
 
 
 class Bar(Drawn):
-    """A number with a bar for its share of the most.
+    """A number with a bar for its share of the largest.
 
     >>> Bar("50%", 0.5)
     '50%'
@@ -102,7 +102,7 @@ class Bar(Drawn):
 
 
 class Badge(Drawn):
-    """A remark that stands out, as something bad or good.
+    """A highlighted remark, for something bad or good.
 
     >>> Badge("3 NaN").html
     '<span class="actrec-bad">3 NaN</span>'

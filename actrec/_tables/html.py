@@ -1,8 +1,8 @@
 """Tables as HTML, for notebooks.
 
 The HTML is self-contained: no script, no image, no file, one small style sheet. Text inherits its colour, lines and shades
-are transparent grey, so it fits light and dark themes. The plain text comes first and is hidden by the style sheet alone:
-where a page strips HTML or styles, it is shown.
+are transparent grey, so it fits light and dark themes. The plain text comes first and is only hidden by the style sheet:
+if a page strips HTML or styles, the text is shown.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def as_html(table: Table) -> Html:
 
 
 def _drawn(table: Table) -> str:
-    """The style of drawn cells, where there are any."""
+    """Return the style of drawn cells, if there are any."""
     cells = (table.verdict, *(cell for row in table.rows for cell in row))
     return DRAWN if any(isinstance(cell, (Drawn, Framed)) for cell in cells) else ""
 
@@ -89,7 +89,7 @@ def _body(table: Table) -> Html:
 
 
 def _runs(table: Table, sheet: _Sheet) -> Iterator[Html]:
-    """Yield the rows, of which long runs of one kind are folded."""
+    """Yield the rows, with long runs of one kind folded."""
     for text, rows in table.runs():
         labelled = [(row[0], row) for row in rows]
         if text:
@@ -99,7 +99,7 @@ def _runs(table: Table, sheet: _Sheet) -> Iterator[Html]:
 
 
 class _Sheet:
-    """Makes many small tables with the same columns, since a fold cannot be inside a table."""
+    """Makes many small tables with the same columns, because a fold cannot be inside a table."""
 
     def __init__(self, columns: Sequence[Column], rows: Sequence[Cells]) -> None:
         self.names = [column.name for column in columns]
@@ -179,7 +179,7 @@ def _cell(kind: str | None, text: str) -> Html:
 
 
 def _branch(node: Node, rows: dict[str, Cells], sheet: _Sheet, depth: int) -> Iterator[Html]:
-    """Yield the rows of a branch and a fold for each branch in it, of which the first is open."""
+    """Yield the rows of a branch and a fold for each branch in it; the first one is open."""
     is_first = True
     for has_children, group in groupby(node.children.values(), lambda child: bool(child.children)):
         children = list(group)

@@ -1,4 +1,4 @@
-"""HTML, made of elements. It is escaped here and nowhere else, so that no text of a model or a user is ever taken for markup.
+"""Makes HTML of elements. Text is escaped only here, so that no text of a model or a user is ever interpreted as markup.
 
 >>> tag("p", "1 < 2, ", tag("b", "said"), class_="note")
 '<p class="note">1 &lt; 2, <b>said</b></p>'
@@ -9,7 +9,7 @@ from __future__ import annotations
 from html import escape
 from typing import Final
 
-#: What has neither content nor an end.
+#: Elements that have neither content nor an end tag.
 _VOID: Final = frozenset({"br", "col", "img", "meta"})
 
 
@@ -20,7 +20,7 @@ class Html(str):
 
 
 def escaped(text: str) -> Html:
-    """Return text as markup; what is markup, as it is."""
+    """Return text as markup; markup is returned unchanged."""
     return text if isinstance(text, Html) else Html(escape(text))
 
 
@@ -33,9 +33,9 @@ def tag(name: str, /, *inside: str, **attributes: object) -> Html:
     """Return an element.
 
     Args:
-        name: what it is.
+        name: the name of the element.
         inside: the texts and elements in it.
-        attributes: by their names, with ``_`` for ``-`` and behind words of Python: ``class_``. ``None`` and false are left out.
+        attributes: by their names, with ``_`` for ``-`` and after Python keywords: ``class_``. ``None`` and false are left out.
     """
     said = name
     for key, value in attributes.items():

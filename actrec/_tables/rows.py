@@ -1,4 +1,4 @@
-"""What prints as a table, and results that are rows: a tuple for programs, a table for people."""
+"""Objects that print as a table, and results that are rows: a tuple for programs, a table for people."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Shown:
 
     @abstractmethod
     def _table(self) -> Table:
-        """The table that is shown."""
+        """Return the table to show."""
 
     @override
     def __repr__(self) -> str:
@@ -41,7 +41,7 @@ class Rows(Shown, tuple[R, ...], Generic[R]):
         found = [(number, row) for row in self if (number := getattr(row, column)) is not None]
         return min(found, key=lambda pair: pair[0])[1] if found else None
 
-    if not TYPE_CHECKING:  # to type checkers, what is not there is an error as before
+    if not TYPE_CHECKING:  # hidden from type checkers, which then report missing attributes
 
         def __getattr__(self, name: str) -> NoReturn:
             message = f"{type(self).__name__!r} object has no attribute {name!r}"

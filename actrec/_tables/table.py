@@ -8,7 +8,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Final, NamedTuple
 
-#: So many rows of one kind fold.
+#: Runs of at least so many rows of one kind are folded.
 SHORTEST_RUN: Final = 4
 
 #: A row: one text for each column.
@@ -20,8 +20,8 @@ class Column(NamedTuple):
 
     name: str
     is_number: bool = False
-    is_note: bool = False  #: whether its cells say what needs attention
-    usual: Collection[str] = ()  #: where all cells are of these, the column is left out
+    is_note: bool = False  #: whether its cells are remarks
+    usual: Collection[str] = ()  #: if all cells are among these, the column is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +39,15 @@ class Table:
     title: str
     columns: Sequence[Column]
     rows: Sequence[Cells]
-    #: Names with dots, one for each row: many rows fold as the tree that they are. Without them, nothing folds.
+    #: Names with dots, one for each row: many rows are folded along the tree of their names. Without names, nothing is.
     names: Sequence[str] = ()
-    #: What is to be seen first, beside the title: a :class:`~actrec._tables.drawn.Badge`.
+    #: The most important result, next to the title: a :class:`~actrec._tables.drawn.Badge`.
     verdict: str = ""
-    #: For each row what it is, such as "equal": where many rows one after the other are the same, they fold. ``""`` never does.
+    #: The kind of each row, such as "equal": long runs of one kind are folded. Rows with ``""`` never are.
     kinds: Sequence[str] = ()
 
     def without_usual(self) -> Table:
-        """Return the table without the columns in which every cell is a usual one."""
+        """Return the table without the columns in which all cells are usual."""
         places = [
             place
             for place, column in enumerate(self.columns)
@@ -58,7 +58,7 @@ class Table:
         return replace(self, columns=columns, rows=rows)
 
     def runs(self) -> Iterator[tuple[str, Sequence[Cells]]]:
-        """Yield the rows by their kinds: a long run with what is said of it, other rows with ``""``."""
+        """Yield the rows by their kinds: a long run with a text for it, other rows with ``""``."""
         for kind, group in groupby(zip(self.kinds, self.rows, strict=True), itemgetter(0)):
             rows = [row for _, row in group]
             is_long = kind and len(rows) >= SHORTEST_RUN

@@ -1,4 +1,4 @@
-"""Tables as text: columns are aligned, and branches of long tables that repeat the one before are one line."""
+"""Tables as text, with aligned columns. In long tables, a branch that repeats the one before is folded into one line."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .tree import Node, tree
 
 #: A table with more rows is folded.
 MOST_ROWS: Final = 60
-#: Where that is not enough, so many rows are shown at the end.
+#: If there are still too many lines, so many rows are shown at the end.
 LAST_ROWS: Final = 10
 
 
 class _Fold(NamedTuple):
-    """A line that stands for rows that are not shown."""
+    """A line in place of rows that are not shown."""
 
     rows: int
     text: str
@@ -26,8 +26,8 @@ class _Fold(NamedTuple):
 def as_text(table: Table) -> str:
     """Return a table as lines: the title, the head and the rows.
 
-    Of more than ``MOST_ROWS`` rows that have names, branches of the tree of names that repeat the one before are one
-    line. If there are still more lines, those in the middle are one line.
+    If there are more than ``MOST_ROWS`` rows with names, branches of the tree of names that repeat the one before are
+    one line. If there are still more lines, those in the middle are one line.
     """
     table = table.without_usual()
     title = "; ".join(filter(None, (table.title, table.verdict)))
@@ -69,13 +69,13 @@ def _folded(table: Table) -> list[Cells | _Fold]:
 
 
 def _runs(table: Table) -> Iterator[Cells | _Fold]:
-    """Yield the rows; of long runs of one kind, a line."""
+    """Yield the rows, with a line for each long run of one kind."""
     for text, rows in table.runs():
         yield from [_Fold(len(rows), f"... {text} ...")] if text else rows
 
 
 def _branch(node: Node, by_name: Mapping[str, Cells], noun: str) -> Iterator[Cells | _Fold]:
-    """Yield the rows of a branch; of adjacent branches that are alike only the first."""
+    """Yield the rows of a branch; of adjacent equal branches only the first."""
     if node.is_row:
         yield by_name[node.prefix]
     alike: list[Node] = []
@@ -92,7 +92,7 @@ def _branch(node: Node, by_name: Mapping[str, Cells], noun: str) -> Iterator[Cel
 
 
 def _signature(node: Node, by_name: Mapping[str, Cells]) -> object:
-    """Return what is equal for two branches that differ only in their prefix."""
+    """Return an object that is equal for two branches that differ only in their prefix."""
     return [(name[len(node.prefix) :], by_name[name][1:]) for name in node.names()]
 
 

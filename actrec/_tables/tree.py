@@ -1,4 +1,4 @@
-"""Names with dots as a tree, which long tables fold along."""
+"""Names with dots as a tree, along which long tables are folded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Node:
     children: dict[str, Node] = field(default_factory=dict)
 
     def names(self) -> Iterator[str]:
-        """The names of the rows from here on."""
+        """Yield the names of the rows of this node and below it."""
         if self.is_row:
             yield self.prefix
         for child in self.children.values():
@@ -33,8 +33,8 @@ def tree(names: Iterable[str], smallest: int = 2) -> Node:
     >>> [(node.label, list(node.children)) for node in root.children.values()]
     [('conv', []), ('blocks', ['0', '1.a'])]
 
-    Where a name has no siblings, it is one label with its parent's, and a part with fewer rows than
-    ``smallest`` is no branch of its own.
+    A name without siblings is one label with its parent's, and a branch with fewer rows than ``smallest`` is part of
+    its parent.
     """
     root = Node("", "")
     for name in names:
@@ -48,14 +48,14 @@ def tree(names: Iterable[str], smallest: int = 2) -> Node:
 
 
 def _join(node: Node, smallest: int) -> None:
-    """Join, from the leaves up, what has no siblings or is too small."""
+    """Join nodes that have no siblings or too few rows with their parents, from the leaves up."""
     for child in node.children.values():
         _join(child, smallest)
     node.children = dict(_inlined(node, smallest))
 
 
 def _inlined(node: Node, smallest: int) -> Iterator[tuple[str, Node]]:
-    """The children, where a branch that is too small is replaced by its own children."""
+    """Yield the children; a branch that is too small is replaced by its own children."""
     for label, child in node.children.items():
         alone = len(child.children) == 1 and not child.is_row
         if child.children and (alone or sum(1 for _ in child.names()) < smallest):

@@ -28,7 +28,7 @@ from .shuffling import Shuffled, shuffled
 
 __all__ = ["Rows", "Shuffled", "rows", "shuffled"]
 
-if not TYPE_CHECKING:  # to type checkers, what is not there is an error as before
+if not TYPE_CHECKING:  # hidden from type checkers, which then report missing attributes
 
     def __getattr__(name: str) -> Any:
         raise no_name(__name__, name, __all__)

@@ -9,9 +9,8 @@
 
 Install it with ``pip install actrec[plot]``. Every function returns the ``Axes`` that it has drawn on (or
 an array of them) and never shows a figure: a notebook does that, elsewhere call ``plt.show()`` or
-``axes.figure.savefig(...)``. Recordings are only read, at most a few calls at a time. Where there is more
-than a picture can show a sample is drawn, always the same one, and the random stream of PyTorch is left
-alone.
+``axes.figure.savefig(...)``. Recordings are only read, at most a few calls at a time. If there is more
+than a picture can show, a sample is drawn, always the same one, without using PyTorch's global generators.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -29,7 +28,7 @@ except ImportError as error:
 
 __all__ = ["distributions", "drift", "feature_maps", "similarity"]
 
-if not TYPE_CHECKING:  # to type checkers, what is not there is an error as before
+if not TYPE_CHECKING:  # hidden from type checkers, which then report missing attributes
 
     def __getattr__(name: str) -> Any:
         raise no_name(__name__, name, __all__)

@@ -30,12 +30,12 @@ def similarity(acts: Layers, *, most: int = 256, ax: Axes | None = None) -> Axes
     >>> axes.images[0].get_array().shape
     (2, 2)
 
-    The first dimension of the values counts the samples; everything behind it is one feature vector. The
+    The first dimension of the values counts the samples; the other dimensions together are one feature vector. The
     measure is that of Kornblith, Norouzi, Lee and Hinton, "Similarity of Neural Network Representations
-    Revisited" (2019). It does not see rotations and scales of the features. Of fewer samples than
-    features it comes out too large, so take many, or pool the values with a ``transform``.
+    Revisited" (2019). It is invariant to rotations and scales of the features. With fewer samples than
+    features it is too large, so take many samples, or pool the values with a ``transform``.
 
-    It is computed from ``most`` by ``most`` matrices, one for each layer, which are summed up over blocks
+    It is computed from ``most`` by ``most`` matrices, one for each layer, which are summed over blocks
     of features: a layer is never in memory as one matrix.
 
     Args:
@@ -45,18 +45,18 @@ def similarity(acts: Layers, *, most: int = 256, ax: Axes | None = None) -> Axes
 
     Returns:
         The ``Axes``. Layers that do not have the same samples as most layers, or whose calls differ in
-        more than the number of samples, cannot be compared; the picture says how many were left out. A
-        layer that returns the same for all samples has no similarity, and stays white.
+        more than the number of samples, cannot be compared; the title says how many were left out. The
+        similarity of a layer that returns the same for all samples is undefined, and left white.
 
     Raises:
-        OptionError: fewer than 8 samples are left, of which the measure would mislead.
+        OptionError: there are fewer than 8 samples, for which the measure is misleading.
     """
     names = ordered("similarity", acts)
     found = cka.similarity(acts, names, most, unseen)
     if not found.matrix:
         message = (
-            f"similarity(): {count(found.samples, 'sample')} to compare. It needs {cka.FEWEST} or more, of fewer the measure is "
-            "large whatever the layers do. Samples are the first dimension of values that agree in all others; pool them with "
+            f"similarity(): {count(found.samples, 'sample')} to compare. It needs {cka.FEWEST} or more: with fewer the measure is "
+            "large for any layers. Samples are the first dimension of values that agree in all others; pool them with "
             "record(model, layers, transform=...)."
         )
         raise OptionError(message)

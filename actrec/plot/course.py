@@ -1,4 +1,4 @@
-"""How the statistics of layers go over the passes."""
+"""How the statistics of layers change over the passes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def drift(acts: Layers) -> Array:
     >>> [axes.get_ylabel() for axes in drift(acts)]
     ['mean', 'std', 'zeros']
 
-    Each point is one call; of more than 256 calls of a layer, as many are drawn, evenly spread, and the
+    Each point is one call. If a layer has more than 256 calls, 256 of them are drawn, evenly spread, and the
     title says so. The numbers are exact, as in :meth:`actrec.Recording.stats`.
 
     Args:
@@ -51,7 +51,7 @@ def drift(acts: Layers) -> Array:
         raise OptionError(message)
     if all(len({*acts[name].passes}) < 2 for name in names):  # noqa: PLR2004  # one is no course
         message = (
-            "drift(): no layer has calls in two passes, so there is no course to draw. Record several batches, or draw "
+            "drift(): no layer has calls in two passes, so there is no drift to draw. Record several batches, or draw "
             "distributions(acts)."
         )
         raise OptionError(message)
@@ -88,7 +88,7 @@ def drift(acts: Layers) -> Array:
 
 
 def _left_out(acts: Layers, names: list[str]) -> str:
-    """What the picture does not show, if there is anything."""
+    """Return what the picture does not show, if there is anything."""
     most = max(len(acts[name]) for name in names)
     facts = [f"{MOST_CALLS} of up to {most:,} calls of each layer"] * (most > MOST_CALLS)
     never = len(acts) - len(names)
@@ -97,7 +97,7 @@ def _left_out(acts: Layers, names: list[str]) -> str:
 
 
 def _course(layer: Layer[Any]) -> tuple[list[int], Array]:
-    """The passes of some calls, and their means, standard deviations and shares of zeros."""
+    """Return the passes of some calls, and their means, standard deviations and shares of zeros."""
     points = course(layer, unseen)
     return [point.number for point in points], np.array(points)[:, 1:]
 

@@ -37,8 +37,8 @@ def feature_maps(
 
     Args:
         value: a tensor of shape ``(batch, channel, height, width)``, such as ``acts["conv1"][0]``, or
-            without the first one or two dimensions; the first tensor of a nested value; a ``Layer``, of
-            which the first call is taken.
+            without the first one or two dimensions; a nested value, whose first tensor is drawn; or a
+            ``Layer``, whose first call is drawn.
         item: which image of the batch.
         most: draw so many channels at most, evenly spread over all of them.
         each: scale every map by itself. By default they share one scale, from the first to the 99th
@@ -79,7 +79,7 @@ def feature_maps(
         f"{part}{count(len(maps), 'channel')} of {maps.shape[1]} x {maps.shape[2]}", fontsize=10
     )
     if not each:
-        below, above = (mosaic < low).any(), (mosaic > high).any()  # which is neither for NaN
+        below, above = (mosaic < low).any(), (mosaic > high).any()  # NaN is neither
         beyond = "both" if below and above else "min" if below else "max" if above else "neither"
         ax.figure.colorbar(image, ax=ax, fraction=0.04, pad=0.02, extend=beyond)
     return ax
@@ -94,7 +94,7 @@ def _figure(mosaic: Array) -> Axes:
 
 
 def _maps(value: Value, item: int) -> Array:
-    """The maps of one image: channel, height, width."""
+    """Return the maps of one image: channel, height, width."""
     if isinstance(value, Layer):
         if not len(value):
             message = f"feature_maps(): nothing was recorded of layer {value.name!r}."
@@ -138,14 +138,14 @@ def _robust(array: Array) -> tuple[float, float]:
 
 
 def _rescaled(maps: Array) -> Array:
-    """Every map from 0 to 1."""
+    """Return every map scaled to the range from 0 to 1."""
     bounds = np.array([_robust(one) for one in maps])[..., None, None]
     scaled: Array = (maps - bounds[:, 0]) / (bounds[:, 1] - bounds[:, 0])
     return scaled
 
 
 def _grid(number: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns, so that the picture is about 1.4 times as wide as high, with few empty places."""
+    """Return rows and columns, so that the picture is about 1.4 times as wide as high, with few empty places."""
     ideal = min(max((1.4 * number * height / width) ** 0.5, 1.0), number)
     near = range(max(int(ideal * 0.75), 1), min(int(ideal * 1.5), number) + 1)
     columns = min(near, key=lambda columns: (-number % columns, abs(columns - ideal)))
@@ -153,7 +153,7 @@ def _grid(number: int, height: int, width: int) -> tuple[int, int]:
 
 
 def _mosaic(maps: Array, rows: int, columns: int) -> Array:
-    """All maps in one picture, with a line of nothing between them."""
+    """Return all maps in one picture, with empty lines between them."""
     number, height, width = maps.shape
     line = max(1, round(min(height, width) / 16))
     picture: Array = np.full(

@@ -1,4 +1,4 @@
-"""Where the values of layers lie, by percentiles of a sample."""
+"""The distributions of layers, by percentiles of a sample."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_ELEMENTS: Final = 50_000
 
 
 def distributions(acts: Layers, *, ax: Axes | None = None) -> Axes:
-    """Draw where the values of each layer lie, in execution order from top to bottom.
+    """Draw the distribution of the values of each layer, in execution order from top to bottom.
 
     >>> import torch
     >>> from actrec import record
@@ -35,7 +35,7 @@ def distributions(acts: Layers, *, ax: Axes | None = None) -> Axes:
     ['0', '1']
 
     The thin line spans the first to the 99th percentile, the thick one the middle half, and the dot is
-    the median; what lies beyond does not stretch the picture. Where the layers differ by orders of
+    the median; values beyond do not stretch the picture. If the layers differ by orders of
     magnitude, the axis is linear around zero and logarithmic beyond. The percentiles are those of up to
     50,000 finite elements of a layer, spread over its calls. Layers without any are left out,
     and the title says how many.
@@ -69,7 +69,7 @@ def distributions(acts: Layers, *, ax: Axes | None = None) -> Axes:
     ax.plot(median, places, "o", color="white", markeredgecolor="C0", markersize=thickness * 0.75)
     extents = np.maximum(np.abs(low), np.abs(high))
     typical = float(np.median(extents))
-    if typical > 0 and extents.max() > 30 * typical:  # lines of a pixel say nothing
+    if typical > 0 and extents.max() > 30 * typical:  # else most lines would be a pixel wide
         ax.set_xscale("symlog", linthresh=typical)
     _name_rows(ax, names)
     if left_out := len(acts) - len(names):
@@ -79,7 +79,7 @@ def distributions(acts: Layers, *, ax: Axes | None = None) -> Axes:
 
 
 def _sample(layer: Layer[Any]) -> Array:
-    """Some finite elements of a layer, spread over its calls."""
+    """Return some finite elements of a layer, spread over its calls."""
     calls = spread(len(layer), MOST_CALLS)
     generator = torch.Generator("cpu").manual_seed(0)
     samples = [np.empty(0)]

@@ -1,4 +1,4 @@
-"""What the pictures share: which layers and calls are drawn, numbers as arrays, and names as labels."""
+"""Functions that the pictures share: which layers are drawn, numbers as arrays, and names as labels."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Layers: TypeAlias = Mapping[str, Layer[Any]]
 Array: TypeAlias = np.ndarray[Any, Any]
 
 LONGEST_NAME: Final = 40
-#: Up to so many layers or points are drawn with room between them.
+#: Up to so many layers or points are drawn with space between them.
 FEW: Final = 30
 
 
 def ordered(call: str, acts: Layers) -> list[str]:
-    """The names of the layers that were called, in execution order if it is known."""
+    """Return the names of the layers that were called, in execution order if it is known."""
     if isinstance(acts, Recording):
         return acts.execution_order
     given: object = acts
@@ -40,7 +40,7 @@ def ordered(call: str, acts: Layers) -> list[str]:
 
 
 def short(name: str) -> str:
-    """A name as a label; what is long loses its middle, and matplotlib's own signs their meaning."""
+    """Return a name as a label: a long one without its middle, with matplotlib's special characters escaped."""
     name = shown(name)
     if len(name) > LONGEST_NAME:
         name = f"{name[: LONGEST_NAME // 2 - 2]}...{name[-LONGEST_NAME // 2 + 1 :]}"
@@ -48,7 +48,7 @@ def short(name: str) -> str:
 
 
 def numbers(tensor: Tensor) -> Array:
-    """Return the elements as float64; of complex ones, how large they are."""
+    """Return the elements as float64; the moduli of complex ones."""
     (plain,) = dense(tensor)
     plain = plain.abs() if plain.is_complex() else plain
     array: Array = plain.cpu().double().numpy()

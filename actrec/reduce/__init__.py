@@ -1,7 +1,8 @@
-"""What the calls of a layer are reduced to while they are recorded, in place of keeping them.
+"""Reductions of the calls of a layer while they are recorded, instead of keeping the calls.
 
-``record(model, {"layer*": actrec.reduce.Moments()})``, and with a path for ``into`` on the disk. Several of one kind, of other
-batches or other ranks, are one by ``merge()``; ``state()`` is a dict of tensors and numbers, of which ``of()`` makes it again.
+``record(model, {"layer*": actrec.reduce.Moments()})``; with a path for ``into``, the result is stored. ``merge()`` combines
+reductions of the same kind, of other batches or other ranks. ``state()`` is a dict of tensors and numbers, and ``of()`` makes a
+reduction of it again.
 """
 
 from .histogram import Histogram
@@ -12,7 +13,7 @@ from .top import TopK
 
 __all__ = ["KINDS", "Histogram", "Moments", "Norms", "Reduction", "TopK"]
 
-#: By the names that they have in a stored recording.
+#: The reductions, by their names in a stored recording.
 KINDS: dict[str, type[Reduction]] = {
     kind.__name__: kind for kind in (Histogram, Moments, Norms, TopK)
 }

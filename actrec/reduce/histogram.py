@@ -17,7 +17,7 @@ from .reduction import Reduction, Rows, State
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Histogram(Reduction):
-    """How many elements are in each bin, of all channels together or of each.
+    """The number of elements in each bin, of all channels together or of each.
 
     >>> import torch
     >>> from functools import partial
@@ -32,8 +32,8 @@ class Histogram(Reduction):
     Counts are exact.
 
     Args:
-        edges: where bins begin, and the last one ends, ascending. A value on the edge of two bins is in the upper one, and the
-            last bin has its upper edge, as in ``torch.histogram``.
+        edges: the edges of the bins, ascending. A value on the edge of two bins is in the upper one, and the last bin
+            includes its upper edge, as in ``torch.histogram``.
         dim: the dimension of the channels, for a histogram of each; ``None`` for one of all elements.
         mask: the name of a mask that is added in each pass or unit, ``acts.add("mask", batch["attention_mask"])``.
     """

@@ -14,7 +14,7 @@ from .reduction import Reduction, Rows, State
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Moments(Reduction):
-    """The mean and the variance of each channel, and the covariance of all.
+    """The mean and the variance of each channel, and the covariance of all channels.
 
     >>> import torch
     >>> from functools import partial
@@ -27,7 +27,7 @@ class Moments(Reduction):
     >>> found["count"], found["mean"].shape, found["var"].shape, found["cov"].shape
     (tensor(10), torch.Size([3]), torch.Size([3]), torch.Size([3, 3]))
 
-    Computed in float64, around the mean of each block, and merged as Chan, Golub and LeVeque do.
+    They are computed in float64, around the mean of each block, and merged as in Chan, Golub and LeVeque (1979).
 
     Args:
         dim: the dimension of the channels; each index of the others is a row. ``None``: every element is a row.
@@ -46,7 +46,7 @@ class Moments(Reduction):
 
         Returns:
             ``count``, the number of rows; ``mean``, ``var`` and ``std``, ``(C,)``; and ``cov``, ``(C, C)``. Variances are with
-            Bessel's correction, as in ``torch.var``, so those of one row are NaN. Without rows there is ``count`` alone.
+            Bessel's correction, as in ``torch.var``, so those of one row are NaN. Without rows there is only ``count``.
         """
         found = {"count": self.rows.clone()}
         if self.mean is None or self._squares is None:

@@ -28,7 +28,7 @@ class Norms(Reduction):
     >>> acts.inputs["0"].compute()
     tensor([3.1623, 3.1623, 3.1623, 3.1623], dtype=torch.float64)
 
-    Powers are added up in float64.
+    Powers are summed in float64.
 
     Args:
         dim: the dimension of the channels; each index of the others is a row. ``None``: every element is a row.

@@ -1,4 +1,4 @@
-"""What all reductions have in common: which rows of a value they are told of, and their state."""
+"""The base class of reductions: which rows of a value count, and the state."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Rows:
     """Rows of a value, in blocks."""
 
     table: Tensor  #: (N, C)
-    places: Tensor | None  #: (N,), which of all rows they are, where a mask has left some out
+    places: Tensor | None  #: (N,), their numbers among all rows, if a mask has left some out
     shape: tuple[int, ...]  #: of all rows
 
     def blocks(self) -> Iterator[Tensor]:
-        """The rows in float64, some at a time."""
+        """Yield the rows in float64, some at a time."""
         for block in torch.split(self.table, max(1, _BLOCK // max(1, self.table.shape[1]))):
             yield block.double()
 
     def index(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The sample of some rows (by number), and their position in it."""
+        """Return the sample of some rows (given by number), and their position in it."""
         rows = rows if self.places is None else self.places[rows]
         inner = prod(self.shape[1:])
         return rows // inner, rows % inner
@@ -48,7 +48,7 @@ class Rows:
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Reduction:
-    """What a layer's calls are reduced to.
+    """Reduces the calls of a layer to a result of fixed size.
 
     Args:
         dim: the dimension of the channels; each index of the others is a row. ``None``: every element is a row.
@@ -83,13 +83,13 @@ class Reduction:
     def update(
         self, value: Value, mask: Tensor | None = None, *, number: int = 0, start: int = 0
     ) -> None:
-        """Take in a value.
+        """Add a value.
 
         Args:
             value: one tensor, alone or in a container; ``(B, T, *)``, or any other shape with dimension ``dim``.
-            mask: which positions count, ``(B, T)``, or longer, of which the last columns count; or one entry for each index of
+            mask: which positions count, ``(B, T)``; of a longer one, the last columns are used; or one entry for each index of
                 the first dimension.
-            number: of the pass, for reductions that remember where a row was.
+            number: the number of the pass, for reductions that store where a row was.
             start: how many positions of the same samples came before, in other calls.
 
         Raises:
@@ -101,13 +101,13 @@ class Reduction:
             raise CaptureError(message)
         if is_distributed(found[0]):
             message = (
-                f"{type(self).__name__} needs plain tensors, and this is a DTensor, of which each rank has a part; choose that with a "
-                "transform, to_local() say"
+                f"{type(self).__name__} needs plain tensors, and this is a DTensor, of which each rank has a part; take the part with a "
+                "transform, for example to_local()"
             )
             raise CaptureError(message)
         for tensor in dense(found[0]):
             if tensor.is_complex():
-                message = f"{type(self).__name__} is of real numbers, and this value is complex; choose a part with a transform"
+                message = f"{type(self).__name__} needs real numbers, and this value is complex; choose a part with a transform"
                 raise CaptureError(message)
             rows = self._rows(tensor, mask)
             if len(rows.table):
@@ -115,7 +115,7 @@ class Reduction:
                     self._take_in(many, state)
 
     def merge(self, other: Self) -> None:
-        """Take in what another reduction of the same kind and settings has taken in."""
+        """Add all rows of another reduction of the same kind and settings."""
         if type(other) is not type(self) or other.settings() != self.settings():
             message = f"{self!r}.merge({other!r}): they are of different kinds or settings."
             raise OptionError(message)
@@ -165,7 +165,7 @@ class Reduction:
         return f"{type(self).__name__}({', '.join(said)})"
 
     def settings(self) -> dict[str, Any]:
-        """The arguments that it was made with."""
+        """Return the arguments that it was made with."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
 
     def state(self) -> dict[str, Any]:
@@ -178,16 +178,16 @@ class Reduction:
 
     @property
     def metric_state(self) -> dict[str, Any]:
-        """The same, as torchmetrics calls it."""
+        """``state()``, under the name of torchmetrics."""
         return self.state()
 
     def merge_state(self, state: Mapping[str, Any]) -> None:
-        """Take in what another one, of which this is the ``state()``, has taken in."""
+        """Merge the ``state()`` of another reduction."""
         self.merge(type(self).of(state))
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Self:
-        """Make one of its ``state()``."""
+        """Make a reduction from its ``state()``."""
         made = cls(**{one.name: state.get(one.name) for one in fields(cls) if one.init})
         shapes = {"rows": (), **made._shapes()}
         for name, shape in shapes.items():
@@ -195,7 +195,7 @@ class Reduction:
             if value is None and name != "rows" and not made.rows:
                 continue
             if not isinstance(value, Tensor) or value.ndim != len(shape):
-                message = f"its {name} has to be a tensor of {count(len(shape), 'dimension')}"
+                message = f"its {name} must be a tensor of {count(len(shape), 'dimension')}"
                 raise TypeError(message)
             for size, expected in zip(value.shape, shape, strict=True):
                 if expected not in {None, size}:
@@ -206,15 +206,15 @@ class Reduction:
 
     @abstractmethod
     def _shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Return the shape of each tensor of the state, with ``None`` for what is a number of any size."""
+        """Return the shape of each tensor of the state, with ``None`` for a dimension of any size."""
 
-    # --- Where rows were, for those that remember it -------------------------------------------------------
+    # --- Where rows were, for reductions that store it -----------------------------------------------------
 
     def of_rank(self, rank: int) -> None:
-        """Say which rank has counted the passes."""
+        """Set the rank that has counted the passes."""
 
     def renumber(self, number: Callable[[int, int], int]) -> None:
-        """Count the passes anew: ``number(rank, pass)``, all of them as one rank."""
+        """Renumber the passes by ``number(rank, pass)``, as passes of a single rank."""
 
     def positions(self, value: Value) -> int:
         """Return how many positions the samples of a value have; 0 if a row is a whole sample."""
@@ -245,7 +245,7 @@ class Reduction:
 
 
 def _counting(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Which rows count, in their shape."""
+    """Return a mask of the rows in their shape."""
     found = mask.bool()
     if found.ndim > 1 and len(shape) > 1 and len(found) == shape[0] and found.shape[1] >= shape[1]:
         found = found[:, -shape[1] :] if shape[1] else found[:, :0]

@@ -33,10 +33,10 @@ class TopK(Reduction):
     >>> top["pass"][0], top["sample"][0], top["position"][0]
     (tensor([1, 1]), tensor([0, 0]), tensor([2, 2]))
 
-    Values keep their dtype. Of equal ones any may be chosen.
+    Values keep their dtype. Among equal values, any may be chosen.
 
     Args:
-        k: how many.
+        k: how many values to keep for each channel.
         dim: the dimension of the channels; each index of the others is a row. ``None``: every element is a row.
         mask: the name of a mask that is added in each pass or unit, ``acts.add("mask", batch["attention_mask"])``.
     """
