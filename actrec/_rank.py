@@ -9,6 +9,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Mapping
+from operator import index
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -62,7 +63,7 @@ def here(rank: int | None = None, ranks: int | None = None, run: str | None = No
     """Return the position of this process; ``rank``, ``ranks`` and ``run`` are given by the user, and take precedence."""
     if rank is None or ranks is None:
         rank, ranks = placed()
-    return Position(rank, ranks, _run(ranks, run))
+    return Position(index(rank), index(ranks), _run(index(ranks), run))  # plain integers
 
 
 def placed() -> tuple[int, int]:

@@ -51,3 +51,8 @@ class Kept:
         self._mask.read(first, rows, files)
         answers: Tensor = self._mask.dressed(rows)
         return answers != 0
+
+
+def counts_of(rows: int, block: int) -> Tensor:
+    """How many rows each block has where all of them are kept."""
+    return (rows - torch.arange(0, rows, block, device="cpu")).clamp(max=block)

@@ -9,20 +9,19 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any, Final
 
-import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from typing_extensions import override
 
 from actrec._rank import placed
 from actrec._recordings.recording import Recording
 from actrec.errors import OptionError, ResumeError
+from actrec.store.folder import given_rank
 
 from .ahead import ahead
 from .align import Mask, Options, Passes, Table, table
 from .between import Between
 from .epochs import Order
-from .kept import Kept
+from .kept import Kept, counts_of
 from .mixing import Part, check, checked_weights, parts, quotas
 from .selecting import Selector
 from .sources import Files
@@ -114,7 +113,7 @@ def shuffled(
         AlignmentError: the layers do not have the same rows, as in :func:`rows`.
         OptionError: a size is not a positive whole number, or there is no such rank.
     """
-    rank, world_size = _place(rank, world_size)
+    rank, world_size = given_rank("shuffled", rank, world_size) or placed()
     _check(batch_size=batch_size, buffer=buffer)
     options = Options(flatten=flatten, mask=mask, nth=nth, passes=passes, last=last)
     recordings: list[Any] = [*recording] if isinstance(recording, (list, tuple)) else [recording]
@@ -133,7 +132,7 @@ def shuffled(
     with Files() as files:
         kept = [None if one.mask is None else Kept(one.mask, block, files) for one in tables]
     counts = [
-        _even(len(one), block) if mine is None else mine.counts
+        counts_of(len(one), block) if mine is None else mine.counts
         for one, mine in zip(tables, kept, strict=True)
     ]
     order = Order(
@@ -149,33 +148,11 @@ def shuffled(
     return Shuffled(parts(tables, kept), order, block, buffer, _identity(tables, order))
 
 
-def _even(rows: int, block: int) -> Tensor:
-    blocks = torch.arange(0, rows, block, device="cpu")
-    return (rows - blocks).clamp(max=block)
-
-
 def _check(**sizes: Any) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             message = f"shuffled({name}={size!r}): expected a whole number greater than 0."
             raise OptionError(message)
-
-
-def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Return the number of this rank, and how many there are."""
-    if (rank is None) != (world_size is None):
-        message = f"shuffled(rank={rank}, world_size={world_size}): give both, or neither."
-        raise OptionError(message)
-    if rank is None or world_size is None:
-        return placed()
-    try:
-        place = index(rank), index(world_size)  # as plain ints: the order depends on their repr
-    except TypeError:
-        place = (0, 0)
-    if not 0 <= place[0] < place[1]:
-        message = f"shuffled(rank={rank!r}, world_size={world_size!r}): ranks are whole numbers from 0 to world_size - 1."
-        raise OptionError(message)
-    return place
 
 
 @dataclass

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Final
 
 from typing_extensions import override
@@ -69,22 +70,10 @@ class Folder(os.PathLike[str]):
             ):
                 message = f"Folder({name}={value!r}): expected a number greater than 0."
                 raise OptionError(message)
-        self._check_rank()
-
-    def _check_rank(self) -> None:
+        given_rank("Folder", self.rank, self.world_size)
         run: object = self.run
         if run is not None and not (isinstance(run, str) and run):
             message = f"Folder(run={run!r}): expected text, such as run='2026-11-28-a'."
-            raise OptionError(message)
-        rank, ranks = self.rank, self.world_size
-        if rank is None and ranks is None:
-            return
-        call = f"Folder(rank={rank!r}, world_size={ranks!r})"
-        if type(rank) is not int or type(ranks) is not int:
-            message = f"{call}: expected two integers, such as rank=3, world_size=8, or neither."
-            raise OptionError(message)
-        if not 0 <= rank < ranks <= MAX_RANKS:
-            message = f"{call}: ranks are numbered from 0, and there are at most {MAX_RANKS:,}."
             raise OptionError(message)
 
     @override
@@ -95,3 +84,22 @@ class Folder(os.PathLike[str]):
     def of(cls, path: str | os.PathLike[str]) -> Folder:
         """Return ``path`` as a ``Folder``."""
         return path if isinstance(path, Folder) else cls(path)
+
+
+def given_rank(call: str, rank: Any, ranks: Any) -> tuple[int, int] | None:
+    """Return the rank that the user gave and the number of ranks, as plain integers; ``None`` if they gave neither.
+
+    Raises:
+        OptionError: there is no such rank.
+    """
+    if rank is None and ranks is None:
+        return None
+    given = (one for one in (rank, ranks) if hasattr(one, "__index__") and one is not True)
+    match [index(one) for one in given]:
+        case [at, many] if 0 <= at < many <= MAX_RANKS:
+            return at, many
+    message = (
+        f"{call}(rank={rank!r}, world_size={ranks!r}): expected two integers, such as rank=3, world_size=8, or neither. Ranks "
+        f"are numbered from 0 to world_size - 1, and there are at most {MAX_RANKS:,}."
+    )
+    raise OptionError(message)
