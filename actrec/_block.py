@@ -193,10 +193,10 @@ class Block(AbstractContextManager[Recorder[Any]]):
 
         Those that begin and end a pass enclose those that report a layer, and early stops come last.
         """
-        hook = self._session.eager.hook
+        hook, tracks = self._session.eager.hook, self._tracks.of
         hooks: dict[nn.Module, list[Hook[Track]]] = {}
         for choice in self._selection.choices:
-            track = self._tracks.of[choice.key]
+            track = tracks[choice.key]
             hooks[choice.module] = [hook(Event.RETURN, track, Track.returns)]
             if track.inputs is not None:
                 hooks[choice.module].insert(0, hook(Event.RECEIVE, track, Track.receives))

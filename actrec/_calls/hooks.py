@@ -62,7 +62,7 @@ class Hook(Generic[T]):
     ``hear(target, hook, module, args, kwargs, output)``; before the call, ``output`` is ``None``.
     """
 
-    __slots__ = ("_hear", "_runs", "_target", "checked_at", "event", "module")
+    __slots__ = ("_hear", "_target", "checked_at", "event", "module")
 
     def __init__(self, event: Event, target: T, hear: Callable[..., object]) -> None:
         self.event = event
@@ -73,7 +73,6 @@ class Hook(Generic[T]):
         self.checked_at = -1
         self._target: weakref.ref[T] = weakref.ref(target)
         self._hear = hear
-        self._runs = _asked_by_the_compiler(self._target)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, output: Any = None
@@ -86,6 +85,12 @@ class Hook(Generic[T]):
         target = self._target()
         if target is not None:
             self._hear(target, self, module, args, kwargs, output)
+
+    @as_constant
+    def _runs(self) -> bool:
+        """Answer the compiler, which asks while it reads the hook, and compiles the answer in as a constant."""
+        target = self._target()
+        return target is not None and target.met_by_compiler()
 
     def register(self, module: nn.Module) -> RemovableHandle:
         """Register this hook on ``module``."""
@@ -129,17 +134,6 @@ def delete(module: nn.Module, hook: object) -> None:
 
 
 # --- What the compiler reads in the place of a hook ------------------------------------------------------
-
-
-def _asked_by_the_compiler(target: Callable[[], Target | None]) -> Callable[[], bool]:
-    """Return a function that the compiler calls while it reads a hook; it compiles the answer in as a constant."""
-
-    @as_constant
-    def runs() -> bool:
-        found = target()
-        return found is not None and found.met_by_compiler()
-
-    return runs
 
 
 @never_compiled(
