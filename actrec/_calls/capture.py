@@ -7,7 +7,7 @@ and with random numbers of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final, cast
 
 import torch
@@ -47,19 +47,18 @@ class Capture:
     what: str = "call"  # in messages, before the number of the call
     offload: Offload | None = None  # moves values while the model continues
     overflows: Overflows | None = None  # counts values that do not fit into the dtype
-    direct: bool = field(init=False)  # is_direct(), which never changes
-
-    def __post_init__(self) -> None:
-        self.direct = self.is_direct()
+    direct: bool = False  # whether a tensor on the CPU is kept just as it is
 
     @classmethod
     def asked_for(cls, options: Options, *, share: bool) -> Capture:
         """Return what the options ask for, of any layer; ``share`` says whether memory may be shared with the model."""
         device = cast("torch.device | None", options.device)
-        return cls(detach=options.detach, share=share, device=device, dtype=options.dtype)
+        asked = cls(detach=options.detach, share=share, device=device, dtype=options.dtype)
+        asked.direct = asked.is_direct()
+        return asked
 
     def is_direct(self) -> bool:
-        """Whether a tensor on the CPU is kept just as it is."""
+        """Whether the options ask for a tensor on the CPU just as it is."""
         moved = self.device is not None and self.device.type != "cpu"
         return self.dtype is None and self.detach and self.share and not moved
 
@@ -67,9 +66,8 @@ class Capture:
         self, layer: str, transform: Transform | None, what: str, offload: Offload | None
     ) -> Capture:
         """Return the same for the values of one layer."""
-        return Capture(
-            layer, transform, self.detach, self.share, self.device, self.dtype, what, offload
-        )
+        asked = (self.detach, self.share, self.device, self.dtype)
+        return Capture(layer, transform, *asked, what, offload, direct=self.direct)
 
     def __call__(self, value: Value, call: int) -> Value:
         """Return the value to keep for ``value``, which call number ``call`` returned, or ``SKIPPED``."""

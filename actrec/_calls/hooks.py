@@ -124,13 +124,13 @@ class Hook(Generic[T]):
 
 def delete(module: nn.Module, hook: object) -> None:
     """Delete ``hook`` wherever the module has it; a handle does not reach a table that somebody has replaced."""
-    for table in hook_tables(module):
-        # Of a copy, made in one step: other threads place and remove hooks too.
-        for key in [key for key, found in [*table.items()] if found is hook]:
-            # PyTorch keeps in further tables how a hook is called.
-            for one in vars(module).values():
-                if isinstance(one, dict):
-                    one.pop(key, None)
+    # Of copies, made in one step: other threads place and remove hooks too.
+    tables = [[*table.items()] for table in hook_tables(module) if table]
+    for key in [key for table in tables for key, found in table if found is hook]:
+        # PyTorch keeps in further tables how a hook is called.
+        for one in vars(module).values():
+            if isinstance(one, dict):
+                one.pop(key, None)
 
 
 # --- What the compiler reads in the place of a hook ------------------------------------------------------

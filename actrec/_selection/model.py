@@ -51,9 +51,10 @@ class Model:
         return found
 
     @cached_property
-    def leaves(self) -> list[Name]:
-        """The names of modules without others inside, less PyTorch's machinery."""
-        return [name for name in self.names if not name.is_machinery and _is_leaf(name.module())]
+    def leaves(self) -> list[tuple[Name, Name]]:
+        """The names of modules without others inside, less PyTorch's machinery, each with that of what is called for it."""
+        leaves = [n for n in self.names if not n.is_machinery and _is_leaf(n.module())]
+        return [(name, _called(name)) for name in leaves]
 
     def spelled(self, query: str) -> Name | None:
         """Return the module with that name, in which wrapper segments may be left out."""
@@ -107,6 +108,14 @@ def _is_leaf(module: nn.Module) -> bool:
         child is not None and segment != "parametrizations"
         for segment, child in children_of(module).items()
     )
+
+
+def _called(leaf: Name) -> Name:
+    """A leaf, or in its place the module around it that uses its weights without calling it."""
+    parent = leaf.parent
+    inside = isinstance(leaf.module(), nn.modules.linear.NonDynamicallyQuantizableLinear)
+    is_attention = inside and parent and isinstance(parent.module(), nn.MultiheadAttention)
+    return parent if parent and is_attention else leaf
 
 
 def _inlined(names: list[Name]) -> Iterator[str]:

@@ -146,18 +146,10 @@ def _leaves(model: Model) -> list[Name]:
 
     The projection of ``nn.MultiheadAttention`` is never called: the attention module is returned in its place.
     """
-    leaves = model.leaves
+    leaves = [leaf for leaf, _ in model.leaves]
     scripted = [name for name in leaves if isinstance(name.module(), torch.jit.ScriptModule)]
     if scripted or all(why_not(model, name) for name in leaves):
         reasons = [reason for name in scripted or leaves if (reason := why_not(model, name))]
         message = f"record() cannot record every leaf module of this {model.type}: {next(iter(reasons), 'it has none')}, or choose layers."
         raise SelectionError(message)
-    return [_called(name) for name in leaves if is_called(name.module())]
-
-
-def _called(leaf: Name) -> Name:
-    """Return a leaf, or the module around it that uses its weights without calling it."""
-    parent = leaf.parent
-    inside = isinstance(leaf.module(), nn.modules.linear.NonDynamicallyQuantizableLinear)
-    is_attention = inside and parent and isinstance(parent.module(), nn.MultiheadAttention)
-    return parent if parent and is_attention else leaf
+    return [called for leaf, called in model.leaves if is_called(leaf.module())]

@@ -243,19 +243,22 @@ def _claims(model: Model, query: Query | None, treatment: Treatment) -> Iterator
 
 
 def _names(model: Model, claims: Collection[_Claim]) -> tuple[str, ...]:
-    """All that a module may be called."""
+    """All that a module may be called, some of it several times."""
     module = next(iter(claims)).name.module()
     names = [s for name in model.of[id(module)] for s in (name.full, name.short)]
     for claim in claims:
         names += claim.spellings
-    return tuple(dict.fromkeys(names))
+    return tuple(names)
 
 
 def _keys(names: list[Name]) -> list[str]:
     """Return the short name of each; if a wrapper and the module inside are both chosen, only the wrapper has it."""
-    full = {name.full: name for name in names}
-    outermost = sorted(names, key=lambda name: name.full.count("."), reverse=True)
-    owners = {name.short: name for name in outermost} | full
+    owners: dict[str, Name] = {}
+    for name in names:
+        other = owners.get(name.short)
+        if other is None or name.full.count(".") <= other.full.count("."):
+            owners[name.short] = name
+    owners |= {name.full: name for name in names}
     return [name.short if owners[name.short] is name else name.full for name in names]
 
 
