@@ -184,7 +184,11 @@ def test_a_module_has_one_key_whatever_it_was_chosen_for() -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "nothing": ({"layers": ()}, SelectionError, r"\(\) is empty.*inputs='conv1'"),
-    "inputs of none": ({"layers": [], "inputs": True}, SelectionError, "inputs=True.*there are none"),
+    "inputs of none": (
+        {"layers": [], "inputs": True},
+        SelectionError,
+        "inputs=True.*there are none",
+    ),
     "gradients of none": (
         {"layers": [], "inputs": "0", "grads": True},
         SelectionError,
