@@ -519,7 +519,7 @@ def test_the_title_has_the_verdict_in_words_and_counts_every_row(
 
 
 def test_a_comparison_is_neither_true_nor_false() -> None:
-    with pytest.raises(TypeError, match=r"ask for \.equal, \.close or \.different"):
+    with pytest.raises(TypeError, match=r"use \.equal, \.close or \.different"):
         bool(compare(recording(x=[ONE]), recording(x=[ONE])))
 
 
