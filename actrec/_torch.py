@@ -113,6 +113,14 @@ function_mode_at: Any = getattr(torch._C, "_get_function_stack_at", None)
 pop_function_mode: Any = getattr(torch._C, "_pop_torch_function_stack", None)
 push_function_mode: Any = getattr(torch._C, "_push_on_torch_function_stack", None)
 
+
+def is_of_pytorch(mode: object) -> bool:
+    """Whether a mode is that of a default device, or one in which tensors stand for others. Without their names, none is."""
+    device = _of("torch.utils._device", "DeviceContext")
+    is_device = device is not None and isinstance(mode, device)
+    return is_device or getattr(mode, "_mode_key", None) is not None
+
+
 _functorch = getattr(torch._C, "_functorch", None)
 
 #: Whether a tensor stands for many, or for a step of a derivative, in a transform of ``torch.func``. Without it, no.
@@ -125,12 +133,6 @@ transform_depth: Callable[[], int | None] = getattr(_functorch, "maybe_current_l
 
 #: Whether a tensor is a batch of gradients at once (``is_grads_batched=True``). Without it, no.
 is_batch: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda _: False)
-
-
-def is_caching(mode: object) -> bool:
-    """Whether it is the mode in which selective activation checkpointing runs a region's forward."""
-    kind = _of("torch.utils.checkpoint", "_CachingTorchDispatchMode")
-    return kind is not None and isinstance(mode, kind)
 
 
 # --- Modules -------------------------------------------------------------------------------------------

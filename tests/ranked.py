@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from actrec import record
+from actrec._values.modes import UNCONCERNED
 from actrec.store import Folder
 
 if TYPE_CHECKING:
@@ -84,6 +85,9 @@ class Communication(TorchDispatchMode):
         if "c10d" in func.namespace and "wait" not in func.name():
             self.heard.append(func.name())
         return func(*args, **(kwargs or {}))
+
+
+UNCONCERNED.add(Communication)  # or else it would hear nothing of what actrec does
 
 
 PLACEMENTS = {"replicate": Replicate, "shard": Shard, "partial": Partial}

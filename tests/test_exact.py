@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from actrec import CaptureError, TransformError, record
 from actrec._values import snapshot as _snapshot
@@ -532,3 +534,67 @@ def test_a_tensor_that_fills_its_memory_is_shared_until_somebody_writes(
     out.detach().add_(1)
     assert address(acts[""][0]) != address(out)
     assert not torch.equal(acts[""][0], out)
+
+
+# --- Modes ---------------------------------------------------------------------------------------------
+
+
+class Twice(TorchFunctionMode):
+    """Doubles what functions return, and counts them."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.doubled(func(*args, **(kwargs or {})))
+
+    @classmethod
+    def doubled(cls, result: Any) -> Any:
+        is_number = isinstance(result, Tensor) and result.is_floating_point()
+        cls.count += is_number
+        return result * 2 if is_number else result
+
+
+class TwiceBelow(TorchDispatchMode):
+    """Doubles what operators return, and counts them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return Twice.doubled(func(*args, **(kwargs or {})))
+
+
+class InMode(nn.Module):
+    def __init__(self, mode: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.mode():
+            return self.linear(x).relu().tanh()
+
+
+@pytest.mark.parametrize("mode", [Twice, TwiceBelow])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": torch.float64},
+        {"transform": lambda t: t.add(0)},
+        {"detach": False},
+        {"grads": True},
+    ],
+    ids=["as it is", "cast", "transformed", "in the graph", "gradients"],
+)
+def test_modes_of_the_users_neither_see_nor_change_what_is_recorded(
+    mode: Any, options: dict[str, Any]
+) -> None:
+    model, x, held = InMode(mode), torch.randn(2, 3), []
+    handle = model.linear.register_forward_hook(lambda _, __, out: held.append(out.tolist()))
+    before = Twice.count
+    output = model(x)
+    alone = Twice.count - before
+    handle.remove()
+    with record(model, ["linear", ":relu"], inputs=True, **options) as acts:
+        assert torch.equal(model(x), output)
+    assert Twice.count - before == 2 * alone
+    assert acts["linear"][0].tolist() == held[0]
+    assert torch.equal(acts.inputs["linear"][0]["input"].to(x.dtype), x)

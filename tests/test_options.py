@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from actrec import ActrecError, Opaque, OptionError, TransformError, record
+from actrec._values.modes import UNCONCERNED
 from tests.conftest import own_hooks
 
 if TYPE_CHECKING:
@@ -388,6 +389,9 @@ class Copies(TorchDispatchMode):
         copies = {torch.ops.aten.clone, torch.ops.aten._lazy_clone, torch.ops.aten._to_copy}
         self.count += func.overloadpacket in copies
         return func(*args, **(kwargs or {}))
+
+
+UNCONCERNED.add(Copies)  # or else it would see nothing of what actrec does
 
 
 @pytest.mark.parametrize(

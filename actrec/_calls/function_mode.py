@@ -35,10 +35,11 @@ from actrec._torch import (
     push_function_mode,
     transform_depth,
 )
+from actrec._values.modes import UNCONCERNED
 from actrec._values.spec import tensors
 
 from .forwards import Forward, is_ours
-from .own_calls import OWN_MODES, is_symbolic, is_tracing
+from .own_calls import is_symbolic, is_tracing
 from .session import Session
 from .track import Track, Unrecorded
 
@@ -158,7 +159,7 @@ class _Mode(TorchFunctionMode):
         self.is_on = False
 
 
-OWN_MODES.add(_Mode)
+UNCONCERNED.add(_Mode)
 
 
 class _Thread(threading.local):

@@ -17,6 +17,7 @@ from actrec._torch import (
     is_read,
 )
 from actrec._values.containers import Value
+from actrec._values.modes import UNCONCERNED
 
 #: The function modes that record functions inside modules: they do not trace the model.
 OWN_MODES: set[type] = set()
@@ -53,7 +54,7 @@ def is_tracing() -> bool:
 
 def _is_own_mode() -> bool:
     """Whether the only function mode of this thread is one that records functions."""
-    return count_function_modes() == 1 and type(function_mode_at(0)) in OWN_MODES
+    return count_function_modes() == 1 and type(function_mode_at(0)) in UNCONCERNED
 
 
 def _is_compared() -> bool:

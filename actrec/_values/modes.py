@@ -11,14 +11,20 @@ from torch import is_inference_mode_enabled
 from actrec._torch import (
     InferenceMode,
     count_dispatch_modes,
+    count_function_modes,
     dispatch_mode_at,
-    is_caching,
+    function_mode_at,
+    is_of_pytorch,
     pop_dispatch_mode,
+    pop_function_mode,
     push_dispatch_mode,
+    push_function_mode,
 )
 
 _OFF = False
 _AS_IT_IS = nullcontext()
+#: Modes that do nothing to values: those that record functions.
+UNCONCERNED: set[type] = set()
 
 
 def normal_mode() -> AbstractContextManager[object]:
@@ -29,21 +35,28 @@ def normal_mode() -> AbstractContextManager[object]:
     return InferenceMode(_OFF) if is_inference_mode_enabled() else _AS_IT_IS
 
 
-def unseen() -> AbstractContextManager[object]:
-    """Hide operations in this block from selective activation checkpointing.
+def is_seen() -> bool:
+    """Whether a mode of the user's would see operations of actrec's, and could change their results."""
+    return any(map(_is_hidden_from, _modes())) or any(map(_is_hidden_from, _function_modes()))
 
-    It numbers the operations of a forward, and when ``backward()`` runs them again, it returns the kept results by
-    number. With an additional operation, it would return the results of other operations.
+
+def _is_hidden_from(mode: Any) -> bool:
+    """Not the modes in which PyTorch reads a model, that of a default device, and those that record functions."""
+    return type(mode) not in UNCONCERNED and not is_of_pytorch(mode)
+
+
+def unseen() -> AbstractContextManager[object]:
+    """Hide operations in this block from modes of the user's, and from selective activation checkpointing.
+
+    A mode may count operations, or change their results. Selective checkpointing numbers those of a
+    forward, and when ``backward()`` runs them again, it returns the kept results by number: with one more, those of others.
     """
-    number = count_dispatch_modes()
-    if number and any(is_caching(dispatch_mode_at(at)) for at in range(number)):
-        return _without_caching()
-    return _AS_IT_IS
+    return _without_modes() if is_seen() else _AS_IT_IS
 
 
 def normal_mode_unseen() -> AbstractContextManager[object]:
     """Combine :func:`normal_mode` and :func:`unseen`. Enter it immediately, too."""
-    if not count_dispatch_modes():  # the shortest way: nothing to hide from
+    if not (count_dispatch_modes() or count_function_modes()):  # the shortest way
         return normal_mode()
     both = ExitStack()
     both.enter_context(normal_mode())
@@ -52,19 +65,30 @@ def normal_mode_unseen() -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _without_caching() -> Iterator[None]:
-    modes = _popped()
+def _without_modes() -> Iterator[None]:
+    modes, functions = _modes(), _function_modes()
     try:
-        for mode in modes:
-            if not is_caching(mode):
-                push_dispatch_mode(mode)
+        _replace(modes=modes, functions=functions, hidden=True)
         yield
     finally:
-        _popped()
-        for mode in modes:
-            push_dispatch_mode(mode)
+        _replace(modes=modes, functions=functions, hidden=False)
 
 
-def _popped() -> list[Any]:
-    """Pop all modes off the stack; the lowest comes first."""
-    return [pop_dispatch_mode(None) for _ in range(count_dispatch_modes())][::-1]
+def _replace(*, modes: list[Any], functions: list[Any], hidden: bool) -> None:
+    """Make these the modes of this thread, or those of them that nothing is hidden from."""
+    for _ in range(count_dispatch_modes()):
+        pop_dispatch_mode(None)
+    for _ in range(count_function_modes()):
+        pop_function_mode()
+    for some, push in ((modes, push_dispatch_mode), (functions, push_function_mode)):
+        for mode in some:
+            if not (hidden and _is_hidden_from(mode)):
+                push(mode)
+
+
+def _modes() -> list[Any]:
+    return [dispatch_mode_at(at) for at in range(count_dispatch_modes())]
+
+
+def _function_modes() -> list[Any]:
+    return [function_mode_at(at) for at in range(count_function_modes())]

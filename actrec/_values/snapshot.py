@@ -15,6 +15,7 @@ A tensor is shared only if all of this holds, and is cloned otherwise:
 * it occupies its whole storage, so that a slice never keeps a larger storage alive;
 * its storage is resizable, which it is not after ``Tensor.numpy()`` and ``from_numpy``: a NumPy array that
   shares the memory bypasses copy-on-write;
+* no mode of the user's is on, which would see the operation, and could change its result;
 * nobody frees and reallocates the storages of weights, as FSDP does: a tensor may be in one.
 """
 
@@ -25,12 +26,19 @@ from typing import Final
 from torch import Tensor, is_inference_mode_enabled, strided
 from torch.nn import Parameter
 
-from actrec._torch import InferenceMode, is_batch, is_wrapped, lazy_clone
+from actrec._torch import (
+    InferenceMode,
+    count_dispatch_modes,
+    count_function_modes,
+    is_batch,
+    is_wrapped,
+    lazy_clone,
+)
 from actrec.errors import CaptureError
 
 from .dtensor import cloned, detached, is_distributed
 from .fsdp import refuse_freed
-from .modes import normal_mode, normal_mode_unseen
+from .modes import is_seen, normal_mode_unseen
 
 _OFF: Final = False
 #: The types of plain tensors.
@@ -51,6 +59,7 @@ def twin(tensor: Tensor, *, detach: bool = True) -> Tensor | None:
         or not tensor.is_cpu
         or lazy_clone is None
         or tensor.is_quantized
+        or ((count_dispatch_modes() or count_function_modes()) and is_seen())
     ):
         return None
     # Leaves the mode as long as the guard exists; "with" would only add time.
@@ -75,7 +84,7 @@ def snapshot(tensor: Tensor, *, detach: bool = True, share: bool = True) -> Tens
     it is a clone, for models of which :func:`frees_weights` is true.
     """
     if detach and type(tensor) is not Tensor:
-        with normal_mode():
+        with normal_mode_unseen():
             tensor = detached(tensor)
     if share:
         copy = twin(tensor, detach=detach)
