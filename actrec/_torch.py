@@ -123,7 +123,7 @@ def is_of_pytorch(mode: object) -> bool:
 
 _functorch = getattr(torch._C, "_functorch", None)
 
-#: Whether a tensor stands for many, or for a step of a derivative, in a transform of ``torch.func``. Without it, no.
+#: Whether a tensor represents many, or a step of a derivative, in a transform of ``torch.func``. Without it: never.
 is_wrapped: Callable[[Tensor], bool] = getattr(
     _functorch, "is_functorch_wrapped_tensor", lambda _: False
 )
@@ -144,12 +144,12 @@ forward_pre_hooks: Final[Callable[[nn.Module], dict[int, Any]]] = attrgetter("_f
 
 
 def hook_tables(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    """The tables of what is called before and behind ``module``."""
+    """The tables of the hooks that run after and before the forward of ``module``."""
     return forward_hooks(module), forward_pre_hooks(module)
 
 
 def renumber(module: nn.Module, old: int, new: int) -> int:
-    """Give a hook of ``module`` another number, in the table that it is in and in those of how it is called. Return that."""
+    """Give a hook of ``module`` another number, in its table and in the tables of how hooks are called. Return the number."""
     for name, table in vars(module).items():
         if name.startswith("_forward") and "hooks" in name and old in table:
             is_first = next(iter(table)) == old
@@ -323,7 +323,7 @@ is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.
 
 
 def is_jit_comparing() -> bool:
-    """Whether ``torch.jit.trace`` is comparing its trace with the model in this thread, which it does behind it."""
+    """Whether ``torch.jit.trace`` is comparing its trace with the model in this thread, which it does after the trace."""
     file = _of("torch.jit._trace", "__file__")
     return any(
         frame.f_code.co_name == "_check_trace" and frame.f_code.co_filename == file
@@ -360,23 +360,23 @@ def compiles_itself() -> bool:
 
 
 def is_compiler_loaded() -> bool:
-    """Whether somebody has imported all of the compiler. Nobody waits for another thread that is importing it."""
+    """Whether all of the compiler has been imported. This does not wait for another thread that is importing it."""
     return "torch._dynamo" in sys.modules and _of("torch._dynamo", "set_stance") is not None
 
 
 def stance() -> Any:
-    """What the compiler, which is loaded, asks before it runs anything that is compiled."""
+    """The stance of the compiler, which is loaded: it reads this before it runs anything that is compiled."""
     return _of("torch._dynamo.eval_frame", "_stance")
 
 
 def stance_setter() -> Callable[[Any], Any] | None:
-    """What replaces that. The public one takes no object that answers by itself, and undoes what a user sets behind it."""
+    """The function that sets the stance. The public one accepts only fixed stances, and its end undoes what the user has set since."""
     setter: Callable[[Any], Any] | None = _of("torch._dynamo.eval_frame", "_set_stance")
     return setter
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Whether it is what ``torch.compile(model)`` returns. Without the name, it is taken for any module."""
+    """Whether ``module`` is what ``torch.compile(model)`` returns. Without the name, always false."""
     kind = _of("torch._dynamo.eval_frame", "OptimizedModule")
     return kind is not None and isinstance(module, kind)
 
@@ -421,7 +421,7 @@ def is_recomputing_in_graph() -> bool:
 
 
 def _bodies() -> Iterator[tuple[str, str]]:
-    """How the compiler is reading the bodies of operators such as ``torch.cond``, and of which. Without the names, it is not known."""
+    """How the compiler reads the bodies of operators such as ``torch.cond``, and which ones. Without the names, this is not known."""
     file = _of("torch._dynamo.variables.higher_order_ops", "__file__")
     for frame in frames():
         name = frame.f_code.co_name

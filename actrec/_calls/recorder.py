@@ -361,7 +361,7 @@ def _no_unit(name: str, units: list[Unit]) -> str:
 
 
 class _LiveRun(Run):
-    """A run that goes on, until its block ends."""
+    """The run of a block that has not ended."""
 
     def __init__(self, session: Session, *known: Any) -> None:
         super().__init__(*known)

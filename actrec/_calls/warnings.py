@@ -102,7 +102,7 @@ def warned_of(
 def _unused(
     model: nn.Module, tracks: _Tracks, session: Session, missing: Missing
 ) -> Iterator[tuple[str, type[UserWarning]]]:
-    """Warn once about all layers of which nothing was recorded."""
+    """Warn once about all layers that have no recorded value."""
     unused = {
         key: (choice, track)
         for key, (choice, track) in tracks.items()

@@ -1,6 +1,6 @@
 """Parts of objects that the worker processes of a ``DataLoader`` fetch for each other.
 
-All of them need rows of all blocks. Whoever comes to a block first downloads it, and leaves it in a local file for the
+All of them need rows of all blocks. The process that first needs a block downloads it, and leaves it in a local file for the
 others, which wait for as long as that file is locked; the system unlocks it if the process dies. The files save
 requests and nothing else: a part whose file is not there, or too short, is downloaded.
 """

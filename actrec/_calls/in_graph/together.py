@@ -2,7 +2,7 @@
 
 A tensor that is recorded shares its memory copy-on-write. The code that Inductor makes asks for the memory of each tensor as
 if it were to write to it, also where it reads, and so would have each recorded tensor copied. The pass moves a call down to
-the next one, and makes them one: the values are recorded behind most of the code that reads them, and Python is called once.
+the next one, and makes them one: the values are recorded after most of the code that reads them, and Python is called once.
 
 Nothing is written in place in the graphs at this point, so a value is the same further down. Where that is not so, calls stay.
 """
@@ -46,7 +46,7 @@ def _may_wait(node: Node) -> bool:
 def _join(first: Node, second: Node) -> None:
     """Let ``second`` tell what ``first`` does, before its own."""
     tokens: Any = first.kwargs["_all_bases"]
-    for token in [*first.users]:  # as it is behind the call
+    for token in [*first.users]:  # as it is after the call
         token.replace_all_uses_with(tokens[0])
         first.graph.erase_node(token)
     second.kwargs = _both(first.kwargs, second.kwargs)
