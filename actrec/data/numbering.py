@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 #: So many lines, at most, are looked at one by one, which is faster than a dozen operations on tensors.
-_FEW: Final = 4096
+_FEW: Final = 512
 
 
 def integers(numbers: Sequence[Any]) -> Tensor:
