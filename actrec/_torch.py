@@ -24,7 +24,7 @@ F = TypeVar("F", bound="Callable[..., Any]")
 
 
 def _of(module: str, name: str) -> Any:
-    """What ``module`` calls ``name``, if somebody has imported it; ``None`` if not, or if it is gone."""
+    """The attribute ``name`` of ``module``; ``None`` if that has not been imported, or lacks the name."""
     return getattr(sys.modules.get(module), name, None)
 
 
@@ -32,7 +32,7 @@ def _of(module: str, name: str) -> Any:
 
 
 def sharing() -> Callable[[Tensor], Tensor] | None:
-    """What makes a tensor that shares the memory of another one copy-on-write; ``None`` if it does not work.
+    """The function that makes a tensor share the memory of another one, copy-on-write; ``None`` if it does not work.
 
     Without it every value is cloned.
     """
@@ -56,7 +56,7 @@ version: Final[Callable[[Tensor], int]] = attrgetter("_version")
 
 
 def rewinding(tensor: Tensor) -> Callable[[], object]:
-    """What sets that back to what it is now. Without the name, nothing does: autograd refuses what has saved the tensor before."""
+    """A function that resets ``version`` of ``tensor`` to its value now. Without the name it does nothing, and a backward may fail."""
     kind: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", nullcontext)
     return partial(kind(tensor).__exit__, None, None, None)
 
@@ -66,19 +66,19 @@ base_of: Final[Callable[[Tensor], Tensor | None]] = attrgetter("_base")
 
 
 def read_base_of(tensor: Tensor) -> Tensor | None:
-    """Return the same, in words that the compiler can read."""
+    """Return ``base_of(tensor)``, in code that the compiler can read."""
     return tensor._base
 
 
 def sparse_parts(tensor: Tensor) -> list[Tensor]:
-    """The indices and values of a COO tensor, which the public names refuse to tell before it is coalesced."""
+    """The indices and values of a COO tensor, which the public methods refuse to return before it is coalesced."""
     return [tensor._indices(), tensor._values()]
 
 
 def shard_order(tensor: Tensor) -> list[list[int]]:
     """For each sharded dimension of a ``DTensor``, the dimensions of the mesh in the order in which they shard it.
 
-    Only some versions tell; in the others, an order that is not that of the mesh has a placement of its own.
+    Only some versions have it; in the others, an order that is not that of the mesh has a placement of its own.
     """
     order = getattr(getattr(tensor, "_spec", None), "shard_order", None) or ()
     return [list(getattr(entry, "mesh_dims", ())) for entry in order]
@@ -88,7 +88,7 @@ def shard_order(tensor: Tensor) -> list[list[int]]:
 
 
 class PublicInferenceMode(ExitStack):
-    """Turns inference mode on or off from when it is made until it is gone; the public one has to be entered."""
+    """Turns inference mode on or off as long as this object exists; the public class has to be entered."""
 
     def __init__(self, mode: Any) -> None:
         super().__init__()
@@ -98,16 +98,16 @@ class PublicInferenceMode(ExitStack):
         self.close()
 
 
-#: The same, in a fraction of the time.
+#: PyTorch's class for this, which takes a fraction of the time.
 InferenceMode: Final[Any] = getattr(torch._C, "_InferenceMode", PublicInferenceMode)
 
-# The stack of dispatch modes of this thread: without it, none are seen.
+# The stack of dispatch modes of this thread. Without it, it counts as empty.
 count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 dispatch_mode_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
 pop_dispatch_mode: Any = getattr(torch._C, "_pop_torch_dispatch_stack", None)
 push_dispatch_mode: Any = getattr(torch._C, "_push_on_torch_dispatch_stack", None)
 
-# That of function modes, the same. Without it, functions inside modules cannot be recorded.
+# The stack of function modes of this thread. Without it, functions inside modules cannot be recorded.
 count_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
 function_mode_at: Any = getattr(torch._C, "_get_function_stack_at", None)
 pop_function_mode: Any = getattr(torch._C, "_pop_torch_function_stack", None)
@@ -115,7 +115,7 @@ push_function_mode: Any = getattr(torch._C, "_push_on_torch_function_stack", Non
 
 
 def is_of_pytorch(mode: object) -> bool:
-    """Whether a mode is that of a default device, or one in which tensors stand for others. Without their names, none is."""
+    """Whether a mode is that of a default device, or one in which tensors represent others. Without their names, none is."""
     device = _of("torch.utils._device", "DeviceContext")
     is_device = device is not None and isinstance(mode, device)
     return is_device or getattr(mode, "_mode_key", None) is not None
@@ -175,12 +175,12 @@ PYTREE_NODES: Mapping[type, Any] = getattr(_pytree, "SUPPORTED_NODES", {})
 
 
 def is_replica(module: nn.Module) -> bool:
-    """Whether ``DataParallel`` made it, to run in a thread of its own. Without the mark, its calls are passes."""
+    """Whether ``DataParallel`` made ``module``, to run in a thread of its own. Without the mark, its calls are passes."""
     return getattr(module, "_is_replica", False)
 
 
 def is_export_guard(module: nn.Module) -> bool:
-    """Whether it is what checks the inputs of an exported model. Without the name, queries select it too."""
+    """Whether ``module`` checks the inputs of an exported model. Without the name, queries select it too."""
     return type(module).__module__ == "torch.export._unlift"
 
 
@@ -188,7 +188,7 @@ def is_export_guard(module: nn.Module) -> bool:
 
 
 def schemas_of(function: Any) -> list[Any]:
-    """What the operators of a function say of their parameters. Without it, arguments are named after its documented ones."""
+    """The schemas of the operators of a function. Without them, arguments get the names of its documented parameters."""
     overload = getattr(function, "_schema", None)  # of one overload of torch.ops
     if overload is not None:
         return [overload]
@@ -217,9 +217,9 @@ def number_of(node: Any) -> int:
 
 
 def listen(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
-    """Register a hook on a tensor that is no leaf, as ``register_hook()`` does in more time, and for good.
+    """Register a hook on a tensor that is not a leaf. It cannot be removed, and this takes less time than ``register_hook()``.
 
-    That gives out a number, of those by which one sees that somebody has registered a hook on a module; this does not,
+    That also uses up one of the numbers by which actrec sees that a hook was registered on a module; this does not,
     unless the version lacks the names.
     """
     try:
@@ -234,7 +234,7 @@ def listen(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
 
 
 def is_writable_view(tensor: Tensor) -> bool:
-    """Whether PyTorch lets one write to a view: not to one of several outputs of an operation. Without it, yes."""
+    """Whether PyTorch allows writes to a view: not to one of several outputs of an operation. Without the name, yes."""
     return _creation is None or _creation(tensor) == _DEFAULT
 
 
@@ -247,8 +247,8 @@ def _references(thing: object) -> int:
     return sys.getrefcount(thing)
 
 
-#: Once a limit of the compiler was reached with ``fullgraph=True``, a call of a function holds its arguments once more. So
-#: what a call holds is counted with something that nothing else refers to.
+#: After a limit of the compiler was reached with ``fullgraph=True``, a call of a function holds one more reference to its
+#: arguments. So the references that a call holds are counted with an object that nothing else refers to.
 _PROBE: Final = object()
 _USUAL: Final = _references(_PROBE)
 
@@ -256,7 +256,7 @@ _USUAL: Final = _references(_PROBE)
 def owners_of_one_view() -> tuple[int, int]:
     """Return :func:`owners` of a base that is referred to by one view, and by a variable of the caller.
 
-    Where this version lacks one of the names, ``(0, 0)``: no base has so few, so each counts as used elsewhere.
+    Where this version lacks one of the names, return ``(0, 0)``: no base has so few, so each counts as used elsewhere.
     """
     try:
         with torch.inference_mode(mode=False), torch.enable_grad():
@@ -282,10 +282,10 @@ def frames() -> Iterator[FrameType]:
 
 
 def checkpoint_frames() -> Iterator[tuple[str, FrameType]]:
-    """What activation checkpointing is doing in this thread, from the inside out.
+    """The frames of activation checkpointing in this thread, from the inside out, each with the name of its function.
 
-    ``"forward"`` and ``"backward"`` run a region of reentrant checkpointing for the first time, and again; the
-    variable ``ctx`` in them is the region's. ``"unpack_hook"`` runs a non-reentrant one again.
+    ``"forward"`` runs a region of reentrant checkpointing for the first time, ``"backward"`` again; the
+    variable ``ctx`` in them is the region's. ``"unpack_hook"`` runs a non-reentrant region again.
     """
     file = _of("torch.utils.checkpoint", "__file__")
     for frame in frames():
@@ -300,7 +300,7 @@ def is_recomputing() -> bool:
 
 
 def recomputing_number() -> int:
-    """Stands in for the number of the running backward: -1 unless a checkpoint is being recomputed."""
+    """A substitute for the number of the running backward: -1 unless a checkpoint is being recomputed."""
     return 0 if is_recomputing() else -1
 
 
@@ -331,7 +331,7 @@ def is_jit_comparing() -> bool:
     )
 
 
-#: The modes in which PyTorch reads a model, by the module that whoever does it has imported.
+#: The modes in which PyTorch reads a model, each with its module, which is imported by then.
 _READING = (
     ("torch.fx.experimental.proxy_tensor", "ProxyTorchDispatchMode"),
     ("torch.fx.experimental.proxy_tensor", "PreDispatchTorchFunctionMode"),
@@ -382,9 +382,9 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 
 
 def not_compiled_alone(*functions: Any) -> None:
-    """Keep the compiler from compiling calls of functions, and what those call, that it has not come across in other code."""
+    """Keep the compiler from compiling ``functions``, and what they call, by themselves; as a part of other code it may."""
     from torch._C._dynamo import eval_frame  # noqa: PLC0415
-    from torch._dynamo import types  # noqa: PLC0415  # which takes a second, where nobody has imported it
+    from torch._dynamo import types  # noqa: PLC0415  # which takes a second, where it has not been imported
 
     action: Any = types.FrameAction  # type: ignore[attr-defined]
     strategy: Any = types.FrameExecStrategy  # type: ignore[attr-defined]
@@ -393,7 +393,7 @@ def not_compiled_alone(*functions: Any) -> None:
 
 
 def is_of_compiler(error: BaseException) -> bool:
-    """Whether it was raised by the compiler. Without the names, it was not."""
+    """Whether ``error`` was raised by the compiler. Without the names, it was not."""
     kinds = [_of("torch._dynamo.exc", name) for name in _OF_COMPILER]
     return isinstance(error, tuple(kind for kind in kinds if kind is not None))
 
@@ -402,26 +402,26 @@ _OF_COMPILER: Final = ("TorchDynamoException", "FailOnRecompileLimitHit")
 
 
 def compiles_tensor_hooks() -> bool:
-    """Whether ``Tensor.register_hook()`` can be compiled. Without it, gradients are not recorded in compiled code."""
+    """Whether ``Tensor.register_hook()`` can be compiled. If not, gradients are not recorded in compiled code."""
     return find_spec("torch._higher_order_ops.register_hook") is not None
 
 
 def compiled_frame() -> FrameType | None:
-    """The frame whose compiled code has called the code which asks. Without the names, it is not known."""
+    """The frame whose compiled code has called the code that runs. Without the names, ``None``."""
     file, other = (_of(name, "__file__") for name in ("torch._dynamo.eval_frame", "torch._compile"))
     callers = (one.f_back for one in frames() if one.f_code.co_filename == file)
     return next((one for one in callers if one and one.f_code.co_filename != other), None)
 
 
 def is_recomputing_in_graph() -> bool:
-    """Whether the compiled code that has called the code which asks is that of a backward. Without the name, it is not known."""
+    """Whether the compiled code that has called the code that runs is that of a backward. Without the name, always false."""
     file = _of("torch._functorch._aot_autograd.runtime_wrappers", "__file__")
     names = (one.f_code.co_name for one in frames() if one.f_code.co_filename == file)
     return any("backward" in name for name in names)
 
 
 def _bodies() -> Iterator[tuple[str, str]]:
-    """How the compiler reads the bodies of operators such as ``torch.cond``, and which ones. Without the names, this is not known."""
+    """How the compiler reads the bodies of operators such as ``torch.cond``, and which ones. Without the names, nothing."""
     file = _of("torch._dynamo.variables.higher_order_ops", "__file__")
     for frame in frames():
         name = frame.f_code.co_name
@@ -430,17 +430,17 @@ def _bodies() -> Iterator[tuple[str, str]]:
 
 
 def is_in_body() -> bool:
-    """Whether the compiler is reading the body of an operator that compiles it by itself."""
+    """Whether the compiler is reading the body of an operator, such as ``torch.cond``, that compiles it separately."""
     return any(how == "speculate_subgraph" and "checkpoint" not in what for how, what in _bodies())
 
 
 def is_in_checkpoint() -> bool:
-    """Whether the compiler is reading what activation checkpointing will run again."""
+    """Whether the compiler is reading code that activation checkpointing will run again."""
     return any("checkpoint" in what for _, what in _bodies())
 
 
 def is_in_transform() -> bool:
-    """Whether a transform of ``torch.func`` is running. Without the name, it is not known."""
+    """Whether a transform of ``torch.func`` is running. Without the name, always false."""
     peek = getattr(_functorch, "peek_interpreter_stack", None)
     return peek is not None and peek() is not None
 
@@ -460,12 +460,12 @@ def compiler_config() -> Any:
     return _of("torch._dynamo", "config")
 
 
-#: The setting of Inductor for a pass of one's own over its graphs.
+#: The setting of Inductor for a pass of the user's over its graphs.
 CHANGES_GRAPHS: Final = "post_grad_custom_post_pass"
 
 
 def own_pass(function: Callable[[Any], None], version: str) -> Any:
-    """Return a pass that runs ``function``; the version of that is part of the keys of Inductor's caches."""
+    """Return a pass that runs ``function``; ``version`` is part of the keys of Inductor's caches."""
     from torch._inductor.custom_graph_pass import CustomGraphPass  # noqa: PLC0415
 
     class Pass(CustomGraphPass):
@@ -491,7 +491,7 @@ def inductor_config() -> Any:
 
 
 def as_constant(function: F) -> F:
-    """Mark a function that the compiler calls while it reads, as ``torch._dynamo.assume_constant_result`` does."""
+    """Mark a function that the compiler calls while it reads a model, as ``torch._dynamo.assume_constant_result`` does."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -507,7 +507,7 @@ def never_compiled(reason: str) -> Callable[[F], F]:
     return mark
 
 
-#: What ``torch.distributions`` draws with.
+#: The private operators with which ``torch.distributions`` draws random numbers.
 PRIVATE_DRAWS: Final = frozenset({"_standard_gamma", "_sample_dirichlet"})
 
 
@@ -515,12 +515,12 @@ PRIVATE_DRAWS: Final = frozenset({"_standard_gamma", "_sample_dirichlet"})
 
 
 def reductions_of(metric: Any) -> dict[str, str | None]:
-    """How each state of a metric is merged, by the name of the function. Without it, its ``merge_state()`` is trusted."""
+    """The name of the function that merges each state of a metric. Without it, its ``merge_state()`` is trusted."""
     found = getattr(metric, "_reductions", {})
     return {name: getattr(how, "__name__", None) for name, how in found.items()}
 
 
 def count_an_update(metric: Any) -> None:
-    """A metric has taken in states of others, and would warn that there is nothing in it. Without the name, none does."""
+    """Count an update of a metric that was merged from others, which else warns that it is empty. Without the name, it does not."""
     if getattr(metric, "_update_count", None) == 0:
         metric._update_count = 1
