@@ -9,7 +9,7 @@ Operators of PyTorch that compile themselves (``torch.cond``, ``scan``, ``map``,
 ``flex_attention``) still do where gradients are enabled: they cannot be differentiated otherwise.
 Under ``no_grad()`` they run eagerly, and the layers in their bodies are recorded.
 
-Importing the compiler takes more than a second, and until somebody imports it, nothing is compiled. So it is not
+Importing the compiler takes more than a second, and until it is imported, nothing is compiled. So it is not
 imported here. The block sets the stance when it begins, when a pass begins, or when the compiler reads one
 of its hooks, whichever comes first after the import.
 """

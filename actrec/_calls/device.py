@@ -1,7 +1,7 @@
 """The part of CUDA that recording needs: a stream, an event, pinned memory, one copy. GPUs of AMD are included.
 
 Everything that can go wrong, the order above all, is in ``transfer.py``, which the tests run on a
-substitute of :class:`Cuda` whose copies happen only when somebody waits for them.
+substitute of :class:`Cuda` whose copies happen only when a thread waits for them.
 """
 
 from __future__ import annotations

@@ -66,11 +66,11 @@ class OwnDraws(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def was_seeded(self) -> bool:
-        """Whether PyTorch's global generator was seeded anew since this was made."""
+        """Whether PyTorch's global generator was seeded since this was made."""
         return torch.default_generator.initial_seed() != self._seed
 
     def check_unseeded(self) -> None:
-        """Raise ``ValueError`` if the generator that the model draws from was seeded anew."""
+        """Raise ``ValueError`` if the generator that the model draws from was seeded."""
         if self.was_seeded():
             message = (
                 "PyTorch's global generator, from which the model draws, was seeded while it ran; let it draw from a "

@@ -16,7 +16,7 @@ from .hooks import Event, Hook
 def put_after_others(hook: Hook[Any], module: nn.Module) -> bool:
     """Put this hook after those of others, from the next call on. Return whether any had come after it.
 
-    To be called when somebody has registered a hook since the last time: when ``hook.checked_at`` is out of date.
+    To be called when a hook was registered since the last time: when ``hook.checked_at`` is out of date.
     """
     hook.checked_at = RemovableHandle.next_id
     table = forward_pre_hooks(module) if hook.event is Event.RECEIVE else forward_hooks(module)

@@ -107,7 +107,7 @@ class Forward:
             vars(self.module).setdefault("__getstate__", State(self.module))
 
     def remove(self) -> None:
-        """Take it off again, unless somebody has put another forward in its place meanwhile."""
+        """Remove this forward again, unless other code has replaced it meanwhile."""
         self._runner = _nothing
         attributes = vars(self.module)
         with placing:

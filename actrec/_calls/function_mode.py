@@ -327,7 +327,7 @@ _RUNS: Final = {Watcher.run.__code__, Aside.run.__code__}
 def _is_nobodys() -> bool:
     """Whether the running function was not called by a forward.
 
-    Instead actrec called it, to keep a value of a layer, or a transform did; or a hook of a module inside, such as that
+    Then actrec called it, to keep a value of a layer, or a transform did, or a hook of a submodule, such as that
     of ``spectral_norm``.
     """
     frame: FrameType | None = sys._getframe(2)

@@ -69,7 +69,7 @@ class Hook(Generic[T]):
         #: The module that it is on.
         self.module: Callable[[], nn.Module | None] = _no_module
         #: ``RemovableHandle.next_id`` when it was last checked that no hook of others comes after this one; while it
-        #: is the same, nobody has registered a hook since.
+        #: is the same, no hook was registered since.
         self.checked_at = -1
         self._target: weakref.ref[T] = weakref.ref(target)
         self._hear = hear
@@ -123,7 +123,7 @@ class Hook(Generic[T]):
 
 
 def delete(module: nn.Module, hook: object) -> None:
-    """Delete ``hook`` wherever the module has it; a handle does not reach a table that somebody has replaced."""
+    """Delete ``hook`` wherever the module has it; a handle does not reach a table that other code has replaced."""
     # Of copies, made in one step: other threads place and remove hooks too.
     tables = [[*table.items()] for table in hook_tables(module) if table]
     for key in [key for table in tables for key, found in table if found is hook]:

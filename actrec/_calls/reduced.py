@@ -161,7 +161,7 @@ class ReducedLayer(Reduced):
         """Return a predicate: whether a pass is final."""
         if self._disk is None:
             return lambda number: number not in self._undecided
-        complete = self._disk.count_complete()  # asks for a lock, and so is called outside ours
+        complete = self._disk.count_complete()  # acquires a lock, and so is called outside ours
         return lambda number: number < complete
 
     def _merge(self, settled: Callable[[int], bool]) -> None:

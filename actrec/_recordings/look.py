@@ -98,7 +98,7 @@ class Look:
 class Together:
     """The bytes of several layers together: memory that they share counts once.
 
-    The sum is computed anew only if a layer has other calls than before.
+    The sum is computed again only if the calls of a layer have changed.
     """
 
     def __init__(self) -> None:

@@ -68,7 +68,7 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class FunctionQuery:
-    """The functions that one query asks for, and what is to be recorded of them."""
+    """The functions that one query chooses, and which of their values to record."""
 
     query: str  #: as it was written
     owners: tuple[Owner, ...]
@@ -78,14 +78,14 @@ class FunctionQuery:
     is_spelled_out: bool  #: without globs: a function of one name, called by one module
 
     def asks_for(self, name: str) -> bool:
-        """Return whether it asks for functions of a (canonical) name."""
+        """Return whether the query chooses functions of a (canonical) name."""
         if is_glob(self.function):
             return glob(self.function).fullmatch(name) is not None
         return name == self.function
 
 
 def is_function_query(query: object, model: Model) -> TypeGuard[str]:
-    """Return whether a query asks for functions: it has a colon, and no module has that name."""
+    """Return whether a query chooses functions: it has a colon, and no module has that name."""
     return isinstance(query, str) and ":" in query and model.spelled(query) is None
 
 

@@ -1,7 +1,7 @@
 """The names of modules, with and without the segments that wrappers add.
 
 One module may have several names, and wrappers such as ``DistributedDataParallel`` or ``torch.compile`` add segments that
-nobody wants to type.
+users should not have to type.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Name:
         self.parent = parent
         #: Whether patterns skip it: a module that computes a parametrized weight, or checks an exported input.
         self.is_machinery = is_machinery
-        #: Returns the module, to whoever has the model.
+        #: Returns the module, as long as the model exists.
         self.module = cast("Callable[[], nn.Module]", weakref.ref(module))
 
 

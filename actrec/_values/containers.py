@@ -1,4 +1,4 @@
-"""One container: taken apart into its children, and made anew with other children.
+"""One container: split into its children, and made again with other children.
 
 :func:`parts` supports tuples, lists, deques and dicts and their subclasses, ``UserDict`` and ``UserList``,
 dataclasses, attrs classes and namespaces. It reads and makes them by the methods of Python's own classes: none of the

@@ -2,7 +2,7 @@
 
 The usual ``out.detach().cpu()`` is an alias on CPU, so the next in-place operation overwrites what was
 "saved". A ``clone()`` is right and costs a pass over memory. :func:`snapshot` shares the memory
-copy-on-write instead, with ``torch._lazy_clone``: nothing is copied unless somebody writes to either
+copy-on-write instead, with ``torch._lazy_clone``: nothing is copied until one of them is written to
 side, and then the writer's side moves to new memory.
 
 Copy-on-write is private API and wrong for some tensors, so it is used only here, behind an allow-list.
@@ -16,7 +16,7 @@ A tensor is shared only if all of this holds, and is cloned otherwise:
 * its storage is resizable, which it is not after ``Tensor.numpy()`` and ``from_numpy``: a NumPy array that
   shares the memory bypasses copy-on-write;
 * no mode of the user's is on, which would see the operation, and could change its result;
-* nobody frees and reallocates the storages of weights, as FSDP does: a tensor may be in one.
+* the storages of weights are not freed and reallocated, as by FSDP: a tensor may be in one.
 """
 
 from __future__ import annotations

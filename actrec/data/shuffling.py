@@ -170,7 +170,7 @@ class Shuffled(IterableDataset[Any]):
     """The iterable dataset of batches that :func:`shuffled` returns.
 
     **Epochs.** Each iteration is an epoch, with its own order; the first one is epoch 0. Each worker process
-    has a copy of the dataset, which a ``DataLoader`` makes anew for every epoch unless its workers
+    has a copy of the dataset, which a ``DataLoader`` makes again for every epoch unless its workers
     persist. So with workers, set the epoch, as for PyTorch's distributed sampler:
 
     .. code-block:: python

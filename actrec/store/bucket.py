@@ -145,7 +145,7 @@ class Bucket:
         self.begin(name, write).finish()
 
     def remove(self, name: str) -> None:
-        """Remove an object that this process has written and nobody needs."""
+        """Remove an object that this process has written and that is not needed."""
         try:
             self._objects.fs.rm_file(self._objects.at(name))
         except Exception as error:

@@ -1,7 +1,7 @@
 """Makes values of JSON and tensors. ``encoding.py`` is the reverse.
 
 Reading never imports or calls anything by a name from the file. A value whose class could only be obtained by
-running somebody's code is read as a stand-in: a :class:`Fields` for a dataclass, a ``ModelOutput`` or a dict
+running other people's code is read as a stand-in: a :class:`Fields` for a dataclass, a ``ModelOutput`` or a dict
 subclass, a newly made named tuple, an ``Opaque`` for a class or an enum member.
 """
 
@@ -230,5 +230,5 @@ def _named(name: str, fields: tuple[str, ...], values: Iterable[Value]) -> Any:
 
 
 def _reduced(value: Any) -> tuple[Any, ...]:
-    """Copy and pickle such a named tuple: its class is made anew, because it cannot be imported."""
+    """Copy and pickle such a named tuple: its class is made again, because it cannot be imported."""
     return _named, (type(value).__name__, value._fields, tuple(value))

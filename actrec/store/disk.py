@@ -98,13 +98,13 @@ class Disk:
     def make(self) -> None:
         """Make the folder and its parents, unless they exist, in a way that survives a power loss."""
         self.path.mkdir(parents=True, exist_ok=True)
-        # Also those that exist already: whoever made them may have been killed before syncing.
+        # Also those that exist already: the process that made them may have been killed before syncing.
         for folder in self.path.parents:
             if os.access(folder, os.R_OK | os.W_OK):
                 sync(folder)
 
     def lock(self) -> Lock:
-        """Lock the folder; ``BlockingIOError`` if somebody else has."""
+        """Lock the folder; ``BlockingIOError`` if another process has locked it."""
         return locked(self.path)
 
     def begin(self, name: str, write: Callable[[Writable], object]) -> Unfinished:
@@ -118,7 +118,7 @@ class Disk:
         self.begin(name, write).finish()
 
     def remove(self, name: str) -> None:
-        """Remove a file that this process has written and nobody needs."""
+        """Remove a file that this process has written and that is not needed."""
         (self.path / name).unlink()
 
     def sweep(self) -> None:

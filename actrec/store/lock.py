@@ -47,7 +47,7 @@ class Lock(AbstractContextManager[None]):
 
 
 def locked(folder: Path) -> Lock:
-    """Lock a folder; ``BlockingIOError`` if somebody else has. Warn if the file system has no locks."""
+    """Lock a folder; ``BlockingIOError`` if another process has locked it. Warn if the file system has no locks."""
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         _lock(fd)

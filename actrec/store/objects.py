@@ -1,7 +1,7 @@
 """The objects below a URL, through ``fsspec``: listing them, and reading parts of one.
 
-What was announced is downloaded as it was announced, by threads. The rest is downloaded as it is asked for; where small parts
-are asked for one after the other, in blocks that are kept.
+Threads download announced parts, in the order of the announcement. Other parts are downloaded when they are read; where small
+parts are read one after the other, in blocks that are kept.
 """
 
 from __future__ import annotations

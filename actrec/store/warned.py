@@ -1,4 +1,4 @@
-"""The warnings at the end of a block, in a file next to the shards, for whoever opens the recording later."""
+"""The warnings at the end of a block, in a file next to the shards, for those who open the recording later."""
 
 from __future__ import annotations
 

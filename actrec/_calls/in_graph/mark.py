@@ -98,7 +98,7 @@ class _Mark:
         attributes["forward"] = self.forward
 
     def remove(self) -> None:
-        """Take it off again, unless somebody has put another forward in its place meanwhile."""
+        """Remove this forward again, unless other code has replaced it meanwhile."""
         others = [mark for mark in _marks.get(self.module, ()) if mark is not self]
         _marks[self.module] = others
         attributes = vars(self.module)
