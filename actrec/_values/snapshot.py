@@ -2,14 +2,14 @@
 
 The usual ``out.detach().cpu()`` is an alias on CPU, so the next in-place operation overwrites what was
 "saved". A ``clone()`` is right and costs a pass over memory. :func:`snapshot` shares the memory
-copy-on-write instead, with ``torch._lazy_clone``: nothing is copied until one of them is written to
-side, and then the writer's side moves to new memory.
+copy-on-write instead, with ``torch._lazy_clone``: nothing is copied until one of the two is
+written to, and then that one moves to new memory.
 
-Copy-on-write is private API and wrong for some tensors, so it is used only here, behind an allow-list.
+Copy-on-write is private API and wrong for some tensors, so it is used only here, for an allow-list of tensors.
 A tensor is shared only if all of this holds, and is cloned otherwise:
 
 * it has two dimensions or more: cloning a smaller one costs no more;
-* it is a plain CPU tensor: no subclass, and not quantized. (Sparse, mkldnn and nested tensors, and the
+* it is a plain CPU tensor: not of a subclass, and not quantized. (Sparse, mkldnn and nested tensors, and the
   wrappers of ``torch.func``, raise, because they have no storage or no such kernel. Dispatch keys would
   tell all that at once, but PyTorch takes a microsecond to make a Python object of them.)
 * it occupies its whole storage, so that a slice never keeps a larger storage alive;

@@ -1,10 +1,10 @@
 """A pass over the graphs of Inductor that joins calls of the operator, where their values may be recorded later.
 
-A tensor that is recorded shares its memory copy-on-write. The code that Inductor makes asks for the memory of each tensor as
-if it were to write to it, also where it reads, and so would have each recorded tensor copied. The pass moves a call down to
-the next one, and makes them one: the values are recorded after most of the code that reads them, and Python is called once.
+A tensor that is recorded shares its memory copy-on-write. Inductor's code requests the memory of each tensor as if to write
+to it, also where it only reads, so each recorded tensor would be copied. The pass moves a call down to
+the next one, and joins the two: the values are recorded after most of the code that reads them, and Python is called once.
 
-Nothing is written in place in the graphs at this point, so a value is the same further down. Where that is not so, calls stay.
+Nothing is written in place in the graphs at this point, so a value is the same further down. Where something is, calls stay.
 """
 
 from __future__ import annotations
