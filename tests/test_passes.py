@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -257,6 +258,23 @@ def test_a_call_that_is_not_recorded_ends_no_pass_that_a_call_of_the_same_module
             model(X)
         assert acts["linear"].passes == [0, 1]
         assert acts.num_passes == 2
+
+
+def test_a_call_has_its_own_inputs_where_one_of_the_same_module_has_raised_inside_it() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, *, fail: bool = False) -> Tensor:
+            if fail:
+                raise ValueError
+            with suppress(ValueError):
+                self(x + 1, fail=True)
+            return x * 2
+
+    model = Model()
+    with record(model, "", inputs=True) as acts:
+        for _ in range(2):
+            model(X)
+    assert [[*given] for given in acts.inputs[""]] == [["x"], ["x"]]
+    assert all(torch.equal(given["x"], X) for given in acts.inputs[""])
 
 
 class Codec(nn.Module):
