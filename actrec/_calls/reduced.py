@@ -245,8 +245,8 @@ class ReducedLayer(Reduced):
     def clear(self) -> None:
         if self._disk is not None:
             message = (
-                f"acts[{self.name!r}].clear(): what was written to a path stays there. To reduce only a part of a run, record "
-                "that part: acts.pause() records nothing."
+                f"acts[{self.name!r}].clear(): what was written to a path stays there. To reduce only a part of a run, record only "
+                "that part: inside acts.pause() nothing is recorded."
             )
             raise ActrecError(message)
         with self._lock:

@@ -1,4 +1,4 @@
-"""The rows that a mask keeps: how many in each block of rows. Which ones, the mask says when it is asked."""
+"""How many rows a mask keeps in each block of rows. Which rows these are is read from the mask when they are needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from .columns import Column
 from .sources import Files
 
-#: Rows of which the mask is read at a time.
+#: The number of rows for which the mask is read at a time.
 _MANY: Final = 1 << 20
 
 

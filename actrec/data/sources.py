@@ -27,11 +27,11 @@ from .between import Between
 
 Shape: TypeAlias = tuple[int, ...]
 
-#: Up to so many bytes between two rows are read rather than skipped.
+#: Up to this many bytes between two rows are read rather than skipped.
 _GAP: Final = 1 << 14
-#: The memory for bytes between rows, which nobody reads.
+#: The memory for bytes between rows, which are not used.
 _NOTHING: Final = memoryview(bytearray(_GAP))
-#: Up to so many rows are read directly to their places.
+#: Up to this many rows are read directly to their places.
 _FEW: Final = 16
 #: Bytes that are read at once to pick rows from.
 _MOST: Final = 1 << 20
@@ -215,7 +215,7 @@ class Files(AbstractContextManager["Files"]):
         return self._threads.submit(work, *args)
 
     def fetching(self, file: Stored) -> Later:
-        """Return what lets a thread fetch a part of a file, if no other worker has it."""
+        """Return a function that makes a thread fetch a part of a file, if no other worker has it."""
         if self.between is None:
             return self.later
         return self.between.fetching(file.place.shown(file.name), self.later)

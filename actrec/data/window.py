@@ -20,7 +20,7 @@ from .epochs import Cut, Order, Piece
 from .mixing import Part
 from .sources import Files
 
-#: Up to so many blocks, and so many bytes, are prefetched.
+#: Up to this many blocks, and this many bytes, are prefetched.
 _AHEAD: Final = 16, 1 << 24
 
 

@@ -1,4 +1,4 @@
-"""The objects that were read last. Of those that are read from one part to the next, ``fsspec`` keeps the blocks."""
+"""The objects that were read last. If parts that follow each other are read from one, ``fsspec`` keeps its blocks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BLOCK: Final = 4 << 20  #: bytes that are downloaded at a time
 _EACH: Final = 8  # blocks of one object
 _NEAR: Final = (
     1 << 16
-)  # bytes between two parts, at most, of which the second goes on after the first
-#: What makes ``fs.open()`` keep them.
+)  # bytes, at most, between a part and one that follows it
+#: The arguments with which ``fs.open()`` keeps blocks.
 CACHED: Final[dict[str, Any]] = {
     "block_size": BLOCK,
     "cache_type": "blockcache",
@@ -27,16 +27,16 @@ CACHED: Final[dict[str, Any]] = {
 
 
 class Kept:
-    """An object that was read. Whoever reads from it has its lock."""
+    """An object that was read. A thread that reads from it holds its lock."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.head: bytes | None = None  #: what it was seen to begin with
-        self.file: BinaryIO | None = None  #: of which blocks are kept
+        self.head: bytes | None = None  #: the bytes at its begin, when they were read
+        self.file: BinaryIO | None = None  #: open, with some blocks in memory
         self._ends: deque[int] = deque(maxlen=_EACH)
 
     def goes_on(self, begin: int, end: int) -> bool:
-        """Whether a part lies near one that was read lately, and so others may come that are near it."""
+        """Whether a part is near one that was read lately, so more parts near it may be read."""
         near = next((other for other in self._ends if abs(begin - other) <= _NEAR), None)
         if near is not None:
             self._ends.remove(near)
@@ -72,7 +72,7 @@ class Blocks:
         self._begin()
 
     def of(self, url: str) -> Kept:
-        """Return what is kept of an object."""
+        """Return the object at ``url``, a new one if none is kept."""
         if self._pid != os.getpid():  # forked off
             self._begin()
         with self._lock:

@@ -28,11 +28,11 @@ class Held:
 
     def __init__(self, committed: int, limit: int, raised: Collection[int]) -> None:
         self.size = 0
-        self.committed = committed  # how many passes are committed by the batches so far
+        self.committed = committed  # how many passes the batches so far commit
         self._limit = limit  # about how many bytes make a shard
         self._raised = raised  # the passes that raised; it grows
         self._passes: defaultdict[int, list[Call]] = defaultdict(list)
-        self._parted: set[int] = set()  # passes of which parts were handed out
+        self._parted: set[int] = set()  # passes with parts that were handed out
         self._dropped: set[int] = set()  # of those, the dropped ones
         self._looks: set[Look] = set()  # of the calls; their groups are in `_groups`
         self._groups: set[object] = set()

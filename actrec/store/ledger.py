@@ -53,7 +53,7 @@ _NESTED: Final = Maybe([(str, [int], [int])])
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """What a shard says of itself and of the shards before it.
+    """What a shard says about itself and about the shards before it.
 
     A call counts if its pass is before ``committed`` of the last shard, and its shard is not ``void``: a pass
     that is larger than a shard is written in parts, and the parts of a pass that was never completed are void.
@@ -159,7 +159,7 @@ class SoFar:
         }
 
     def agrees(self, other: SoFar) -> bool:
-        """Whether two say the same. What says for people what values are, another version may have put in other words."""
+        """Whether two are equal, except for descriptions of values, which another version may have worded differently."""
         words = {"kinds": None, "nested": None}
         return self.node() | words == other.node() | words
 
@@ -195,7 +195,7 @@ def _is_outline(template: str, low: Sequence[int], high: Sequence[int]) -> bool:
 
 @dataclass(slots=True)
 class Ledger:
-    """The state of a rank's writer, of which the header of the next shard is made."""
+    """The state of a rank's writer, from which the header of the next shard is made."""
 
     heading: Heading  #: of the last shard
     layers: dict[Slot, SoFar] = field(default_factory=dict)  #: in the order of their first calls

@@ -1,4 +1,4 @@
-"""The keys of units on disk: one more layer, with a call for each unit, beside those that the unit's pass has."""
+"""The keys of units on disk: one more layer, with one call for each unit, in the pass of the unit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .layers import Source
 from .part import Group
 from .shard import Shard
 
-#: The layer that the keys are.
+#: The layer of the keys.
 UNIT: Final = Slot("unit", 0, "key", "unit")
 
 
