@@ -15,9 +15,7 @@ CACHE_BYTES: Final = 1 << 30
 
 BLOCK: Final = 4 << 20  #: bytes that are downloaded at a time
 _EACH: Final = 8  # blocks of one object
-_NEAR: Final = (
-    1 << 16
-)  # bytes, at most, between a part and one that follows it
+_NEAR: Final = 1 << 16  # bytes, at most, between a part and one that follows it
 #: The arguments with which ``fs.open()`` keeps blocks.
 CACHED: Final[dict[str, Any]] = {
     "block_size": BLOCK,
