@@ -35,6 +35,7 @@ from actrec import (
     record,
 )
 from actrec._calls import function_mode
+from actrec._calls.forwards import Forward, State
 from actrec._calls.parameters import named
 from actrec._torch import count_function_modes
 from actrec.testing import assert_unhooked
@@ -764,6 +765,40 @@ class Twice:
 
     def __call__(self, x: Tensor) -> Any:
         return type(self.block).forward(self.block, x) * 2
+
+
+class CopiesItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).relu()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def __reduce__(self) -> Any:
+        return type(self), (), vars(self)
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+@pytest.mark.parametrize("is_set", [False, True])
+def test_modules_that_copy_their_attributes_themselves_are_plain_in_a_copy(
+    made: Any, is_set: bool
+) -> None:
+    net = nn.Sequential(CopiesItself())
+    if is_set:
+        net[0].forward = Twice(net[0])
+    x = torch.randn(2, 4)
+    with record(net, "0:relu"):
+        copied = made(net)
+        assert torch.equal(copied(x), net(x))
+    assert not isinstance(vars(copied[0]).get("forward"), Forward)
+    assert not isinstance(vars(copied[0]).get("__getstate__"), State)
+    assert torch.equal(copied(x), net(x))
 
 
 def test_a_state_that_is_of_another_kind_stays_as_it_is() -> None:

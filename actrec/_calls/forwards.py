@@ -133,6 +133,16 @@ class State:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
+    @override
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        # Where a class pickles the attributes itself: what the module has without this.
+        return getattr, (self._module, "__getstate__")
+
+    def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
+        copied = copy.deepcopy(self._module, memo)  # in the memo: its copying has begun
+        when_copied(memo, partial(vars(copied).pop, "__getstate__", None))
+        return self
+
     def __call__(self) -> Any:
         found = getattr(type(self._module), "__getstate__")(self._module)  # noqa: B009  # mypy does not know it
         if not isinstance(found, dict):  # the class has a state of its own kind
