@@ -409,8 +409,11 @@ def compiles_tensor_hooks() -> bool:
 def compiled_frame() -> FrameType | None:
     """The frame whose compiled code has called the code that runs. Without the names, ``None``."""
     file, other = (_of(name, "__file__") for name in ("torch._dynamo.eval_frame", "torch._compile"))
-    callers = (one.f_back for one in frames() if one.f_code.co_filename == file)
-    return next((one for one in callers if one and one.f_code.co_filename != other), None)
+    for one in frames():
+        caller = one.f_back
+        if one.f_code.co_filename == file and caller and caller.f_code.co_filename != other:
+            return caller
+    return None
 
 
 def is_recomputing_in_graph() -> bool:

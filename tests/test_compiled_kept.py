@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import pickle
 import threading
 from collections import OrderedDict
@@ -87,6 +88,11 @@ class Net(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+class Scale(nn.Module):
+    def forward(self, x: Tensor, factor: float) -> tuple[Tensor, float]:
+        return x * factor, -factor
 
 
 Run = Callable[[Tensor], Any]
@@ -311,6 +317,17 @@ def test_with_other_shapes_from_call_to_call() -> None:
     )
     assert [t.shape[0] for t in acts["head"]] == [2, 3, 5]
     assert graphs_of(lambda: run(torch.ones(7, 4))) == 1, "and the user's own code is one graph"
+
+
+def test_numbers_that_change_from_call_to_call_and_are_not_finite() -> None:
+    model = nn.Sequential(Scale())
+    run = torch.compile(lambda x, factor: model[0](x, factor), backend="aot_eager")
+    factors = (0.5, 0.7, 0.9, math.inf, math.nan)
+    with record(model, "0", inputs=True, compiled=True) as acts:
+        for factor in factors:
+            run(X, factor)
+    assert repr([given["factor"] for given in acts.inputs["0"]]) == repr([*factors])
+    assert repr([number for _, number in acts["0"]]) == repr([-factor for factor in factors])
 
 
 def graphs_of(work: Callable[[], object]) -> int:
@@ -687,7 +704,7 @@ def test_values_come_back_as_they_were() -> None:
 
     tensor = torch.ones(2)
     returned = [
-        *(tensor, None, 3, 1.5, "a'b", b"c", True, 2j, ..., slice(1, 2), torch.float16, nn.Linear),
+        *(tensor, None, 3, 1.5, -math.inf, complex(1, -math.inf), "a'b", b"c", True, 2j, ..., slice(1, 2), torch.float16, nn.Linear),
         *((tensor, [tensor, torch.zeros(1)]), X.shape, X.max(0), Words([tensor]), Record(tensor)),
         *({"a": tensor, 3: (1, 2)}, OrderedDict(a=tensor), ModelOutput(tensor, [tensor])),
         *(local()(tensor), local()(tensor), (), [], {}, torch.device("cpu"), torch.strided),

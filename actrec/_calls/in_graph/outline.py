@@ -23,7 +23,8 @@ from actrec._values.stand_ins import Opaque, qualified
 
 # --- What the compiler reads -----------------------------------------------------------------------------
 
-_LITERALS = (type(None), bool, str, float, complex, bytes)
+_LITERALS = (type(None), bool, str, bytes)
+_NUMBERS = (float, complex)  # whose texts are no literals where they are inf or nan
 _NAMED = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
     *(type, type(...), slice, range, Enum),
@@ -45,6 +46,8 @@ def _encode(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
         return f"('tensor', {len(tensors) - 1})"
     if value is None or isinstance(value, _LITERALS):
         return f"('literal', {value!r})"
+    if isinstance(value, _NUMBERS):
+        return f"('{type(value).__name__}', '{value!r}')"
     if isinstance(value, int):
         numbers.append(value)
         return f"('number', {len(numbers) - 1})"
@@ -192,6 +195,8 @@ _FILLING: Final[dict[str, Callable[..., _Fill]]] = {
     "tensor": _tensor,
     "number": _number,
     "literal": _constant,
+    "float": lambda text: _constant(float(text)),
+    "complex": lambda text: _constant(complex(text)),
     "named": lambda name: _constant(_named[name]),
     "opaque": lambda name: _constant(Opaque(qualified(_named[name]))),
     "sequence": _sequence,
