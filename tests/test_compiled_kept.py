@@ -321,7 +321,7 @@ def test_with_other_shapes_from_call_to_call() -> None:
 
 def test_numbers_that_change_from_call_to_call_and_are_not_finite() -> None:
     model = nn.Sequential(Scale())
-    run = torch.compile(lambda x, factor: model[0](x, factor), backend="aot_eager")
+    run = compiled(model[0])
     factors = (0.5, 0.7, 0.9, math.inf, math.nan)
     with record(model, "0", inputs=True, compiled=True) as acts:
         for factor in factors:
@@ -704,7 +704,22 @@ def test_values_come_back_as_they_were() -> None:
 
     tensor = torch.ones(2)
     returned = [
-        *(tensor, None, 3, 1.5, -math.inf, complex(1, -math.inf), "a'b", b"c", True, 2j, ..., slice(1, 2), torch.float16, nn.Linear),
+        *(
+            tensor,
+            None,
+            3,
+            1.5,
+            -math.inf,
+            complex(1, -math.inf),
+            "a'b",
+            b"c",
+            True,
+            2j,
+            ...,
+            slice(1, 2),
+            torch.float16,
+            nn.Linear,
+        ),
         *((tensor, [tensor, torch.zeros(1)]), X.shape, X.max(0), Words([tensor]), Record(tensor)),
         *({"a": tensor, 3: (1, 2)}, OrderedDict(a=tensor), ModelOutput(tensor, [tensor])),
         *(local()(tensor), local()(tensor), (), [], {}, torch.device("cpu"), torch.strided),

@@ -46,8 +46,6 @@ def _encode(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
         return f"('tensor', {len(tensors) - 1})"
     if value is None or isinstance(value, _LITERALS):
         return f"('literal', {value!r})"
-    if isinstance(value, _NUMBERS):
-        return f"('{type(value).__name__}', '{value!r}')"
     if isinstance(value, int):
         numbers.append(value)
         return f"('number', {len(numbers) - 1})"
@@ -59,6 +57,8 @@ def _encode(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
 def _encode_object(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
     kind = type(value)
     name = _name(kind)
+    if kind in _NUMBERS:
+        return f"('{kind.__name__}', '{value!r}')"
     if isinstance(value, (tuple, list)):
         children = [_encode(item, tensors, numbers) for item in value]
         return f"('sequence', {name!r}, [{', '.join(children)}])"
