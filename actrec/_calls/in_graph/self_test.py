@@ -25,7 +25,7 @@ def prepare() -> None:
     if _results[0] is not None:
         message = (
             f"record(compiled=True): recording in compiled code does not work on torch {torch.__version__}: a self-test "
-            f"failed ({_results[0]}). It was made for torch 2.13. Without compiled=True the model runs eagerly in the block, "
+            f"failed ({_results[0]}). It needs torch 2.13, for which it was made. Without compiled=True the model runs eagerly in the block, "
             "and is recorded on every version."
         )
         raise OptionError(message)
