@@ -46,8 +46,8 @@ CHANGES: dict[str, Callable[[Any, int, Any], object]] = {
     "sort": lambda layer, *_: layer.sort(key=id),
     "reverse": lambda layer, *_: layer.reverse(),
     "clear": lambda layer, *_: layer.clear(),
-    "keep": lambda layer, at, value: layer.keep(value, at),
-    "drop": lambda layer, at, _: layer.drop(at),
+    "keep": lambda layer, at, value: layer._keep(value, at),
+    "drop": lambda layer, at, _: layer._drop(at),
     "look": lambda layer, *_: repr(layer),
 }
 STEP = st.tuples(st.sampled_from([*CHANGES]), st.integers(0, 3), st.sampled_from([*VALUES]))

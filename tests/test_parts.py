@@ -268,7 +268,7 @@ def test_everything_that_can_be_done_with_a_layer_can_be_done_with_a_whole_one(
     assert acts.inputs["layer"].cat()["input"].shape == (24, 6)  # type: ignore[index]
     with pytest.raises(IndexError, match=r"acts\['layer'\]\[3\]: there are 3 calls"):
         layer[3]
-    for refuse in (layer.clear, lambda: layer.keep(values[0], 0)):
+    for refuse in (layer.clear, lambda: layer._keep(values[0], 0)):
         with pytest.raises(actrec.ActrecError, match="which can only be read"):
             refuse()
     acts.save(tmp_path / "whole")

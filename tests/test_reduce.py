@@ -405,7 +405,7 @@ def test_what_was_reduced_can_be_copied() -> None:
     copied = copy.deepcopy(acts)
     acts["up"].update(numbers(2, 3))
     assert copied["up"].rows == 2
-    copied["up"].keep(numbers(2, 3), 7)
+    copied["up"]._keep(numbers(2, 3), 7)
     assert copied["up"].passes == [0, 7]
 
 
@@ -420,7 +420,7 @@ def unit(masks: list[Tensor], calls: list[Tensor], *, mask: str | None = "mask")
     make = partial(reduce.TopK, k=100, mask=mask)
     layer = ReducedLayer("up", make, "Linear", undecided)
     for call in calls:
-        layer.keep(call, 3)
+        layer._keep(call, 3)
     for one in masks:
         layer.add("mask", one, 3)
     assert len(layer) == 0
@@ -429,7 +429,7 @@ def unit(masks: list[Tensor], calls: list[Tensor], *, mask: str | None = "mask")
 
 def settle(layer: Any) -> None:
     """The unit ends."""
-    layer.settle(3)
+    layer._settle(3)
     layer._undecided.discard(3)
 
 
@@ -468,26 +468,26 @@ def test_a_mask_that_does_not_fit_a_unit_is_refused_and_nothing_is_taken_in(
 ) -> None:
     layer = unit(masks, list(numbers(2, 5, 3).split([3, 1, 1], dim=1)))
     with pytest.raises(ActrecError, match=message):
-        layer.settle(3)
+        layer._settle(3)
     assert len(layer) == layer.rows == 0
 
 
 def test_a_unit_that_is_dropped_leaves_nothing() -> None:
     layer = unit([torch.ones(2, 5)], [numbers(2, 5, 3)])
-    layer.drop(3)
-    layer.settle(3)
+    layer._drop(3)
+    layer._settle(3)
     assert layer.rows == 0
     assert layer.unmasked(()) is None
 
 
 def test_a_unit_that_is_dropped_because_of_another_layer_leaves_nothing() -> None:
     layer = unit([torch.ones(2, 5)], [numbers(2, 5, 3)])
-    layer.settle(3)
+    layer._settle(3)
     assert layer.rows == len(layer) == 0  # the unit has not ended
-    layer.drop(3)
+    layer._drop(3)
     layer._undecided.discard(3)
     assert layer.rows == len(layer) == 0
-    layer.keep(numbers(2, 5, 3), 4)
+    layer._keep(numbers(2, 5, 3), 4)
     layer.add("mask", torch.ones(2, 5), 4)
     assert layer.rows == 10
 

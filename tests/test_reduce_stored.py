@@ -454,7 +454,7 @@ def test_a_state_that_is_none_is_a_damaged_file(
 def test_what_is_stored_can_only_be_read(tmp_path: Path) -> None:
     units(tmp_path / "run", {"up": reduce.Norms()}, [0])
     layer = load(tmp_path / "run")["up"]
-    for change in (lambda: layer.keep(XS, 0), lambda: layer.drop(0), layer.clear):
+    for change in (lambda: layer._keep(XS, 0), lambda: layer._drop(0), layer.clear):
         with pytest.raises(ActrecError, match="this is a stored recording, which can only be read"):
             change()
     with pytest.raises(ActrecError, match="they were reduced by Norms"):

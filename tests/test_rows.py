@@ -347,7 +347,7 @@ def test_the_passes_of_a_layer_are_a_view_that_reads_like_a_list(
 def test_the_passes_in_memory_are_not_copied_to_look_at_one() -> None:
     acts = reused([1])
     passes = acts["relu"].passes
-    acts["relu"].keep(torch.zeros(1), 7)
+    acts["relu"]._keep(torch.zeros(1), 7)
     assert passes == [0, 7]
     with pytest.raises(TypeError):
         passes[0] = 1

@@ -176,7 +176,7 @@ def test_a_layer_is_a_sequence(stored: tuple[Path, Any]) -> None:
     for index in (12, -13):
         with pytest.raises(IndexError, match=rf"acts\['relu'\]\[{index}\]: there are 12 calls"):
             layer[index]
-    for method in (lambda: layer.keep(1, 0), lambda: layer.drop(0), layer.clear):
+    for method in (lambda: layer._keep(1, 0), lambda: layer._drop(0), layer.clear):
         with pytest.raises(ActrecError, match="a stored recording, which can only be read"):
             method()
 

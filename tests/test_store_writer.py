@@ -947,7 +947,7 @@ def test_a_call_that_comes_after_the_end_is_dropped(tmp_path: Path) -> None:
     net = nn.Linear(4, 3)
     with record(net, "", into=tmp_path / "r") as acts:
         net(torch.ones(2, 4))
-    acts[""].keep(torch.ones(1), 1)
+    acts[""]._keep(torch.ones(1), 1)
     assert len(acts[""]) == 1
 
 

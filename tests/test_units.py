@@ -170,7 +170,7 @@ def test_what_overflowed_in_a_unit_that_was_dropped_is_not_counted():
             model(X * 1e8)
             raise MemoryError
         model(X)
-    assert acts["0"].overflows.counts() == {}
+    assert acts["0"]._overflows.counts() == {}
 
 
 # --- Containers ----------------------------------------------------------------------------------------

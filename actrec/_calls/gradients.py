@@ -99,7 +99,7 @@ class Gradients:
     _gone: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.backwards = self.layer.backwards
+        self.backwards = self.layer._backwards
         self.arrivals = Arrivals(self.lock)
         self._itself = weakref.ref(self)
 
@@ -115,7 +115,7 @@ class Gradients:
             call.arrived = weakref.WeakValueDictionary()
         if not self.alike:
             kept = output if self.capture.transform is None else None
-        self.layer.keep(None if type(kept) is Tensor else rebuild(kept, lambda _: None), number)
+        self.layer._keep(None if type(kept) is Tensor else rebuild(kept, lambda _: None), number)
         is_open = self.backwards is not None or number in self.undecided
         if is_open:
             if self.backwards is not None and number not in self._open:
@@ -133,7 +133,7 @@ class Gradients:
 
     def _waiting(self, number: int) -> list[Value]:
         """Return the gradients of a unit that its container does not have yet."""
-        waiting: list[Value] = self.layer.waiting.get(number, [])
+        waiting: list[Value] = self.layer._held_back.get(number, [])
         return waiting
 
     def settle(self, number: int) -> None:

@@ -94,7 +94,7 @@ class ReducedLayer(Reduced):
     # --- What comes ----------------------------------------------------------------------------------------
 
     @override
-    def keep(self, value: Value, number: int) -> None:
+    def _keep(self, value: Value, number: int) -> None:
         if self._disk is not None:
             self._disk.expect(number)
         settled = self._settled() if self._parts else None
@@ -116,14 +116,14 @@ class ReducedLayer(Reduced):
                 self._take_in(number)
 
     @override
-    def settle(self, number: int) -> None:
+    def _settle(self, number: int) -> None:
         with self._lock:
             if number in self._waiting:
                 self._take_in(number, joined=True)
             self._masks.pop(number, None)  # of a unit in which the layer was not called
 
     @override
-    def drop(self, number: int) -> None:
+    def _drop(self, number: int) -> None:
         with self._lock:
             for of_passes in (self._waiting, self._masks, self._parts):
                 of_passes.pop(number, None)

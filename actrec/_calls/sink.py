@@ -41,7 +41,7 @@ class SinkLayer(Layer[Any]):
         self.sink = sink
         self._held = held
         #: By pass, the calls that the container gets when the unit has ended.
-        self.waiting: dict[int, list[Value]] = {}
+        self._held_back: dict[int, list[Value]] = {}
         self._make = None if hasattr(self.sink, "clear") else make
         #: The passes of the latest calls, of those that made the container longer or changed its last item.
         self._passes: deque[int] = deque()
@@ -62,20 +62,20 @@ class SinkLayer(Layer[Any]):
         return ListView([number if known is None else known for number, known in pairs])
 
     @override
-    def keep(self, value: Value, number: int) -> None:
+    def _keep(self, value: Value, number: int) -> None:
         if number in self._held:
-            self.waiting.setdefault(number, []).append(value)
+            self._held_back.setdefault(number, []).append(value)
         else:
             self._append(value, number)
 
     @override
-    def settle(self, number: int) -> None:
-        for value in self.waiting.pop(number, ()):
+    def _settle(self, number: int) -> None:
+        for value in self._held_back.pop(number, ()):
             self._append(value, number)
 
     @override
-    def drop(self, number: int) -> None:
-        self.waiting.pop(number, None)
+    def _drop(self, number: int) -> None:
+        self._held_back.pop(number, None)
 
     def _append(self, value: Value, number: int) -> None:
         before, last = len(self), self._last()
@@ -123,7 +123,7 @@ class SinkLayer(Layer[Any]):
             self.sink = self._make()
         self._passes.clear()
         self._known.clear()
-        self.waiting.clear()
+        self._held_back.clear()
 
     @override
     def __getitem__(self, index: int | slice) -> Value:
@@ -146,15 +146,15 @@ class SinkLayer(Layer[Any]):
 
     @property
     @override
-    def is_kept(self) -> bool:
+    def _is_kept(self) -> bool:
         return hasattr(self.sink, "__iter__")
 
     @override
     def _readable(self) -> Iterable[Value]:
-        return self.sink if self.is_kept else ()
+        return self.sink if self._is_kept else ()
 
     def _items(self) -> Any:
-        if not self.is_kept:
+        if not self._is_kept:
             message = (
                 f"acts[{self.name!r}]: its calls went into a {type(self.sink).__name__}, from which they cannot be "
                 f"read. It is at acts[{self.name!r}].sink."

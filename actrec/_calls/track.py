@@ -83,13 +83,13 @@ class Track:
     #: Set by the first call.
     _is_plain: bool = False
 
-    #: ``outputs.keep``, if outputs are kept: looked up once, because attribute access on layers is slow.
+    #: ``outputs._keep``, if outputs are kept: looked up once, because attribute access on layers is slow.
     _keep_output: Callable[[Value, int], None] = field(init=False)
 
     def __post_init__(self) -> None:
         self.outputs = self.layers.get("output")
         if self.outputs is not None:
-            self._keep_output = self.outputs.keep
+            self._keep_output = self.outputs._keep
         is_kept = self.outputs is not None and self.capture.transform is None
         self._is_direct = is_kept and self.capture.direct
 
@@ -120,16 +120,16 @@ class Track:
         with self.lock:
             for layer in self.layers.values():
                 layer.clear()
-                if layer.overflows is not None:
-                    layer.overflows.clear()
+                if layer._overflows is not None:
+                    layer._overflows.clear()
 
     def drop(self, number: int) -> None:
         """Forget the calls of pass ``number``, a unit that has failed."""
         with self.lock:
             for layer in self.layers.values():
-                layer.drop(number)
-                if layer.overflows is not None:
-                    layer.overflows.drop(number)
+                layer._drop(number)
+                if layer._overflows is not None:
+                    layer._overflows.drop(number)
             if self.grads is not None:
                 self.grads.drop(number)
 
@@ -137,7 +137,7 @@ class Track:
         """Keep the calls of pass ``number``, a unit that has ended."""
         with self.lock:
             for layer in self.layers.values():
-                layer.settle(number)
+                layer._settle(number)
             if self.grads is not None:
                 self.grads.settle(number)
 
@@ -263,7 +263,7 @@ class Track:
                 try:
                     self._keep_output(value, number)
                     if self.inputs is not None:
-                        self.inputs.calls.keep(received, number)
+                        self.inputs.calls._keep(received, number)
                 finally:
                     self.lock.release()
             else:
@@ -299,7 +299,7 @@ class Track:
         if self.outputs is not None:
             self._keep_output(value, number)
         if self.inputs is not None:
-            self.inputs.calls.keep(received, number)
+            self.inputs.calls._keep(received, number)
 
     def _arrived(self, call: int, value: Value, received: Value, number: int) -> None:
         """The values of a call have arrived from a device. An error says which call it was: the model is elsewhere by now."""

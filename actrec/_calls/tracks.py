@@ -96,7 +96,7 @@ class Tracks:
                 self.added[name] = layer = self.destination.layer("added", name, "added")
                 self.session.order.setdefault(name)
                 self._show(name, {"output": layer})
-            self.added[name].keep(kept, number)
+            self.added[name]._keep(kept, number)
             for reduced in self._reduced:
                 reduced.add(name, kept, number)
 
@@ -106,7 +106,7 @@ class Tracks:
             track.settle(number)
         with self._adding:
             for layer in self.added.values():
-                layer.settle(number)
+                layer._settle(number)
 
     def drop(self, number: int) -> None:
         """Forget all values of pass ``number``, a unit that has failed, and names under which nothing else was added."""
@@ -115,7 +115,7 @@ class Tracks:
         with self._adding:
             for name, layer in [*self.added.items()]:
                 known = len(layer)
-                layer.drop(number)
+                layer._drop(number)
                 if known and not len(layer):
                     del self.added[name]
                     self._show(name, {})
@@ -180,5 +180,5 @@ class Tracks:
             layer._transform = function_name(transform)
             if capture.dtype is not None:
                 number = self.session.passes.current_or_last
-                capture.overflows = layer.overflows = Overflows(capture.dtype, number)
+                capture.overflows = layer._overflows = Overflows(capture.dtype, number)
         return capture

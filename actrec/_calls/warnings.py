@@ -192,7 +192,7 @@ _OF: Final[Mapping[What, str]] = {
 
 def _overflows(track: Track) -> Iterator[tuple[str, Overflows]]:
     for role, layer in track.layers.items():
-        overflows = layer.overflows
+        overflows = layer._overflows
         if overflows is not None and overflows.total:
             yield _OF[role], overflows
 

@@ -51,7 +51,7 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         return ListView(self._passes)
 
     @override
-    def keep(self, value: V, number: int) -> None:
+    def _keep(self, value: V, number: int) -> None:
         passes = self._passes  # once: attribute access on a layer is slow
         if len(passes) != len(self):
             self._align()
@@ -86,7 +86,7 @@ class ListLayer(list[V], Layer[V], Generic[V]):
         return look
 
     @override
-    def drop(self, number: int) -> None:
+    def _drop(self, number: int) -> None:
         passes = self.passes
         for index in [index for index, own in enumerate(passes) if own == number][::-1]:
             del self[index]

@@ -63,27 +63,27 @@ class Layer(Sequence[V], Generic[V]):
     name: str
     #: The type of the module, as ``type(module).__name__``.
     type: str
-    #: Counts the values that overflowed in the cast to ``dtype=``. Internal.
-    overflows: Overflows | None = None
-    #: The name of the transform that made its values. Internal.
+    #: Counts the values that overflowed in the cast to ``dtype=``.
+    _overflows: Overflows | None = None
+    #: The name of the transform that made its values.
     _transform: str | None = None
-    #: Tracks which passes still await gradients; only for gradients that are recorded to a path. Internal.
-    backwards: Any = None
-    #: By pass, the calls of units that have not ended, which the layer does not have yet. Internal.
-    waiting: Mapping[int, list[Any]] = MappingProxyType({})
-    #: The units of its recording. Internal.
+    #: Tracks which passes still await gradients; only for gradients that are recorded to a path.
+    _backwards: Any = None
+    #: By pass, the calls of units that have not ended, which the layer does not have yet.
+    _held_back: Mapping[int, list[Any]] = MappingProxyType({})
+    #: The units of its recording.
     _units: Units | None = None
 
     @abstractmethod
-    def keep(self, value: V, number: int) -> None:
-        """Append a value of pass ``number``. Internal: the recorder calls it."""
+    def _keep(self, value: V, number: int) -> None:
+        """Append a value of pass ``number``. The recorder calls it."""
 
     @abstractmethod
-    def drop(self, number: int) -> None:
-        """Forget the calls of pass ``number``, a unit that has failed. Internal: the recorder calls it."""
+    def _drop(self, number: int) -> None:
+        """Forget the calls of pass ``number``, a unit that has failed. The recorder calls it."""
 
-    def settle(self, number: int) -> None:
-        """Keep the calls of pass ``number``, a unit that has ended. Internal: the recorder calls it."""
+    def _settle(self, number: int) -> None:
+        """Keep the calls of pass ``number``, a unit that has ended. The recorder calls it."""
         # Most layers have them already.
 
     @abstractmethod
@@ -324,7 +324,7 @@ class Layer(Sequence[V], Generic[V]):
         return sum(self._seen()[1].values())
 
     @property
-    def is_kept(self) -> bool:
+    def _is_kept(self) -> bool:
         """Whether the calls can be read: not if they were reduced. Internal."""
         return True
 

@@ -126,7 +126,7 @@ class Reduced(Layer[Any]):
 
     @property
     @override
-    def is_kept(self) -> bool:
+    def _is_kept(self) -> bool:
         return False
 
     @override

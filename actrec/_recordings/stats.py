@@ -144,10 +144,10 @@ def _cells(row: Row, largest: int) -> Cells:
 
 def stats(layers: Sequence[Layer[Any]], masks: Masks | None = None, *, progress: bool) -> Stats:
     """Return the statistics of some layers. See :meth:`actrec.Recording.stats`."""
-    kept = [layer for layer in layers if layer.is_kept] or layers  # if none is, reading raises
+    kept = [layer for layer in layers if layer._is_kept] or layers  # if none is, reading raises
     with showing("statistics", sum(map(len, kept)), progress=progress) as each:
         found = Stats(row for layer in kept for row in _rows(layer, masks, each))
-    found.without = tuple(layer.name for layer in layers if not layer.is_kept)
+    found.without = tuple(layer.name for layer in layers if not layer._is_kept)
     if masks is not None:
         masks.check()
     return found
@@ -156,7 +156,7 @@ def stats(layers: Sequence[Layer[Any]], masks: Masks | None = None, *, progress:
 def _rows(layer: Layer[Any], masks: Masks | None, each: Each) -> Iterator[Row]:
     found: dict[str, Tally] = {}
     nonfinite: dict[str, int] = {}  # the first pass with any
-    by_cast = {} if layer.overflows is None else layer.overflows.nonfinite()
+    by_cast = {} if layer._overflows is None else layer._overflows.nonfinite()
     kept: Iterable[Mapping[str, Tensor]] = repeat({}) if masks is None else masks.of(layer)
     for value, number, counts in zip(each(layer), layer.passes, kept, strict=False):
         for path, tensor in leaves(value):

@@ -78,13 +78,13 @@ def _notes(layer: Layer[Any], run: Run) -> Iterator[str]:
         return
     if run.state() == "interrupted" and run.passes.count - 1 not in layer.passes:
         yield "not in the last pass"
-    if layer.overflows is not None and (many := sum(layer.overflows.counts().values())):
-        dtype = str(layer.overflows.dtype).removeprefix("torch.")
+    if layer._overflows is not None and (many := sum(layer._overflows.counts().values())):
+        dtype = str(layer._overflows.dtype).removeprefix("torch.")
         yield f"{count(many, 'value')} too large for {dtype}"
     most, passes = layer._per_pass()
     if most > 1:
         yield f"{'' if most * passes == len(layer) else 'up to '}{most:,} per pass"
-    if not layer.is_kept:
+    if not layer._is_kept:
         yield "reduced"
     if layer._transform is not None:
         yield f"transform {shown(layer._transform.rpartition('.')[2])}"

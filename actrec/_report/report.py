@@ -48,9 +48,9 @@ def report(acts: Recording[Any], path: str | os.PathLike[str], *, progress: bool
 
 def _page(acts: Recording[Any], *, progress: bool) -> str:
     layers = [acts[name] for name in acts._in_order()]
-    kept = [layer for layer in layers if layer.is_kept]
+    kept = [layer for layer in layers if layer._is_kept]
     found = stats(kept, progress=progress)
-    left_out = [layer for layer in layers if not layer.is_kept]
+    left_out = [layer for layer in layers if not layer._is_kept]
     drawn = [layer for layer in kept if len(layer)]
     sections = {
         "To know": _list(notes(acts, found, left_out)),
@@ -101,7 +101,7 @@ def _beside(acts: Recording[Any], *, progress: bool) -> dict[str, Html]:
     return {
         names[what]: as_html(
             stats(
-                [one[name] for name in one._in_order() if one[name].is_kept], progress=progress
+                [one[name] for name in one._in_order() if one[name]._is_kept], progress=progress
             )._table()
         )
         for what, one in acts._besides().items()

@@ -96,38 +96,38 @@ class LateLayer(LiveLayer):
 
     def __init__(self, stream: Writing, slot: Slot, backwards: Backwards) -> None:
         super().__init__(stream, slot)
-        self.backwards = backwards
+        self._backwards = backwards
         #: By pass, the gradients that may still change.
-        self.waiting: dict[int, list[Value]] = {}
+        self._held_back: dict[int, list[Value]] = {}
         backwards.layers.append(self)
 
     @override
-    def keep(self, value: Value, number: int) -> None:
+    def _keep(self, value: Value, number: int) -> None:
         self._stream.expect(number)
-        with self.backwards.lock:
-            self.backwards.begin(number)
-            self.waiting.setdefault(number, []).append(value)
+        with self._backwards.lock:
+            self._backwards.begin(number)
+            self._held_back.setdefault(number, []).append(value)
         if number in self._stream.undecided:
             self._open.setdefault(number, Open()).calls += 1
         else:
             self._new_passes.add(number)
 
     @override
-    def settle(self, number: int) -> None:
-        super().settle(number)
-        self.backwards.expect_no_more(number)
+    def _settle(self, number: int) -> None:
+        super()._settle(number)
+        self._backwards.expect_no_more(number)
 
     @override
-    def drop(self, number: int) -> None:
-        super().drop(number)
-        self.backwards.expect_no_more(number)
-        with self.backwards.lock:
-            self.waiting.pop(number, None)
+    def _drop(self, number: int) -> None:
+        super()._drop(number)
+        self._backwards.expect_no_more(number)
+        with self._backwards.lock:
+            self._held_back.pop(number, None)
 
     def take(self, complete: int) -> Iterator[Call]:
         """Yield the gradients of the passes before ``complete``."""
-        for number in sorted(number for number in self.waiting if number < complete):
-            for value in self.waiting.pop(number):
+        for number in sorted(number for number in self._held_back if number < complete):
+            for value in self._held_back.pop(number):
                 call = Call.of(self._slot, number, value, parts=True, before=self._look)
                 self._bytes += call.look.nbytes
                 if call.look is not self._look:

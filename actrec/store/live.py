@@ -70,7 +70,7 @@ class LiveLayer(ReadOnlyLayer):
         self._open: dict[int, Open] = {}
 
     @override
-    def keep(self, value: Value, number: int) -> None:
+    def _keep(self, value: Value, number: int) -> None:
         call = Call.of(self._slot, number, value, parts=True, before=self._look)
         self._write(call)
         look = call.look
@@ -90,7 +90,7 @@ class LiveLayer(ReadOnlyLayer):
             looks.add(value)
 
     @override
-    def settle(self, number: int) -> None:
+    def _settle(self, number: int) -> None:
         unit = self._open.pop(number, None)
         if unit is not None:
             for _ in range(unit.calls):
@@ -99,7 +99,7 @@ class LiveLayer(ReadOnlyLayer):
             self._looks.update(unit.looks)
 
     @override
-    def drop(self, number: int) -> None:
+    def _drop(self, number: int) -> None:
         self._open.pop(number, None)
         self._look = None  # it may have been the look of a dropped call
 

@@ -35,11 +35,11 @@ class Unchanged(Layer[Any]):
     """A layer that was stored, and can only be read."""
 
     @override
-    def keep(self, value: Value, number: int) -> None:
+    def _keep(self, value: Value, number: int) -> None:
         self._refuse_to("keep")
 
     @override
-    def drop(self, number: int) -> None:
+    def _drop(self, number: int) -> None:
         self._refuse_to("drop")
 
     @override
