@@ -51,7 +51,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
 
             self._session.eager = Room()
         self._session.offload = offload_for(self._capture, self._session.passes)
-        self._doubted = False
+        self._warned_of_resuming = False
         self._yielded: Recorder | None = None  # kept here too: the user may not keep it
 
     @override
@@ -64,7 +64,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
             self._destination = self._opened()
             self._tracks = tracks = Tracks(self._session, self._capture, self._destination)
             stack.callback(self._destination.close)
-            self._warn_of_steps(stacklevel=2)
+            self._warn_of_resuming(stacklevel=2)
             stack.callback(self._session.close)
             for choice in self._selection.choices:
                 tracks.add(choice)
@@ -100,7 +100,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
         session = self._session
         session.end(interrupted=kind is not None)
         assert self._yielded is not None  # noqa: S101  # it was entered
-        units = self._yielded._blocks
+        units = self._yielded._unit_recorder
         choices, self._tracks.choices = self._tracks.choices, {}
         units.drop_open()
         self._destination.error = None if error is None else type(error).__name__
@@ -130,12 +130,12 @@ class Block(AbstractContextManager[Recorder[Any]]):
             self._destination.warned(self._yielded._run.warned)
             for message, category in found:
                 warnings.warn(message, category, stacklevel=2)
-        self._warn_of_steps(stacklevel=2)
+        self._warn_of_resuming(stacklevel=2)
 
-    def _warn_of_steps(self, stacklevel: int) -> None:
-        doubt = None if self._doubted else self._destination.doubt()
+    def _warn_of_resuming(self, stacklevel: int) -> None:
+        doubt = None if self._warned_of_resuming else self._destination.doubt()
         if doubt is not None:
-            self._doubted = True
+            self._warned_of_resuming = True
             warnings.warn(doubt, ResumeWarning, stacklevel=stacklevel + 1)
 
     def __getitem__(self, name: str) -> NoReturn:

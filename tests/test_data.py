@@ -667,14 +667,16 @@ def test_ranks_are_those_of_torch_distributed_or_of_torchrun(
 # --- Mixing ------------------------------------------------------------------------------------------
 
 ROWS, IN_WINDOW = 20_000, 2000
-IN_BLOCK = IN_WINDOW * (8 + _shuffled._NUMBERS) // _shuffled._BLOCKS // 8
+IN_BLOCK = IN_WINDOW * (8 + _shuffled._BYTES_PER_NUMBER) // _shuffled._BLOCKS_PER_BUFFER // 8
 
 
 @pytest.fixture(scope="module")
 def orders() -> Tensor:
     """The rows in the order of each of many epochs, when a tenth of them fits into the buffer."""
     acts = added(row=[torch.arange(ROWS)])
-    dataset = shuffled(acts, "row", batch_size=ROWS, buffer=IN_WINDOW * (8 + _shuffled._NUMBERS))
+    dataset = shuffled(
+        acts, "row", batch_size=ROWS, buffer=IN_WINDOW * (8 + _shuffled._BYTES_PER_NUMBER)
+    )
     return torch.stack([batch for _ in range(60) for batch in dataset])
 
 

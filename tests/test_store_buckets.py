@@ -708,7 +708,7 @@ def test_what_is_fetched_at_a_time_is_many_parts(url: str, monkeypatch: pytest.M
     dataset = shuffled(sized(url), "", batch_size=20, buffer=400 * (256 + 32))
     Stand.begin()
     cat, now, most = Stand.cat_file, 0, 0
-    monkeypatch.setattr(_shuffled, "_TOGETHER", 1)
+    monkeypatch.setattr(_shuffled, "_BATCHES_AT_ONCE", 1)
 
     def waiting(fs: Stand, path: str, start: Any = None, end: Any = None, **options: Any) -> Any:
         nonlocal now, most
@@ -1071,7 +1071,7 @@ def test_a_run_that_was_taken_over_from_another_machine_is_stopped(
         writer = acts["0"]._stream._writer
         idle = 0
         while idle < 50:  # there are moments between two steps of the writer
-            finishing = writer._finishing is not None and writer._finishing.is_alive()
+            finishing = writer._finisher is not None and writer._finisher.is_alive()
             busy = writer._queue or writer._writing or finishing
             idle = 0 if busy else idle + 1
             time.sleep(0.001)

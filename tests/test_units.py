@@ -229,7 +229,7 @@ def test_a_forked_process_leaves_the_units_alone(into, monkeypatch):
                 if raises:
                     raise MemoryError
             assert len(acts["linear"]) == 1
-            acts._blocks.drop_open()
+            acts._unit_recorder.drop_open()
         model(X)
     assert acts["linear"].units == [None]
 

@@ -294,7 +294,7 @@ def test_what_was_not_written_is_not_done(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(WriteError), record(model, into=tmp_path / "run") as acts:
         with acts.unit("a"):
             model(X)
-        monkeypatch.setattr(acts._blocks._destination._opening.own.__class__, "begin", full)
+        monkeypatch.setattr(acts._unit_recorder._destination._opening.own.__class__, "begin", full)
         assert acts.done == {"a"}
     assert (acts.done, acts.units) == (set(), [])
 
@@ -324,7 +324,7 @@ def test_a_key_that_is_no_key_is_a_damaged_file(
     for number, bad in enumerate((torch.ones(()), torch.tensor([255], dtype=torch.uint8))):
         monkeypatch.setattr(_units, "tensor_of", lambda _, bad=bad: bad)
         recorded(tmp_path / str(number), [0])
-        with pytest.raises(CorruptRecordingError, match="the key of a unit is no"):
+        with pytest.raises(CorruptRecordingError, match="the key of a unit is neither a number nor text"):
             len(load(tmp_path / str(number)).done)
 
 

@@ -272,7 +272,8 @@ class Watcher:
         session = self._shared.session
         self.ran += 1
         if not session.listens():
-            self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
+            if session.pauses:
+                self.unrecorded[Unrecorded.PAUSED] += 1
             return False
         module = self.owner.module
         if isinstance(module, _FUSED) and not module.training:

@@ -78,7 +78,7 @@ class Recorder(Recording[V], Generic[V]):
         self._run.where = destination.where
         self._session = session
         self._tracks = tracks  # the hooks refer to them weakly: this reference keeps them alive
-        self._blocks = UnitRecorder(tracks, self._run.units)
+        self._unit_recorder = UnitRecorder(tracks, self._run.units)
         tracks.show_in(self)
 
     def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None:
@@ -192,7 +192,7 @@ class Recorder(Recording[V], Generic[V]):
             ActrecError: a unit with that key is done, or this is inside another unit or a forward, or the recording has
                 ended. Raised at the end of the block: other threads are still in a forward that belongs to the unit.
         """
-        return self._blocks.unit(key)
+        return self._unit_recorder.unit(key)
 
     def remaining(
         self, pairs: Iterable[tuple[K, T]], *, divide: bool = False
@@ -227,7 +227,7 @@ class Recorder(Recording[V], Generic[V]):
         Raises:
             OptionError: an argument is invalid. Raised while iterating: an item is not a pair, or a key occurs twice.
         """
-        return self._blocks.remaining(pairs, divide=divide)  # type: ignore[return-value]
+        return self._unit_recorder.remaining(pairs, divide=divide)  # type: ignore[return-value]
 
     @property
     @override
@@ -246,7 +246,7 @@ class Recorder(Recording[V], Generic[V]):
         In a resumed run, they include the units that any rank of the path had committed before, however many ranks there
         were in each run.
         """
-        return self._blocks.done
+        return self._unit_recorder.done
 
     # --- Values of the user's ------------------------------------------------------------------------------
 
@@ -331,7 +331,7 @@ class Recorder(Recording[V], Generic[V]):
             raise ActrecError(message)
         self._run.deliver()
         self._tracks.clear()
-        self._blocks.clear()
+        self._unit_recorder.clear()
         self._session.passes.restart()
 
     @override

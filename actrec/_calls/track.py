@@ -177,7 +177,8 @@ class Track:
         """A call has returned ``output``: keep it, and the arguments of the call."""
         session = self.session
         if not session.recording or (inside and not session.listens()):
-            self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
+            if session.pauses:
+                self.unrecorded[Unrecorded.PAUSED] += 1
             return
         arrival = None if self.inputs is None else self.inputs.pop(kwargs)
         if arrival is None or type(output) is not Tensor:  # or it is known to be an own call
@@ -212,7 +213,8 @@ class Track:
         except Exception as error:
             self._failed(error, self.called)
             raise
-        self.overtaken += not is_sure
+        if not is_sure:
+            self.overtaken += 1
         return received
 
     def _returns_in_backward(self, output: Value) -> None:
@@ -241,7 +243,8 @@ class Track:
         """A function that ``module`` has called returned ``output``: keep it, and the arguments."""
         session = self.session
         if not session.listens():
-            self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
+            if session.pauses:
+                self.unrecorded[Unrecorded.PAUSED] += 1
         elif backward_number() != -1:
             self._returns_in_backward(output)
         else:

@@ -45,7 +45,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Options:
+class RowOptions:
     """The user's options for the rows of a table."""
 
     flatten: bool
@@ -59,7 +59,7 @@ def table(
     call: str,
     recording: Recording[Any],
     selectors: Sequence[Selector],
-    options: Options,
+    options: RowOptions,
     *,
     as_stored: bool = False,
     number: int = 0,
@@ -105,7 +105,7 @@ def _is_origin(selector: Selector, recording: Recording[Any]) -> TypeGuard[str]:
 
 
 def _check(
-    call: str, recording: Recording[Any], selectors: Sequence[Selector], options: Options
+    call: str, recording: Recording[Any], selectors: Sequence[Selector], options: RowOptions
 ) -> None:
     given: object = recording
     if not isinstance(given, Recording):

@@ -13,7 +13,7 @@ from typing_extensions import override
 from actrec._recordings.recording import Recording
 from actrec._text import count
 
-from .align import Mask, Options, Passes, Table, table
+from .align import Mask, Passes, RowOptions, Table, table
 from .kept import Kept
 from .numbering import integers
 from .origins import Where
@@ -118,7 +118,7 @@ def rows(
             dtype, or values are not tensors.
         OptionError: an argument is invalid, or no pass has so many calls as ``nth`` says.
     """
-    options = Options(flatten=flatten, mask=mask, nth=nth, passes=passes, last=last)
+    options = RowOptions(flatten=flatten, mask=mask, nth=nth, passes=passes, last=last)
     return Rows(table("rows", recording, layers, options))
 
 

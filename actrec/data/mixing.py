@@ -19,14 +19,14 @@ from .origins import together
 from .selecting import Selector
 
 
-class Part(NamedTuple):
+class RecordedRows(NamedTuple):
     """The rows of a recording."""
 
     columns: Sequence[Column]
     kept: Kept | None
 
 
-def check(layers: Sequence[Selector], mask: Mask | None) -> None:
+def check_for_several(layers: Sequence[Selector], mask: Mask | None) -> None:
     """Check that layers and mask can apply to several recordings."""
     for one in layers:
         layer = one[0] if one and isinstance(one, tuple) else one
@@ -72,7 +72,7 @@ def quotas(rows: Sequence[int], weights: Sequence[Fraction] | None) -> list[int]
     return [int(weight * scale) for weight in weights]
 
 
-def parts(tables: Sequence[Table], kept: Sequence[Kept | None]) -> list[Part]:
+def parts(tables: Sequence[Table], kept: Sequence[Kept | None]) -> list[RecordedRows]:
     """Return the rows of each recording.
 
     Raises:
@@ -83,7 +83,7 @@ def parts(tables: Sequence[Table], kept: Sequence[Kept | None]) -> list[Part]:
             if (one.shape, one.dtype) != (first.shape, first.dtype):
                 message = (
                     f"shuffled: {first.name} has rows of shape {first.shape} and {first.dtype} in recording 0, and of shape "
-                    f"{one.shape} and {one.dtype} in recording {number}. Rows that differ cannot be batched: record "
+                    f"{one.shape} and {one.dtype} in recording {number}. RecordedRows that differ cannot be batched: record "
                     "with a transform, or with dtype=."
                 )
                 raise AlignmentError(message)
@@ -91,4 +91,4 @@ def parts(tables: Sequence[Table], kept: Sequence[Kept | None]) -> list[Part]:
         *(together(column) for column in zip(*(t.columns for t in tables), strict=True)),
         strict=True,
     )
-    return [Part(own, mask) for own, mask in zip(columns, kept, strict=True)]
+    return [RecordedRows(own, mask) for own, mask in zip(columns, kept, strict=True)]

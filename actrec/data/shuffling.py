@@ -18,11 +18,11 @@ from actrec.errors import OptionError, ResumeError
 from actrec.store.folder import given_rank
 
 from .ahead import ahead
-from .align import Mask, Options, Passes, Table, table
+from .align import Mask, Passes, RowOptions, Table, table
 from .between import Between
 from .epochs import Order
 from .kept import Kept, counts_of
-from .mixing import Part, check, checked_weights, parts, quotas
+from .mixing import RecordedRows, check_for_several, checked_weights, parts, quotas
 from .selecting import Selector
 from .sources import Files
 from .window import Window, batches
@@ -30,11 +30,11 @@ from .window import Window, batches
 _MEBI: Final = 1 << 20
 _BUFFER: Final = 256 * _MEBI
 #: A block is at most this fraction of the buffer, so that a window has rows from at least so many blocks.
-_BLOCKS: Final = 64
+_BLOCKS_PER_BUFFER: Final = 64
 #: So many small batches, up to a mebibyte, are made at a time.
-_TOGETHER: Final = 64
+_BATCHES_AT_ONCE: Final = 64
 #: The bytes that each row takes while a window is permuted, besides its data.
-_NUMBERS: Final = 32
+_BYTES_PER_NUMBER: Final = 32
 
 
 def shuffled(
@@ -115,11 +115,11 @@ def shuffled(
     """
     rank, world_size = given_rank("shuffled", rank, world_size) or placed()
     _check(batch_size=batch_size, buffer=buffer)
-    options = Options(flatten=flatten, mask=mask, nth=nth, passes=passes, last=last)
+    options = RowOptions(flatten=flatten, mask=mask, nth=nth, passes=passes, last=last)
     recordings: list[Any] = [*recording] if isinstance(recording, (list, tuple)) else [recording]
     exact = checked_weights(weights, len(recordings))
     if len(recordings) > 1:
-        check(layers, mask)
+        check_for_several(layers, mask)
     tables = [
         table("shuffled", one, layers, options, as_stored=True, number=number)
         for number, one in enumerate(recordings)
@@ -128,7 +128,7 @@ def shuffled(
         message = "shuffled([]): there is no recording in the list."
         raise OptionError(message)
     width = sum(column.width for column in tables[0].columns)
-    block = max(1, min(_MEBI, buffer // _BLOCKS) // max(1, width))
+    block = max(1, min(_MEBI, buffer // _BLOCKS_PER_BUFFER) // max(1, width))
     with Files() as files:
         kept = [None if one.mask is None else Kept(one.mask, block, files) for one in tables]
     counts = [
@@ -138,7 +138,7 @@ def shuffled(
     order = Order(
         counts=counts,
         quotas=quotas([int(one.sum()) for one in counts], exact),
-        window=max(1, buffer // (width + _NUMBERS)),
+        window=max(1, buffer // (width + _BYTES_PER_NUMBER)),
         batch_size=batch_size,
         seed=index(seed),
         rank=rank,
@@ -192,7 +192,7 @@ class Shuffled(IterableDataset[Any]):
     """
 
     def __init__(
-        self, parts: Sequence[Part], order: Order, block: int, buffer: int, identity: str
+        self, parts: Sequence[RecordedRows], order: Order, block: int, buffer: int, identity: str
     ) -> None:
         self._columns = parts[0].columns
         self._parts = parts
@@ -318,13 +318,13 @@ class Shuffled(IterableDataset[Any]):
             raise ResumeError(message)
         now.worker, now.workers = worker, workers
         self._now, self._next = now, _Progress(now.epoch + 1)
-        return self._going_on(now)
+        return self._batches_from(now)
 
-    def _going_on(self, now: _Progress) -> Iterator[Any]:
+    def _batches_from(self, now: _Progress) -> Iterator[Any]:
         first = now.first + now.worker + now.done * now.workers
         mine = range(first, self._order.batches, now.workers)
         width = sum(column.width for column in self._columns)
-        many = min(_TOGETHER, max(1, _MEBI // max(1, width * self._order.batch_size)))
+        many = min(_BATCHES_AT_ONCE, max(1, _MEBI // max(1, width * self._order.batch_size)))
         with Files(self._between if now.workers > 1 else None) as files:
             window = Window(self._parts, self._block, files, self._order.most(mine))
             made = batches(self._columns, window, self._order, now.epoch, mine)

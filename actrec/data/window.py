@@ -17,7 +17,7 @@ from actrec._values.memory import words
 
 from .columns import Column
 from .epochs import Cut, Order, Piece
-from .mixing import Part
+from .mixing import RecordedRows
 from .sources import Files
 
 #: Up to this many blocks, and this many bytes, are prefetched.
@@ -34,7 +34,7 @@ class Window:
         rows: the number of rows that the memory holds.
     """
 
-    def __init__(self, parts: Sequence[Part], block: int, files: Files, rows: int) -> None:
+    def __init__(self, parts: Sequence[RecordedRows], block: int, files: Files, rows: int) -> None:
         self._parts = parts
         self._block = block
         self._files = files

@@ -64,9 +64,9 @@ class Writer:
         limit = min(folder.shard_bytes, max(folder.budget // 2, 1))
         self._held = Held(self.committed, limit, raised)
         self._queue: deque[Batch] = deque()
-        self._away = 0  # bytes in the queue or being written
+        self._queued_bytes = 0  # bytes in the queue or being written
         self._writing = False
-        self._finishing: threading.Thread | None = None
+        self._finisher: threading.Thread | None = None
         self._closed = False
         self._error: WriteError | None = None  # until it is raised
         self._failed = False
@@ -81,7 +81,7 @@ class Writer:
     @property
     def used(self) -> int:
         """The bytes that wait to be written or are being written."""
-        return self._held.size + self._away
+        return self._held.size + self._queued_bytes
 
     # --- Taking calls ----------------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ class Writer:
             if self._error is not None:
                 self._raise_if_failed()
             held = self._held
-            if held.size + self._away + call.look.size > self._budget:
+            if held.size + self._queued_bytes + call.look.size > self._budget:
                 self._wait_for_room(call.look.size)
             if self._failed or self._closed:
                 return
@@ -166,7 +166,7 @@ class Writer:
     def _enqueue(self, batch: Batch) -> None:
         size = batch.size
         give_back(size)  # after a large shard, the allocator returns unused memory to the system
-        self._away += size
+        self._queued_bytes += size
         self._queue.append(batch)
         self._changed.notify_all()
 
@@ -202,7 +202,7 @@ class Writer:
 
     def _written(self, size: int) -> None:
         with self._changed:
-            self._away = max(self._away - size, 0)
+            self._queued_bytes = max(self._queued_bytes - size, 0)
             self._writing = False
             self._changed.notify_all()
 
@@ -219,10 +219,10 @@ class Writer:
         if self._failed:  # naming this one would leave a gap
             unfinished.discard()
             return
-        self._finishing = threading.Thread(
+        self._finisher = threading.Thread(
             target=self._finish, args=(unfinished, committed), name="actrec-finisher", daemon=True
         )
-        self._finishing.start()
+        self._finisher.start()
 
     def _finish(self, unfinished: Unfinished | Upload, committed: int) -> None:
         try:
@@ -234,9 +234,9 @@ class Writer:
 
     def _settle(self) -> None:
         """Wait until the shard before is synced."""
-        if self._finishing is not None:
-            self._finishing.join()
-            self._finishing = None
+        if self._finisher is not None:
+            self._finisher.join()
+            self._finisher = None
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
@@ -255,7 +255,7 @@ class Writer:
             self._error, self._failed = failure, True
             self._queue.clear()
             self._held.clear()
-            self._away = 0
+            self._queued_bytes = 0
             self._writing = False
             self._changed.notify_all()
 
@@ -274,7 +274,7 @@ class Writer:
                 if not self._failed:
                     self._enqueue(self._held.close(self._with_late(passes), error or ""))
                 self._changed.notify_all()
-        if threading.current_thread() in {self._thread, self._finishing}:
+        if threading.current_thread() in {self._thread, self._finisher}:
             return  # called by the garbage collector, which runs in this thread: it cannot wait for itself
         self._thread.join()
 

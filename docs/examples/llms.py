@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 DOCS = Path(__file__).parents[1]
 FILE = DOCS / "llms.txt"
 WITH_MEMBERS = ("Recording", "Recorder", "Layer", "Stats", "Comparison")
-INTERNAL = ("drop", "is_kept", "keep", "settle")  # the package calls these, its users do not
 MODULES = (
     "actrec",
     "actrec.data",
@@ -100,7 +99,7 @@ def _members(public: type) -> Iterator[str]:
     for name, member in members.items():
         is_method = inspect.isfunction(member)
         described = inspect.getdoc(member) if is_method or isinstance(member, property) else None
-        if described and not name.startswith("_") and name not in {*said, *INTERNAL}:
+        if described and not name.startswith("_") and name not in said:
             shown = f"{public.__name__}.{name}{'()' if is_method else ''}"
             yield f"  - `{shown}`: {_first_sentence(described)}"
 
