@@ -729,3 +729,13 @@ def test_compiled_code_is_found_on_the_stack() -> None:
     assert seen[0] == ("double", False)
     assert [again for _, again in seen] == [False, True]
     assert _torch.compiled_frame() is None
+
+
+def test_a_pass_of_our_own_runs_over_the_graphs_of_inductor_and_has_a_version() -> None:
+    from torch._inductor import config
+
+    assert hasattr(config, _torch.CHANGES_GRAPHS)
+    seen: list[Any] = []
+    one = _torch.own_pass(seen.append, "1")
+    one("graph")
+    assert (seen, one.uuid()) == (["graph"], "1")

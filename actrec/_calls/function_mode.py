@@ -272,8 +272,7 @@ class Watcher:
         session = self._shared.session
         self.ran += 1
         if not session.listens():
-            if session.pauses:
-                self.unrecorded[Unrecorded.PAUSED] += 1
+            self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
             return False
         module = self.owner.module
         if isinstance(module, _FUSED) and not module.training:

@@ -30,7 +30,6 @@ from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 from typing import Any
 
 from torch import nn
-from typing_extensions import override
 
 from actrec._recordings.pass_numbers import Count
 from actrec._recordings.units import Key
@@ -107,10 +106,6 @@ class Passes(Count):
         self.undecided: set[int] = set()
         self._latest_unit = -1  # pass
         self._lock = threading.RLock()
-
-    @override
-    def __reduce__(self) -> tuple[type[Count], tuple[int, set[int]]]:
-        return Count, (self.count, self.raised)  # a copy does not count on
 
     # --- Beginning and ending ------------------------------------------------------------------------------
 

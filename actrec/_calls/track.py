@@ -177,8 +177,7 @@ class Track:
         """A call has returned ``output``: keep it, and the arguments of the call."""
         session = self.session
         if not session.recording or (inside and not session.listens()):
-            if session.pauses:
-                self.unrecorded[Unrecorded.PAUSED] += 1
+            self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
             return
         arrival = None if self.inputs is None else self.inputs.pop(kwargs)
         if arrival is None or type(output) is not Tensor:  # or it is known to be an own call
@@ -243,8 +242,7 @@ class Track:
         """A function that ``module`` has called returned ``output``: keep it, and the arguments."""
         session = self.session
         if not session.listens():
-            if session.pauses:
-                self.unrecorded[Unrecorded.PAUSED] += 1
+            self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
         elif backward_number() != -1:
             self._returns_in_backward(output)
         else:

@@ -248,7 +248,7 @@ def _names(model: Model, claims: Collection[_Claim]) -> tuple[str, ...]:
     names = [s for name in model.of[id(module)] for s in (name.full, name.short)]
     for claim in claims:
         names += claim.spellings
-    return tuple(names)
+    return tuple(dict.fromkeys(names))
 
 
 def _keys(names: list[Name]) -> list[str]:

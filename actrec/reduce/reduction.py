@@ -146,8 +146,7 @@ class Reduction:
                     "the channels are"
                 )
                 raise CaptureError(message)
-            if state[0].device != mine[0].device:
-                state = [one.to(mine[0].device) for one in state]
+            state = [one.to(mine[0].device) for one in state]
             found = self._merged(mine, state, before, many)
         for name, one in zip(self._shapes(), found, strict=True):
             setattr(self, name, one)
