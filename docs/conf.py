@@ -79,7 +79,7 @@ nitpick_ignore_regex = [
     ("py:class", r"nn\.Module|AbstractContextManager|Callable\[.*|.*\bValue\b.*"),
     (
         "py:class",
-        r"(Array|Axes|K|Key|Layers|Mask|Overflows|Passes|T|Where|Recording|Role|Selector|StoredLayer|Tensor|V|numpy\.ndarray|actrec\.store\.(reader|layers|whole)\.\w+)(\[.*)?",
+        r"(Array|Axes|K|Key|Layers|Mask|Overflows|Passes|T|Where|Recording|Role|Selector|StoredLayer|Tensor|V|numpy\.ndarray|actrec\.store\.(reader|layers|joined_ranks)\.\w+)(\[.*)?",
     ),
     ("py:.*", r"actrec\._.*"),
 ]

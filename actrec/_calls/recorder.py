@@ -99,7 +99,7 @@ class Recorder(Recording[V], Generic[V]):
 
     @property
     def transfers(self) -> dict[str, str]:
-        """How values were moved from each GPU into memory: while the model continued, or while it waited.
+        """How values were moved from each GPU into memory, while the model continued or while it waited.
 
         ``{"cuda:0": "asynchronous"}``, or ``"blocking"`` for a GPU on which the self-test of asynchronous copies has
         failed. Other devices, and GPUs from which nothing was moved, are not in it; with ``detach=False``, it is empty.

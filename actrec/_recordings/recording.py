@@ -64,7 +64,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         inputs: the layers of inputs, by name.
         grads: the layers of gradients, by name.
         units: which passes are units; by default none.
-        run: makes the :class:`Run` that the recording shares with its parts.
+        run: makes what the recording shares with its parts.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class Folder(os.PathLike[str]):
     rank: int | None = field(default=None, kw_only=True)
     #: How many ranks there are. Give both or neither.
     world_size: int | None = field(default=None, kw_only=True)
-    #: The name of the run: the same on all its ranks, and different from other runs. Needed if the launcher does not give one.
+    #: The name of the run, the same on all its ranks and different from other runs. Needed if the launcher does not give one.
     run: str | None = field(default=None, kw_only=True)
     #: The folder of the files for a URL until they are uploaded; by default the system's temporary folder.
     spool: str | os.PathLike[str] | None = field(default=None, kw_only=True)
