@@ -549,6 +549,7 @@ def joining(graphs: list[torch.fx.Graph], *, writes: bool = False) -> Any:
         if graph_pass is not None:
             if writes:
                 _, first, *_, last = (node for node in module.graph.nodes if tell in node.args)
+                first.meta.pop("eager_input_vals")  # as in a version that has none
                 with module.graph.inserting_before(last):
                     add = torch.ops.aten.add_.Scalar, (first.kwargs["tensors"][0], 0)
                     module.graph.call_function(*add)

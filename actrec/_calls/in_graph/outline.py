@@ -31,6 +31,11 @@ _NAMED = (
 )
 
 
+#: The texts of ``None``, and of a tensor alone.
+NOTHING: Final = "(0, 0, ('literal', None))"
+ALONE: Final = "(1, 0, ('tensor', 0))"
+
+
 def encode(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
     """Append the tensors and integers of ``value`` to empty lists, each tensor once, and return the rest as a text."""
     text = _encode(value, tensors, numbers)
