@@ -359,6 +359,11 @@ def compiles_itself() -> bool:
     return asked is not None and asked()
 
 
+def is_exporting() -> bool:
+    """Whether the compiler is exporting a model. Without the name, which torch 2.6 lacks, that is not known."""
+    return bool(getattr(torch.compiler, "is_exporting", bool)())
+
+
 def is_compiler_loaded() -> bool:
     """Whether all of the compiler has been imported. This does not wait for another thread that is importing it."""
     return "torch._dynamo" in sys.modules and _of("torch._dynamo", "set_stance") is not None

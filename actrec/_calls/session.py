@@ -8,10 +8,9 @@ import threading
 import weakref
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
-from actrec._torch import compiles_itself, is_compiler_loaded, is_replica
+from actrec._torch import compiles_itself, is_compiler_loaded, is_exporting, is_replica
 from actrec._values.snapshot import explain
 
 from .clean_room import depth, inside
@@ -77,7 +76,7 @@ class Session:
 
     def met_by_compiler(self) -> bool:
         """The compiler reads a hook: forbid it to compile the recorded code, and return whether the hook has to run."""
-        if torch.compiler.is_exporting():  # which is no call of the model's own
+        if is_exporting():  # which is no call of the model's own
             return False
         self.eager.hold()
         # An operator that compiles itself cannot contain a hook that is not compiled.

@@ -21,6 +21,7 @@ from actrec._calls.hooks import Event, Hook, T
 from actrec._torch import (
     as_constant,
     hook_tables,
+    is_exporting,
     is_in_body,
     is_in_checkpoint,
     is_in_transform,
@@ -123,7 +124,7 @@ def _asked_by_the_compiler(hook: HookInGraph[Any]) -> Callable[[], bool]:
     @as_constant
     def is_told() -> bool:
         found = known()
-        if found is None or torch.compiler.is_exporting():
+        if found is None or is_exporting():
             return False
         if is_in_transform():
             raise CaptureError(_TRANSFORM)
