@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 # The compiler warns about its own deprecations when it is first used.
 pytestmark = [
+    pytest.mark.skipif(torch.__version__ < (2, 13), reason="compiled=True needs torch 2.13"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
     # Its own question, of the outputs of compiled blocks.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),

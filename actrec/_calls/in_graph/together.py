@@ -51,7 +51,7 @@ def _join(first: Node, second: Node) -> None:
         first.graph.erase_node(token)
     second.kwargs = _both(first.kwargs, second.kwargs)
     eager = [node.meta.pop(_EAGER, None) for node in (first, second)]
-    if None not in eager:  # pragma: no branch  # what PyTorch keeps for itself may be gone one day
+    if None not in eager:
         (args, before), (_, after) = eager
         second.meta[_EAGER] = args, _both(before, after)
     first.graph.erase_node(first)
