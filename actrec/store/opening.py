@@ -89,7 +89,7 @@ class Opening:
             raise self._taken(why)
         names = self.disk.names()
         if names and not rank_folders(self.disk):
-            why = f"that folder has other things in it ({names[0][:60]!r})"
+            why = f"that folder has other things in it ({min(names)[:60]!r})"
             raise self._taken(why)
 
     def _check_others(self, run: str | None) -> None:

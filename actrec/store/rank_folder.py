@@ -21,7 +21,7 @@ def rank_folder(rank: int) -> str:
 
 def rank_folders(disk: Place) -> list[Place]:
     """Return the folders of all ranks, in order."""
-    return [disk / name for name in disk.names() if _RANK.fullmatch(name)]
+    return [disk / name for name in sorted(filter(_RANK.fullmatch, disk.names()))]
 
 
 def rank_number(folder: str) -> int:

@@ -31,7 +31,7 @@ def replacing(there: Disk) -> Iterator[Path]:
     """
     path = there.path.resolve()  # so that a link still leads there
     old = Disk(path)
-    ranks = [old / name for name in old.names()]
+    ranks = [old / name for name in sorted(old.names())]
     if foreign := _foreign(old, ranks):
         raise _refused(old, f"that folder has other things in it ({foreign[:60]!r})")
     new = path.with_name(f"{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
@@ -53,7 +53,7 @@ def _foreign(disk: Disk, ranks: list[Disk]) -> str | None:
     known = {folder.name for folder in rank_folders(disk)}
     described = False
     for rank in ranks:
-        names = rank.names()
+        names = sorted(rank.names())
         if rank.name not in known or not rank.exists():
             return rank.name
         described |= DESCRIPTION in names
