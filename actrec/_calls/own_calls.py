@@ -19,8 +19,6 @@ from actrec._torch import (
 from actrec._values.containers import Value
 from actrec._values.modes import UNCONCERNED
 
-#: The function modes that record functions inside modules: they do not trace the model.
-OWN_MODES: set[type] = set()
 #: The threads in which torch.jit.trace may be comparing its trace with the model.
 comparing: set[int] = set()
 
