@@ -12,14 +12,14 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from actrec._calls.compiled import COMPILING
-from actrec._calls.options import Options
+from actrec._calls.options import Options, checked_device
 from actrec._calls.own_calls import is_tracing
 from actrec._calls.recorder import Recorder
 from actrec._calls.stop_early import refuse_sharded
 from actrec._recordings.layer import V
 from actrec._selection.queries import Query, Transform
 from actrec._selection.selection import select
-from actrec._selection.treatment import Reducer
+from actrec._selection.treatment import Queries, Reducer
 
 from ._block import Block
 from .errors import ActrecError, OptionError
@@ -27,16 +27,10 @@ from .errors import ActrecError, OptionError
 
 def record(
     model: nn.Module,
-    layers: Query
-    | Iterable[Query]
-    | Mapping[Query, Transform | Reducer | tuple[Transform | None, Reducer] | None]
-    | None = None,
+    layers: Queries | None = None,
     *others: Never,
     transform: Transform | None = None,
-    inputs: bool
-    | Query
-    | Iterable[Query]
-    | Mapping[Query, Transform | Reducer | tuple[Transform | None, Reducer] | None] = False,
+    inputs: bool | Queries = False,
     grads: bool | Query | Iterable[Query] | Mapping[Query, Transform | None] = False,
     detach: bool = True,
     device: torch.device | str | int | None = "cpu",
@@ -193,11 +187,9 @@ def record(
 
         into = Folder.of(into)
     options = Options(
-        transform=transform,
-        inputs=inputs,
-        grads=grads,
+        grads=grads is not False,
         detach=detach,
-        device=device,
+        device=checked_device(device),
         dtype=dtype,
         stop_early=stop_early,
         compiled=compiled,

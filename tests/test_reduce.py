@@ -393,9 +393,10 @@ def test_calls_that_were_kept_have_no_result_and_the_message_says_how_to_get_one
     assert acts["up"].compute() == 1
 
 
-def test_gradients_are_not_reduced_as_they_come() -> None:
-    with pytest.raises(OptionError, match="cannot be reduced as it comes"):
-        record(Net(), "up", grads=True, into=reduce.Norms).__enter__()
+@pytest.mark.parametrize("into", [reduce.Norms, reduce.Norms()])
+def test_gradients_are_not_reduced_as_they_come(into: Any) -> None:
+    with pytest.raises(OptionError, match="the gradient of 'up' .* cannot be reduced as it comes"):
+        record(Net(), "up", grads=True, into=into)
 
 
 def test_what_was_reduced_can_be_copied() -> None:

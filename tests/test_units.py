@@ -141,6 +141,14 @@ def test_a_forward_that_was_interrupted_in_a_unit_goes_on_in_none(into):
 
 
 @pytest.mark.also_compiled
+def test_a_copy_made_inside_a_unit_and_cleared_takes_nothing_from_it() -> None:
+    with record(model := Model(), "linear", into=deque) as acts:
+        with acts.unit("a"):
+            model(X)
+            copy.copy(acts["linear"]).clear()
+        assert len(acts["linear"]) == 1
+
+
 @pytest.mark.parametrize("into", [list, deque])
 def test_gradients_stay_with_their_calls_when_a_unit_is_dropped(into):
     model = Model()
@@ -547,6 +555,8 @@ def test_what_is_done_is_left_out_and_pairs_are_gone_through_one_by_one():
     [
         (3, False, "expected pairs of key and item, such as enumerate"),
         ([(0, 1)], 2, "divide is True or False"),
+        ([(0, 1)], 1, "divide is True or False"),
+        ([(0, 1)], [], "divide is True or False"),
         ([X], False, r"item 0 is a Tensor, not a \(key, item\) pair"),
         (["ab"], False, r"item 0 is a str, not a \(key, item\) pair"),
         ([(0, 1), (0, 2)], False, "the key 0 occurs twice, again at item 1"),

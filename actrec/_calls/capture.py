@@ -8,7 +8,7 @@ and with random numbers of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Final, cast
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -52,8 +52,7 @@ class Capture:
     @classmethod
     def asked_for(cls, options: Options, *, share: bool) -> Capture:
         """Return what the options ask for, of any layer; ``share`` says whether memory may be shared with the model."""
-        device = cast("torch.device | None", options.device)
-        asked = cls(detach=options.detach, share=share, device=device, dtype=options.dtype)
+        asked = cls(detach=options.detach, share=share, device=options.device, dtype=options.dtype)
         asked.direct = asked.is_direct()
         return asked
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from typing_extensions import override
@@ -93,9 +94,10 @@ class Memory(Destination):
     @override
     def layer(self, role: Role, name: str, kind: str) -> Layer[Any]:
         if self._options.into is not list and role != "added":
-            container = self._options.container()
+            make = partial(self._options.container, name)
+            container = make()
             if is_reduction(container):
-                return ReducedLayer(name, self._options.container, kind, self._held)
+                return ReducedLayer(name, make, kind, self._held)
             if type(container) is not list:
-                return SinkLayer(name, container, self._options.container, kind, self._held)
+                return SinkLayer(name, container, make, kind, self._held)
         return ListLayer(name, (), kind)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from actrec._recordings.reduced import why_not_stored
-from actrec._selection.queries import Transform
 from actrec._selection.selection import Selection
 from actrec._selection.treatment import Make, Reducer, is_reduction, maker
 from actrec._torch import compiles_tensor_hooks
@@ -23,21 +22,19 @@ from actrec.errors import OptionError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The options of :func:`actrec.record`, besides the model and the layers: see there.
+    """The options of :func:`actrec.record`, besides those that say which layers: see there.
 
     Raises:
         OptionError: an option is invalid, or not supported with another one.
     """
 
-    transform: Transform | None = None
-    inputs: Any = False  # a bool, or queries, which the selection checks
-    grads: Any = False
+    grads: bool = False  #: whether gradients are recorded
     detach: bool = True
-    device: torch.device | str | int | None = "cpu"  #: once it is checked, as tensors have it
+    device: torch.device | None
     dtype: torch.dtype | None = None
     stop_early: bool = False
     compiled: bool = False
-    into: Callable[[], Any] | Reducer | str | os.PathLike[str] = list
+    into: Callable[[], Any] | Reducer | os.PathLike[str] = list
     resume: bool = False
 
     def __post_init__(self) -> None:
@@ -45,37 +42,29 @@ class Options:
             if not isinstance(flag := getattr(self, name), bool):
                 message = f"record({name}={flag!r}): expected True or False."
                 raise OptionError(message)
-        given: object = self.transform
-        if maker(given) is not None:
-            message = (
-                f"record(transform={given!r}): this is a reduction, which combines all values, and a transform changes each. Pass it "
-                "with the layers: record(model, {layers: reduction}), or as into=."
-            )
-            raise OptionError(message)
-        if not (given is None or callable(given)):
-            message = (
-                f"record(transform={self.transform!r}): a transform is a function of the value, such as "
-                "lambda t: t.mean(1)."
-            )
-            raise OptionError(message)
         self._check_into()
         self._check_gradients()
         self._check_compiled()
-        object.__setattr__(self, "device", _checked_device(self.device))
         _check_dtype(self.dtype)
 
     @property
-    def path(self) -> str | os.PathLike[str] | None:
+    def path(self) -> os.PathLike[str] | None:
         """Where the recording is written to; ``None`` if it stays in memory."""
-        return self.into if isinstance(self.into, (str, os.PathLike)) else None
+        return self.into if isinstance(self.into, os.PathLike) else None
 
-    def container(self) -> Any:
-        """Return a new container for the calls of a layer, as ``into`` makes it."""
-        assert callable(self.into)  # noqa: S101  # a path has none
-        container = self.into()
+    @property
+    def make(self) -> Make | None:
+        """Makes the reduction of each layer, if ``into`` is one."""
+        return None if self.path is not None else maker(self.into)
+
+    def container(self, name: str) -> Any:
+        """Return a new container, or a new reduction, for the calls of the layer ``name``, as ``into`` makes it."""
+        make = self.make or self.into
+        assert callable(make)  # noqa: S101  # a path has none
+        container = make()
         if is_reduction(container):
-            if self.grads is not False:
-                raise OptionError(_late("a layer"))
+            if self.grads:
+                raise OptionError(_late(name))
             return container
         if not hasattr(container, "append"):
             raise OptionError(_bad_container(self.into))
@@ -86,7 +75,7 @@ class Options:
                 "Make a new, empty one for each layer."
             )
             raise OptionError(message)
-        if self.grads is not False and type(container).append not in {list.append, deque.append}:
+        if self.grads and type(container).append not in {list.append, deque.append}:
             message = (
                 f"record(grads=True, into={self.into!r}): a gradient comes after its call, and its place is counted from the "
                 f"latest one, so the container must keep each call at its end. {type(container).__name__} has an append() of "
@@ -104,12 +93,12 @@ class Options:
             )
             raise OptionError(message)
         path = None if self.path is None else os.fspath(self.path)
-        into = None if path is not None else maker(self.into)
+        everywhere = self.make
         chosen = [(one.key, *pair) for one in selection.choices for pair in one.treatments.items()]
         chosen += [(one.query, one.what, one.treatment) for one in selection.functions]
         reduced: dict[Make, str] = {}  # with the first layer of each
         for name, what, treatment in chosen:
-            make = treatment.make or into
+            make = treatment.make or everywhere
             if make is not None:
                 if what == "gradient":
                     raise OptionError(_late(name))
@@ -124,15 +113,11 @@ class Options:
                 raise OptionError(message)
 
     def _check_into(self) -> None:
-        make = None if isinstance(self.into, (str, os.PathLike)) else maker(self.into)
-        if make is not None:
-            object.__setattr__(self, "into", make)
-        into = self.into
-        if not (callable(into) or isinstance(into, (str, os.PathLike))):
-            raise OptionError(_bad_container(into))
+        if not (callable(self.into) or self.path is not None or self.make is not None):
+            raise OptionError(_bad_container(self.into))
         if self.path is None:
             if self.resume:
-                message = f"record(into={into!r}, resume=True): only a recording into a path can be resumed."
+                message = f"record(into={self.into!r}, resume=True): only a recording into a path can be resumed."
                 raise OptionError(message)
             return
         call = f"record(into={os.fspath(self.path)!r}"
@@ -141,7 +126,7 @@ class Options:
             raise OptionError(message)
 
     def _check_gradients(self) -> None:
-        if self.grads is not False and self.stop_early and self.detach:
+        if self.grads and self.stop_early and self.detach:
             message = (
                 "record(grads=True, stop_early=True): the model returns None, so there is no loss that could send a gradient "
                 "back. Record without stop_early, or pass detach=False and take the loss of what was recorded."
@@ -157,7 +142,7 @@ class Options:
                 "model runs eagerly in the block, and stops early."
             )
             raise OptionError(message)
-        if self.grads is not False and not compiles_tensor_hooks():
+        if self.grads and not compiles_tensor_hooks():
             message = (
                 f"record(compiled=True, grads=...): torch {torch.__version__} cannot compile hooks on tensors; torch 2.13 can. "
                 "Record gradients without compiled=True."
@@ -187,8 +172,12 @@ def _bad_container(into: object) -> str:
     )
 
 
-def _checked_device(device: torch.device | str | int | None) -> torch.device | None:
-    """Return the device as tensors have it: "cuda:0" for "cuda"."""
+def checked_device(device: torch.device | str | int | None) -> torch.device | None:
+    """Return the device as tensors have it: "cuda:0" for "cuda".
+
+    Raises:
+        OptionError: PyTorch has no such device here.
+    """
     if device is None:
         return None
     try:

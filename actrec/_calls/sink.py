@@ -111,8 +111,8 @@ class SinkLayer(Layer[Any]):
 
     @override
     def __getstate__(self) -> dict[str, Any]:
-        # A copy has other objects.
-        copied = {"_passes": deque(self.passes), "_known": {}, "_held": (), "waiting": {}}
+        # A copy has other objects, and gets no calls of the units that are open.
+        copied = {"_passes": deque(self.passes), "_known": {}, "_held": (), "_held_back": {}}
         return vars(self) | copied
 
     @override

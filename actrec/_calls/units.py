@@ -66,7 +66,8 @@ class UnitRecorder:
         except TypeError:
             message = f"{call}: expected pairs of key and item, such as enumerate(batches), got {type(pairs).__name__!r}."
             raise OptionError(message) from None
-        if divide not in {True, False}:
+        given: object = divide
+        if not isinstance(given, bool):
             message = f"{call}: divide is True or False."
             raise OptionError(message)
         position = self._destination.position() if divide else Position()

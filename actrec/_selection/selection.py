@@ -121,7 +121,7 @@ def select(
 def _claimed(names: Model, queries: Any, transform: Transform | None, what: What) -> _Claims:
     """Return what some queries choose."""
     claims = _Claims()
-    for query, own in _flatten(queries, Treatment(transform)):
+    for query, own in _flatten(queries, Treatment.by_default(transform)):
         if own.transform is not transform and id(own.transform) in names.of:
             raise OptionError(layer_for_transform(query, own.transform))
         if is_function_query(query, names):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from actrec.errors import OptionError
 
-from .queries import Transform
+from .queries import Query, Transform
 
 #: Makes a reduction, a new one for each layer.
-Make: TypeAlias = "Callable[[], Any]"
+Make: TypeAlias = Callable[[], Any]
 
 
 class Reduces(Protocol):
@@ -26,7 +26,15 @@ class Reduces(Protocol):
 
 
 #: How the user gives a reduction: an object, of which each layer gets a copy, its class, or a partial of its class.
-Reducer: TypeAlias = "Reduces | Callable[..., Any]"
+Reducer: TypeAlias = Reduces | Callable[..., Any]
+
+
+#: One query or several. A mapping gives each query a transform, a reduction, or both as ``(transform, reduction)``.
+Queries: TypeAlias = (
+    Query
+    | Iterable[Query]
+    | Mapping[Query, Transform | Reducer | tuple[Transform | None, Reducer] | None]
+)
 
 
 class Treatment(NamedTuple):
@@ -34,6 +42,27 @@ class Treatment(NamedTuple):
 
     transform: Transform | None = None
     make: Make | None = None  #: makes their reduction; ``None`` if they are kept
+
+    @classmethod
+    def by_default(cls, transform: Any) -> Treatment:
+        """Return the treatment of layers for which no mapping gives one.
+
+        Raises:
+            OptionError: ``transform`` is no transform.
+        """
+        if maker(transform) is not None:
+            message = (
+                f"record(transform={transform!r}): this is a reduction, which combines all values, and a transform changes each. Pass it "
+                "with the layers: record(model, {layers: reduction}), or as into=."
+            )
+            raise OptionError(message)
+        if not (transform is None or callable(transform)):
+            message = (
+                f"record(transform={transform!r}): a transform is a function of the value, such as "
+                "lambda t: t.mean(1)."
+            )
+            raise OptionError(message)
+        return cls(transform)
 
     @classmethod
     def of(cls, query: object, given: Any, default: Treatment) -> Treatment:
