@@ -64,7 +64,9 @@ autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 #: Names of types that the text explains: a signature shows them, not what they stand for.
-_ALIASES = "Array Axes Key Layers Mask Passes Queries Query Reducer Role Selector Transform Value Where"
+_ALIASES = (
+    "Array Axes Key Layers Mask Passes Queries Query Reducer Role Selector Transform Value Where"
+)
 autodoc_type_aliases = {name: name for name in _ALIASES.split()}
 TypeAliasForwardRef.__repr__ = lambda self: self.name  # in a union Sphinx shows this class else
 

@@ -395,7 +395,7 @@ def test_calls_that_were_kept_have_no_result_and_the_message_says_how_to_get_one
 
 @pytest.mark.parametrize("into", [reduce.Norms, reduce.Norms()])
 def test_gradients_are_not_reduced_as_they_come(into: Any) -> None:
-    with pytest.raises(OptionError, match="the gradient of 'up' .* cannot be reduced as it comes"):
+    with pytest.raises(OptionError, match=r"the gradient of 'up' .* cannot be reduced as it comes"):
         record(Net(), "up", grads=True, into=into)
 
 
