@@ -634,6 +634,8 @@ def test_a_state_of_something_else_is_refused(cases: Any) -> None:
         ({"batch_size": True}, "batch_size=True"),
         ({"batch_size": 2.5}, "batch_size=2.5"),
         ({"batch_size": 1, "buffer": -1}, "buffer=-1"),
+        ({"batch_size": 1, "seed": "a"}, r"shuffled\(seed='a'\): expected a whole number"),
+        ({"batch_size": 1, "seed": 0.5}, "seed=0.5"),
         ({"batch_size": 1, "rank": 1}, "expected two integers, .* or neither"),
         ({"batch_size": 1, "world_size": 2}, "expected two integers, .* or neither"),
         ({"batch_size": 1, "rank": 2, "world_size": 2}, "from 0 to world_size - 1"),

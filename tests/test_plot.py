@@ -466,7 +466,23 @@ def test_a_transformer_can_be_drawn_in_every_way() -> None:
 
 def test_a_layer_alone_is_told_how_it_is_drawn() -> None:
     with pytest.raises(OptionError, match=r"got ListLayer\. Write drift\(acts\.select\('a'\)\)\."):
-        drift(ListLayer("a", [torch.ones(2)], "Linear"))  # type: ignore[arg-type]
+        drift(acts=ListLayer("a", [torch.ones(2)], "Linear"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("draw", [distributions, drift, similarity])
+def test_layers_after_a_recording_are_told_how_they_are_drawn(draw: Any) -> None:
+    fix = rf"{draw.__name__}\(acts\.select\('conv\*'\)\)\."
+    with pytest.raises(OptionError, match=rf"{draw.__name__}\(\): expected only a .* Write {fix}"):
+        draw(recording(conv1=[torch.ones(2)]), "conv*")
+
+
+@pytest.mark.parametrize("most", [0, -1, "a", 2.5, None])
+def test_a_most_that_is_no_number_of_things_is_refused(most: Any) -> None:
+    acts = recording(a=[torch.ones(10, 2)])
+    with pytest.raises(OptionError, match=rf"similarity\(most={most!r}\): expected a whole number"):
+        similarity(acts, most=most)
+    with pytest.raises(OptionError, match=rf"feature_maps\(most={most!r}\): expected a whole"):
+        feature_maps(acts["a"], most=most)
 
 
 def test_a_call_of_which_no_sample_was_chosen_is_read_once(monkeypatch: Any) -> None:

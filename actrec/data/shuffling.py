@@ -111,10 +111,13 @@ def shuffled(
 
     Raises:
         AlignmentError: the layers do not have the same rows, as in :func:`rows`.
-        OptionError: a size is not a positive whole number, or there is no such rank.
+        OptionError: a size is not a positive whole number, the seed is not a whole number, or there is no such rank.
     """
     rank, world_size = given_rank("shuffled", rank, world_size) or placed()
     _check(batch_size=batch_size, buffer=buffer)
+    if not hasattr(seed, "__index__"):
+        message = f"shuffled(seed={seed!r}): expected a whole number, such as 0."
+        raise OptionError(message)
     options = RowOptions(flatten=flatten, mask=mask, nth=nth, passes=passes, last=last)
     recordings: list[Any] = [*recording] if isinstance(recording, (list, tuple)) else [recording]
     exact = checked_weights(weights, len(recordings))

@@ -13,11 +13,12 @@ from actrec._recordings import similarity as cka
 from actrec._text import count
 from actrec.errors import OptionError
 
-from .shared import FEW, Array, Layers, ordered, short
+from .shared import FEW, Array, Layers, at_least_one, of_layers, ordered, short
 
 _MOST_LABELS: Final = 50
 
 
+@of_layers
 def similarity(acts: Layers, *, most: int = 256, ax: Axes | None = None) -> Axes:
     """Draw how similar the layers represent the same samples: linear CKA, from 0 to 1.
 
@@ -51,7 +52,8 @@ def similarity(acts: Layers, *, most: int = 256, ax: Axes | None = None) -> Axes
     Raises:
         OptionError: there are fewer than 8 samples, for which the measure is misleading.
     """
-    names = ordered("similarity", acts)
+    at_least_one("similarity", most)
+    names = ordered(acts)
     found = cka.similarity(acts, names, most, unseen)
     if not found.matrix:
         message = (

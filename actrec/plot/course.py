@@ -16,11 +16,12 @@ from actrec._recordings.layer import Layer
 from actrec._text import count
 from actrec.errors import OptionError
 
-from .shared import FEW, Array, Layers, ordered, short
+from .shared import FEW, Array, Layers, of_layers, ordered, short
 
 _MOST_IN_LEGEND: Final = 10
 
 
+@of_layers
 def drift(acts: Layers) -> Array:
     """Draw the mean, the standard deviation and the share of zeros of each layer, over the passes.
 
@@ -45,7 +46,7 @@ def drift(acts: Layers) -> Array:
     Raises:
         OptionError: no layer has calls in two passes.
     """
-    names = ordered("drift", acts)
+    names = ordered(acts)
     if not names:
         message = "drift(): there is nothing to draw, no layer was called."
         raise OptionError(message)

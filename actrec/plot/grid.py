@@ -16,7 +16,7 @@ from actrec._values.shapes import shape_of
 from actrec._values.spec import leaves
 from actrec.errors import OptionError
 
-from .shared import Array, numbers
+from .shared import Array, at_least_one, numbers
 
 
 def feature_maps(
@@ -52,9 +52,7 @@ def feature_maps(
     Raises:
         OptionError: the value has no tensor of two to four dimensions, or is empty.
     """
-    if most < 1:
-        message = f"feature_maps(most={most}): expected 1 or more."
-        raise OptionError(message)
+    at_least_one("feature_maps", most)
     maps = _maps(value, item)
     channels = spread(len(maps), most)
     rows, columns = _grid(len(channels), maps.shape[1], maps.shape[2])

@@ -17,11 +17,12 @@ from actrec._values.chunks import dense
 from actrec._values.spec import leaves
 from actrec.errors import OptionError
 
-from .shared import FEW, Array, Layers, numbers, ordered, short
+from .shared import FEW, Array, Layers, numbers, of_layers, ordered, short
 
 _MOST_ELEMENTS: Final = 50_000
 
 
+@of_layers
 def distributions(acts: Layers, *, ax: Axes | None = None) -> Axes:
     """Draw the distribution of the values of each layer, in execution order from top to bottom.
 
@@ -51,7 +52,7 @@ def distributions(acts: Layers, *, ax: Axes | None = None) -> Axes:
         OptionError: no layer has a finite element.
     """
     names, found = [], []
-    for name in ordered("distributions", acts):
+    for name in ordered(acts):
         sample = _sample(acts[name])
         if sample.size:
             names.append(name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final, TypeAlias
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, Final, TypeAlias, TypeVar, cast
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +15,8 @@ from actrec._text import shown
 from actrec._values.chunks import dense
 from actrec.errors import OptionError
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 #: A recording, or some layers of one: ``{name: acts[name] for name in chosen}``.
 Layers: TypeAlias = Mapping[str, Layer[Any]]
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -23,20 +26,43 @@ LONGEST_NAME: Final = 40
 FEW: Final = 30
 
 
-def ordered(call: str, acts: Layers) -> list[str]:
+def of_layers(draw: F) -> F:
+    """Return a function that draws layers, with a check of what it is given: one argument, a recording."""
+    call = draw.__name__
+
+    @wraps(draw)
+    def checked(acts: Layers, *more: object, **options: Any) -> Any:
+        given: object = acts
+        if more:
+            message = (
+                f"{call}(): expected only a recording. Write {call}(acts.select({more[0]!r}))."
+            )
+            raise OptionError(message)
+        if not isinstance(given, Mapping):
+            message = (
+                f"{call}(): expected a recording, or some layers of one in a dict such as {{name: acts[name]}}, got "
+                f"{type(given).__name__}."
+            )
+            if isinstance(given, Layer):
+                message += f" Write {call}(acts.select({given.name!r}))."
+            raise OptionError(message)
+        return draw(acts, **options)
+
+    return cast("F", checked)
+
+
+def ordered(acts: Layers) -> list[str]:
     """Return the names of the layers that were called, in execution order if it is known."""
     if isinstance(acts, Recording):
         return acts.execution_order
-    given: object = acts
-    if not isinstance(given, Mapping):
-        message = (
-            f"{call}(): expected a recording, or some layers of one in a dict such as {{name: acts[name]}}, got "
-            f"{type(given).__name__}."
-        )
-        if isinstance(given, Layer):
-            message += f" Write {call}(acts.select({given.name!r}))."
-        raise OptionError(message)
     return [name for name, layer in acts.items() if len(layer)]
+
+
+def at_least_one(call: str, most: int) -> None:
+    """Raise ``OptionError`` unless ``most`` is a whole number above 0."""
+    if not hasattr(most, "__index__") or most < 1:
+        message = f"{call}(most={most!r}): expected a whole number, 1 or more."
+        raise OptionError(message)
 
 
 def short(name: str) -> str:
