@@ -88,13 +88,11 @@ def record(
     are without them. A module with several names is recorded once and found under each of them. Where queries overlap,
     a name or a module object takes precedence over a pattern; otherwise the first query does.
 
-    A reduction is updated with each value and keeps none: one of :mod:`actrec.reduce`, or a metric of torchmetrics. Each
-    layer has its own. In a mapping it is the value of its query, alone or after a transform, and works in memory and with a path:
-    ``record(model, {"layer*": reduce.Moments(), "head": (torch.abs, reduce.TopK(k=5))}, into="runs/x")``.
+    A reduction is updated with each value and keeps none: one of :mod:`actrec.reduce`, or a metric of torchmetrics. Each layer has its
+    own, alone or after a transform: ``{"layer*": reduce.Moments(), "head": (torch.abs, reduce.TopK(k=5))}``.
 
-    After the colon comes a function, method or operator of PyTorch that the forward of the module calls itself (not the
-    modules inside it): ``add`` for ``x + y``, ``x.add(y)`` and ``x += y``. Each call is one item, and ``inputs`` are its arguments.
-    ``"**:*"`` records all functions that are called, in execution order: the way to find their names.
+    A function is one of PyTorch, a method or an operator: ``add`` for ``x + y``, ``x.add(y)`` and ``x += y``. Each call is one item,
+    and ``inputs`` are its arguments. ``"**:*"`` records all that are called: the way to find their names.
 
     Args:
         model: any ``torch.nn.Module``. Compiled models run eagerly inside the block, unless ``compiled=True``.
@@ -113,8 +111,7 @@ def record(
             nested as the value is, ``None`` until ``backward()`` reaches it, in the block or after it. See
             :attr:`Recording.grads`. ``True`` for the layers in ``layers``, with their transforms; or separate layer
             queries. When recording to a path, call ``backward()`` inside the block, and inside the unit if there are units: a
-            gradient is written with its pass, when a later pass has begun and the backward has ended. A gradient that
-            comes later is left out, with a warning.
+            gradient that comes later is left out, with a warning.
         detach: ``False`` keeps the autograd graph, for losses on activations, and with it the graph's
             memory. Values are still independent of in-place writes. ``False`` is not supported when recording to a path.
         device: where values are kept; ``None`` leaves them on their device. From a GPU, values are copied asynchronously if
@@ -126,27 +123,20 @@ def record(
         stop_early: end each forward as soon as every chosen layer has run in it once: later layers are not computed, and
             the call of the model returns ``None``. A forward in which a chosen layer does not run is not ended. For functions,
             the module that calls them has to run. With ``grads=True`` it needs ``detach=False``.
-        compiled: keep compiled code compiled in the block: compiled models, blocks and functions that call the model, as
-            :func:`torch.compile` makes them. Code that calls a chosen layer is compiled once more, when it is first called in the
-            block. Entering again with the same layers compiles nothing, and after the block the previously compiled code is used
-            again. The values recorded are those that the compiled code computes, which may differ from eager mode in the last
-            bits. It is not supported with ``stop_early``, ``detach=False`` and functions. See :doc:`/how-to/compiled`.
-        into: one of three. A container for the calls of each layer, in memory: a factory of objects with ``append``, such as
-            ``functools.partial(collections.deque, maxlen=10)``.
-
-            A reduction of the calls of each layer, in memory: a class with ``update`` and ``compute``, such as
-            ``actrec.reduce.Moments`` or a metric of torchmetrics. Containers and reductions run as transforms do, without
-            gradients and autocast.
-
-            A path, a URL such as ``"s3://bucket/run"``, or a :class:`actrec.store.Folder`, which is a path with settings:
-            values are written while the block runs, within a budget of memory (1 GiB), and committed pass by pass. Committed
+        compiled: keep compiled code compiled in the block. What calls a chosen layer is compiled once more when it is first called
+            in the block, and not again for the same layers. The values are those that the compiled code computes. Not supported
+            with ``stop_early``, ``detach=False`` and functions. See :doc:`/how-to/compiled`.
+        into: where the values go. A path, a URL such as ``"s3://bucket/run"``, or a :class:`actrec.store.Folder`, which is a path with
+            settings: they are written while the block runs, within a budget of memory (1 GiB), and committed pass by pass. Committed
             passes survive a crash of the process or the machine and a full disk. Under ``torchrun``, all ranks record into the
-            same path.
-        resume: with a path: continue the recording that is there, if any. What was not committed is dropped. Open a
+            same path. See :doc:`/how-to/large-recordings`.
+
+            Or what makes a container for the calls of each layer, in memory: a function that returns an object with ``append``, such as
+            ``functools.partial(collections.deque, maxlen=10)``; or a reduction of each layer, such as ``actrec.reduce.Moments``. They
+            run as transforms do, without gradients and autocast.
+        resume: with a path: continue the recording that is there, if any; what was not committed is dropped. Open a
             :meth:`unit <Recorder.unit>` for each batch, prompt or document, and iterate over :meth:`Recorder.remaining`, which
-            skips the units that any rank has committed. Values added in earlier runs can be read in the block.
-            (``acts.num_passes`` is the number of committed passes of this rank: enough to resume by if each batch is one pass
-            and no pass raises.)
+            skips the units that any rank has committed.
 
     Returns:
         A context manager that yields the :class:`Recorder`, a mapping from layer name to :class:`Layer`. Each call of a module
@@ -169,7 +159,7 @@ def record(
         UnusedLayerWarning: nothing was recorded of a layer; the message gives the likely cause. Like the following, at the end
             of the block.
         ResumeWarning: a run is resumed without units, and passes look like steps of ``generate()``. Issued at the beginning of
-            the block if the recording to be resumed looks like that.
+            the block if the stored passes look so already.
         OverflowWarning: finite values overflowed in the cast to ``dtype``.
         MissingGradientWarning: gradients were asked for, or ``detach=False``, and nothing that a layer returned requires grad.
             From ``backward()``: a gradient is left out, because the layer returned a view of what the model may have used
