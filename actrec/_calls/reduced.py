@@ -35,14 +35,14 @@ class States(Protocol):
     def closed(self) -> bool:
         """Whether the recording has ended."""
 
-    def take_from(self, layer: ReducedLayer) -> None:
-        """Ask ``layer`` for its state whenever passes are committed."""
+    def take_from(self, state: Callable[[int], tuple[int, dict[str, Any]] | None]) -> None:
+        """Ask ``state`` for the state whenever passes are committed."""
 
     def count_complete(self) -> int:
         """Return how many passes are complete."""
 
-    def expect(self, number: int) -> None:
-        """Pass ``number`` has calls."""
+    def keep_later(self) -> None:
+        """There is a call whose state will be written when its pass is complete."""
 
     def stored(self) -> Reduced:
         """Return the reduction that is on the disk; until the block ends, the one that was there when it began."""
@@ -79,7 +79,7 @@ class ReducedLayer(Reduced):
             before = states.stored()
             self._runs = PassRuns(before.passes)
             before.merge_into(self._sink)
-            states.take_from(self)
+            states.take_from(self.state)
 
     def _empty(self) -> None:
         self._sink: Any = self._make()
@@ -96,7 +96,7 @@ class ReducedLayer(Reduced):
     @override
     def _keep(self, value: Value, number: int) -> None:
         if self._disk is not None:
-            self._disk.expect(number)
+            self._disk.keep_later()
         settled = self._settled() if self._parts else None
         with self._lock:
             if settled is not None:

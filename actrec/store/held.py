@@ -31,16 +31,12 @@ class Held:
         self.committed = committed  # how many passes the batches so far commit
         self._limit = limit  # about how many bytes make a shard
         self._raised = raised  # the passes that raised; it grows
+        #: A pass of which parts were handed out stays in it until it is committed.
         self._passes: defaultdict[int, list[Call]] = defaultdict(list)
-        self._parted: set[int] = set()  # passes with parts that were handed out
-        self._dropped: set[int] = set()  # of those, the dropped ones
+        self._dropped: set[int] = set()  # passes that no commit has reached yet
         self._looks: set[Look] = set()  # of the calls; their groups are in `_groups`
         self._groups: set[object] = set()
         self._header = 0  # the bytes of the groups in the header of a shard
-        self._crowded = False  # whether that is enough for a header
-
-    def __bool__(self) -> bool:
-        return bool(self._passes)
 
     def add(self, call: Call) -> bool:
         """Take a call, and return whether there are enough for a shard."""
@@ -52,19 +48,14 @@ class Held:
             group = call.slot, look.group
             if group not in self._groups:
                 self._groups.add(group)
-                self._header += look.header
                 # A group has entries in the header of a shard, however many calls there are in it.
-                self._crowded = len(self._groups) > 1 and self._header >= MAX_HEADER // 4
-        return self._crowded or self.size >= self._limit
-
-    def expect(self, number: int) -> None:
-        """Keep a place for a pass, which will get calls when it is complete."""
-        self._passes[number]  # makes an entry
+                self._header += look.header
+        return self.size >= self._limit or self._header >= MAX_HEADER // 4
 
     def whole(self, complete: int) -> Iterator[Batch]:
         """Hand out the passes before ``complete``, if there is anything to commit."""
         complete = max(complete, self.committed)
-        if any(number < complete for number in (*self._passes, *self._parted)):
+        if any(number < complete for number in self._passes):
             yield self._commit(complete)
 
     def everything(self, complete: int) -> Iterator[Batch]:
@@ -75,8 +66,9 @@ class Held:
             yield batch
         if self.size >= many:
             for number in sorted(number for number, calls in self._passes.items() if calls):
-                self._parted.add(number)
-                yield Batch(*self._take([number]), Commit(self.committed, number))
+                calls, size = self._take([number])
+                self._passes[number] = []
+                yield Batch(calls, size, Commit(self.committed, number))
 
     def close(self, passes: int, ended: str) -> Batch:
         """Hand out the passes before ``passes``, for the last shard, and forget the others."""
@@ -86,10 +78,8 @@ class Held:
 
     def drop(self, number: int) -> None:
         """Forget the calls of a pass, including those that were handed out."""
-        if number in self._passes:
-            self._take([number])
-        if number in self._parted:
-            self._dropped.add(number)
+        self._take([number])
+        self._dropped.add(number)
 
     def clear(self) -> None:
         """Forget all calls."""
@@ -99,16 +89,15 @@ class Held:
         raised = sorted(one for one in list(self._raised) if self.committed <= one < complete)
         self.committed = complete
         dropped = tuple(sorted(number for number in self._dropped if number < complete))
-        self._parted = {number for number in self._parted if number >= complete}
         self._dropped -= {*dropped}
         taken = self._take([number for number in self._passes if number < complete])
         return Batch(*taken, Commit(complete, None, tuple(raised), dropped, ended))
 
     def _take(self, numbers: Iterable[int]) -> tuple[list[Call], int]:
-        calls = [call for number in numbers for call in self._passes.pop(number)]
+        calls = [call for number in numbers for call in self._passes.pop(number, ())]
         size = sum(call.look.size for call in calls)
         self.size -= size
         self._looks.clear()
         self._groups.clear()
-        self._header, self._crowded = 0, False
+        self._header = 0
         return calls, size

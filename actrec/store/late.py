@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol
 
 from typing_extensions import override
 
@@ -19,14 +18,7 @@ from actrec._values.containers import Value
 
 from .call import Call
 from .format import Slot
-from .live import LiveLayer, Open, Writing
-
-
-class Late(Protocol):
-    """A layer that has calls of a pass to write only when the pass is committed."""
-
-    def take(self, complete: int) -> Iterator[Call]:
-        """Yield the calls to write with the passes before ``complete``."""
+from .live import LiveLayer, Writing
 
 
 class Backwards:
@@ -34,7 +26,8 @@ class Backwards:
 
     def __init__(self, complete: Callable[[], int]) -> None:
         """``complete`` returns how many passes will get no more calls, apart from gradients."""
-        self.layers: list[Late] = []
+        #: Each yields what one layer writes with the passes before a number, once these are committed.
+        self.late: list[Callable[[int], Iterator[Call]]] = []
         self.lock = threading.RLock()  # the writer must not be called while it is held
         self.written = 0  # the gradients of passes before this number are written
         self._complete = complete
@@ -87,8 +80,8 @@ class Backwards:
         with self.lock:
             self.written = max(self.written, complete)
             self._expecting = {number for number in self._expecting if number >= complete}
-            for layer in self.layers:
-                yield from layer.take(complete)
+            for take in self.late:
+                yield from take(complete)
 
 
 class LateLayer(LiveLayer):
@@ -99,18 +92,15 @@ class LateLayer(LiveLayer):
         self._backwards = backwards
         #: By pass, the gradients that may still change.
         self._held_back: dict[int, list[Value]] = {}
-        backwards.layers.append(self)
+        backwards.late.append(self._take)
 
     @override
     def _keep(self, value: Value, number: int) -> None:
-        self._stream.expect(number)
+        self._stream.keep_later()
         with self._backwards.lock:
             self._backwards.begin(number)
             self._held_back.setdefault(number, []).append(value)
-        if number in self._stream.undecided:
-            self._open.setdefault(number, Open()).calls += 1
-        else:
-            self._new_passes.add(number)
+        self._counts(number).passes.add(number)
 
     @override
     def _settle(self, number: int) -> None:
@@ -124,13 +114,11 @@ class LateLayer(LiveLayer):
         with self._backwards.lock:
             self._held_back.pop(number, None)
 
-    def take(self, complete: int) -> Iterator[Call]:
+    def _take(self, complete: int) -> Iterator[Call]:
         """Yield the gradients of the passes before ``complete``."""
         for number in sorted(number for number in self._held_back if number < complete):
             for value in self._held_back.pop(number):
                 call = Call.of(self._slot, number, value, parts=True, before=self._look)
-                self._bytes += call.look.nbytes
-                if call.look is not self._look:
-                    self._look = call.look
-                    self._looks.add(value)
+                self._look = call.look
+                self._settled.add(call.look, value)
                 yield call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NoReturn, Protocol
 
 from typing_extensions import override
@@ -35,20 +36,35 @@ class Writing(Protocol):
     def keep(self, call: Call) -> None:
         """Write a call, sooner or later."""
 
-    def expect(self, number: int) -> None:
-        """Keep a place for pass ``number``, which will get more calls when it is complete."""
+    def keep_later(self) -> None:
+        """There is a call that will be written when its pass is complete."""
 
     def stored(self, slot: Slot) -> StoredLayer:
         """Return the part of a layer that is on the disk."""
 
 
 @dataclass(slots=True)
-class Open:
-    """The counts of a layer's calls in a unit that has not ended."""
+class Counts:
+    """The passes, bytes and shapes of some calls of a layer."""
 
-    calls: int = 0
+    passes: PassRuns = field(default_factory=PassRuns)
     nbytes: int = 0
     looks: Summary = field(default_factory=Summary)
+    _look: Look | None = None  # the last that is in `looks`
+
+    def add(self, look: Look, value: Value) -> None:
+        """Count a value, besides its pass."""
+        self.nbytes += look.nbytes
+        if look is not self._look:
+            self.looks.add(value)
+            self._look = look
+
+    def update(self, other: Counts) -> None:
+        """Count other calls too."""
+        for number in other.passes:
+            self.passes.add(number)
+        self.nbytes += other.nbytes
+        self.looks.update(other.looks)
 
 
 class LiveLayer(ReadOnlyLayer):
@@ -62,46 +78,38 @@ class LiveLayer(ReadOnlyLayer):
         self._undecided = stream.undecided
         self._slot = slot
         self._before = before = stream.stored(slot)
-        self._new_passes = PassRuns()
         self._known = len(before)
-        self._bytes = before.nbytes
-        self._looks = before._summary()
         self._look: Look | None = None  # of the last call
-        self._open: dict[int, Open] = {}
+        self._settled = Counts(nbytes=before.nbytes, looks=before._summary())
+        self._open: dict[int, Counts] = {}  # by pass, of units that have not ended
 
     @override
     def _keep(self, value: Value, number: int) -> None:
         call = Call.of(self._slot, number, value, parts=True, before=self._look)
         self._write(call)
-        look = call.look
-        is_known = look is self._look
-        self._look = look
-        if number in self._undecided:
-            unit = self._open.setdefault(number, Open())
-            is_known = is_known and unit.calls > 0
-            unit.calls += 1
-            unit.nbytes += look.nbytes
-            looks = unit.looks
-        else:
-            self._new_passes.add(number)
-            self._bytes += look.nbytes
-            looks = self._looks
-        if not is_known:
-            looks.add(value)
+        self._look = call.look
+        counts = self._counts(number)
+        counts.passes.add(number)
+        counts.add(call.look, value)
+
+    def _counts(self, number: int) -> Counts:
+        """Return the counts that a call of pass ``number`` belongs to."""
+        return (
+            self._open.setdefault(number, Counts()) if number in self._undecided else self._settled
+        )
 
     @override
     def _settle(self, number: int) -> None:
         unit = self._open.pop(number, None)
         if unit is not None:
-            for _ in range(unit.calls):
-                self._new_passes.add(number)
-            self._bytes += unit.nbytes
-            self._looks.update(unit.looks)
+            self._settled.update(unit)
 
     @override
     def _drop(self, number: int) -> None:
         self._open.pop(number, None)
-        self._look = None  # it may have been the look of a dropped call
+
+    def _all_counts(self) -> list[Counts]:
+        return [self._settled, *self._open.values()]
 
     @property
     def _stored(self) -> StoredLayer:
@@ -128,14 +136,14 @@ class LiveLayer(ReadOnlyLayer):
     def passes(self) -> ListView[int]:
         if self._stream.closed:
             return self._stored.passes
-        open_units = [number for number, unit in self._open.items() for _ in range(unit.calls)]
-        return ListView([*self._before.passes, *self._new_passes, *open_units])
+        new = chain.from_iterable(counts.passes for counts in self._all_counts())
+        return ListView([*self._before.passes, *new])
 
     @override
     def __len__(self) -> int:
         if self._stream.closed:
             return len(self._stored)
-        return self._known + len(self._new_passes) + sum(o.calls for o in [*self._open.values()])
+        return self._known + sum(len(counts.passes) for counts in self._all_counts())
 
     @override
     def _call(self, index: int) -> Value:
@@ -163,8 +171,8 @@ class LiveLayer(ReadOnlyLayer):
         if self._stream.closed:
             return self._stored._summary()
         found = Summary()
-        for looks in (self._looks, *(unit.looks for unit in [*self._open.values()])):
-            found.update(looks)
+        for counts in self._all_counts():
+            found.update(counts.looks)
         return found
 
     @property
@@ -172,7 +180,7 @@ class LiveLayer(ReadOnlyLayer):
     def nbytes(self) -> int:
         if self._stream.closed:
             return self._stored.nbytes
-        return self._bytes + sum(unit.nbytes for unit in [*self._open.values()])
+        return sum(counts.nbytes for counts in self._all_counts())
 
     @override
     def clear(self) -> NoReturn:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import cached_property
-from typing import Any, Final, NamedTuple, NoReturn, Protocol
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,14 +32,6 @@ from .layers import Source, StoredLayer
 from .live import Writing
 from .read_only import Unchanged
 
-
-class Reducing(Protocol):
-    """A layer that is reduced while it is recorded."""
-
-    def state(self, complete: int) -> tuple[int, dict[str, Any]] | None:
-        """Return the last of the passes before ``complete``, and the state after it; ``None`` if there is nothing new."""
-
-
 _FORM: Final = ["reduction", "states", "passes"]
 _MOST: Final = 1 << 32  # calls
 _NOTHING: Final = "nothing"
@@ -51,28 +43,28 @@ class States:
     def __init__(self, stream: Writing, slot: Slot, backwards: Backwards) -> None:
         self.rank = stream.rank
         self.count_complete = backwards.count_complete
-        self.expect = stream.expect
+        self.keep_later = stream.keep_later
         self._stream = stream
         self._slot = slot
-        self._backwards = backwards
-        self._layer: Reducing | None = None
+        self._late = backwards.late
 
     @property
     def closed(self) -> bool:
         """Whether the recording has ended."""
         return self._stream.closed
 
-    def take_from(self, layer: Reducing) -> None:
-        """Ask ``layer`` for its state whenever passes are committed."""
-        self._layer = layer
-        self._backwards.layers.append(self)
+    def take_from(self, state: Callable[[int], tuple[int, dict[str, Any]] | None]) -> None:
+        """Call ``state(n)`` whenever the passes before ``n`` are committed.
 
-    def take(self, complete: int) -> Iterator[Call]:
-        """Hand out the state after the passes before ``complete``, if it is new."""
-        assert self._layer is not None  # noqa: S101  # set by take_from()
-        found = self._layer.state(complete)
-        if found is not None:
-            yield Call.of(self._slot, *found)
+        It returns the last of these passes, and the state after it; ``None`` if there is nothing new.
+        """
+
+        def take(complete: int) -> Iterator[Call]:
+            found = state(complete)
+            if found is not None:
+                yield Call.of(self._slot, *found)
+
+        self._late.append(take)
 
     def stored(self) -> StoredReduction:
         """Return the reduction that is on the disk; until the block ends, the one that was there when it began."""

@@ -80,8 +80,7 @@ class Stream:
             passes.raised,
             late=self._backwards.take,
         )
-        #: Write a call, sooner or later; keep a place for a pass, which will get more calls when it is complete.
-        self.keep, self.expect = self._writer.keep, self._writer.expect
+        self.keep, self.keep_later = self._writer.keep, self._writer.keep_later
 
     # --- Layers ----------------------------------------------------------------------------------------
 

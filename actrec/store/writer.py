@@ -32,7 +32,7 @@ from .new_file import Unfinished
 from .place import Place
 from .upload import Upload
 
-_SHORTEST: Final = 0.1  # seconds that the thread sleeps while calls wait for others of their pass
+_SHORTEST: Final = 0.1  # seconds that the thread sleeps
 _LONGEST: Final = 3600.0  # `seconds` of a folder may be infinite
 
 
@@ -65,11 +65,10 @@ class Writer:
         self._held = Held(self.committed, limit, raised)
         self._queue: deque[Batch] = deque()
         self._queued_bytes = 0  # bytes in the queue or being written
-        self._writing = False
         self._finisher: threading.Thread | None = None
-        self._closed = False
-        self._error: WriteError | None = None  # until it is raised
+        self._closed = False  # whether no more calls are taken
         self._failed = False
+        self._error: WriteError | None = None  # until it is raised
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._latest = -1  # the pass of the last call
@@ -97,33 +96,26 @@ class Writer:
             held = self._held
             if held.size + self._queued_bytes + call.look.size > self._budget:
                 self._wait_for_room(call.look.size)
-            if self._failed or self._closed:
+            if self._closed:
                 return
-            if not held.size:
-                self._changed.notify_all()  # the thread wakes up after `seconds` from now on
             if held.add(call):
                 self._cut(held.everything(self._fetch_late()))
             elif call.number != self._latest:  # the passes before it may be complete
                 self._latest = call.number
                 self._look_at_clock()
 
-    def expect(self, number: int) -> None:
-        """Keep a place for pass ``number``, which will get more calls through ``late``.
+    def keep_later(self) -> None:
+        """There is a call that ``late`` will return.
 
         Raises:
             WriteError: as for ``keep``.
         """
         with self._changed:
             self._raise_if_failed()
-            if self._failed or self._closed:
-                return
-            if not self._held:
-                self._changed.notify_all()
-            self._held.expect(number)
             self._look_at_clock()
 
     def _look_at_clock(self) -> None:
-        if time.monotonic() - self._last_cut >= self._seconds:
+        if not self._closed and time.monotonic() - self._last_cut >= self._seconds:
             self._cut(self._held.whole(self._fetch_late()))
 
     def _fetch_late(self) -> int:
@@ -148,8 +140,8 @@ class Writer:
 
     def _wait_for_room(self, size: int) -> None:
         """Wait until so many bytes fit, or nothing else is waiting."""
-        while self.used + size > self._budget and self.used and not self._failed:
-            if not self._queue and not self._writing:
+        while self.used + size > self._budget and self.used:
+            if not self._queued_bytes:
                 self._cut(self._held.everything(self._fetch_late()))
             self._changed.wait(1.0)  # without a timeout, Windows would not handle an interrupt
             self._raise_if_failed()
@@ -190,20 +182,15 @@ class Writer:
 
     def _next(self) -> Batch | None:
         with self._changed:
-            while not self._queue and not self._closed and not self._failed:
+            while not self._queue and not self._closed:
                 wait = self._last_cut + self._seconds - time.monotonic()
-                if self._held and wait <= 0:
-                    self._cut(self._held.whole(self._fetch_late()))
-                if not self._queue:
-                    wait = min(max(wait, _SHORTEST), _LONGEST)
-                    self._changed.wait(wait if self._held else None)
-            self._writing = bool(self._queue)
+                self._changed.wait(min(max(wait, _SHORTEST), _LONGEST))
+                self._look_at_clock()
             return self._queue.popleft() if self._queue else None
 
     def _written(self, size: int) -> None:
         with self._changed:
             self._queued_bytes = max(self._queued_bytes - size, 0)
-            self._writing = False
             self._changed.notify_all()
 
     def _write(self, batch: Batch) -> Unfinished | Upload:
@@ -252,11 +239,10 @@ class Writer:
                 f"Committed and safe: {count(self.committed, 'pass')}. {what_now}"
             )
             failure.__cause__ = error
-            self._error, self._failed = failure, True
+            self._error, self._failed, self._closed = failure, True, True
             self._queue.clear()
             self._held.clear()
             self._queued_bytes = 0
-            self._writing = False
             self._changed.notify_all()
 
     # --- Ending ----------------------------------------------------------------------------------------
@@ -271,9 +257,7 @@ class Writer:
         with self._changed:
             if not self._closed:
                 self._closed = True
-                if not self._failed:
-                    self._enqueue(self._held.close(self._with_late(passes), error or ""))
-                self._changed.notify_all()
+                self._enqueue(self._held.close(self._with_late(passes), error or ""))
         if threading.current_thread() in {self._thread, self._finisher}:
             return  # called by the garbage collector, which runs in this thread: it cannot wait for itself
         self._thread.join()
