@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, NoReturn
@@ -17,7 +17,7 @@ from actrec._calls.capture import Capture
 from actrec._calls.destination import Destination, Memory
 from actrec._calls.forwards import Forward
 from actrec._calls.function_mode import stop_key
-from actrec._calls.functions import Functions
+from actrec._calls.functions import Functions, Missing
 from actrec._calls.hooks import Event, Hook
 from actrec._calls.options import Options
 from actrec._calls.placing import Hooks
@@ -29,7 +29,7 @@ from actrec._calls.track import Track
 from actrec._calls.tracks import Tracks
 from actrec._calls.warnings import warned_of
 from actrec._selection.names import type_name
-from actrec._selection.selection import Selection
+from actrec._selection.selection import Choice, Selection
 from actrec._torch import is_of_compiler
 from actrec._values.fsdp import frees_weights
 
@@ -97,40 +97,62 @@ class Block(AbstractContextManager[Recorder[Any]]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        session = self._session
-        session.end(interrupted=kind is not None)
+        choices = self._tracks.choices
+        missing = self._end(error)
+        failure = self._failure()
+        if error is None and failure is not None:
+            raise failure
+        if error is None:
+            self._warn(choices, missing)
+        else:
+            for note in self._notes(error, failure):
+                error.add_note(note)
+
+    def _end(self, error: BaseException | None) -> Missing:
+        """Record nothing from now on, drop the units that are open, remove the hooks, and close the destination.
+
+        Return the functions of which nothing was recorded.
+        """
         assert self._yielded is not None  # noqa: S101  # it was entered
         units = self._yielded._unit_recorder
-        choices, self._tracks.choices = self._tracks.choices, {}
+        self._session.end(interrupted=error is not None)
+        self._tracks.choices = {}
         units.drop_open()
         self._destination.error = None if error is None else type(error).__name__
         missing = self._functions.missing()
         self._clean_up()
         units.forget_from(self._yielded.num_passes)
+        return missing
+
+    def _failure(self) -> Exception | None:
+        """Return an error that nobody has seen, because it happened after the last call, or because the model caught it."""
+        session = self._session
         failure = session.unseen or self._destination.failure()
         failure = failure or self._tracks.unmasked(session.passes.raised)
-        if error is not None:
-            if failure is not None:
-                error.add_note(str(failure))
-            if session.stop is not None and "NoneType" in str(error):
-                error.add_note(_STOPPED)
-            if session.eager.in_graph and is_of_compiler(error):
-                error.add_note(_COMPILED)
-            return
-        if failure is not None:
-            raise failure
-        if session.error is not None and not session.surfaced:
-            # The model caught the error. Raised here, or calls would be missing silently.
-            raise session.error
-        is_idle = units.nothing_left and not any(track.called for track in self._tracks.of.values())
-        if not is_idle:
-            tracks = {key: (choices[key], track) for key, track in self._tracks.of.items()}
-            found = [*warned_of(self._model, tracks, session, missing)]
-            self._yielded._run.warned = [message for message, _ in found]
-            self._destination.warned(self._yielded._run.warned)
+        return failure or (None if session.surfaced else session.error)
+
+    def _notes(self, error: BaseException, failure: Exception | None) -> Iterator[str]:
+        """Yield what actrec knows about an exception of the block."""
+        if failure is not None and failure is not error:
+            yield str(failure)
+        if self._session.stop is not None and "NoneType" in str(error):
+            yield _STOPPED
+        if self._session.eager.in_graph and is_of_compiler(error):
+            yield _COMPILED
+
+    def _warn(self, choices: Mapping[str, Choice], missing: Missing) -> None:
+        """Warn of what was chosen and not recorded, or not as the layer returned it."""
+        recorder, tracks = self._yielded, self._tracks.of
+        assert recorder is not None  # noqa: S101  # it was entered
+        is_idle = recorder._unit_recorder.nothing_left
+        if not is_idle or any(track.called for track in tracks.values()):
+            chosen = {key: (choices[key], track) for key, track in tracks.items()}
+            found = [*warned_of(self._model, chosen, self._session, missing)]
+            recorder._run.warned = [message for message, _ in found]
+            self._destination.warned(recorder._run.warned)
             for message, category in found:
-                warnings.warn(message, category, stacklevel=2)
-        self._warn_of_resuming(stacklevel=2)
+                warnings.warn(message, category, stacklevel=3)
+        self._warn_of_resuming(stacklevel=3)
 
     def _warn_of_resuming(self, stacklevel: int) -> None:
         doubt = None if self._warned_of_resuming else self._destination.doubt()

@@ -475,6 +475,15 @@ def test_a_transforms_error_that_the_model_swallows_is_raised_at_the_end() -> No
         model(X)
 
 
+def test_an_error_of_the_block_names_the_transforms_error_that_the_model_swallowed() -> None:
+    model = Fails(swallow=True)
+    with pytest.raises(KeyError) as caught, record(model, transform=lambda t: t[:, 9]):
+        model(torch.zeros(2, 4))
+        raise KeyError
+    (note,) = caught.value.__notes__
+    assert "raised IndexError on call 0" in note
+
+
 class Full(list[Any]):
     """Takes no second item."""
 
