@@ -25,8 +25,8 @@ from actrec import (
     load,
     record,
 )
-from actrec._recordings.in_memory import ListLayer
 from actrec._values import chunks as _blocks
+from tests.made import made
 from tests.models import ConvNet, TinyTransformer
 
 if TYPE_CHECKING:
@@ -37,12 +37,8 @@ if TYPE_CHECKING:
 NAN, INF = math.nan, math.inf
 
 
-def recording(**layers: list[Any]) -> Recording:
-    return Recording("Net", {k: ListLayer(k, v, "Linear") for k, v in layers.items()}, {})
-
-
 def only(a: Any, b: Any, **options: Any) -> Row:
-    (row,) = compare(recording(x=[a]), recording(x=[b]), **options)
+    (row,) = compare(made(x=[a]), made(x=[b]), **options)
     return row
 
 
@@ -110,8 +106,8 @@ def test_the_layer_with_a_transposed_weight_is_found_under_its_new_name() -> Non
 
 def test_first_means_the_earliest_pass_and_there_execution_order() -> None:
     one, two = torch.zeros(1), torch.ones(1)
-    a = recording(x=[one, one], y=[one, one], z=[one, one])
-    b = recording(x=[one, two], y=[two, one], z=[two, one])
+    a = made(x=[one, one], y=[one, one], z=[one, one])
+    b = made(x=[one, two], y=[two, one], z=[two, one])
     first = compare(a, b).first_difference
     assert first is not None
     assert (first.layer, first.different_pass) == ("y", 0)
@@ -308,7 +304,7 @@ def test_jagged_tensors_are_equal_if_their_parts_are() -> None:
     assert (
         only(jagged(2, 1), jagged(2, 1, 1)).note == "call 0: (2, 'ragged', 3) and (3, 'ragged', 3)"
     )
-    acts = recording(x=[jagged(2, 1), jagged(3, 1)])
+    acts = made(x=[jagged(2, 1), jagged(3, 1)])
     assert "(2, ragged, 3)" in repr(acts)
 
 
@@ -330,7 +326,7 @@ def test_memory_order_does_not_matter() -> None:
 def test_other_shapes_are_told() -> None:
     ones = [torch.ones(2), torch.ones(2), torch.ones(2), torch.ones(2)]
     others = [torch.ones(2), torch.ones(3), torch.ones(1, 2), torch.ones(4)]
-    (row,) = compare(recording(x=ones), recording(x=others))
+    (row,) = compare(made(x=ones), made(x=others))
     assert (row.equal, row.close, row.calls, row.different_pass) == (False, False, 1, 1)
     assert row.note == "call 1: (2,) and (3,); call 2: (2,) and (1, 2); 1 more"
 
@@ -338,9 +334,9 @@ def test_other_shapes_are_told() -> None:
 def test_other_numbers_of_calls_are_told() -> None:
     one = torch.ones(2)
     for a, b, note in (([one], [one, one], "1 and 2 calls"), ([one, one], [one], "2 and 1 call")):
-        (row,) = compare(recording(x=a), recording(x=b))
+        (row,) = compare(made(x=a), made(x=b))
         assert (row.note, row.calls, row.close, row.different_pass) == (note, 1, False, 1)
-    (row,) = compare(recording(x=[]), recording(x=[one]))
+    (row,) = compare(made(x=[]), made(x=[one]))
     assert (row.note, row.calls, row.different_pass) == ("0 and 1 call", 0, 0)
     assert math.isnan(row.max_abs)
 
@@ -352,7 +348,7 @@ def test_another_dtype_is_told_and_compared_all_the_same() -> None:
 
 def test_another_structure_is_told() -> None:
     one = torch.ones(2)
-    result = compare(recording(x=[(one, one)]), recording(x=[(one, [one])]))
+    result = compare(made(x=[(one, one)]), made(x=[(one, [one])]))
     assert [(row.leaf, row.close, row.note) for row in result] == [
         ("[0]", True, ""),
         ("[1]", False, "call 0 only in a"),
@@ -362,7 +358,7 @@ def test_another_structure_is_told() -> None:
 
 def test_layers_that_only_one_has_are_listed() -> None:
     one = [torch.ones(2)]
-    result = compare(recording(a=one, both=one), recording(b=one, both=one))
+    result = compare(made(a=one, both=one), made(b=one, both=one))
     assert (result.only_a, result.only_b) == (("a",), ("b",))
     assert [row.layer for row in result] == ["both"]
     assert "only in a: 'a'; only in b: 'b'" in repr(result)
@@ -374,7 +370,7 @@ def test_layers_that_were_never_called_have_nothing_to_compare() -> None:
     (row,) = compare(acts, acts)
     assert (row.note, row.close, row.different_pass) == ("nothing to compare", True, None)
     assert math.isnan(row.cosine)
-    (row,) = compare(recording(x=[None]), recording(x=[torch.float32]))
+    (row,) = compare(made(x=[None]), made(x=[torch.float32]))
     assert row.note == "nothing to compare"
 
 
@@ -388,16 +384,14 @@ def test_tensors_without_elements_are_equal() -> None:
 
 def test_names_can_be_mapped_and_those_that_are_not_stay() -> None:
     one = [torch.ones(2)]
-    result = compare(
-        recording(conv=one, fc=one), recording(features=one, fc=one), {"conv": "features"}
-    )
+    result = compare(made(conv=one, fc=one), made(features=one, fc=one), {"conv": "features"})
     assert [(row.layer, row.other) for row in result] == [("conv", "features"), ("fc", "fc")]
     assert repr(result).splitlines()[2].startswith("conv -> features ")
 
 
 def test_a_function_may_leave_layers_out() -> None:
     one = [torch.ones(2)]
-    acts = recording(a=one, b=one)
+    acts = made(a=one, b=one)
     result = compare(acts, acts, lambda name: None if name == "a" else name)
     assert [row.layer for row in result] == ["b"]
     assert (result.only_a, result.only_b) == ((), ("a",))
@@ -413,7 +407,7 @@ def test_a_function_may_leave_layers_out() -> None:
 def test_a_misspelled_name_in_a_mapping_is_an_error(names: dict[str, str], message: str) -> None:
     one = [torch.ones(2)]
     with pytest.raises(UnknownLayerError, match=message):
-        compare(recording(conv=one), recording(fc=one), names)
+        compare(made(conv=one), made(fc=one), names)
 
 
 def test_an_alias_is_the_layer_that_it_stands_for() -> None:
@@ -427,7 +421,7 @@ def test_an_alias_is_the_layer_that_it_stands_for() -> None:
 
 def test_anything_but_a_recording_is_an_error() -> None:
     with pytest.raises(OptionError, match=r"expected two recordings, .* got 'str'.* load\('"):
-        compare("runs/a", recording())  # type: ignore[arg-type]
+        compare("runs/a", made())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -435,15 +429,15 @@ def test_anything_but_a_recording_is_an_error() -> None:
 )
 def test_what_cannot_be_meant_is_refused_by_name(argument: str, value: Any) -> None:
     with pytest.raises(OptionError, match=rf"compare\({argument}={value!r}\): expected"):
-        compare(recording(), recording(), **{argument: value})
+        compare(made(), made(), **{argument: value})
 
 
 # --- Shown -------------------------------------------------------------------------------------------
 
 
 def test_it_prints_as_a_table() -> None:
-    a = recording(a=[torch.tensor([1.0, 2.0])], b=[torch.ones(1)], c=[torch.ones(1)], d=[])
-    b = recording(a=[torch.tensor([1.0, 4.0])], b=[torch.ones(1)], c=[torch.ones(1).half()], d=[])
+    a = made(a=[torch.tensor([1.0, 2.0])], b=[torch.ones(1)], c=[torch.ones(1)], d=[])
+    b = made(a=[torch.tensor([1.0, 4.0])], b=[torch.ones(1)], c=[torch.ones(1).half()], d=[])
     result = compare(a, b)
     assert isinstance(result, Comparison)
     assert repr(result).splitlines() == [
@@ -459,7 +453,7 @@ def test_it_prints_as_a_table() -> None:
 
 
 def test_a_slice_is_a_comparison_too() -> None:
-    a, b = recording(a=[torch.ones(2)], b=[torch.ones(1)], only=[]), recording(a=[], b=[])
+    a, b = made(a=[torch.ones(2)], b=[torch.ones(1)], only=[]), made(a=[], b=[])
     some = compare(a, b)[:2]
     assert isinstance(some, Comparison)
     assert some.only_a == ("only",)
@@ -472,7 +466,7 @@ def test_a_slice_is_a_comparison_too() -> None:
 
 def test_nothing_in_common_is_a_table_too() -> None:
     assert (
-        repr(compare(recording(), recording())).splitlines()[0]
+        repr(compare(made(), made())).splitlines()[0]
         == "compared 0 tensors of 0 layers; no layer is in both"
     )
 
@@ -498,12 +492,12 @@ def test_nothing_is_changed() -> None:
 
 ONE = torch.ones(2)
 VERDICTS: dict[str, tuple[Any, Any, str, tuple[bool, bool]]] = {
-    "equal": (recording(x=[ONE]), recording(x=[ONE]), "compared 1 tensor of 1 layer: 1 equal; equal", (True, True)),
-    "close": (recording(x=[ONE]), recording(x=[ONE + 1e-6]), "1 close; close", (False, True)),
-    "different": (recording(x=[ONE], y=[ONE]), recording(x=[ONE], y=[-ONE]), "1 equal, 1 different; different: first in y, pass 0", (False, False)),
-    "one is missing": (recording(x=[ONE], y=[]), recording(x=[ONE]), "only in a: 'y'; layers are missing", (False, False)),
-    "nothing in common": (recording(x=[ONE]), recording(y=[ONE]), "; no layer is in both", (False, False)),
-    "nothing to compare": (recording(x=[ONE], y=[]), recording(x=[ONE], y=[]), "1 equal, 1 with nothing to compare; equal", (True, True)),
+    "equal": (made(x=[ONE]), made(x=[ONE]), "compared 1 tensor of 1 layer: 1 equal; equal", (True, True)),
+    "close": (made(x=[ONE]), made(x=[ONE + 1e-6]), "1 close; close", (False, True)),
+    "different": (made(x=[ONE], y=[ONE]), made(x=[ONE], y=[-ONE]), "1 equal, 1 different; different: first in y, pass 0", (False, False)),
+    "one is missing": (made(x=[ONE], y=[]), made(x=[ONE]), "only in a: 'y'; layers are missing", (False, False)),
+    "nothing in common": (made(x=[ONE]), made(y=[ONE]), "; no layer is in both", (False, False)),
+    "nothing to compare": (made(x=[ONE], y=[]), made(x=[ONE], y=[]), "1 equal, 1 with nothing to compare; equal", (True, True)),
 }  # fmt: skip
 
 
@@ -520,22 +514,22 @@ def test_the_title_has_the_verdict_in_words_and_counts_every_row(
 
 def test_a_comparison_is_neither_true_nor_false() -> None:
     with pytest.raises(TypeError, match=r"use \.equal, \.close or \.different"):
-        bool(compare(recording(x=[ONE]), recording(x=[ONE])))
+        bool(compare(made(x=[ONE]), made(x=[ONE])))
 
 
 def test_nan_is_called_nan() -> None:
     bad = torch.tensor([1.0, NAN, NAN])
-    result = compare(recording(x=[bad]), recording(x=[bad.nan_to_num()]))
+    result = compare(made(x=[bad]), made(x=[bad.nan_to_num()]))
     assert (result[0].nan, result[0].max_abs, result[0].note) == (2, INF, "2 NaN in a alone")
     assert repr(result).splitlines()[2].split()[3] == "NaN"
-    result = compare(recording(x=[bad.nan_to_num()]), recording(x=[bad]))
+    result = compare(made(x=[bad.nan_to_num()]), made(x=[bad]))
     assert result[0].note == "2 NaN in b alone"
     assert only(torch.tensor([INF]), torch.tensor([1.0])).nan == 0
 
 
 def test_the_first_difference_has_a_frame_and_runs_of_equal_rows_are_one_line() -> None:
     layers = {name: [ONE] for name in "abcdefgh"}
-    found = compare(recording(**layers), recording(**{**layers, "f": [-ONE]}))
+    found = compare(made(**layers), made(**{**layers, "f": [-ONE]}))
     lines = repr(found).splitlines()
     assert lines[2] == "... 5 equal: a to e ..."
     assert [line.split()[0] for line in lines[3:]] == ["f", "g", "h"]
@@ -548,7 +542,7 @@ def test_the_first_difference_has_a_frame_and_runs_of_equal_rows_are_one_line() 
 
 
 def test_recordings_of_one_layer_are_compared_by_selecting_them() -> None:
-    acts = recording(x=[ONE], y=[ONE])
+    acts = made(x=[ONE], y=[ONE])
     with pytest.raises(OptionError, match=r"A recording of one layer is acts\.select\('x'\)"):
         compare(acts["x"], acts["x"])  # type: ignore[arg-type]
     assert [row.layer for row in compare(acts.select("x"), acts.select("x"))] == ["x"]

@@ -64,7 +64,7 @@ def run(acts: Recorder) -> None:
         out = MODEL(part)["out"]
         acts.add("label", part[:, 0].long())
         acts.add("mask", part[:, 0] > 0)
-        if acts._grads is not None:
+        if "gradient" in acts._beside:
             out.sum().backward()
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import actrec
 from actrec import (
     JoinError,
-    Recording,
     SelectionError,
     UnknownLayerError,
     UnusedLayerWarning,
@@ -23,6 +22,7 @@ from actrec import (
 )
 from actrec._recordings.in_memory import ListLayer
 from actrec.data import rows
+from tests.made import made
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -205,7 +205,7 @@ def test_what_no_tensor_can_be_read_from_is_said_as_it_is() -> None:
     ):
         acts["spare"].mean()
     with pytest.raises(AttributeError, match=re.escape("acts['name'].cat().mean()")):
-        Recording("Net", {}, {}).mean()  # type: ignore[attr-defined]
+        made().mean()  # type: ignore[attr-defined]
 
 
 def test_what_python_itself_looks_for_is_not_there_without_a_word(acts: Any) -> None:
@@ -409,7 +409,7 @@ def test_calls_that_do_not_fit_are_told_what_joins_them(
     if "cat(dim=" in message:
         layer.cat(dim=int(message.partition("dim=")[2][0]))
     if "rows(" in message:
-        assert len(rows(Recording("Net", {"x": layer}, {}), "x", flatten=True)) > 0
+        assert len(rows(made(x=layer), "x", flatten=True)) > 0
 
 
 def test_a_dimension_that_joins_is_named_if_it_joins_all_tensors_of_the_calls() -> None:

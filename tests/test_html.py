@@ -25,6 +25,7 @@ from actrec._tables.table import Column, Table
 from actrec._tables.tree import tree
 from actrec._values.shapes import Summary, shape_of
 from actrec._values.spec import leaves, tensors
+from tests.made import made, made_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -105,9 +106,9 @@ def recorded(model: nn.Module, layers: Any = None, x: Tensor = X) -> Any:
     return acts
 
 
-def made(names: Iterable[str], values: Iterable[Any] = (X,), kind: str = "Linear") -> Recording:
+def alike(names: Iterable[str], values: Iterable[Any] = (X,), kind: str = "Linear") -> Recording:
     values = list(values)
-    return Recording("Net", {name: ListLayer(name, values, kind) for name in names}, {})
+    return made_of(dict.fromkeys(names, values), kind)
 
 
 # --- What is shown -----------------------------------------------------------------------------------
@@ -249,7 +250,7 @@ def test_layers_that_an_interrupted_pass_did_not_reach_are_noted() -> None:
 
 
 def test_there_is_a_device_column_where_something_is_not_on_the_cpu() -> None:
-    acts = made(["a"], [torch.empty(2, device="meta")])
+    acts = alike(["a"], [torch.empty(2, device="meta")])
     assert Page(acts._repr_html_()).rows[1][5] == "meta"
     assert repr(acts).splitlines()[1:] == [
         "layer  type    calls  shape  dtype    device  memory",
@@ -264,7 +265,7 @@ def test_ragged_dimensions_are_ranges_and_nested_values_say_what_they_are() -> N
         "sometimes": [torch.ones(2), (torch.ones(2),), {"a": 1}],
         "number": [3, 4],
     }
-    acts = Recording("Net", {name: ListLayer(name, v, "X") for name, v in layers.items()}, {})
+    acts = made_of(layers)
     shapes = [row[3] for row in Page(acts._repr_html_()).rows[1:]]
     assert shapes == ["(2, 3-5)", "(2,) | (2, 2)", "(2,) | ((2,),) | {a: int}", "int"]
 
@@ -274,7 +275,7 @@ def test_nested_tensors_are_described_too() -> None:
     parts = [torch.ones(2, 3), torch.ones(1, 3)]
     strided = torch.nested.nested_tensor(parts, layout=torch.strided)
     assert shape_of(strided) == ("nested",)
-    acts = made(["a"], [strided, torch.ones(2)])
+    acts = alike(["a"], [strided, torch.ones(2)])
     assert "(nested,) | (2,)" in repr(acts)
     assert shape_of(torch.nested.nested_tensor(parts, layout=torch.jagged)) == (2, "ragged", 3)
 
@@ -296,7 +297,7 @@ def test_a_layer_on_disk_is_shown_without_reading_a_value() -> None:
 
     layer = Lazy("a", [1, 2], "Linear")
     assert repr(layer) == "Layer 'a' (Linear): 2 calls, (2, 3) float32, 24 B"
-    assert "(2, 3)" in Recording("Net", {"a": layer}, {})._repr_html_()
+    assert "(2, 3)" in made(a=layer)._repr_html_()
 
 
 def test_it_costs_no_statistics_and_reads_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,13 +341,13 @@ def test_a_recorded_container_stands_before_what_is_in_it() -> None:
         "",
         *[f"a.{block}{end}" for block in "xy" for end in ("", *map(".{}".format, range(12)))],
     ]
-    page = Page(made(names)._repr_html_())
+    page = Page(alike(names)._repr_html_())
     assert [row[0] for row in page.rows][:4] == ["layer", "''", "x", "0"]
     assert page.summaries == ["a.*26 layers", "x.*12 layers", "y.*12 layers"]
 
 
 def test_very_many_rows_without_structure_fold_in_portions() -> None:
-    page = Page(made(map(str, range(300)))._repr_html_())
+    page = Page(alike(map(str, range(300)))._repr_html_())
     assert page.summaries == ["240 more", "180 more", "120 more", "60 more"]
     assert len(page.rows) == 301
     assert not any(page.folds)
@@ -354,7 +355,7 @@ def test_very_many_rows_without_structure_fold_in_portions() -> None:
 
 def test_unlike_branches_stay_closed_once_enough_is_open() -> None:
     names = [f"block{block}.layer{layer}" for block in range(30) for layer in range(block + 6)]
-    page = Page(made(names)._repr_html_())
+    page = Page(alike(names)._repr_html_())
     assert page.folds[0]
     assert not page.folds[-1]
 
@@ -372,13 +373,13 @@ def test_the_text_folds_neighbours_that_are_alike() -> None:
 
 def test_the_text_folds_one_neighbour_too_with_the_container_if_it_was_recorded() -> None:
     blocks = [f"{block}{end}" for block in "xy" for end in ("", *map(".{}".format, range(40)))]
-    lines = repr(made([*blocks, "head"])).splitlines()
+    lines = repr(alike([*blocks, "head"])).splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["x", "x.0", "x.1"]
     assert lines[-2] == "... y: 41 more layers, as in the block before ..."
 
 
 def test_the_text_leaves_out_the_middle_of_what_does_not_repeat() -> None:
-    lines = repr(made(map(str, range(300)))).splitlines()
+    lines = repr(alike(map(str, range(300)))).splitlines()
     assert len(lines) == 2 + 61
     assert lines[52] == "... 240 more layers ..."
     assert (lines[51][:2], lines[53][:3]) == ("49", "290")
@@ -386,7 +387,7 @@ def test_the_text_leaves_out_the_middle_of_what_does_not_repeat() -> None:
 
 def test_what_is_left_out_counts_what_was_folded_before() -> None:
     blocks = [f"block{kind}.{i}.{layer}" for kind in range(40) for i in range(3) for layer in "ab"]
-    acts = made([*blocks, *map(str, range(60))])
+    acts = alike([*blocks, *map(str, range(60))])
     text = repr(acts)
     rows = [line for line in text.splitlines()[2:] if "Linear" in line]
     counts = [int(n.replace(",", "")) for n in re.findall(r"(\d[\d,]*) more layer", text)]
@@ -405,7 +406,7 @@ def test_a_tree_keeps_every_name_whatever_it_is(names: list[str], smallest: int)
 
 
 def test_a_name_with_thousands_of_dots_does_no_harm() -> None:
-    acts = made(["." * 5000, *map(str, range(100))])
+    acts = alike(["." * 5000, *map(str, range(100))])
     Page(acts._repr_html_())
     assert repr(acts)
 
@@ -425,7 +426,7 @@ hostile = st.text(max_size=30) | st.sampled_from(
 def test_no_name_can_inject_html(names: list[list[str]], kind: str, model: str) -> None:
     keys = dict.fromkeys(".".join(parts) for parts in names)
     value = type(kind.replace("\0", "") if kind.isprintable() else "T", (dict,), {})(a=X)
-    acts = Recording(model, {key: ListLayer(key, [value], kind) for key in keys}, {})
+    acts = made_of({key: [value] for key in keys}, kind, model)
     html = acts._repr_html_() + acts[next(iter(keys))]._repr_html_()
     html += acts.stats()._repr_html_()
     html.encode()
@@ -445,7 +446,7 @@ def test_names_that_would_upset_a_table_are_quoted() -> None:
 
 
 def test_long_names_wrap_or_scroll_inside() -> None:
-    html = made(["x" * 500])._repr_html_()
+    html = alike(["x" * 500])._repr_html_()
     assert "overflow-wrap: anywhere" in html
     assert "overflow-x: auto" in html
     (width,) = re.findall(r"max-width:(\d+)ch", html)
@@ -453,7 +454,7 @@ def test_long_names_wrap_or_scroll_inside() -> None:
 
 
 def test_a_table_without_rows_is_a_table_all_the_same() -> None:
-    acts = Recording("Net", {}, {})
+    acts = made()
     assert Page(acts._repr_html_()).rows[0][0] == "layer"
     assert repr(acts).splitlines()[0] == "recorded Net: 0 layers, 0 passes, 0 B"
     assert Page(as_html(Table("nothing", [Column("layer")], []))).rows == [["layer"]]
@@ -579,7 +580,7 @@ def test_inputs_are_in_execution_order_too() -> None:
 
 
 def test_a_recording_that_knows_no_order_has_that_of_its_keys() -> None:
-    assert made(["b", "a"]).execution_order == ["b", "a"]
+    assert alike(["b", "a"]).execution_order == ["b", "a"]
 
 
 def test_a_layer_whose_first_calls_are_skipped_comes_when_it_is_first_kept() -> None:

@@ -16,6 +16,7 @@ from actrec import Recording, record
 from actrec._recordings import look
 from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.look import Look
+from tests.made import made
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,12 +66,12 @@ def fresh(layer: ListLayer[Any]) -> ListLayer[Any]:
 def test_a_table_is_that_of_the_list_as_it_is(steps: list[tuple[str, int, str]]) -> None:
     layer: ListLayer[Any] = ListLayer("a", [VALUES["small"]()])
     other: ListLayer[Any] = ListLayer("b", layer)
-    acts = Recording("Net", {"a": layer, "b": other}, {})
+    acts = made(a=layer, b=other)
     for how, at, value in steps:
         CHANGES[how](layer, at, VALUES[value]())
         del layer[20:]
         repr(acts)
-    new = Recording("Net", {"a": fresh(layer), "b": other}, {}, passes=acts._run.passes)
+    new = Recording(acts._run, {"a": fresh(layer), "b": other})
     assert repr(acts) == repr(new)
     assert repr(layer) == repr(fresh(layer))
     assert acts.nbytes == new.nbytes
@@ -78,7 +79,7 @@ def test_a_table_is_that_of_the_list_as_it_is(steps: list[tuple[str, int, str]])
 
 def test_a_call_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layer: ListLayer[Any] = ListLayer("a", [torch.zeros(2), torch.zeros(3), (torch.zeros(4), None)])
-    acts = Recording("Net", {"a": layer}, {})
+    acts = made(a=layer)
     looked: list[Any] = []
     taken_apart = look.flatten
     monkeypatch.setattr(look, "flatten", lambda value: looked.append(value) or taken_apart(value))
@@ -94,7 +95,7 @@ def test_a_call_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_is_added_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    acts = Recording("Net", {name: ListLayer(name, [torch.zeros(2)]) for name in "ab"}, {})
+    acts = made(a=[torch.zeros(2)], b=[torch.zeros(2)])
     shared = acts["a"][0]
     assert repr(acts).startswith("recorded Net: 2 layers, 1 pass, 16 B")
     acts["b"][0] = shared  # type: ignore[index]
@@ -131,7 +132,7 @@ def test_what_can_get_other_items_is_looked_at_again(value: Any) -> None:
 
 def test_memory_that_a_write_has_taken_apart_is_counted_where_it_is_asked_for() -> None:
     layer: ListLayer[Any] = ListLayer("a", [torch.zeros(2), torch.zeros(2)])
-    acts = Recording("Net", {"a": layer}, {})
+    acts = made(a=layer)
     layer[1].set_(layer[0])
     assert (layer.nbytes, acts.nbytes) == (8, 8)
     layer[1].set_(torch.zeros(2))
@@ -143,7 +144,7 @@ def test_memory_that_a_write_has_taken_apart_is_counted_where_it_is_asked_for() 
     "copied", [copy.copy, copy.deepcopy, lambda a: pickle.loads(pickle.dumps(a))]
 )
 def test_a_copy_is_looked_at_as_what_it_is(copied: Callable[[Any], Any]) -> None:
-    acts = Recording("Net", {"a": ListLayer("a", [torch.zeros(2)])}, {})
+    acts = made(a=[torch.zeros(2)])
     assert "8 B" in repr(acts)
     other = copied(acts["a"])
     other.append(torch.zeros(2))

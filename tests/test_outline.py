@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from actrec import Opaque, OptionError, Recording, load, record, verify
+from actrec import Opaque, OptionError, load, record, verify
 from actrec._recordings.in_memory import ListLayer
 from actrec._values.outline import LONGEST, drawn
 from actrec.reduce import Moments
 from actrec.store.format import Defect
 from actrec.store.ledger import SoFar
+from tests.made import made
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +70,7 @@ OUTLINES: dict[str, tuple[list[Any], str]] = {
 def test_a_nested_value_is_shown_with_its_shapes(
     values: list[Any], text: str, tmp_path: Path
 ) -> None:
-    acts = Recording("Net", {"a": ListLayer("a", values, "X")}, {})
+    acts = made(a=values)
     acts.save(tmp_path / "run")
     stored = load(tmp_path / "run")
     for recording in (acts, stored):

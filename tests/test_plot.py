@@ -25,6 +25,7 @@ from actrec._recordings import course
 from actrec._recordings import similarity as cka
 from actrec._recordings.in_memory import ListLayer
 from actrec.plot import distributions, drift, feature_maps, grid, shared, similarity
+from tests.made import made
 from tests.models import ConvNet, TinyTransformer
 
 if TYPE_CHECKING:
@@ -40,10 +41,6 @@ def _no_figure_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plt.close("all")
 
 
-def recording(**layers: list[Any]) -> Recording:
-    return Recording("Net", {k: ListLayer(k, v, "Linear") for k, v in layers.items()}, {})
-
-
 @pytest.fixture
 def acts() -> Recording:
     model = ConvNet()
@@ -56,7 +53,7 @@ def acts() -> Recording:
 @pytest.fixture
 def many() -> Recording:
     generator = torch.Generator().manual_seed(0)
-    return recording(
+    return made(
         **{
             f"blocks.{i}.{'long' * 10}": [torch.randn(8, 5, generator=generator)] * 3
             for i in range(90)
@@ -153,7 +150,7 @@ def test_many_layers_with_long_names_can_be_drawn(draw: Any, many: Recording) ->
 @pytest.mark.parametrize("draw", [distributions, drift, similarity])
 def test_nothing_to_draw_is_an_error(draw: Any) -> None:
     with pytest.raises(OptionError, match=r"there is nothing to|0 samples to compare"):
-        draw(recording(a=[]))
+        draw(made(a=[]))
 
 
 @given(st.integers(1, 300), st.integers(1, 100))
@@ -257,11 +254,11 @@ def test_an_image_that_is_not_there_is_an_error() -> None:
     with pytest.raises(OptionError, match=r"feature_maps\(item=2\): the batch has 2 images"):
         feature_maps(torch.ones(2, 1, 3, 3), item=2)
     with pytest.raises(OptionError, match="nothing was recorded of layer 'a'"):
-        feature_maps(recording(a=[])["a"])
+        feature_maps(made(a=[])["a"])
 
 
 @pytest.mark.parametrize("draw", [distributions, drift, similarity])
-@pytest.mark.parametrize("given", [recording(a=[torch.ones(2, 2)])["a"], None], ids=type)
+@pytest.mark.parametrize("given", [made(a=[torch.ones(2, 2)])["a"], None], ids=type)
 def test_what_is_no_recording_is_an_error(draw: Any, given: Any) -> None:
     with pytest.raises(OptionError, match=rf"{draw.__name__}\(\): expected a recording, .*got "):
         draw(given)
@@ -295,7 +292,7 @@ def test_layers_are_drawn_in_execution_order(acts: Recording) -> None:
 
 def test_lines_are_percentiles() -> None:
     values = torch.arange(101.0)
-    ax = distributions(recording(a=[values]))
+    ax = distributions(made(a=[values]))
     thin, thick = (lines.get_segments()[0][:, 0].tolist() for lines in ax.collections)
     assert thin == [1, 99]
     assert thick == [25, 75]
@@ -304,7 +301,7 @@ def test_lines_are_percentiles() -> None:
 
 def test_a_sample_stands_for_large_layers() -> None:
     values = torch.randn(700_000, generator=torch.Generator().manual_seed(0))
-    ax = distributions(recording(a=[values, values]))
+    ax = distributions(made(a=[values, values]))
     thin = ax.collections[0].get_segments()[0][:, 0]
     assert thin == pytest.approx(np.percentile(values, [1, 99]), abs=0.1)
 
@@ -312,16 +309,16 @@ def test_a_sample_stands_for_large_layers() -> None:
 def test_not_a_number_and_infinity_are_left_out() -> None:
     nothing = torch.tensor([float("nan"), float("inf")])
     odd = torch.cat([nothing, torch.arange(101.0)])
-    ax = distributions(recording(a=[odd], b=[nothing], c=[torch.empty(0)], d=["text"]))
+    ax = distributions(made(a=[odd], b=[nothing], c=[torch.empty(0)], d=["text"]))
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a"]
 
 
 def test_layers_of_other_magnitudes_get_a_logarithmic_axis() -> None:
     small = [torch.linspace(-1, 1, 100)]
-    assert distributions(recording(a=small, b=small)).get_xscale() == "linear"
+    assert distributions(made(a=small, b=small)).get_xscale() == "linear"
     large = [1000 * small[0]]
-    assert distributions(recording(a=small, b=small, c=large)).get_xscale() == "symlog"
-    assert distributions(recording(a=[torch.zeros(3)])).get_xscale() == "linear"
+    assert distributions(made(a=small, b=small, c=large)).get_xscale() == "symlog"
+    assert distributions(made(a=[torch.zeros(3)])).get_xscale() == "linear"
 
 
 # --- Drift -------------------------------------------------------------------------------------------
@@ -329,7 +326,7 @@ def test_layers_of_other_magnitudes_get_a_logarithmic_axis() -> None:
 
 def test_drift_draws_the_statistics_of_each_call() -> None:
     calls = [torch.tensor([0.0, float(i)]) for i in range(4)]
-    mean, std, zeros = drift(recording(a=calls))
+    mean, std, zeros = drift(made(a=calls))
     assert mean.lines[0].get_xdata().tolist() == [0, 1, 2, 3]
     assert mean.lines[0].get_ydata().tolist() == [0, 0.5, 1, 1.5]
     assert std.lines[0].get_ydata() == pytest.approx([call.std().item() for call in calls])
@@ -337,7 +334,7 @@ def test_drift_draws_the_statistics_of_each_call() -> None:
 
 
 def test_drift_draws_some_of_very_many_calls() -> None:
-    line = drift(recording(a=[torch.ones(1)] * 1000))[0].lines[0]
+    line = drift(made(a=[torch.ones(1)] * 1000))[0].lines[0]
     assert len(line.get_xdata()) == course.MOST_CALLS
     assert (line.get_xdata()[0], line.get_xdata()[-1]) == (0, 999)
 
@@ -366,7 +363,7 @@ def matrix(ax: Axes) -> np.ndarray[Any, Any]:
 
 def test_it_is_the_linear_cka_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.randn(50, 4, 3).double(), torch.randn(50, 7).double()
-    acts = recording(x=list(x.split(20)), y=list(y.split(20)))
+    acts = made(x=list(x.split(20)), y=list(y.split(20)))
     expected = linear_cka(x.flatten(1).numpy(), y.numpy())
     assert matrix(similarity(acts)) == pytest.approx(np.array([[1, expected], [expected, 1]]))
     monkeypatch.setattr(cka, "_GRAM_BLOCK", 100)  # two features at a time
@@ -376,22 +373,22 @@ def test_it_is_the_linear_cka_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> N
 def test_it_does_not_see_rotations_scales_and_shifts() -> None:
     x = torch.randn(50, 6).double()
     rotation = torch.linalg.qr(torch.randn(6, 6).double()).Q
-    assert matrix(similarity(recording(x=[x], y=[3 * x @ rotation + 5]))) == pytest.approx(1)
+    assert matrix(similarity(made(x=[x], y=[3 * x @ rotation + 5]))) == pytest.approx(1)
 
 
 def test_a_sample_is_the_same_for_all_layers_and_every_time() -> None:
     x = torch.randn(1000, 6)
-    acts = recording(x=[x], y=list(x.split(64)))
+    acts = made(x=[x], y=list(x.split(64)))
     ax = similarity(acts, most=100)
     assert ax.get_title() == "linear CKA of 100 samples"
     assert matrix(ax) == pytest.approx(1)
-    z = recording(x=[x], y=[torch.randn(1000, 6)])
+    z = made(x=[x], y=[torch.randn(1000, 6)])
     assert np.array_equal(matrix(similarity(z, most=100)), matrix(similarity(z, most=100)))
 
 
 def test_layers_that_cannot_be_compared_are_left_out_and_counted() -> None:
     x = torch.randn(10, 4)
-    acts = recording(
+    acts = made(
         x=[x],
         y=[x * 2],
         fewer=[x[:5]],
@@ -412,7 +409,7 @@ def test_layers_that_cannot_be_compared_are_left_out_and_counted() -> None:
 def test_nested_tensors_and_those_without_data_are_left_out() -> None:
     x = torch.randn(10, 4)
     ragged = [x, x[:5]]
-    acts = recording(
+    acts = made(
         x=[x],
         y=[x],
         strided=[torch.nested.nested_tensor(ragged, layout=torch.strided)],
@@ -423,7 +420,7 @@ def test_nested_tensors_and_those_without_data_are_left_out() -> None:
 
 
 def test_a_layer_that_is_the_same_for_all_samples_has_no_similarity() -> None:
-    acts = recording(x=[torch.randn(10, 4)], same=[torch.ones(10, 4)])
+    acts = made(x=[torch.randn(10, 4)], same=[torch.ones(10, 4)])
     assert np.isnan(matrix(similarity(acts))[1]).all()
 
 
@@ -433,18 +430,18 @@ def test_drift_of_one_pass_is_refused() -> None:
     with pytest.raises(
         OptionError, match=r"no layer has calls in two passes.*distributions\(acts\)"
     ):
-        drift(Recording("Net", {"a": twice}, {}))
+        drift(made(a=twice))
 
 
 def test_pictures_say_what_they_left_out() -> None:
-    acts = recording(a=[torch.ones(1)] * 1000, b=[], c=[torch.full((1,), torch.nan)] * 2)
+    acts = made(a=[torch.ones(1)] * 1000, b=[], c=[torch.full((1,), torch.nan)] * 2)
     assert (
         drift(acts)[0].get_title()
         == "256 of up to 1,000 calls of each layer; 1 layer left out, never called"
     )
     assert distributions(acts).get_title() == "2 layers left out, without a finite element"
-    assert drift(recording(a=[torch.ones(1)] * 2))[0].get_title() == ""
-    assert distributions(recording(a=[torch.ones(1)])).get_title() == ""
+    assert drift(made(a=[torch.ones(1)] * 2))[0].get_title() == ""
+    assert distributions(made(a=[torch.ones(1)])).get_title() == ""
 
 
 @pytest.mark.parametrize(("samples", "most"), [(1, 256), (4, 256), (10, 1)])
@@ -452,7 +449,7 @@ def test_few_samples_are_too_few(samples: int, most: int) -> None:
     with pytest.raises(
         OptionError, match=r"similarity\(\): [14] samples? to compare. It needs 8 or more"
     ):
-        similarity(recording(x=[torch.ones(samples, 2)]), most=most)
+        similarity(made(x=[torch.ones(samples, 2)]), most=most)
 
 
 def test_a_transformer_can_be_drawn_in_every_way() -> None:
@@ -473,12 +470,12 @@ def test_a_layer_alone_is_told_how_it_is_drawn() -> None:
 def test_layers_after_a_recording_are_told_how_they_are_drawn(draw: Any) -> None:
     fix = rf"{draw.__name__}\(acts\.select\('conv\*'\)\)\."
     with pytest.raises(OptionError, match=rf"{draw.__name__}\(\): expected only a .* Write {fix}"):
-        draw(recording(conv1=[torch.ones(2)]), "conv*")
+        draw(made(conv1=[torch.ones(2)]), "conv*")
 
 
 @pytest.mark.parametrize("most", [0, -1, "a", 2.5, None])
 def test_a_most_that_is_no_number_of_things_is_refused(most: Any) -> None:
-    acts = recording(a=[torch.ones(10, 2)])
+    acts = made(a=[torch.ones(10, 2)])
     with pytest.raises(OptionError, match=rf"similarity\(most={most!r}\): expected a whole number"):
         similarity(acts, most=most)
     with pytest.raises(OptionError, match=rf"feature_maps\(most={most!r}\): expected a whole"):

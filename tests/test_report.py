@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from actrec import (
     CorruptRecordingError,
     OptionError,
-    Recording,
     RecordingExistsError,
     UnusedLayerWarning,
     WriteError,
@@ -35,6 +34,7 @@ from actrec._report import charts, report
 from actrec.store import Folder
 from actrec.store.disk import Disk
 from actrec.store.layers import StoredLayer
+from tests.made import made, made_of
 
 
 class Page(HTMLParser):
@@ -100,10 +100,6 @@ def recorded(passes: int = 3, bad: int | None = None, **options: Any) -> Any:
     return acts
 
 
-def made(**layers: list[Any]) -> Recording:
-    return Recording("Net", {k: ListLayer(k, v, "Linear") for k, v in layers.items()}, {})
-
-
 # --- What is on it -------------------------------------------------------------------------------------
 
 
@@ -147,7 +143,7 @@ def test_it_needs_nothing_from_elsewhere(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_comes_from_the_user_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script>"
-    acts = Recording(evil, {evil: ListLayer(evil, [torch.randn(9, 2)] * 2, evil)}, {})
+    acts = made_of({evil: [torch.randn(9, 2)] * 2}, evil, evil)
     seen = page(acts, tmp_path)
     assert "script" not in seen.tags
     assert seen.html.count("&lt;script&gt;") > 5
@@ -257,7 +253,7 @@ def test_a_picture_that_would_mislead_is_not_drawn(tmp_path: Path) -> None:
         seen.text["similarity"].replace("Not drawn: it needs", "It needs")
     )
     assert "No layer has a finite value" in page(made(a=[]), tmp_path).text["distributions"]
-    assert "load-it" in page(Recording("Net", {}, {}), tmp_path).text
+    assert "load-it" in page(made(), tmp_path).text
 
 
 def test_a_picture_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,22 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from actrec import ActrecError, Recording, Stats, UnusedLayerWarning, load, record
+from actrec import ActrecError, Stats, UnusedLayerWarning, load, record
 from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.stats import Row
 from actrec._values import chunks as _blocks
 from actrec._values.histogram import Bins, Histogram
 from actrec._values.statistics import Statistics
+from tests.made import made
 
 NAN, INF = math.nan, math.inf
 
 
-def recording(**layers: list[Any]) -> Recording:
-    return Recording("Net", {k: ListLayer(k, v, "Linear") for k, v in layers.items()}, {})
-
-
 def only(*values: Any) -> Row:
-    (row,) = recording(a=list(values)).stats()
+    (row,) = made(a=list(values)).stats()
     return row
 
 
@@ -237,9 +234,9 @@ def test_statistics_do_not_depend_on_how_a_tensor_lies_in_memory(  # noqa: PLR09
     tensor = torch.randn(stored, generator=generator, dtype=torch.float32).mul(scale).add(scale / 3)
     tensor = tensor.to(dtype)[..., ::stride]
     tensor = tensor.permute([dims.index(dim) for dim in range(len(shape))]).expand(shape)
-    here, there = (recording(x=[value]).stats() for value in (tensor, tensor.contiguous()))
+    here, there = (made(x=[value]).stats() for value in (tensor, tensor.contiguous()))
     with TemporaryDirectory() as folder:
-        recording(x=[tensor]).save(Path(folder) / "run")
+        made(x=[tensor]).save(Path(folder) / "run")
         on_disk = load(Path(folder) / "run").stats()
     assert here == there == on_disk
 
@@ -247,7 +244,7 @@ def test_statistics_do_not_depend_on_how_a_tensor_lies_in_memory(  # noqa: PLR09
 def test_nothing_is_changed() -> None:
     values = [torch.randn(3).double(), torch.tensor([1.0, NAN]).double()]
     copies = [value.clone() for value in values]
-    recording(a=values).stats()
+    made(a=values).stats()
     assert all(
         torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(values, copies, strict=True)
     )
@@ -269,7 +266,7 @@ def test_one_call_is_in_memory_at_a_time() -> None:
                 del value
 
     layer = Lazy("a", range(5))
-    assert Recording("Net", {"a": layer}, {}).stats()[0].mean == 2
+    assert made(a=layer).stats()[0].mean == 2
     assert max(alive) <= 2
 
 
@@ -311,15 +308,15 @@ def test_the_first_layer_with_a_nan_is_found_in_one_line() -> None:
 
 def test_an_earlier_pass_comes_before_an_earlier_layer() -> None:
     fine, bad = torch.ones(1), torch.tensor([INF])
-    first = recording(a=[fine, fine, bad], b=[fine, bad, fine], c=[bad * 0 + 1, fine, bad]).stats()
+    first = made(a=[fine, fine, bad], b=[fine, bad, fine], c=[bad * 0 + 1, fine, bad]).stats()
     found = first.first_nonfinite
     assert found is not None
     assert found.layer == "c"  # inf * 0 is NaN, in pass 0
-    assert recording(a=[fine]).stats().first_nonfinite is None
+    assert made(a=[fine]).stats().first_nonfinite is None
 
 
 def test_rows_make_a_data_frame() -> None:
-    stats = recording(a=[torch.ones(3)], b=[torch.tensor([NAN])]).stats()
+    stats = made(a=[torch.ones(3)], b=[torch.tensor([NAN])]).stats()
     frame = pd.DataFrame(stats)
     assert list(frame["layer"]) == ["a", "b"]
     assert frame["count"].sum() == 4
@@ -328,7 +325,7 @@ def test_rows_make_a_data_frame() -> None:
 
 
 def test_they_print_as_a_table() -> None:
-    stats = recording(
+    stats = made(
         a=[torch.tensor([0.0, 3.0])], b=[(torch.tensor([True]), torch.tensor([NAN]))], c=[]
     ).stats()
     assert isinstance(stats, Stats)
@@ -455,28 +452,28 @@ def test_the_title_says_what_was_not_finite_first_and_where() -> None:
         "statistics of 1 layer; first NaN or infinity: a, pass 1": [fine, fine * INF, fine * NAN],
     }
     for title, calls in titles.items():
-        stats = recording(a=calls).stats()
+        stats = made(a=calls).stats()
         assert repr(stats).splitlines()[0] == title
     assert '<span class="actrec-bad">first NaN or infinity: a, pass 1</span>' in stats._repr_html_()
     assert '<span class="actrec-bad">2 NaN, 2 inf</span>' in stats._repr_html_()
 
 
 def test_html_has_a_histogram_and_bars_for_zeros_and_memory_in_each_row() -> None:
-    html = recording(a=[torch.randn(50)], b=[torch.zeros(5)]).stats()._repr_html_()
+    html = made(a=[torch.randn(50)], b=[torch.zeros(5)]).stats()._repr_html_()
     assert html.count("<svg") == html.count("</svg>") == 6
     assert html.count("<svg") == html.count('role="img" aria-label="')
 
 
 def test_what_sticks_out_leaves_room_for_the_others() -> None:
     values = torch.cat([torch.zeros(10_000), torch.rand(1000)])
-    line = repr(recording(a=[values]).stats()).splitlines()[2]
+    line = repr(made(a=[values]).stats()).splitlines()[2]
     assert line.count("▁") < 5
 
 
 def test_many_rows_fold_and_rows_whose_names_collide_stay_apart() -> None:
     layers = {f"h.{i}.{part}": [torch.ones(1)] for i in range(8) for part in "abcdefgh"}
-    assert "<details" in recording(**layers).stats()._repr_html_()
+    assert "<details" in made(**layers).stats()._repr_html_()
     layers["x"] = [(torch.ones(1), torch.ones(1))]
     layers["x[0]"] = [torch.ones(1)]
-    stats = recording(**layers).stats()
+    stats = made(**layers).stats()
     assert stats._repr_html_().count("<tr>") == len(stats) + 1

@@ -15,9 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import actrec
-from actrec import Recording
-from actrec._recordings.in_memory import ListLayer
 from actrec.store import Folder
+from tests.made import made_of
 from tests.stored import same
 
 PAGE = Path(__file__).parent.parent / "docs/reference/format.md"
@@ -83,8 +82,7 @@ def test_they_read_every_layer_of_tensors_tuples_lists_and_dicts(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        memory = {name: ListLayer(name, values) for name, values in layers.items()}
-        Recording("Net", memory, {}).save(Folder(path, shard_bytes))
+        made_of(layers).save(Folder(path, shard_bytes))
         assert actrec.verify(path) == []
         found = read(path)
     for name, values in layers.items():

@@ -38,7 +38,6 @@ from actrec import (
     record,
 )
 from actrec.__main__ import main
-from actrec._recordings.in_memory import ListLayer
 from actrec._values.spec import tensors
 from actrec.data import rows
 from actrec.store import (
@@ -60,6 +59,7 @@ from actrec.store import (
     safetensors as _container,
 )
 from tests.damage import MUTATIONS, many_mutations, mutated, rewrite, sign, use
+from tests.made import made, made_of
 from tests.stored import Net, assert_same, batches, opened_shards, same
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def test_calls_are_joined_as_in_memory(tmp_path: Path, how: str) -> None:
         "names of kinds": [{"array": torch.randn(2, 3)}, {"array": torch.randn(1, 3)}],
         "empty": [],
     }
-    memory = Recording("Net", {k: ListLayer(k, v) for k, v in values.items()}, {})
+    memory = made_of(values)
     memory.save(Folder(tmp_path / "r", shard_bytes=3000))
     assert len(shards(tmp_path / "r")) > 2
     found = load(tmp_path / "r")
@@ -749,7 +749,7 @@ def test_a_structure_that_is_no_json_is_refused(text: str) -> None:
 
 
 def test_a_scalar_that_has_dimensions_is_refused_when_it_is_asked_for(tmp_path: Path) -> None:
-    memory = Recording("Net", {"x": ListLayer("x", [np.arange(3.0)])}, {})
+    memory = made(x=[np.arange(3.0)])
     memory.save(tmp_path / "r")
     rewrite(shards(tmp_path / "r")[0], put(*GROUP, "structure", {"scalar": 0}))
     with pytest.raises(CorruptRecordingError, match="a NumPy scalar has dimensions"):

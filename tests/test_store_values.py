@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import actrec
-from actrec import CaptureError, Opaque, Recording, load, record
-from actrec._recordings.in_memory import ListLayer
+from actrec import CaptureError, Opaque, load, record
 from actrec.store import (
     Fields,
 )
@@ -47,6 +46,7 @@ from actrec.store import (
     shard as _shard,
 )
 from actrec.store.call import Call
+from tests.made import made
 from tests.stored import assert_same, opened_shards, same
 
 if TYPE_CHECKING:
@@ -55,14 +55,9 @@ if TYPE_CHECKING:
 DTYPES = [dtype for dtype, _ in _format.DTYPES.values()]
 
 
-def recording(**layers: list[Any]) -> Recording:
-    """A recording in memory, of these calls."""
-    return Recording("Net", {name: ListLayer(name, values) for name, values in layers.items()}, {})
-
-
 def there_and_back(*values: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
-        recording(x=list(values)).save(folder + "/run")
+        made(x=list(values)).save(folder + "/run")
         assert actrec.verify(folder + "/run") == []
         return list(load(folder + "/run")["x"])
 
@@ -93,9 +88,7 @@ def test_tensors_of_every_dtype_come_back_bit_for_bit(dtype: torch.dtype) -> Non
 
 def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
     values = {str(dtype).removeprefix("torch."): random(dtype, 3, 5) for dtype in DTYPES}
-    recording(**{name: [value, value.flip(0)] for name, value in values.items()}).save(
-        tmp_path / "r"
-    )
+    made(**{name: [value, value.flip(0)] for name, value in values.items()}).save(tmp_path / "r")
     found = load_file(tmp_path / "r/rank-00000/000000.safetensors")
     about = json.loads((tmp_path / "r/rank-00000/rank.json").read_text())
     for number, layer in enumerate(about["layers"]):
@@ -109,7 +102,7 @@ def test_every_tensor_is_aligned_to_its_elements_or_else_reading_complex128_ends
     tmp_path: Path,
 ) -> None:
     values = {str(dtype): random(dtype, 3) for dtype in [*DTYPES, *reversed(DTYPES)]}
-    recording(**{name: [value, value[:1]] for name, value in values.items()}).save(tmp_path / "r")
+    made(**{name: [value, value[:1]] for name, value in values.items()}).save(tmp_path / "r")
     found = load(tmp_path / "r")
     for name, value in values.items():
         for call, expected in enumerate((value, value[:1])):
@@ -127,7 +120,7 @@ def test_a_tensor_that_a_file_has_at_an_odd_place_is_copied_to_where_it_can_be_r
     values = [
         random(torch.complex128, rows) for rows in (3, 70_000, 1)
     ]  # one is read, one is mapped
-    recording(x=values).save(tmp_path / "r")
+    made(x=values).save(tmp_path / "r")
     monkeypatch.undo()
     (shard,) = opened_shards(load(tmp_path / "r"))
     assert shard.container.tensors["output.00000.0.0"].begin % 16 == 8
@@ -182,9 +175,9 @@ def test_expanded_tensors_and_shared_memory_come_back_and_take_the_bytes_of_thei
         "c": [(big, big.view(-1), row), big],
         "d": [big.view(torch.int32)],
     }
-    recording(**values).save(tmp_path / "r")
+    made(**values).save(tmp_path / "r")
     found = load(tmp_path / "r")
-    assert_same(found, recording(**values))
+    assert_same(found, made(**values))
     assert found.nbytes == 7 * big.nbytes + 1001 * row.nbytes
     assert found["b"].nbytes == big.nbytes + 1000 * row.nbytes
 
@@ -232,7 +225,7 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(
 ) -> None:
     make, told = UNSTORABLE[name]
     with pytest.raises(CaptureError, match=told) as caught:
-        recording(x=[torch.ones(1), make()]).save(tmp_path / "r")
+        made(x=[torch.ones(1), make()]).save(tmp_path / "r")
     assert "save(): call 1 of 'x' cannot be stored" in str(caught.value)
     assert not (tmp_path / "r").exists()
 
@@ -384,7 +377,7 @@ def test_named_tuples_can_be_sent_to_other_processes_and_copied() -> None:
 
 def test_what_was_stored_is_compared_with_itself_in_memory_field_by_field(tmp_path: Path) -> None:
     value = Output(torch.ones(2), {"left": Output(torch.ones(3)), "right": torch.ones(1)})
-    memory = recording(x=[value, value])
+    memory = made(x=[value, value])
     memory.save(tmp_path / "r")
     stored = load(tmp_path / "r")
     for one, other in ((memory, stored), (stored, memory)):
@@ -426,7 +419,7 @@ def test_objects_with_fields_come_back_as_fields_with_the_name_of_their_type() -
         _ = plain.other
     assert all(map(same, there_and_back(*found), found)), "and can be stored again"
     assert there_and_back(*found)[1].hidden_states is None
-    assert "Fields(hidden: (3,), rest: None)" in repr(recording(x=[plain])["x"])
+    assert "Fields(hidden: (3,), rest: None)" in repr(made(x=[plain])["x"])
 
 
 def test_other_kinds_of_containers_come_back_as_what_they_are_kinds_of() -> None:

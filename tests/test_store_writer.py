@@ -45,6 +45,7 @@ from actrec.store import lock as _lock
 from actrec.store import new_file as _new_file
 from actrec.store import writer as _writer
 from tests.conftest import own_hooks
+from tests.made import made
 from tests.stored import Net, assert_same, batches, bits, opened_shards
 
 if TYPE_CHECKING:
@@ -863,7 +864,7 @@ def test_options_that_make_no_sense_with_a_path_are_refused(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("path", [None, 3, b"runs/a", ["runs/a"], ""])
 def test_what_is_no_path_is_refused_by_name(path: Any) -> None:
-    for use in (actrec.load, actrec.verify, actrec.Recording("Net", {}, {}).save, Folder):
+    for use in (actrec.load, actrec.verify, made().save, Folder):
         with pytest.raises(OptionError, match=re.escape(f"{path!r} is not a path")):
             use(path)
 

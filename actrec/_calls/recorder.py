@@ -7,14 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 from typing_extensions import override
 
 from actrec._recordings.layer import Layer, V
 from actrec._recordings.pass_numbers import Count
-from actrec._recordings.recording import Recording, of_run
+from actrec._recordings.recording import Recording
 from actrec._recordings.run import Run, State
 from actrec._recordings.units import Key
 from actrec._selection.functions import WHATS, What
@@ -58,24 +57,23 @@ class Recorder(Recording[V], Generic[V]):
             for role in WHATS
         }
         asked = {query.what for query in selection.functions}
-        inputs, grads = (
-            layers[role] if layers[role] or role in asked else None
-            for role in ("input", "gradient")
-        )
-        super().__init__(
+        beside: dict[What, Mapping[str, Layer[Any]]] = {
+            role: those
+            for role, those in layers.items()
+            if role != "output" and (those or role in asked)
+        }
+        run = _LiveRun(
+            session,
             model,
-            layers["output"] | tracks.added,
             selection.aliases,
             session.order,
             session.passes,
-            inputs=inputs,
-            grads=grads,
-            units=destination.units(),
-            run=partial(_LiveRun, session),
+            destination.units(),
         )
         keys = {choice.module: choice.key for choice in selection.choices}
-        self._run.modules = weakref.WeakKeyDictionary(keys)
-        self._run.where = destination.where
+        run.modules = weakref.WeakKeyDictionary(keys)
+        run.where = destination.where
+        super().__init__(run, layers["output"] | tracks.added, beside)
         self._session = session
         self._tracks = tracks  # the hooks refer to them weakly: this reference keeps them alive
         self._unit_recorder = UnitRecorder(tracks, self._run.units)
@@ -83,19 +81,12 @@ class Recorder(Recording[V], Generic[V]):
 
     def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None:
         """Show these layers under a name. Dicts are replaced, because other threads may be iterating over them."""
-        places: dict[What, Recording[Any] | None] = {
-            "output": self,
-            "input": self._inputs,
-            "gradient": self._grads,
-        }
-        for role, recording in places.items():
-            if recording is not None:
-                layer = layers.get(role)
-                shown = {other: one for other, one in recording._layers.items() if other != name}
-                if layer is not None:
-                    layer._units = self._run.units
-                    shown[name] = layer
-                recording._layers = shown
+        for role, recording in self._parts.items():
+            shown = {other: one for other, one in recording._layers.items() if other != name}
+            if role in layers:
+                layers[role]._units = self._run.units
+                shown[name] = layers[role]
+            recording._layers = shown
 
     @property
     def transfers(self) -> dict[str, str]:
@@ -338,14 +329,11 @@ class Recorder(Recording[V], Generic[V]):
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy or a pickle is a plain Recording, which does not record.
         self._run.deliver()
-        every = (self, self._inputs, self._grads)
-        layers = [None if one is None else _as_they_are(one._layers) for one in every]
-        return of_run, (copy(self._run), *layers)
-
-
-def _as_they_are(layers: dict[str, Layer[Any]]) -> dict[str, Layer[Any]]:
-    """Return layers that get no further calls."""
-    return {name: copy(layer) for name, layer in layers.items()}
+        layers = {
+            role: {name: copy(layer) for name, layer in part._layers.items()}
+            for role, part in self._parts.items()
+        }
+        return Recording, (copy(self._run), layers.pop("output"), layers)
 
 
 def _no_unit(name: str, units: list[Unit]) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from importlib import import_module
-from typing import Any, Generic, overload
+from types import MappingProxyType
+from typing import Any, Final, Generic, overload
 
 from torch import nn
 from typing_extensions import TypeVar, override
 
-from actrec._selection.functions import canonical
+from actrec._selection.functions import What, canonical
 from actrec._selection.queries import Query
 from actrec._tables.rows import Shown
 from actrec._tables.table import Table
@@ -23,14 +24,17 @@ from .instead import NOT_RECORDED, explained, no_attribute_of_recording, no_laye
 from .layer import Layer, V
 from .look import Together
 from .masked import Mask, Masks
-from .pass_numbers import Count, ListView
+from .pass_numbers import ListView
 from .run import Run
 from .selecting import Known, chosen
 from .stats import Stats, stats
 from .table import recording_table
-from .units import Key, Units, missing
+from .units import Key, missing
 
 T = TypeVar("T")
+
+#: The attributes with inputs and with gradients.
+_ATTRIBUTES: Final[Mapping[What, str]] = {"input": "inputs", "gradient": "grads"}
 
 
 @explained(no_attribute_of_recording)
@@ -56,53 +60,34 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
     module itself: ``acts[model.layer4]``.
 
     Args:
-        model: the type of the recorded model.
+        run: what the recording shares with its parts: passes, units, further names of layers.
         layers: the layers by name.
-        aliases: further names, each with the one that is listed.
-        order: names in the order in which the layers ran, as far as it is known.
-        passes: how many passes there were; by default those of the calls are counted.
-        inputs: the layers of inputs, by name.
-        grads: the layers of gradients, by name.
-        units: which passes are units; by default none.
-        run: makes what the recording shares with its parts.
+        beside: the layers of inputs and of gradients by name, as far as they were recorded.
+        role: what the values are, if not outputs.
     """
 
     def __init__(
         self,
-        model: str,
-        layers: Mapping[str, Layer[V]],
-        aliases: Mapping[str, str],
-        order: Iterable[str] = (),
-        passes: Count | None = None,
-        *,
-        inputs: Mapping[str, Layer[dict[str, Any]]] | None = None,
-        grads: Mapping[str, Layer[V]] | None = None,
-        units: Units | None = None,
-        run: Callable[..., Run] = Run,
-    ) -> None:
-        if passes is None:
-            last = (index for layer in layers.values() for index in layer.passes)
-            passes = Count(max(last, default=-1) + 1)
-        units = Units() if units is None else units
-        self._fill(run(model, aliases, order, passes, units), layers, inputs, grads)
-
-    def _fill(
-        self,
         run: Run,
         layers: Mapping[str, Layer[V]],
-        inputs: Mapping[str, Layer[dict[str, Any]]] | None,
-        grads: Mapping[str, Layer[V]] | None,
+        beside: Mapping[What, Mapping[str, Layer[Any]]] = MappingProxyType({}),
         role: str = "",
     ) -> None:
         self._run = run
-        self._role = role  # what the values are, if not outputs
+        self._role = role
         self._together = Together()
         self._layers = dict(layers)
         for layer in self._layers.values():
             if layer._units is None:  # else a recorder may share the layer
                 layer._units = run.units
-        self._inputs = None if inputs is None else of_run(run, inputs, role="inputs")
-        self._grads = None if grads is None else of_run(run, grads, role="gradients")
+        self._beside: dict[What, Recording[Any]] = {
+            what: Recording(run, those, role=f"{what}s") for what, those in beside.items()
+        }
+
+    @property
+    def _parts(self) -> dict[What, Recording[Any]]:
+        """The recordings of outputs, inputs and gradients, as far as they were recorded."""
+        return {"output": self, **self._beside}
 
     def _key(self, name: object) -> str | None:
         """Return the listed name of a layer; ``None`` if there is no such layer."""
@@ -159,15 +144,14 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         if not isinstance(name, (str, nn.Module)):
             return ""
         index = f"[{name!r}]" if isinstance(name, str) else "[...]"
-        there = [f"acts.{what}{index}" for what, one in self._besides().items() if name in one]
+        there = [
+            f"acts.{_ATTRIBUTES[what]}{index}"
+            for what, part in self._beside.items()
+            if name in part
+        ]
         if not there:
             return ""
         return f"acts{index}: the outputs of that layer were not recorded; there is {' and '.join(there)}."
-
-    def _besides(self) -> dict[str, Recording[Any]]:
-        """Return the recordings of inputs and of gradients, if there are any, by their attribute names."""
-        found = {"inputs": self._inputs, "grads": self._grads}
-        return {name: one for name, one in found.items() if one is not None}
 
     @override
     def __iter__(self) -> Iterator[str]:
@@ -270,10 +254,10 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         Raises:
             AttributeError: inputs were not recorded. Record them with ``record(..., inputs=True)``.
         """
-        if self._inputs is None:
+        if "input" not in self._beside:
             raise AttributeError(NOT_RECORDED["inputs"])
         self._run.deliver()
-        return self._inputs
+        return self._beside["input"]
 
     @property
     def grads(self) -> Recording[V]:
@@ -304,9 +288,9 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         Raises:
             AttributeError: gradients were not recorded. Record them with ``record(..., grads=True)``.
         """
-        if self._grads is None:
+        if "gradient" not in self._beside:
             raise AttributeError(NOT_RECORDED["grads"])
-        return self._grads
+        return self._beside["gradient"]
 
     @property
     def nbytes(self) -> int:
@@ -316,7 +300,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         that the model has not overwritten is shared with the model copy-on-write. So this is an upper bound of the memory
         that recording adds, while the model still has the value.
         """
-        layers = [layer for one in (self, *self._besides().values()) for layer in one.values()]
+        layers = [layer for part in self._parts.values() for layer in part.values()]
         for layer in layers:
             layer._look_again()
         return self._together.nbytes([layer._seen()[1] for layer in layers])
@@ -369,14 +353,16 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         """
         self._run.deliver()
         types: dict[str, str] = {}
-        for recording in (self, *self._besides().values()):
-            for name, layer in recording._layers.items():
+        for part in self._parts.values():
+            for name, layer in part._layers.items():
                 types.setdefault(name, layer.type)
         run = self._run
         names = chosen(layers, Known(types, run.aliases, run.modules))
-        inputs = None if self._inputs is None else _some(self._inputs, names)
-        grads = None if self._grads is None else _some(self._grads, names)
-        return of_run(run, _some(self, names), inputs, grads, self._role)
+        some = {
+            what: {name: part._layers[name] for name in names if name in part._layers}
+            for what, part in self._parts.items()
+        }
+        return Recording(run, some.pop("output"), some, self._role)
 
     def cat(self, dim: int = 0) -> dict[str, V]:
         """Concatenate the calls of every layer: ``{name: layer.cat(dim)}``.
@@ -548,26 +534,8 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     @override
     def _table(self) -> Table:
-        layers = {one._role: [*one.values()] for one in (self, *self._besides().values())}
+        layers = {part._role: [*part.values()] for part in self._parts.values()}
         return recording_table(self._title(), self._run, layers, self._together)
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self)
-
-
-def of_run(
-    run: Run,
-    layers: Mapping[str, Layer[T]],
-    inputs: Mapping[str, Layer[dict[str, Any]]] | None = None,
-    grads: Mapping[str, Layer[T]] | None = None,
-    role: str = "",
-) -> Recording[T]:
-    """Return a recording of layers of a run."""
-    made: Recording[T] = Recording.__new__(Recording)
-    made._fill(run, layers, inputs, grads, role)
-    return made
-
-
-def _some(recording: Recording[T], names: Iterable[str]) -> dict[str, Layer[T]]:
-    """Return the layers with these names that are in a recording."""
-    return {name: recording._layers[name] for name in names if name in recording._layers}

@@ -97,15 +97,11 @@ def _list(sentences: Iterator[str]) -> Html:
 
 def _beside(acts: Recording[Any], *, progress: bool) -> dict[str, Html]:
     """Return the statistics of inputs and of gradients, if they were recorded."""
-    names = {"inputs": "Inputs", "grads": "Gradients"}
-    return {
-        names[what]: as_html(
-            stats(
-                [one[name] for name in one._in_order() if one[name]._is_kept], progress=progress
-            )._table()
-        )
-        for what, one in acts._besides().items()
-    }
+    found = {}
+    for part in acts._beside.values():
+        kept = [part[name] for name in part._in_order() if part[name]._is_kept]
+        found[part._role.capitalize()] = as_html(stats(kept, progress=progress)._table())
+    return found
 
 
 # --- Charts --------------------------------------------------------------------------------------------

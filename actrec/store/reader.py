@@ -7,7 +7,7 @@ are mapped privately: writing to a value changes only the memory of this process
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Generic
 
 from typing_extensions import override
@@ -17,6 +17,7 @@ from actrec._recordings.layer import Layer, Role, V
 from actrec._recordings.pass_numbers import Count, RankPass
 from actrec._recordings.recording import Recording
 from actrec._recordings.run import Run
+from actrec._selection.functions import WHATS
 from actrec._text import count, shown
 from actrec.errors import OptionError
 
@@ -55,18 +56,17 @@ class StoredRecording(Recording[V], Generic[V]):
         layers: dict[Role, dict[str, Layer[Any]]] = {
             role: _layers(role, described, sources, whole=only is None) for role in ROLES
         }
-        super().__init__(
+        run = _StoredRun(
+            ranks,
             ", ".join(dict.fromkeys(one.model for one in described)) or model,
-            layers["output"] | layers["added"],
             {name: key for one in reversed(described) for name, key in one.names.items()},
             list(dict.fromkeys(name for _, name in sources)),
             Count(max((rank.committed for rank in ranks), default=0)),
-            inputs=layers["input"] or None,
-            grads=layers["gradient"] or None,
-            units=StoredUnits(sources.get((UNIT.role, UNIT.name), [])),
-            run=partial(_StoredRun, ranks),
+            StoredUnits(sources.get((UNIT.role, UNIT.name), [])),
         )
-        self._run.where = str(disk)
+        run.where = str(disk)
+        beside = {what: layers[what] for what in WHATS[1:] if layers[what]}
+        super().__init__(run, layers["output"] | layers["added"], beside)
 
     @property
     @override
@@ -145,14 +145,15 @@ class StoredRecording(Recording[V], Generic[V]):
 
     def layer(self, role: Role, name: str) -> StoredLayer | None:
         """Return a layer by its role, as the ranks have recorded it; ``None`` if there is none."""
-        layers = {"input": self._inputs, "gradient": self._grads}.get(role, self)
-        found = None if layers is None else layers._layers.get(name)
+        what = "output" if role == "added" else role
+        parts = (part for key, part in self._parts.items() if key == what)
+        found = next((part._layers.get(name) for part in parts), None)
         return found.recorded if isinstance(found, (WholeLayer, StoredReduction)) else found  # type: ignore[return-value]
 
     def everything(self) -> Iterator[Layer[Any]]:
         """Yield all layers, those of inputs and gradients too."""
-        for recording in (self, self._inputs, self._grads):
-            yield from () if recording is None else recording._layers.values()
+        for part in self._parts.values():
+            yield from part._layers.values()
 
     @property
     def wholes(self) -> list[WholeLayer]:

@@ -126,14 +126,9 @@ def _write(
 def _layers(recording: Recording[Any]) -> Iterator[tuple[Slot, Layer[Any]]]:
     """Yield the layers, each with its slot in the format."""
     numbers: Counter[Role] = Counter()
-    of_roles: tuple[tuple[Role, Any], ...] = (
-        ("output", recording),
-        ("input", recording._inputs),
-        ("gradient", recording._grads),
-    )
-    for of_role, found in of_roles:
-        for layer in (found or {}).values():
-            role: Role = "added" if layer.type == "added" else of_role
+    for what, part in recording._parts.items():
+        for layer in part.values():
+            role: Role = "added" if layer.type == "added" else what
             yield Slot(role, numbers[role], layer.name, layer.type), layer
             numbers[role] += 1
 

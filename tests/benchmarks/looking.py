@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from actrec import Recording, load
-from actrec._recordings.in_memory import ListLayer
+from tests.made import made_of
 
 from .timing import Row, ratios, seconds, take_turns
 
@@ -52,8 +52,7 @@ def measure(*, quick: bool) -> Iterator[Row]:
 def _recording(make: Callable[[int], Any], calls: int) -> Recording[Any]:
     each = calls // LAYERS
     names = [f"layer{number}" for number in range(LAYERS)]
-    layers = {name: ListLayer(name, map(make, range(each)), "Linear") for name in names}
-    return Recording("Net", layers, {})
+    return made_of({name: map(make, range(each)) for name in names})
 
 
 def _milliseconds(acts: Recording[Any]) -> float:
