@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from typing_extensions import TypeIs
 
 from actrec._torch import shard_order
 from actrec.errors import CaptureError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor  # which takes seconds to import
 
 
 def is_distributed(tensor: Tensor) -> TypeIs[DTensor]:
