@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from typing_extensions import override
 
-from actrec._tables.drawn import Badge, Framed
+from actrec._tables.drawn import Framed, badge
 from actrec._tables.rows import Rows
 from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, listed, shown
@@ -142,12 +142,12 @@ class Comparison(Rows[Row]):
         """The verdict, in words."""
         first = self.first_difference
         if first is not None:
-            return Badge(f"different: first in {_place(first)}, pass {first.different_pass}")
+            return badge(f"different: first in {_place(first)}, pass {first.different_pass}")
         if len(self) == 0:
-            return Badge("no layer is in both")
+            return badge("no layer is in both")
         if self.only_a or self.only_b:
-            return Badge("layers are missing")
-        return Badge("equal" if self.equal else "close", "good")
+            return badge("layers are missing")
+        return badge("equal" if self.equal else "close", "good")
 
     @override
     def _table(self) -> Table:
@@ -175,7 +175,7 @@ def _cells(row: Row, *, is_first: bool) -> Cells:
     errors = (row.max_abs, row.max_rel)
     place, verdict = _place(row), _verdict(row)
     if verdict == "different":
-        verdict = Badge("different, first" if is_first else "different")
+        verdict = badge("different, first" if is_first else "different")
     return (
         Framed(place) if is_first else place,
         f"{row.calls:,}",

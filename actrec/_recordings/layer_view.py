@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from actrec._tables.drawn import Drawn, Pixels
+from actrec._tables.drawn import Drawn, pictures
 from actrec._tables.table import Column, Table
 from actrec._text import count, shown
 from actrec._values.chunks import dense
@@ -113,4 +113,4 @@ def _picture(tensor: Tensor) -> str | Drawn:
     low, high = finite.min().item(), finite.max().item()
     scaled = (maps - low) / ((high - low) or 1.0) * 255
     pixels = scaled.nan_to_num(nan=0.0, posinf=255.0, neginf=0.0).clamp(0, 255).byte().tolist()
-    return Pixels(pixels, f"{len(pixels)} of {count(len(image), 'channel')}")
+    return pictures(pixels, f"{len(pixels)} of {count(len(image), 'channel')}")

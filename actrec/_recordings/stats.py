@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from actrec._progress import Each, showing
-from actrec._tables.drawn import Badge, Bar
+from actrec._tables.drawn import badge, bar
 from actrec._tables.rows import Rows
 from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, listed, shown, size
@@ -111,7 +111,7 @@ class Stats(Rows[Row]):
         if first is None:
             return ""
         what = " or ".join(["NaN"] * bool(first.nan) + ["infinity"] * bool(first.inf))
-        return Badge(f"first {what}: {_name(first)}, pass {first.nonfinite_pass}")
+        return badge(f"first {what}: {_name(first)}, pass {first.nonfinite_pass}")
 
 
 _COLUMNS: Final = (
@@ -136,9 +136,9 @@ def _cells(row: Row, largest: int) -> Cells:
         row.shape,
         drawn(row.histogram, row.min, row.max, row.count),
         *("" if math.isnan(number) else f"{number:.4g}" for number in numbers),
-        Bar(f"{row.zeros:.0%}", row.zeros) if row.count else "",
-        Bar(size(row.nbytes), row.nbytes / largest if largest else 0.0),
-        Badge(", ".join(bad + left_out)) if bad else "".join(left_out),
+        bar(f"{row.zeros:.0%}", row.zeros) if row.count else "",
+        bar(size(row.nbytes), row.nbytes / largest if largest else 0.0),
+        badge(", ".join(bad + left_out)) if bad else "".join(left_out),
     )
 
 

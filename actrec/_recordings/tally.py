@@ -6,7 +6,7 @@ from typing import Final
 
 from torch import Tensor
 
-from actrec._tables.drawn import Bars
+from actrec._tables.drawn import bars
 from actrec._values.histogram import Bins, Histogram
 from actrec._values.shapes import Summary
 from actrec._values.statistics import Statistics
@@ -54,7 +54,7 @@ def drawn(found: Histogram, low: float, high: float, count: int, *, below: bool 
     if left >= right:
         left, right = low, high
     label = f"{left:.3g} ... {right:.3g}" if left < right else f"{left:.3g}"
-    bars = found.bars(left, right, _FEW_BARS if below else _BARS)
+    heights = found.bars(left, right, _FEW_BARS if below else _BARS)
     # A bar that is much higher, such as that of the zeros of a ReLU, is cut: the others would not be visible.
-    most = _STICKS_OUT * sorted(bars)[-2]
-    return Bars([min(bar, most) if most else bar for bar in bars], label, below=below)
+    most = _STICKS_OUT * sorted(heights)[-2]
+    return bars([min(bar, most) if most else bar for bar in heights], label, below=below)

@@ -55,28 +55,23 @@ class Framed(str):
     __slots__ = ()
 
 
-class Bars(Drawn):
-    """A histogram: in HTML an SVG with the range after it or below it; in text a block character for every two bars.
+def bars(heights: Sequence[float], label: str, *, below: bool = False) -> Drawn:
+    """Return a histogram: in HTML an SVG with the range after it or below it; in text a block character for every two bars.
 
-    >>> Bars([1, 1, 4, 4, 2, 1], "0 ... 3")
+    >>> bars([1, 1, 4, 4, 2, 1], "0 ... 3")
     '▃█▄'
     """
-
-    __slots__ = ()
-
-    def __new__(cls, heights: Sequence[float], label: str, *, below: bool = False) -> Self:
-        """Make a cell of bars with these heights; the highest fills the cell."""
-        pairs = [sum(heights[at : at + 2]) for at in range(0, len(heights), 2)]
-        text = "".join(_BLOCKS[round(share * (len(_BLOCKS) - 1))] for share in _shares(pairs))
-        path = "".join(
-            f"M{at * _STEP} {_HEIGHT}v-{max(share * _HEIGHT, 0.8):.1f}h{_STEP - 1}V{_HEIGHT}z"
-            for at, share in enumerate(_shares(heights))
-            if share
-        )
-        picture = _svg(path, _STEP * len(heights), label)
-        widths = _STEP * len(heights) // _CHARACTER, len(label) * 3 // 4
-        html = together(picture, *[tag("br")] * below, tag("small", label))
-        return super().__new__(cls, text, html, max(widths) if below else sum(widths))
+    pairs = [sum(heights[at : at + 2]) for at in range(0, len(heights), 2)]
+    text = "".join(_BLOCKS[round(share * (len(_BLOCKS) - 1))] for share in _shares(pairs))
+    path = "".join(
+        f"M{at * _STEP} {_HEIGHT}v-{max(share * _HEIGHT, 0.8):.1f}h{_STEP - 1}V{_HEIGHT}z"
+        for at, share in enumerate(_shares(heights))
+        if share
+    )
+    picture = _svg(path, _STEP * len(heights), label)
+    widths = _STEP * len(heights) // _CHARACTER, len(label) * 3 // 4
+    html = together(picture, *[tag("br")] * below, tag("small", label))
+    return Drawn(text, html, max(widths) if below else sum(widths))
 
 
 def _shares(heights: Sequence[float]) -> list[float]:
@@ -84,51 +79,34 @@ def _shares(heights: Sequence[float]) -> list[float]:
     return [height / most if most else 0.0 for height in heights]
 
 
-class Bar(Drawn):
-    """A number with a bar for its share of the largest.
+def bar(text: str, share: float) -> Drawn:
+    """Return a number with a bar for its share of the largest, from 0 to 1.
 
-    >>> Bar("50%", 0.5)
+    >>> bar("50%", 0.5)
     '50%'
     """
-
-    __slots__ = ()
-
-    def __new__(cls, text: str, share: float) -> Self:
-        """Make a cell whose bar is as long as ``share``, from 0 to 1."""
-        path = f"M0 12V18H{50 * min(share, 1.0):.1f}V12z"
-        rest = tag("path", class_="actrec-rest", d="M0 12V18H50V12z")
-        width = 50 // _CHARACTER + 1 + len(text)
-        return super().__new__(cls, text, together(_svg(path, 50, text, rest), text), width)
+    path = f"M0 12V18H{50 * min(share, 1.0):.1f}V12z"
+    rest = tag("path", class_="actrec-rest", d="M0 12V18H50V12z")
+    width = 50 // _CHARACTER + 1 + len(text)
+    return Drawn(text, together(_svg(path, 50, text, rest), text), width)
 
 
-class Badge(Drawn):
-    """A highlighted remark, for something bad or good.
+def badge(text: str, tone: str = "bad") -> Drawn:
+    """Return a highlighted remark, for something ``"bad"`` or ``"good"``.
 
-    >>> Badge("3 NaN").html
+    >>> badge("3 NaN").html
     '<span class="actrec-bad">3 NaN</span>'
     """
-
-    __slots__ = ()
-
-    def __new__(cls, text: str, tone: str = "bad") -> Self:
-        """Make a remark; ``tone`` is ``"bad"`` or ``"good"``."""
-        return super().__new__(cls, text, tag("span", text, class_=f"actrec-{tone}"), len(text))
+    return Drawn(text, tag("span", text, class_=f"actrec-{tone}"), len(text))
 
 
-class Pixels(Drawn):
-    """Small grey pictures side by side, as one PNG. In text it is their label."""
-
-    __slots__ = ()
-
-    def __new__(cls, maps: Sequence[Sequence[Sequence[int]]], label: str) -> Self:
-        """Make a cell of pictures of one size, whose pixels are from 0 to 255."""
-        rows = [
-            [*chain.from_iterable((*row, 255) for row in rows)] for rows in zip(*maps, strict=True)
-        ]
-        data = f"data:image/png;base64,{b64encode(_png(rows)).decode()}"
-        width = len(rows[0])
-        picture = tag("img", alt=label, title=label, width=width, height=len(rows), src=data)
-        return super().__new__(cls, label, picture, width // _CHARACTER + 1)
+def pictures(maps: Sequence[Sequence[Sequence[int]]], label: str) -> Drawn:
+    """Return small grey pictures of one size side by side, as one PNG; their pixels are from 0 to 255. In text it is their label."""
+    rows = [[*chain.from_iterable((*row, 255) for row in rows)] for rows in zip(*maps, strict=True)]
+    data = f"data:image/png;base64,{b64encode(_png(rows)).decode()}"
+    width = len(rows[0])
+    picture = tag("img", alt=label, title=label, width=width, height=len(rows), src=data)
+    return Drawn(label, picture, width // _CHARACTER + 1)
 
 
 def _png(rows: Sequence[Sequence[int]]) -> bytes:

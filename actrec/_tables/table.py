@@ -41,7 +41,7 @@ class Table:
     rows: Sequence[Cells]
     #: Names with dots, one for each row: many rows are folded along the tree of their names. Without names, nothing is.
     names: Sequence[str] = ()
-    #: The most important result, next to the title: a :class:`~actrec._tables.drawn.Badge`.
+    #: The most important result, next to the title: a :class:`~actrec._tables.drawn.badge`.
     verdict: str = ""
     #: The kind of each row, such as "equal": long runs of one kind are folded. Rows with ``""`` never are.
     kinds: Sequence[str] = ()
