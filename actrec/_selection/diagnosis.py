@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -13,10 +12,8 @@ from actrec._text import listed
 from actrec._torch import children_of
 from actrec.errors import UnsupportedModelError
 
-from .meant import what_was_meant
 from .model import Model
 from .names import Name, is_called, type_name
-from .nearest import nearest
 
 
 def why_not(model: Model, name: Name) -> str | None:
@@ -43,27 +40,6 @@ def why_not(model: Model, name: Name) -> str | None:
 def hookable(model: Model) -> Iterator[Name]:
     """Yield the names that hooks can run on, without PyTorch's machinery."""
     return (n for n in model.names if not n.is_machinery and why_not(model, n) is None)
-
-
-def nothing(model: Model, query: str | re.Pattern[str]) -> str:
-    """Return the message for a name or a pattern that matches nothing."""
-    instead = what_was_meant(model, query)
-    query = query if isinstance(query, str) else query.pattern
-    if not instead:
-        instead = nearest(query, dict.fromkeys(name.short for name in model.names if name.short))
-        if any(isinstance(name.module(), torch.fx.GraphModule) for name in model.names):
-            instead += " It is a traced graph: record the original module, or torch.export.unflatten(exported_program)."
-    return f"record(): {query!r} matches no layer of this {model.type}. {instead}"
-
-
-def layer_for_transform(query: object, own: object) -> str:
-    """Return the message for a mapping whose values are layers."""
-    shown = repr(query) if isinstance(query, str) else "a query"
-    return (
-        f"record(): the mapping gives {shown} a {type(own).__name__} of the model for its transform; its values are transforms, "
-        "not layers. To record the layers of a dict of modules: record(model, list(modules.values())). To apply a layer "
-        "of the model to what another one returns, write a function: lambda value: model.head(value)."
-    )
 
 
 def check_model(model: object, queries: object = None) -> None:

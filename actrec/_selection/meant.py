@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Collection, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from actrec._text import count, listed
@@ -13,22 +14,34 @@ from actrec._torch import children_of
 
 from .globs import glob, is_glob
 from .model import Model
-from .names import Name, type_name
+from .names import type_name
 from .nearest import nearest
 
 
-def what_was_meant(model: Model, query: str | re.Pattern[str]) -> str:
-    """Return what to write instead of text that no name matches; ``""`` if only close names can help."""
-    names = dict.fromkeys(name.short for name in model.names if name.short)
-    if isinstance(query, re.Pattern):
-        inside = sum(1 for name in names if query.search(name))
-        wider = f"re.compile(r'.*(?:{query.pattern}).*')"
-        many = count(inside, "layer")
-        return f"It has to match the whole name. {wider} matches {many}." * bool(inside)
-    return next(_meanings(model, query, names), "")
+def nothing(model: Model, query: str | re.Pattern[str]) -> str:
+    """Return the message for a name or a pattern that matches nothing."""
+    names = [name for name in model.by_short if name]
+    if isinstance(query, str):
+        given, instead = query, next(_meanings(model, query, names), "")
+    else:
+        given, instead = query.pattern, _wider(query, names)
+    if not instead:
+        instead = nearest(given, names)
+        if any(isinstance(name.module(), torch.fx.GraphModule) for name in model.names):
+            instead += " It is a traced graph: record the original module, or torch.export.unflatten(exported_program)."
+    return f"record(): {given!r} matches no layer of this {model.type}. {instead}"
+
+
+def _wider(pattern: re.Pattern[str], names: Collection[str]) -> str:
+    """Return a regular expression that matches the names in which the given one is found, if there are any."""
+    inside = sum(1 for name in names if pattern.search(name))
+    wider = f"re.compile(r'.*(?:{pattern.pattern}).*')"
+    many = count(inside, "layer")
+    return f"It has to match the whole name. {wider} matches {many}." * bool(inside)
 
 
 def _meanings(model: Model, query: str, names: Collection[str]) -> Iterator[str]:
+    """Yield what to write instead, the likeliest first; nothing if only close names can help."""
     deeper = f"**.{query}"
     if is_glob(query) and any(map(glob(deeper).fullmatch, names)):
         yield f"A star stays inside one segment. Did you mean {deeper!r}?"
@@ -59,13 +72,10 @@ def _of_type(model: Model, name: str) -> str:
         return ""
     kind = type(found[0].module())
     public = getattr(nn, kind.__name__, None) is kind
-    where = f"torch.nn.{kind.__name__}" if public else f"type(model.{_python(found[0])})"
+    own = f"type(model.get_submodule({found[0].full!r}))"
+    where = f"torch.nn.{kind.__name__}" if public else own
     many = count(len({id(one.module()) for one in found}), "layer")
     return f"record(model, {where}) records {many}, such as {found[0].short!r}."
-
-
-def _python(name: Name) -> str:
-    return f"get_submodule({name.full!r})"
 
 
 def _tensors(module: nn.Module) -> set[str]:
@@ -111,14 +121,23 @@ def shown_query(query: object) -> str:
 def no_query(model: Model, query: object) -> str:
     """Return what may be meant by an object that is not a query, as a sentence; ``""`` if unknown."""
     if isinstance(query, int):
-        names = dict.fromkeys(name.short for name in model.names if name.short)
-        return f"A name is a string. {nearest(str(query), names)} "
+        return f"A name is a string. {nearest(str(query), filter(None, model.by_short))} "
     if isinstance(query, Tensor):
         for name, tensor in model.names[0].module().named_parameters():
             if tensor is query:
                 return f"It is the parameter {name!r}; recording is of what a layer returns: record(model, {name.rpartition('.')[0]!r}). "
         return "Call the model with it inside the with block. "
     return ""
+
+
+def layer_for_transform(query: object, own: object) -> str:
+    """Return the message for a mapping whose values are layers."""
+    shown = repr(query) if isinstance(query, str) else "a query"
+    return (
+        f"record(): the mapping gives {shown} a {type(own).__name__} of the model for its transform; its values are transforms, "
+        "not layers. To record the layers of a dict of modules: record(model, list(modules.values())). To apply a layer "
+        "of the model to what another one returns, write a function: lambda value: model.head(value)."
+    )
 
 
 def is_of_torch(query: object) -> bool:

@@ -20,6 +20,7 @@ from torch import nn
 from actrec._torch import children_of
 
 from .names import Name, child_of, stripped, type_name
+from .nearest import leaves_out
 
 #: Only so many names of a module are continued to the modules inside it; by other names, these are only found if spelled out.
 _MOST_NAMES: Final = 256
@@ -62,7 +63,7 @@ class Model:
             return self.by_full[query]
         for short in (query, stripped(query)):
             for name in self.by_short.get(short, []):
-                if _leaves_out_wrappers(query, name.full):
+                if leaves_out(query, name.full):  # the others are those of wrappers
                     return name
         return self._at(query)
 
@@ -140,12 +141,6 @@ def _upwards(full: str) -> Iterator[str]:
     while full:
         yield full
         full = full.rpartition(".")[0]
-
-
-def _leaves_out_wrappers(query: str, full: str) -> bool:
-    """Whether ``query`` is ``full`` without some of its segments (the caller knows that these are wrappers)."""
-    segments = iter(full.split("."))
-    return all(segment in segments for segment in query.split("."))
 
 
 # --- The cache -----------------------------------------------------------------------------------------

@@ -31,12 +31,11 @@ def _like(name: str, names: list[str]) -> list[str]:
     """Return the names that ``name`` may mean, in order: those of the first kind that has any."""
     if not name:
         return []
-    segments = name.split(".")
     kinds: list[Callable[[str], object]] = [
         lambda other: other == name,  # written in another way
         # Often a prefix is missing, "conv1" for "backbone.conv1", or there is one too many: "model.conv1", "self.conv1".
         lambda other: other.endswith(f".{name}") or (other and name.endswith(f".{other}")),
-        lambda other: _leaves_out(segments, other.split(".")),
+        lambda other: "." in name and leaves_out(name, other),
         set(get_close_matches(name, names, n=6, cutoff=0.6)).__contains__,
     ]
     found = ([other for other in names if is_like(other)] for is_like in kinds)
@@ -48,10 +47,10 @@ def _dotted(name: str) -> str:
     return re.sub(r"\[(\d+)\]", r".\1", name).replace("/", ".").strip(".")
 
 
-def _leaves_out(segments: list[str], others: Iterable[str]) -> bool:
-    """Whether ``segments`` are ``others`` without some of them."""
-    rest = iter(others)
-    return len(segments) > 1 and all(segment in rest for segment in segments)
+def leaves_out(name: str, other: str) -> bool:
+    """Return whether a name is another one without some of its segments."""
+    rest = iter(other.split("."))
+    return all(segment in rest for segment in name.split("."))
 
 
 def _in_common(one: str, other: str) -> int:

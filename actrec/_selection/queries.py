@@ -12,9 +12,9 @@ from torch import nn
 from actrec._text import listed
 from actrec.errors import SelectionError
 
-from .diagnosis import hookable, nothing, why_not
+from .diagnosis import hookable, why_not
 from .globs import glob, is_glob
-from .meant import is_of_torch, layers_of_function, no_query, shown_query
+from .meant import is_of_torch, layers_of_function, no_query, nothing, shown_query
 from .model import Model
 from .names import Name, is_called, type_name
 

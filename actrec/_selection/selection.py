@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from actrec.errors import OptionError, SelectionError
 
-from .diagnosis import check_model, layer_for_transform, why_not
+from .diagnosis import check_model, why_not
 from .functions import FunctionQuery, What, ask, is_function_query
 from .globs import is_glob
+from .meant import layer_for_transform
 from .model import Model, remembered
 from .names import Name
 from .queries import Query, Transform, answer
