@@ -42,6 +42,9 @@ class Unit:
 
     key: Key
     number: int
+    is_open: bool = True
+    #: It failed while other threads were still in it: drops what they recorded since, when the last of them has left.
+    drop: Callable[[], None] | None = None
 
 
 #: The units, of all recordings, that this thread or task is inside of.
@@ -98,12 +101,8 @@ class Passes(Count):
         self._open: list[_Thread] = []  # the threads that are in a pass, the latest last
         #: The pass of each generator or coroutine that a forward returned. (A plain dict until there is one: quicker to test.)
         self._suspended: MutableMapping[Any, int] = {}
-        self.units: dict[int, Unit] = {}  # the open ones, by their pass
-        #: By pass: its unit failed while other threads were still in it. Called when the last of them has left, to drop what
-        #: they recorded since.
-        self._leaving: dict[int, Callable[[], None]] = {}
-        #: The passes of `units` and of `_leaving`: they may still be dropped.
-        self.undecided: set[int] = set()
+        #: By pass, the units that may still be dropped: the open ones, and failed ones that other threads are still in.
+        self.undecided: dict[int, Unit] = {}
         self._latest_unit = -1  # pass
         self._lock = threading.RLock()
 
@@ -112,7 +111,7 @@ class Passes(Count):
     def begin(self, module: nn.Module, *, is_root: bool) -> None:
         """A call of ``module`` begins, and with it a pass, unless this thread is in one."""
         thread = self._local.thread
-        if thread.calling and is_root and not self._goes_on(thread, module):
+        if thread.calling and is_root and not self._goes_on(thread):
             self._close(thread, raised=True)
         if not thread.calling:
             thread.handled = id(sys.exception())
@@ -140,14 +139,11 @@ class Passes(Count):
             if before is None:  # it may have begun a pass
                 thread.opened_in = compiled_frame()
 
-    def _goes_on(self, thread: _Thread, module: nn.Module) -> bool:
-        """Whether ``module`` is called from inside the calls on this thread's stack.
-
-        If not, they were interrupted, and their entries are left over.
-        """
-        if not thread.graph:
-            return _is_inside_itself([*thread.calling, id(module)])
-        return _is_inside(thread.calling) or any(one is thread.opened_in for one in frames())
+    def _goes_on(self, thread: _Thread) -> bool:
+        """Whether the call that begins is made inside those on this thread's stack: else they were interrupted."""
+        if thread.graph:
+            return _is_inside(thread.calling) or any(one is thread.opened_in for one in frames())
+        return CALL_CODE is None or _is_inside(thread.calling, besides=1)  # its own call
 
     def end(self, module: nn.Module, output: object, error: BaseException | None) -> None:
         """The call of ``module`` has ended, and with it those inside whose end was not reported.
@@ -174,24 +170,28 @@ class Passes(Count):
         thread.calling.clear()
         number = thread.number
         assert number is not None  # noqa: S101  # it was calling something
-        drop = None
+        unit = None
         with self._lock:
             while thread in self._open:  # more than once if begin() was interrupted
                 self._open.remove(thread)
-            if (raised or self._leaving) and number not in [one.number for one in self._open]:
+            if (raised or self.undecided) and not self._count_inside(number):
                 if raised:
                     self.raised.add(number)
-                drop = self._leaving.pop(number, None)
+                unit = self.undecided.get(number)
         thread.number = thread.opened_in = None
-        if drop is not None:
-            drop()
-            self.undecided.discard(number)
+        if unit is not None and unit.drop is not None:
+            unit.drop()
+            self.undecided.pop(number, None)
+
+    def _count_inside(self, number: int) -> int:
+        """Count the threads that are in a forward of pass ``number``."""
+        return sum(one.number == number for one in self._open)
 
     def abandon(self) -> None:
         """The open passes are interrupted: count them as raised. Takes no lock, for a forked process."""
         numbers = [one.number for one in list(self._open)]
         self.raised.update(number for number in numbers if number is not None)
-        self.raised.update(list(self.units))
+        self.raised.update(unit.number for unit in self.open_units())
 
     def restart(self) -> None:
         """Count from 0 again."""
@@ -201,10 +201,14 @@ class Passes(Count):
 
     # --- Units ---------------------------------------------------------------------------------------------
 
+    def open_units(self) -> list[Unit]:
+        """Return the units that have not ended."""
+        return [unit for unit in [*self.undecided.values()] if unit.is_open]
+
     def open_unit(self, key: Key) -> Unit | None:
         """Begin a pass that ends with :meth:`close_unit`; ``None`` if this thread is in another pass."""
         thread = self._local.thread
-        if self.is_inside_unit():
+        if self._own_unit() is not None:
             return None
         if thread.calling:
             if _is_inside(thread.calling):
@@ -212,8 +216,7 @@ class Passes(Count):
             self._close(thread, raised=True)  # it was interrupted
         with self._lock:
             unit = Unit(key, self.count)
-            self.units[unit.number] = unit
-            self.undecided.add(unit.number)
+            self.undecided[unit.number] = unit
             self._latest_unit = unit.number
             self.count += 1
         _units_around.set((*_units_around.get(), unit))
@@ -225,52 +228,47 @@ class Passes(Count):
         if thread.number == unit.number:
             self._close(thread, raised=True)  # a forward that was interrupted
         with self._lock:
-            return sum(one.number == unit.number for one in self._open)
+            return self._count_inside(unit.number)
 
     def close_unit(self, unit: Unit, drop: Callable[[], None] | None = None) -> None:
         """End the unit. If it has failed, ``drop`` is called again when the last thread has left it."""
         with self._lock:
-            self.units.pop(unit.number, None)
+            unit.is_open = False
             if drop is not None:
                 self.raised.add(unit.number)
-                if any(one.number == unit.number for one in self._open):
-                    self._leaving[unit.number] = drop
-            if unit.number not in self._leaving:
-                self.undecided.discard(unit.number)
+            if drop is not None and self._count_inside(unit.number):
+                unit.drop = drop
+            else:
+                self.undecided.pop(unit.number, None)
             # Generators and coroutines that it returned, and that have not ended, begin passes of their own.
             begun = [one for one, number in self._suspended.items() if number == unit.number]
             for suspended in begun:
                 del self._suspended[suspended]
         _units_around.set(tuple(one for one in _units_around.get() if one is not unit))
 
-    def is_inside_unit(self) -> bool:
-        """Whether this thread or task is inside a unit that it opened."""
-        return self._own_unit() is not None
-
     def _own_unit(self) -> Unit | None:
-        return next((u for u in _units_around.get() if self.units.get(u.number) is u), None)
+        """Return the open unit that this thread or task is inside of."""
+        return next((unit for unit in _units_around.get() if unit in self.open_units()), None)
 
-    def _only_unit(self) -> Unit | None:
-        return next(iter(self.units.values())) if len(self.units) == 1 else None
+    def _unit_of_call(self) -> Unit | None:
+        """Return the open unit that a call in this thread belongs to: its own, or the only one."""
+        units = self.open_units()
+        return self._own_unit() or (units[0] if len(units) == 1 else None)
 
     def latest(self) -> int | None:
         """Return the pass of a value that the user adds now; ``None`` if it is unknown, or the pass was a unit that ended."""
         with self._lock:
-            if self.units:
-                unit = self._own_unit() or self._only_unit()
+            if self.open_units():
+                unit = self._unit_of_call()
                 return None if unit is None else unit.number
             return None if self._latest_unit == self.count - 1 else self.count - 1
 
     # --- What is running -----------------------------------------------------------------------------------
 
-    @property
-    def current(self) -> int | None:
-        """The pass that this thread is inside of."""
-        return self._local.thread.number
-
     def current_or_last(self) -> int:
         """Return the pass that this thread is inside of, or the last one that has begun."""
-        return max(0, self.count - 1) if self.current is None else self.current
+        number = self._local.thread.number
+        return max(0, self.count - 1) if number is None else number
 
     @property
     def running(self) -> bool:
@@ -291,7 +289,8 @@ class Passes(Count):
             unfinished = [n for one, n in self._suspended.items() if _frame(one) is not None]
             unfinished += [one.number for one in self._open if one.number is not None]
             ended = self.count - (self._latest_unit != self.count - 1)
-            return max(0, min([*unfinished, *self.units, ended]))
+            unfinished += [unit.number for unit in self.open_units()]
+            return max(0, min([*unfinished, ended]))
 
     def number_of(self, module: nn.Module) -> int:
         """Return the pass that the running call of ``module`` belongs to: that of its thread, or a new one."""
@@ -302,7 +301,7 @@ class Passes(Count):
         return number
 
     def _number(self, module: nn.Module) -> int:
-        elsewhere = self._open or self._suspended or self.units
+        elsewhere = self._open or self._suspended or self.undecided
         number = self._elsewhere(module) if elsewhere else None
         if number is None:
             number = self.count
@@ -317,18 +316,17 @@ class Passes(Count):
             number = next((stopped[frame] for frame in frames() if frame in stopped), None)
             if number is not None:
                 return number
-        own = self._own_unit() if self.units else None
+        own = self._own_unit()
         if own is not None:
             return own.number
         # The replicas of DataParallel are not modules of the model, and run in threads of their own.
         if self._open and is_replica(module):
             return self._open[-1].number
-        around = (
-            set() if threading.current_thread() is threading.main_thread() else self._around(module)
-        )
+        is_main = threading.current_thread() is threading.main_thread()
+        around = set() if is_main else self._around(module)
         if len(around) == 1:
             return around.pop()
-        only = self._only_unit()
+        only = self._unit_of_call()
         return None if only is None else only.number
 
     def _around(self, module: nn.Module) -> set[int | None]:
@@ -340,15 +338,6 @@ class Passes(Count):
         return {one.number for one in around}
 
 
-def _is_inside(modules: list[int]) -> bool:
-    """Whether this thread is inside a call of one of ``modules`` (ids)."""
-    return any(one in modules for one in _modules_called())
-
-
-def _is_inside_itself(modules: list[int]) -> bool:
-    """Whether this thread is inside a call of one of ``modules`` (ids), the last of which is being called.
-
-    So one frame is always there. Where frames cannot be recognised (``CALL_CODE`` is ``None``), assume that it is.
-    """
-    calls = sum(one in modules for one in _modules_called())
-    return calls > 1 or CALL_CODE is None
+def _is_inside(modules: list[int], besides: int = 0) -> bool:
+    """Whether this thread is inside a call of one of ``modules`` (ids), the innermost calls ``besides`` left out."""
+    return any(one in modules for one in _modules_called()[besides:])

@@ -289,7 +289,7 @@ class Recorder(Recording[V], Generic[V]):
             raise ActrecError(message)
         number = self._session.passes.latest()
         if number is None:
-            raise ActrecError(_no_unit(name, [*self._session.passes.units.values()]))
+            raise ActrecError(_no_unit(name, self._session.passes.open_units()))
         try:
             self._tracks.keep(name, value, number)
         except CaptureError as error:
@@ -317,7 +317,7 @@ class Recorder(Recording[V], Generic[V]):
         Raises:
             ActrecError: a unit is open.
         """
-        if self._session.passes.units:
+        if self._session.passes.open_units():
             message = "acts.clear(): a unit is open. Clear the recording between two units."
             raise ActrecError(message)
         self._run.deliver()

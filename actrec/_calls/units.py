@@ -127,7 +127,7 @@ class UnitRecorder:
                     "acts.remaining(pairs) skips the keys that are done."
                 )
                 raise ActrecError(message)
-            if any(unit.key == key for unit in list(self._passes.units.values())):
+            if any(unit.key == key for unit in self._passes.open_units()):
                 message = f"{call}: another thread or task is inside a unit with that key now. A key is used once."
                 raise ActrecError(message)
             unit = self._passes.open_unit(key)
@@ -154,7 +154,7 @@ class UnitRecorder:
             )
             raise ActrecError(message)
         with self._lock:
-            if self._passes.units.get(unit.number) is not unit:
+            if not unit.is_open:
                 message = f"{call}: the with block of record() ended before the unit did, so it was dropped."
                 raise ActrecError(message)
             self._tracks.settle(unit.number)
@@ -174,7 +174,7 @@ class UnitRecorder:
         if self._session.offload is not None:
             self._session.offload.finish()  # or values in flight would be appended later
         with self._lock:
-            if self._passes.units.get(unit.number) is unit:
+            if unit.is_open:
                 self._passes.leave_unit(unit)
                 self._all_done().pop(unit.key, None)
                 for keys in (self._units.keys, self._units.open):
@@ -185,7 +185,7 @@ class UnitRecorder:
 
     def drop_open(self) -> None:
         """Drop the units that have not ended."""
-        for unit in list(self._passes.units.values()):
+        for unit in self._passes.open_units():
             self._drop(unit)
 
     def _forget(self, number: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NoReturn, Protocol
@@ -31,7 +31,7 @@ class Writing(Protocol):
     disk: Place
     rank: int | None
     closed: bool
-    undecided: set[int]  #: the passes that may still be dropped
+    undecided: Collection[int]  #: the passes that may still be dropped
 
     def keep(self, call: Call) -> None:
         """Write a call, sooner or later."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 from actrec._rank import Position
@@ -32,7 +32,10 @@ class Passes(Protocol):
 
     count: int
     raised: set[int]
-    undecided: set[int]  #: those that may still be dropped
+
+    @property
+    def undecided(self) -> Collection[int]:
+        """Those that may still be dropped; it changes."""
 
     def count_complete(self) -> int:
         """Return how many passes are complete: those before this number will get no more calls."""
