@@ -27,14 +27,6 @@ _AS_IT_IS = nullcontext()
 UNCONCERNED: set[type] = set()
 
 
-def normal_mode() -> AbstractContextManager[object]:
-    """Make normal tensors in this block, also under ``inference_mode``: a probe can train on them.
-
-    Enter it immediately: PyTorch's guard takes effect when it is made.
-    """
-    return InferenceMode(_OFF) if is_inference_mode_enabled() else _AS_IT_IS
-
-
 def is_seen() -> bool:
     """Whether a mode of the user's would see operations of actrec's, and could change their results."""
     return any(map(_is_hidden_from, _modes())) or any(map(_is_hidden_from, _function_modes()))
@@ -55,35 +47,40 @@ def unseen() -> AbstractContextManager[object]:
 
 
 def normal_mode_unseen() -> AbstractContextManager[object]:
-    """Combine :func:`normal_mode` and :func:`unseen`. Enter it immediately, too."""
+    """Do as :func:`unseen`, and make normal tensors, also under ``inference_mode``: a probe can train on them.
+
+    Enter it immediately: PyTorch's guard takes effect when it is made.
+    """
+    normal = InferenceMode(_OFF) if is_inference_mode_enabled() else _AS_IT_IS
     if not (count_dispatch_modes() or count_function_modes()):  # the shortest way
-        return normal_mode()
+        return normal
     both = ExitStack()
-    both.enter_context(normal_mode())
+    both.enter_context(normal)
     both.enter_context(unseen())
     return both
 
 
 @contextmanager
 def _without_modes() -> Iterator[None]:
-    modes, functions = _modes(), _function_modes()
+    stacks = _modes(), _function_modes()
+    others = ([mode for mode in stack if not _is_hidden_from(mode)] for stack in stacks)
     try:
-        _replace(modes=modes, functions=functions, hidden=True)
+        _replace(*others)
         yield
     finally:
-        _replace(modes=modes, functions=functions, hidden=False)
+        _replace(*stacks)
 
 
-def _replace(*, modes: list[Any], functions: list[Any], hidden: bool) -> None:
-    """Make these the modes of this thread, or those of them that nothing is hidden from."""
-    for _ in range(count_dispatch_modes()):
+def _replace(modes: list[Any], functions: list[Any]) -> None:
+    """Make these the modes of this thread."""
+    while count_dispatch_modes():
         pop_dispatch_mode(None)
-    for _ in range(count_function_modes()):
+    while count_function_modes():
         pop_function_mode()
-    for some, push in ((modes, push_dispatch_mode), (functions, push_function_mode)):
-        for mode in some:
-            if not (hidden and _is_hidden_from(mode)):
-                push(mode)
+    for mode in modes:
+        push_dispatch_mode(mode)
+    for mode in functions:
+        push_function_mode(mode)
 
 
 def _modes() -> list[Any]:

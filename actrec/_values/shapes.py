@@ -21,6 +21,9 @@ from .spec import Spec, flatten
 #: A size of a tensor; the ragged dimension of a nested tensor is a name.
 Size: TypeAlias = "int | str"
 
+#: The least and the largest sizes.
+_Bounds: TypeAlias = "tuple[list[Any], list[Any]]"
+
 #: So many kinds of values are distinguished; the rest counts as "...".
 MOST: Final = 16
 
@@ -54,9 +57,9 @@ class Summary:
     dtypes: dict[str, None] = field(default_factory=dict)
     devices: dict[str, None] = field(default_factory=dict)
     #: The least and the largest shape, by the names among the sizes (``None`` for a number).
-    shapes: dict[tuple[str | None, ...], tuple[list[Any], list[Any]]] = field(default_factory=dict)
+    shapes: dict[tuple[str | None, ...], _Bounds] = field(default_factory=dict)
     #: The least and the largest sizes in nested values, by their outlines; ``None`` if not all are known.
-    nested: dict[str, tuple[list[int], list[int]]] | None = field(default_factory=dict)
+    nested: dict[str, _Bounds] | None = field(default_factory=dict)
     _latest: object = field(default=None, compare=False, repr=False)
 
     def add(self, value: Value) -> None:
@@ -88,9 +91,7 @@ class Summary:
         """Add the outline of nested values, with its sizes."""
         if self.nested is None:
             return
-        known = self.nested.setdefault(template, ([*low], [*high]))
-        known[0][:] = map(min, known[0], low)
-        known[1][:] = map(max, known[1], high)
+        _widen(self.nested, template, low, high)
         if len(self.nested) > MOST:
             self.nested = None
 
@@ -101,13 +102,7 @@ class Summary:
     def add_shape(self, low: Sequence[Size], high: Sequence[Size]) -> None:
         """Add the least and the largest sizes of values that are single tensors."""
         names = tuple(size if isinstance(size, str) else None for size in low)
-        known = self.shapes.get(names)
-        if known is None:
-            self.shapes[names] = list(low), list(high)
-        else:
-            # Names are equal, and the least and the largest, too.
-            known[0][:] = map(min, known[0], low)
-            known[1][:] = map(max, known[1], high)
+        _widen(self.shapes, names, low, high)
 
     def update(self, other: Summary) -> None:
         """Add another summary."""
@@ -141,6 +136,13 @@ class Summary:
         if len(self.shapes) > _SHOWN:
             return f"{len(self.shapes)} kinds of shapes"
         return " | ".join(_range(low, high) for low, high in self.shapes.values())
+
+
+def _widen(known: dict[Any, _Bounds], key: object, low: Sequence[Any], high: Sequence[Any]) -> None:
+    """Include further sizes in the range of a key. Names among the sizes are equal, so the least and the largest are, too."""
+    least, largest = known.setdefault(key, ([*low], [*high]))
+    least[:] = map(min, least, low)
+    largest[:] = map(max, largest, high)
 
 
 _SHOWN: Final = 3
