@@ -6,12 +6,9 @@ call of the root, and where the root is not called (``model.encode(x)``, the enc
 runs before the first step) it is the outermost call on the way to a chosen layer.
 
 A forward may share its work among threads: a call of a module inside it, in another thread than the main one, belongs to the
-pass that is running; if several are, it is unknown to which, and the call is a pass of its own. And a forward may be a
-generator or a coroutine: then whatever it calls when it is resumed still belongs to its pass.
+pass that is running; if several are, it is unknown to which, and the call is a pass of its own.
 
 The user may open a pass as well, a *unit*: all calls until it ends belong to that pass, and forwards begin no passes.
-A unit belongs to the thread or the asyncio task that opened it. Calls elsewhere belong to the unit that is open; if
-several are, it is unknown to which, and it is as if none were.
 
 A forward that raises an ``Exception`` removes its stack entries too, because ``always_call`` hooks run for it. Only
 after a ``KeyboardInterrupt`` entries are left over; the next call of the root finds and drops them.
@@ -22,12 +19,9 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
-from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
-from typing import Any
+from types import FrameType
 
 from torch import nn
 
@@ -35,20 +29,8 @@ from actrec._recordings.pass_numbers import Count
 from actrec._recordings.units import Key
 from actrec._torch import CALL_CODE, compiled_frame, frames, is_replica
 
-
-@dataclass(eq=False, slots=True)
-class Unit:
-    """A pass that the user has opened."""
-
-    key: Key
-    number: int
-    is_open: bool = True
-    #: It failed while other threads were still in it: drops what they recorded since, when the last of them has left.
-    drop: Callable[[], None] | None = None
-
-
-#: The units, of all recordings, that this thread or task is inside of.
-_units_around: ContextVar[tuple[Unit, ...]] = ContextVar("actrec units", default=())
+from .open_units import OpenUnits, Unit
+from .suspended import KINDS, Suspended
 
 
 class _Thread:
@@ -78,32 +60,16 @@ class _Local(threading.local):
         self.thread = _Thread()
 
 
-#: The types of a forward's result that has not run yet, each with the attribute that has its frame.
-_SUSPENDED = {GeneratorType: "gi_frame", CoroutineType: "cr_frame", AsyncGeneratorType: "ag_frame"}
-
-
-def _frame(suspended: Any) -> FrameType | None:
-    """Return the frame in which it runs or is suspended; ``None`` when it has ended."""
-    return getattr(suspended, _SUSPENDED[type(suspended)])  # type: ignore[no-any-return]
-
-
-def _modules_called() -> list[int]:
-    """Return the modules (ids) that this thread is calling. The frames of a running thread cannot be read by others."""
-    return [id(one.f_locals["self"]) for one in frames() if one.f_code is CALL_CODE]
-
-
 class Passes(Count):
     """Numbers the passes from 0, and finds the pass that a call belongs to."""
 
     def __init__(self) -> None:
         super().__init__()
         self._local = _Local()
-        self._open: list[_Thread] = []  # the threads that are in a pass, the latest last
-        #: The pass of each generator or coroutine that a forward returned. (A plain dict until there is one: quicker to test.)
-        self._suspended: MutableMapping[Any, int] = {}
-        #: By pass, the units that may still be dropped: the open ones, and failed ones that other threads are still in.
-        self.undecided: dict[int, Unit] = {}
-        self._latest_unit = -1  # pass
+        self._open: dict[_Thread, None] = {}  # the threads that are in a pass, the latest last
+        self._suspended = Suspended()
+        self.units = OpenUnits()
+        self.undecided = self.units.undecided
         self._lock = threading.RLock()
 
     # --- Beginning and ending ------------------------------------------------------------------------------
@@ -118,7 +84,7 @@ class Passes(Count):
             thread.opener, thread.is_root = weakref.ref(module), is_root
             with self._lock:  # or complete() could see a pass that is counted and not open yet
                 thread.number = self._number(module)
-                self._open.append(thread)
+                self._open[thread] = None
         thread.calling.append(id(module))
 
     def skip(self, module: nn.Module) -> None:
@@ -148,18 +114,16 @@ class Passes(Count):
     def end(self, module: nn.Module, output: object, error: BaseException | None) -> None:
         """The call of ``module`` has ended, and with it those inside whose end was not reported.
 
-        If the ``output`` is a generator or a coroutine, its calls will belong to this pass. ``error`` is the exception that is
-        being handled; if it was already handled when the pass began, the pass did not raise it.
+        ``error`` is the exception that is being handled; if it was already handled when the pass began, the pass did not raise it.
         """
         thread = self._local.thread
         calling, called = thread.calling, id(module)
         if calling and calling[-1] == -called:
             calling.pop()
             return
-        if type(output) in _SUSPENDED and thread.number is not None:
+        if type(output) in KINDS and thread.number is not None:
             with self._lock:
-                self._suspended = self._suspended or weakref.WeakKeyDictionary()
-                self._suspended[output] = thread.number
+                self._suspended.add(output, thread.number)
         if called in calling:
             while calling.pop() != called:
                 pass
@@ -172,8 +136,7 @@ class Passes(Count):
         assert number is not None  # noqa: S101  # it was calling something
         unit = None
         with self._lock:
-            while thread in self._open:  # more than once if begin() was interrupted
-                self._open.remove(thread)
+            self._open.pop(thread, None)
             if (raised or self.undecided) and not self._count_inside(number):
                 if raised:
                     self.raised.add(number)
@@ -189,37 +152,29 @@ class Passes(Count):
 
     def abandon(self) -> None:
         """The open passes are interrupted: count them as raised. Takes no lock, for a forked process."""
-        numbers = [one.number for one in list(self._open)]
-        self.raised.update(number for number in numbers if number is not None)
-        self.raised.update(unit.number for unit in self.open_units())
+        self.raised.update(one.number for one in [*self._open] if one.number is not None)
+        self.raised.update(unit.number for unit in self.units.open())
 
     def restart(self) -> None:
         """Count from 0 again."""
         self.count = 0
         self.raised.clear()
-        self._latest_unit = -1
+        self.units.latest = -1
 
     # --- Units ---------------------------------------------------------------------------------------------
-
-    def open_units(self) -> list[Unit]:
-        """Return the units that have not ended."""
-        return [unit for unit in [*self.undecided.values()] if unit.is_open]
 
     def open_unit(self, key: Key) -> Unit | None:
         """Begin a pass that ends with :meth:`close_unit`; ``None`` if this thread is in another pass."""
         thread = self._local.thread
-        if self._own_unit() is not None:
+        if self.units.own() is not None:
             return None
         if thread.calling:
             if _is_inside(thread.calling):
                 return None
             self._close(thread, raised=True)  # it was interrupted
         with self._lock:
-            unit = Unit(key, self.count)
-            self.undecided[unit.number] = unit
-            self._latest_unit = unit.number
+            unit = self.units.begin(key, self.count)
             self.count += 1
-        _units_around.set((*_units_around.get(), unit))
         return unit
 
     def leave_unit(self, unit: Unit) -> int:
@@ -233,35 +188,17 @@ class Passes(Count):
     def close_unit(self, unit: Unit, drop: Callable[[], None] | None = None) -> None:
         """End the unit. If it has failed, ``drop`` is called again when the last thread has left it."""
         with self._lock:
-            unit.is_open = False
             if drop is not None:
                 self.raised.add(unit.number)
-            if drop is not None and self._count_inside(unit.number):
-                unit.drop = drop
-            else:
-                self.undecided.pop(unit.number, None)
-            # Generators and coroutines that it returned, and that have not ended, begin passes of their own.
-            begun = [one for one, number in self._suspended.items() if number == unit.number]
-            for suspended in begun:
-                del self._suspended[suspended]
-        _units_around.set(tuple(one for one in _units_around.get() if one is not unit))
-
-    def _own_unit(self) -> Unit | None:
-        """Return the open unit that this thread or task is inside of."""
-        return next((unit for unit in _units_around.get() if unit in self.open_units()), None)
-
-    def _unit_of_call(self) -> Unit | None:
-        """Return the open unit that a call in this thread belongs to: its own, or the only one."""
-        units = self.open_units()
-        return self._own_unit() or (units[0] if len(units) == 1 else None)
+            self.units.end(unit, drop if self._count_inside(unit.number) else None)
+            self._suspended.forget(unit.number)  # what they call begins passes of their own
 
     def latest(self) -> int | None:
         """Return the pass of a value that the user adds now; ``None`` if it is unknown, or the pass was a unit that ended."""
         with self._lock:
-            if self.open_units():
-                unit = self._unit_of_call()
-                return None if unit is None else unit.number
-            return None if self._latest_unit == self.count - 1 else self.count - 1
+            if self.units.open():
+                return self.units.of_call()
+            return None if self.units.latest == self.count - 1 else self.count - 1
 
     # --- What is running -----------------------------------------------------------------------------------
 
@@ -286,10 +223,10 @@ class Passes(Count):
         The latest pass never is, because a value that is added after a forward belongs to it; a unit is when it has ended.
         """
         with self._lock:
-            unfinished = [n for one, n in self._suspended.items() if _frame(one) is not None]
-            unfinished += [one.number for one in self._open if one.number is not None]
-            ended = self.count - (self._latest_unit != self.count - 1)
-            unfinished += [unit.number for unit in self.open_units()]
+            unfinished = [one.number for one in self._open if one.number is not None]
+            unfinished += [unit.number for unit in self.units.open()]
+            unfinished += self._suspended.unfinished()
+            ended = self.count - (self.units.latest != self.count - 1)
             return max(0, min([*unfinished, ended]))
 
     def number_of(self, module: nn.Module) -> int:
@@ -310,34 +247,29 @@ class Passes(Count):
 
     def _elsewhere(self, module: nn.Module) -> int | None:
         """Return the pass that a call of ``module`` belongs to, if it was opened in another place than this thread's stack."""
-        if self._suspended:
-            # The frames are kept while they are compared: what takes the place of one has its id.
-            stopped = {_frame(one): number for one, number in self._suspended.items()}
-            number = next((stopped[frame] for frame in frames() if frame in stopped), None)
+        for number in (self._suspended.running(), self.units.own()):
             if number is not None:
                 return number
-        own = self._own_unit()
-        if own is not None:
-            return own.number
         # The replicas of DataParallel are not modules of the model, and run in threads of their own.
         if self._open and is_replica(module):
-            return self._open[-1].number
+            return [*self._open][-1].number
         is_main = threading.current_thread() is threading.main_thread()
         around = set() if is_main else self._around(module)
         if len(around) == 1:
             return around.pop()
-        only = self._unit_of_call()
-        return None if only is None else only.number
+        return self.units.of_call()
 
     def _around(self, module: nn.Module) -> set[int | None]:
         """Return the passes of other threads whose forward may have started the thread of this call of ``module``."""
-        around = [one for one in self._open if one.leads_to(module)]
-        if around:
-            own = _modules_called()  # including calls that began before the block, or in a pause
-            around = [one for one in around if id(one.opener()) not in own]
-        return {one.number for one in around}
+        # Not of those that this thread is inside of itself: they began before the block, or in a pause.
+        return {
+            one.number
+            for one in self._open
+            if one.leads_to(module) and not _is_inside([id(one.opener())])
+        }
 
 
 def _is_inside(modules: list[int], besides: int = 0) -> bool:
     """Whether this thread is inside a call of one of ``modules`` (ids), the innermost calls ``besides`` left out."""
-    return any(one in modules for one in _modules_called()[besides:])
+    called = [id(one.f_locals["self"]) for one in frames() if one.f_code is CALL_CODE]
+    return any(one in modules for one in called[besides:])

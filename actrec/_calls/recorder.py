@@ -21,7 +21,7 @@ from actrec._selection.selection import Selection
 from actrec._values.containers import Value
 from actrec.errors import ActrecError, CaptureError, OptionError
 
-from .passes import Unit
+from .open_units import Unit
 from .session import Session
 from .tracks import Tracks
 from .units import UnitRecorder
@@ -289,7 +289,7 @@ class Recorder(Recording[V], Generic[V]):
             raise ActrecError(message)
         number = self._session.passes.latest()
         if number is None:
-            raise ActrecError(_no_unit(name, self._session.passes.open_units()))
+            raise ActrecError(_no_unit(name, self._session.passes.units.open()))
         try:
             self._tracks.keep(name, value, number)
         except CaptureError as error:
@@ -317,7 +317,7 @@ class Recorder(Recording[V], Generic[V]):
         Raises:
             ActrecError: a unit is open.
         """
-        if self._session.passes.open_units():
+        if self._session.passes.units.open():
             message = "acts.clear(): a unit is open. Clear the recording between two units."
             raise ActrecError(message)
         self._run.deliver()

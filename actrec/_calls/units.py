@@ -20,7 +20,7 @@ from actrec._recordings.units import Key, Units, checked_key
 from actrec._text import count
 from actrec.errors import ActrecError, OptionError
 
-from .passes import Unit
+from .open_units import Unit
 from .tracks import Tracks
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ class UnitRecorder:
                     "acts.remaining(pairs) skips the keys that are done."
                 )
                 raise ActrecError(message)
-            if any(unit.key == key for unit in self._passes.open_units()):
+            if any(unit.key == key for unit in self._passes.units.open()):
                 message = f"{call}: another thread or task is inside a unit with that key now. A key is used once."
                 raise ActrecError(message)
             unit = self._passes.open_unit(key)
@@ -185,7 +185,7 @@ class UnitRecorder:
 
     def drop_open(self) -> None:
         """Drop the units that have not ended."""
-        for unit in self._passes.open_units():
+        for unit in self._passes.units.open():
             self._drop(unit)
 
     def _forget(self, number: int) -> None:
