@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 def opened_shards(acts: StoredRecording, rank: int = 0) -> list[Shard]:
     """The shards that a rank has written."""
-    index = acts._ranks[rank].index
-    return [index.shard(number) for number in range(index.count)]
+    found = acts._ranks[rank]
+    return [found.shard(number) for number in range(found.count)]
 
 
 def bits(tensor: Tensor) -> bytes:

@@ -32,7 +32,7 @@ from actrec._values.spec import tensors
 from actrec.reduce import Moments
 from actrec.store import Folder
 from actrec.store import dtensor as _parts
-from actrec.store import index as _index
+from actrec.store import rank as _rank
 from actrec.store.decoding import decode
 from actrec.store.dtensor import Spread
 from actrec.store.encoding import encode
@@ -301,7 +301,7 @@ def test_rows_of_tensors_in_parts_are_rows_of_the_whole_and_made_when_they_are_a
 def test_parts_are_told_apart_though_their_shards_are_closed_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_index, "_MOST_BYTES", 1)
+    monkeypatch.setattr(_rank, "_MOST_BYTES", 1)
     values = [torch.arange(24.0).reshape(6, 4) + number for number in range(12)]
     wraps = cycle([lambda t: t, lambda t: [t, 1], lambda t: [torch.ones(2), t]])
 
@@ -310,7 +310,7 @@ def test_parts_are_told_apart_though_their_shards_are_closed_meanwhile(
 
     spread_out(tmp_path / "r", values, wrap=wrap, folder={"shard_bytes": 1})
     acts = load(tmp_path / "r")
-    assert acts._ranks[0].index.count > 2
+    assert acts._ranks[0].count > 2
     assert acts.complete
     layer = acts["layer"]
     assert layer.passes == list(range(12))

@@ -116,11 +116,7 @@ def in_parts(path: Path) -> None:
     for cut in reversed(range(len(journal.steps))):
         journal.disk(cut, NOTHING, aside / "cut")
         left = aside / "cut/run"
-        if (
-            left.exists()
-            and load(left).num_passes == 1
-            and load(left)._ranks[0].index.heading.parts
-        ):
+        if left.exists() and load(left).num_passes == 1 and load(left)._ranks[0].heading.parts:
             left.rename(path)
             break
         shutil.rmtree(aside / "cut")

@@ -177,7 +177,7 @@ def test_each_state_has_the_calls_of_what_is_committed_with_it_and_no_others(
                 output.sum().backward()
     (rank,) = load(tmp_path / "run")._ranks
     states = 0
-    for shard in rank.index.shards():
+    for shard in rank.shards():
         part = shard.part("output", "up")
         if part is not None:
             (value,) = (shard.value(*part.place(call)) for call in range(len(part)))

@@ -25,7 +25,7 @@ from actrec.data.calls import Calls
 from actrec.data.steps import steps
 from actrec.store import Folder
 from actrec.store import disk as _disk
-from actrec.store import index as _index
+from actrec.store import rank as _rank
 from tests.stored import Operations, same
 
 if TYPE_CHECKING:
@@ -575,11 +575,11 @@ def test_calls_are_put_side_by_side_as_if_one_by_one(
 def loaded(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
     """A recording of which one shard stays open, and a list that grows by the name of each whose header is read."""
     read: list[str] = []
-    opening = _index.Shard
-    monkeypatch.setattr(_index, "_MOST_OPEN", 1)
+    opening = _rank.Shard
+    monkeypatch.setattr(_rank, "_MOST_OPEN", 1)
     acts = load(path)
     monkeypatch.setattr(
-        _index,
+        _rank,
         "Shard",
         lambda disk, name: read.append(name) or opening(disk, name),  # type: ignore[func-returns-value]
     )

@@ -360,7 +360,7 @@ def test_what_is_kept_has_a_limit_and_values_outlive_it(url: str) -> None:
                 net(torch.full((1, 4), float(step)))
     for limit in (3 * (_blocks.BLOCK * _blocks._EACH), 1):  # of what is larger, one is kept
         found = load(url, cache_bytes=limit)
-        kept = found.place._blocks._open
+        kept = found.place._blocks._opened().objects
         values = list(found[""])
         assert len(kept) == (3 if limit > 1 else 1), "of all ranks together"
         assert all(map(same, values[::2], values[1::2]))
@@ -383,7 +383,7 @@ def test_what_is_large_is_fetched_in_few_steps_and_not_kept(
         Stand.begin()
         assert same(found["x"][steps > 1], value)
         assert sum(size > 4096 for size in Stand.fetched) == steps
-    assert not found.place._blocks._open
+    assert not found.place._blocks._opened().objects
 
 
 def replaced(url: str, change: Any) -> None:
@@ -817,7 +817,7 @@ def test_workers_read_from_the_server_themselves(
     loader = DataLoader(
         calls, batch_size=None, num_workers=1, multiprocessing_context=context, timeout=60
     )
-    with found.place._blocks._lock:  # as another thread may have it
+    with found.place._blocks._opened().lock:  # as another thread may have it
         values = list(loader) if method == "fork" else []
     values = values or list(loader)
     assert all(map(same, values, whole["0"]))
@@ -830,14 +830,14 @@ def test_a_forked_process_begins_with_connections_and_blocks_of_its_own(
     found = load(url)
     value = found["0"][0]
     connected = []
-    connect = _objects._filesystem
+    connect = fsspec.core.url_to_fs
 
-    def connect_again(url: str, options: Any) -> Any:
+    def connect_again(url: str, **options: Any) -> Any:
         connected.append(url)
-        return connect(url, options)
+        return connect(url, **options)
 
-    monkeypatch.setattr(_objects, "_filesystem", connect_again)
-    with found.place._blocks._lock:  # as another thread had it
+    monkeypatch.setattr(fsspec.core, "url_to_fs", connect_again)
+    with found.place._blocks._opened().lock:  # as another thread had it
         monkeypatch.setattr(os, "getpid", lambda: -1)
         Stand.begin()
         assert same(found["0"][0], value)
@@ -849,16 +849,16 @@ def test_a_forked_process_begins_with_connections_and_blocks_of_its_own(
 def test_no_thread_of_a_forked_process_has_the_connections_of_its_parent(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there, connect = place(url)._objects, _objects._filesystem
+    there, connect = place(url)._objects, fsspec.core.url_to_fs
     before, begun, late = there.fs, threading.Event(), threading.Event()
 
-    def connect_again(url: str, options: Any) -> Any:
+    def connect_again(url: str, **options: Any) -> Any:
         if threading.current_thread() is first:
             begun.set()
             late.wait(60)
-        return object(), connect(url, options)[1]
+        return object(), connect(url, **options)[1]
 
-    monkeypatch.setattr(_objects, "_filesystem", connect_again)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", connect_again)
     monkeypatch.setattr(os, "getpid", lambda: -1)
     first = threading.Thread(target=lambda: there.fs)
     first.start()

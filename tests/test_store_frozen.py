@@ -58,8 +58,8 @@ def test_a_name_of_a_layer_that_has_another_one_leads_to_it() -> None:
 
 def test_what_was_not_committed_when_a_run_was_killed_is_not_there() -> None:
     (rank,) = load(FOLDER / "crashed")._ranks
-    assert rank.index.heading.void, "a run was left within a pass"
-    assert rank.index.heading.parts, "and the next one was killed within another"
+    assert rank.heading.void, "a run was left within a pass"
+    assert rank.heading.parts, "and the next one was killed within another"
     assert [rank.info.error, rank.info.num_passes] == ["killed or still recording", 3]
 
 

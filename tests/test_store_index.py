@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import actrec
 from actrec import CorruptRecordingError, load, record
 from actrec.store import Folder
-from actrec.store import index as _index
+from actrec.store import rank as _rank
 from actrec.store.disk import Disk
 from actrec.store.shard import Shard
 from tests.stored import Net, Shards, assert_same, batches, opened_shards, same
@@ -149,34 +149,34 @@ def test_few_shards_are_kept_open_and_all_calls_are_read(
     path: Path, monkeypatch: pytest.MonkeyPatch, most: int, limit: str
 ) -> None:
     each = 1 if limit == "_MOST_OPEN" else max(s.nbytes for s in opened_shards(load(path)))
-    monkeypatch.setattr(_index, limit, most * each)
+    monkeypatch.setattr(_rank, limit, most * each)
     acts = load(path)
     (rank,) = acts._ranks
-    assert rank.index.count > most
+    assert rank.count > most
     assert_same(acts, recorded(list))
     assert_same(acts.inputs, recorded(list).inputs)
-    assert 1 <= len(rank.index._open) <= most
-    assert rank.index._held == sum(counted for _, counted in rank.index._open.values())
+    assert 1 <= len(rank._opened().shards) <= most
+    assert rank._opened().nbytes == sum(counted for _, counted in rank._opened().shards.values())
 
 
 def test_the_shard_that_was_not_used_for_longest_is_closed(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_index, "_MOST_OPEN", 2)
+    monkeypatch.setattr(_rank, "_MOST_OPEN", 2)
     (rank,) = load(path)._ranks
     for number in (0, 1, 0, 2):
-        rank.index.shard(number)
-    assert list(rank.index._open) == [0, 2]
+        rank.shard(number)
+    assert list(rank._opened().shards) == [0, 2]
 
 
 def test_all_ranks_together_keep_few_shards_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many(tmp_path / "r", 10, ranks=3)
-    monkeypatch.setattr(_index, "_MOST_OPEN", 5)
+    monkeypatch.setattr(_rank, "_MOST_OPEN", 5)
     acts = load(tmp_path / "r")
     assert len(acts["a"].cat()) == 3 * 20
-    assert [len(rank.index._open) for rank in acts._ranks] == [1, 1, 1]
+    assert [len(rank._opened().shards) for rank in acts._ranks] == [1, 1, 1]
 
 
 def test_what_is_closed_is_gone_without_waiting_for_the_collector(path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_forked_process_does_not_wait_for_a_thread_of_its_parent_that_was_read
 ) -> None:
     acts = load(path)
     expected = acts["conv"].cat()
-    with acts._ranks[0].index._lock:
+    with acts._ranks[0]._opened().lock:
         monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a process that was forked off now
         found: list[Any] = []
         reading = threading.Thread(target=lambda: found.append(acts["conv"].cat()), daemon=True)
@@ -412,7 +412,7 @@ def test_a_header_that_lies_and_is_signed_is_found_out_by_verify_whatever_the_li
 def test_a_shard_that_is_another_one_than_when_it_was_opened_is_found(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_index, "_MOST_OPEN", 1)
+    monkeypatch.setattr(_rank, "_MOST_OPEN", 1)
     acts = load(path)
     for shard in sorted((path / "rank-00000").glob("*.safetensors"))[:-1]:
         rewrite(shard, lambda about: [layer.update(before=0, groups=[]) or layer["so_far"].update(stored=0) for layer in about["layers"]] and None)  # fmt: skip

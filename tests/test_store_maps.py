@@ -13,7 +13,7 @@ from torch import nn
 from actrec import CorruptRecordingError, load, record
 from actrec.data import rows
 from actrec.store import Folder
-from actrec.store import index as _index
+from actrec.store import rank as _rank
 from actrec.store import shard as _shard
 from tests.stored import same
 
@@ -45,7 +45,7 @@ def recorded(into: Any) -> Any:
 @pytest.fixture
 def _all_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_shard, "_SMALL", 1)
-    monkeypatch.setattr(_index, "_MOST_OPEN", FEW)
+    monkeypatch.setattr(_rank, "_MOST_OPEN", FEW)
 
 
 def maps_of(path: Path) -> int:

@@ -364,13 +364,13 @@ def test_parts_of_a_pass_that_was_never_completed_do_not_count_and_never_come_ba
             acts.add("step", {"number": step, "label": torch.tensor([step])})
     found = load(path)
     assert found.num_passes == 4
-    left = found._ranks[0].index.heading.uncounted
+    left = found._ranks[0].heading.uncounted
     assert left, "some of the fifth pass was on the disk already"
     assert_is_the_beginning(found, unbroken)
     assert actrec.verify(path) == []
     assert_same(run(path, resume=True), unbroken)
     again = load(path)
-    heading = again._ranks[0].index.heading
+    heading = again._ranks[0].heading
     assert (heading.parts, heading.void) == ((), left)
     assert actrec.verify(path) == []
 

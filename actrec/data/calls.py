@@ -16,11 +16,11 @@ from torch import Tensor
 
 from actrec._recordings.pass_numbers import RankPass
 from actrec._recordings.units import Key
-from actrec.store.index import Index
 from actrec.store.joined_ranks import WholeLayer
 from actrec.store.layers import Source as StoredSource
 from actrec.store.layers import StoredLayer
 from actrec.store.part import Leaf
+from actrec.store.rank import Rank
 from actrec.store.shard import Shard
 from actrec.store.units import StoredUnits
 
@@ -71,13 +71,13 @@ def located(layers: Sequence[Selected]) -> list[Calls]:
     stored = [table for table in tables if isinstance(table.selected.layer, StoredLayer)]
     known = dict.fromkeys(table.selected.layer._units for table in stored)
     units = [_Keys(one) for one in known if isinstance(one, StoredUnits) and not one.are_read]
-    wanted: dict[Index, list[tuple[_Table | _Keys, Any]]] = {}
+    wanted: dict[Rank, list[tuple[_Table | _Keys, Any]]] = {}
     readers: list[_Table | _Keys] = [*stored, *units]
     for one in readers:
         for source in one.stored:
-            wanted.setdefault(source.rank.index, []).append((one, source))
-    for index, every in wanted.items():
-        for shard in index.shards():
+            wanted.setdefault(source.rank, []).append((one, source))
+    for rank, every in wanted.items():
+        for shard in rank.shards():
             file = Stored(shard.disk, shard.name, shard.head)
             for one, source in every:
                 one.add_shard(source, shard, file)

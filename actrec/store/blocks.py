@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict, deque
 from typing import Any, BinaryIO, Final
 
-from typing_extensions import override
-
 from actrec.errors import OptionError
+
+from .per_process import PerProcess
 
 CACHE_BYTES: Final = 1 << 30
 
@@ -42,6 +41,14 @@ class Kept:
         return near is not None
 
 
+class _Opened:
+    """The objects that are open in this process, the least recently used one first."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.objects: OrderedDict[str, Kept] = OrderedDict()
+
+
 class Blocks:
     """Open objects of a recording, those that were read last.
 
@@ -54,28 +61,14 @@ class Blocks:
             message = f"cache_bytes={limit!r}: expected a number of bytes greater than 0."
             raise OptionError(message)
         self._limit = limit
-        self._begin()
-
-    def _begin(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._open: OrderedDict[str, Kept] = OrderedDict()
-
-    @override
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_limit": self._limit}  # another process opens its own connections
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._begin()
+        self._opened = PerProcess(_Opened)
 
     def of(self, url: str) -> Kept:
         """Return the object at ``url``, a new one if none is kept."""
-        if self._pid != os.getpid():  # forked off
-            self._begin()
-        with self._lock:
-            kept = self._open.setdefault(url, Kept())
-            self._open.move_to_end(url)
-            while len(self._open) > max(1, self._limit // (BLOCK * _EACH)):
-                self._open.popitem(last=False)  # closed when its last reader is done
+        opened = self._opened()
+        with opened.lock:
+            kept = opened.objects.setdefault(url, Kept())
+            opened.objects.move_to_end(url)
+            while len(opened.objects) > max(1, self._limit // (BLOCK * _EACH)):
+                opened.objects.popitem(last=False)  # closed when its last reader is done
             return kept

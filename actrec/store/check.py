@@ -9,10 +9,10 @@ from typing import BinaryIO, Final
 from actrec.errors import CorruptRecordingError
 
 from .format import corrupt, shard_name
-from .index import shard_names
 from .ledger import Commit, Heading, Ledger
 from .part import Part
 from .place import Place
+from .rank import shard_names
 from .shard import Shard
 
 _CHUNK: Final = 1 << 24

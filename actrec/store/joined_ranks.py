@@ -26,8 +26,7 @@ from actrec.errors import CorruptRecordingError
 
 from .dtensor import Spread
 from .format import Defect, corrupt
-from .index import Found
-from .layers import StoredLayer
+from .layers import Found, StoredLayer
 from .read_only import ReadOnlyLayer
 
 
@@ -111,15 +110,14 @@ class WholeLayer(ReadOnlyLayer):
         tensors = [
             self._whole(call, number, spreads[number])
             if number in spreads
-            else first.shard.tensor(leaf, first.call)
-            for number, leaf in enumerate(first.group.leaves)
+            else first.tensor(number)
+            for number in range(len(first.group.leaves))
         ]
         return first.group.structure.spec.fill(tensors)
 
     def _whole(self, call: _Call, number: int, spread: Spread) -> Tensor:
         def part(rank: int) -> Tensor:
-            found = self.recorded.find(call.parts[rank])
-            return found.shard.tensor(found.group.leaves[number], found.call)
+            return self.recorded.find(call.parts[rank]).tensor(number)
 
         try:
             return spread.whole(call.parts, part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import Final, NamedTuple
@@ -20,10 +21,10 @@ from actrec._values.memory import words
 from actrec._values.shapes import Summary
 
 from .dtensor import Spread
-from .index import Found
+from .format import ANOTHER, corrupt
 from .ledger import SoFar
-from .part import Part
-from .rank_folder import Rank
+from .part import Group, Part
+from .rank import Rank
 from .read_only import ReadOnlyLayer
 from .shard import Shard
 
@@ -32,7 +33,25 @@ _RUN: Final = 1 << 16
 _PIECE: Final = 1 << 22  # bytes that are read together
 
 
-class Source(NamedTuple):
+class Found(NamedTuple):
+    """Where a call is."""
+
+    shard: Shard
+    group: Group
+    call: int  #: its number in the group
+
+    def value(self) -> Value:
+        """Read the call."""
+        tensors = [self.shard.tensor(leaf, self.call) for leaf in self.group.leaves]
+        return self.group.structure.spec.fill(tensors)
+
+    def tensor(self, number: int) -> Tensor:
+        """Read one of its tensors."""
+        return self.shard.tensor(self.group.leaves[number], self.call)
+
+
+@dataclass(eq=False)
+class Source:
     """A layer as one rank has recorded it."""
 
     rank: Rank
@@ -40,14 +59,39 @@ class Source(NamedTuple):
     name: str
     type: str
     so_far: SoFar
+    _latest: int = 0  # the shard in which the last call was found
 
     def parts(self) -> Iterator[tuple[Shard, Part]]:
-        """Yield the parts of the layer in the shards of the rank."""
-        return self.rank.index.parts(self.role, self.name)
+        """Yield the part of the layer in each shard, in order, without shards that do not count."""
+        for shard in self.rank.shards():
+            part = shard.part(self.role, self.name)
+            if part is not None:
+                yield shard, part
 
     def find(self, call: int) -> Found:
         """Find a call."""
-        return self.rank.index.find(self.role, self.name, call)
+        for begin, many in self._skips:
+            if call >= begin:
+                call += many
+        at = self._latest
+        if call not in self._span(at):
+            after = bisect_right(range(self.rank.count), call, key=lambda n: self._span(n).start)
+            self._latest = at = max(0, after - 1)
+        shard = self.rank.shard(at)
+        span = shard.span(self.role, self.name)
+        part = shard.part(self.role, self.name)
+        if part is None or call not in span:
+            raise corrupt(shard.path, ANOTHER)
+        return Found(shard, *part.place(call - span.start))
+
+    def _span(self, number: int) -> range:
+        return self.rank.shard(number).span(self.role, self.name)
+
+    @cached_property
+    def _skips(self) -> list[tuple[int, int]]:
+        """The runs of calls that do not count: how many calls are before each, and how many it has."""
+        spans = map(self._span, self.rank.heading.uncounted)
+        return [(span.start, len(span)) for span in spans if span]
 
 
 class StoredLayer(ReadOnlyLayer):
@@ -114,8 +158,7 @@ class StoredLayer(ReadOnlyLayer):
 
     @override
     def _call(self, index: int) -> Value:
-        found = self.find(index)
-        return found.shard.value(found.group, found.call)
+        return self.find(index).value()
 
     def find(self, index: int) -> Found:
         """Find a call."""

@@ -13,7 +13,7 @@ from actrec._text import count
 from actrec.errors import CorruptRecordingError, MissingUnitsError, RecordingNotFoundError
 
 from .place import Place, place
-from .rank_folder import Rank, is_described, rank_folders, rank_number
+from .rank import Rank, is_described, rank_folders, rank_number
 from .reader import StoredRecording, check_rank
 
 _SHOWN: Final = 8  # keys in a message
@@ -119,7 +119,7 @@ def _check_units(recording: StoredRecording[Any], units: Iterable[Key]) -> None:
 
 def opened(disk: Place, *, rank: int | None = None) -> StoredRecording[Any]:
     """Open the recording at a place, or only its ``rank``."""
-    folders = {rank_number(folder.name): folder for folder in rank_folders(disk)}
+    folders = {rank_number(folder): folder for folder in rank_folders(disk)}
     if type(rank) is int and rank in folders and is_described(folders[rank]):
         return StoredRecording(disk, [Rank(folders[rank])], only=rank)
     described = [folder for folder in folders.values() if is_described(folder)]
@@ -129,7 +129,7 @@ def opened(disk: Place, *, rank: int | None = None) -> StoredRecording[Any]:
     if rank is None:
         return StoredRecording(disk, [Rank(folder, of=len(described)) for folder in described])
     first = Rank(described[0])
-    numbered = range(max(first.index.heading.ranks - 1, *folders) + 1)
+    numbered = range(max(first.heading.ranks - 1, *folders) + 1)
     check_rank(f"load({str(disk)!r}, rank={rank!r})", rank, numbered)
     return StoredRecording(disk, [], only=rank, model=first.description.model)
 

@@ -6,20 +6,20 @@ parts are read one after the other, in blocks that are kept.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from importlib import import_module
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
 import torch
-from typing_extensions import override
 
 from actrec.errors import OptionError, ReadError
 
 from .blocks import BLOCK, CACHED, Blocks
 from .disk import GONE, Later, copied
 from .format import ANOTHER, Defect, need
+from .per_process import PerProcess
 
 T = TypeVar("T")
 
@@ -32,15 +32,7 @@ class Objects:
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.url = url.rstrip("/")
         self.options = dict(options)  # of the file system: credentials, an endpoint
-        self._connect()
-
-    def _connect(self) -> None:
-        fs, self._root = _filesystem(self.url, self.options)
-        self._connected = os.getpid(), fs
-
-    @override
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Objects, (self.url, self.options)  # other processes need them
+        self._connected = PerProcess(partial(_filesystem, self.url, self.options))
 
     def shown(self, name: str) -> str:
         """Return the URL of an object."""
@@ -48,14 +40,13 @@ class Objects:
 
     @property
     def fs(self) -> Any:
-        """The file system; in a forked process a new one, because connections are not inherited."""
-        if self._connected[0] != os.getpid():
-            self._connect()  # threads may do this at the same time
-        return self._connected[1]
+        """The file system."""
+        return self._connected()[0]
 
     def at(self, name: str) -> str:
         """Return the path of an object in the file system."""
-        return f"{self._root}/{name}" if name else self._root
+        root = self._connected()[1]
+        return f"{root}/{name}" if name else root
 
     def ask(self, name: str, request: Callable[[], T]) -> T:
         """Return ``request()``. Errors become a ``ReadError``, except ``FileNotFoundError``."""

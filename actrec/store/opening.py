@@ -17,7 +17,7 @@ from .format import DESCRIPTION, shard_name
 from .layout import write
 from .ledger import Commit, Ledger
 from .place import place
-from .rank_folder import Rank, is_described, rank_folder, rank_folders
+from .rank import Rank, is_described, rank_folder, rank_folders
 from .safetensors import Writable
 
 
@@ -121,7 +121,7 @@ class Opening:
         recording = run if other is None else other.recording
         self._describe(replace(new, recording=recording, ranks=self.position.ranks))
         rank = Rank(self.own)
-        return rank, Ledger(rank.index.heading)
+        return rank, Ledger(rank.heading)
 
     def _describe(self, new: Description) -> None:
         self._commit(DESCRIPTION, lambda file: file.write(new.content()), _BEGUN)
@@ -136,9 +136,7 @@ class Opening:
 
         From then on, an earlier run that is still alive cannot write, even where there are no locks: the name is taken.
         """
-        ledger = Ledger(rank.index.heading, rank.index.layers).resumed(
-            self.position.ranks, time.time_ns()
-        )
+        ledger = Ledger(rank.heading, rank.layers).resumed(self.position.ranks, time.time_ns())
         heading = ledger.next((), Commit(ledger.heading.committed))
         first = partial(write, heading=heading, layers=ledger.layers)
         self._commit(shard_name(heading.shard), first, _NOW)

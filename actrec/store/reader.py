@@ -27,7 +27,7 @@ from .format import ROLES, corrupt
 from .joined_ranks import WholeLayer, made_whole, whole_problems
 from .layers import Source, StoredLayer
 from .place import Place
-from .rank_folder import Rank
+from .rank import Rank
 from .rank_info import RankInfo, listed_ranks, summary
 from .reduced import StoredReduction, made_reduced
 from .units import UNIT, StoredUnits
@@ -92,7 +92,7 @@ class StoredRecording(Recording[V], Generic[V]):
     @property
     def _expected(self) -> int:
         """How many ranks the latest run has: only these have to be closed."""
-        headings = (rank.index.heading for rank in self._ranks)
+        headings = (rank.heading for rank in self._ranks)
         return max(((one.began, one.ranks) for one in headings), default=(0, 1))[1]
 
     @property
@@ -162,13 +162,13 @@ class StoredRecording(Recording[V], Generic[V]):
 
     def problems(self, *, progress: bool = False) -> Iterator[str]:
         """Yield what is wrong with the shards (all data is read), with tensors in parts, and with reductions."""
-        expected = [(rank, shards_expected(rank.index.disk)) for rank in self._ranks]
+        expected = [(rank, shards_expected(rank.folder)) for rank in self._ranks]
         with showing(
             "check", sum(len(shards) for _, shards in expected), progress=progress
         ) as each:
             for rank, shards in expected:
                 nothing = rank.description.heading(rank.number)
-                yield from shard_problems(rank.index.disk, nothing, each(shards))
+                yield from shard_problems(rank.folder, nothing, each(shards))
         yield from self._misfits(progress=progress)
 
     def _misfits(self, *, progress: bool) -> Iterator[str]:
@@ -209,11 +209,11 @@ class _StoredRun(Run):
 
     @override
     def raised(self) -> set[RankPass]:
-        return {(one.number, number) for one in self._ranks for number in one.index.heading.raised}
+        return {(one.number, number) for one in self._ranks for number in one.heading.raised}
 
     @override
     def warnings(self) -> Sequence[str]:
-        found = (text for rank in self._ranks for text in warnings_of(rank.index.disk))
+        found = (text for rank in self._ranks for text in warnings_of(rank.folder))
         return [*dict.fromkeys(found)]  # ranks of one run give the same warnings
 
 
@@ -241,7 +241,7 @@ def _sources(ranks: Sequence[Rank]) -> dict[tuple[Role, str], list[Source]]:
     """Return each layer as the ranks have recorded it, in the order in which the first calls of the layers ended."""
     sources: dict[tuple[Role, str], list[Source]] = {}
     for rank in ranks:
-        for slot, so_far in rank.index.layers.items():
+        for slot, so_far in rank.layers.items():
             found = Source(rank, slot.role, slot.name, slot.type, so_far)
             sources.setdefault((slot.role, slot.name), []).append(found)
     return sources

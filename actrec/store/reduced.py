@@ -194,9 +194,8 @@ class _State(NamedTuple):
 def _last(source: Source) -> _State:
     """Return the last state of a rank."""
     found = source.find(source.so_far.calls - 1)
-    value = found.shard.value(found.group, found.call)
     try:
-        return _checked(value, source.rank.committed)
+        return _checked(found.value(), source.rank.committed)
     except Defect as defect:
         raise corrupt(found.shard.path, defect) from None
 

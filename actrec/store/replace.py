@@ -12,10 +12,9 @@ from actrec.errors import RecordingExistsError
 
 from .disk import Disk
 from .format import DESCRIPTION, UNFINISHED
-from .index import shard_names
 from .lock import LOCK
 from .new_file import sync
-from .rank_folder import rank_folders
+from .rank import rank_folders, shard_names
 from .warned import is_warnings
 
 

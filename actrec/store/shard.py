@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from actrec._recordings.layer import Role
-from actrec._values.containers import Value
 from actrec._values.memory import writable
 
 from . import safetensors
@@ -89,10 +88,6 @@ class Shard:
                 raise corrupt(self.path, defect)
 
     # --- Data ------------------------------------------------------------------------------------------
-
-    def value(self, group: Group, call: int) -> Value:
-        """Return the value of call number ``call`` of a group."""
-        return group.structure.spec.fill([self.tensor(leaf, call) for leaf in group.leaves])
 
     def tensor(self, leaf: Leaf, call: int) -> Tensor:
         """Return one tensor of a call.

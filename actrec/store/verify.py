@@ -14,7 +14,7 @@ from .description import read_description
 from .ledger import Heading
 from .load import opened
 from .place import Place, place
-from .rank_folder import rank_folders, rank_number
+from .rank import rank_folders, rank_number
 
 
 def verify(
@@ -62,7 +62,7 @@ def _problems(disk: Place, *, progress: bool) -> Iterator[str]:
         for folder, shards in expected:
             nothing: Heading | None = None
             try:
-                nothing = read_description(folder).heading(rank_number(folder.name))
+                nothing = read_description(folder).heading(rank_number(folder))
             except CorruptRecordingError as error:
                 yield str(error)
             except FileNotFoundError:

@@ -22,11 +22,10 @@ from actrec._values.shapes import Summary
 from actrec.store.call import Call
 from actrec.store.description import Description, LayerInfo
 from actrec.store.disk import Disk
-from actrec.store.format import Slot
-from actrec.store.index import shard_name
+from actrec.store.format import Slot, shard_name
 from actrec.store.layout import lay_out, write
 from actrec.store.ledger import Commit, Ledger, SoFar
-from actrec.store.rank_folder import Rank
+from actrec.store.rank import Rank
 from actrec.store.reader import StoredRecording
 
 from .memory import anonymous, printed_by

@@ -150,8 +150,8 @@ def crashed() -> None:
         path.with_name("killed").rename(path)
     found = actrec.load(path)
     assert not found.complete
-    assert found._ranks[0].index.heading.void
-    assert found._ranks[0].index.heading.parts
+    assert found._ranks[0].heading.void
+    assert found._ranks[0].heading.parts
     torch.manual_seed(0)
     net = Net()
     with torch.no_grad(), record(net, layers, inputs=True) as acts:

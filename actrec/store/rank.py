@@ -1,0 +1,156 @@
+"""The recording of one rank: its folder, its description, and its shards, each opened when it is needed.
+
+Only the headers that are needed are read: the last one to know what there is, and some twenty to find one call
+among a million shards.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from typing import Final
+
+from .description import read_description
+from .format import DESCRIPTION, SHARD, Slot, corrupt, shard_name
+from .ledger import SoFar
+from .per_process import PerProcess
+from .place import Place
+from .rank_info import RankInfo
+from .shard import Shard
+
+_RANK: Final = re.compile(r"rank-[0-9]{5}")
+#: How many bytes of headers a recording keeps in memory, and how many shards it keeps open, all ranks together.
+_MOST_BYTES: Final = 64 << 20
+_MOST_OPEN: Final = 1024
+
+
+# --- Folders -----------------------------------------------------------------------------------------
+
+
+def rank_folder(rank: int) -> str:
+    """Return the name of the folder of a rank."""
+    return f"rank-{rank:05d}"
+
+
+def rank_folders(disk: Place) -> list[Place]:
+    """Return the folders of all ranks, in order."""
+    return [disk / name for name in sorted(filter(_RANK.fullmatch, disk.names()))]
+
+
+def rank_number(folder: Place) -> int:
+    """Return the rank of a folder."""
+    return int(folder.name.partition("-")[2])
+
+
+def is_described(folder: Place) -> bool:
+    """Whether a rank has begun to record there; a folder with shards and no description is damaged."""
+    if _has_description(folder):
+        return True
+    if not shard_names(folder):
+        return False
+    if not _has_description(folder):  # now: it may have begun after the first look
+        raise corrupt(folder.shown(DESCRIPTION), "it is missing")
+    return True
+
+
+def _has_description(folder: Place) -> bool:
+    try:
+        return folder.size(DESCRIPTION) >= 0
+    except FileNotFoundError:
+        return False
+
+
+def shard_names(folder: Place) -> list[str]:
+    """Return the names of all shards that exist, in order."""
+    there = (name for name in folder.names() if name.endswith(SHARD))
+    numbers = sorted(int(stem) for name in there if (stem := name[: -len(SHARD)]).isdecimal())
+    return [shard_name(number) for number in numbers]
+
+
+def _count(folder: Place) -> int:
+    """Return how many shards there are; a gap in their numbers is an error."""
+    there = [name for name in folder.names() if name.endswith(SHARD)]
+    longest = max(map(len, there), default=0)
+    last = max((name for name in there if len(name) == longest), default="")
+    if last == shard_name(len(there) - 1):
+        return len(there)  # without parsing the names: there may be a million
+    names = shard_names(folder)
+    for number, name in enumerate(names):
+        if name != shard_name(number):
+            raise corrupt(folder.shown(shard_name(number)), "it is missing")
+    return len(names)
+
+
+# --- Reading -----------------------------------------------------------------------------------------
+
+
+class _Opened:
+    """The shards that are open in this process, the least recently used one first, each with its bytes."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.shards: dict[int, tuple[Shard, int]] = {}
+        self.nbytes = 0
+
+
+class Rank:
+    """The recording of one rank.
+
+    Args:
+        folder: its folder, such as ``rank-00000``.
+        of: how many ranks are opened together: they share one limit of memory.
+    """
+
+    def __init__(self, folder: Place, *, of: int = 1) -> None:
+        self.folder = folder
+        self.number = rank_number(folder)
+        self.description = read_description(folder)
+        self._limits = max(1, _MOST_BYTES // of), max(1, _MOST_OPEN // of)
+        self._opened = PerProcess(_Opened)
+        self.count = _count(folder)  #: of shards
+        #: Of the last shard; before there is one, all shards must be of its recording and rank.
+        self.heading = self.description.heading(self.number)
+        self.layers: dict[Slot, SoFar] = {}
+        if self.count:
+            last = self.shard(self.count - 1)
+            self.heading = last.heading
+            self.layers = {listed.slot: listed.so_far for listed in last.layers.values()}
+
+    @property
+    def committed(self) -> int:
+        """The number of committed passes."""
+        return self.heading.committed
+
+    @property
+    def info(self) -> RankInfo:
+        """How far the rank has come."""
+        ended = self.heading.ended
+        if ended is None:
+            error: str | None = "killed or still recording"
+        else:  # the name of an exception, or a reason in words
+            error = f"left by {ended}" if ended.isidentifier() else ended or None
+        return RankInfo(self.number, self.committed, error is None, error)
+
+    def shard(self, number: int) -> Shard:
+        """Return a shard, opened if it is not."""
+        opened = self._opened()
+        with opened.lock:
+            shard, counted = opened.shards.pop(number, (None, 0))
+            if shard is None:
+                shard = Shard(self.folder, shard_name(number))
+                shard.check_identity(self.heading, number)
+            opened.shards[number] = shard, shard.nbytes
+            opened.nbytes += shard.nbytes - counted  # it takes more once its parts were read
+            most_bytes, most_open = self._limits
+            while len(opened.shards) > 1 and (
+                opened.nbytes > most_bytes or len(opened.shards) > most_open
+            ):
+                _, counted = opened.shards.pop(next(iter(opened.shards)))
+                opened.nbytes -= counted
+            return shard
+
+    def shards(self) -> Iterator[Shard]:
+        """Open the shards whose calls count, one after the other."""
+        left_out = set(self.heading.uncounted)
+        return (self.shard(number) for number in range(self.count) if number not in left_out)
