@@ -27,6 +27,7 @@ from actrec._recordings.pass_runs import in_runs
 from actrec._recordings.reduced import Reduced
 from actrec.errors import CorruptRecordingError
 from actrec.store import Folder
+from actrec.store.layers import Found
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -180,7 +181,7 @@ def test_each_state_has_the_calls_of_what_is_committed_with_it_and_no_others(
     for shard in rank.shards():
         part = shard.part("output", "up")
         if part is not None:
-            (value,) = (shard.value(*part.place(call)) for call in range(len(part)))
+            (value,) = (Found(shard, *part.place(call)).value() for call in range(len(part)))
             states += 1
             assert [*in_runs(value["passes"].tolist())] == [*range(shard.heading.committed)]
     assert states > 1

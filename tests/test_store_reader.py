@@ -159,7 +159,7 @@ def test_what_the_calls_look_like_is_known_without_their_data(
             for size in [2, 2, 4, 3, 2, 5, 5, 1]:
                 net(torch.ones(size, 3))
             found.append(acts[""]._seen()[0])
-    for method in ("map", "read_into"):
+    for method in ("map", "reading"):
         monkeypatch.setattr(_disk.Disk, method, None)
     found.append(load(tmp_path / "r")[""]._seen()[0])
     assert found[0] == found[1] == found[2]
@@ -186,7 +186,7 @@ def test_opening_and_showing_touch_no_data(path: Path, monkeypatch: pytest.Monke
         raise AssertionError("data was read")
 
     monkeypatch.setattr(_disk.Disk, "map", refuse)
-    monkeypatch.setattr(_disk.Disk, "read_into", refuse)
+    monkeypatch.setattr(_disk.Disk, "reading", refuse)
     acts = load(path)
     assert len(shards(path)) > 2
     repr(acts)

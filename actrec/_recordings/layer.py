@@ -353,7 +353,7 @@ class Layer(Sequence[V], Generic[V]):
 
     def _per_pass(self) -> tuple[int, int]:
         """Return the most calls of any pass, and the number of passes that have any."""
-        counts = Counter(number for number in self.passes if number >= 0)
+        counts = Counter(one for one in self._rank_passes() if one[1] >= 0)  # each rank has its own
         return max(counts.values(), default=0), len(counts)
 
     @override

@@ -163,7 +163,10 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     @property
     def num_passes(self) -> int:
-        """The number of passes so far, including those in which no chosen layer was called."""
+        """The number of passes so far, including those in which no chosen layer was called.
+
+        If several ranks have recorded, each counts its own: the number of the rank that has most.
+        """
         return self._run.passes.count
 
     @property

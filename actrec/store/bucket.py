@@ -108,17 +108,12 @@ class Bucket:
         size = self._objects.info(name)["size"]
         return self._objects.download(name, 0, min(_HEAD, size)), size
 
-    def read_into(self, name: str, head: bytes, begin: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes from ``begin`` on of an object that began with ``head`` when it was opened."""
-        self.reading(name, head).into(begin, view)
-
     def reading(self, name: str, head: bytes) -> Object:
         """Return a reader of parts of an object, which opens it at the first read."""
         return Object(self._objects, name, head, self._blocks)
 
-    def map(self, name: str, size: int, head: bytes) -> Object:  # noqa: ARG002
-        """Return an object whose parts are downloaded on access."""
-        return self.reading(name, head)
+    def map(self, *_: Any) -> None:
+        """An object has no memory to map."""
 
     def open(self, name: str) -> BinaryIO:
         """Open an object, to read it from one end to the other."""

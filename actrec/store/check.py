@@ -1,35 +1,55 @@
-"""Finds what is wrong with the shards of a rank: reads all their data, and counts again what their headers say."""
+"""Finds what is wrong with the shards of ranks: reads all their data, and counts again what their headers say."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, Final
 
+from actrec._progress import showing
 from actrec.errors import CorruptRecordingError
 
+from .description import read_description
 from .format import corrupt, shard_name
 from .ledger import Commit, Heading, Ledger
 from .part import Part
 from .place import Place
-from .rank import shard_names
+from .rank import rank_number, shard_names
 from .shard import Shard
 
 _CHUNK: Final = 1 << 24
 
 
-def shard_problems(disk: Place, nothing: Heading | None, numbers: Iterable[int]) -> Iterator[str]:
-    """Yield what is wrong with the shards in the folder of a rank.
+def shard_problems(folders: Sequence[Place], what: str, *, progress: bool) -> Iterator[str]:
+    """Yield what is wrong with the shards in the folders of ranks; ``what`` is shown while it is done."""
+    expected = [(folder, _expected(folder)) for folder in folders]
+    with showing(what, sum(len(shards) for _, shards in expected), progress=progress) as each:
+        for folder, shards in expected:
+            yield from _rank_problems(folder, each(shards))
 
-    Args:
-        disk: the folder.
-        nothing: the heading before the first shard; ``None`` if it is unknown: then nothing is counted.
-        numbers: the numbers of all shards that there should be.
-    """
+
+def _expected(folder: Place) -> range:
+    """Return the numbers of all shards that there should be, judging by the last one."""
+    names = shard_names(folder)
+    last = int(names[-1].partition(".")[0]) if names else -1
+    # A much larger number must be a foreign file.
+    return range(min(last, 2 * len(names)) + 1)
+
+
+def _rank_problems(folder: Place, numbers: Iterable[int]) -> Iterator[str]:
+    nothing: Heading | None = (
+        None  # the heading before the first shard; without it nothing is counted
+    )
+    try:
+        nothing = read_description(folder).heading(rank_number(folder))
+    except CorruptRecordingError as error:
+        yield str(error)
+    except FileNotFoundError:
+        pass  # if there are shards, opening has said so
     ledger = None if nothing is None else Ledger(nothing)
     for number in numbers:
         try:
-            shard = Shard(disk, shard_name(number))
+            shard = Shard(folder, shard_name(number))
             if nothing is not None:
                 shard.check_identity(nothing, number)
         except CorruptRecordingError as error:
@@ -45,14 +65,6 @@ def shard_problems(disk: Place, nothing: Heading | None, numbers: Iterable[int])
         yield from _data_problems(shard)
         if problems:
             ledger = None
-
-
-def shards_expected(disk: Place) -> range:
-    """Return the numbers of all shards that there should be, judging by the last one."""
-    names = shard_names(disk)
-    last = int(names[-1].partition(".")[0]) if names else -1
-    # A much larger number must be a foreign file.
-    return range(min(last, 2 * len(names)) + 1)
 
 
 def _parts(shard: Shard) -> tuple[list[Part], list[str]]:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias, cast
 
 import torch
 from typing_extensions import override
-
-from actrec._values.memory import writable
 
 from .format import ANOTHER, UNFINISHED, Defect, need
 from .lock import Lock, locked
@@ -75,11 +72,6 @@ class Disk:
         with (self.path / name).open("rb", buffering=0) as file:
             file.seek(begin)
             return file.read(most) or b""
-
-    def read_into(self, name: str, head: bytes, begin: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes from ``begin`` on of a file that began with ``head`` when it was opened."""
-        with closing(self.reading(name, head)) as file:
-            file.into(begin, view)
 
     def reading(self, name: str, head: bytes) -> Reading:
         """Open a file that began with ``head`` when the recording was opened, to read parts of it."""
@@ -193,8 +185,11 @@ class Mapped:
         self._path, self._size, self._head = path, size, head
         self._memory: torch.UntypedStorage | None = None
 
-    def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
-        """Return a part of the memory, which stays valid; ``Defect`` if another file is there by now."""
+    def part(self, begin: int, nbytes: int) -> torch.UntypedStorage | None:
+        """Return a part of the memory, which stays valid; ``None`` if the file cannot be mapped.
+
+        Raises ``Defect`` if another file is there by now.
+        """
         need(self._path.exists(), GONE)
         # Reading mapped memory after the end of the file would kill the process (SIGBUS).
         found = self._path.stat().st_size
@@ -203,21 +198,14 @@ class Mapped:
             f"it had {self._size} bytes when it was opened, and has {found} now",
         )
         if self._memory is None:
-            with closing(Reading(self._path, self._head)) as file:
-                try:
-                    self._memory = _map(self._path, self._size)
-                except (RuntimeError, UnicodeEncodeError):
-                    # The number of maps of a process is limited, and PyTorch requires file names to be valid text.
-                    return copied(file.into, part)
-        return cast("torch.UntypedStorage", self._memory[part])
+            Reading(self._path, self._head).close()  # has compared the first bytes
+            try:
+                self._memory = _map(self._path, self._size)
+            except (RuntimeError, UnicodeEncodeError):
+                # The number of maps of a process is limited, and PyTorch requires file names to be valid text.
+                return None
+        return cast("torch.UntypedStorage", self._memory[begin : begin + nbytes])
 
 
 def _map(path: Path, size: int) -> Any:
     return torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-
-
-def copied(into: Callable[[int, memoryview], None], part: slice) -> torch.UntypedStorage:
-    """Return a copy of a part of a file."""
-    data = torch.empty(part.stop - part.start, dtype=torch.uint8, device="cpu")
-    into(part.start, writable(data))
-    return data.untyped_storage()

@@ -8,7 +8,7 @@ committed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache, cached_property
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from actrec._progress import showing
+from actrec._progress import Each
 from actrec._recordings.layer import Layer
 from actrec._recordings.pass_numbers import ListView
 from actrec._values.containers import Value
@@ -93,12 +93,6 @@ class WholeLayer(ReadOnlyLayer):
         return [call.rank for call in self._found[0]]
 
     @override
-    def _per_pass(self) -> tuple[int, int]:
-        # Each rank counts its own passes.
-        counts = Counter((call.number, call.rank) for call in self._found[0])
-        return max(counts.values(), default=0), len(counts)
-
-    @override
     def __len__(self) -> int:
         return len(self._found[0])
 
@@ -142,26 +136,19 @@ class WholeLayer(ReadOnlyLayer):
             yield first.group.structure.spec, tensors
 
     @override
-    def _summary(self) -> Summary:
-        looks = self.recorded._summary()
-        summary = Summary(dtypes=looks.dtypes, devices=looks.devices)
+    def _seen(self) -> tuple[Summary, dict[object, int]]:
+        looks, _ = self.recorded._seen()
+        summary, nbytes = Summary(dtypes=looks.dtypes, devices=looks.devices), 0
         for spec, tensors in self.outlines():
             shapes = [tensor.shape for tensor in tensors]
             summary.add_spec(spec, shapes, shapes)
-        return summary
+            nbytes += sum(tensor.nbytes for tensor in tensors)
+        return summary, {id(self): nbytes}
 
-    @property
-    @override
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for _, tensors in self.outlines() for tensor in tensors)
-
-
-def whole_problems(layers: Sequence[WholeLayer], *, progress: bool) -> Iterator[str]:
-    """Yield what is wrong with calls whose parts do not fit together."""
-    with showing("verify parts", sum(map(len, layers)), progress=progress) as each:
-        for layer in layers:
-            for index in each(range(len(layer))):
-                try:
-                    layer._call(index)
-                except CorruptRecordingError as error:
-                    yield str(error)
+    def problems(self, each: Each) -> Iterator[str]:
+        """Yield what is wrong with calls whose parts do not fit together."""
+        for index in each(range(len(self))):
+            try:
+                self._call(index)
+            except CorruptRecordingError as error:
+                yield str(error)

@@ -173,16 +173,12 @@ class StoredLayer(ReadOnlyLayer):
         return max((one.most for one in found), default=0), sum(one.passes for one in found)
 
     @override
-    def _summary(self) -> Summary:
-        found = Summary()
+    def _seen(self) -> tuple[Summary, dict[object, int]]:
+        found, nbytes = Summary(), 0
         for source in self._sources:
             found.update(source.so_far.looks)
-        return found
-
-    @property
-    @override
-    def nbytes(self) -> int:
-        return sum(source.so_far.nbytes for source in self._sources)
+            nbytes += source.so_far.nbytes
+        return found, {id(self): nbytes}
 
     @override
     def _join(self, how: How, dim: int, *, release: bool = False) -> Value:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, NoReturn, Protocol
@@ -80,7 +80,7 @@ class LiveLayer(ReadOnlyLayer):
         self._before = before = stream.stored(slot)
         self._known = len(before)
         self._look: Look | None = None  # of the last call
-        self._settled = Counts(nbytes=before.nbytes, looks=before._summary())
+        self._settled = Counts(nbytes=before.nbytes, looks=before._seen()[0])
         self._open: dict[int, Counts] = {}  # by pass, of units that have not ended
 
     @override
@@ -167,20 +167,14 @@ class LiveLayer(ReadOnlyLayer):
         return stored.cat(dim) if how == "cat" else stored.stack(dim)
 
     @override
-    def _summary(self) -> Summary:
+    def _seen(self) -> tuple[Summary, Mapping[object, int]]:
         if self._stream.closed:
-            return self._stored._summary()
-        found = Summary()
+            return self._stored._seen()
+        found, nbytes = Summary(), 0
         for counts in self._all_counts():
             found.update(counts.looks)
-        return found
-
-    @property
-    @override
-    def nbytes(self) -> int:
-        if self._stream.closed:
-            return self._stored.nbytes
-        return sum(counts.nbytes for counts in self._all_counts())
+            nbytes += counts.nbytes
+        return found, {id(self): nbytes}
 
     @override
     def clear(self) -> NoReturn:

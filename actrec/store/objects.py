@@ -12,12 +12,10 @@ from functools import partial
 from importlib import import_module
 from typing import Any, BinaryIO, Final, TypeVar, cast
 
-import torch
-
 from actrec.errors import OptionError, ReadError
 
 from .blocks import BLOCK, CACHED, Blocks
-from .disk import GONE, Later, copied
+from .disk import GONE, Later
 from .format import ANOTHER, Defect, need
 from .per_process import PerProcess
 
@@ -156,10 +154,6 @@ class Object:
         """Cancel downloads that have not begun. The file is closed when other objects are read."""
         for coming in self._coming.values():
             coming.cancel()
-
-    def __getitem__(self, part: slice, /) -> torch.UntypedStorage:
-        """Return a part, downloaded."""
-        return copied(self.into, part)
 
 
 def said(error: Exception) -> str:

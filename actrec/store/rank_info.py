@@ -22,18 +22,16 @@ class RankInfo:
     error: str | None
 
 
-def listed_ranks(there: Iterable[RankInfo], numbers: Iterable[int]) -> Iterator[RankInfo]:
-    """Yield each of these ranks, including those that wrote nothing."""
-    by_number = {info.number: info for info in there}
-    for number in numbers:
-        yield by_number.get(number) or RankInfo(number, 0, complete=False, error="wrote nothing")
+def nothing_of(number: int) -> RankInfo:
+    """Return the entry of a rank that wrote nothing."""
+    return RankInfo(number, 0, complete=False, error="wrote nothing")
 
 
 def summary(ranks: Iterable[RankInfo]) -> Iterator[str]:
     """Yield what is wrong, with the ranks that it is wrong with.
 
     >>> ranks = [RankInfo(0, 5, True, None), RankInfo(1, 3, False, "left by ValueError")]
-    >>> list(summary(listed_ranks(ranks, range(4))))
+    >>> list(summary([*ranks, nothing_of(2), nothing_of(3)]))
     ['rank 1 left by ValueError', 'ranks 2 and 3 wrote nothing']
     """
     reasons: dict[str, list[int]] = {}

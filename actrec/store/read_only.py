@@ -1,4 +1,4 @@
-"""Base classes of layers on disk: most are read call by call, and cannot be written to."""
+"""Layers that were stored: most are read call by call, and none can be written to."""
 
 from __future__ import annotations
 
@@ -15,20 +15,8 @@ from actrec._recordings.pass_numbers import ListView
 from actrec._values.containers import Value
 from actrec._values.join import How
 from actrec._values.shapes import Summary
-from actrec._values.spec import tensors
+from actrec._values.spec import flatten
 from actrec.errors import ActrecError
-
-
-class LayerOnDisk(Layer[Any]):
-    """A layer whose calls are on disk. Their shapes and dtypes are known without reading them."""
-
-    @abstractmethod
-    def _summary(self) -> Summary:
-        """Return the shapes and dtypes of all calls."""
-
-    @override
-    def _seen(self) -> tuple[Summary, dict[object, int]]:
-        return self._summary(), {id(self): self.nbytes}
 
 
 class Unchanged(Layer[Any]):
@@ -53,7 +41,7 @@ class Unchanged(Layer[Any]):
         raise ActrecError(message)
 
 
-class ReadOnlyLayer(Unchanged, LayerOnDisk):
+class ReadOnlyLayer(Unchanged):
     """A layer whose calls are read on access."""
 
     @abstractmethod
@@ -120,13 +108,10 @@ class ChosenLayer(ReadOnlyLayer):
         return self.base[self.calls[index]]
 
     @override
-    def _summary(self) -> Summary:
-        summary = Summary()
+    def _seen(self) -> tuple[Summary, dict[object, int]]:
+        summary, nbytes = Summary(), 0
         for value in self:
-            summary.add(value)
-        return summary
-
-    @property
-    @override
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for value in self for tensor in tensors(value))
+            found, spec = flatten(value)
+            summary.add_flat(found, spec)
+            nbytes += sum(tensor.nbytes for tensor in found)
+        return summary, {id(self): nbytes}

@@ -21,14 +21,14 @@ from actrec._selection.functions import WHATS
 from actrec._text import count, shown
 from actrec.errors import OptionError
 
-from .check import shard_problems, shards_expected
-from .description import Description
+from .check import shard_problems
+from .description import LayerInfo
 from .format import ROLES, corrupt
-from .joined_ranks import WholeLayer, made_whole, whole_problems
+from .joined_ranks import WholeLayer, made_whole
 from .layers import Source, StoredLayer
 from .place import Place
 from .rank import Rank
-from .rank_info import RankInfo, listed_ranks, summary
+from .rank_info import RankInfo, nothing_of, summary
 from .reduced import StoredReduction, made_reduced
 from .units import UNIT, StoredUnits
 from .warned import warnings_of
@@ -53,9 +53,7 @@ class StoredRecording(Recording[V], Generic[V]):
         self._only = only
         described = [rank.description for rank in ranks]
         sources = _sources(ranks)
-        layers: dict[Role, dict[str, Layer[Any]]] = {
-            role: _layers(role, described, sources, whole=only is None) for role in ROLES
-        }
+        layers = {role: _layers(role, ranks, sources, whole=only is None) for role in ROLES}
         run = _StoredRun(
             ranks,
             ", ".join(dict.fromkeys(one.model for one in described)) or model,
@@ -68,26 +66,15 @@ class StoredRecording(Recording[V], Generic[V]):
         beside = {what: layers[what] for what in WHATS[1:] if layers[what]}
         super().__init__(run, layers["output"] | layers["added"], beside)
 
-    @property
-    @override
-    def num_passes(self) -> int:
-        """The number of committed passes; if several ranks have recorded, the number of the rank that has most.
-
-        Each rank counts its own passes: see ``acts.ranks``.
-        """
-        return super().num_passes
-
     @cached_property
     def ranks(self) -> tuple[RankInfo, ...]:
         """How far each rank of the run has come, as a :class:`RankInfo`, including ranks that wrote nothing.
 
         A single process is rank 0. If a run was resumed with fewer ranks, those that it had before are listed too.
         """
-        there = [rank.info for rank in self._ranks]
-        if self._only is not None:
-            return tuple(listed_ranks(there, [self._only]))
-        numbers = {info.number for info in there}
-        return tuple(listed_ranks(there, sorted({*range(self._expected), *numbers})))
+        there = {rank.number: rank.info for rank in self._ranks}
+        numbers = sorted({*range(self._expected), *there}) if self._only is None else [self._only]
+        return tuple(there.get(number) or nothing_of(number) for number in numbers)
 
     @property
     def _expected(self) -> int:
@@ -138,11 +125,6 @@ class StoredRecording(Recording[V], Generic[V]):
         whole = not (self._left_out or self._repeated)
         return all(rank.complete for rank in self._latest) and whole
 
-    @property
-    @override
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.everything())
-
     def layer(self, role: Role, name: str) -> StoredLayer | None:
         """Return a layer by its role, as the ranks have recorded it; ``None`` if there is none."""
         what = "output" if role == "added" else role
@@ -162,21 +144,18 @@ class StoredRecording(Recording[V], Generic[V]):
 
     def problems(self, *, progress: bool = False) -> Iterator[str]:
         """Yield what is wrong with the shards (all data is read), with tensors in parts, and with reductions."""
-        expected = [(rank, shards_expected(rank.folder)) for rank in self._ranks]
-        with showing(
-            "check", sum(len(shards) for _, shards in expected), progress=progress
-        ) as each:
-            for rank, shards in expected:
-                nothing = rank.description.heading(rank.number)
-                yield from shard_problems(rank.folder, nothing, each(shards))
+        yield from shard_problems([rank.folder for rank in self._ranks], "check", progress=progress)
         yield from self._misfits(progress=progress)
 
     def _misfits(self, *, progress: bool) -> Iterator[str]:
         """Yield what is wrong with values that are made of several calls: tensors in parts, and reductions."""
-        yield from whole_problems(self.wholes, progress=progress)
-        for layer in self.everything():
-            if isinstance(layer, StoredReduction):
-                yield from layer.problems()
+        calls = sum(map(len, self.wholes))
+        with showing("verify parts", calls, progress=progress) as each:
+            for layer in self.everything():
+                if isinstance(layer, WholeLayer):
+                    yield from layer.problems(each)
+                elif isinstance(layer, StoredReduction):
+                    yield from layer.problems()
 
     @property
     def _left_out(self) -> int:
@@ -249,22 +228,26 @@ def _sources(ranks: Sequence[Rank]) -> dict[tuple[Role, str], list[Source]]:
 
 def _layers(
     role: Role,
-    described: Sequence[Description],
+    ranks: Sequence[Rank],
     sources: Mapping[tuple[Role, str], list[Source]],
     *,
     whole: bool,
 ) -> dict[str, Layer[Any]]:
-    of_role = [[layer for layer in one.layers if layer.role == role] for one in described]
-    info = {layer.name: layer for layers in reversed(of_role) for layer in layers}
-    info = {layer.name: info[layer.name] for layers in of_role for layer in layers}
-    kinds = {name: found[0].type for (kind, name), found in sources.items() if kind == role}
-    functions = any(query.reduction for one in described for query in one.functions)
-    found = {}
-    for name in dict.fromkeys([*info, *kinds]):
-        layer = StoredLayer(name, kinds.get(name) or info[name].type, sources.get((role, name), ()))
-        reduction = info[name].reduction if name in info else None
-        found[name] = made_reduced(layer, reduction, by_functions=functions)
-        if found[name] is layer and whole:
-            found[name] = made_whole(layer)
-        found[name]._transform = info[name].transform if name in info else None
-    return found
+    """Return the layers of a role: those that a rank describes, and then those that it does not."""
+    known: dict[str, LayerInfo] = {}
+    for rank in ranks:
+        for info in rank.description.layers:
+            if info.role == role:
+                known.setdefault(info.name, info)
+    for (of, name), found in sources.items():
+        if of == role:
+            known.setdefault(name, LayerInfo(name, found[0].type))
+    functions = any(query.reduction for rank in ranks for query in rank.description.functions)
+    layers = {}
+    for name, info in known.items():
+        found = sources.get((role, name), [])
+        stored = StoredLayer(name, found[0].type if found else info.type, found)
+        layer = made_reduced(stored, info.reduction, by_functions=functions)
+        layers[name] = made_whole(stored) if layer is stored and whole else layer
+        layers[name]._transform = info.transform
+    return layers

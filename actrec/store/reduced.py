@@ -6,7 +6,6 @@ A state is stored like a call of the layer, in the last pass that is in it: a di
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import cached_property
@@ -159,11 +158,6 @@ class StoredReduction(Unchanged, Reduced):
     @override
     def __len__(self) -> int:
         return len(self._ordered)
-
-    @override
-    def _per_pass(self) -> tuple[int, int]:
-        counts = Counter(self._ordered)  # each rank counts its own passes
-        return max(counts.values(), default=0), len(counts)
 
     @override
     def _rank_pass(self, rank: int, number: int) -> RankPass:

@@ -23,7 +23,7 @@ from .folder import Folder
 from .format import Slot
 from .opening import Opening
 from .place import place
-from .read_only import LayerOnDisk
+from .read_only import ReadOnlyLayer
 from .reduced import state_call
 from .replace import replacing
 from .units import key_call
@@ -148,7 +148,7 @@ def _check(layers: list[tuple[Slot, Layer[Any]]], *, progress: bool) -> None:
             _check_reduction(slot, layer)
     # A value that was stored once can be stored again: of a layer on disk, one call is enough.
     kept = [
-        (slot, layer[:1] if isinstance(layer, LayerOnDisk) else layer)
+        (slot, layer[:1] if isinstance(layer, ReadOnlyLayer) else layer)
         for slot, layer in layers
         if not isinstance(layer, Reduced)
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from contextlib import closing
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -17,11 +18,12 @@ from actrec._values.memory import writable
 
 from . import safetensors
 from .decoding import decode
+from .disk import Mapped
 from .format import DTYPES, MAX_DIMS, MAX_SIZE, ROLES, VERSION, Defect, Slot, corrupt, need
 from .forms import checked
 from .ledger import HEADING, SO_FAR, Heading, SoFar
 from .part import Group, Leaf, Part
-from .place import Mapped, Place
+from .place import Place
 
 #: Bytes that are read rather than mapped: a process can map no more than 65,530 files.
 _SMALL: Final = 1 << 20
@@ -96,15 +98,13 @@ class Shard:
         """
         begin, nbytes = leaf.extent(call)
         shape = torch.Size(leaf.shape(call))
-        if nbytes <= _SMALL:
+        own = self._mapped(begin, nbytes) if nbytes > _SMALL else None
+        if own is None:
             data = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
             self.read_into(begin, data)
             own = data.untyped_storage()
-        else:
-            # A separate storage: torch.save writes the whole storage of a tensor.
-            own = self._mapped(slice(begin, begin + nbytes))
-            if begin % leaf.dtype.itemsize:  # an unaligned read may kill the process
-                own = own.clone()  # type: ignore[no-untyped-call]
+        elif begin % leaf.dtype.itemsize:  # an unaligned read may kill the process
+            own = own.clone()  # type: ignore[no-untyped-call]
         empty = torch.empty(0, dtype=leaf.dtype, device="cpu")
         return empty.set_(own, 0, shape)  # type: ignore[call-overload,no-any-return]
 
@@ -112,15 +112,17 @@ class Shard:
         """Fill a contiguous tensor with the bytes of the file from ``begin`` on."""
         if data.nbytes:
             try:
-                self.disk.read_into(self.name, self.head, begin, writable(data))
+                with closing(self.disk.reading(self.name, self.head)) as file:
+                    file.into(begin, writable(data))
             except Defect as defect:
                 raise corrupt(self.path, defect) from None
 
-    def _mapped(self, part: slice) -> torch.UntypedStorage:
+    def _mapped(self, begin: int, nbytes: int) -> torch.UntypedStorage | None:
+        """Return a storage of its own, as torch.save() writes the whole one; ``None`` if the file cannot be mapped."""
         if self._memory is None:
             self._memory = self.disk.map(self.name, self.container.size, self.head)
         try:
-            return self._memory[part]
+            return None if self._memory is None else self._memory.part(begin, nbytes)
         except Defect as defect:
             raise corrupt(self.path, defect) from None
 

@@ -6,15 +6,12 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from actrec._progress import showing
 from actrec.errors import CorruptRecordingError
 
-from .check import shard_problems, shards_expected
-from .description import read_description
-from .ledger import Heading
+from .check import shard_problems
 from .load import opened
 from .place import Place, place
-from .rank import rank_folders, rank_number
+from .rank import rank_folders
 
 
 def verify(
@@ -57,14 +54,4 @@ def _problems(disk: Place, *, progress: bool) -> Iterator[str]:
         yield from opened(disk)._misfits(progress=progress)
     except CorruptRecordingError as error:
         yield str(error)
-    expected = [(folder, shards_expected(folder)) for folder in rank_folders(disk)]
-    with showing("verify", sum(len(shards) for _, shards in expected), progress=progress) as each:
-        for folder, shards in expected:
-            nothing: Heading | None = None
-            try:
-                nothing = read_description(folder).heading(rank_number(folder))
-            except CorruptRecordingError as error:
-                yield str(error)
-            except FileNotFoundError:
-                pass  # if there are shards, opening has said so
-            yield from shard_problems(folder, nothing, each(shards))
+    yield from shard_problems(rank_folders(disk), "verify", progress=progress)
