@@ -28,8 +28,6 @@ from .rank import Rank
 from .read_only import ReadOnlyLayer
 from .shard import Shard
 
-#: Runs of at least so many bytes are read to their place directly; shorter ones are read together, and then copied.
-_RUN: Final = 1 << 16
 _PIECE: Final = 1 << 22  # bytes that are read together
 
 
@@ -182,71 +180,79 @@ class StoredLayer(ReadOnlyLayer):
 
     @override
     def _join(self, how: How, dim: int, *, release: bool = False) -> Value:
-        new = how == "stack"
-        room = self._room(new=new) if dim == 0 else []
-        if not room:
+        columns = self._columns(new=how == "stack") if dim == 0 else []
+        if not columns:
             return super()._join(how, dim)
         calls = 0
         for shard, part in self._read():
             here = slice(calls, calls := calls + len(part))
-            for leaf, (joined, firsts) in zip(part.groups[0].leaves, room, strict=True):
-                _scatter(shard, leaf.begin, joined, firsts[here], leaf.counts(new=new))
-        return part.groups[0].structure.spec.fill([joined for joined, _ in room])
+            for leaf, column in zip(part.groups[0].leaves, columns, strict=True):
+                column.read(shard, leaf.begin, here)
+        return part.groups[0].structure.spec.fill([column.joined for column in columns])
 
-    def _room(self, *, new: bool) -> list[tuple[Tensor, Tensor]]:
-        """Allocate memory for each tensor of all calls, joined. Return it, and the row at which each stored call begins.
+    def _columns(self, *, new: bool) -> list[_Column]:
+        """Allocate memory for each tensor of all calls, joined; if ``new``, each call is one row.
 
         Empty if the calls are too different to be joined by copying bytes.
         """
-        known: tuple[str, list[tuple[torch.dtype, list[int] | None]]] | None = None
-        counts: list[tuple[Tensor, ...]] = []
+        known: object = None
+        counts: list[list[Tensor]] = []
+        rows: list[list[int] | None] = []
+        dtypes: list[torch.dtype] = []
         for _, part in self._read():
             group, *others = part.groups
             rows = [leaf.row(new=new) for leaf in group.leaves]
-            look = (
-                group.text,
-                [(leaf.dtype, row) for leaf, row in zip(group.leaves, rows, strict=True)],
-            )
-            known = known or look
-            if others or look != known or None in rows or not group.structure.joins:
+            dtypes = [leaf.dtype for leaf in group.leaves]
+            known = known or (group.text, dtypes, rows)
+            alike = not others and known == (group.text, dtypes, rows)
+            if not alike or None in rows or not group.structure.joins:
                 return []
-            counts.append(tuple(leaf.counts(new=new) for leaf in group.leaves))
-        kinds = known[1] if known else []
-        room = []
-        for (dtype, shape), parts in zip(kinds, zip(*counts, strict=True), strict=True):
-            many = torch.cat(parts)
-            joined = torch.empty((int(many.sum()), *(shape or ())), dtype=dtype, device="cpu")
-            room.append((joined, self._firsts(many)))
-        return room
-
-    def _firsts(self, counts: Tensor) -> Tensor:
-        """Return the row at which each stored call begins, among all rows in the order of the calls."""
-        if self._order is None:
-            return counts.cumsum(0) - counts
-        ordered = counts[self._order]
-        return torch.empty_like(counts).index_copy_(0, self._order, ordered.cumsum(0) - ordered)
+            counts.append([leaf.counts(new=new) for leaf in group.leaves])
+        return [
+            _Column(dtype, row or [], torch.cat(many), self._order)
+            for dtype, row, many in zip(dtypes, rows, zip(*counts, strict=True), strict=True)
+        ]
 
     def _read(self) -> Iterator[tuple[Shard, Part]]:
         return chain.from_iterable(source.parts() for source in self._sources)
 
 
-def _scatter(shard: Shard, begin: int, joined: Tensor, firsts: Tensor, counts: Tensor) -> None:
-    """Read the rows of calls that follow each other in a shard, and put those of each call to its place in ``joined``."""
-    if not joined.numel():
-        return
-    heads = (firsts[1:] != (firsts + counts)[:-1]).nonzero()[:, 0] + 1
-    rows = joined.view(len(joined), -1).view(torch.uint8)
-    width, many = rows.shape[1], int(counts.sum())
-    if len(heads) * _RUN <= many * width:  # few, and long
-        for some in torch.tensor_split(torch.stack([firsts, counts], 1), heads.tolist()):
-            first, total = int(some[0, 0]), int(some[:, 1].sum())
-            shard.read_into(begin, rows[first : first + total])
-            begin += total * width
-        return
-    before = counts.cumsum(0) - counts
-    places = torch.repeat_interleave(firsts - before, counts) + torch.arange(many, device="cpu")
-    for some in torch.split(places, max(1, _PIECE // width)):
-        read = torch.empty((len(some), width), dtype=torch.uint8, device="cpu")
-        shard.read_into(begin, read)
-        words(rows).index_copy_(0, some, words(read))
-        begin += read.nbytes
+class _Column:
+    """One tensor of the values: the rows of all calls, joined.
+
+    Args:
+        dtype: of the tensor.
+        row: the shape of a row.
+        counts: how many rows each call has, in the order of the files, ``(calls,)``.
+        order: the calls in their own order; ``None`` if it is that of the files.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, row: list[int], counts: Tensor, order: Tensor | None
+    ) -> None:
+        self.joined = torch.empty((int(counts.sum()), *row), dtype=dtype, device="cpu")
+        self._counts = counts
+        ordered = counts if order is None else counts[order]
+        self._firsts = ordered.cumsum(0) - ordered  # the row at which each call begins
+        if order is not None:
+            self._firsts = torch.empty_like(counts).index_copy_(0, order, self._firsts)
+
+    def read(self, shard: Shard, begin: int, calls: slice) -> None:
+        """Read the rows of calls that follow each other in a shard from byte ``begin`` on to their places."""
+        if not self.joined.numel():
+            return
+        firsts, counts = self._firsts[calls], self._counts[calls]
+        rows = self.joined.view(len(self.joined), -1).view(torch.uint8)
+        width, many = rows.shape[1], int(counts.sum())
+        if torch.equal(firsts[1:], (firsts + counts)[:-1]):
+            first = int(firsts[0])
+            shard.read_into(begin, rows[first : first + many])
+            return
+        # Also long runs of rows: reading each to its place is no faster, measured for calls of up to 256 KB.
+        before = counts.cumsum(0) - counts
+        places = torch.repeat_interleave(firsts - before, counts) + torch.arange(many, device="cpu")
+        for some in torch.split(places, max(1, _PIECE // width)):
+            read = torch.empty((len(some), width), dtype=torch.uint8, device="cpu")
+            shard.read_into(begin, read)
+            words(rows).index_copy_(0, some, words(read))
+            begin += read.nbytes
