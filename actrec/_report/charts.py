@@ -183,7 +183,9 @@ def heat(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> Html:
         _row(f"{at}: {name}", _svg(_cells(names, name, row), name, (len(row), 1), height))
         for at, (name, row) in enumerate(zip(names, matrix, strict=True))
     ]
-    gradient = tag("span", style=f"flex:1;margin:0 8px;background:{_gradient()}")
+    colours = ",".join(_heat(step / 4) for step in range(5))
+    background = f"linear-gradient(90deg,{colours})"
+    gradient = tag("span", style=f"flex:1;margin:0 8px;background:{background}")
     scale = tag("div", tag("span", "0"), gradient, tag("span", "1"), class_="axis")
     return tag("div", tag("table", *rows, _row("", scale)), class_="chart")
 
@@ -200,8 +202,3 @@ def _heat(share: float) -> str:
     at = min(int(place), len(_STOPS) - 2)
     mixed = (a + (b - a) * (place - at) for a, b in zip(_STOPS[at], _STOPS[at + 1], strict=True))
     return "#" + "".join(f"{round(part):02x}" for part in mixed)
-
-
-def _gradient() -> str:
-    colours = ",".join(_heat(step / 4) for step in range(5))
-    return f"linear-gradient(90deg,{colours})"

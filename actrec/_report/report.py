@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 
 from actrec._progress import showing
-from actrec._recordings.course import Point, course, spread
+from actrec._recordings.course import course, spread
 from actrec._recordings.layer import Layer
 from actrec._recordings.recording import Recording
 from actrec._recordings.similarity import FEWEST, similarity
@@ -67,7 +67,10 @@ def _page(acts: Recording[Any], *, progress: bool) -> str:
     title = acts._title()
     made = f"made by actrec {own_version()}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}"
     where = [" from ", tag("code", acts._run.where)] if acts._run.where else []
-    anchors = {name: name.lower().replace(" ", "-") for name in sections}
+    links = (tag("a", name, href=f"#{_anchor(name)}") for name in sections)
+    body = (
+        tag("section", tag("h2", name), html, id=_anchor(name)) for name, html in sections.items()
+    )
     page = (
         Html(MARK),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -78,21 +81,22 @@ def _page(acts: Recording[Any], *, progress: bool) -> str:
             tag("h1", title),
             tag("p", verdict),
             tag("p", made, *where),
-            tag("nav", *(tag("a", name, href=f"#{anchor}") for name, anchor in anchors.items())),
-            *(
-                tag("section", tag("h2", name), html, id=anchors[name])
-                for name, html in sections.items()
-            ),
+            tag("nav", *links),
+            *body,
         ),
     )
     return together(*page, "\n")
 
 
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
 def _list(sentences: Iterator[str]) -> Html:
     items = [tag("li", sentence) for sentence in sentences]
-    return (
-        tag("ul", *items) if items else tag("p", "Nothing was warned of, and nothing is missing.")
-    )
+    if not items:
+        return tag("p", "Nothing was warned of, and nothing is missing.")
+    return tag("ul", *items)
 
 
 def _beside(acts: Recording[Any], *, progress: bool) -> dict[str, Html]:
@@ -134,15 +138,13 @@ def _drift(layers: Sequence[Layer[Any]], *, progress: bool) -> Html:
     most = max(map(len, some))
     calls = f" Of up to {most:,} calls of each layer {_POINTS} are drawn." if most > _POINTS else ""
     charts = (
-        lines(what, [Line(name, _along(course, at)) for name, course in points])
+        lines(
+            what, [Line(name, [(one.number, one[at]) for one in course]) for name, course in points]
+        )
         for at, what in enumerate(("mean", "standard deviation", "share of zeros"), 1)
     )
     about = tag("p", f"Each point is one call.{calls}", _some(len(some), len(moving), "layer"))
     return together(about, *charts, key([name for name, _ in points]))
-
-
-def _along(points: Sequence[Point], at: int) -> list[tuple[float, float]]:
-    return [(point.number, point[at]) for point in points]
 
 
 def _similarity(acts: Recording[Any], layers: Sequence[Layer[Any]], *, progress: bool) -> Html:

@@ -57,13 +57,12 @@ STYLE = """
 def as_html(table: Table) -> Html:
     """Return a table: flat if it is small or its rows have no names, else a tree that folds."""
     title = tag("div", f"{table.title} ", _markup(table.verdict), class_="actrec-title")
+    body = _body(table.without_usual())
     return tag(
         "div",
         tag("style", Html(STYLE + _drawn(table))),
         tag("pre", as_text(table), class_="actrec-text"),
-        tag(
-            "div", title, _body(table.without_usual()), class_="actrec-table", style="display:none"
-        ),
+        tag("div", title, body, class_="actrec-table", style="display:none"),
         class_="actrec",
     )
 
@@ -141,9 +140,8 @@ class _Sheet:
         indent = f"padding-left:{_indent(depth)}px" if depth else None
         first = tag("td", _breakable(label), style=indent, title=cells[0])
         rest = map(_cell, self.classes[1:], cells[1:])
-        return tag(
-            "tr", first, *rest, class_="actrec-first" if isinstance(cells[0], Framed) else None
-        )
+        kind = "actrec-first" if isinstance(cells[0], Framed) else None
+        return tag("tr", first, *rest, class_=kind)
 
 
 _NOTE = "actrec-n"
@@ -184,9 +182,8 @@ def _branch(node: Node, rows: dict[str, Cells], sheet: _Sheet, depth: int) -> It
     for has_children, group in groupby(node.children.values(), lambda child: bool(child.children)):
         children = list(group)
         if not has_children:
-            yield from sheet.table(
-                [(_label(child), rows[child.prefix]) for child in children], depth
-            )
+            labelled = [(_label(child), rows[child.prefix]) for child in children]
+            yield from sheet.table(labelled, depth)
             continue
         for child in children:
             if child.is_row:

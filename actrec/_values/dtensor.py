@@ -32,9 +32,9 @@ def on_part(tensor: DTensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     or loses the kind of a partial placement.
 
     Raises:
-        CaptureError: it is sharded in another order than that of its mesh.
+        CaptureError: a dimension is sharded several times, in another order than that of the mesh.
     """
-    if not _in_order_of_mesh(tensor):
+    if any(dims != sorted(dims) for dims in shard_order(tensor)):
         message = (
             f"a DTensor that is sharded in another order than that of its mesh ({tensor.placements}) cannot be kept. "
             "Redistribute it in the model"
@@ -50,11 +50,6 @@ def on_part(tensor: DTensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         stride=tensor.stride(),
         run_check=False,
     )
-
-
-def _in_order_of_mesh(tensor: DTensor) -> bool:
-    """Whether each dimension that is sharded several times is sharded in the order of the mesh's dimensions."""
-    return all(dims == sorted(dims) for dims in shard_order(tensor))
 
 
 def detached(tensor: Tensor) -> Tensor:

@@ -137,11 +137,9 @@ def _instead(columns: list[list[Tensor]]) -> str:
     widths = {tensor.shape[-1] for tensor in column if tensor.dim() > 2}  # noqa: PLR2004  # samples, positions, width
     if not others and len(widths) == 1 and all(tensor.dim() == dimensions > 2 for tensor in column):  # noqa: PLR2004
         ways.append("with a row for each position, actrec.data.rows(acts, name, flatten=True)")
-    return (
-        f"They can be joined {', or '.join(ways)}."
-        if ways
-        else "They can be used one by one: acts[name][i]."
-    )
+    if not ways:
+        return "They can be used one by one: acts[name][i]."
+    return f"They can be joined {', or '.join(ways)}."
 
 
 def _agree(dim: int, column: list[Tensor]) -> bool:

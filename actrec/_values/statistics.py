@@ -44,11 +44,9 @@ class Statistics:
     @property
     def std(self) -> float:
         """The sample standard deviation of the finite elements, as in ``torch.std``; NaN for one element."""
-        return (
-            math.sqrt(max(self._squares, 0.0) / (self._finite - 1))
-            if self._finite > 1
-            else math.nan
-        )
+        if self._finite <= 1:
+            return math.nan
+        return math.sqrt(max(self._squares, 0.0) / (self._finite - 1))
 
     @property
     def min(self) -> float:
