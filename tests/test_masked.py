@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from actrec import AlignmentError, OptionError, UnknownLayerError, compare, record
+from actrec import AlignmentError, OptionError, UnknownLayerError, compare, load, record
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Model(nn.Module):
@@ -184,3 +187,49 @@ def test_a_tensor_that_some_passes_do_not_have_is_masked_in_the_others() -> None
             acts.add("mask", MASK)
     found = {row.leaf: row.count for row in acts.stats(mask="mask") if row.layer == ""}
     assert found == {"[0]": 2 * 2 * int(MASK.sum()), "[1]": 2 * int(MASK.sum())}
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Identity()
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.hidden(x) * attention_mask[..., None]
+
+
+def test_a_mask_may_be_a_layer_or_in_its_values_as_for_rows(tmp_path: Path) -> None:
+    net = Padded()
+    runs = []
+    for value in (VALUE, PADDED):
+        with record(net, ["hidden"], inputs={"": None}) as acts:
+            net(value, attention_mask=MASK)
+            acts.add("mask", MASK)
+            acts.add("both", (torch.ones(2), {"mask": MASK}))
+        runs.append(acts)
+    acts, padded = runs
+    acts.save(tmp_path / "run")
+    expected = acts.stats(mask="mask")[0]
+    assert (expected.layer, expected.left_out) == ("hidden", 4 * int((MASK == 0).sum()))
+    for one in (acts, load(tmp_path / "run")):
+        for mask in (
+            (one.inputs[""], "attention_mask"),
+            one["mask"],
+            ("mask",),
+            ("both", 1, "mask"),
+        ):
+            assert one.stats(mask=mask)[0] == expected
+            assert not compare(one, padded)[0].equal
+            assert compare(one, padded, mask=mask)[0].equal
+    for wrong, error, message in (
+        ((acts.inputs[""], "masks"), AlignmentError, r"the value of pass 0 has no \['masks'\]"),
+        (("both", 3), AlignmentError, r"the value of pass 0 has no \[3\]"),
+        (("masks", 3), UnknownLayerError, "nothing with that name was recorded"),
+        ((3, 1), OptionError, "expected the name of a mask"),
+        ((), OptionError, "expected the name of a mask"),
+        ((lambda values: values["mask"], 1), OptionError, "expected the name of a mask"),
+    ):
+        with pytest.raises(error, match=message):
+            acts.stats(mask=wrong)  # type: ignore[arg-type]
+        with pytest.raises(error, match=message):
+            compare(acts, acts, mask=wrong)  # type: ignore[arg-type]

@@ -306,6 +306,19 @@ def test_the_first_layer_with_a_nan_is_found_in_one_line() -> None:
     assert (first.layer, first.nan, first.nonfinite_pass) == ("1", 2, 1)
 
 
+def test_the_unit_of_the_first_nan_is_named() -> None:
+    model = nn.Identity()
+    with record(model, "") as acts:
+        for key, value in ((7, 1.0), ("b", NAN), ("c", NAN)):
+            with acts.unit(key):
+                model(torch.tensor([value]))
+        model(torch.tensor([NAN]))
+    first = acts.stats().first_nonfinite
+    assert first is not None
+    assert (first.nan, first.nonfinite_pass, first.nonfinite_unit) == (3, 1, "b")
+    assert "first NaN: '', pass 1, unit 'b'" in repr(acts.stats())
+
+
 def test_an_earlier_pass_comes_before_an_earlier_layer() -> None:
     fine, bad = torch.ones(1), torch.tensor([INF])
     first = made(a=[fine, fine, bad], b=[fine, bad, fine], c=[bad * 0 + 1, fine, bad]).stats()
@@ -321,7 +334,7 @@ def test_rows_make_a_data_frame() -> None:
     assert list(frame["layer"]) == ["a", "b"]
     assert frame["count"].sum() == 4
     assert frame["mean"][0] == 1
-    assert frame.shape == (2, 15)
+    assert frame.shape == (2, 16)
 
 
 def test_they_print_as_a_table() -> None:

@@ -18,7 +18,7 @@ from actrec.errors import OptionError, UnknownLayerError
 from .comparable import Leaf, comparable, shapes, with_names_of
 from .comparison import Comparison, Row
 from .layer import Layer
-from .masked import Mask, Masks, left_in
+from .masks import Mask, Masks, left_in
 from .pairing import paired
 from .recording import Recording
 from .reduced import Reduced
@@ -68,9 +68,9 @@ def compare(
             ``1e-5`` for float32, ``1e-3`` and ``1e-5`` for float16, ``1.6e-2`` and ``1e-5`` for bfloat16,
             ``1e-7`` both for float64, and 0 for integers and bools.
         atol: see ``rtol``.
-        mask: the name of a mask ``(batch, tokens)`` in ``a``, or a function that makes one, as in :meth:`Recording.stats`:
-            positions where it is 0, such as padding, are not compared. If ``b`` has a mask with that name, it is used for ``b``,
-            so the same tokens may be at other positions. Tensors that do not have these positions are compared in full.
+        mask: a mask ``(batch, tokens)`` in ``a``, or a function that makes one, as in :meth:`Recording.stats`: positions where it
+            is 0, such as padding, are not compared. If it is given by a name, and ``b`` has a mask with that name, that one is used
+            for ``b``, so the same tokens may be at other positions. Tensors that do not have these positions are compared in full.
         progress: whether to show the progress, as in :meth:`Recording.stats`.
 
     Returns:
@@ -152,7 +152,8 @@ def _check_mapping(a: Recording[Any], b: Recording[Any], names: Mapping[str, str
 
 def _masks(a: Recording[Any], b: Recording[Any], mask: Mask) -> tuple[Masks, Masks | None]:
     """Return the masks of ``a`` and of ``b``; ``None`` for ``b`` if those of ``a`` apply to it too."""
-    is_of_both = callable(mask) or mask in b
+    named = mask[0] if mask and isinstance(mask, tuple) else mask
+    is_of_both = callable(named) or (isinstance(named, str) and named in b)
     own = Masks("compare", a, a._run.raised(), mask)
     return own, Masks("compare", b, b._run.raised(), mask) if is_of_both else None
 

@@ -23,7 +23,7 @@ from actrec.errors import JoinError, UnknownLayerError
 from .instead import NOT_RECORDED, explained, no_attribute_of_recording, no_layer
 from .layer import Layer, V
 from .look import Together
-from .masked import Mask, Masks
+from .masks import Mask, Masks
 from .pass_numbers import ListView
 from .run import Run
 from .selecting import Known, chosen
@@ -457,11 +457,11 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         [('0', 16, 8), ('mask', 4, 2)]
 
         Args:
-            mask: the name of a mask ``(batch, tokens)`` that each pass has, 0 at the positions to leave out, or a function that
-                makes one from the values of a pass: ``mask=lambda values: values["ids"] != 0``. It applies to all tensors
-                ``(batch, tokens, ...)``, with the calls of a pass joined, and ``(batch * tokens, ...)``, as in
-                :func:`actrec.data.rows`. A tensor with other positions, such as one vector for each sample, counts in full:
-                ``left_out`` says how many elements of each tensor were left out.
+            mask: the name of a mask ``(batch, tokens)`` that each pass has, 0 at the positions to leave out; or a layer, or what is
+                in its values: ``mask=(acts.inputs[""], "attention_mask")``; or a function that makes one from the values of a pass:
+                ``mask=lambda values: values["ids"] != 0``. It applies to all tensors ``(batch, tokens, ...)``, with the calls of a
+                pass joined, and ``(batch * tokens, ...)``, as in :func:`actrec.data.rows`. A tensor with other positions, such as one
+                vector for each sample, counts in full: ``left_out`` says how many elements of each tensor were left out.
             progress: whether to show the progress: a bar of ``tqdm`` if that is installed, else a line on stderr.
 
         Returns:
@@ -471,7 +471,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         Raises:
             AlignmentError: a pass has no mask, or no layer has its positions.
             UnknownLayerError: there is no mask with that name.
-            OptionError: ``mask`` is neither a name nor a function.
+            OptionError: ``mask`` is neither a layer nor a function.
         """
         masks = None if mask is None else Masks("acts.stats", self, self._run.raised(), mask)
         return stats([self[name] for name in self._in_order()], masks, progress=progress)

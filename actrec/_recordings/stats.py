@@ -20,8 +20,9 @@ from actrec._values.histogram import Histogram
 from actrec._values.spec import leaves
 
 from .layer import Layer
-from .masked import Masks, left_in
+from .masks import Masks, left_in
 from .tally import Tally, drawn
+from .units import Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Row:
     shape: str
     histogram: Histogram
     left_out: int = 0
+    nonfinite_unit: Key | None = None
 
 
 class Stats(Rows[Row]):
@@ -75,6 +77,7 @@ class Stats(Rows[Row]):
                         numbers: ``histogram.counts``, and the ends ``low`` and ``high`` of each bin;
                         ``histogram.quantile(0.5)`` and ``histogram.bars(low, high, many)`` use them
     ``left_out``        how many elements a mask has left out; they are not in the other columns
+    ``nonfinite_unit``  the key of the unit that was the first such pass, or ``None``
     ==================  ===========================================================================
 
     Statistics are computed in float64: of the moduli of complex numbers, of bools as 0 and 1, of the dequantized values
@@ -111,7 +114,10 @@ class Stats(Rows[Row]):
         if first is None:
             return ""
         what = " or ".join(["NaN"] * bool(first.nan) + ["infinity"] * bool(first.inf))
-        return badge(f"first {what}: {_name(first)}, pass {first.nonfinite_pass}")
+        where = f"{_name(first)}, pass {first.nonfinite_pass}"
+        if first.nonfinite_unit is not None:
+            where += f", unit {first.nonfinite_unit!r}"
+        return badge(f"first {what}: {where}")
 
 
 _COLUMNS: Final = (
@@ -155,10 +161,11 @@ def stats(layers: Sequence[Layer[Any]], masks: Masks | None = None, *, progress:
 
 def _rows(layer: Layer[Any], masks: Masks | None, each: Each) -> Iterator[Row]:
     found: dict[str, Tally] = {}
-    nonfinite: dict[str, int] = {}  # the first pass with any
+    nonfinite: dict[str, tuple[int, Key | None]] = {}  # the first pass with any, and its unit
     by_cast = {} if layer._overflows is None else layer._overflows.nonfinite()
     kept: Iterable[Mapping[str, Tensor]] = repeat({}) if masks is None else masks.of(layer)
-    for value, number, counts in zip(each(layer), layer.passes, kept, strict=False):
+    calls = zip(each(layer), layer.passes, layer.units, kept, strict=False)
+    for value, number, unit, counts in calls:
         for path, tensor in leaves(value):
             mask = counts.get(path)
             counted = None if mask is None else left_in(tensor, mask)
@@ -168,9 +175,10 @@ def _rows(layer: Layer[Any], masks: Masks | None, each: Each) -> Iterator[Row]:
             if cast:
                 by_cast[number] -= cast
             if bad > cast:
-                nonfinite.setdefault(path, number)
+                nonfinite.setdefault(path, (number, unit))
     for path, tally in (found or {"": Tally()}).items():
         statistics = tally.statistics
+        bad_pass, bad_unit = nonfinite.get(path, (None, None))
         yield Row(
             layer.name,
             path,
@@ -183,8 +191,9 @@ def _rows(layer: Layer[Any], masks: Masks | None, each: Each) -> Iterator[Row]:
             statistics.nan,
             statistics.inf,
             statistics.nbytes,
-            nonfinite.get(path),
+            bad_pass,
             tally.looks.shape,
             tally.bins.histogram(),
             tally.left_out,
+            bad_unit,
         )

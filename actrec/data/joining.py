@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from actrec._recordings.covering import first_columns
+from actrec._recordings.masks import first_columns
 
 from .calls import Look
 from .numbering import integers

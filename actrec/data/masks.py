@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from actrec._recordings.pass_values import MissingError, PassValues, Stored
+from actrec._recordings.masks import MissingError, PassValues, Stored
 from actrec._recordings.recording import Recording
 from actrec.errors import OptionError
 

@@ -1,25 +1,25 @@
-"""Statistics without padding: which positions of a layer's tensors a mask keeps."""
+"""Masks: which positions of a layer's tensors count, such as those that are no padding."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
+from actrec._values.join import joined
 from actrec._values.spec import leaves
 from actrec.errors import AlignmentError, OptionError, UnknownLayerError
 
-from .covering import first_columns
 from .layer import Layer
 from .pass_numbers import RankPass, calls_of
-from .pass_values import MissingError, PassValues, Stored
 
-#: The name of a mask, or a function that makes one from the stored values of a pass.
-Mask: TypeAlias = str | Callable[[Mapping[str, Any]], Tensor]
+#: A layer or its name, perhaps with indices of what is in its values, or a function of the stored values of a pass.
+Mask: TypeAlias = str | Layer[Any] | tuple[Any, ...] | Callable[[Mapping[str, Any]], Tensor]
 
 #: For each call, by the paths of its tensors, which positions count; a tensor that is not in the dict counts in full.
 Kept: TypeAlias = list[dict[str, Tensor]]
@@ -32,10 +32,10 @@ class Masks:
         call: the calling function, for messages.
         recording: the recording that has the mask.
         raised: its passes that raised, which may have no mask.
-        mask: the name of the mask, or a function that makes it.
+        mask: what the user gave.
 
     Raises:
-        OptionError: ``mask`` is neither a name nor a function.
+        OptionError: ``mask`` is neither a layer nor a function.
         UnknownLayerError: nothing with that name was recorded.
     """
 
@@ -46,16 +46,22 @@ class Masks:
         raised: AbstractSet[RankPass],
         mask: Mask,
     ) -> None:
-        given: object = mask
-        if not (isinstance(given, str) or callable(given)):
-            message = f"{call}(mask={mask!r}): expected the name of a mask that was recorded or added, or a function that makes one."
+        named, *steps = mask if isinstance(mask, tuple) and mask else (mask,)
+        self._call = f"{call}(mask={mask!r})" if isinstance(mask, str) else f"{call}(mask=...)"
+        if isinstance(named, str):
+            if named not in recording:
+                message = f"{self._call}: nothing with that name was recorded. Add it to each pass: acts.add({named!r}, attention_mask)."
+                raise UnknownLayerError(message)
+            named = recording[named]
+        self._layer = named if isinstance(named, Layer) else None
+        if self._layer is None and (steps or not callable(named)):
+            message = (
+                f"{call}(mask={mask!r}): expected the name of a mask that was recorded or added, a layer such as acts.inputs[''], a "
+                "tuple of either and the index of a tensor in its values, or a function that makes a mask."
+            )
             raise OptionError(message)
-        if isinstance(mask, str) and mask not in recording:
-            message = f"{call}(mask={mask!r}): nothing with that name was recorded. Add it to each pass: acts.add({mask!r}, attention_mask)."
-            raise UnknownLayerError(message)
-        self._call = call
-        self._mask = mask
-        self._stored = Stored(recording)
+        self._make, self._steps = named, steps
+        self._stored = Stored(recording if self._layer is None else {self._layer.name: self._layer})
         self._raised = raised
         self._known: dict[RankPass, list[Tensor] | None] = {}
         self._fits = False
@@ -74,7 +80,7 @@ class Masks:
                 if kept is not None:
                     for number, one in kept.items():
                         found[number][path] = one
-                    self._fits |= layer.name != self._mask
+                    self._fits |= layer is not self._layer
                     break
         return found
 
@@ -82,7 +88,7 @@ class Masks:
         """Raise ``AlignmentError`` if none of the layers has had the positions of the mask."""
         if not self._fits:
             message = (
-                f"{self._call}(mask={self._mask!r}): no layer has the positions of the mask, which are (batch, tokens) in each "
+                f"{self._call}: no layer has the positions of the mask, which are (batch, tokens) in each "
                 "pass. Layers have them as (batch, tokens, ...) or (batch * tokens, ...)."
             )
             raise AlignmentError(message)
@@ -130,25 +136,35 @@ class Masks:
 
     def _read(self, rank_pass: RankPass) -> list[Tensor] | None:
         try:
-            if callable(self._mask):
-                values: list[Any] = [self._mask(PassValues(self._stored, rank_pass))]
+            if self._layer is None:
+                values: list[Any] = [self._make(PassValues(self._stored, rank_pass))]
             else:
-                values = self._stored.values(self._mask, rank_pass)
+                values = self._stored.values(self._layer.name, rank_pass)
         except MissingError as error:
             if rank_pass in self._raised:
                 return None
-            message = f"{self._call}(mask=...): pass {rank_pass[1]} has no {error.args[0]!r}. Add it to each pass."
+            message = (
+                f"{self._call}: pass {rank_pass[1]} has no {error.args[0]!r}. Add it to each pass."
+            )
             raise AlignmentError(message) from None
-        for value in values:
-            if not isinstance(value, Tensor) or value.dim() != 2:  # noqa: PLR2004
-                what = (
-                    f"of shape {tuple(value.shape)}"
-                    if isinstance(value, Tensor)
-                    else type(value).__name__
-                )
-                message = f"{self._call}(mask=...): the mask of pass {rank_pass[1]} is {what}, not a tensor (batch, tokens)."
-                raise AlignmentError(message)
-        return [(value.detach() != 0).cpu() for value in values]
+        return [self._checked(value, rank_pass[1]) for value in values]
+
+    def _checked(self, value: Any, number: int) -> Tensor:
+        """Return the mask in a value of pass ``number``, as bools."""
+        for step in self._steps:
+            try:
+                value = value[step]
+            except (LookupError, TypeError):
+                message = f"{self._call}: the value of pass {number} has no [{step!r}]."
+                raise AlignmentError(message) from None
+        if not isinstance(value, Tensor) or value.dim() != 2:  # noqa: PLR2004
+            shape = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+            what = shape or type(value).__name__
+            message = (
+                f"{self._call}: the mask of pass {number} is {what}, not a tensor (batch, tokens)."
+            )
+            raise AlignmentError(message)
+        return (value.detach() != 0).cpu()
 
 
 def left_in(tensor: Tensor, kept: Tensor | None) -> Tensor:
@@ -188,3 +204,81 @@ def _firsts(mask: list[int], tokens: list[int]) -> list[int | None] | None:
         if any(many not in {own, before} and own != 1 for many, own, before in pairs):
             return None
     return first_columns(mask, tokens)
+
+
+def first_columns(mask: Sequence[int], tokens: Sequence[int]) -> list[int | None] | None:
+    """Return the column of the mask that each call of a pass begins with; ``None`` for a call whose tokens all count.
+
+    >>> first_columns([5, 6, 7], [5, 1, 1])  # a mask for each step, which also covers the cached tokens
+    [0, 5, 6]
+    >>> first_columns([7], [5, 1, 1])  # one mask for the whole pass
+    [0, 5, 6]
+    >>> first_columns([5], [5, 1, 1])  # the mask of a prompt, as generate() gets it: all generated tokens count
+    [0, None, None]
+
+    Args:
+        mask: the number of columns of each mask in the pass: one mask for each call of the layer, or a single one.
+        tokens: the number of tokens of each call of the layer.
+
+    Returns:
+        ``None`` if the mask does not belong to these tokens.
+    """
+    if len(mask) == len(tokens):
+        firsts = [many - own for many, own in zip(mask, tokens, strict=True)]
+        return None if min(firsts) < 0 else [*firsts]
+    ends = [*accumulate(tokens, initial=0)]
+    if len(mask) != 1 or mask[0] not in ends[1:]:
+        return None
+    covered = ends.index(mask[0], 1)
+    # After a prompt come steps of one token. A decoder begins with one token, and its encoder's mask does not apply to it.
+    is_prompt = set(tokens[covered:]) <= {1} and (covered == 1 or tokens[0] > 1)
+    if not is_prompt:
+        return None
+    return [begin if end <= mask[0] else None for begin, end in pairwise(ends)]
+
+
+# --- The values of a pass ------------------------------------------------------------------------------
+
+
+class MissingError(KeyError):
+    """A layer has no call in a pass."""
+
+
+class Stored:
+    """The calls of each pass, by layer."""
+
+    def __init__(self, recording: Mapping[str, Layer[Any]]) -> None:
+        self.recording = recording
+        self._calls: dict[str, dict[RankPass, list[int]]] = {}
+
+    def values(self, name: str, rank_pass: RankPass) -> list[Any]:
+        """Return the values of a layer's calls in a pass; ``MissingError`` if it has none."""
+        layer = self.recording[name]
+        if name not in self._calls:
+            self._calls[name] = calls_of(layer._rank_passes())
+        calls = self._calls[name]
+        numbers = calls.get(rank_pass) or calls.get((None, rank_pass[1]))
+        if numbers is None:
+            raise MissingError(name)
+        return [layer[number] for number in numbers]
+
+
+class PassValues(Mapping[str, Any]):
+    """The values of a pass, read on access; those of several calls are joined along dimension 1, the tokens."""
+
+    def __init__(self, stored: Stored, rank_pass: RankPass) -> None:
+        self._stored = stored
+        self._rank_pass = rank_pass
+
+    @override
+    def __getitem__(self, name: str) -> Any:
+        values = self._stored.values(name, self._rank_pass)
+        return values[0] if len(values) == 1 else joined(values, "cat", 1, f"values[{name!r}]")
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored.recording)
+
+    @override
+    def __len__(self) -> int:
+        return len(self._stored.recording)
