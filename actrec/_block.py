@@ -69,7 +69,6 @@ class Block(AbstractContextManager[Recorder[Any]]):
             for choice in self._selection.choices:
                 tracks.add(choice)
             recorder = Recorder[Any](type_name(self._model), self._selection, tracks)
-            self._session.order.update(dict.fromkeys(self._destination.order))
             self._functions = Functions(
                 self._selection.functions, self._session, tracks.add_function
             )
@@ -198,6 +197,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
             Folder.of(self._options.path),
             Description.of(type_name(self._model), self._selection, self._options.dtype),
             self._session.passes,
+            self._session.order,
             resume=self._options.resume,
         )
 

@@ -36,6 +36,7 @@ from actrec import (
     UnknownLayerError,
     load,
     record,
+    reduce,
 )
 from actrec.__main__ import main
 from actrec._values.spec import tensors
@@ -240,6 +241,32 @@ def test_the_execution_order_comes_back(tmp_path: Path) -> None:
     for recording in (acts, found, load(tmp_path / "b")):
         assert recording.execution_order == ["0", "1", "", "x"]
     assert [row.layer for row in found.stats()] == ["0", "1", "", "x"]
+
+
+def test_a_reduction_is_in_the_execution_order_though_it_is_written_last(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    layers = {"2": None, "1": reduce.Moments(), "0": None}
+
+    def go(acts: Any) -> None:
+        for _ in range(3):
+            with torch.no_grad():
+                net(torch.ones(1, 2))
+            acts.add("x", 1)
+
+    folder = Folder(tmp_path / "a", shard_bytes=64)  # smaller than a pass
+    with record(net, layers, into=folder) as acts:
+        go(acts)
+    load(tmp_path / "a").save(tmp_path / "b")
+    with record(net, layers | {"": reduce.Moments()}) as memory:
+        go(memory)
+    memory.save(tmp_path / "c")
+    for found in (acts, load(tmp_path / "a"), load(tmp_path / "b")):
+        assert found.execution_order == ["0", "1", "2", "x"]
+    for found in (memory, load(tmp_path / "c")):
+        assert found.execution_order == ["0", "1", "2", "", "x"]
+    with record(net, layers, into=folder, resume=True) as acts:
+        go(acts)
+    assert load(tmp_path / "a").execution_order == ["0", "1", "2", "x"]
 
 
 def test_a_call_outlives_the_recording_and_its_files(path: Path) -> None:

@@ -25,8 +25,6 @@ class Destination(Protocol):
     The methods here are right where nothing was recorded before and nothing can go wrong later.
     """
 
-    #: The layers that have calls of earlier runs, in the order of their first calls.
-    order: Sequence[str] = ()
     rank: int | None = None  #: of this process; ``None`` in memory
     where: str = ""  #: the path, if it is one
     error: str | None = None  #: the type of the exception that ended the block, if one did

@@ -108,7 +108,9 @@ def _write(
     raised = {numbers.get(rank_pass, rank_pass[1]) for rank_pass in recording._run.raised()}
     with opening.lock:
         passes = 0
-        writer = Writer(opening.own, opening.ledger, folder, lambda: passes, raised)
+        writer = Writer(
+            opening.own, opening.ledger, folder, lambda: passes, raised, order=recording._run.order
+        )
         error: str | None = "save() did not finish"
         try:
             for call in _calls(recording, layers, numbers, progress=progress):

@@ -49,9 +49,11 @@ class Stream:
         folder: Folder,
         description: Description,
         passes: Passes,
+        order: dict[str, None],
         *,
         resume: bool = False,
     ) -> None:
+        """``order`` gets the layers, in the order in which their first calls ended: those of earlier runs here."""
         self._opening = Opening("record(into={path!r})", folder, description, resume=resume)
         rank, ledger = self._opening.rank, self._opening.ledger
         self._resumed = resume
@@ -70,8 +72,7 @@ class Stream:
             self._numbers[layer.role][layer.name] = len(self._numbers[layer.role])
         for slot in ledger.layers:
             self._numbers[slot.role][slot.name] = slot.number
-        #: The layers that have calls, in the order of their first calls.
-        self.order: Sequence[str] = [*self._before._run.order]
+        order.update(dict.fromkeys(self._before._run.order))
         self.error: str | None = "the recorder was garbage-collected before the block ended"
         self.closed = False
         self._backwards = Backwards(passes.count_complete)
@@ -81,6 +82,7 @@ class Stream:
             folder,
             self._backwards.count_complete,
             passes.raised,
+            order=order,
             late=self._backwards.take,
         )
         self.keep, self.keep_later = self._writer.keep, self._writer.keep_later

@@ -47,9 +47,10 @@ class Writer:
         complete: Callable[[], int],
         raised: Collection[int] = (),
         *,
+        order: Iterable[str],
         late: Callable[[int], Iterable[Call]] = lambda _: (),
     ) -> None:
-        """``complete()`` returns how many passes can be committed.
+        """``complete()`` returns how many passes can be committed; ``order`` has the layers in the order of their first calls.
 
         ``late(n)`` returns calls of passes before ``n`` that exist only once these are complete: gradients.
         """
@@ -57,6 +58,7 @@ class Writer:
         self._ledger = ledger
         self._complete = complete
         self._late = late
+        self._order = order
         self._budget = folder.budget
         self._seconds = folder.seconds
         self._finished = ledger.heading.shard + 1  # how many shards are synced
@@ -196,7 +198,11 @@ class Writer:
     def _write(self, batch: Batch) -> Unfinished | Upload:
         parts, tensors = layout.lay_out(batch.calls)
         heading = self._ledger.next(parts, batch.commit)
-        layers = self._ledger.layers
+        order = {name: at for at, name in enumerate([*self._order])}
+        # A reduction, or a gradient, is first written long after its first call.
+        layers = dict(
+            sorted(self._ledger.layers.items(), key=lambda one: order.get(one[0].name, len(order)))
+        )
         write = partial(layout.write, heading=heading, layers=layers, parts=parts, tensors=tensors)
         return self._disk.begin(shard_name(heading.shard), write)
 
