@@ -24,6 +24,7 @@ from actrec import (
     compare,
     load,
     record,
+    reduce,
 )
 from actrec._values import chunks as _blocks
 from tests.made import made
@@ -624,3 +625,21 @@ def test_units_that_one_has_alone_are_named() -> None:
     ]
     row = compare(of_units([3, 1], model, values), acts)[0]
     assert (row.note, row.calls, row.different_pass) == ("0 and 2 calls of unit 'b'", 4, 1)
+
+
+def test_a_layer_that_only_one_recording_has_reduced_differs() -> None:
+    model = nn.Linear(2, 2)
+    found = []
+    for layers in ({"": reduce.Moments()}, {"": None}):
+        with torch.no_grad(), record(model, layers) as acts:
+            for _ in range(3):
+                model(torch.ones(2, 2))
+        found.append(acts)
+    reduced, kept = found
+    for a, b, note in (
+        (reduced, kept, "reduced in a alone"),
+        (kept, reduced, "reduced in b alone"),
+    ):
+        row = compare(a, b)[0]
+        assert (row.note, row.calls, row.equal, row.different_pass) == (note, 0, False, 0)
+    assert compare(reduced, reduced).equal

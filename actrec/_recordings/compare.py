@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any, TypeAlias
 
-from torch import Tensor
-
-from actrec._progress import Each, showing
+from actrec._progress import showing
 from actrec._selection.nearest import nearest
-from actrec._values.difference import Difference, Mismatch, Tolerances
-from actrec._values.shapes import dtype_name
 from actrec.errors import OptionError, UnknownLayerError
 
-from .comparable import Leaf, comparable, shapes, with_names_of
-from .comparison import Comparison, Row
+from .compare_layers import rows
+from .comparison import Comparison
 from .layer import Layer
-from .masks import Mask, Masks, left_in
-from .pairing import paired
+from .masks import Mask, Masks
 from .recording import Recording
-from .reduced import Reduced
 
 #: The names of the layers of the first recording in the second.
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
@@ -92,7 +86,7 @@ def compare(
     calls = sum(min(len(one), len(two)) for one, two in layers)
     with showing("compare", calls, progress=progress) as each:
         result = Comparison(
-            row for one, two in layers for row in _rows(one, two, tolerances, masks, each)
+            row for one, two in layers for row in rows(one, two, tolerances, masks, each)
         )
     if masks is not None:
         masks[0].check()
@@ -147,129 +141,9 @@ def _check_mapping(a: Recording[Any], b: Recording[Any], names: Mapping[str, str
                 raise UnknownLayerError(message)
 
 
-# --- One layer ---------------------------------------------------------------------------------------
-
-
 def _masks(a: Recording[Any], b: Recording[Any], mask: Mask) -> tuple[Masks, Masks | None]:
     """Return the masks of ``a`` and of ``b``; ``None`` for ``b`` if those of ``a`` apply to it too."""
     named = mask[0] if mask and isinstance(mask, tuple) else mask
     is_of_both = callable(named) or (isinstance(named, str) and named in b)
     own = Masks("compare", a, a._run.raised(), mask)
     return own, Masks("compare", b, b._run.raised(), mask) if is_of_both else None
-
-
-def _rows(
-    a: Layer[Any],
-    b: Layer[Any],
-    tolerances: Tolerances,
-    masks: tuple[Masks, Masks | None] | None,
-    each: Each,
-) -> Iterator[Row]:
-    found: dict[str, _Tally] = {}
-    if isinstance(a, Reduced) or isinstance(b, Reduced):
-        masks = None  # it was applied when they were recorded
-    kept_a = [] if masks is None else masks[0].of(a)
-    kept_b = kept_a if masks is None or masks[1] is None else masks[1].of(b)
-    pairing = paired(a, b)
-    values = zip(each(_values(a, pairing.ours)), _values(b, pairing.theirs), strict=True)
-    for (x, y), call, other in zip(values, pairing.ours, pairing.theirs, strict=False):
-        number = a.passes[call]
-        xs, ys = comparable(x), comparable(y)
-        if masks is not None and (masks[1] is not None or shapes(xs) == shapes(ys)):
-            xs, ys = _masked(xs, kept_a[call]), _masked(ys, kept_b[other])
-        ys = with_names_of(xs, ys)
-        for path in dict.fromkeys([*xs, *ys]):
-            tally = found.setdefault(path, _Tally())
-            if path in xs and path in ys:
-                tally.compare(xs[path], ys[path], call, number, tolerances)
-            else:
-                tally.differ(number, f"call {call} only in {'a' if path in xs else 'b'}")
-    found = found or {"": _Tally()}
-    for path, tally in found.items():
-        if pairing.alone is not None:
-            tally.differ(*pairing.alone)
-        yield tally.row(a.name, path, b.name)
-
-
-def _values(layer: Layer[Any], numbers: Sequence[int]) -> Iterable[Any]:
-    """Return some calls of a layer; if it was reduced, its result."""
-    if isinstance(layer, Reduced):
-        return [layer.compute()]
-    return layer if numbers == range(len(layer)) else map(layer.__getitem__, numbers)
-
-
-def _masked(leaves: dict[str, Leaf], kept: Mapping[str, Tensor]) -> dict[str, Leaf]:
-    """Return the leaves with only the positions of tensors that count."""
-    tensors = {path: one for path, one in leaves.items() if isinstance(one, Tensor)}
-    return leaves | {path: left_in(tensors[path], one) for path, one in kept.items()}
-
-
-class _Tally:
-    """Counts and differences of one tensor of a layer, over the calls compared so far."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.difference = Difference()
-        self.equal = True
-        self.different_pass: int | None = None
-        self.notes: dict[str, None] = {}
-
-    def differ(self, number: int, note: str = "") -> None:
-        """Note that pass ``number`` differs by more than the tolerances."""
-        self.equal = False
-        if self.different_pass is None or number < self.different_pass:
-            self.different_pass = number
-        if note:
-            self.notes.setdefault(note)
-
-    def compare(self, x: Leaf, y: Leaf, call: int, number: int, tolerances: Tolerances) -> None:
-        """Compare a leaf of call ``call`` of ``a`` with that of the paired call."""
-        if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-            self.calls += 1
-            if x is not y and x != y:
-                self.differ(number, f"call {call}: {_quoted(x)} and {_quoted(y)}")
-            return
-        try:
-            close = self.difference.add(x, y, tolerances)
-        except Mismatch as mismatch:
-            self.differ(number, f"call {call}: {mismatch}")
-            return
-        self.calls += 1
-        if x.dtype != y.dtype:
-            self.notes.setdefault(f"{dtype_name(x)} and {dtype_name(y)}")
-        if not close:
-            self.differ(number)
-
-    def row(self, layer: str, leaf: str, other: str) -> Row:
-        """Return the result as a row."""
-        found = self.difference
-        for which, many in zip("ab", found.nan, strict=True):
-            if many:
-                self.notes.setdefault(f"{many:,} NaN in {which} alone")
-        return Row(
-            layer,
-            leaf,
-            other,
-            self.calls,
-            found.count,
-            found.max_abs,
-            found.max_rel,
-            found.cosine,
-            self.equal and found.equal,
-            self.different_pass is None,
-            self.different_pass,
-            _first(self.notes) if self.notes or self.calls else "nothing to compare",
-            sum(found.nan),
-        )
-
-
-def _quoted(leaf: Leaf, most: int = 20) -> str:
-    """Return a text, or the beginning of a long one."""
-    text = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def _first(notes: Iterable[str], most: int = 2) -> str:
-    notes = list(notes)
-    more = [f"{len(notes) - most:,} more"] if len(notes) > most else []
-    return "; ".join([*notes[:most], *more])
