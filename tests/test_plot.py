@@ -251,8 +251,9 @@ def test_what_is_no_image_is_an_error(value: Any, found: str) -> None:
 
 
 def test_an_image_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(OptionError, match=r"feature_maps\(item=2\): the batch has 2 images"):
-        feature_maps(torch.ones(2, 1, 3, 3), item=2)
+    for item in (2, -3, 0.5, "a"):
+        with pytest.raises(OptionError, match=rf"\(item={item!r}\): the batch has 2 images"):
+            feature_maps(torch.ones(2, 1, 3, 3), item=item)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="nothing was recorded of layer 'a'"):
         feature_maps(made(a=[])["a"])
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from torch import Tensor
 
 from actrec._recordings.course import spread
 from actrec._recordings.layer import Layer
@@ -99,30 +100,32 @@ def _maps(value: Value, item: int) -> Array:
             raise OptionError(message)
         value = value[0]
     tensor = next((tensor for _, tensor in leaves(value)), None)
-    bad = (
-        tensor is None
-        or tensor.is_meta
-        or tensor.is_nested
-        or is_distributed(tensor)
-        or tensor.layout is not torch.strided
-        or tensor.dim() not in {2, 3, 4}
-        or not tensor.numel()
-    )
-    if tensor is None or bad:
-        kind = "DTensor" if tensor is not None and is_distributed(tensor) else "tensor"
-        what = "no tensor" if tensor is None else f"a {kind} of shape {shape_of(tensor)}"
-        what += " without data" if tensor is not None and tensor.is_meta else ""
+    if tensor is None or not _has_maps(tensor):
         message = (
-            f"feature_maps(): expected (batch, channel, height, width), or less, found {what}. "
+            f"feature_maps(): expected (batch, channel, height, width), or less, found {_found(tensor)}. "
             "Give it a tensor with two to four dimensions, such as acts[name][0]."
         )
         raise OptionError(message)
     if tensor.dim() == 4:  # noqa: PLR2004  # batch, channel, height, width
-        if not -len(tensor) <= item < len(tensor):
-            message = f"feature_maps(item={item}): the batch has {count(len(tensor), 'image')}."
+        if not hasattr(item, "__index__") or not -len(tensor) <= item < len(tensor):
+            message = f"feature_maps(item={item!r}): the batch has {count(len(tensor), 'image')}, numbered from 0."
             raise OptionError(message)
         tensor = tensor[item]
     return numbers(tensor.reshape(-1, *tensor.shape[-2:]))
+
+
+def _has_maps(tensor: Tensor) -> bool:
+    special = tensor.is_meta or tensor.is_nested or is_distributed(tensor)
+    if special or tensor.layout is not torch.strided:
+        return False
+    return tensor.dim() in {2, 3, 4} and tensor.numel() > 0
+
+
+def _found(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "no tensor"
+    kind = "DTensor" if is_distributed(tensor) else "tensor"
+    return f"a {kind} of shape {shape_of(tensor)}" + " without data" * tensor.is_meta
 
 
 def _robust(array: Array) -> tuple[float, float]:
