@@ -44,7 +44,7 @@ def showing(what: str, total: int, *, progress: bool) -> Iterator[Each]:
         A context manager that yields the wrapper.
     """
     if not (progress and total):
-        yield unseen
+        yield iter
         return
     with closing(_bar()(total=total, desc=what, leave=False)) as bar:
 
@@ -54,11 +54,6 @@ def showing(what: str, total: int, *, progress: bool) -> Iterator[Each]:
                 bar.update(1)
 
         yield each
-
-
-def unseen(items: Iterable[T], /) -> Iterable[T]:
-    """Return the items: a wrapper that shows nothing."""
-    return items
 
 
 def _bar() -> Callable[..., Any]:

@@ -221,8 +221,6 @@ def leaves(value: Value) -> list[tuple[str, Tensor]]:
 
     A tensor that occurs several times is listed each time.
     """
-    if type(value) is Tensor:
-        return [("", value)]
     found, spec = flatten(value)
     return [(path, found[number]) for path, number in spec.paths]
 

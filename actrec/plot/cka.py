@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from actrec._progress import unseen
 from actrec._recordings import similarity as cka
 from actrec._text import count
 from actrec.errors import OptionError
@@ -54,7 +53,7 @@ def similarity(acts: Layers, *, most: int = 256, ax: Axes | None = None) -> Axes
     """
     at_least_one("similarity", most)
     names = ordered(acts)
-    found = cka.similarity(acts, names, most, unseen)
+    found = cka.similarity(acts, names, most, iter)
     if not found.matrix:
         message = (
             f"similarity(): {count(found.samples, 'sample')} to compare. It needs {cka.FEWEST} or more: with fewer the measure is "

@@ -10,7 +10,6 @@ from matplotlib import pyplot as plt
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-from actrec._progress import unseen
 from actrec._recordings.course import MOST_CALLS, course
 from actrec._recordings.layer import Layer
 from actrec._text import count
@@ -99,7 +98,7 @@ def _left_out(acts: Layers, names: list[str]) -> str:
 
 def _course(layer: Layer[Any]) -> tuple[list[int], Array]:
     """Return the passes of some calls, and their means, standard deviations and shares of zeros."""
-    points = course(layer, unseen)
+    points = course(layer, iter)
     return [point.number for point in points], np.array(points)[:, 1:]
 
 
