@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice, zip_longest
@@ -148,10 +148,6 @@ class SinkLayer(Layer[Any]):
     @override
     def _is_kept(self) -> bool:
         return hasattr(self.sink, "__iter__")
-
-    @override
-    def _readable(self) -> Iterable[Value]:
-        return self.sink if self._is_kept else ()
 
     def _items(self) -> Any:
         if not self._is_kept:

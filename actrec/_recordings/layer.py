@@ -304,7 +304,7 @@ class Layer(Sequence[V], Generic[V]):
 
     def _join(self, how: How, dim: int, *, release: bool = False) -> V:
         call = f"acts[{self.name!r}].{how}(dim={dim!r})"
-        values = [*self._readable()]  # read once: each read from disk makes a new value
+        values = [*self]  # read once: each read from disk makes a new value
         if not len(self):
             message = f"{call}: nothing was recorded of this layer, so there is nothing to join."
             raise JoinError(message)
@@ -325,12 +325,12 @@ class Layer(Sequence[V], Generic[V]):
 
     @property
     def _is_kept(self) -> bool:
-        """Whether the calls can be read: not if they were reduced. Internal."""
+        """Whether the calls can be read: not if they were reduced, or a container has them that cannot be iterated over."""
         return True
 
     def _readable(self) -> Iterable[V]:
-        """Return the calls that can be read: all of them, unless the user's container has them."""
-        return self
+        """Return the calls that can be read."""
+        return self if self._is_kept else ()
 
     @override
     def __eq__(self, other: object) -> bool:

@@ -6,7 +6,6 @@ Only the first calls are read, up to a number of elements; the title says so.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import count as counter
 from typing import Any, Final
 
 from torch import Tensor
@@ -49,18 +48,17 @@ def layer_table(title: str, total: int, calls: Iterable[Any]) -> Table:
         calls: the calls; only the first are read.
     """
     found: dict[tuple[str, str, str], _Seen] = {}
-    elements = read = 0
-    for read, value in zip(counter(1), calls, strict=False):  # noqa: B007  # the last number counts
+    elements = 0
+    for read, value in enumerate(calls, 1):
         for path, tensor in leaves(value):
             look = Summary()
             look.add(tensor)
             key = path, look.shape, dtype_name(tensor)
             found.setdefault(key, _Seen(tensor)).add(tensor)
             elements += 0 if tensor.is_nested else tensor.numel()
-        if elements >= MOST:
+        if elements >= MOST and read < total:
+            title += f"; the first {count(read, 'call')}"
             break
-    if read < total:
-        title += f"; the first {count(read, 'call')}"
     rows = [
         (shown(path) if path else "call", shape, dtype, f"{seen.calls:,}", *seen.cells())
         for (path, shape, dtype), seen in found.items()

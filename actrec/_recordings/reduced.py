@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from actrec._tables.html import as_html
 from actrec._torch import count_an_update, reductions_of
 from actrec._values.containers import Value
 from actrec._values.memory import held
@@ -24,7 +23,6 @@ from actrec._values.spec import tensors
 from actrec.errors import ActrecError
 
 from .layer import Layer
-from .layer_view import layer_table
 from .pass_numbers import RankPass
 from .pass_runs import PassRuns
 
@@ -128,14 +126,6 @@ class Reduced(Layer[Any]):
     @override
     def _is_kept(self) -> bool:
         return False
-
-    @override
-    def _readable(self) -> Iterator[Value]:
-        self._refuse()
-
-    @override
-    def _repr_html_(self) -> str:
-        return as_html(layer_table(repr(self), 0, ()))
 
     def _refuse(self) -> NoReturn:
         message = (
