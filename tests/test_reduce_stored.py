@@ -23,7 +23,7 @@ from actrec import (
     save,
     verify,
 )
-from actrec._recordings.pass_runs import in_runs
+from actrec._recordings.pass_numbers import in_runs
 from actrec._recordings.reduced import Reduced
 from actrec.errors import CorruptRecordingError
 from actrec.store import Folder

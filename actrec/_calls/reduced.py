@@ -15,8 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 from typing_extensions import override
 
-from actrec._recordings.pass_numbers import ListView, RankPass
-from actrec._recordings.pass_runs import PassRuns
+from actrec._recordings.pass_numbers import ListView, PassRuns, RankPass
 from actrec._recordings.reduced import Reduced, followed, merged
 from actrec._values.containers import Value
 from actrec._values.spec import tensors

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 
 from torch import Tensor, nn
 
+from actrec._selection.functions import What
 from actrec._selection.globs import glob, is_glob
 from actrec._selection.nearest import nearest
 from actrec._text import count
@@ -21,7 +22,9 @@ def _by_word(table: dict[str, str]) -> dict[str, str]:
     return {word: answer for words, answer in table.items() for word in words.split()}
 
 
-#: What may be recorded besides outputs, and how to record it.
+#: What may be recorded besides outputs: the attributes of a recording.
+_ATTRIBUTES: Final[Mapping[What, str]] = {"input": "inputs", "gradient": "grads"}
+#: How to record it.
 NOT_RECORDED: Final = {
     "inputs": "acts.inputs: inputs were not recorded. Record them: record(model, layers, inputs=True).",
     "grads": "acts.grads: gradients were not recorded. Record them: record(model, layers, grads=True).",
@@ -204,12 +207,18 @@ def no_attribute_of_recording(recording: Mapping[str, Any], name: str) -> str:
     return f"acts.{name}: a recording has no such attribute. Layers are items: acts[{first!r}]."
 
 
-def no_layer(recording: Mapping[str, Any], name: object) -> str:
-    """Return the message for an item that is not the name of a layer."""
-    if isinstance(name, str):
-        return f"acts[{name!r}]: no layer of that name was recorded. {_other_name(recording, name)}"
-    if isinstance(name, nn.Module):
-        return f"acts[...]: {no_module(name)}"
+def no_layer(
+    recording: Mapping[str, Any], beside: Mapping[What, Mapping[Any, Any]], name: object
+) -> str:
+    """Return the message for an item that is not the name of a layer.
+
+    Args:
+        recording: the recording.
+        beside: those of inputs and of gradients, which may have the layer.
+        name: the item.
+    """
+    if isinstance(name, (str, nn.Module)):
+        return _no_layer_called(recording, beside, name)
     first = next(iter(recording), "name")
     if isinstance(name, tuple) and name and name[0] in recording and not isinstance(name[-1], str):
         rest = "".join(f"[{_shown(index)}]" for index in name[1:])
@@ -220,6 +229,18 @@ def no_layer(recording: Mapping[str, Any], name: object) -> str:
         given = repr(name) if isinstance(name, (list, tuple, re.Pattern)) else "..."
         return f"acts[...]: expected the name of one layer. A recording of several layers is acts.select({given})."
     return f"acts[{name!r}]: expected the name of a layer, such as acts[{first!r}]."
+
+
+def _no_layer_called(
+    recording: Mapping[str, Any], beside: Mapping[What, Mapping[Any, Any]], name: str | nn.Module
+) -> str:
+    place = f"[{name!r}]" if isinstance(name, str) else "[...]"
+    there = [f"acts.{_ATTRIBUTES[what]}{place}" for what, one in beside.items() if name in one]
+    if there:
+        return f"acts{place}: the outputs of that layer were not recorded; there is {' and '.join(there)}."
+    if isinstance(name, nn.Module):
+        return f"acts{place}: {no_module(name)}"
+    return f"acts{place}: no layer of that name was recorded. {_other_name(recording, name)}"
 
 
 def no_module(module: nn.Module) -> str:

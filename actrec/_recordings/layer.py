@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final, Generic, Literal, TypeAlias
 from torch import Tensor
 from typing_extensions import TypeVar, override
 
+from actrec._selection.functions import What
 from actrec._tables.html import as_html
 from actrec._text import count, shown, size
 from actrec._values.join import How, joined
@@ -27,7 +28,7 @@ from .pass_numbers import ListView, RankPass, nth_calls
 from .units import Key, Units
 
 #: What the values of a layer are: outputs, inputs, gradients of outputs, values that the user added, or keys of units.
-Role: TypeAlias = Literal["output", "input", "gradient", "added", "unit"]
+Role: TypeAlias = What | Literal["added", "unit"]
 
 #: The type of a layer that is a function.
 FUNCTION: Final = "function"

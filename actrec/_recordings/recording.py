@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, Final, Generic, overload
+from typing import Any, Generic, overload
 
 from torch import nn
 from typing_extensions import TypeVar, override
@@ -32,9 +32,6 @@ from .table import recording_table
 from .units import Key, missing
 
 T = TypeVar("T")
-
-#: The attributes with inputs and with gradients.
-_ATTRIBUTES: Final[Mapping[What, str]] = {"input": "inputs", "gradient": "grads"}
 
 
 @explained(no_attribute_of_recording)
@@ -135,23 +132,9 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         given: object = name
         key = self._key(name) if isinstance(given, (str, nn.Module)) else None
         if key is None:
-            raise UnknownLayerError(self._elsewhere(given) or no_layer(self, given))
+            raise UnknownLayerError(no_layer(self, self._beside, given))
         self._run.deliver()
         return self._layers[key]
-
-    def _elsewhere(self, name: object) -> str:
-        """Return the message for a layer of which only inputs or gradients were recorded; ``""`` for any other."""
-        if not isinstance(name, (str, nn.Module)):
-            return ""
-        index = f"[{name!r}]" if isinstance(name, str) else "[...]"
-        there = [
-            f"acts.{_ATTRIBUTES[what]}{index}"
-            for what, part in self._beside.items()
-            if name in part
-        ]
-        if not there:
-            return ""
-        return f"acts{index}: the outputs of that layer were not recorded; there is {' and '.join(there)}."
 
     @override
     def __iter__(self) -> Iterator[str]:

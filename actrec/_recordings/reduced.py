@@ -23,8 +23,7 @@ from actrec._values.spec import tensors
 from actrec.errors import ActrecError
 
 from .layer import Layer
-from .pass_numbers import RankPass
-from .pass_runs import PassRuns
+from .pass_numbers import PassRuns, RankPass
 
 M = TypeVar("M")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from numbers import Integral
 from typing import Any, Final, TypeAlias
@@ -21,20 +21,15 @@ _LARGEST: Final = (1 << 63) - 1
 
 
 class Units:
-    """Which passes of a recording are units, and their keys. A recording and its layers share one object.
+    """Which passes of a recording are units, and their keys. A recording and its layers share one object."""
 
-    Args:
-        read: reads them at the first use: each pass with its key, in the order of the passes.
-    """
-
-    def __init__(self, read: Callable[[], Iterable[tuple[RankPass, Key]]] = tuple) -> None:
-        self._read = read
+    def __init__(self) -> None:
         self.open: dict[RankPass, Key] = {}  # the keys of units that have not ended
 
     @cached_property
     def keys(self) -> dict[RankPass, Key]:
-        """The key of each pass that is a unit."""
-        return dict(self._read())
+        """The key of each pass that is a unit, in the order of the passes."""
+        return {}
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -10,8 +10,7 @@ from typing import Any, NoReturn, Protocol
 from typing_extensions import override
 
 from actrec._recordings.layer import Layer
-from actrec._recordings.pass_numbers import ListView, RankPass
-from actrec._recordings.pass_runs import PassRuns
+from actrec._recordings.pass_numbers import ListView, PassRuns, RankPass
 from actrec._values.containers import Value
 from actrec._values.join import How
 from actrec._values.shapes import Summary

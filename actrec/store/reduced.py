@@ -16,8 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from actrec._recordings.layer import FUNCTION, Layer
-from actrec._recordings.pass_numbers import ListView, RankPass
-from actrec._recordings.pass_runs import PassRuns, in_runs
+from actrec._recordings.pass_numbers import ListView, PassRuns, RankPass, in_runs
 from actrec._recordings.reduced import Reduced, merged
 from actrec._values.shapes import Summary
 from actrec._values.spec import tensors

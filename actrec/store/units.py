@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from functools import cached_property
+from itertools import chain, pairwise
 from typing import Final
 
 import torch
@@ -31,8 +32,14 @@ class StoredUnits(Units):
     """The stored units, read at the first use: all keys of a shard in one read."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
-        super().__init__(self._stored)
+        super().__init__()
         self.sources = sources
+
+    @cached_property
+    @override
+    def keys(self) -> dict[RankPass, Key]:
+        read = (self.of_shard(one, shard) for one in self.sources for shard, _ in one.parts())
+        return dict(chain.from_iterable(read))
 
     @override
     def __len__(self) -> int:
@@ -42,11 +49,6 @@ class StoredUnits(Units):
     def are_read(self) -> bool:
         """Whether the keys are known without reading anything."""
         return "keys" in vars(self) or not len(self)
-
-    def _stored(self) -> Iterator[tuple[RankPass, Key]]:
-        for source in self.sources:
-            for shard, _ in source.parts():
-                yield from self.of_shard(source, shard)
 
     def of_shard(self, source: Source, shard: Shard) -> Iterator[tuple[RankPass, Key]]:
         """Yield the keys in a shard, each with its rank and pass."""
