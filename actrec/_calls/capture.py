@@ -7,7 +7,7 @@ and with random numbers of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import torch
@@ -47,26 +47,25 @@ class Capture:
     what: str = "call"  # in messages, before the number of the call
     offload: Offload | None = None  # moves values while the model continues
     overflows: Overflows | None = None  # counts values that do not fit into the dtype
-    direct: bool = False  # whether a tensor on the CPU is kept just as it is
+    direct: bool = field(init=False)  # whether a tensor on the CPU is kept just as it is
+    is_twin: bool = field(init=False)  # whether what a layer returns is, if it is one
+
+    def __post_init__(self) -> None:
+        moved = self.device is not None and self.device.type != "cpu"
+        self.direct = self.dtype is None and self.detach and self.share and not moved
+        self.is_twin = self.direct and self.transform is None
 
     @classmethod
     def asked_for(cls, options: Options, *, share: bool) -> Capture:
         """Return what the options ask for, of any layer; ``share`` says whether memory may be shared with the model."""
-        asked = cls(detach=options.detach, share=share, device=options.device, dtype=options.dtype)
-        asked.direct = asked.is_direct()
-        return asked
-
-    def is_direct(self) -> bool:
-        """Whether the options ask for a tensor on the CPU just as it is."""
-        moved = self.device is not None and self.device.type != "cpu"
-        return self.dtype is None and self.detach and self.share and not moved
+        return cls(detach=options.detach, share=share, device=options.device, dtype=options.dtype)
 
     def of(
         self, layer: str, transform: Transform | None, what: str, offload: Offload | None
     ) -> Capture:
         """Return the same for the values of one layer."""
         asked = (self.detach, self.share, self.device, self.dtype)
-        return Capture(layer, transform, *asked, what, offload, direct=self.direct)
+        return Capture(layer, transform, *asked, what, offload)
 
     def __call__(self, value: Value, call: int) -> Value:
         """Return the value to keep for ``value``, which call number ``call`` returned, or ``SKIPPED``."""

@@ -39,9 +39,9 @@ from actrec._values.modes import UNCONCERNED
 from actrec._values.spec import tensors
 
 from .forwards import Forward, is_ours
-from .own_calls import is_symbolic, is_tracing
+from .own_calls import Unrecorded, is_symbolic, is_tracing
 from .session import Session
-from .track import Track, Unrecorded
+from .track import Track
 
 #: Makes the track of a chosen function, and what makes its layers part of the recording.
 Make = Callable[[Choice], tuple[Track, Callable[[], None]]]

@@ -19,8 +19,8 @@ from actrec._torch import children_of
 
 from .forwards import Forward
 from .function_mode import Aside, Asked, Function, Make, Shared, Watcher
+from .own_calls import Unrecorded
 from .session import Session
-from .track import Unrecorded
 
 
 class Missing(NamedTuple):

@@ -31,9 +31,6 @@ class Target(Protocol):
     def met_by_compiler(self) -> bool:
         """The compiler reads a hook: note it, and return whether the hook has to run, uncompiled."""
 
-    def keeps_all(self) -> bool:
-        """Whether all that it is told is kept as it is: then it takes no more memory to tell it later, with what follows."""
-
 
 T = TypeVar("T", bound=Target)
 

@@ -73,9 +73,8 @@ class Inputs:
     _stacks: dict[int, list[Arrival]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        is_kept = self.capture.direct and self.capture.transform is None
         names = self._parameters.positional
-        self._alone = names[0] if names and is_kept else None
+        self._alone = names[0] if names and self.capture.is_twin else None
 
     @classmethod
     def of(cls, module: nn.Module, calls: Layer[Any], capture: Capture) -> Inputs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from enum import Enum
 
 from torch import fx
 
@@ -18,6 +19,22 @@ from actrec._torch import (
 )
 from actrec._values.containers import Value
 from actrec._values.modes import UNCONCERNED
+
+
+class Unrecorded(Enum):
+    """Where calls run that are not recorded, as messages say it. The first is the likeliest cause."""
+
+    PAUSED = "inside acts.pause()"
+    BACKWARD = (
+        "inside backward(), where calls are not recorded: they may repeat those of the forward. If these do not, keep what they "
+        "return with acts.add()"
+    )
+    RECOMPUTED = (
+        "inside backward(), where activation checkpointing recomputes what was recorded before"
+    )
+    TRANSFORMED = "inside torch.func (vmap, grad, jvp), where a tensor represents many"
+    TRACED = "by something that reads the model (torch.jit.trace, make_fx, torch.export)"
+
 
 #: The threads in which torch.jit.trace may be comparing its trace with the model.
 comparing: set[int] = set()

@@ -82,10 +82,6 @@ class Session:
         # An operator that compiles itself cannot contain a hook that is not compiled.
         return self.recording and not compiles_itself()
 
-    def keeps_all(self) -> bool:
-        """It is told when calls begin and end, and of no value."""
-        return True
-
     # --- A pass ------------------------------------------------------------------------------------------------
 
     def enter(self, module: nn.Module, *, is_root: bool) -> bool:

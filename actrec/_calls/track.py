@@ -6,7 +6,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -37,24 +36,9 @@ from .foreign_hooks import put_after_others
 from .gradients import Gradients
 from .hooks import Hook
 from .inputs import Arrival, Inputs
-from .own_calls import comparing, is_own_call, is_symbolic, is_written_down
+from .own_calls import Unrecorded, comparing, is_own_call, is_symbolic, is_written_down
 from .parameters import named
 from .session import Session
-
-
-class Unrecorded(Enum):
-    """Where calls run that are not recorded, as messages say it. The first is the likeliest cause."""
-
-    PAUSED = "inside acts.pause()"
-    BACKWARD = (
-        "inside backward(), where calls are not recorded: they may repeat those of the forward. If these do not, keep what they "
-        "return with acts.add()"
-    )
-    RECOMPUTED = (
-        "inside backward(), where activation checkpointing recomputes what was recorded before"
-    )
-    TRANSFORMED = "inside torch.func (vmap, grad, jvp), where a tensor represents many"
-    TRACED = "by something that reads the model (torch.jit.trace, make_fx, torch.export)"
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -90,8 +74,7 @@ class Track:
         self.outputs = self.layers.get("output")
         if self.outputs is not None:
             self._keep_output = self.outputs._keep
-        is_kept = self.outputs is not None and self.capture.transform is None
-        self._is_direct = is_kept and self.capture.direct
+        self._is_direct = self.outputs is not None and self.capture.is_twin
 
     @property
     def kept(self) -> int:
@@ -109,9 +92,7 @@ class Track:
         """Whether all values are kept as they are, in lists: until compiled code has run they may wait for that."""
         kept = [(self.outputs, self.capture)]
         kept += [] if self.inputs is None else [(self.inputs.calls, self.inputs.capture)]
-        return all(
-            type(layer) is ListLayer and how.direct and how.transform is None for layer, how in kept
-        )
+        return all(type(layer) is ListLayer and how.is_twin for layer, how in kept)
 
     # --- All calls ---------------------------------------------------------------------------------------------
 
@@ -184,13 +165,9 @@ class Track:
             if backward_number() != -1:
                 self._returns_in_backward(output)
                 return
-            if (
-                # Cheap signs first: a dispatch mode that traces uses a subclass of Tensor.
-                type(output) is not Tensor
-                or is_jit_tracing()
-                or count_function_modes()
-                or comparing
-            ) and is_written_down(args, output):
+            # Cheap signs first, in this frame: a dispatch mode that traces uses a subclass of Tensor.
+            signs = type(output) is not Tensor or is_jit_tracing() or count_function_modes()
+            if (signs or comparing) and is_written_down(args, output):
                 self.unrecorded[Unrecorded.TRACED] += 1
                 return
         if RemovableHandle.next_id != hook.checked_at and put_after_others(hook, module):
@@ -283,7 +260,8 @@ class Track:
                 grads.expect(output, value, None)
         else:
             if not self.has_tensors:
-                self._look_at_first(self._first(output, value, received))
+                recorded = output if self.inputs is None else received
+                self._look_at_first(recorded if self.outputs is None else value)
             with self.lock:
                 if session.offload is None:
                     self._put(value, received, number)
@@ -310,29 +288,16 @@ class Track:
             error.add_note(f"raised while actrec kept call {call} of layer {self.capture.layer!r}")
             raise
 
-    def _first(self, output: Value, value: Value, received: Value) -> Value:
-        """Return what to search for tensors: the recorded output, else the recorded input, else (gradients only) the output."""
-        if self.outputs is not None:
-            return value
-        return output if self.inputs is None else received
-
     def _look_at_first(self, value: Value) -> None:
         """Look at the first call that is kept, or at a later one if those before had no tensors."""
         self.session.order.setdefault(self.capture.layer)
-        if type(value) is Tensor:  # the shortest way
-            self.has_tensors = True
-        else:
-            self._look_inside(value)
-        beside = (self.grads, self.session.offload, self.session.stop)
-        self._is_plain = self.has_tensors and self.outputs is not None and not any(beside)
-
-    def _look_inside(self, value: Value) -> None:
         tensors, spec = flatten(value)
         self.has_tensors = bool(tensors)
         if not tensors and self.placeholder is None:
             constants = (step.value for step in spec.steps if isinstance(step, Constant))
-            placeholders = (one for one in constants if isinstance(one, Opaque))
-            self.placeholder = next(placeholders, None)
+            self.placeholder = next((one for one in constants if isinstance(one, Opaque)), None)
+        beside = (self.grads, self.session.offload, self.session.stop)
+        self._is_plain = self.has_tensors and self.outputs is not None and not any(beside)
 
     def _failed(self, error: Exception, call: int) -> None:
         """Add the call and the layer to the error, as a note or in a new error, and remember it."""

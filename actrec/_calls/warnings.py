@@ -26,8 +26,9 @@ from actrec.errors import (
 )
 
 from .functions import Missing
+from .own_calls import Unrecorded
 from .session import Session
-from .track import Track, Unrecorded
+from .track import Track
 
 _Tracks: TypeAlias = Mapping[str, tuple[Choice, Track]]
 

@@ -51,8 +51,8 @@ class HookInGraph(Hook[T]):
         super().__init__(event, target, hear)
         self.told = _TOLD.get(event, _NOTHING)
         self.watches = event is Event.RETURN and getattr(target, "grads", None) is not None
-        #: Whether it may be told when the compiled code has gone on.
-        self.late = target.keeps_all()
+        #: Whether it may be told when the compiled code has gone on: of no value, or of those that lists keep as they are.
+        self.late = self.told == _NOTHING or target.keeps_all()  # type: ignore[attr-defined]  # of a track
         self.is_told = _asked_by_the_compiler(self)
 
     @property
