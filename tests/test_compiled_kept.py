@@ -653,7 +653,7 @@ ALONE = "(1, 0, ('tensor', 0))"
 
 def test_what_is_told_for_a_block_that_is_gone_is_told_to_nobody() -> None:
     model, target, heard = nn.Linear(4, 4), session.Session(), []
-    hook = in_graph.HookInGraph(Event.RETURN, target, lambda *_: heard.append(1))
+    hook = in_graph.HookInGraph(Event.LEAVE, target, lambda *_: heard.append(1))
     handle = hook.register(model)
     model(X)
     tell([X], [], ALONE, [hook.key], False, TOKEN)
