@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -19,8 +19,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from actrec._values.memory import words, writable
+from actrec.errors import CorruptRecordingError
 from actrec.store.disk import Later
-from actrec.store.format import Defect, corrupt
 from actrec.store.place import Place, Reading
 
 from .between import Between
@@ -131,8 +131,7 @@ class Stored(Source):
     @override
     def read(self, begin: int, out: Tensor, files: Files) -> None:
         if out.nbytes:
-            with files.opened(self) as reading:
-                reading.into(begin, writable(out))
+            files.reading(self).into(begin, writable(out))
 
     @override
     def take(self, begins: Tensor, out: Tensor, places: Tensor, files: Files) -> None:
@@ -140,31 +139,31 @@ class Stored(Source):
         width, memory = out.shape[1], writable(out)
         starts, targets = begins.tolist(), (places * width).tolist()
         parts = list(_parts(starts, width))
-        with files.opened(self) as reading:
-            into = reading.into
-            reading.gather(
-                ((starts[low], starts[high - 1] + width - starts[low]) for low, high in parts),
-                files.later,
-            )
-            for low, high in parts:
-                if high - low == 1:
-                    to = targets[low]
-                    into(starts[low], memory[to : to + width])
-                    continue
-                here, start = starts[low:high], starts[low]
-                if len(here) <= _FEW and len({*here}) == len(here):
-                    own = [memory[to : to + width] for to in targets[low:high]]
-                    into(start, *_apart(here, own))
-                    continue
-                found = torch.empty(here[-1] + width - start, dtype=torch.uint8, device="cpu")
-                into(start, writable(found))
-                rows = found.unfold(0, width, 1).index_select(0, begins[low:high] - start)
-                words(out).index_copy_(0, places[low:high], words(rows))
+        reading = files.reading(self)
+        into = reading.into
+        reading.gather(
+            ((starts[low], starts[high - 1] + width - starts[low]) for low, high in parts),
+            files.later,
+        )
+        for low, high in parts:
+            if high - low == 1:
+                to = targets[low]
+                into(starts[low], memory[to : to + width])
+                continue
+            here, start = starts[low:high], starts[low]
+            if len(here) <= _FEW and len({*here}) == len(here):
+                own = [memory[to : to + width] for to in targets[low:high]]
+                into(start, *_apart(here, own))
+                continue
+            found = torch.empty(here[-1] + width - start, dtype=torch.uint8, device="cpu")
+            into(start, writable(found))
+            rows = found.unfold(0, width, 1).index_select(0, begins[low:high] - start)
+            words(out).index_copy_(0, places[low:high], words(rows))
 
     @override
     def announce(self, begin: int, nbytes: int, files: Files) -> None:
         if nbytes:
-            with suppress(Defect):  # raised when it is read
+            with suppress(CorruptRecordingError):  # raised when it is read
                 files.reading(self).announce(begin, nbytes, files.fetching(self))
 
 
@@ -220,16 +219,8 @@ class Files(AbstractContextManager["Files"]):
             return self.later
         return self.between.fetching(file.place.shown(file.name), self.later)
 
-    @contextmanager
-    def opened(self, file: Stored) -> Iterator[Reading]:
-        """Open a file to read parts of it; a ``Defect`` becomes a ``CorruptRecordingError``."""
-        try:
-            yield self.reading(file)
-        except Defect as defect:
-            raise corrupt(file.place.shown(file.name), defect) from None
-
     def reading(self, file: Stored) -> Reading:
-        """Return an open file; raises ``Defect`` if something is wrong with it."""
+        """Return an open file; raises ``CorruptRecordingError`` if something is wrong with it."""
         found = self._open.pop(file, None)
         if found is None:
             found = file.place.reading(file.name, file.head)

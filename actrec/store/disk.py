@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Final, TypeAlias, cast
 import torch
 from typing_extensions import override
 
-from .format import ANOTHER, UNFINISHED, Defect, need
+from .format import ANOTHER, UNFINISHED, corrupt
 from .lock import Lock, locked
 from .new_file import Unfinished, sync
 from .safetensors import Writable
@@ -121,17 +121,18 @@ class Disk:
 
 
 class Reading:
-    """A file of which parts are read. Raises ``Defect`` if something is wrong with it."""
+    """A file of which parts are read. Raises ``CorruptRecordingError`` if something is wrong with it."""
 
     def __init__(self, path: Path, head: bytes) -> None:
+        self._path = path
         try:
             self._file = path.open("rb", buffering=0)
         except FileNotFoundError:
-            raise Defect(GONE) from None
+            raise corrupt(path, GONE) from None
         self._fd = self._file.fileno()
         if self._file.read(len(head)) != head:
             self.close()
-            raise Defect(ANOTHER)
+            raise corrupt(path, ANOTHER)
 
     def into(self, begin: int, *views: memoryview) -> None:
         """Fill ``views``, one after the other, with the bytes from ``begin`` on."""
@@ -140,7 +141,7 @@ class Reading:
             if not many:
                 now = os.fstat(self._fd).st_size
                 defect = f"it has become shorter: it had more bytes when it was opened, and has {now} now"
-                raise Defect(defect)
+                raise corrupt(self._path, defect)
             begin, views = begin + many, _after(many, views)
             many = _read(self._fd, views, begin)
 
@@ -188,15 +189,16 @@ class Mapped:
     def part(self, begin: int, nbytes: int) -> torch.UntypedStorage | None:
         """Return a part of the memory, which stays valid; ``None`` if the file cannot be mapped.
 
-        Raises ``Defect`` if another file is there by now.
+        Raises ``CorruptRecordingError`` if another file is there by now.
         """
-        need(self._path.exists(), GONE)
+        try:
+            found = self._path.stat().st_size
+        except FileNotFoundError:
+            raise corrupt(self._path, GONE) from None
         # Reading mapped memory after the end of the file would kill the process (SIGBUS).
-        found = self._path.stat().st_size
-        need(
-            found == self._size,
-            f"it had {self._size} bytes when it was opened, and has {found} now",
-        )
+        if found != self._size:
+            defect = f"it had {self._size} bytes when it was opened, and has {found} now"
+            raise corrupt(self._path, defect)
         if self._memory is None:
             Reading(self._path, self._head).close()  # has compared the first bytes
             try:

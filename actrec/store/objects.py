@@ -16,7 +16,7 @@ from actrec.errors import OptionError, ReadError
 
 from .blocks import BLOCK, CACHED, Blocks
 from .disk import GONE, Later
-from .format import ANOTHER, Defect, need
+from .format import ANOTHER, corrupt
 from .per_process import PerProcess
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Objects:
         """Return ``request()``. Errors become a ``ReadError``, except ``FileNotFoundError``."""
         try:
             return request()
-        except (FileNotFoundError, NotADirectoryError, Defect, ReadError):
+        except (FileNotFoundError, NotADirectoryError):
             raise
         except Exception as error:  # file systems raise whatever their libraries do
             message = f"{self.shown(name)} could not be read: {said(error)}."
@@ -73,10 +73,11 @@ class Objects:
 
 
 class Object:
-    """An object that began with ``head`` when the recording was opened. Raises ``Defect`` if something is wrong with it."""
+    """An object that began with ``head`` when the recording was opened. Raises ``CorruptRecordingError`` if something is wrong."""
 
     def __init__(self, objects: Objects, name: str, head: bytes, blocks: Blocks) -> None:
         self._objects, self._name, self._head, self._blocks = objects, name, head, blocks
+        self._url = objects.shown(name)
         self._same: Future[None] | None = None  # checks that it still begins with `head`
         self._coming: dict[tuple[int, int], Future[bytes]] = {}
 
@@ -89,13 +90,14 @@ class Object:
         try:
             found = begin + read(begin, view)
         except FileNotFoundError:
-            raise Defect(GONE) from None
+            raise corrupt(self._url, GONE) from None
         except ReadError:
             # If the object is shorter by now, that is a clearer message than the store's.
             found = self._objects.info(self._name)["size"]
             if found >= end:
                 raise
-        need(found >= end, f"it has become shorter, and ends at byte {found}")
+        if found < end:
+            raise corrupt(self._url, f"it has become shorter, and ends at byte {found}")
         if len(views) > 1:
             for one in views:
                 one[:] = view[: len(one)]
@@ -122,7 +124,7 @@ class Object:
         return len(part)
 
     def _read_small(self, begin: int, view: memoryview) -> int:
-        kept = self._blocks.of(self._objects.shown(self._name))
+        kept = self._blocks.of(self._url)
         with kept.lock:
             if kept.head != self._head:
                 self._check()
@@ -134,7 +136,8 @@ class Object:
         return self._read_at_once(begin, view)
 
     def _check(self) -> None:
-        need(self._download(0, len(self._head)) == self._head, ANOTHER)
+        if self._download(0, len(self._head)) != self._head:
+            raise corrupt(self._url, ANOTHER)
 
     def _download(self, begin: int, end: int) -> bytes:
         return self._objects.download(self._name, begin, end)

@@ -23,7 +23,7 @@ _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+)://(.*)", re.DOTALL)
 
 #: A folder, or a prefix in an object store. Both have the same methods, which do everything that the store does to files.
 Place: TypeAlias = Disk | Bucket
-#: A file of which parts are read. Both raise ``Defect`` if something is wrong.
+#: A file of which parts are read. Both raise ``CorruptRecordingError`` if something is wrong.
 Reading: TypeAlias = _disk.Reading | Object
 
 

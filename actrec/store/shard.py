@@ -111,20 +111,14 @@ class Shard:
     def read_into(self, begin: int, data: Tensor) -> None:
         """Fill a contiguous tensor with the bytes of the file from ``begin`` on."""
         if data.nbytes:
-            try:
-                with closing(self.disk.reading(self.name, self.head)) as file:
-                    file.into(begin, writable(data))
-            except Defect as defect:
-                raise corrupt(self.path, defect) from None
+            with closing(self.disk.reading(self.name, self.head)) as file:
+                file.into(begin, writable(data))
 
     def _mapped(self, begin: int, nbytes: int) -> torch.UntypedStorage | None:
         """Return a storage of its own, as torch.save() writes the whole one; ``None`` if the file cannot be mapped."""
         if self._memory is None:
             self._memory = self.disk.map(self.name, self.container.size, self.head)
-        try:
-            return None if self._memory is None else self._memory.part(begin, nbytes)
-        except Defect as defect:
-            raise corrupt(self.path, defect) from None
+        return None if self._memory is None else self._memory.part(begin, nbytes)
 
     # --- Layers ----------------------------------------------------------------------------------------
 
