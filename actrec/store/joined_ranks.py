@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from actrec._progress import Each
-from actrec._recordings.layer import Layer
 from actrec._recordings.pass_numbers import ListView
 from actrec._values.containers import Value
 from actrec._values.shapes import Summary
@@ -35,14 +34,8 @@ class _Call(NamedTuple):
 
     number: int  # of its pass
     rank: int  # the first that has a part
-    kind: int  # the index of its spreads
     spreads: tuple[tuple[int, Spread], ...]  # of the tensors that are parts
     parts: dict[int, int]  # by rank, the recorded call
-
-
-def made_whole(layer: StoredLayer) -> Layer[Any]:
-    """Return a layer whose calls are whole: ``layer`` itself, if none of its tensors is in parts."""
-    return WholeLayer(layer) if layer.in_parts else layer
 
 
 class WholeLayer(ReadOnlyLayer):
@@ -54,8 +47,8 @@ class WholeLayer(ReadOnlyLayer):
         self.recorded = recorded
 
     @cached_property
-    def _found(self) -> tuple[list[_Call], int]:
-        """The calls that are whole, and how many others there are."""
+    def _every(self) -> list[_Call]:
+        """All calls, also those of which parts are missing."""
         calls: dict[object, _Call] = {}
         counts: Counter[tuple[int, int]] = Counter()
         recorded = self.recorded
@@ -67,38 +60,42 @@ class WholeLayer(ReadOnlyLayer):
             # If a unit has failed on one rank, its later passes have other numbers: units go by key.
             of = number if unit is None else (unit,)
             key = (of, counts[owner], kind) if kinds[kind] else index
-            calls.setdefault(key, _Call(number, rank, kind, kinds[kind], {})).parts[rank] = index
+            calls.setdefault(key, _Call(number, rank, kinds[kind], {})).parts[rank] = index
             counts[owner] += 1
+        return [*calls.values()]
+
+    @cached_property
+    def _calls(self) -> list[_Call]:
+        """The calls that are whole."""
 
         @cache
-        def enough(kind: int, *ranks: int) -> bool:
-            return all(spread.enough(ranks) for _, spread in kinds[kind])
+        def enough(spreads: tuple[tuple[int, Spread], ...], *ranks: int) -> bool:
+            return all(spread.enough(ranks) for _, spread in spreads)
 
-        whole = [call for call in calls.values() if enough(call.kind, *call.parts)]
-        return whole, len(calls) - len(whole)
+        return [call for call in self._every if enough(call.spreads, *call.parts)]
 
     @property
     def left_out(self) -> int:
         """How many calls are left out because parts of them are missing."""
-        return self._found[1]
+        return len(self._every) - len(self._calls)
 
     @property
     @override
     def passes(self) -> ListView[int]:
-        return ListView([call.number for call in self._found[0]])
+        return ListView([call.number for call in self._calls])
 
     @property
     def ranks(self) -> list[int]:
         """For each call, the first rank that has recorded a part of it."""
-        return [call.rank for call in self._found[0]]
+        return [call.rank for call in self._calls]
 
     @override
     def __len__(self) -> int:
-        return len(self._found[0])
+        return len(self._calls)
 
     @override
     def _call(self, index: int) -> Value:
-        call = self._found[0][index]
+        call = self._calls[index]
         first = self._first(call)
         spreads = dict(call.spreads)
         tensors = [
@@ -123,7 +120,7 @@ class WholeLayer(ReadOnlyLayer):
 
     def outlines(self) -> Iterator[tuple[Spec, list[Tensor]]]:
         """Yield the spec of each call and its tensors, without data: on the meta device."""
-        for call in self._found[0]:
+        for call in self._calls:
             first = self._first(call)
             shapes = {number: spread.shape for number, spread in call.spreads}
             leaves = enumerate(first.group.leaves)

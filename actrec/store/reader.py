@@ -24,7 +24,7 @@ from actrec.errors import OptionError
 from .check import shard_problems
 from .description import LayerInfo
 from .format import ROLES, corrupt
-from .joined_ranks import WholeLayer, made_whole
+from .joined_ranks import WholeLayer
 from .layers import Source, StoredLayer
 from .place import Place
 from .rank import Rank
@@ -248,6 +248,7 @@ def _layers(
         found = sources.get((role, name), [])
         stored = StoredLayer(name, found[0].type if found else info.type, found)
         layer = made_reduced(stored, info.reduction, by_functions=functions)
-        layers[name] = made_whole(stored) if layer is stored and whole else layer
+        in_parts = whole and layer is stored and stored.in_parts
+        layers[name] = WholeLayer(stored) if in_parts else layer
         layers[name]._transform = info.transform
     return layers
