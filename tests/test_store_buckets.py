@@ -1072,7 +1072,7 @@ def test_a_run_that_was_taken_over_from_another_machine_is_stopped(
         idle = 0
         while idle < 50:  # there are moments between two steps of the writer
             finishing = writer._finisher is not None and writer._finisher.is_alive()
-            busy = writer._queue or writer._writing or finishing
+            busy = writer._queued_bytes or finishing
             idle = 0 if busy else idle + 1
             time.sleep(0.001)
         run(small(url, spool=tmp_path / "b"), resume=True)

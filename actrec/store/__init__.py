@@ -20,7 +20,7 @@ from actrec._values.stand_ins import Fields
 
 from .folder import Folder
 from .load import load
-from .rank_info import RankInfo
+from .rank import RankInfo
 from .reader import StoredRecording
 from .save import save
 from .verify import verify

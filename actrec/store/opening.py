@@ -51,13 +51,9 @@ class Opening:
             here(0, 1) if alone else here(folder.rank, folder.world_size, folder.run)
         )
         self.own = self.disk / rank_folder(position.rank)
-        if not resume:
-            self._check_named()
         self._check_path()
         if not resume:
-            if is_described(self.own):
-                raise self._taken(_DONE, _GO_ON)
-            self._check_others(position.run)
+            self._check_new()
         self.own.make()
         try:
             self.lock = self.own.lock()
@@ -72,7 +68,8 @@ class Opening:
 
     # --- What is there ---------------------------------------------------------------------------------
 
-    def _check_named(self) -> None:
+    def _check_new(self) -> None:
+        """Check that the run has a name, and that only other ranks of it have recorded there."""
         rank, ranks, run = self.position
         if run is None:
             message = (
@@ -81,6 +78,9 @@ class Opening:
                 "no other run has: record(..., into=Folder(path, run='2026-11-28-a')), or torchrun --rdzv-id=NAME."
             )
             raise OptionError(message)
+        if is_described(self.own):
+            raise self._taken(_DONE, _GO_ON)
+        self._check_others(run)
 
     def _check_path(self) -> None:
         """Check that there is a recording, or nothing."""

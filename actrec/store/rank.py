@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from .description import read_description
@@ -16,13 +17,13 @@ from .format import DESCRIPTION, SHARD, Slot, corrupt, shard_name
 from .ledger import SoFar
 from .per_process import PerProcess
 from .place import Place
-from .rank_info import RankInfo
 from .shard import Shard
 
 _RANK: Final = re.compile(r"rank-[0-9]{5}")
 #: How many bytes of headers a recording keeps in memory, and how many shards it keeps open, all ranks together.
 _MOST_BYTES: Final = 64 << 20
 _MOST_OPEN: Final = 1024
+_SHOWN: Final = 8  # ranks in a message
 
 
 # --- Folders -----------------------------------------------------------------------------------------
@@ -80,6 +81,51 @@ def _count(folder: Place) -> int:
         if name != shard_name(number):
             raise corrupt(folder.shown(shard_name(number)), "it is missing")
     return len(names)
+
+
+# --- How far the ranks have come ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """How far one rank of a stored recording has come."""
+
+    number: int
+    #: How many passes it has committed.
+    num_passes: int
+    #: Whether it was closed properly.
+    complete: bool
+    #: What happened if not, such as "killed or still recording", "left by ValueError" or "wrote nothing".
+    error: str | None
+
+
+def nothing_of(number: int) -> RankInfo:
+    """Return the entry of a rank that wrote nothing."""
+    return RankInfo(number, 0, complete=False, error="wrote nothing")
+
+
+def summary(ranks: Iterable[RankInfo]) -> Iterator[str]:
+    """Yield what is wrong, with the ranks that it is wrong with.
+
+    >>> ranks = [RankInfo(0, 5, True, None), RankInfo(1, 3, False, "left by ValueError")]
+    >>> list(summary([*ranks, nothing_of(2), nothing_of(3)]))
+    ['rank 1 left by ValueError', 'ranks 2 and 3 wrote nothing']
+    """
+    reasons: dict[str, list[int]] = {}
+    for info in ranks:
+        if info.error is not None:
+            reasons.setdefault(info.error, []).append(info.number)
+    for reason, numbers in reasons.items():
+        yield f"{_named(numbers)} {reason}"
+
+
+def _named(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    if len(numbers) > _SHOWN:
+        shown = ", ".join(map(str, numbers[:_SHOWN]))
+        return f"ranks {shown} and {len(numbers) - _SHOWN} more"
+    return f"ranks {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 # --- Reading -----------------------------------------------------------------------------------------

@@ -27,8 +27,7 @@ from .format import ROLES, corrupt
 from .joined_ranks import WholeLayer
 from .layers import Source, StoredLayer
 from .place import Place
-from .rank import Rank
-from .rank_info import RankInfo, nothing_of, summary
+from .rank import Rank, RankInfo, nothing_of, summary
 from .reduced import StoredReduction, made_reduced
 from .units import UNIT, StoredUnits
 from .warned import warnings_of
