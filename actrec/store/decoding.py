@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import override
 
 from actrec._values.containers import Container, Value
-from actrec._values.spec import TENSOR, Spec, Step, flatten
+from actrec._values.spec import Spec, Step, flatten
 from actrec._values.stand_ins import Fields
 
 from . import constants
@@ -50,8 +50,6 @@ class Structure:
 @lru_cache(maxsize=1024)
 def decode(structure: str) -> Structure:
     """Parse the JSON of a structure; ``Defect`` if it does not describe a value."""
-    if structure == TENSOR_ALONE:
-        return Structure(TENSOR)
     reader = _Reader()
     try:
         value = reader.value(json.loads(structure))

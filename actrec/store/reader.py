@@ -72,19 +72,21 @@ class StoredRecording(Recording[V], Generic[V]):
         A single process is rank 0. If a run was resumed with fewer ranks, those that it had before are listed too.
         """
         there = {rank.number: rank.info for rank in self._ranks}
-        numbers = sorted({*range(self._expected), *there}) if self._only is None else [self._only]
+        numbers = sorted({*self._expected, *there})
         return tuple(there.get(number) or nothing_of(number) for number in numbers)
 
     @property
-    def _expected(self) -> int:
-        """How many ranks the latest run has: only these have to be closed."""
+    def _expected(self) -> range:
+        """The ranks of the latest run that were opened: only these have to be closed."""
+        if self._only is not None:
+            return range(self._only, self._only + 1)
         headings = (rank.heading for rank in self._ranks)
-        return max(((one.began, one.ranks) for one in headings), default=(0, 1))[1]
+        return range(max(((one.began, one.ranks) for one in headings), default=(0, 1))[1])
 
     @property
     def _latest(self) -> list[RankInfo]:
         """The ranks that have to be closed."""
-        return [i for i in self.ranks if self._only is not None or i.number < self._expected]
+        return [info for info in self.ranks if info.number in self._expected]
 
     def rank(self, number: int) -> StoredRecording[V]:
         """Return the recording of one rank. Nothing is read or copied.
