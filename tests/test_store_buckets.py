@@ -849,7 +849,7 @@ def test_a_forked_process_begins_with_connections_and_blocks_of_its_own(
 def test_no_thread_of_a_forked_process_has_the_connections_of_its_parent(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there, connect = place(url)._objects, fsspec.core.url_to_fs
+    there, connect = place(url), fsspec.core.url_to_fs
     before, begun, late = there.fs, threading.Event(), threading.Event()
 
     def connect_again(url: str, **options: Any) -> Any:

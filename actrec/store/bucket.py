@@ -12,7 +12,7 @@ An object store lacks three things that a disk has:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, BinaryIO, Final
 
@@ -31,42 +31,43 @@ _HEADS: Final = 16  # such first bytes, of the last objects, are cached
 _STREAM: Final[dict[str, Any]] = {"block_size": 1 << 24, "cache_type": "readahead"}
 
 
-class Bucket:
-    """A prefix in an object store, with the methods of :class:`~actrec.store.disk.Disk`."""
+class Bucket(Objects):
+    """A prefix in an object store, with the methods of :class:`~actrec.store.disk.Disk`.
+
+    Args:
+        url: of the prefix.
+        options: of the file system.
+        spool: the folder of files that are to be uploaded; ``None`` for the system's temporary folder.
+        blocks: the cache of downloaded blocks.
+    """
 
     def __init__(
-        self, objects: Objects, spool: str | os.PathLike[str] | None, blocks: Blocks
+        self,
+        url: str,
+        options: Mapping[str, Any],
+        spool: str | os.PathLike[str] | None,
+        blocks: Blocks,
     ) -> None:
-        self._objects = objects
-        #: The folder of files that are to be uploaded; None for the system's temporary folder.
+        super().__init__(url, options)
         self._spool = spool
-        self._blocks = blocks  # the cache of downloaded blocks
+        self._blocks = blocks
         self._head = lru_cache(maxsize=_HEADS)(self._ask_head)
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
-        return Bucket, (self._objects, self._spool, self._blocks)
+        return Bucket, (self.url, self.options, self._spool, self._blocks)
 
     def __truediv__(self, name: str) -> Bucket:
-        below = Objects(self.shown(name), self._objects.options)
-        return Bucket(below, self._spool, self._blocks)
+        return Bucket(self.shown(name), self.options, self._spool, self._blocks)
 
     @override
     def __str__(self) -> str:
-        return self._objects.url
-
-    @override
-    def __repr__(self) -> str:  # without the options
-        return f"Bucket({str(self)!r})"
+        return self.url
 
     @property
     def name(self) -> str:
         """The last part of the URL."""
-        return str(self).rpartition("/")[2]
-
-    def shown(self, name: str) -> str:
-        """Return the URL of an object in it."""
-        return self._objects.shown(name)
+        return self.url.rpartition("/")[2]
 
     # --- What is there ---------------------------------------------------------------------------------
 
@@ -77,18 +78,17 @@ class Bucket:
     def is_file(self) -> bool:
         """Whether there is an object with this very URL."""
         try:
-            return bool(self._objects.info("")["type"] == "file")
+            return bool(self.info("")["type"] == "file")
         except FileNotFoundError:
             return False
 
     def names(self) -> list[str]:
         """Return what is there, sorted, as if there were folders."""
-        objects = self._objects
         try:
-            found = objects.ask("", lambda: objects.fs.ls(objects.at(""), detail=False))
+            found = self.ask("", lambda: self.fs.ls(self.at(""), detail=False))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        paths = {str(path).rstrip("/") for path in found} - {objects.at("")}
+        paths = {str(path).rstrip("/") for path in found} - {self.at("")}
         return sorted(path.rpartition("/")[2] for path in paths)
 
     def size(self, name: str) -> int:
@@ -101,23 +101,23 @@ class Bucket:
         """Return up to ``most`` bytes of an object from ``begin`` on."""
         head, size = self._head(name)
         end = min(begin + most, size)
-        return head[begin:end] if end <= len(head) else self._objects.download(name, begin, end)
+        return head[begin:end] if end <= len(head) else self.download(name, begin, end)
 
     def _ask_head(self, name: str) -> tuple[bytes, int]:
         """Return the first bytes of an object, and its size."""
-        size = self._objects.info(name)["size"]
-        return self._objects.download(name, 0, min(_HEAD, size)), size
+        size = self.info(name)["size"]
+        return self.download(name, 0, min(_HEAD, size)), size
 
     def reading(self, name: str, head: bytes) -> Object:
         """Return a reader of parts of an object, which opens it at the first read."""
-        return Object(self._objects, name, head, self._blocks)
+        return Object(self, name, head, self._blocks)
 
     def map(self, *_: Any) -> None:
         """An object has no memory to map."""
 
     def open(self, name: str) -> BinaryIO:
         """Open an object, to read it from one end to the other."""
-        return self._objects.open(name, **_STREAM)
+        return self.stream(name, **_STREAM)
 
     # --- Writing ---------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class Bucket:
 
     def begin(self, name: str, write: Callable[[Writable], object]) -> Upload:
         """Write a new object to a local file; ``finish()`` of the result uploads it."""
-        return Upload(self._objects, name, write, self._spool)
+        return Upload(self, name, write, self._spool)
 
     def commit(self, name: str, write: Callable[[Writable], object]) -> None:
         """Write a new object atomically: completely, or not at all; ``FileExistsError`` if it exists."""
@@ -142,7 +142,7 @@ class Bucket:
     def remove(self, name: str) -> None:
         """Remove an object that this process has written and that is not needed."""
         try:
-            self._objects.fs.rm_file(self._objects.at(name))
+            self.fs.rm_file(self.at(name))
         except Exception as error:
             message = f"{self.shown(name)} could not be removed: {said(error)}."
             raise WriteError(message) from error

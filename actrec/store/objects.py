@@ -66,7 +66,7 @@ class Objects:
             return b""
         return bytes(self.ask(name, lambda: self.fs.cat_file(self.at(name), start=begin, end=end)))
 
-    def open(self, name: str, **options: Any) -> BinaryIO:
+    def stream(self, name: str, **options: Any) -> BinaryIO:
         """Open an object, with options of ``fsspec``."""
         opened = self.ask(name, lambda: self.fs.open(self.at(name), "rb", **options))
         return cast("BinaryIO", opened)
@@ -130,7 +130,7 @@ class Object:
                 self._check()
                 kept.head = self._head
             if kept.goes_on(begin, begin + len(view)):
-                file = kept.file = kept.file or self._objects.open(self._name, **CACHED)
+                file = kept.file = kept.file or self._objects.stream(self._name, **CACHED)
                 file.seek(begin)
                 return self._objects.ask(self._name, lambda: file.readinto(view))  # type: ignore[attr-defined,no-any-return]
         return self._read_at_once(begin, view)

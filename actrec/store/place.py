@@ -16,7 +16,7 @@ from .blocks import CACHE_BYTES, Blocks
 from .bucket import Bucket
 from .disk import Disk
 from .folder import Folder
-from .objects import Object, Objects
+from .objects import Object
 
 _URL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.:-]+)://(.*)", re.DOTALL)
 
@@ -43,7 +43,7 @@ def place(
         message = f"{text!r}: there is nothing after the ://. Name a bucket and a folder, as in 's3://bucket/run'."
         raise OptionError(message)
     options = {**(folder.storage_options or {}), **(storage_options or {})}
-    return Bucket(Objects(text, options), folder.spool, Blocks(cache_bytes))
+    return Bucket(text, options, folder.spool, Blocks(cache_bytes))
 
 
 def _expanded(text: str) -> str:
