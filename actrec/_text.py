@@ -52,7 +52,7 @@ def shown(name: str) -> str:
     return name if name and name.isprintable() and name == name.strip() else repr(name)
 
 
-def listed(names: Iterable[str], most: int = 8) -> str:
+def listed(names: Iterable[object], most: int = 8) -> str:
     """Return names for the middle of a message: ``"'a', 'b' and 3 more"``.
 
     >>> listed("abcde", most=2)
@@ -60,7 +60,7 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     """
     quoted = [repr(name) for name in names]
     first = ", ".join(quoted[:most])
-    return first if len(quoted) <= most else f"{first} and {len(quoted) - most} more"
+    return first if len(quoted) <= most else f"{first} and {len(quoted) - most:,} more"
 
 
 def function_name(function: Callable[..., object] | None) -> str | None:

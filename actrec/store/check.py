@@ -37,9 +37,7 @@ def _expected(folder: Place) -> range:
 
 
 def _rank_problems(folder: Place, numbers: Iterable[int]) -> Iterator[str]:
-    nothing: Heading | None = (
-        None  # the heading before the first shard; without it nothing is counted
-    )
+    nothing: Heading | None = None  # before the first shard; without it nothing is counted
     try:
         nothing = read_description(folder).heading(rank_number(folder))
     except CorruptRecordingError as error:
@@ -58,7 +56,9 @@ def _rank_problems(folder: Place, numbers: Iterable[int]) -> Iterator[str]:
             continue
         parts, problems = _parts(shard)
         if ledger is not None and not problems:
-            ledger = _resumed(ledger, shard.heading)
+            heading = shard.heading
+            if heading.began != ledger.heading.began:  # the first of a resumed run
+                ledger = ledger.resumed(heading.ranks, heading.began)
             defects = _miscounted(ledger, shard, parts)
             problems = [str(corrupt(shard.path, defect)) for defect in defects]
         yield from problems
@@ -81,13 +81,6 @@ def _parts(shard: Shard) -> tuple[list[Part], list[str]]:
 
 
 # --- Counting again ----------------------------------------------------------------------------------
-
-
-def _resumed(ledger: Ledger, heading: Heading) -> Ledger:
-    """Return the state before a shard, which may be the first of a resumed run."""
-    if heading.began == ledger.heading.began:
-        return ledger
-    return ledger.resumed(heading.ranks, heading.began)
 
 
 def _miscounted(ledger: Ledger, shard: Shard, parts: list[Part]) -> Iterator[str]:

@@ -71,24 +71,26 @@ class Source:
         for begin, many in self._skips:
             if call >= begin:
                 call += many
-        at = self._latest
-        if call not in self._span(at):
-            after = bisect_right(range(self.rank.count), call, key=lambda n: self._span(n).start)
-            self._latest = at = max(0, after - 1)
-        shard = self.rank.shard(at)
-        span = shard.span(self.role, self.name)
+        shard, span = self._shard(self._latest)
+        if call not in span:
+            numbers = range(self.rank.count)
+            after = bisect_right(numbers, call, key=lambda number: self._shard(number)[1].start)
+            self._latest = max(0, after - 1)
+            shard, span = self._shard(self._latest)
         part = shard.part(self.role, self.name)
         if part is None or call not in span:
             raise corrupt(shard.path, ANOTHER)
         return Found(shard, *part.place(call - span.start))
 
-    def _span(self, number: int) -> range:
-        return self.rank.shard(number).span(self.role, self.name)
+    def _shard(self, number: int) -> tuple[Shard, range]:
+        """Return a shard, and the numbers of the calls of the layer in it, void ones included."""
+        shard = self.rank.shard(number)
+        return shard, shard.span(self.role, self.name)
 
     @cached_property
     def _skips(self) -> list[tuple[int, int]]:
         """The runs of calls that do not count: how many calls are before each, and how many it has."""
-        spans = map(self._span, self.rank.heading.uncounted)
+        spans = [self._shard(number)[1] for number in self.rank.heading.uncounted]
         return [(span.start, len(span)) for span in spans if span]
 
 

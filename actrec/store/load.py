@@ -9,14 +9,13 @@ from typing import Any, Final
 
 from actrec._recordings.layer import V
 from actrec._recordings.units import Key, missing
-from actrec._text import count
+from actrec._text import count, listed
 from actrec.errors import CorruptRecordingError, MissingUnitsError, RecordingNotFoundError
 
 from .place import Place, place
 from .rank import Rank, is_described, rank_folders, rank_number
 from .reader import StoredRecording, check_rank
 
-_SHOWN: Final = 8  # keys in a message
 #: The folder of a rank, or a file in it.
 _INSIDE: Final = re.compile(
     r"(?P<whole>.+)[/\\\\]rank-(?P<rank>[0-9]{5})([/\\\\][^/\\\\]+)?", re.DOTALL
@@ -108,10 +107,8 @@ def _check_units(recording: StoredRecording[Any], units: Iterable[Key]) -> None:
     call = f"load({str(recording.place)!r}, units=...)"
     lacking = missing(call, units, recording.done)
     if lacking:
-        first = ", ".join(map(repr, lacking[:_SHOWN]))
-        more = len(lacking) - _SHOWN
         message = (
-            f"{call}: {count(len(lacking), 'unit')} that should be there {'is' if len(lacking) == 1 else 'are'} not: {first}{f' and {more:,} more' * (more > 0)}; "
+            f"{call}: {count(len(lacking), 'unit')} that should be there {'is' if len(lacking) == 1 else 'are'} not: {listed(lacking)}; "
             f"there are {len(recording.done):,}. load(path).missing(keys) returns all of them."
         )
         raise MissingUnitsError(message, lacking)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -46,20 +47,12 @@ def rank_number(folder: Place) -> int:
 
 def is_described(folder: Place) -> bool:
     """Whether a rank has begun to record there; a folder with shards and no description is damaged."""
-    if _has_description(folder):
-        return True
-    if not shard_names(folder):
-        return False
-    if not _has_description(folder):  # now: it may have begun after the first look
-        raise corrupt(folder.shown(DESCRIPTION), "it is missing")
-    return True
-
-
-def _has_description(folder: Place) -> bool:
-    try:
-        return folder.size(DESCRIPTION) >= 0
-    except FileNotFoundError:
-        return False
+    for _ in range(2):  # it may begin between a look at the description and one at the shards
+        with suppress(FileNotFoundError):
+            return folder.size(DESCRIPTION) >= 0
+        if not shard_names(folder):
+            return False
+    raise corrupt(folder.shown(DESCRIPTION), "it is missing")
 
 
 def shard_names(folder: Place) -> list[str]:
