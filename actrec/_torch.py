@@ -23,7 +23,7 @@ from typing_extensions import override
 F = TypeVar("F", bound="Callable[..., Any]")
 
 
-def _of(module: str, name: str) -> Any:
+def if_imported(module: str, name: str) -> Any:
     """The attribute ``name`` of ``module``; ``None`` if that has not been imported, or lacks the name."""
     return getattr(sys.modules.get(module), name, None)
 
@@ -103,7 +103,7 @@ InferenceMode: Final[Any] = getattr(torch._C, "_InferenceMode", PublicInferenceM
 
 # The stack of dispatch modes of this thread. Without it, it counts as empty.
 count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-dispatch_mode_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
+_dispatch_mode_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
 pop_dispatch_mode: Any = getattr(torch._C, "_pop_torch_dispatch_stack", None)
 push_dispatch_mode: Any = getattr(torch._C, "_push_on_torch_dispatch_stack", None)
 
@@ -114,9 +114,19 @@ pop_function_mode: Any = getattr(torch._C, "_pop_torch_function_stack", None)
 push_function_mode: Any = getattr(torch._C, "_push_on_torch_function_stack", None)
 
 
+def dispatch_modes() -> list[Any]:
+    """The dispatch modes of this thread, from the outermost inwards."""
+    return [_dispatch_mode_at(at) for at in range(count_dispatch_modes())]
+
+
+def function_modes() -> list[Any]:
+    """The function modes of this thread, from the outermost inwards."""
+    return [function_mode_at(at) for at in range(count_function_modes())]
+
+
 def is_of_pytorch(mode: object) -> bool:
     """Whether a mode is that of a default device, or one in which tensors represent others. Without their names, none is."""
-    device = _of("torch.utils._device", "DeviceContext")
+    device = if_imported("torch.utils._device", "DeviceContext")
     is_device = device is not None and isinstance(mode, device)
     return is_device or getattr(mode, "_mode_key", None) is not None
 
@@ -287,7 +297,7 @@ def checkpoint_frames() -> Iterator[tuple[str, FrameType]]:
     ``"forward"`` runs a region of reentrant checkpointing for the first time, ``"backward"`` again; the
     variable ``ctx`` in them is the region's. ``"unpack_hook"`` runs a non-reentrant region again.
     """
-    file = _of("torch.utils.checkpoint", "__file__")
+    file = if_imported("torch.utils.checkpoint", "__file__")
     for frame in frames():
         code = frame.f_code
         if code.co_name in _CHECKPOINT_FRAMES and code.co_filename == file:
@@ -324,7 +334,7 @@ is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.
 
 def is_jit_comparing() -> bool:
     """Whether ``torch.jit.trace`` is comparing its trace with the model in this thread, which it does after the trace."""
-    file = _of("torch.jit._trace", "__file__")
+    file = if_imported("torch.jit._trace", "__file__")
     return any(
         frame.f_code.co_name == "_check_trace" and frame.f_code.co_filename == file
         for frame in frames()
@@ -341,13 +351,13 @@ _READING = (
 
 def is_read() -> bool:
     """Whether ``make_fx``, AOT autograd or ``torch.export`` is reading what runs in this thread."""
-    context = _of("torch._guards", "TracingContext")
+    context = if_imported("torch._guards", "TracingContext")
     if context is not None and context.try_get() is not None:
         return True
-    kinds = tuple(kind for module, name in _READING if (kind := _of(module, name)) is not None)
-    modes = [dispatch_mode_at(at) for at in range(count_dispatch_modes())]
-    modes += [function_mode_at(at) for at in range(count_function_modes())]
-    return any(isinstance(mode, kinds) for mode in modes)
+    kinds = tuple(
+        kind for module, name in _READING if (kind := if_imported(module, name)) is not None
+    )
+    return any(isinstance(mode, kinds) for mode in dispatch_modes() + function_modes())
 
 
 # --- The compiler --------------------------------------------------------------------------------------
@@ -355,7 +365,7 @@ def is_read() -> bool:
 
 def compiles_itself() -> bool:
     """Whether an operator of PyTorch that compiles itself is doing so in this thread. Without it, never."""
-    asked = _of("torch._higher_order_ops.utils", "_in_hop_compile")
+    asked = if_imported("torch._higher_order_ops.utils", "_in_hop_compile")
     return asked is not None and asked()
 
 
@@ -366,23 +376,23 @@ def is_exporting() -> bool:
 
 def is_compiler_loaded() -> bool:
     """Whether all of the compiler has been imported. This does not wait for another thread that is importing it."""
-    return "torch._dynamo" in sys.modules and _of("torch._dynamo", "set_stance") is not None
+    return "torch._dynamo" in sys.modules and if_imported("torch._dynamo", "set_stance") is not None
 
 
 def stance() -> Any:
     """The stance of the compiler, which is loaded: it reads this before it runs anything that is compiled."""
-    return _of("torch._dynamo.eval_frame", "_stance")
+    return if_imported("torch._dynamo.eval_frame", "_stance")
 
 
 def stance_setter() -> Callable[[Any], Any] | None:
     """The function that sets the stance. The public one accepts only fixed stances, and its end undoes what the user has set since."""
-    setter: Callable[[Any], Any] | None = _of("torch._dynamo.eval_frame", "_set_stance")
+    setter: Callable[[Any], Any] | None = if_imported("torch._dynamo.eval_frame", "_set_stance")
     return setter
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:
     """Whether ``module`` is what ``torch.compile(model)`` returns. Without the name, always false."""
-    kind = _of("torch._dynamo.eval_frame", "OptimizedModule")
+    kind = if_imported("torch._dynamo.eval_frame", "OptimizedModule")
     return kind is not None and isinstance(module, kind)
 
 
@@ -399,7 +409,7 @@ def not_compiled_alone(*functions: Any) -> None:
 
 def is_of_compiler(error: BaseException) -> bool:
     """Whether ``error`` was raised by the compiler. Without the names, it was not."""
-    kinds = [_of("torch._dynamo.exc", name) for name in _OF_COMPILER]
+    kinds = [if_imported("torch._dynamo.exc", name) for name in _OF_COMPILER]
     return isinstance(error, tuple(kind for kind in kinds if kind is not None))
 
 
@@ -413,7 +423,9 @@ def compiles_tensor_hooks() -> bool:
 
 def compiled_frame() -> FrameType | None:
     """The frame whose compiled code has called the code that runs. Without the names, ``None``."""
-    file, other = (_of(name, "__file__") for name in ("torch._dynamo.eval_frame", "torch._compile"))
+    file, other = (
+        if_imported(name, "__file__") for name in ("torch._dynamo.eval_frame", "torch._compile")
+    )
     for one in frames():
         caller = one.f_back
         if one.f_code.co_filename == file and caller and caller.f_code.co_filename != other:
@@ -423,14 +435,14 @@ def compiled_frame() -> FrameType | None:
 
 def is_recomputing_in_graph() -> bool:
     """Whether the compiled code that has called the code that runs is that of a backward. Without the name, always false."""
-    file = _of("torch._functorch._aot_autograd.runtime_wrappers", "__file__")
+    file = if_imported("torch._functorch._aot_autograd.runtime_wrappers", "__file__")
     names = (one.f_code.co_name for one in frames() if one.f_code.co_filename == file)
     return any("backward" in name for name in names)
 
 
 def _bodies() -> Iterator[tuple[str, str]]:
     """How the compiler reads the bodies of operators such as ``torch.cond``, and which ones. Without the names, nothing."""
-    file = _of("torch._dynamo.variables.higher_order_ops", "__file__")
+    file = if_imported("torch._dynamo.variables.higher_order_ops", "__file__")
     for frame in frames():
         name = frame.f_code.co_name
         if frame.f_code.co_filename == file and name.startswith("speculate_subgraph"):
@@ -455,7 +467,7 @@ def is_in_transform() -> bool:
 
 def count_graphs() -> int:
     """How many graphs were compiled in this process."""
-    counters = _of("torch._dynamo.utils", "counters")
+    counters = if_imported("torch._dynamo.utils", "counters")
     return int(counters["stats"]["unique_graphs"])
 
 
@@ -465,7 +477,7 @@ LIMITS: Final = ("recompile_limit", "accumulated_recompile_limit")
 
 def compiler_config() -> Any:
     """The settings of the compiler, which is loaded."""
-    return _of("torch._dynamo", "config")
+    return if_imported("torch._dynamo", "config")
 
 
 #: The setting of Inductor for a pass of the user's over its graphs.
@@ -495,7 +507,7 @@ def writes(operator: Any) -> bool:
 
 def inductor_config() -> Any:
     """The settings of Inductor; ``None`` where it was not imported with the compiler."""
-    return _of("torch._inductor", "config")
+    return if_imported("torch._inductor", "config")
 
 
 def as_constant(function: F) -> F:

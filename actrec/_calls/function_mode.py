@@ -31,6 +31,7 @@ from actrec._torch import (
     CALL_CODE,
     count_function_modes,
     function_mode_at,
+    function_modes,
     pop_function_mode,
     push_function_mode,
     transform_depth,
@@ -152,7 +153,7 @@ class _Mode(TorchFunctionMode):
     def take_off(self) -> None:
         """Take it off the stack, wherever it is there, if it is."""
         above = []
-        while any(function_mode_at(at) is self for at in range(count_function_modes())):
+        while any(mode is self for mode in function_modes()):
             above.append(pop_function_mode())
         for mode in reversed(above[:-1]):  # the model has left them there
             push_function_mode(mode)

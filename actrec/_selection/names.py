@@ -6,7 +6,6 @@ users should not have to type.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from typing import cast
@@ -14,7 +13,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from actrec._torch import children_of, is_export_guard
+from actrec._torch import children_of, if_imported, is_export_guard
 
 #: Segments that wrappers add to the names of the modules that they wrap. A wrapper has no other children.
 WRAPPERS = frozenset(
@@ -36,9 +35,8 @@ _SEGMENTS = WRAPPERS.union(_PEFT)
 
 def type_name(module: nn.Module) -> str:
     """Return the type of a module as its author named it: ``fully_shard`` makes a ``FSDPLinear`` of a ``Linear``."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # if a model is sharded, it was imported
-    kind: type = getattr(fsdp, "FSDPModule", type(None))
-    if not isinstance(module, kind):
+    kind = if_imported("torch.distributed.fsdp", "FSDPModule")
+    if kind is None or not isinstance(module, kind):
         return type(module).__name__
     return next(one.__name__ for one in type(module).__mro__ if not issubclass(one, kind))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeIs
 
-from actrec._torch import shard_order
+from actrec._torch import if_imported, shard_order
 from actrec.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -21,8 +20,8 @@ def is_distributed(tensor: Tensor) -> TypeIs[DTensor]:
     """Return whether ``tensor`` is a ``DTensor``, of which each rank has a shard."""
     if type(tensor) is Tensor:
         return False
-    module = sys.modules.get("torch.distributed.tensor")  # if there is one, it was imported
-    return module is not None and isinstance(tensor, module.DTensor)
+    kind = if_imported("torch.distributed.tensor", "DTensor")
+    return kind is not None and isinstance(tensor, kind)
 
 
 def on_part(tensor: DTensor, change: Callable[[Tensor], Tensor]) -> Tensor:

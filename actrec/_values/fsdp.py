@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from actrec._torch import if_imported
 from actrec.errors import CaptureError
 
 from .dtensor import is_distributed
@@ -15,19 +16,24 @@ from .dtensor import is_distributed
 
 def frees_weights(model: nn.Module) -> bool:
     """Return whether FSDP frees the storages of weights of ``model``, or of a model that it is a part of."""
-    return "torch.distributed.fsdp" in sys.modules and (  # if a model is sharded, it was imported
-        any(sharded(model)) or any(map(is_distributed, model.parameters()))
-    )
+    if not _kinds():
+        return False
+    return any(sharded(model)) or any(map(is_distributed, model.parameters()))
 
 
 def sharded(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that FSDP shards, with their names."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    names = ("FullyShardedDataParallel", "FSDPModule")
-    kinds = tuple(filter(None, (getattr(fsdp, name, None) for name in names)))
+    kinds = _kinds()
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             yield name, module
+
+
+def _kinds() -> tuple[Any, ...]:
+    """Return the classes of sharded modules; none if FSDP was not imported."""
+    names = ("FullyShardedDataParallel", "FSDPModule")
+    kinds = (if_imported("torch.distributed.fsdp", name) for name in names)
+    return tuple(kind for kind in kinds if kind is not None)
 
 
 def refuse_freed(tensor: Tensor) -> None:

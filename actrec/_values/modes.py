@@ -12,8 +12,8 @@ from actrec._torch import (
     InferenceMode,
     count_dispatch_modes,
     count_function_modes,
-    dispatch_mode_at,
-    function_mode_at,
+    dispatch_modes,
+    function_modes,
     is_of_pytorch,
     pop_dispatch_mode,
     pop_function_mode,
@@ -29,7 +29,7 @@ UNCONCERNED: set[type] = set()
 
 def is_seen() -> bool:
     """Whether a mode of the user's would see operations of actrec's, and could change their results."""
-    return any(map(_is_hidden_from, _modes())) or any(map(_is_hidden_from, _function_modes()))
+    return any(map(_is_hidden_from, dispatch_modes() + function_modes()))
 
 
 def _is_hidden_from(mode: Any) -> bool:
@@ -62,7 +62,7 @@ def normal_mode_unseen() -> AbstractContextManager[object]:
 
 @contextmanager
 def _without_modes() -> Iterator[None]:
-    stacks = _modes(), _function_modes()
+    stacks = dispatch_modes(), function_modes()
     others = ([mode for mode in stack if not _is_hidden_from(mode)] for stack in stacks)
     try:
         _replace(*others)
@@ -81,11 +81,3 @@ def _replace(modes: list[Any], functions: list[Any]) -> None:
         push_dispatch_mode(mode)
     for mode in functions:
         push_function_mode(mode)
-
-
-def _modes() -> list[Any]:
-    return [dispatch_mode_at(at) for at in range(count_dispatch_modes())]
-
-
-def _function_modes() -> list[Any]:
-    return [function_mode_at(at) for at in range(count_function_modes())]
