@@ -22,8 +22,8 @@ from actrec.errors import WriteError
 
 from .blocks import Blocks
 from .lock import Lock
+from .new_file import FileBeingWritten
 from .objects import Object, Objects, said
-from .safetensors import Writable
 from .upload import Upload
 
 _HEAD: Final = 1 << 16  # bytes in which the header of a shard is expected
@@ -131,11 +131,11 @@ class Bucket(Objects):
     def sweep(self) -> None:
         """There are no unfinished objects to remove."""
 
-    def begin(self, name: str, write: Callable[[Writable], object]) -> Upload:
+    def begin(self, name: str, write: Callable[[FileBeingWritten], object]) -> Upload:
         """Write a new object to a local file; ``finish()`` of the result uploads it."""
         return Upload(self, name, write, self._spool)
 
-    def commit(self, name: str, write: Callable[[Writable], object]) -> None:
+    def commit(self, name: str, write: Callable[[FileBeingWritten], object]) -> None:
         """Write a new object atomically: completely, or not at all; ``FileExistsError`` if it exists."""
         self.begin(name, write).finish()
 

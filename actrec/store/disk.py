@@ -13,8 +13,7 @@ from typing_extensions import override
 
 from .format import ANOTHER, UNFINISHED, corrupt
 from .lock import Lock, locked
-from .new_file import Unfinished, sync
-from .safetensors import Writable
+from .new_file import FileBeingWritten, Unfinished, sync
 
 #: Runs a function in a thread.
 Later: TypeAlias = Callable[..., Future[Any]]
@@ -99,13 +98,13 @@ class Disk:
         """Lock the folder; ``BlockingIOError`` if another process has locked it."""
         return locked(self.path)
 
-    def begin(self, name: str, write: Callable[[Writable], object]) -> Unfinished:
+    def begin(self, name: str, write: Callable[[FileBeingWritten], object]) -> Unfinished:
         """Write a new file; ``finish()`` of the result gives it its name."""
         unfinished = Unfinished(self.path, name)
         unfinished.write(write)
         return unfinished
 
-    def commit(self, name: str, write: Callable[[Writable], object]) -> None:
+    def commit(self, name: str, write: Callable[[FileBeingWritten], object]) -> None:
         """Write a new file atomically: completely, or not at all; ``FileExistsError`` if it exists."""
         self.begin(name, write).finish()
 

@@ -37,6 +37,7 @@ from .call import Call
 from .decoding import decode
 from .format import STORED, VERSION, Slot
 from .ledger import Heading, SoFar
+from .new_file import FileBeingWritten
 from .part import Group, Leaf, Part
 
 _SMALL: Final = 1 << 16  # bytes
@@ -140,7 +141,7 @@ def _made_contiguous(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def write(
-    file: safetensors.Writable,
+    file: FileBeingWritten,
     heading: Heading,
     layers: Mapping[Slot, SoFar],
     parts: Sequence[Part] = (),

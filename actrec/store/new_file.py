@@ -9,10 +9,11 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from .format import UNFINISHED
-from .safetensors import Buffer, Writable
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _PATIENCE = 2.0  # seconds that another process may take to name a file
 _TAKEN: Final = "another run has written it"
@@ -30,7 +31,7 @@ class Unfinished:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         self._fd = os.open(self._path, flags, 0o666)
 
-    def write(self, write: Callable[[Writable], object]) -> None:
+    def write(self, write: Callable[[FileBeingWritten], object]) -> None:
         """Let ``write`` write the content."""
         try:
             write(FileBeingWritten(self._fd))

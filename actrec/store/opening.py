@@ -16,9 +16,9 @@ from .folder import Folder
 from .format import DESCRIPTION, shard_name
 from .layout import write
 from .ledger import Commit, Ledger
+from .new_file import FileBeingWritten
 from .place import place
 from .rank import Rank, is_described, rank_folder, rank_folders
-from .safetensors import Writable
 
 
 class Opening:
@@ -142,7 +142,7 @@ class Opening:
         self._commit(shard_name(heading.shard), first, _NOW)
         return ledger
 
-    def _commit(self, name: str, write: Callable[[Writable], object], taken: str) -> None:
+    def _commit(self, name: str, write: Callable[[FileBeingWritten], object], taken: str) -> None:
         try:
             self.own.commit(name, write)
         except FileExistsError:

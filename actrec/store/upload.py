@@ -16,7 +16,6 @@ from actrec.errors import ReadError, WriteError
 
 from .new_file import FileBeingWritten
 from .objects import Objects, said
-from .safetensors import Writable
 
 #: How many seconds to wait after each try that failed; there is one more try than waits.
 WAITS: tuple[float, ...] = (0.5, 1, 2, 4, 8, 16)
@@ -37,7 +36,7 @@ class Upload:
         self,
         objects: Objects,
         name: str,
-        write: Callable[[Writable], object],
+        write: Callable[[FileBeingWritten], object],
         spool: str | os.PathLike[str] | None,
     ) -> None:
         self._objects = objects
@@ -55,7 +54,7 @@ class Upload:
             )
             raise WriteError(message) from error
 
-    def _fill(self, fd: int, write: Callable[[Writable], object]) -> None:
+    def _fill(self, fd: int, write: Callable[[FileBeingWritten], object]) -> None:
         try:
             with os.fdopen(fd, "wb", buffering=0) as file:
                 write(FileBeingWritten(file.fileno()))
