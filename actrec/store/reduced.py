@@ -69,17 +69,16 @@ class States:
         return StoredReduction(self._stream.stored(self._slot))
 
 
-def state_call(slot: Slot, layer: Reduced, number: Callable[[RankPass], int]) -> Call:
-    """Return a reduction as it is written, with passes renumbered by ``number``."""
+def saved_state(layer: Reduced, number: Callable[[RankPass], int]) -> tuple[int, dict[str, Any]]:
+    """Return the last pass of a reduction and its state, as they are written, with passes renumbered by ``number``."""
     passes = sorted(map(number, layer._rank_passes()))
-    runs = PassRuns(passes)
     states = layer._states()
     sink = layer.sink
     if isinstance(sink, Reduction):
         sink = deepcopy(sink)
         sink.renumber(lambda rank, own: number(layer._rank_pass(rank, own)))
         states = [sink.metric_state]
-    return Call.of(slot, max(passes, default=0), layer._value(states, runs))
+    return max(passes, default=0), layer._value(states, PassRuns(passes))
 
 
 class _Foreign:

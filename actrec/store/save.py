@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from actrec._progress import showing
 from actrec._recordings.layer import Layer, Role
 from actrec._recordings.pass_numbers import RankPass
 from actrec._recordings.recording import Recording
 from actrec._recordings.reduced import Reduced
+from actrec._recordings.units import tensor_of
+from actrec._values.containers import Value
 from actrec.errors import CaptureError, OptionError
 from actrec.reduce import Reduction
 
@@ -24,9 +26,9 @@ from .format import Slot
 from .opening import Opening
 from .place import place
 from .read_only import ReadOnlyLayer
-from .reduced import state_call
+from .reduced import saved_state
 from .replace import replacing
-from .units import key_call
+from .units import UNIT
 from .warned import keep_warnings
 from .writer import Writer
 
@@ -68,15 +70,15 @@ def save(
         OptionError: ``overwrite`` was given with a URL at which there is something.
         WriteError: writing failed.
     """
-    layers = list(_layers(recording))
-    _check(layers, progress=progress)
+    saved = _saved(recording)
+    _check(saved.lists, progress=progress)
     folder = Folder.of(path)
     there = place(folder)
     if not (overwrite and there.names()):
-        _write(recording, layers, folder, progress=progress)
+        _write(saved, folder, progress=progress)
     elif isinstance(there, Disk):
         with replacing(there) as new:
-            _write(recording, layers, replace(folder, path=new), progress=progress)
+            _write(saved, replace(folder, path=new), progress=progress)
     else:
         message = (
             f"save({str(there)!r}, overwrite=True): an object store cannot replace a recording by another in one step. "
@@ -85,44 +87,56 @@ def save(
         raise OptionError(message)
 
 
-def _write(
-    recording: Recording[Any],
-    layers: list[tuple[Slot, Layer[Any]]],
-    folder: Folder,
-    *,
-    progress: bool,
-) -> None:
-    description = Description(
-        recording._run.model,
-        tuple(
-            LayerInfo(
-                slot.name, slot.type, layer._transform, slot.role, reduction=_reduction(layer)
-            )
-            for slot, layer in layers
-            if slot.role != "added"
-        ),
-        dict(recording._run.aliases),
-    )
-    opening = Opening("save({path!r})", folder, description, alone=True)
-    count, numbers = _numbers(recording, layers)
-    raised = {numbers.get(rank_pass, rank_pass[1]) for rank_pass in recording._run.raised()}
-    with opening.lock:
-        passes = 0
-        writer = Writer(
-            opening.own, opening.ledger, folder, lambda: passes, raised, order=recording._run.order
-        )
-        error: str | None = "save() did not finish"
-        try:
-            for call in _calls(recording, layers, numbers, progress=progress):
-                passes = call.number
-                writer.keep(call)
-            error = None
-        finally:
-            writer.close(count if error is None else 0, error)
-        keep_warnings(opening.own, opening.ledger.heading.began, recording._run.warnings())
-        failure = writer.take_error()
-        if failure is not None:
-            raise failure
+# --- What is written -----------------------------------------------------------------------------------
+
+
+class _Calls(NamedTuple):
+    """A list of calls in the new recording: those of a layer, the state of a reduction, or the keys of units."""
+
+    slot: Slot
+    passes: list[int]
+    values: Sequence[Value]
+
+
+class _Saved(NamedTuple):
+    """The content of the new recording."""
+
+    description: Description
+    lists: list[_Calls]  # calls of a pass are written in this order
+    passes: int
+    raised: set[int]
+    order: Iterable[str]  # of execution, the names of layers
+    warnings: Sequence[str]
+
+
+def _saved(recording: Recording[Any]) -> _Saved:
+    """Collect what is written; ``CaptureError`` if a reduction cannot be stored."""
+    run = recording._run
+    layers = list(_layers(recording))
+    count, numbers = _numbers(recording, [layer for _, layer in layers])
+
+    def number(rank_pass: RankPass) -> int:
+        return max(numbers.get(rank_pass, rank_pass[1]), 0)  # pass -1: the user appended it
+
+    infos = [
+        LayerInfo(slot.name, slot.type, layer._transform, slot.role, _reduction(layer))
+        for slot, layer in layers
+        if slot.role != "added"
+    ]
+    description = Description(run.model, tuple(infos), dict(run.aliases))
+    names = {name: at for at, name in enumerate(dict.fromkeys([*run.order, *recording]))}
+    layers.sort(key=lambda one: names.get(one[0].name, len(names)))  # by their order in a pass
+    kept = [
+        _Calls(slot, [*map(number, layer._rank_passes())], layer)
+        for slot, layer in layers
+        if not isinstance(layer, Reduced)
+    ]
+    states = [_state(slot, layer, number) for slot, layer in layers if isinstance(layer, Reduced)]
+    keys = {number(rank_pass): key for rank_pass, key in dict(run.units.keys).items()}
+    units = _Calls(UNIT, list(keys), list(map(tensor_of, keys.values())))
+    raised = set(map(number, run.raised()))
+    lists = [*kept, *states, units]
+    return _Saved(description, lists, count, raised, run.order, run.warnings())
 
 
 def _layers(recording: Recording[Any]) -> Iterator[tuple[Slot, Layer[Any]]]:
@@ -135,46 +149,8 @@ def _layers(recording: Recording[Any]) -> Iterator[tuple[Slot, Layer[Any]]]:
             numbers[role] += 1
 
 
-def _reduction(layer: Layer[Any]) -> str | None:
-    """Return the reduction of a layer, as text; ``None`` if it was not reduced."""
-    if not isinstance(layer, Reduced):
-        return None
-    sink = layer.sink
-    return repr(sink) if isinstance(sink, Reduction) else layer._kind
-
-
-def _check(layers: list[tuple[Slot, Layer[Any]]], *, progress: bool) -> None:
-    """Raise ``CaptureError`` for a value that cannot be stored, before anything is written."""
-    for slot, layer in layers:
-        if isinstance(layer, Reduced):
-            _check_reduction(slot, layer)
-    # A value that was stored once can be stored again: of a layer on disk, one call is enough.
-    kept = [
-        (slot, layer[:1] if isinstance(layer, ReadOnlyLayer) else layer)
-        for slot, layer in layers
-        if not isinstance(layer, Reduced)
-    ]
-    calls = sum(len(values) for _, values in kept)
-    with showing("save, first look", calls, progress=progress) as each:
-        for slot, values in kept:
-            for number, value in enumerate(each(values)):
-                try:
-                    Call.of(slot, 0, value)
-                except CaptureError as error:
-                    message = f"save(): call {number} of {slot.name!r} cannot be stored: {error}."
-                    raise CaptureError(message) from error
-
-
-def _check_reduction(slot: Slot, layer: Reduced) -> None:
-    try:
-        state_call(slot, layer, lambda rank_pass: rank_pass[1])
-    except (CaptureError, AttributeError) as error:
-        message = f"save(): the {layer._kind} of {slot.name!r} cannot be stored: {error}."
-        raise CaptureError(message) from error
-
-
 def _numbers(
-    recording: Recording[Any], layers: list[tuple[Slot, Layer[Any]]]
+    recording: Recording[Any], layers: list[Layer[Any]]
 ) -> tuple[int, dict[RankPass, int]]:
     """Return how many passes are written, and the new numbers of those that are renumbered.
 
@@ -185,7 +161,7 @@ def _numbers(
     units = recording._run.units.keys
     if len({rank for rank, _ in units}) <= 1:
         return recording.num_passes, {}
-    rank_passes = {rank_pass for _, layer in layers for rank_pass in layer._rank_passes()}
+    rank_passes = {rank_pass for layer in layers for rank_pass in layer._rank_passes()}
     ordered = sorted(
         {*rank_passes, *units, *recording._run.raised()}, key=lambda one: (one[1], one[0])
     )
@@ -198,43 +174,74 @@ def _numbers(
     return len(passes), numbers
 
 
-def _calls(
-    recording: Recording[Any],
-    layers: list[tuple[Slot, Layer[Any]]],
-    numbers: dict[RankPass, int],
-    *,
-    progress: bool,
-) -> Iterator[Call]:
-    """Yield all calls, pass by pass, within a pass in execution order, and after them the key of its unit."""
-    names = dict.fromkeys([*recording._run.order, *recording])
-    rank = {name: number for number, name in enumerate(names)}
+def _reduction(layer: Layer[Any]) -> str | None:
+    """Return the reduction of a layer, as text; ``None`` if it was not reduced."""
+    if not isinstance(layer, Reduced):
+        return None
+    sink = layer.sink
+    return repr(sink) if isinstance(sink, Reduction) else layer._kind
 
-    def number(rank_pass: RankPass) -> int:
-        return max(numbers.get(rank_pass, rank_pass[1]), 0)  # pass -1: the user appended it
 
-    reduced = {
-        at: state_call(slot, layer, number)
-        for at, (slot, layer) in enumerate(layers)
-        if isinstance(layer, Reduced) and len(layer)
-    }
-    order = [
-        (number(rank_pass), rank.get(slot.name, len(rank)), at, call)
-        for at, (slot, layer) in enumerate(layers)
-        if not isinstance(layer, Reduced)
-        for call, rank_pass in enumerate(layer._rank_passes())
+def _state(slot: Slot, layer: Reduced, number: Callable[[RankPass], int]) -> _Calls:
+    """Return the state of a reduction as the one call of its layer, if anything was reduced."""
+    try:
+        last, value = saved_state(layer, number)
+        Call.of(slot, last, value)
+    except (CaptureError, AttributeError) as error:
+        message = f"save(): the {layer._kind} of {slot.name!r} cannot be stored: {error}."
+        raise CaptureError(message) from error
+    many = min(len(layer), 1)
+    return _Calls(slot, [last] * many, [value] * many)
+
+
+def _check(lists: list[_Calls], *, progress: bool) -> None:
+    """Raise ``CaptureError`` for a value that cannot be stored, before anything is written."""
+    # A value that was stored once can be stored again: of a layer on disk, one call is enough.
+    kept = [
+        (slot, values[:1] if isinstance(values, ReadOnlyLayer) else values)
+        for slot, _, values in lists
     ]
-    order += [(call.number, len(rank), at, 0) for at, call in reduced.items()]
-    keys = {
-        numbers.get(rank_pass, rank_pass[1]): key
-        for rank_pass, key in dict(recording._run.units.keys).items()
-    }
-    order += [(own, len(rank) + 1, len(layers), 0) for own in keys]
+    with showing("save, first look", sum(len(v) for _, v in kept), progress=progress) as each:
+        for slot, values in kept:
+            for number, value in enumerate(each(values)):
+                try:
+                    Call.of(slot, 0, value)
+                except CaptureError as error:
+                    message = f"save(): call {number} of {slot.name!r} cannot be stored: {error}."
+                    raise CaptureError(message) from error
+
+
+# --- Writing it ----------------------------------------------------------------------------------------
+
+
+def _write(saved: _Saved, folder: Folder, *, progress: bool) -> None:
+    opening = Opening("save({path!r})", folder, saved.description, alone=True)
+    with opening.lock:
+        complete = 0
+        writer = Writer(
+            opening.own, opening.ledger, folder, lambda: complete, saved.raised, order=saved.order
+        )
+        error: str | None = "save() did not finish"
+        try:
+            for call in _in_order(saved.lists, progress=progress):
+                complete = call.number
+                writer.keep(call)
+            error = None
+        finally:
+            writer.close(saved.passes if error is None else 0, error)
+        keep_warnings(opening.own, opening.ledger.heading.began, saved.warnings)
+        failure = writer.take_error()
+        if failure is not None:
+            raise failure
+
+
+def _in_order(lists: list[_Calls], *, progress: bool) -> Iterator[Call]:
+    """Yield all calls, pass by pass."""
+    order = sorted(
+        (number, at, call)
+        for at, calls in enumerate(lists)
+        for call, number in enumerate(calls.passes)
+    )
     with showing("save", len(order), progress=progress) as each:
-        for pass_, _, at, call in each(sorted(order)):
-            if at == len(layers):
-                yield key_call(pass_, keys[pass_])
-            elif at in reduced:
-                yield reduced[at]
-            else:
-                slot, layer = layers[at]
-                yield Call.of(slot, pass_, layer[call])
+        for number, at, call in each(order):
+            yield Call.of(lists[at].slot, number, lists[at].values[call])
