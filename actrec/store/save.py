@@ -124,8 +124,6 @@ def _saved(recording: Recording[Any]) -> _Saved:
         if slot.role != "added"
     ]
     description = Description(run.model, tuple(infos), dict(run.aliases))
-    names = {name: at for at, name in enumerate(dict.fromkeys([*run.order, *recording]))}
-    layers.sort(key=lambda one: names.get(one[0].name, len(names)))  # by their order in a pass
     kept = [
         _Calls(slot, [*map(number, layer._rank_passes())], layer)
         for slot, layer in layers
