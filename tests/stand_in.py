@@ -124,6 +124,6 @@ def standing_in(device: StandIn, budget: int = 1 << 20) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_test, "CUDA", device)
         patch.setattr(self_test, "Offload", partial(transfer.Offload, budget=budget))
-        patch.setattr(Capture, "is_direct", lambda _: False)
+        patch.setattr(Capture, "__post_init__", lambda capture: setattr(capture, "direct", False))
         patch.setattr(transfer, "_on_device", ticking)
         yield

@@ -48,12 +48,11 @@ class Capture:
     offload: Offload | None = None  # moves values while the model continues
     overflows: Overflows | None = None  # counts values that do not fit into the dtype
     direct: bool = field(init=False)  # whether a tensor on the CPU is kept just as it is
-    is_twin: bool = field(init=False)  # whether what a layer returns is, if it is one
+    is_twin: bool = False  # whether that is so of what a layer returns
 
     def __post_init__(self) -> None:
         moved = self.device is not None and self.device.type != "cpu"
         self.direct = self.dtype is None and self.detach and self.share and not moved
-        self.is_twin = self.direct and self.transform is None
 
     @classmethod
     def asked_for(cls, options: Options, *, share: bool) -> Capture:

@@ -14,11 +14,9 @@ from actrec._recordings.layer import Layer
 from actrec._selection.names import wrapped
 from actrec._torch import version
 from actrec._values.containers import Value
-from actrec._values.snapshot import twin
 from actrec._values.spec import tensors
 
 from .capture import Capture
-from .passes import Passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +54,20 @@ class Arrival:
 
     number: int  # of its pass
     kwargs: object  # Python makes a new dict for every call, so it identifies this one
-    inputs: Value
+    received: Value
     #: If hooks of others run after ours: the args that ours got, and the versions of the tensors.
     late: tuple[tuple[Any, ...], dict[int, int | None]] | None
+
+    def is_late(self, args: tuple[Any, ...], kwargs: Any) -> tuple[bool, bool]:
+        """Whether hooks that ran after ours have given the call other arguments, and whether these were written in place.
+
+        By such a hook, or later, by forward: nobody knows which.
+        """
+        assert self.late is not None  # noqa: S101  # the caller has checked it
+        before, known = self.late
+        now = versions((args, kwargs))
+        written = any(version is None or version != known.get(t, 0) for t, version in now.items())
+        return args is not before or kwargs is not self.kwargs, written
 
 
 @dataclass(eq=False, slots=True)
@@ -67,48 +76,29 @@ class Inputs:
 
     calls: Layer[Any]
     capture: Capture
-    _parameters: _Parameters
+    parameters: _Parameters
     #: The name of the first parameter, if a tensor there is kept just as it is: a shortcut for calls with one tensor.
-    _alone: str | None = field(init=False)
+    alone: str | None = field(init=False)
     _stacks: dict[int, list[Arrival]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = self._parameters.positional
-        self._alone = names[0] if names and self.capture.is_twin else None
+        names = self.parameters.positional
+        self.alone = names[0] if names and self.capture.is_twin else None
 
     @classmethod
     def of(cls, module: nn.Module, calls: Layer[Any], capture: Capture) -> Inputs:
         """Return the inputs of ``module``, which are captured by ``capture`` and go to ``calls``."""
         return cls(calls, capture, _Parameters.of(module))
 
-    def take(
-        self,
-        passes: Passes,
-        module: nn.Module,
-        call: int,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        *,
-        is_late: bool,
-    ) -> None:
-        """Call number ``call``, one of ``module``, begins.
-
-        ``is_late`` if hooks that run after ours may replace its arguments.
-        """
-        is_alone = self._alone is not None and len(args) == 1 and not kwargs
-        copy = twin(args[0]) if is_alone else None
-        inputs: Value = {self._alone: copy}  # the shortest way
-        if copy is None:
-            inputs = self.capture.received(self._parameters.named(args, kwargs), call)
-        late = (args, _versions((args, kwargs))) if is_late else None
-        number = passes.number_of(module)
+    def begin(self, arrival: Arrival) -> None:
+        """A call begins."""
         stack = self._stacks.setdefault(get_ident(), [])
         if stack:  # drop calls of earlier passes, which raised
-            stack[:] = [earlier for earlier in stack if earlier.number == number]
-        stack.append(Arrival(number, kwargs, inputs, late))
+            stack[:] = [earlier for earlier in stack if earlier.number == arrival.number]
+        stack.append(arrival)
 
     def pop(self, kwargs: object) -> Arrival | None:
-        """The call with these ``kwargs`` ends: return its arguments, or ``None`` if no own call has begun with them."""
+        """The call with these ``kwargs`` ends: return it, or ``None`` if no own call has begun with them."""
         stack = self._stacks.get(get_ident(), [])
         if stack and stack[-1].kwargs is kwargs:
             return stack.pop()
@@ -124,20 +114,7 @@ class Inputs:
         stack = self._stacks.get(get_ident())
         return stack.pop() if stack else None
 
-    def received(
-        self, arrival: Arrival, call: int, args: tuple[Any, ...], kwargs: Any
-    ) -> tuple[Value, bool]:
-        """Return the arguments after hooks that ran after ours, and whether they are certainly those of the call."""
-        assert arrival.late is not None  # noqa: S101  # the caller has checked it
-        args_before, before = arrival.late
-        now = _versions((args, kwargs))
-        # Written in place: by such a hook, or later, by forward. Nobody knows which.
-        written = any(version is None or version != before.get(t, 0) for t, version in now.items())
-        if not written and args is args_before and kwargs is arrival.kwargs:
-            return arrival.inputs, True
-        return self.capture.received(self._parameters.named(args, kwargs), call), not written
 
-
-def _versions(values: Value) -> dict[int, int | None]:
+def versions(values: Value) -> dict[int, int | None]:
     """Return how often each tensor (by id) was written to; ``None`` for inference tensors, which do not count it."""
     return {id(t): None if t.is_inference() else version(t) for t in tensors(values)}

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.layer import Layer
 from actrec._selection.functions import What
 from actrec._torch import (
@@ -35,7 +34,7 @@ from .clean_room import inside
 from .foreign_hooks import put_after_others
 from .gradients import Gradients
 from .hooks import Hook
-from .inputs import Arrival, Inputs
+from .inputs import Arrival, Inputs, versions
 from .own_calls import Unrecorded, comparing, is_own_call, is_symbolic, is_written_down
 from .parameters import named
 from .session import Session
@@ -61,12 +60,9 @@ class Track:
     has_tensors: bool = False  # whether any kept value had a tensor
     placeholder: Opaque | None = None  # the first Opaque, in values without tensors
     error: str | None = None  # the first one that recording a call raised
-    #: Whether a tensor on the CPU is kept just as it is returned.
-    _is_direct: bool = field(init=False)
     #: Whether keeping a call is no more than appending: there are tensors, and neither gradients, transfers nor an early stop.
     #: Set by the first call.
     _is_plain: bool = False
-
     #: ``outputs._keep``, if outputs are kept: looked up once, because attribute access on layers is slow.
     _keep_output: Callable[[Value, int], None] = field(init=False)
 
@@ -74,7 +70,6 @@ class Track:
         self.outputs = self.layers.get("output")
         if self.outputs is not None:
             self._keep_output = self.outputs._keep
-        self._is_direct = self.outputs is not None and self.capture.is_twin
 
     @property
     def kept(self) -> int:
@@ -87,12 +82,6 @@ class Track:
         if compiles_itself() and not runs:
             self.compiled += 1
         return runs
-
-    def keeps_all(self) -> bool:
-        """Whether all values are kept as they are, in lists: until compiled code has run they may wait for that."""
-        kept = [(self.outputs, self.capture)]
-        kept += [] if self.inputs is None else [(self.inputs.calls, self.inputs.capture)]
-        return all(type(layer) is ListLayer and how.is_twin for layer, how in kept)
 
     # --- All calls ---------------------------------------------------------------------------------------------
 
@@ -139,13 +128,16 @@ class Track:
         is_tensor = len(args) == 1 and not kwargs and type(args[0]) is Tensor
         if not is_tensor and is_symbolic((*args, *kwargs.values())):
             return
-        assert self.inputs is not None  # noqa: S101  # or this hook would not be there
-        is_late = RemovableHandle.next_id != hook.checked_at and put_after_others(hook, module)
-        try:
-            self.inputs.take(session.passes, module, self.called, args, kwargs, is_late=is_late)
-        except Exception as error:
-            self._failed(error, self.called)
-            raise
+        inputs = self.inputs
+        assert inputs is not None  # noqa: S101  # or this hook would not be there
+        late = None
+        if RemovableHandle.next_id != hook.checked_at and put_after_others(hook, module):
+            late = args, versions((args, kwargs))
+        copy = twin(args[0]) if is_tensor and inputs.alone is not None else None
+        received: Value = {inputs.alone: copy}  # the shortest way
+        if copy is None:
+            received = self._received(inputs.parameters.named(args, kwargs))
+        inputs.begin(Arrival(session.passes.number_of(module), kwargs, received, late))
 
     def returns(
         self,
@@ -177,29 +169,34 @@ class Track:
         if arrival is None:  # no inputs are recorded, or the call began before it was hooked
             self.keep(output, session.passes.number_of(module))
         elif arrival.late is None:
-            self.keep(output, arrival.number, arrival.inputs)
+            self.keep(output, arrival.number, arrival.received)
         else:
             self.keep(output, arrival.number, self._received_late(arrival, args, kwargs))
 
     def _received_late(self, arrival: Arrival, args: tuple[Any, ...], kwargs: Any) -> Value:
         """Return the arguments of a call after the hooks that ran after ours."""
         assert self.inputs is not None  # noqa: S101  # the arrival comes from there
+        are_others, are_written = arrival.is_late(args, kwargs)
+        if are_written:
+            self.overtaken += 1
+        if are_others or are_written:
+            return self._received(self.inputs.parameters.named(args, kwargs))
+        return arrival.received
+
+    def _received(self, given: dict[str, Any]) -> Value:
+        """Return what is kept of the arguments of the next call."""
+        assert self.inputs is not None  # noqa: S101  # the caller has checked it
         try:
-            received, is_sure = self.inputs.received(arrival, self.called, args, kwargs)
+            return self.inputs.capture.received(given, self.called)
         except Exception as error:
             self._failed(error, self.called)
             raise
-        if not is_sure:
-            self.overtaken += 1
-        return received
 
     def _returns_in_backward(self, output: Value) -> None:
         """A call ran inside ``backward()``: a recorded one, recomputed by checkpointing, or another one."""
-        if not (is_recomputing() or is_recomputing_in_graph()):
-            self.unrecorded[Unrecorded.BACKWARD] += 1
-            return
-        self.unrecorded[Unrecorded.RECOMPUTED] += 1
-        if self.grads is not None:
+        again = is_recomputing() or is_recomputing_in_graph()
+        self.unrecorded[Unrecorded.RECOMPUTED if again else Unrecorded.BACKWARD] += 1
+        if again and self.grads is not None:
             self.grads.expect_again(output)
 
     # --- A call of a function ---------------------------------------------------------------------------------
@@ -208,12 +205,7 @@ class Track:
         """A function is about to be called: return the arguments to keep."""
         if not self.session.listens() or backward_number() != -1:
             return None
-        assert self.inputs is not None  # noqa: S101  # the caller has checked it
-        try:
-            return self.inputs.capture.received(named(function, args, kwargs), self.called)
-        except Exception as error:
-            self._failed(error, self.called)
-            raise
+        return self._received(named(function, args, kwargs))
 
     def gives(self, module: nn.Module, output: Value, received: Value) -> None:
         """A function that ``module`` has called returned ``output``: keep it, and the arguments."""
@@ -232,7 +224,7 @@ class Track:
         call = self.called
         self.called = call + 1
         try:
-            value = twin(output) if self._is_direct else None
+            value = twin(output) if self.capture.is_twin else None
             if value is None and self.outputs is not None:
                 value = self.capture(output, call)
             # The shortest way:
@@ -266,7 +258,8 @@ class Track:
                 if session.offload is None:
                     self._put(value, received, number)
                 else:
-                    session.offload.keep(partial(self._arrived, call, value, received, number))
+                    put = partial(self._put, value, received, number)
+                    session.offload.keep(put, f"call {call} of layer {self.capture.layer!r}")
                 place = None if grads is None else grads.reserve(output, value, number)
             if grads is not None:
                 grads.expect(output, value, place)
@@ -279,14 +272,6 @@ class Track:
             self._keep_output(value, number)
         if self.inputs is not None:
             self.inputs.calls._keep(received, number)
-
-    def _arrived(self, call: int, value: Value, received: Value, number: int) -> None:
-        """The values of a call have arrived from a device. An error says which call it was: the model is elsewhere by now."""
-        try:
-            self._put(value, received, number)
-        except Exception as error:
-            error.add_note(f"raised while actrec kept call {call} of layer {self.capture.layer!r}")
-            raise
 
     def _look_at_first(self, value: Value) -> None:
         """Look at the first call that is kept, or at a later one if those before had no tensors."""

@@ -177,6 +177,7 @@ class Tracks:
         offload = None if role == "gradient" else self.session.offload
         capture = self._capture.of(choice.key, transform, _OF[role], offload)
         if layer is not None:
+            capture.is_twin = capture.direct and transform is None
             layer._transform = function_name(transform)
             if capture.dtype is not None:
                 number = self.session.passes.current_or_last

@@ -47,6 +47,13 @@ class _Copy(NamedTuple):
     done: Any  # the event after the copy from `source` to `pinned`
 
 
+class _Call(NamedTuple):
+    """A call whose values were copied before it."""
+
+    put: Callable[[], None]  # appends them to their layers
+    name: str
+
+
 class Offload:
     """Moves the values of one block into memory. Any thread may use it.
 
@@ -65,7 +72,7 @@ class Offload:
         self._is_right = is_right
         self._budget = budget
         self._streams: dict[torch.device, Any] = {}
-        self._queue: deque[_Copy | Callable[[], None]] = deque()
+        self._queue: deque[_Copy | _Call] = deque()
         self._in_flight = 0  # bytes of the copies in the queue
         self._lock = threading.RLock()
         self._at_work = False  # whether the queue is being processed
@@ -114,17 +121,18 @@ class Offload:
             result = torch.empty(0, dtype=copied.dtype, device="cpu")
             return result.set_(memory.untyped_storage(), 0, copied.shape, copied.stride())
 
-    def keep(self, call: Callable[[], None]) -> None:
-        """Run ``call``, which appends values to their layers, when the tensors that :meth:`start` returned are filled.
+    def keep(self, put: Callable[[], None], name: str) -> None:
+        """Run ``put``, which appends the values of a call, when the tensors that :meth:`start` returned are filled.
 
-        This happens at the latest when the pass ends; outside of a pass, now.
+        This happens at the latest when the pass ends; outside of a pass, now. If it raises, a note on the error has the name
+        of the call: the model is elsewhere by then.
         """
         with self._lock:
             self._refuse_if_broken()
             if not self._queue:
-                call()
+                put()
                 return
-            self._queue.append(call)
+            self._queue.append(_Call(put, name))
         if not self._passes.running:
             self.deliver()
 
@@ -195,8 +203,9 @@ class Offload:
             return
         self._queue.popleft()  # before the call, which must not happen twice
         try:
-            item()
+            item.put()
         except Exception as error:  # noqa: BLE001  # raised by deliver()
+            error.add_note(f"raised while actrec kept {item.name}")
             self._error = self._error or error
 
     def _lose(self, error: Exception) -> None:

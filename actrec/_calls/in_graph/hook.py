@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from actrec._calls.gradients import AGAIN
 from actrec._calls.hooks import Event, Hook, T
+from actrec._recordings.in_memory import ListLayer
 from actrec._torch import (
     as_constant,
     hook_tables,
@@ -51,8 +52,8 @@ class HookInGraph(Hook[T]):
         super().__init__(event, target, hear)
         self.told = _TOLD.get(event, _NOTHING)
         self.watches = event is Event.RETURN and getattr(target, "grads", None) is not None
-        #: Whether it may be told when the compiled code has gone on: of no value, or of those that lists keep as they are.
-        self.late = self.told == _NOTHING or target.keeps_all()  # type: ignore[attr-defined]  # of a track
+        #: Whether it may be told when the compiled code has gone on.
+        self.late = self.told == _NOTHING or _keeps_all(target)
         self.is_told = _asked_by_the_compiler(self)
 
     @property
@@ -112,6 +113,13 @@ class HookInGraph(Hook[T]):
         handle.id = renumber(module, handle.id, next(n for n in numbers if n not in used))
         self.key = key_to(self, module, handle.id)
         return handle
+
+
+def _keeps_all(track: Any) -> bool:
+    """Whether all values of a layer are kept as they are, in lists: then it takes no more memory to tell it later."""
+    kept = [(track.outputs, track.capture)]
+    kept += [] if track.inputs is None else [(track.inputs.calls, track.inputs.capture)]
+    return all(type(layer) is ListLayer and how.is_twin for layer, how in kept)
 
 
 # --- What the compiler reads -----------------------------------------------------------------------------
