@@ -123,16 +123,11 @@ class Order:
             found.append(Cut(low - begin, high - begin, high == stop))
         return found
 
-    def most(self, batches: range) -> int:
-        """Return the largest number of rows that some of the batches take from one window."""
-        each, start = self.batch_size * batches.step, self.batch_size * batches.start
-
-        def before(row: int) -> int:
-            """How many of their rows come before a row."""
-            turns, rest = divmod(max(0, row - start), each)
-            return turns * self.batch_size + min(rest, self.batch_size)
-
-        return max((before(end) - before(begin) for begin, end in self.windows), default=0)
+    def most(self, step: int) -> int:
+        """Return the largest number of rows that every ``step``-th batch takes from one window."""
+        longest = max((end - begin for begin, end in self.windows), default=0)
+        turns, rest = divmod(longest, self.batch_size * step)
+        return turns * self.batch_size + min(rest, self.batch_size)
 
     def epoch(self, number: int) -> Epoch:
         """The order in one epoch."""

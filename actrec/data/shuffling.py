@@ -329,7 +329,7 @@ class Shuffled(IterableDataset[Any]):
         width = sum(column.width for column in self._columns)
         many = min(_BATCHES_AT_ONCE, max(1, _MEBI // max(1, width * self._order.batch_size)))
         with Files(self._between if now.workers > 1 else None) as files:
-            window = Window(self._parts, self._block, files, self._order.most(mine))
+            window = Window(self._parts, self._block, files, self._order.most(now.workers))
             made = batches(self._columns, window, self._order, now.epoch, mine)
             with closing(ahead(made, many)) as coming:
                 for batch in coming:

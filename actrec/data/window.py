@@ -41,8 +41,6 @@ class Window:
         self._memory = [column.empty(rows) for column in parts[0].columns]
         width = sum(column.width for column in parts[0].columns)
         self._ahead = max(1, min(_AHEAD[0], _AHEAD[1] // max(1, block * width)))
-        many = min(block, max(len(part.columns[0]) for part in parts))
-        self._scratch = [column.empty(many) for column in parts[0].columns]
         self._unused = torch.arange(rows, device="cpu")
         #: The places of the rows in memory, in the order in which they are taken: of this window, and of the next one.
         self._slots = self._next = self._unused[:0]
@@ -80,52 +78,46 @@ class Window:
         done = 0
         while coming:
             columns, read, rows = coming.popleft()
-            many = len(read) if rows is None else len(rows)
-            while done + many > self._room:
+            while done + len(rows) > self._room:
                 yield
-            if in_order and rows is None:
+            here = places[done : done + len(rows)]
+            if in_order and len(rows) == len(read):
                 for column, memory in zip(columns, self._memory, strict=True):
-                    column.read(read.start, memory[int(places[done]) :][:many], self._files)
+                    column.read(read.start, memory[int(here[0]) :][: len(rows)], self._files)
             else:
-                self._fill(columns, read, rows, places[done : done + many])
-            done += many
+                self._fill(columns, read, rows, here)
+            done += len(rows)
             coming.extend(islice(announced, 1))
 
     def _announced(
         self, pieces: Sequence[Piece], is_wanted: Tensor
-    ) -> Iterator[tuple[Sequence[Column], range, Tensor | None]]:
+    ) -> Iterator[tuple[Sequence[Column], range, Tensor]]:
         """Say that rows of a block will be read soon: those between the first and the last that is wanted, here or by any worker.
 
         Yields:
-            The columns; the rows that are read; and which of them are wanted, in ascending order, if not all are.
+            The columns; the rows that are read; and which of them are wanted, in ascending order.
         """
         for piece in pieces:
-            wanted = is_wanted[piece.place : piece.place + piece.many]
             columns, kept = self._parts[piece.part]
-            rows, begin = None, piece.block * self._block
-            if kept is None and bool(wanted.all()):
-                read = range(begin + piece.first, begin + piece.first + piece.many)
-            elif bool(wanted.any()):
-                every = torch.arange(piece.first, piece.first + piece.many, device="cpu")
-                every = every if kept is None else kept.block(piece.block, self._files)[every]
-                rows = every[wanted]
+            begin, own = piece.block * self._block, slice(piece.first, piece.first + piece.many)
+            if kept is None:
+                every = torch.arange(own.start, own.stop, device="cpu")
+            else:
+                every = kept.block(piece.block, self._files)[own]
+            rows = every[is_wanted[piece.place : piece.place + piece.many]]
+            if len(rows):
                 ends = rows if self._files.between is None else every
                 read = range(begin + int(ends[0]), begin + int(ends[-1]) + 1)
-                rows = rows + (begin - read.start)
-            else:
-                continue
-            for column in columns:
-                column.announce(read.start, len(read), self._files)
-            yield columns, read, rows
+                for column in columns:
+                    column.announce(read.start, len(read), self._files)
+                yield columns, read, rows + (begin - read.start)
 
-    def _fill(
-        self, columns: Sequence[Column], read: range, rows: Tensor | None, places: Tensor
-    ) -> None:
+    def _fill(self, columns: Sequence[Column], read: range, rows: Tensor, places: Tensor) -> None:
         """Read rows of a block, and put those that are wanted to their places."""
-        for column, memory, scratch in zip(columns, self._memory, self._scratch, strict=True):
-            found = scratch[: len(read)]
+        for column, memory in zip(columns, self._memory, strict=True):
+            found = column.empty(len(read))
             column.read(read.start, found, self._files)
-            found = found if rows is None else found.index_select(0, rows)
+            found = found if len(rows) == len(read) else found.index_select(0, rows)
             words(memory).index_copy_(0, places, words(found))
 
 
