@@ -15,13 +15,13 @@ from actrec._recordings.recording import Recording
 from actrec.errors import OptionError
 
 from .calls import Calls, located
-from .columns import Column, place_order
+from .columns import Column
 from .cutting import cut
-from .last import last_rows
-from .masks import Function, computed
+from .kept import last_rows
+from .masks import Function, checked, computed, of_rows
 from .numbering import integers, numbered
-from .origins import ORIGINS, Origin, Origins
-from .selecting import Selector, is_plain, kind, select
+from .origins import ORIGINS, Origins
+from .selecting import Selector, select
 from .steps import steps
 
 #: A mask of rows: a layer or an added value, a tensor, or a function of the stored values of each pass.
@@ -67,7 +67,7 @@ def table(
     """Align the layers, in the order of the calls, or in that of the files. See :func:`actrec.data.rows`."""
     mask, flatten = options.mask, options.flatten or options.last
     _check(call, recording, selectors, options)
-    answers = _answers(call, mask) if isinstance(mask, Tensor) else None
+    answers = checked(call, mask) if isinstance(mask, Tensor) else None
     layers = [one for one in selectors if not _is_origin(one, recording)]
     masks = [] if mask is None or isinstance(mask, Tensor) or callable(mask) else [mask]
     selected = [select(call, recording, one) for one in (*layers, *masks)]
@@ -77,19 +77,22 @@ def table(
         calls.append(computed(call, recording, mask, calls[0]))
     found = steps(call, calls, flatten=flatten, common=options.passes == "common")
     masked = len(calls) > len(layers)
-    runs, where = cut(call, found, flatten=flatten, masked=masked, answers=answers)
-    if as_stored:
-        order = place_order(runs[0].lines)
-        runs, where = [one.ordered(order) for one in runs], where.ordered(order)
-    columns, where = [Column(one) for one in runs], where.coalesced()
-    given_mask = None if mask is None else columns.pop()
+    columns, where = cut(call, found, flatten=flatten, masked=masked)
+    if answers is not None:
+        columns.append(of_rows(call, answers, where))
     if options.last:
-        rows = last_rows(where, given_mask, as_stored=as_stored)
-        columns, where, given_mask = [one.picked(rows) for one in columns], where.picked(rows), None
+        beside = columns.pop().joined() if mask is not None else None
+        rows = last_rows(where.joined(), beside)
+        columns, where, mask = [one.picked(rows) for one in columns], where.picked(rows), None
+    if as_stored:
+        order = columns[0].place_order()
+        columns, where = [one.ordered(order) for one in columns], where.ordered(order)
+    columns, where = [one.joined() for one in columns], where.joined()
+    given_mask = columns.pop() if mask is not None else None
     own = iter(columns)
     return Table(
         [
-            Origin(one, where, number) if _is_origin(one, recording) else next(own)
+            where.column(one, number) if _is_origin(one, recording) else next(own)
             for one in selectors
         ],
         given_mask,
@@ -120,16 +123,6 @@ def _check(
             "which leaves out passes that a layer does not have."
         )
         raise OptionError(message)
-
-
-def _answers(call: str, mask: Tensor) -> Tensor:
-    """Return a mask that is a tensor as a new bool tensor: the user may write to theirs."""
-    if not is_plain(mask):
-        message = (
-            f"{call}(mask={kind(mask)}): expected a plain tensor with one number for each row."
-        )
-        raise OptionError(message)
-    return (mask.detach() != 0).cpu().contiguous()
 
 
 # --- Which calls count -------------------------------------------------------------------------------

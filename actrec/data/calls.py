@@ -26,7 +26,7 @@ from actrec.store.units import StoredUnits
 
 from .numbering import integers
 from .selecting import Selected
-from .sources import Held, Made, Shape, Source, Stored
+from .sources import Held, Shape, Source, Stored
 
 
 class Look(NamedTuple):
@@ -143,12 +143,12 @@ class _Table:
         if isinstance(layer, WholeLayer):
             for number, (spec, outlines) in enumerate(layer.outlines()):
                 lines.append((self._look(outlines[self._number(spec)]), number, 0))
-                self._sources.append(Made(partial(self.selected.value, number)))
+                self._sources.append(Held(partial(self.selected.value, number)))
         else:
             for number, value in enumerate(layer):
                 tensor = self.selected.tensor(value, f"call {number}")
                 lines.append((self._look(tensor), number, 0))
-                self._sources.append(Held(tensor))
+                self._sources.append(Held(tensor.detach()))
         moments = [(-1 if rank is None else rank, number) for rank, number in layer._rank_passes()]
         self._moments.append(integers(moments).view(-1, 2))
         self._places.append(integers(lines).view(-1, 3))

@@ -4,185 +4,176 @@ from __future__ import annotations
 
 import math
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from functools import cached_property
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .runs import Runs
 from .sources import Files, Shape, Source
 
-#: If more runs than this have rows of a block, the rows of each file are read together.
+#: If this many times more runs than sources have rows of a block, the rows of each source are read together.
 _MANY: Final = 16
 
 
-@dataclass(frozen=True)
-class Runs:
-    """Rows of a layer in runs of consecutive rows, one for each call."""
+class _Piece(NamedTuple):
+    """Rows that follow each other in a source."""
+
+    source: Source
+    begin: int  # byte of the first one
+    many: int  # rows of the source
+    repeat: int  # how many rows of the column share one of them
+    skip: int  # rows of the column to leave out at the beginning
+    rows: int  # of the column
+
+
+@dataclass(frozen=True, eq=False)
+class Column(Runs):
+    """The rows of a layer, with a line for each call.
+
+    A line has how many rows, the number of the source, the first byte there, and how many rows share each row of the source.
+    Its memory is proportional to the number of its runs: about one for each shard, however many calls there are, or one for
+    each call of a recording in memory.
+    """
 
     name: str
     shape: Shape  #: of a row
     dtype: torch.dtype
     sources: Sequence[Source]
-    #: (runs, 4): how many rows, the number of the source, the first byte there, and how often each row of the source is
-    #: repeated.
-    lines: Tensor
+    keys: Tensor | list[Any] | None = None  #: if the rows are numbers of keys, these keys
 
-    @property
+    @cached_property
     def width(self) -> int:
         """The bytes of a row."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def ordered(self, order: Tensor) -> Runs:
-        """Return the same runs in another order."""
-        return replace(self, lines=self.lines[order])
-
-    def coalesced(self) -> Tensor:
-        """Join runs whose rows follow each other in the same source."""
-        rows, source, begin, repeat = self.lines.unbind(1)
-        whole = rows[:-1] % repeat[:-1] == 0
-        next_to = begin[:-1] + rows[:-1] // repeat[:-1] * self.width == begin[1:]
-        same = (source.diff() == 0) & (repeat.diff() == 0)
-        return coalesced(self.lines, whole & next_to & same)
-
-
-class Column:
-    """The rows of a layer.
-
-    Its memory is proportional to the number of its runs: about one for each shard, however many calls there are, or one for
-    each call of a recording in memory.
-    """
-
-    def __init__(self, runs: Runs) -> None:
-        self.name = runs.name
-        self.dtype = runs.dtype
-        self.shape = runs.shape
-        self.width = runs.width
-        self._sources = runs.sources
-        rows, self._source, self._start, self._repeat = runs.coalesced().unbind(1)
-        self._ends = rows.cumsum(0)
-        #: The same as arrays, to look at one run after the other.
-        self._runs = [
-            array("q", of_runs.tolist())
-            for of_runs in (self._ends, self._source, self._start, self._repeat)
-        ]
-        #: Whether a source may have many runs in a row.
-        self._scatters = len(rows) > _MANY * (1 + int((self._source.diff() != 0).sum()))
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
     @property
     def look(self) -> str:
         """The shape and dtype of a row, as text."""
+        if isinstance(self.keys, list):
+            return "key"
         return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
 
     def dressed(self, rows: Tensor) -> Any:
-        """Return rows of bytes in the shape and dtype of the column."""
+        """Return rows of bytes in the shape and dtype of the column, or as keys."""
         if not rows.numel():
-            return torch.empty((len(rows), *self.shape), dtype=self.dtype, device="cpu")
-        return rows.view(self.dtype).view(len(rows), *self.shape)
+            found = torch.empty((len(rows), *self.shape), dtype=self.dtype, device="cpu")
+        else:
+            found = rows.view(self.dtype).view(len(rows), *self.shape)
+        return found if self.keys is None else named(self.keys, found)
 
     def empty(self, rows: int) -> Tensor:
         """Return memory for so many rows."""
         return torch.empty((rows, self.width), dtype=torch.uint8, device="cpu")
+
+    # --- Reading ---------------------------------------------------------------------------------------
 
     def read(self, first: int, out: Tensor, files: Files) -> None:
         """Fill ``out`` with the rows from number ``first`` on."""
         if self._is_scattered(first, len(out)):
             out.copy_(self.take(torch.arange(first, first + len(out), device="cpu"), files))
             return
-        for place, many, run, skip in self._pieces(first, len(out)):
-            source, start, repeat = self._at(run)
-            if repeat == 1:
-                source.read(start + skip * self.width, out[place : place + many], files)
+        place = 0
+        for piece in self._pieces(first, len(out)):
+            part = out[place : (place := place + piece.rows)]
+            if piece.repeat == 1:
+                piece.source.read(piece.begin, part, files)
             else:
-                begin, end = skip // repeat, (skip + many - 1) // repeat + 1
-                few = self.empty(end - begin)
-                source.read(start + begin * self.width, few, files)
-                which = torch.arange(skip, skip + many, device="cpu") // repeat - begin
-                out[place : place + many] = few[which]
+                few = self.empty(piece.many)
+                piece.source.read(piece.begin, few, files)
+                which = torch.arange(piece.skip, piece.skip + piece.rows, device="cpu")
+                part.copy_(few[which // piece.repeat])
 
     def announce(self, first: int, many: int, files: Files) -> None:
-        """Prefetch these rows, which will be read soon."""
-        if self._is_scattered(first, many):
-            return  # prefetched when they are read
-        for _, rows, run, skip in self._pieces(first, many):
-            source, start, repeat = self._at(run)
-            begin, end = skip // repeat, (skip + rows - 1) // repeat + 1
-            source.announce(start + begin * self.width, (end - begin) * self.width, files)
+        """Prefetch these rows, which will be read soon; those of many runs are prefetched when they are read."""
+        if not self._is_scattered(first, many):
+            for piece in self._pieces(first, many):
+                piece.source.announce(piece.begin, piece.many * self.width, files)
 
-    def take(self, indices: Tensor, files: Files) -> Tensor:
+    def take(self, rows: Tensor, files: Files) -> Tensor:
         """Return a copy of rows with any numbers; little else is read."""
-        if not self.width or not len(indices):
-            return self.empty(len(indices))
-        runs = torch.searchsorted(self._ends, indices, right=True)
-        begins = self._starts(runs, indices)
-        sources = self._source[runs]
-        order = begins.argsort()
-        order = order[sources[order].argsort(stable=True)]
+        found = self.empty(len(rows))
+        if not found.numel():
+            return found
+        sources, begins = self._places(rows)
+        order = _by_place(sources, begins)
         used, counts = torch.unique_consecutive(sources[order], return_counts=True)
-        rows, many = self.empty(len(indices)), counts.tolist()
-        parts = zip(torch.split(begins[order], many), torch.split(order, many), strict=True)
-        for number, (some, places) in zip(used.tolist(), parts, strict=True):
-            self._sources[number].take(some, rows, places, files)
-        return rows
+        parts = (torch.split(one, counts.tolist()) for one in (begins[order], order))
+        for number, some, places in zip(used.tolist(), *parts, strict=True):
+            self.sources[number].take(some, found, places, files)
+        return found
 
-    def picked(self, rows: Tensor) -> Column:
-        """Return a column of some of the rows."""
-        runs = torch.searchsorted(self._ends, rows, right=True)
-        starts = self._starts(runs, rows)
-        ones = torch.ones_like(rows)
-        lines = torch.stack([ones, self._source[runs], starts, ones], 1)
-        return Column(Runs(self.name, self.shape, self.dtype, self._sources, lines))
+    def _places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the number of the source of each row, and the first byte there."""
+        lines, skip = self.of(rows)
+        _, source, begin, repeat = lines.unbind(1)
+        return source, begin + skip // repeat * self.width
+
+    @cached_property
+    def _arrays(self) -> list[array[int]]:
+        """The ends and the columns of the lines, to look at one run after the other without operations on tensors."""
+        return [array("q", column.tolist()) for column in (self.ends, *self.lines.unbind(1))]
+
+    def _runs(self, first: int, many: int) -> range:
+        """Return the numbers of the runs with some of these rows."""
+        ends = self._arrays[0]
+        last = bisect_left(ends, first + many)
+        return range(bisect_right(ends, first), min(last + 1, len(ends)))
 
     def _is_scattered(self, first: int, many: int) -> bool:
         """Whether these rows are in many runs of few sources."""
-        if not many or not self._scatters:
+        runs = self._runs(first, many)
+        if len(runs) <= _MANY:
             return False
-        ends = torch.tensor([first, first + many - 1], device="cpu")
-        low, high = torch.searchsorted(self._ends, ends, right=True).tolist()
-        sources = len(torch.unique_consecutive(self._source[low : high + 1]))
-        return bool(sources * _MANY < high - low)
+        sources = torch.unique(self.lines[runs.start : runs.stop, 1])
+        return len(runs) > _MANY * len(sources)
 
-    def _at(self, run: int) -> tuple[Source, int, int]:
-        _, source, start, repeat = self._runs
-        return self._sources[source[run]], start[run], repeat[run]
+    def _pieces(self, first: int, many: int) -> Iterator[_Piece]:
+        """Yield where these rows are."""
+        ends, counts, sources, begins, repeats = self._arrays
+        for run in self._runs(first, many):
+            begin, repeat = ends[run] - counts[run], repeats[run]
+            skip = max(first - begin, 0)
+            rows = min(counts[run], first + many - begin) - skip
+            if rows > 0:
+                shared, own = divmod(skip, repeat)
+                yield _Piece(
+                    self.sources[sources[run]],
+                    begins[run] + shared * self.width,
+                    -(-(own + rows) // repeat),
+                    repeat,
+                    own,
+                    rows,
+                )
 
-    def _starts(self, runs: Tensor, rows: Tensor) -> Tensor:
-        """Return the first byte of each row in its source."""
-        return self._start[runs] + (rows - self._begins(runs)) // self._repeat[runs] * self.width
+    # --- Other runs --------------------------------------------------------------------------------------
 
-    def _begins(self, runs: Tensor) -> Tensor:
-        return torch.where(runs > 0, self._ends[runs - 1], 0)
+    def place_order(self) -> Tensor:
+        """Return the order of the runs in their sources."""
+        return _by_place(self.lines[:, 1], self.lines[:, 2])
 
-    def _pieces(self, first: int, many: int) -> Iterator[tuple[int, int, int, int]]:
-        """Yield, for each run with some of these rows: their place among them, how many, the run, and how many to skip there."""
-        ends = self._runs[0]
-        run = bisect_right(ends, first)
-        place = 0
-        while place < many:
-            end = ends[run]
-            begin = ends[run - 1] if run else 0
-            skip = first + place - begin
-            rows = min(many - place, end - begin - skip)
-            if rows:
-                yield place, rows, run, skip
-            place, run = place + rows, run + 1
+    def joined(self) -> Column:
+        """Join runs whose rows follow each other in the same source."""
+        rows, source, begin, repeat = self.lines.unbind(1)
+        whole = rows[:-1] % repeat[:-1] == 0
+        next_to = begin[:-1] + rows[:-1] // repeat[:-1] * self.width == begin[1:]
+        return self.coalesced(whole & next_to & (source.diff() == 0) & (repeat.diff() == 0))
+
+    def picked(self, rows: Tensor) -> Column:
+        """Return a column of some of the rows."""
+        ones = torch.ones_like(rows)
+        return replace(self, lines=torch.stack([ones, *self._places(rows), ones], 1))
 
 
-def place_order(lines: Tensor) -> Tensor:
-    """Return the order of the lines in their sources."""
-    _, source, begin, _ = lines.unbind(1)
-    order = begin.argsort(stable=True)
-    return order[source[order].argsort(stable=True)]
+def _by_place(sources: Tensor, begins: Tensor) -> Tensor:
+    order = begins.argsort(stable=True)
+    return order[sources[order].argsort(stable=True)]
 
 
-def coalesced(lines: Tensor, goes_on: Tensor) -> Tensor:
-    """Join lines, whose first column is their number of rows, where ``goes_on`` says that the next one continues a line."""
-    heads = torch.cat([goes_on.new_ones(min(1, len(lines))), ~goes_on])
-    into = heads.cumsum(0) - 1
-    sums = lines.new_zeros(int(heads.sum())).index_add_(0, into, lines[:, 0])
-    return torch.cat([sums[:, None], lines[heads, 1:]], 1)
+def named(keys: Tensor | list[Any], numbers: Tensor) -> Any:
+    """Return the keys that have these numbers: a tensor if keys are integers, else a list."""
+    return keys[numbers] if isinstance(keys, Tensor) else [keys[at] for at in numbers.tolist()]

@@ -14,6 +14,7 @@ from actrec._recordings.recording import Recording
 from actrec._text import count
 
 from .align import Mask, Passes, RowOptions, Table, table
+from .columns import named
 from .kept import Kept
 from .numbering import integers
 from .origins import Where
@@ -201,8 +202,8 @@ class Rows(Dataset[Any]):
         if self._kept is not None:
             with Files() as files:
                 numbers = self._kept.located(numbers, files)
-        passes, sample, position = self._where.of(numbers)
-        units = self._where.names(passes)
+        passes, sample, position = self._where.numbers(numbers)
+        units = named(self._where.units, passes)
         if not is_one:
             return Where(units, sample, position)
         (unit,) = units.tolist() if isinstance(units, Tensor) else units

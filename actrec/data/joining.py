@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -69,12 +69,11 @@ def is_joined(
     used = torch.unique(of[several]).tolist()
     if any(len(rows[look]) == 1 for look in used):
         return False
-    samples = integers([one[0] for one in rows])[of]
-    inner: dict[Shape, int] = {}
-    inners = integers([inner.setdefault(one[2:], len(inner)) for one in rows])[of]
-    for sizes in (samples, inners):
-        if bool((sizes != sizes[heads][steps.passes]).any()):
-            return False
+    numbers: dict[Shape, int] = {}
+    beside = [numbers.setdefault((one[0], *one[2:]), len(numbers)) for one in rows]
+    sizes = integers(beside)[of]
+    if bool((sizes != sizes[heads][steps.passes]).any()):
+        return False
     # If each of several steps has a label, they are separate batches, unless later steps have a single token.
     is_later = several.clone()
     is_later[heads] = False
@@ -103,42 +102,27 @@ class Joint:
         self._rows = rows
         self._of = of  # of each step, which of the rows
         self.is_joined = is_joined
-        sizes = [
-            (one[0], *one[1:2], math.prod(one[2:])) if len(one) > 1 else (one[0], 1, 1)
-            for one in rows
-        ]
+        sizes = [(one[0], math.prod(one[1:2]), math.prod(one[2:])) for one in rows]
         self.samples, self.tokens, self._inner = integers(sizes)[of].unbind(1)
-        self.rows = self.samples * self.tokens * self._inner  #: of each step
-        none = torch.zeros_like(of)
-        self.before = (
-            self._before(self.tokens) if is_joined else none
-        )  #: tokens of its pass, and sample
-        self._first = none if is_joined else self._before(self.samples)
-
-    def rows_of_passes(self) -> list[Shape]:
-        """Return, for each step, the positions that are the rows of its pass."""
-        tokens = self._of_passes(self.tokens)[self._steps.passes].tolist()
-        rows = (self._rows[look] for look in self._of.tolist())
-        return [(one[0], many, *one[2:]) for one, many in zip(rows, tokens, strict=True)]
+        #: How many tokens of its pass come before each step, and how many samples.
+        self.before = self._before(self.tokens) * is_joined
+        self._first = self._before(self.samples) * (not is_joined)
 
     @cached_property
-    def origins_samples(self) -> Tensor:
-        """How many samples each pass has."""
-        if not self.is_joined:
-            return self._of_passes(self.samples)
-        order, firsts = self._steps.by_pass
-        return self.samples[order[firsts]]
+    def tokens_of_pass(self) -> Tensor:
+        """The tokens of the pass of each step."""
+        return self._of_passes(self.tokens)[self._steps.passes]
 
-    def same_rows(self) -> Shape | None:
+    def _positions(self) -> Shape | None:
         """The positions of a sample, if all have the same."""
-        tokens = self._of_passes(self.tokens) if self.is_joined else self.tokens
+        tokens = self.tokens_of_pass if self.is_joined else self.tokens
         inner = {one[2:] for one in self._rows}
-        if len(set(tokens.tolist())) > 1 or len(inner) > 1:
+        if len(torch.unique(tokens)) > 1 or len(inner) > 1:
             return None
         return (*tokens[:1].tolist(), *inner.pop()) if len(self._rows[0]) > 1 else ()
 
     def lines(self, is_apart: Tensor) -> Lines:
-        """Cut the steps into lines: one for each sample if steps are joined or samples are apart, else one for each step."""
+        """Cut the steps into lines: one for each sample if steps are joined or its samples are apart, else one for each step."""
         alone = is_apart
         if self.is_joined:
             alone = alone | (torch.bincount(self._steps.passes)[self._steps.passes] > 1)
@@ -166,16 +150,9 @@ class Joint:
             of_sample,
             lines.rows.clamp(min=1),
         ]
-        return Origins(torch.stack(columns, 1), self._steps.names, self.origins_samples)
-
-    def answers(self, lines: Lines, is_of_samples: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001
-        """Return where the numbers of a mask tensor begin for each line, and how many rows share each number."""
-        if not is_of_samples:
-            return lines.rows.cumsum(0) - lines.rows, torch.ones_like(lines.rows)
-        first = self.origins_samples.cumsum(0) - self.origins_samples
-        step = lines.step
-        begin = first[self._steps.passes[step]] + self._first[step] + lines.sample
-        return begin, (self.tokens * self._inner)[step].clamp(min=1)
+        order, firsts = self._steps.by_pass
+        samples = self.samples[order[firsts]] if self.is_joined else self._of_passes(self.samples)
+        return Origins(torch.stack(columns, 1), self._steps.names, samples, self._positions())
 
     def _of_passes(self, of_steps: Tensor) -> Tensor:
         """The sum over the steps of each pass."""
@@ -193,57 +170,26 @@ class Joint:
         return found
 
 
-class Covered(NamedTuple):
-    """The columns of a mask that belong to each step."""
+def covered(
+    steps: Steps, joint: Joint, masks: list[Shape], of: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the columns of a mask, ``(batch, columns)`` in its call, that belong to each step.
 
-    is_covered: (
-        Tensor  #: whether it has a column for each token of the step, or its tokens all count
-    )
-    is_all: Tensor  #: whether all tokens of the step count, whatever the mask
-    is_apart: Tensor  #: whether the columns of the samples do not follow each other in the mask
-    first: Tensor  #: the column of the first token
-    columns: Tensor
-
-
-def covered(steps: Steps, joint: Joint, masks: list[Shape], of: Tensor) -> Covered:
-    """Find the columns of a mask, ``(batch, columns)`` in its call, that belong to each step."""
-    none = torch.zeros_like(of)
-    found = Covered(none.bool(), none.bool(), none.bool(), none.clone(), none)
+    Returns:
+        For each step, whether the mask has more columns than the step has tokens, whether all its tokens count, whatever the mask,
+        and the column of its first token.
+    """
     sizes = [shape if len(shape) == 2 else (-1, 0) for shape in masks]  # noqa: PLR2004
-    if not sizes or not len(of):
-        return found
     samples, columns = integers(sizes)[of].unbind(1)
-    found = found._replace(columns=columns)
-    is_whole = steps.whole[-1]
-    asks = (samples == joint.samples) & (is_whole | (columns != joint.tokens))
-    if not bool(asks.any()):
-        return found
-    firsts_of = cache(first_columns)
-    groups = _steps_of_passes(steps) if joint.is_joined else [[step] for step in range(len(of))]
-    asked, tokens, many, whole = (
-        asks.tolist(),
-        joint.tokens.tolist(),
-        columns.tolist(),
-        is_whole.tolist(),
-    )
-    for group in groups:
-        if not any(asked[step] for step in group):
-            continue
-        mine = group[:1] if whole[group[0]] else group
-        firsts = firsts_of(
-            tuple(many[step] for step in mine), tuple(tokens[step] for step in group)
-        )
-        if firsts is None:
-            continue  # an error is raised when the mask is cut
-        for step, first in zip(group, firsts, strict=True):
-            found.is_covered[step] = True
-            found.is_all[step] = first is None
-            found.first[step] = first or 0
-    found.is_apart[:] = found.is_covered & ~found.is_all & (columns != joint.tokens)
-    return found
-
-
-def _steps_of_passes(steps: Steps) -> list[list[int]]:
-    """Return the steps of each pass, in order."""
-    order, _ = steps.by_pass
-    return [part.tolist() for part in torch.split(order, torch.bincount(steps.passes).tolist())]
+    fits, is_whole = samples == joint.samples, steps.whole[-1]
+    first = columns - joint.tokens
+    is_covered, is_all = fits & ~is_whole & (first > 0), torch.zeros_like(fits)
+    heads = steps.of_passes() if bool(is_whole.any()) else []
+    for own in heads:
+        if is_whole[own[0]] and fits[own[0]]:
+            firsts = first_columns([int(columns[own[0]])], joint.tokens[own].tolist())
+            if firsts is not None:  # else an error is raised when the mask is cut
+                is_covered[own] = True
+                is_all[own] = torch.tensor([one is None for one in firsts], device="cpu")
+                first[own] = integers([one or 0 for one in firsts])
+    return is_covered, is_all, first

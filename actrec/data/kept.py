@@ -1,4 +1,4 @@
-"""How many rows a mask keeps in each block of rows. Which rows these are is read from the mask when they are needed."""
+"""The rows that a mask keeps. Which ones these are is read from the mask, a portion at a time, when they are needed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .columns import Column
+from .origins import Origins
 from .sources import Files
 
 #: The number of rows for which the mask is read at a time.
 _MANY: Final = 1 << 20
 
 
+def _answers(mask: Column, first: int, many: int, files: Files) -> Tensor:
+    """Return for each row from number ``first`` on, up to ``many``, whether the mask keeps it."""
+    rows = mask.empty(min(many, len(mask) - first))
+    mask.read(first, rows, files)
+    answers: Tensor = mask.dressed(rows)
+    return answers != 0
+
+
 class Kept:
-    """The rows that a mask keeps."""
+    """The rows that a mask keeps, and how many of them each block of rows has."""
 
     def __init__(self, mask: Column, block: int, files: Files) -> None:
         self._mask = mask
@@ -24,7 +33,7 @@ class Kept:
         counts = [torch.empty(0, dtype=torch.int64, device="cpu")]
         many = max(1, _MANY // block) * block
         for first in range(0, len(mask), many):
-            kept = self._kept(first, many, files)
+            kept = _answers(mask, first, many, files)
             counts.append(pad(kept, (0, -len(kept) % block)).view(-1, block).sum(1))
         self.counts = torch.cat(counts)
         self._ends = self.counts.cumsum(0)
@@ -34,7 +43,7 @@ class Kept:
 
     def block(self, number: int, files: Files) -> Tensor:
         """Return the kept rows of a block, counted from its first row."""
-        return self._kept(number * self._block, self._block, files).nonzero()[:, 0]
+        return _answers(self._mask, number * self._block, self._block, files).nonzero()[:, 0]
 
     def located(self, indices: Tensor, files: Files) -> Tensor:
         """Return the numbers of kept rows, counted among all rows."""
@@ -46,13 +55,21 @@ class Kept:
             out[here] = self.block(number, files)[within[here]] + number * self._block
         return out
 
-    def _kept(self, first: int, many: int, files: Files) -> Tensor:
-        rows = self._mask.empty(min(many, len(self._mask) - first))
-        self._mask.read(first, rows, files)
-        answers: Tensor = self._mask.dressed(rows)
-        return answers != 0
-
 
 def counts_of(rows: int, block: int) -> Tensor:
     """How many rows each block has where all of them are kept."""
     return (rows - torch.arange(0, rows, block, device="cpu")).clamp(max=block)
+
+
+def last_rows(where: Origins, mask: Column | None) -> Tensor:
+    """Return the last row of each sample that the mask keeps; none for a sample of which it keeps no row."""
+    firsts = where.samples.cumsum(0) - where.samples
+    rows = torch.full((int(where.samples.sum()),), -1, device="cpu")
+    with Files() as files:
+        for first in range(0, len(where), _MANY):
+            numbers = torch.arange(first, min(first + _MANY, len(where)), device="cpu")
+            if mask is not None:
+                numbers = numbers[_answers(mask, first, _MANY, files)]
+            passes, samples, _ = where.numbers(numbers)
+            rows.scatter_reduce_(0, firsts[passes] + samples, numbers, "amax")
+    return rows[rows >= 0]

@@ -1,4 +1,4 @@
-"""A mask that the user's function computes from the stored values of each pass."""
+"""Masks that are not recorded: a tensor, or what a function computes from the stored values of each pass."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from actrec._recordings.masks import MissingError, PassValues, Stored
 from actrec._recordings.recording import Recording
-from actrec.errors import OptionError
+from actrec.errors import AlignmentError, OptionError
 
 from .calls import Calls, Look
+from .columns import Column
 from .numbering import integers, numbered
+from .origins import Origins
 from .selecting import is_plain, kind
 from .sources import Held
 
@@ -64,3 +66,36 @@ def computed(call: str, recording: Recording[Any], function: Function, beside: C
         looks=[*looks],
         sources=[Held(flat)],
     )
+
+
+def checked(call: str, mask: Tensor) -> Tensor:
+    """Return a mask that is a tensor as a new bool tensor: the user may write to theirs."""
+    if not is_plain(mask):
+        message = (
+            f"{call}(mask={kind(mask)}): expected a plain tensor with one number for each row."
+        )
+        raise OptionError(message)
+    return (mask.detach() != 0).cpu().contiguous()
+
+
+def of_rows(call: str, answers: Tensor, where: Origins) -> Column:
+    """Return a mask with a number for each row, or for each sample, as a column.
+
+    Raises:
+        AlignmentError: it has others.
+    """
+    rows, number, sample, _, of_sample, _ = where.lines.unbind(1)
+    total, samples, shape = len(where), int(where.samples.sum()), tuple(answers.shape)
+    if shape == (total,) or (where.positions is not None and shape == (samples, *where.positions)):
+        begin, repeat = rows.cumsum(0) - rows, torch.ones_like(rows)
+    elif shape == (samples,):
+        firsts = where.samples.cumsum(0) - where.samples
+        begin, repeat = firsts[number] + sample, of_sample
+    else:
+        message = (
+            f"{call}: the mask is a tensor of shape {shape}, and there are {total} rows. It needs one number "
+            "for each, in the order of the rows."
+        )
+        raise AlignmentError(message)
+    lines = torch.stack([rows, torch.zeros_like(rows), begin, repeat], 1)
+    return Column(lines, "mask", (), torch.bool, [Held(answers)])

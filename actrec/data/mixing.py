@@ -83,7 +83,7 @@ def parts(tables: Sequence[Table], kept: Sequence[Kept | None]) -> list[Recorded
             if (one.shape, one.dtype) != (first.shape, first.dtype):
                 message = (
                     f"shuffled: {first.name} has rows of shape {first.shape} and {first.dtype} in recording 0, and of shape "
-                    f"{one.shape} and {one.dtype} in recording {number}. RecordedRows that differ cannot be batched: record "
+                    f"{one.shape} and {one.dtype} in recording {number}. Rows that differ cannot be batched: record "
                     "with a transform, or with dtype=."
                 )
                 raise AlignmentError(message)

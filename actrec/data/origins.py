@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Final, NamedTuple
+from itertools import accumulate, chain
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from .columns import Column, coalesced
-from .sources import Files
+from .columns import Column
+from .numbering import integers
+from .runs import Runs
+from .sources import Files, Held, Source
+
+_BYTES: Final = torch.int64.itemsize
 
 
 class Where(NamedTuple):
@@ -27,40 +31,35 @@ class Where(NamedTuple):
 ORIGINS: Final = (*Where._fields, "recording")
 
 
-@dataclass(frozen=True)
-class Origins:
-    """The origins of rows, with a line for each run of rows whose origins are regular."""
+@dataclass(frozen=True, eq=False)
+class Origins(Runs):
+    """The origins of rows, with a line for each run of rows whose origins are regular.
 
-    #: (lines, 6): how many rows, and of the first one: its pass, its sample, its position, how many rows its sample has here,
-    #: and how many its pass has here.
-    lines: Tensor
-    units: Sequence[Any] | Tensor  #: for each pass, the key of its unit, or its number
+    A line has how many rows, and of the first one: its pass, its sample, its position, how many rows its sample has here, and
+    how many its pass has here.
+    """
+
+    units: Tensor | list[Any]  #: for each pass, the key of its unit, or its number
     samples: Tensor  #: (passes,): how many samples each has
+    positions: tuple[int, ...] | None  #: of a sample, if all have the same
 
-    def ordered(self, order: Tensor) -> Origins:
-        """Return the origins of the rows with their lines in another order."""
-        return replace(self, lines=self.lines[order])
-
-    def coalesced(self) -> Origins:
-        """Join the lines of successive passes that are cut in the same way."""
+    def joined(self) -> Origins:
+        """Join the runs of successive passes that are cut in the same way."""
         many, number, *same, whole = self.lines.unbind(1)
         goes_on = (number.diff() == 1) & (many[:-1] == whole[:-1]) & (whole.diff() == 0)
         for column in same:
             goes_on &= column.diff() == 0
-        return replace(self, lines=coalesced(self.lines, goes_on))
+        return self.coalesced(goes_on)
 
     def picked(self, rows: Tensor) -> Origins:
         """Return where some of the rows come from."""
-        found = self.of(rows)
         ones = torch.ones_like(rows)
-        return replace(self, lines=torch.stack([ones, *found, ones, ones], 1))
+        return replace(self, lines=torch.stack([ones, *self.numbers(rows), ones, ones], 1))
 
-    def of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def numbers(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the pass, the sample and the position of rows."""
-        ends = self._ends
-        line = torch.searchsorted(ends, rows, right=True)
-        many, number, sample, position, per_sample, whole = self.lines[line].unbind(1)
-        within = rows - (ends[line] - many)
+        lines, within = self.of(rows)
+        _, number, sample, position, per_sample, whole = lines.unbind(1)
         in_pass = within % whole
         return (
             number + within // whole,
@@ -68,74 +67,60 @@ class Origins:
             position + in_pass % per_sample,
         )
 
-    def names(self, passes: Tensor) -> Any:
-        """Return the units of passes: a tensor if their keys are integers, else a list."""
-        if isinstance(self.units, Tensor):
-            return self.units[passes]
-        return [self.units[number] for number in passes.tolist()]
+    def column(self, name: str, recording: int) -> Column:
+        """Return the column of origins with a name, of the recording with that number."""
+        many = len(self)
+        source: Source = _Computed(self, ORIGINS.index(name))
+        line, keys = [many, 0, 0, 1], self.units if name == "unit" else None
+        if name == "recording":
+            source, line = Held(integers([recording])), [many, 0, 0, max(1, many)]
+        return Column(integers([line]), repr(name), (), torch.int64, [source], keys)
 
-    @cached_property
-    def _ends(self) -> Tensor:
-        return self.lines[:, 0].cumsum(0)
 
+@dataclass(frozen=True, eq=False)
+class _Computed(Source):
+    """The pass, the sample or the position of each row, as if it was stored."""
 
-class Origin(Column):
-    """The origins of rows, as a column like those of layers."""
-
-    def __init__(self, name: str, origins: Origins, recording: int = 0) -> None:
-        self.name = repr(name)
-        self.dtype = torch.int64
-        self.shape = ()
-        self.width = self.dtype.itemsize
-        self._which = name
-        self._origins = origins
-        self._recording = recording
-        self._ends = origins._ends
-        #: The keys of passes by their numbers, if keys are strings; and the index of this recording's first key there.
-        self._names = None if isinstance(origins.units, Tensor) else origins.units
-        self._first_name = 0
-
-    @property
-    @override
-    def look(self) -> str:
-        return "key" if self._which == "unit" and self._names is not None else super().look
+    origins: Origins
+    field: int
+    first: int = 0  #: the number of the first pass
 
     @override
-    def dressed(self, rows: Tensor) -> Any:
-        found = super().dressed(rows)
-        if self._which != "unit" or self._names is None:
-            return found
-        return [self._names[number] for number in found.tolist()]
+    def read(self, begin: int, out: Tensor, files: Files) -> None:
+        rows = torch.arange(len(out), device="cpu")
+        self.take(rows * _BYTES + begin, out, rows, files)
 
     @override
-    def read(self, first: int, out: Tensor, files: Files) -> None:
-        out.copy_(self.take(torch.arange(first, first + len(out), device="cpu"), files))
+    def take(self, begins: Tensor, out: Tensor, places: Tensor, files: Files) -> None:
+        numbers = self.origins.numbers(begins // _BYTES)[self.field] + self.first
+        out[places] = numbers[:, None].view(torch.uint8)
 
     @override
-    def announce(self, first: int, many: int, files: Files) -> None:
+    def announce(self, begin: int, nbytes: int, files: Files) -> None:
         pass
 
-    @override
-    def take(self, indices: Tensor, files: Files) -> Tensor:
-        if self._which == "recording":
-            found = torch.full_like(indices, self._recording)
-        else:
-            found = self._origins.of(indices)[ORIGINS.index(self._which)]
-        units = self._origins.units
-        if self._which == "unit":
-            found = found + self._first_name if self._names is not None else units[found]  # type: ignore[call-overload]
-        return found[:, None].view(torch.uint8)
+
+def together(columns: Sequence[Column]) -> list[Column]:
+    """Return the same column of several recordings. Columns of units share the keys of all of them."""
+    every = [column.keys for column in columns if column.keys is not None]
+    if not every:
+        return [*columns]
+    firsts = accumulate(map(len, every), initial=0)
+    sources = [
+        replace(cast("_Computed", column.sources[0]), first=first)
+        for column, first in zip(columns, firsts, strict=False)
+    ]
+    tensors = [keys for keys in every if isinstance(keys, Tensor)]
+    keys = (
+        torch.cat(tensors)
+        if len(tensors) == len(every)
+        else [*chain.from_iterable(map(_listed, every))]
+    )
+    return [
+        replace(column, keys=keys, sources=[source])
+        for column, source in zip(columns, sources, strict=True)
+    ]
 
 
-def together(columns: Sequence[Column]) -> Sequence[Column]:
-    """Return the same column of several recordings; they share one list of keys, if any of them has string keys."""
-    origins = [column for column in columns if isinstance(column, Origin)]
-    names: list[Any] = []
-    if any(column._names is not None for column in origins):
-        for column in origins:
-            column._first_name = len(names)
-            units = column._origins.units
-            names += units.tolist() if isinstance(units, Tensor) else units
-        for column in origins:
-            column._names = names
-    return columns
+def _listed(keys: Tensor | list[Any]) -> list[Any]:
+    return keys.tolist() if isinstance(keys, Tensor) else keys

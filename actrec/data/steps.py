@@ -27,7 +27,7 @@ class Steps:
     whole: Tensor  #: (layers, steps): whether the call is that of a whole pass with several steps
     passes: Tensor  #: (steps,): the pass, counted in the order of the first layer
     names: (
-        Sequence[Any] | Tensor
+        list[Any] | Tensor
     )  #: of each pass, the key of its unit, or without units its number; a tensor of integers
 
     @property
@@ -45,6 +45,11 @@ class Steps:
         """The steps in the order of their passes, and the index of each pass's first step in it."""
         counts = torch.bincount(self.passes, minlength=len(self.names))
         return self.passes.argsort(stable=True), counts.cumsum(0) - counts
+
+    def of_passes(self) -> Sequence[Tensor]:
+        """Return the steps of each pass, in order."""
+        order, _ = self.by_pass
+        return torch.split(order, torch.bincount(self.passes).tolist())
 
 
 def steps(call: str, layers: Sequence[Calls], *, flatten: bool, common: bool) -> Steps:
