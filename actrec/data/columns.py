@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from .numbering import integers
 from .runs import Runs
 from .sources import Files, Shape, Source
 
@@ -71,6 +72,14 @@ class Column(Runs):
         return torch.empty((rows, self.width), dtype=torch.uint8, device="cpu")
 
     # --- Reading ---------------------------------------------------------------------------------------
+
+    def rows(self, wanted: range | Tensor, files: Files) -> Tensor:
+        """Return a copy of the rows with these numbers."""
+        if not isinstance(wanted, range) or wanted.step != 1:
+            return self.take(integers(wanted), files)
+        found = self.empty(len(wanted))
+        self.read(wanted.start, found, files)
+        return found
 
     def read(self, first: int, out: Tensor, files: Files) -> None:
         """Fill ``out`` with the rows from number ``first`` on."""

@@ -149,11 +149,11 @@ class Rows(Dataset[Any]):
     @override
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Any:
         wanted, is_one = self._wanted(index)
-        found = self._range(wanted) if isinstance(wanted, range) else self._take(wanted)
+        found = self._read(wanted)
         return self._as_item([column[0] for column in found] if is_one else found)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        found = self._take(self._checked(torch.as_tensor(indices, dtype=torch.int64, device="cpu")))
+        found = self._read(self._checked(integers(indices)))
         parts = [[*column] for column in found]
         return list(parts[0] if len(parts) == 1 else zip(*parts, strict=True))
 
@@ -198,10 +198,8 @@ class Rows(Dataset[Any]):
             IndexError: there is no such row.
         """
         wanted, is_one = self._wanted(index)
-        numbers = integers(wanted) if isinstance(wanted, range) else wanted
-        if self._kept is not None:
-            with Files() as files:
-                numbers = self._kept.located(numbers, files)
+        with Files() as files:
+            numbers = integers(self._located(wanted, files))
         passes, sample, position = self._where.numbers(numbers)
         units = named(self._where.units, passes)
         if not is_one:
@@ -245,21 +243,14 @@ class Rows(Dataset[Any]):
     def _outside(self, index: int) -> IndexError:
         return IndexError(f"dataset[{index}]: there are {self._len} rows.")
 
-    def _take(self, numbers: Tensor) -> list[Tensor]:
+    def _read(self, wanted: range | Tensor) -> list[Any]:
         with Files() as files:
-            if self._kept is not None:
-                numbers = self._kept.located(numbers, files)
-            return [column.dressed(column.take(numbers, files)) for column in self._columns]
+            numbers = self._located(wanted, files)
+            return [column.dressed(column.rows(numbers, files)) for column in self._columns]
 
-    def _range(self, wanted: range) -> list[Tensor]:
-        if self._kept is not None or wanted.step != 1:
-            return self._take(integers(wanted))
-        found = [column.empty(len(wanted)) for column in self._columns]
-        with Files() as files:
-            for column, out in zip(self._columns, found, strict=True):
-                column.read(wanted.start, out, files)
-        pairs = zip(self._columns, found, strict=True)
-        return [column.dressed(out) for column, out in pairs]
+    def _located(self, wanted: range | Tensor, files: Files) -> range | Tensor:
+        """Return the numbers of rows among all rows, kept or not."""
+        return wanted if self._kept is None else self._kept.located(integers(wanted), files)
 
     def _as_item(self, parts: list[Tensor]) -> Any:
         return parts[0] if len(parts) == 1 else tuple(parts)

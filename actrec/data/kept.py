@@ -18,8 +18,7 @@ _MANY: Final = 1 << 20
 
 def _answers(mask: Column, first: int, many: int, files: Files) -> Tensor:
     """Return for each row from number ``first`` on, up to ``many``, whether the mask keeps it."""
-    rows = mask.empty(min(many, len(mask) - first))
-    mask.read(first, rows, files)
+    rows = mask.rows(range(first, min(first + many, len(mask))), files)
     answers: Tensor = mask.dressed(rows)
     return answers != 0
 
@@ -42,8 +41,9 @@ class Kept:
         return int(self.counts.sum())
 
     def block(self, number: int, files: Files) -> Tensor:
-        """Return the kept rows of a block, counted from its first row."""
-        return _answers(self._mask, number * self._block, self._block, files).nonzero()[:, 0]
+        """Return the numbers of the kept rows of a block."""
+        first = number * self._block
+        return _answers(self._mask, first, self._block, files).nonzero()[:, 0] + first
 
     def located(self, indices: Tensor, files: Files) -> Tensor:
         """Return the numbers of kept rows, counted among all rows."""
@@ -52,7 +52,7 @@ class Kept:
         out = torch.empty_like(indices)
         for number in torch.unique(blocks).tolist():
             here = blocks == number
-            out[here] = self.block(number, files)[within[here]] + number * self._block
+            out[here] = self.block(number, files)[within[here]]
         return out
 
 

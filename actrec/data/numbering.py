@@ -12,9 +12,9 @@ from torch import Tensor
 _FEW: Final = 512
 
 
-def integers(numbers: Sequence[Any]) -> Tensor:
+def integers(numbers: Sequence[Any] | Tensor) -> Tensor:
     """Return integers, or lines of them, as a tensor: on the CPU, whatever the default device is."""
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    return torch.as_tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def numbered(*columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,25 +99,25 @@ class Window:
         """
         for piece in pieces:
             columns, kept = self._parts[piece.part]
-            begin, own = piece.block * self._block, slice(piece.first, piece.first + piece.many)
+            begin = piece.block * self._block + piece.first
             if kept is None:
-                every = torch.arange(own.start, own.stop, device="cpu")
+                every = torch.arange(begin, begin + piece.many, device="cpu")
             else:
-                every = kept.block(piece.block, self._files)[own]
+                every = kept.block(piece.block, self._files)[piece.first :][: piece.many]
             rows = every[is_wanted[piece.place : piece.place + piece.many]]
             if len(rows):
                 ends = rows if self._files.between is None else every
-                read = range(begin + int(ends[0]), begin + int(ends[-1]) + 1)
+                read = range(int(ends[0]), int(ends[-1]) + 1)
                 for column in columns:
                     column.announce(read.start, len(read), self._files)
-                yield columns, read, rows + (begin - read.start)
+                yield columns, read, rows
 
     def _fill(self, columns: Sequence[Column], read: range, rows: Tensor, places: Tensor) -> None:
         """Read rows of a block, and put those that are wanted to their places."""
         for column, memory in zip(columns, self._memory, strict=True):
-            found = column.empty(len(read))
-            column.read(read.start, found, self._files)
-            found = found if len(rows) == len(read) else found.index_select(0, rows)
+            found = column.rows(read, self._files)
+            if len(rows) < len(read):
+                found = found.index_select(0, rows - read.start)
             words(memory).index_copy_(0, places, words(found))
 
 
