@@ -22,16 +22,7 @@ from .steps import Steps
 
 
 def cut(call: str, steps: Steps, *, flatten: bool, masked: bool) -> tuple[list[Column], Origins]:
-    """Cut the calls of some layers.
-
-    Args:
-        call: the calling function, for messages.
-        steps: the aligned calls of the layers.
-        flatten: whether each position is a row, or each sample.
-        masked: whether the last layer is a mask.
-
-    Returns:
-        The rows of each layer, and where they come from.
+    """Return the rows of each layer, of which the last may be a mask, and where the rows come from.
 
     Raises:
         AlignmentError: the layers do not have the same rows.

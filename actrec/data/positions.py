@@ -51,11 +51,10 @@ def read(shape: Shape, rows: Shape, taken: int) -> Reading | None:
     if taken == MERGED:
         return Reading(shape[1:], 1) if shape[0] == math.prod(rows) else None
     front = shape[:taken]
-    if front == rows[:taken]:
-        return Reading(shape[taken:], max(1, math.prod(rows[taken:])))
     pairs = zip(front, rows, strict=False)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    if not same or taken != len(rows) or len(shape) <= taken or set(front[same:]) != {1}:
+    is_repeated = same and taken == len(rows) < len(shape) and set(front[same:]) == {1}
+    if same < taken and not is_repeated:
         return None
     return Reading(shape[taken:], max(1, math.prod(rows[same:])))
 
@@ -63,12 +62,8 @@ def read(shape: Shape, rows: Shape, taken: int) -> Reading | None:
 def readings(calls: Sequence[tuple[Shape, Shape]], *, is_sure: bool) -> list[int]:
     """Return the ways to read a layer that fit all of its calls and differ, the most likely first.
 
-    Args:
-        calls: the shape of each call, and the positions that are its rows.
-        is_sure: whether as many dimensions as possible are positions, so that fewer are not tried.
-
-    Returns:
-        For each way, how many dimensions are positions. If no way fits, the way that fits the most calls, for the error.
+    A call is its shape, and the positions that are its rows; a way is how many dimensions are positions, which are as many as
+    possible if that ``is_sure``. If no way fits, the one that fits the most calls is returned, for the error.
     """
     dims, positions = len(calls[0][0]), len(calls[0][1])
     choices = [min(dims, positions), *([] if is_sure else range(dims - 1, 0, -1)), MERGED]

@@ -55,11 +55,7 @@ class Steps:
 def steps(call: str, layers: Sequence[Calls], *, flatten: bool, common: bool) -> Steps:
     """Align the calls of the same unit; or those of the same pass, if a layer has no units.
 
-    Args:
-        call: the calling function, for messages.
-        layers: the calls of each layer.
-        flatten: whether a layer with one call in a pass may be aligned with one that has several.
-        common: whether to leave out passes in which a layer has no call.
+    If rows are flattened, a layer may have one call in a pass in which others have several.
 
     Raises:
         AlignmentError: the layers do not have the same passes, or not the same number of calls in one of them.

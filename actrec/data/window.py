@@ -25,14 +25,7 @@ _AHEAD: Final = 16, 1 << 24
 
 
 class Window:
-    """Memory for the wanted rows of a window, each once, and, as they are taken, for those of the next window.
-
-    Args:
-        parts: the rows of each recording.
-        block: the number of rows of a block.
-        files: the open files.
-        rows: the number of rows that the memory holds.
-    """
+    """Memory for the wanted rows of a window, each once, and, as they are taken, for those of the next window."""
 
     def __init__(self, parts: Sequence[RecordedRows], block: int, files: Files, rows: int) -> None:
         self._parts = parts
@@ -124,18 +117,7 @@ class Window:
 def batches(
     columns: Sequence[Column], window: Window, order: Order, epoch: int, mine: range
 ) -> Generator[Any, None, None]:
-    """Make some of the batches of an epoch.
-
-    Args:
-        columns: the layers.
-        window: the memory for one window after the other.
-        order: how the recording is cut up.
-        epoch: the number of the epoch.
-        mine: the numbers of the batches.
-
-    Yields:
-        A tensor, or a tuple of tensors if there are several layers.
-    """
+    """Yield the batches of an epoch that have some numbers, each a tensor, or a tuple if there are several layers."""
     rows_of, windows = order.epoch(epoch), enumerate(order.windows)
 
     def begin() -> list[Cut]:
