@@ -165,7 +165,7 @@ def public_functions() -> dict[str, object]:
     # The package calls these, its users do not.
     internal = {
         *map("Layer.{}".format, ("keep", "drop", "settle")),
-        *map("StoredRecording.{}".format, ("everything", "layer", "problems")),
+        *map("StoredRecording.{}".format, ("everything", "problems")),
     }
     found: dict[str, object] = {}
     modules = [actrec, actrec.store, importlib.import_module("actrec.data"), actrec.testing]

@@ -52,7 +52,18 @@ class StoredRecording(Recording[V], Generic[V]):
         self._only = only
         described = [rank.description for rank in ranks]
         sources = _sources(ranks)
-        layers = {role: _layers(role, ranks, sources, whole=only is None) for role in ROLES}
+        by_functions = any(query.reduction for one in described for query in one.functions)
+        #: The layers as the ranks have recorded them.
+        self.recorded: dict[tuple[Role, str], StoredLayer] = {}
+        layers: dict[Role, dict[str, Layer[Any]]] = {role: {} for role in ROLES}
+        for (role, name), info in _known(ranks, sources).items():
+            stored = StoredLayer(name, info.type, sources.get((role, name), ()))
+            self.recorded[role, name] = stored
+            layer = made_reduced(stored, info.reduction, by_functions=by_functions)
+            if layer is stored and stored.in_parts and only is None:
+                layer = WholeLayer(stored)
+            layer._transform = info.transform
+            layers[role][name] = layer
         run = _StoredRun(
             ranks,
             ", ".join(dict.fromkeys(one.model for one in described)) or model,
@@ -125,13 +136,6 @@ class StoredRecording(Recording[V], Generic[V]):
         """
         whole = not (self._left_out or self._repeated)
         return all(rank.complete for rank in self._latest) and whole
-
-    def layer(self, role: Role, name: str) -> StoredLayer | None:
-        """Return a layer by its role, as the ranks have recorded it; ``None`` if there is none."""
-        what = "output" if role == "added" else role
-        parts = (part for key, part in self._parts.items() if key == what)
-        found = next((part._layers.get(name) for part in parts), None)
-        return found.recorded if isinstance(found, (WholeLayer, StoredReduction)) else found  # type: ignore[return-value]
 
     def everything(self) -> Iterator[Layer[Any]]:
         """Yield all layers, those of inputs and gradients too."""
@@ -227,29 +231,14 @@ def _sources(ranks: Sequence[Rank]) -> dict[tuple[Role, str], list[Source]]:
     return sources
 
 
-def _layers(
-    role: Role,
-    ranks: Sequence[Rank],
-    sources: Mapping[tuple[Role, str], list[Source]],
-    *,
-    whole: bool,
-) -> dict[str, Layer[Any]]:
-    """Return the layers of a role: those that a rank describes, and then those that it does not."""
-    known: dict[str, LayerInfo] = {}
+def _known(
+    ranks: Sequence[Rank], sources: Mapping[tuple[Role, str], list[Source]]
+) -> dict[tuple[Role, str], LayerInfo]:
+    """Return the layers that the ranks describe, and then those that they do not: functions, and values that were added."""
+    known: dict[tuple[Role, str], LayerInfo] = {}
     for rank in ranks:
         for info in rank.description.layers:
-            if info.role == role:
-                known.setdefault(info.name, info)
-    for (of, name), found in sources.items():
-        if of == role:
-            known.setdefault(name, LayerInfo(name, found[0].type))
-    functions = any(query.reduction for rank in ranks for query in rank.description.functions)
-    layers = {}
-    for name, info in known.items():
-        found = sources.get((role, name), [])
-        stored = StoredLayer(name, found[0].type if found else info.type, found)
-        layer = made_reduced(stored, info.reduction, by_functions=functions)
-        in_parts = whole and layer is stored and stored.in_parts
-        layers[name] = WholeLayer(stored) if in_parts else layer
-        layers[name]._transform = info.transform
-    return layers
+            known.setdefault((info.role, info.name), info)
+    for key, found in sources.items():
+        known.setdefault(key, LayerInfo(found[0].name, found[0].type))
+    return known

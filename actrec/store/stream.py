@@ -115,7 +115,9 @@ class Stream:
 
     def stored(self, slot: Slot) -> StoredLayer:
         """Return a layer on the disk; until the block ends, as it was when it began."""
-        return self._recording().layer(slot.role, slot.name) or StoredLayer(slot.name, slot.type)
+        return self._recording().recorded.get((slot.role, slot.name)) or StoredLayer(
+            slot.name, slot.type
+        )
 
     def _recording(self) -> StoredRecording[Any]:
         """Return the recording on the disk; until the block ends, as it was when it began."""
