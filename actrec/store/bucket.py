@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from typing_extensions import override
 
@@ -28,7 +28,6 @@ from .upload import Upload
 
 _HEAD: Final = 1 << 16  # bytes in which the header of a shard is expected
 _HEADS: Final = 16  # such first bytes, of the last objects, are cached
-_STREAM: Final[dict[str, Any]] = {"block_size": 1 << 24, "cache_type": "readahead"}
 
 
 class Bucket(Objects):
@@ -114,10 +113,6 @@ class Bucket(Objects):
 
     def map(self, *_: Any) -> None:
         """An object has no memory to map."""
-
-    def open(self, name: str) -> BinaryIO:
-        """Open an object, to read it from one end to the other."""
-        return self.stream(name, **_STREAM)
 
     # --- Writing ---------------------------------------------------------------------------------------
 

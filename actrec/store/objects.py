@@ -22,6 +22,7 @@ from .per_process import PerProcess
 T = TypeVar("T")
 
 _MOST: Final = 1 << 26  # bytes of a large part that are downloaded at a time
+_STREAM: Final[dict[str, Any]] = {"block_size": 1 << 24, "cache_type": "readahead"}
 
 
 class Objects:
@@ -66,8 +67,8 @@ class Objects:
             return b""
         return bytes(self.ask(name, lambda: self.fs.cat_file(self.at(name), start=begin, end=end)))
 
-    def stream(self, name: str, **options: Any) -> BinaryIO:
-        """Open an object, with options of ``fsspec``."""
+    def open(self, name: str, options: Mapping[str, Any] = _STREAM) -> BinaryIO:
+        """Open an object, by default to read it from one end to the other."""
         opened = self.ask(name, lambda: self.fs.open(self.at(name), "rb", **options))
         return cast("BinaryIO", opened)
 
@@ -130,7 +131,7 @@ class Object:
                 self._check()
                 kept.head = self._head
             if kept.goes_on(begin, begin + len(view)):
-                file = kept.file = kept.file or self._objects.stream(self._name, **CACHED)
+                file = kept.file = kept.file or self._objects.open(self._name, CACHED)
                 file.seek(begin)
                 return self._objects.ask(self._name, lambda: file.readinto(view))  # type: ignore[attr-defined,no-any-return]
         return self._read_at_once(begin, view)

@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 from actrec.errors import ActrecError
 
@@ -40,9 +41,5 @@ def warnings_of(rank: Place) -> list[str]:
         CorruptRecordingError: a file is damaged.
     """
     names = sorted(filter(is_warnings, rank.names()))
-    return [text for name in names for text in read_json(rank, name, _texts)]
-
-
-def _texts(content: Any) -> list[str]:
-    texts: list[str] = checked(content, [str], "the file")
-    return texts
+    parsed = partial(checked, form=[str], what="the file")
+    return [text for name in names for text in read_json(rank, name, parsed)]
