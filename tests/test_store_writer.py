@@ -899,7 +899,7 @@ def test_a_forked_process_lets_go_of_locks(tmp_path: Path) -> None:
         with pytest.raises(BlockingIOError):
             own.lock()
         _lock._release_all()  # what runs in the child
-        own.lock().release()
+        own.lock().close()
 
 
 def test_closing_twice_does_nothing(tmp_path: Path) -> None:

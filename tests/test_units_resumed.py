@@ -148,7 +148,7 @@ def one_rank(folder: Folder, failing: set[int], most: int | None) -> None:
         # Nothing is written from here on, as after a kill; the lock goes with the process.
         recording._destination._writer._held.clear()
         recording._destination._passes.count = 0
-        recording._destination._opening.lock.release()
+        recording._destination._opening.lock.close()
         recording._destination._writer._fail(OSError("killed"))
         recording._clean_up()
     else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any, Final
 
@@ -21,7 +22,6 @@ from typing_extensions import override
 from actrec.errors import WriteError
 
 from .blocks import Blocks
-from .lock import Lock
 from .new_file import FileBeingWritten
 from .objects import Object, Objects, said
 from .upload import Upload
@@ -119,9 +119,9 @@ class Bucket(Objects):
     def make(self) -> None:
         """There are no folders to make."""
 
-    def lock(self) -> Lock:
+    def lock(self) -> ExitStack:
         """Return a lock that locks nothing: creating an object that exists fails."""
-        return Lock()
+        return ExitStack()
 
     def sweep(self) -> None:
         """There are no unfinished objects to remove."""

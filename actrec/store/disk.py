@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias, cast
 
@@ -12,7 +13,7 @@ import torch
 from typing_extensions import override
 
 from .format import ANOTHER, UNFINISHED, corrupt
-from .lock import Lock, locked
+from .lock import locked
 from .new_file import FileBeingWritten, Unfinished, sync
 
 #: Runs a function in a thread.
@@ -94,7 +95,7 @@ class Disk:
             if os.access(folder, os.R_OK | os.W_OK):
                 sync(folder)
 
-    def lock(self) -> Lock:
+    def lock(self) -> ExitStack:
         """Lock the folder; ``BlockingIOError`` if another process has locked it."""
         return locked(self.path)
 

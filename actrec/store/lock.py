@@ -10,11 +10,9 @@ import errno
 import os
 import warnings
 import weakref
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
-
-from typing_extensions import override
 
 from actrec.errors import UnlockedWarning
 
@@ -28,31 +26,18 @@ LOCK: Final = "writer.lock"
 _NO_LOCKS: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
-class Lock(AbstractContextManager[None]):
-    """Keeps a folder locked until it is released or the process ends. Without a file, it locks nothing."""
+def locked(folder: Path) -> ExitStack:
+    """Lock a folder until the result is closed or the process ends; ``BlockingIOError`` if another process has locked it.
 
-    def __init__(self, fd: int | None = None) -> None:
-        self._fd = fd
-        _held.add(self)
-
-    def release(self) -> None:
-        """Unlock the folder. May be called again."""
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
-
-    @override
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
-def locked(folder: Path) -> Lock:
-    """Lock a folder; ``BlockingIOError`` if another process has locked it. Warn if the file system has no locks."""
+    Where the file system has no locks, warn, and lock nothing.
+    """
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    lock = ExitStack()
+    lock.callback(os.close, fd)
     try:
         _lock(fd)
     except OSError as error:
-        os.close(fd)
+        lock.close()
         if error.errno not in _NO_LOCKS:
             raise
         message = (
@@ -60,8 +45,8 @@ def locked(folder: Path) -> Lock:
             "data stays intact, and the run that is second to write a file ends with a WriteError."
         )
         warnings.warn(message, UnlockedWarning, stacklevel=2)
-        return Lock()
-    return Lock(fd)
+    _held.add(lock)
+    return lock
 
 
 def _lock(fd: int) -> None:
@@ -78,13 +63,13 @@ def _lock(fd: int) -> None:
 
 # --- Forked processes --------------------------------------------------------------------------------
 
-_held: weakref.WeakSet[Lock] = weakref.WeakSet()
+_held: weakref.WeakSet[ExitStack] = weakref.WeakSet()
 
 
 def _release_all() -> None:
     """Close the copies of a forked process, without unlocking: that would end the lock of its parent."""
     for lock in _held:
-        lock.release()
+        lock.close()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch  # not on Windows

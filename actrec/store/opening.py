@@ -63,7 +63,7 @@ class Opening:
             self.rank, self.ledger = self._begun(new, resume=resume)
             self.own.sweep()
         except BaseException:
-            self.lock.release()
+            self.lock.close()
             raise
 
     # --- What is there ---------------------------------------------------------------------------------

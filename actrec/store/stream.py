@@ -163,7 +163,7 @@ class Stream:
             self._writer.close(passes, self.error)
             self._passes.count = self._writer.committed
         finally:
-            self._opening.lock.release()
+            self._opening.lock.close()
 
     def failure(self) -> WriteError | None:
         """Return the error of the writer, if no call has raised it."""
