@@ -306,7 +306,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         The call of a module ends after those of the modules in it. The recording itself is in the order of the queries.
         """
         self._run.deliver()
-        known = [name for name in self._run.order if name in self._layers]
+        known = [name for name in [*self._run.order] if name in self._layers]  # it may grow
         return [name for name in dict.fromkeys([*known, *self]) if len(self._layers[name])]
 
     def _in_order(self) -> Iterable[str]:

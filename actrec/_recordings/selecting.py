@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -51,39 +51,52 @@ def _flat(queries: Any) -> Iterator[Any]:
 
 def _found(query: Any, known: Known) -> list[str]:
     """Return the names that one query selects, at least one."""
-    call = f"acts.select({query!r})" if isinstance(query, (str, re.Pattern)) else "acts.select(...)"
-    if isinstance(query, str):
-        found = _by_name(query, known)
-        message = f"no recorded layer matches. {nearest(query, known.types)}"
-    elif isinstance(query, re.Pattern):
-        found = _matching(query, known)
-        message = f"no recorded layer matches. {nearest('', known.types)}"
-    elif isinstance(query, nn.Module):
-        found = [name for module, name in known.modules.items() if module is query]
-        message = no_module(query)
-    elif isinstance(query, type):
-        found = _by_type(query, known)
-        kinds = listed(sorted({*known.types.values()}), 20)
-        message = f"no recorded layer is a {query.__name__}; there are {kinds}."
-    elif callable(query):
-        modules = known.named()
-        found = [name for name in known.types if name in modules and query(name, modules[name])]
-        message = (
-            "it is true of no recorded layer."
-            if modules
-            else "a function gets modules, and this recording, which was loaded or copied or has outlived its model, has only the "
-            "names of its layers. Use a name, a glob, a regular expression or a type."
-        )
-    else:
-        found = []
-        message = (
-            f"{query!r} is not a layer query. Use a name, a glob such as 'layer*.conv1', "
-            "re.compile(...), a module type, a module, a function, or several of these."
-        )
+    found = _names(query, known)
     if not found:
-        message = f"{call}: {message}"
+        is_short = isinstance(query, (str, re.Pattern))
+        message = f"acts.select({repr(query) if is_short else '...'}): {_why_nothing(query, known)}"
         raise SelectionError(message)
     return found
+
+
+def _names(query: Any, known: Known) -> list[str]:
+    match query:
+        case str():
+            return _by_name(query, known)
+        case re.Pattern():
+            return _matching(query, known)
+        case nn.Module():
+            return [name for module, name in known.modules.items() if module is query]
+        case type():
+            return _by_type(query, known)
+        case Callable():
+            modules = known.named()
+            return [name for name in known.types if name in modules and query(name, modules[name])]
+    return []
+
+
+def _why_nothing(query: Any, known: Known) -> str:
+    """Return why a query selects nothing, and what does."""
+    match query:
+        case str() | re.Pattern():
+            wanted = query if isinstance(query, str) else ""
+            return f"no recorded layer matches. {nearest(wanted, known.types)}"
+        case nn.Module():
+            return no_module(query)
+        case type():
+            kinds = listed(sorted({*known.types.values()}), 20)
+            return f"no recorded layer is a {query.__name__}; there are {kinds}."
+        case Callable() if known.named():
+            return "it is true of no recorded layer."
+        case Callable():
+            return (
+                "a function gets modules, and this recording, which was loaded or copied or has outlived its model, has only the "
+                "names of its layers. Use a name, a glob, a regular expression or a type."
+            )
+    return (
+        f"{query!r} is not a layer query. Use a name, a glob such as 'layer*.conv1', "
+        "re.compile(...), a module type, a module, a function, or several of these."
+    )
 
 
 def _by_name(query: str, known: Known) -> list[str]:
