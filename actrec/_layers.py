@@ -56,7 +56,13 @@ class Layers(Rows[LayerRow]):
             Column("also", usual=("",)),
         )
         rows = [
-            (shown(row.layer), shown(row.type), f"{row.parameters:,}", _also(row)) for row in self
+            (
+                shown(row.layer),
+                shown(row.type),
+                f"{row.parameters:,}",
+                listed(row.also, most=3),
+            )
+            for row in self
         ]
         title = f"{count(len(self), 'layer')} of {shown(self.model)}"
         return Table(title, columns, rows, [row.layer for row in self])
@@ -121,7 +127,3 @@ def _row(choice: Choice) -> LayerRow:
     size = sum(one.numel() for one in parameters if not isinstance(one, UninitializedParameter))
     also = tuple(name for name in choice.names if name != choice.key)
     return LayerRow(choice.key, type_name(choice.module), size, also)
-
-
-def _also(row: LayerRow) -> str:
-    return listed(row.also, most=3) if row.also else ""

@@ -68,23 +68,13 @@ def here(rank: int | None = None, ranks: int | None = None, run: str | None = No
 
 def placed() -> tuple[int, int]:
     """Return the rank of this process, and how many ranks there are."""
-    return _initialized() or _launched() or (0, 1)
-
-
-def _initialized() -> tuple[int, int] | None:
-    """Return what ``torch.distributed`` says, if it is initialised."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
-    return None
-
-
-def _launched() -> tuple[int, int] | None:
-    """Return what ``torchrun`` has set in the environment, also before the process group is initialised."""
-    try:
+    try:  # torchrun has set them before the process group is initialized
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
-        return None
-    return (rank, ranks) if 0 <= rank < ranks <= MAX_RANKS else None
+        return 0, 1
+    return (rank, ranks) if 0 <= rank < ranks <= MAX_RANKS else (0, 1)
 
 
 def _run(ranks: int, name: str | None) -> str | None:
