@@ -6,7 +6,7 @@ import math
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,13 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from actrec import ActrecError, Stats, UnusedLayerWarning, load, record
+from actrec import ActrecError, JoinError, Stats, UnusedLayerWarning, load, record
 from actrec._recordings.in_memory import ListLayer
 from actrec._recordings.stats import Row
 from actrec._values import chunks as _blocks
 from actrec._values.histogram import Bins, Histogram
 from actrec._values.statistics import Statistics
 from tests.made import made
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NAN, INF = math.nan, math.inf
 
@@ -372,8 +375,29 @@ def test_calls_that_cannot_be_read_are_named() -> None:
     model = nn.Linear(4, 3)
     with record(model, "", into=Sink) as acts:
         model(torch.ones(1, 4))
-    with pytest.raises(ActrecError, match="from which they cannot be read"):
-        acts.stats()
+    for read in (acts.stats, acts[""].cat, acts[""].stack, acts.cat):
+        with pytest.raises(ActrecError, match="from which they cannot be read"):
+            read()
+
+
+def test_a_container_that_has_not_all_calls_is_not_joined() -> None:
+    class First:
+        def __init__(self) -> None:
+            self.items: list[Any] = []
+
+        def append(self, value: Any) -> None:
+            self.items += [value] * (not self.items)
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(self.items)
+
+    model = nn.Linear(4, 3)
+    with record(model, "", into=First) as acts:
+        model(torch.ones(1, 4))
+        assert acts[""].cat().shape == (1, 3)
+        model(torch.ones(1, 4))
+    with pytest.raises(JoinError, match=r"has 1 of 2 calls. Join its items: acts\[''\].sink"):
+        acts[""].cat()
 
 
 def test_moments_of_nothing_are_nan() -> None:
