@@ -75,8 +75,9 @@ class Source:
         if call not in span:
             numbers = range(self.rank.count)
             after = bisect_right(numbers, call, key=lambda number: self._shard(number)[1].start)
-            self._latest = max(0, after - 1)
-            shard, span = self._shard(self._latest)
+            at = max(0, after - 1)
+            shard, span = self._shard(at)
+            self._latest = at  # not read again: other threads set it, too
         part = shard.part(self.role, self.name)
         if part is None or call not in span:
             raise corrupt(shard.path, ANOTHER)
