@@ -124,7 +124,7 @@ class _Tally:
             return
         self.calls += 1
         if x.dtype != y.dtype:
-            self.notes.setdefault(f"{dtype_name(x)} and {dtype_name(y)}")
+            self.notes.setdefault(f"{dtype_name(x.dtype)} and {dtype_name(y.dtype)}")
         if not close:
             self.differ(number)
 

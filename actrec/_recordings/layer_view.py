@@ -53,7 +53,7 @@ def layer_table(title: str, total: int, calls: Iterable[Any]) -> Table:
         for path, tensor in leaves(value):
             look = Summary()
             look.add(tensor)
-            key = path, look.shape, dtype_name(tensor)
+            key = path, look.shape, dtype_name(tensor.dtype)
             found.setdefault(key, _Seen(tensor)).add(tensor)
             elements += 0 if tensor.is_nested else tensor.numel()
         if elements >= MOST and read < total:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from actrec._tables.table import Cells, Column, Table
 from actrec._text import count, shown, size
+from actrec._values.shapes import dtype_name
 
 from .layer import Layer
 from .look import Together
@@ -79,7 +80,7 @@ def _notes(layer: Layer[Any], run: Run) -> Iterator[str]:
     if run.state() == "interrupted" and run.passes.count - 1 not in layer.passes:
         yield "not in the last pass"
     if layer._overflows is not None and (many := sum(layer._overflows.counts().values())):
-        dtype = str(layer._overflows.dtype).removeprefix("torch.")
+        dtype = dtype_name(layer._overflows.dtype)
         yield f"{count(many, 'value')} too large for {dtype}"
     most, passes = layer._per_pass()
     if most > 1:

@@ -36,9 +36,9 @@ def shape_of(tensor: Tensor) -> tuple[Size, ...]:
     return tuple(size if type(size) is int else "ragged" for size in tensor.shape)
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """Return the dtype without ``torch.``."""
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """Return a dtype as text, without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(slots=True)
@@ -71,7 +71,7 @@ class Summary:
         shapes = [shape_of(t) for t in tensors]
         self.add_spec(spec, shapes, shapes)
         for tensor in tensors:
-            self.dtypes[dtype_name(tensor)] = None
+            self.dtypes[dtype_name(tensor.dtype)] = None
             self.devices[str(tensor.device)] = None
 
     def add_spec(

@@ -13,6 +13,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from actrec._values.shapes import dtype_name
+
 from .numbering import integers
 from .runs import Runs
 from .sources import Files, Shape, Source
@@ -57,7 +59,7 @@ class Column(Runs):
         """The shape and dtype of a row, as text."""
         if isinstance(self.keys, list):
             return "key"
-        return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.shape} {dtype_name(self.dtype)}"
 
     def dressed(self, rows: Tensor) -> Any:
         """Return rows of bytes in the shape and dtype of the column, or as keys."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from actrec._values.shapes import dtype_name
 from actrec.errors import CaptureError, OptionError
 
 from .reduction import Reduction, Rows, State
@@ -96,7 +97,7 @@ class TopK(Reduction):
         try:
             values, at = rows.table.topk(min(self.k, len(rows.table)), dim=0)
         except RuntimeError as error:  # of float8 and bool
-            dtype = str(rows.table.dtype).removeprefix("torch.")
+            dtype = dtype_name(rows.table.dtype)
             message = (
                 f"TopK cannot order values of {dtype}; let a transform cast them, with float() say"
             )

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from actrec._values.memory import memory
+from actrec._values.shapes import dtype_name
 
 from . import safetensors
 from .call import Call
@@ -167,7 +168,10 @@ def write(
 def _node(slot: Slot, so_far: SoFar, part: Part | None) -> dict[str, Any]:
     """Return the entry of a layer in the metadata."""
     groups = [
-        {"structure": json.loads(group.text), "dtypes": [leaf.dtype_name for leaf in group.leaves]}
+        {
+            "structure": json.loads(group.text),
+            "dtypes": [dtype_name(leaf.dtype) for leaf in group.leaves],
+        }
         for group in (part.groups if part is not None else ())
     ]
     before = so_far.stored - (len(part) if part is not None else 0)

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from actrec._values.shapes import Summary
+from actrec._values.shapes import Summary, dtype_name
 
 from .decoding import Structure
 from .format import Slot
@@ -50,11 +50,6 @@ class Leaf:
             if new
             else self.shapes[:, 0]
         )
-
-    @property
-    def dtype_name(self) -> str:
-        """The dtype without ``torch.``."""
-        return str(self.dtype).removeprefix("torch.")
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +105,7 @@ class Part:
         """Return the summary of the values, without the device."""
         found = Summary()
         for group in self.groups:
-            found.dtypes.update(dict.fromkeys(leaf.dtype_name for leaf in group.leaves))
+            found.dtypes.update(dict.fromkeys(dtype_name(leaf.dtype) for leaf in group.leaves))
             low, high = (
                 [end(leaf.shapes, 0).tolist() for leaf in group.leaves]
                 for end in (torch.amin, torch.amax)
