@@ -532,7 +532,7 @@ def test_a_dict_with_a_tensor_for_a_key_is_refused() -> None:
 
 def test_a_stored_value_has_the_paths_that_it_had() -> None:
     value = {"a": np.ones(3), "h": [torch.ones(2), np.float32(1), torch.ones(3)]}
-    spec = _decoding.decode(_encoding.encode(value).structure).spec
+    spec = _decoding.decode(_encoding.encode(value)[0]).spec
     assert [path for path, _ in spec.paths] == ["['h'][0]", "['h'][2]"]
 
 

@@ -7,9 +7,6 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any, Final, TypeAlias
 
-import torch
-from torch import Tensor
-
 from actrec.errors import OptionError
 
 from .pass_numbers import RankPass
@@ -74,13 +71,3 @@ def checked_key(call: str, key: Any) -> Key:
         message = f"{call}: the key {number} is too large for 64 bits. Use a string."
         raise OptionError(message)
     return number
-
-
-# --- As they are stored --------------------------------------------------------------------------------
-
-
-def tensor_of(key: Key) -> Tensor:
-    """Return a key as a tensor: ``()`` of int64, or the bytes of a string as ``(N)`` of uint8."""
-    if isinstance(key, int):
-        return torch.tensor(key, dtype=torch.int64, device="cpu")
-    return torch.tensor(list(key.encode()), dtype=torch.uint8, device="cpu")

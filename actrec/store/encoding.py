@@ -28,25 +28,13 @@ _ENTRIES: Final = 512  # bytes that a tensor takes in the header of a shard, at 
 _TOO_LARGE: Final = "it has too many parts. Many numbers are better stored as one tensor"
 
 
-class Encoded(NamedTuple):
-    """A value as it is written."""
+def encode(value: Value, *, parts: bool = False) -> tuple[str, list[Tensor]]:
+    """Return ``value`` as JSON and tensors; ``CaptureError`` if something in it cannot be stored.
 
-    structure: str  #: JSON
-    tensors: list[Tensor]
-
-
-def encode(value: Value, *, parts: bool = False) -> Encoded:
-    """Return ``value`` as JSON and tensors.
-
-    Args:
-        value: a recorded value, or one that the user has added.
-        parts: whether to store this rank's local shard of a ``DTensor``, and its placement.
-
-    Raises:
-        CaptureError: it has something in it that cannot be stored.
+    With ``parts``, this rank's local shard of a ``DTensor`` is stored, and its placement.
     """
     if type(value) is Tensor:
-        return Encoded(TENSOR_ALONE, [storable(value)])
+        return TENSOR_ALONE, [storable(value)]
     found, spec = flatten(value, unknown=_refuse)
     if len(spec.steps) > MAX_NODES:
         raise CaptureError(_TOO_LARGE)
@@ -60,7 +48,7 @@ def encode(value: Value, *, parts: bool = False) -> Encoded:
     except Defect as defect:
         message = f"it could not be read again: {defect}"
         raise CaptureError(message) from None
-    return Encoded(structure, [storable(tensor) for tensor in tensors])
+    return structure, [storable(tensor) for tensor in tensors]
 
 
 def _numbered(node: Any) -> tuple[str, list[Tensor]]:

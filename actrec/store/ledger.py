@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -105,9 +105,7 @@ class Commit(NamedTuple):
     committed: int  #: with it, the passes before this number are complete
     part_of: int | None = None  #: the pass that all its calls are of, if it is not complete
     raised: tuple[int, ...] = ()  #: the passes that raised, of those that it commits
-    dropped: Collection[
-        int
-    ] = ()  #: the passes of which there are parts that do not count from now on
+    dropped: Collection[int] = ()  #: passes whose parts, if there are any, do not count from now on
     ended: str | None = None  #: how the run ended, if this is its last shard: ``""`` for properly
 
 
@@ -141,20 +139,13 @@ class SoFar:
 
     def node(self) -> dict[str, Any]:
         """Return the counts as they are in the metadata, in the form ``SO_FAR``."""
-        nested = self.looks.nested
+        *facts, looks = (getattr(self, one.name) for one in fields(self))
+        nested = looks.nested
         return {
-            "stored": self.stored,
-            "calls": self.calls,
-            "bytes": self.nbytes,
-            "first": self.first,
-            "last": self.last,
-            "passes": self.passes,
-            "most": self.most,
-            "ordered": self.ordered,
-            "in_parts": self.in_parts,
-            "kinds": list(self.looks.kinds),
-            "dtypes": list(self.looks.dtypes),
-            "shapes": [[*pair] for pair in self.looks.shapes.values()],
+            **dict(zip(SO_FAR, facts, strict=False)),
+            "kinds": list(looks.kinds),
+            "dtypes": list(looks.dtypes),
+            "shapes": [[*pair] for pair in looks.shapes.values()],
             "nested": None if nested is None else [[key, *sizes] for key, sizes in nested.items()],
         }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import cached_property
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,24 +81,6 @@ def saved_state(layer: Reduced, number: Callable[[RankPass], int]) -> tuple[int,
     return max(passes, default=0), layer._value(states, PassRuns(passes))
 
 
-class _Foreign:
-    """A stored reduction that is not from :mod:`actrec.reduce`: only the name of its class is known."""
-
-    def __init__(self, layer: str, kind: str) -> None:
-        self.kind = kind
-        self._layer = layer
-
-    def compute(self) -> NoReturn:
-        if self.kind == _NOTHING:
-            message = f"acts[{self._layer!r}].compute(): nothing was recorded of this layer, so there is no result."
-            raise ActrecError(message)
-        message = (
-            f"acts[{self._layer!r}].compute(): it was reduced by {self.kind}, and actrec never imports a class that a file names. "
-            f"Merge the stored states into a new one: acts[{self._layer!r}].merge_into({self.kind}(...)).compute()."
-        )
-        raise ActrecError(message)
-
-
 class StoredReduction(Unchanged, Reduced):
     """A reduced layer on disk, with the merged reduction of all ranks. It is read on access."""
 
@@ -121,15 +103,29 @@ class StoredReduction(Unchanged, Reduced):
     @cached_property
     @override
     def sink(self) -> Any:
-        """The reduction of all ranks."""
+        """The reduction of all ranks; ``None`` if it is not from :mod:`actrec.reduce`: only the name of its class is known."""
         if self._kind not in KINDS:
-            return _Foreign(self.name, self._kind)
+            return None
         of_ranks = []
         for rank, found in self._found:
             one = KINDS[self._kind].of(found.states[0])
             merged(one, *found.states[1:]).of_rank(rank)
             of_ranks.append(one.metric_state)
         return merged(KINDS[self._kind].of(of_ranks[0]), *of_ranks[1:])
+
+    @override
+    def compute(self) -> Any:
+        call = f"acts[{self.name!r}].compute()"
+        if self._kind == _NOTHING:
+            message = f"{call}: nothing was recorded of this layer, so there is no result."
+            raise ActrecError(message)
+        if self.sink is None:
+            message = (
+                f"{call}: it was reduced by {self._kind}, and actrec never imports a class that a file names. "
+                f"Merge the stored states into a new one: acts[{self.name!r}].merge_into({self._kind}(...)).compute()."
+            )
+            raise ActrecError(message)
+        return super().compute()
 
     @override
     def _states(self) -> list[Mapping[str, Any]]:

@@ -13,7 +13,6 @@ from actrec._recordings.layer import Layer, Role
 from actrec._recordings.pass_numbers import RankPass
 from actrec._recordings.recording import Recording
 from actrec._recordings.reduced import Reduced
-from actrec._recordings.units import tensor_of
 from actrec._values.containers import Value
 from actrec.errors import CaptureError, OptionError
 from actrec.reduce import Reduction
@@ -28,7 +27,7 @@ from .place import place
 from .read_only import ReadOnlyLayer
 from .reduced import saved_state
 from .replace import replacing
-from .units import UNIT
+from .units import UNIT, tensor_of
 from .warned import keep_warnings
 from .writer import Writer
 

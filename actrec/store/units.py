@@ -8,10 +8,11 @@ from itertools import chain, pairwise
 from typing import Final
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from actrec._recordings.pass_numbers import RankPass
-from actrec._recordings.units import Key, Units, tensor_of
+from actrec._recordings.units import Key, Units
 
 from .call import Call
 from .format import Defect, Slot, corrupt, need
@@ -21,6 +22,13 @@ from .shard import Shard
 
 #: The layer of the keys.
 UNIT: Final = Slot("unit", 0, "key", "unit")
+
+
+def tensor_of(key: Key) -> Tensor:
+    """Return a key as a tensor: ``()`` of int64, or the bytes of a string as ``(N)`` of uint8."""
+    if isinstance(key, int):
+        return torch.tensor(key, dtype=torch.int64, device="cpu")
+    return torch.tensor(list(key.encode()), dtype=torch.uint8, device="cpu")
 
 
 def key_call(number: int, key: Key) -> Call:

@@ -45,7 +45,7 @@ class Writer:
         ledger: Ledger,
         folder: Folder,
         complete: Callable[[], int],
-        raised: Collection[int] = (),
+        raised: Collection[int],
         *,
         order: Iterable[str],
         late: Callable[[int], Iterable[Call]] = lambda _: (),
