@@ -173,12 +173,7 @@ class Description:
 
 
 def read_description(disk: Place) -> Description:
-    """Read ``rank.json`` of a rank's folder.
-
-    Raises:
-        CorruptRecordingError: the file is damaged, or of another version of the format.
-        FileNotFoundError: there is no such file.
-    """
+    """Read ``rank.json`` of a rank's folder. Raises as ``read_json`` does."""
     return read_json(disk, DESCRIPTION, _parsed)
 
 

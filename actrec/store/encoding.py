@@ -104,8 +104,9 @@ def storable(tensor: Tensor) -> Tensor:
     """Return ``tensor`` as a plain one, which can be written; ``CaptureError`` if that is impossible."""
     if type(tensor) is not Tensor and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
         tensor = tensor.as_subclass(Tensor)  # the subclass does not change its data
-    if not _is_plain(tensor):
-        what, fix = _unplain(tensor)
+    found = _unplain(tensor)
+    if found is not None:
+        what, fix = found
         message = f"a {what} cannot be stored. Let a transform make a plain tensor of it{fix}"
         raise CaptureError(message)
     if not tensor.is_cpu:  # pragma: no cover  # needs another device
@@ -118,31 +119,21 @@ def storable(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor can be written."""
-    return (
-        type(tensor) is Tensor
-        and not (tensor.is_meta or tensor.is_nested)
-        and tensor.layout is torch.strided
-        and tensor.dtype in STORED
-        and tensor.dim() + STORED[tensor.dtype].pair <= MAX_DIMS
-    )
-
-
-def _unplain(tensor: Tensor) -> tuple[str, str]:
-    """Return what kind of tensor it is, and how a transform can make it plain."""
-    if is_distributed(tensor):
-        return "DTensor", ", with to_local() say"
+def _unplain(tensor: Tensor) -> tuple[str, str] | None:
+    """Return what kind of tensor it is, and how a transform can make it plain; ``None`` if it can be written."""
+    dtype = tensor.dtype
     if tensor.is_nested:
         return "nested tensor", ", with to_padded_tensor(0.0) say"
     if tensor.layout is not torch.strided:
         return f"{str(tensor.layout).removeprefix('torch.')} tensor", ", with to_dense() say"
-    if tensor.dtype not in STORED:
-        return f"tensor of dtype {tensor.dtype}", ", with dequantize() say" * tensor.is_quantized
+    if dtype not in STORED:
+        return f"tensor of dtype {dtype}", ", with dequantize() say" * tensor.is_quantized
     if type(tensor) is not Tensor:
-        return type(tensor).__name__, ""
-    odd = "on the meta device" if tensor.is_meta else f"of {tensor.dim()} dimensions"
-    return f"tensor {odd}", ""
+        return type(tensor).__name__, ", with to_local() say" * is_distributed(tensor)
+    if tensor.is_meta:
+        return "tensor on the meta device", ""
+    fits = tensor.dim() + STORED[dtype].pair <= MAX_DIMS
+    return None if fits else (f"tensor of {tensor.dim()} dimensions", "")
 
 
 def _constant(constant: Constant) -> _Node:

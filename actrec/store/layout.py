@@ -50,11 +50,7 @@ _PIECE: Final = 1 << 24  # bytes that are made contiguous at a time
 
 
 def lay_out(calls: Iterable[Call]) -> tuple[list[Part], list[safetensors.Tensor]]:
-    """Sort calls, given in the order in which they ended, into layers, and those of each layer into groups.
-
-    Returns:
-        The part of each layer in the shard, without the data; and the tensors of the file.
-    """
+    """Return the part of each layer, without the data, and the tensors of the file, of calls in the order in which they ended."""
     by_slot: dict[Slot, list[Call]] = defaultdict(list)
     for call in calls:
         by_slot[call.slot].append(call)
@@ -149,15 +145,7 @@ def write(
     parts: Sequence[Part] = (),
     tensors: Sequence[safetensors.Tensor] = (),
 ) -> None:
-    """Write a shard.
-
-    Args:
-        file: the file to write to.
-        heading: the heading of the shard.
-        layers: the counts of each layer, up to and including this shard.
-        parts: the parts of the layers that have calls in it.
-        tensors: their tensors.
-    """
+    """Write a shard: its heading, the counts of all layers so far, and the parts of those that have calls in it."""
     here = {part.slot: part for part in parts}
     nodes = [_node(slot, so_far, here.get(slot)) for slot, so_far in layers.items()]
     about = {"version": VERSION, **asdict(heading), "layers": nodes}

@@ -225,12 +225,9 @@ def is_state(value: Any) -> bool:
 
 
 def made_reduced(layer: StoredLayer, name: str | None, *, by_functions: bool) -> Layer[Any]:
-    """Return the layer, or a :class:`StoredReduction` of it if it was reduced.
+    """Return the layer, or a :class:`StoredReduction` of it if it was reduced: if its description has the ``name`` of a reduction.
 
-    Args:
-        layer: the layer as it is stored.
-        name: the reduction in the rank's description, if it has one.
-        by_functions: whether functions are reduced: the description does not list them one by one.
+    If functions are reduced, the description does not list them one by one: what is stored says which are.
     """
     is_reduced = name is not None
     if by_functions and layer.type == FUNCTION and len(layer):
