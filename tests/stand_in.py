@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,7 @@ class StandIn:
 @contextmanager
 def standing_in(device: StandIn, budget: int = 1 << 20) -> Iterator[None]:
     """Let ``record()`` take ``device`` for what its values are on."""
-    on_device = transfer._on_device
+    on_device, asked_for = transfer._on_device, Capture.asked_for
 
     def ticking(*args: object) -> Tensor:
         result = on_device(*args)
@@ -124,6 +125,8 @@ def standing_in(device: StandIn, budget: int = 1 << 20) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_test, "CUDA", device)
         patch.setattr(self_test, "Offload", partial(transfer.Offload, budget=budget))
-        patch.setattr(Capture, "__post_init__", lambda capture: setattr(capture, "direct", False))
+        patch.setattr(
+            Capture, "asked_for", lambda *a, **kw: replace(asked_for(*a, **kw), direct=False)
+        )
         patch.setattr(transfer, "_on_device", ticking)
         yield

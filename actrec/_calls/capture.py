@@ -7,7 +7,7 @@ and with random numbers of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -47,24 +47,23 @@ class Capture:
     what: str = "call"  # in messages, before the number of the call
     offload: Offload | None = None  # moves values while the model continues
     overflows: Overflows | None = None  # counts values that do not fit into the dtype
-    direct: bool = field(init=False)  # whether a tensor on the CPU is kept just as it is
+    direct: bool = False  # whether a tensor on the CPU is kept just as it is
     is_twin: bool = False  # whether that is so of what a layer returns
-
-    def __post_init__(self) -> None:
-        moved = self.device is not None and self.device.type != "cpu"
-        self.direct = self.dtype is None and self.detach and self.share and not moved
 
     @classmethod
     def asked_for(cls, options: Options, *, share: bool) -> Capture:
         """Return what the options ask for, of any layer; ``share`` says whether memory may be shared with the model."""
-        return cls(detach=options.detach, share=share, device=options.device, dtype=options.dtype)
+        detach, device, dtype = options.detach, options.device, options.dtype
+        moved = device is not None and device.type != "cpu"
+        direct = dtype is None and detach and share and not moved
+        return cls(detach=detach, share=share, device=device, dtype=dtype, direct=direct)
 
     def of(
         self, layer: str, transform: Transform | None, what: str, offload: Offload | None
     ) -> Capture:
         """Return the same for the values of one layer."""
         asked = (self.detach, self.share, self.device, self.dtype)
-        return Capture(layer, transform, *asked, what, offload)
+        return Capture(layer, transform, *asked, what, offload, direct=self.direct)
 
     def __call__(self, value: Value, call: int) -> Value:
         """Return the value to keep for ``value``, which call number ``call`` returned, or ``SKIPPED``."""

@@ -16,6 +16,7 @@ from torch import is_autocast_enabled
 from torch.autograd.graph import saved_tensors_hooks
 
 from actrec._calls.draws import OwnDraws
+from actrec._torch import pop_function_mode, push_function_mode
 from actrec._values.modes import normal_mode_unseen
 from actrec._values.spec import itself, tensors
 
@@ -42,8 +43,12 @@ def in_a_clean_room(
     inside[thread] = outside + 1
     try:
         draws = OwnDraws()
-        with normal_mode_unseen(), draws:  # the first does not turn gradients off
-            result = _called(function, value, devices, grad=grad)
+        with normal_mode_unseen():  # which does not turn gradients off
+            push_function_mode(draws)  # "with" would take as long as four function calls
+            try:
+                result = _called(function, value, devices, grad=grad)
+            finally:
+                pop_function_mode()
         draws.check_unseeded()
     finally:
         if outside:

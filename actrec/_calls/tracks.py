@@ -79,7 +79,7 @@ class Tracks:
 
     def _enter(self, choice: Choice, track: Track) -> None:
         self.of[choice.key], self.choices[choice.key] = track, choice
-        self._reduced += [one for one in track.layers.values() if isinstance(one, ReducedLayer)]
+        self._reduced += [one for one in track.layers.values() if type(one) is ReducedLayer]
 
     def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None:
         recording = self._recording()
