@@ -175,7 +175,7 @@ class Layer(Sequence[V], Generic[V]):
         """
         rank_passes = self._rank_passes()
         call = f"acts[{self.name!r}].nth({number!r})"
-        calls = nth_calls(call, repr(self.name), rank_passes, number, range(len(rank_passes)))
+        calls = nth_calls(call, repr(self.name), rank_passes, number)
         return self if len(calls) == len(rank_passes) else self._of(calls)
 
     @abstractmethod

@@ -64,31 +64,26 @@ class ListView(Sequence[T], Generic[T]):
 RankPass: TypeAlias = tuple[int | None, int]
 
 
-def calls_of(
-    rank_passes: Sequence[RankPass], among: Iterable[int] | None = None
-) -> dict[RankPass, list[int]]:
-    """Return the indices of the calls of each pass, among all calls or some."""
+def calls_of(rank_passes: Sequence[RankPass]) -> dict[RankPass, list[int]]:
+    """Return the indices of the calls of each pass."""
     found: dict[RankPass, list[int]] = {}
-    for number in range(len(rank_passes)) if among is None else among:
-        found.setdefault(rank_passes[number], []).append(number)
+    for number, rank_pass in enumerate(rank_passes):
+        found.setdefault(rank_pass, []).append(number)
     return found
 
 
-def nth_calls(
-    call: str, title: str, rank_passes: Sequence[RankPass], nth: int, among: Iterable[int]
-) -> list[int]:
-    """Return the n-th call of each pass, among some calls; all of these, if no pass has more than one."""
+def nth_calls(call: str, title: str, rank_passes: Sequence[RankPass], nth: int) -> list[int]:
+    """Return the n-th call of each pass; all calls, if no pass has more than one."""
     given: object = nth
     if isinstance(given, bool) or not isinstance(given, int):
         message = (
             f"{call}: expected a whole number: 0 for the first call of each pass, -1 for the last."
         )
         raise OptionError(message)
-    among = list(among)
-    passes = calls_of(rank_passes, among)
+    passes = calls_of(rank_passes)
     most = max(map(len, passes.values()), default=0)
     if most < 2:  # noqa: PLR2004
-        return among
+        return list(range(len(rank_passes)))
     found = [calls[nth] for calls in passes.values() if -len(calls) <= nth < len(calls)]
     if not found:
         message = f"{call}: no pass has that many calls of layer {title}, which was called at most {most} times in a pass."

@@ -55,12 +55,6 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
     then the names given to :meth:`Recorder.add`. A layer that has several names (a module used in two places, a name with
     wrapper segments) is listed once, and each of its names is accepted, and in a recording that was made here also the
     module itself: ``acts[model.layer4]``.
-
-    Args:
-        run: what the recording shares with its parts: passes, units, further names of layers.
-        layers: the layers by name.
-        beside: the layers of inputs and of gradients by name, as far as they were recorded.
-        role: what the values are, if not outputs.
     """
 
     def __init__(
@@ -70,6 +64,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         beside: Mapping[What, Mapping[str, Layer[Any]]] = MappingProxyType({}),
         role: str = "",
     ) -> None:
+        """``beside`` are the layers of inputs and gradients, if recorded; ``role`` says what the values are, if not outputs."""
         self._run = run
         self._role = role
         self._together = Together()

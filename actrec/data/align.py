@@ -153,7 +153,7 @@ def _nth(call: str, calls: Calls, nth: int) -> Tensor:
     counts = torch.bincount(passes)
     most = max(counts.tolist(), default=0)
     # Which fails for the longest pass, it fails for all.
-    nth_calls(f"{call}(nth={nth!r})", calls.title, [(None, 0)] * most, nth, range(most))
+    nth_calls(f"{call}(nth={nth!r})", calls.title, [(None, 0)] * most, nth)
     order = passes.argsort(stable=True)
     if most < 2:  # noqa: PLR2004
         return order
