@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 from numbers import Integral
 from typing import Any, Final, TypeAlias
 
@@ -21,12 +20,13 @@ class Units:
     """Which passes of a recording are units, and their keys. A recording and its layers share one object."""
 
     def __init__(self) -> None:
+        self._keys: dict[RankPass, Key] = {}  # made here: threads may ask for it at once
         self.open: dict[RankPass, Key] = {}  # the keys of units that have not ended
 
-    @cached_property
+    @property
     def keys(self) -> dict[RankPass, Key]:
         """The key of each pass that is a unit, in the order of the passes."""
-        return {}
+        return self._keys
 
     def __len__(self) -> int:
         return len(self.keys)
