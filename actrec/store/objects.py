@@ -1,4 +1,4 @@
-"""The objects below a URL, through ``fsspec``: listing them, and reading parts of one.
+"""The objects below a URL, through ``fsspec``: requests for them, and reading parts of one.
 
 Threads download announced parts, in the order of the announcement. Other parts are downloaded when they are read; where small
 parts are read one after the other, in blocks that are kept.
