@@ -142,10 +142,11 @@ class Shard:
 
     def _opened(self, listed: Listed) -> Part:
         slot = listed.slot
-        what = f"layer {slot.name[:60]!r}"
         table = self._numbers(f"{slot.key}.calls", columns=2)
+        stored = listed.so_far.stored - listed.before  # at least one, as there are groups
+        fit = len(table) == stored
+        need(fit, f"layer {slot.name[:60]!r} has {len(table)} calls, and claims {stored}")
         passes, group = table.unbind(1)
-        need(len(table), f"{what} has groups, but no calls")
         ordered = bool((passes[1:] >= passes[:-1]).all())
         need(ordered, "the calls of a layer are not ordered by pass")
         need(int(group.max()) < len(listed.groups), "a call is in a group that is not there")
@@ -154,8 +155,6 @@ class Shard:
             self._group(f"{slot.key}.{number}", node, counts[number])
             for number, node in enumerate(listed.groups)
         ]
-        stored = listed.so_far.stored - listed.before
-        need(stored == len(table), f"{what} has {len(table)} calls, and claims {stored}")
         return Part(slot, groups, passes, group)
 
     def _group(self, key: str, node: Any, calls: int) -> Group:
