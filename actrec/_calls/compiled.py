@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from actrec._torch import compiles_itself, is_compiler_loaded, stance, stance_setter
+from actrec._torch import compiles_itself, is_compiler_loaded, set_stance, stance
 from actrec.errors import ActrecError
 
 from .hooks import Hook
@@ -69,8 +69,6 @@ class Eager(Stance):
 
     def __init__(self) -> None:
         self._before: Any = None
-        self._public: Any = None
-        self._set: Any = None
         self._ended = False
 
     @property
@@ -90,10 +88,7 @@ class Eager(Stance):
     def __enter__(self) -> None:
         try:
             self._take()
-        except (
-            RuntimeError,
-            AssertionError,
-        ) as error:  # the compiler is compiling this, and forbids it
+        except (RuntimeError, AssertionError) as error:  # the compiler is compiling this
             raise ActrecError(COMPILING) from error
 
     @override
@@ -106,13 +101,11 @@ class Eager(Stance):
     def __exit__(self, *_: object) -> None:
         with _taking:
             self._ended = True
-            if self._public is not None:
-                self._public.__exit__(None, None, None)
-            elif self._before is None:
+            if self._before is None:
                 return
-            elif stance() is self:
+            if stance() is self:
                 with suppress(RuntimeError):  # as above
-                    self._set(_running(self._before))
+                    set_stance(_running(self._before))
             else:
                 self.replaced = not isinstance(stance(), Eager)
 
@@ -120,13 +113,9 @@ class Eager(Stance):
         with _taking:
             if self._before is not None or not is_compiler_loaded():
                 return
-            self._set = stance_setter()
-            if self._set is None:
-                self._before = self._public = torch.compiler.set_stance("force_eager")
-                return
             self._before = _running(stance())
             try:
-                self._set(self)
+                set_stance(self)
             except BaseException:
                 self._before = None
                 raise

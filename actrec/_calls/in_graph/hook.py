@@ -21,13 +21,13 @@ from actrec._calls.hooks import Event, Hook, T
 from actrec._recordings.in_memory import ListLayer
 from actrec._torch import (
     as_constant,
+    base_of,
     hook_tables,
     is_exporting,
     is_in_body,
     is_in_checkpoint,
-    is_in_transform,
-    read_base_of,
     renumber,
+    transform_depth,
 )
 from actrec.errors import CaptureError
 
@@ -134,7 +134,7 @@ def _asked_by_the_compiler(hook: HookInGraph[Any]) -> Callable[[], bool]:
         found = known()
         if found is None or is_exporting():
             return False
-        if is_in_transform():
+        if transform_depth() is not None:
             raise CaptureError(_TRANSFORM)
         if is_in_body():
             found.is_in_body()
@@ -181,7 +181,7 @@ def _tell_watched(hook: HookInGraph[Any], output: Any) -> None:
         return
     leaves = [at for at in watched if tensors[at].is_leaf]
     leaf = leaves[0] if leaves else -1
-    bases = [read_base_of(tensor) for tensor in tensors]
+    bases = [base_of(tensor) for tensor in tensors]
     # If there are several views of one tensor, such as its chunks, PyTorch refuses writes to them.
     views = [at for at in watched if _count(bases, bases[at]) == 1]
     ticket = tell_watched(tensors, numbers, outline, leaf, views, hook.key, TOKEN)

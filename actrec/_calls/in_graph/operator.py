@@ -21,7 +21,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
-from actrec._torch import rewinding, version
+from actrec._torch import rewind, version
 from actrec._values.snapshot import twin
 from actrec.errors import CaptureError
 
@@ -63,7 +63,6 @@ def key_to(receiver: Receiver, module: nn.Module, hook: int) -> Tensor:
 
 with torch.inference_mode(mode=False):
     TOKEN: Final = torch.zeros((), dtype=torch.int64, device="cpu")
-_rewind: Final = rewinding(TOKEN)
 
 
 def _tell(
@@ -76,7 +75,7 @@ def _tell(
 ) -> None:
     # A graph that recomputes in its backward has saved the token, and would raise if its version had changed since.
     if version(TOKEN):
-        _rewind()
+        rewind(TOKEN)
     for key, value in zip(keys, values(outlines, tensors, numbers), strict=True):
         receiver = RECEIVER_OF.get(int(key))
         if receiver is not None:

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from actrec._torch import writes
+from actrec._torch import EAGER_VALUES, writes
 
 from .operator import tell
 
 _WRITES = torch.ops.higher_order.auto_functionalized_v2
-#: Where a node has what it is called with in eager mode, whose strides Inductor gives to what it is called with.
-_EAGER = "eager_input_vals"
 _LISTS = ("tensors", "numbers", "keys")
 
 
@@ -50,10 +48,10 @@ def _join(first: Node, second: Node) -> None:
         token.replace_all_uses_with(tokens[0])
         first.graph.erase_node(token)
     second.kwargs = _both(first.kwargs, second.kwargs)
-    eager = [node.meta.pop(_EAGER, None) for node in (first, second)]
+    eager = [node.meta.pop(EAGER_VALUES, None) for node in (first, second)]
     if None not in eager:
         (args, before), (_, after) = eager
-        second.meta[_EAGER] = args, _both(before, after)
+        second.meta[EAGER_VALUES] = args, _both(before, after)
     first.graph.erase_node(first)
 
 
