@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from actrec._selection.functions import FunctionQuery, Owner, What, canonical
-from actrec._selection.globs import is_glob
 from actrec._selection.selection import Choice
 from actrec._selection.treatment import Treatment
 from actrec._torch import (
@@ -63,28 +62,6 @@ def name_of(function: Any) -> str:
 def stop_key(owner: Owner) -> str:
     """Return the key of an owner among the layers that have to run before a forward is ended early."""
     return f"{owner.key}:"
-
-
-class Asked:
-    """What several queries ask for, by the names of functions."""
-
-    def __init__(self, queries: Iterable[FunctionQuery]) -> None:
-        # A query that spells a function out takes precedence.
-        self.queries = sorted(queries, key=lambda query: not query.is_spelled_out)
-        #: The functions that a query names, without those that only a glob matches.
-        self.names = {query.function for query in self.queries if not is_glob(query.function)}
-        self._of: dict[str, dict[What, Treatment]] = {}
-
-    def of(self, name: str) -> dict[What, Treatment]:
-        """Return what is to be recorded of functions with this name, and how."""
-        found = self._of.get(name)
-        if found is None:
-            found = {}
-            for query in self.queries:
-                if query.asks_for(name):
-                    found.setdefault(query.what, query.treatment)
-            self._of[name] = found
-        return found
 
 
 class Function:
@@ -171,31 +148,23 @@ class _Thread(threading.local):
 # --- Running forwards ------------------------------------------------------------------------------------
 
 
-@dataclass
-class Shared:
-    """What the runners of the forwards of one block share."""
+@dataclass(eq=False)
+class Aside:
+    """Runs the forward of a module below an owner, whose functions are not recorded. A block has one, which its watchers share."""
 
     session: Session
     make: Make
     lock: threading.RLock = field(default_factory=threading.RLock)
-    names: dict[Any, str] = field(default_factory=dict)  # name_of() each function that was called
     thread: _Thread = field(default_factory=_Thread)
-
-
-class Aside:
-    """Runs the forward of a module below an owner, whose functions are not recorded."""
-
-    def __init__(self, shared: Shared) -> None:
-        self._shared = shared
 
     def run(self, stood_for: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the forward. Whatever ends it, the mode of this thread is as it was."""
         if is_dynamo_compiling():
             return stood_for.forward(*args, **kwargs)
         forward = stood_for.forward
-        if self._shared.session.has_replicas:
+        if self.session.has_replicas:
             forward = stood_for.forward_of(stood_for.called())
-        mode = self._shared.thread.mode
+        mode = self.thread.mode
         before = mode.watcher
         if before is None:
             return forward(*args, **kwargs)
@@ -216,10 +185,10 @@ class Aside:
 class Watcher:
     """Runs the forward of an owner, and records the functions that it calls."""
 
-    def __init__(self, shared: Shared, aside: Aside, owner: Owner, asked: Asked) -> None:
+    def __init__(self, aside: Aside, owner: Owner, queries: Iterable[FunctionQuery]) -> None:
         self.owner = owner
-        self.asked = asked
-        self._shared = shared
+        # A query that spells a function out takes precedence.
+        self.queries = sorted(queries, key=lambda query: not query.is_spelled_out)
         self._aside = aside
         self.unrecorded: Counter[Unrecorded] = Counter()
         self.ran = 0
@@ -233,8 +202,8 @@ class Watcher:
         """Run the forward. Whatever ends it, the mode of this thread is as it was."""
         if is_dynamo_compiling():
             return stood_for.forward(*args, **kwargs)
-        shared, session = self._shared, self._shared.session
-        mode = shared.thread.mode
+        session = self._aside.session
+        mode = self._aside.thread.mode
         before = mode.watcher
         if not self._is_heard((*args, *kwargs.values()), inside=before is not None):
             return self._aside.run(stood_for, args, kwargs)
@@ -270,7 +239,7 @@ class Watcher:
 
     def _is_heard(self, given: tuple[Any, ...], *, inside: bool) -> bool:
         """Whether this call of the forward is recorded. ``inside`` another owner, tracing was checked already."""
-        session = self._shared.session
+        session = self._aside.session
         self.ran += 1
         if not session.listens():
             self.unrecorded[Unrecorded.PAUSED] += session.pauses > 0
@@ -288,31 +257,30 @@ class Watcher:
 
     def function(self, function: Any) -> Function:
         """Return the :class:`Function` of a function that is called for the first time."""
-        names = self._shared.names
-        name = names.get(function)
-        if name is None:
-            name = names[function] = name_of(function)
-        found = self.by_function[function] = self.named(name)
+        found = self.by_function[function] = self.named(name_of(function))
         found.calls += 1
         return found
 
     def named(self, name: str) -> Function:
         """Return the :class:`Function` of a name."""
-        with self._shared.lock:
+        with self._aside.lock:
             found = self.by_name.get(name)
             if found is None:
-                found = Function(name, is_named=name in self.asked.names)
-                treatments = self.asked.of(name)
+                queries = [query for query in self.queries if query.asks_for(name)]
+                found = Function(name, is_named=any(query.function == name for query in queries))
+                treatments: dict[What, Treatment] = {}
+                for query in queries:
+                    treatments.setdefault(query.what, query.treatment)
                 if treatments:
                     key, module = f"{self.owner.key}:{name}", self.owner.module
                     choice = Choice(key, module, (), treatments, is_function=True)
-                    found.track, found.publish = self._shared.make(choice)
+                    found.track, found.publish = self._aside.make(choice)
                 self.by_name[name] = found
         return found
 
     def publish(self, function: Function) -> None:
         """Make the layers of a function part of the recording."""
-        with self._shared.lock:
+        with self._aside.lock:
             if function.publish is not None:
                 function.publish()
                 function.publish = None

@@ -18,7 +18,7 @@ from actrec._text import listed
 from actrec._torch import children_of
 
 from .forwards import Forward
-from .function_mode import Aside, Asked, Function, Make, Shared, Watcher
+from .function_mode import Aside, Function, Make, Watcher
 from .own_calls import Unrecorded
 from .session import Session
 
@@ -35,23 +35,15 @@ class Functions:
 
     def __init__(self, queries: tuple[FunctionQuery, ...], session: Session, make: Make) -> None:
         self._queries = queries
-        self._shared = Shared(session, make)
-        self._aside = Aside(self._shared)
+        self._aside = Aside(session, make)
         asking: dict[int, list[FunctionQuery]] = {}
         owners: dict[int, Owner] = {}
         for query in queries:
             for owner in query.owners:
                 owners.setdefault(id(owner.module), owner)
                 asking.setdefault(id(owner.module), []).append(query)
-        asked: dict[tuple[int, ...], Asked] = {}  # shared by modules that have the same queries
         self._watchers = {
-            module: Watcher(
-                self._shared,
-                self._aside,
-                owner,
-                asked.setdefault(tuple(map(id, asking[module])), Asked(asking[module])),
-            )
-            for module, owner in owners.items()
+            module: Watcher(self._aside, owner, asking[module]) for module, owner in owners.items()
         }
         self._make_named()
 
@@ -63,7 +55,7 @@ class Functions:
     def _make_named(self) -> None:
         """Make the tracks of named functions. Those of a named module appear in the recording before they are called."""
         for watcher in self._watchers.values():
-            for query in watcher.asked.queries:
+            for query in watcher.queries:
                 if not is_glob(query.function):
                     function = watcher.named(query.function)
                     if query.is_spelled_out:

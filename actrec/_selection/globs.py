@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from functools import lru_cache
 from typing import Final
 
 
@@ -12,6 +13,7 @@ def is_glob(query: str) -> bool:
     return _SIGNS.search(query) is not None
 
 
+@lru_cache(maxsize=1024)
 def glob(pattern: str) -> re.Pattern[str]:
     """Return a glob as a regular expression: ``*``, ``?`` and ``[12]`` stay inside one segment; ``**`` matches any number of segments.
 
