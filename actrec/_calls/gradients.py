@@ -11,10 +11,11 @@ import threading
 import warnings
 import weakref
 from bisect import bisect_left, insort
-from collections.abc import Collection, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -29,22 +30,12 @@ from .reentrant import Regions
 from .views import View
 
 
-class _Like(NamedTuple):
-    """The shape, dtype and device of a tensor that a call returned: for zeros in the place of its gradient."""
-
-    shape: torch.Size | None
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Like:
-        # A nested tensor has no shape for torch.zeros().
-        return cls(None if tensor.is_nested else tensor.shape, tensor.dtype, tensor.device)
-
-    def zeros(self) -> Tensor | None:
-        if self.shape is None:
-            return None
-        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+def _zeros_like(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """Return a function that makes zeros in the place of a gradient of ``tensor``, which it does not keep."""
+    if tensor.is_nested:  # it has no shape for torch.zeros()
+        return lambda: None
+    shape, zero = tensor.shape, partial(torch.zeros, (), dtype=tensor.dtype, device=tensor.device)
+    return lambda: zero().expand(shape)
 
 
 @dataclass(eq=False, slots=True)
@@ -52,19 +43,33 @@ class Call:
     """A call that gradients may reach. The graph keeps it alive, and so does a region that may run again."""
 
     gradients: weakref.ref[Gradients]
-    ticket: int  # which call of the layer it is; -1 if its container gets it later, or never
     number: int  # of its pass
     spec: Spec  # of what it returned
-    likes: list[_Like]  # for a transform: of the tensors that it returned
+    zeros: list[Callable[[], Tensor | None]]  # for a transform: in place of other gradients
     #: Of a nested output, the gradients that have arrived, by the number of the tensor. Only the recording keeps them alive.
     arrived: MutableMapping[int, Tensor] | None = None
+    ticket: int = -1  # which call of the layer it is; -1 if its container gets it later, or never
+    held: int = -1  # which of those of its pass that the container gets later, or never
     dropped: bool = False  # its unit has failed
+    #: In compiled code: the views among its tensors, by their numbers, that no gradient has come of.
+    views: Collection[int] = ()
 
     def tell(self, index: int, grad: Tensor, view: View | None = None) -> None:
         """The gradient of tensor number ``index`` has arrived, or, with a ``view``, that of its base."""
         gradients = self.gradients()
-        if gradients is not None:
-            gradients.arrived(self, index, grad, view)
+        if gradients is None:
+            return
+        if index in self.views:
+            self.views = [at for at in self.views if at != index]
+            gradients.views_waiting -= 1
+        gradients.arrived(self, index, grad, view)
+
+    def expect_views(self, views: Collection[int]) -> None:
+        """Compiled code will report the gradients of these views, unless they are written in place."""
+        gradients = self.gradients()
+        assert gradients is not None  # noqa: S101  # they are asking
+        self.views = views
+        gradients.views_waiting += len(views)
 
 
 AGAIN: Final = (
@@ -94,9 +99,8 @@ class Gradients:
     _itself: weakref.ref[Gradients] = field(init=False)  # for the graph
     _warned: set[str] = field(default_factory=set)
     _calls: int = 0  # that have had a place
-    _open: dict[int, list[Call]] = field(default_factory=dict)  # of those passes
-    #: The tickets of calls that were dropped, ascending.
-    _gone: list[int] = field(default_factory=list)
+    _open: dict[int, list[Call]] = field(default_factory=dict)  # of the undecided passes
+    _gone: list[int] = field(default_factory=list)  # tickets of dropped calls, ascending
 
     def __post_init__(self) -> None:
         self.backwards = self.layer._backwards
@@ -109,32 +113,26 @@ class Gradients:
         The call returned ``output``, and ``kept`` was recorded of it, or ``None``. The caller holds the lock.
         """
         found, spec = flatten(output)
-        likes = [] if self.capture.transform is None else [*map(_Like.of, found)]
-        call = Call(self._itself, -1, number, spec, likes)
+        zeros = [] if self.capture.transform is None else [*map(_zeros_like, found)]
+        call = Call(self._itself, number, spec, zeros)
         if spec is not TENSOR and spec != TENSOR:
             call.arrived = weakref.WeakValueDictionary()
         if not self.alike:
             kept = output if self.capture.transform is None else None
         self.layer._keep(None if type(kept) is Tensor else rebuild(kept, lambda _: None), number)
-        is_open = self.backwards is not None or number in self.undecided
-        if is_open:
-            if self.backwards is not None and number not in self._open:
-                for old in [old for old in self._open if old < self.backwards.written]:
-                    del self._open[old]
+        if number in self.undecided:
             self._open.setdefault(number, []).append(call)
-        if not (is_open and self._waiting(number)):
+        held = self.layer._held_back.get(number)
+        if held is None:
             self._enter(call)
+        else:
+            call.held = len(held) - 1
         return call
 
     def _enter(self, call: Call) -> None:
         """The call is the latest in its layer."""
         call.ticket = self._calls
         self._calls += 1
-
-    def _waiting(self, number: int) -> list[Value]:
-        """Return the gradients of a unit that its container does not have yet."""
-        waiting: list[Value] = self.layer._held_back.get(number, [])
-        return waiting
 
     def settle(self, number: int) -> None:
         """The unit of pass ``number`` is kept, with its gradients. The caller holds the lock."""
@@ -151,30 +149,25 @@ class Gradients:
 
     def _place(self, call: Call) -> tuple[Any, int]:
         """Where the gradient of a call is, and its index there: -1 if it is nowhere."""
+        if call.dropped:
+            return self.layer, -1
         if call.ticket < 0:
-            calls, values = self._open.get(call.number, []), self._waiting(call.number)
-            return values, calls.index(call) if values and call in calls else -1
+            held = self.layer._held_back.get(call.number)
+            return held, -1 if held is None else call.held
         # Counted from the end: the recording may have been cleared, or be bounded.
-        place = len(self.layer) - (self._calls - call.ticket)
-        if self._gone:
-            at = bisect_left(self._gone, call.ticket)
-            if self._gone[at : at + 1] == [call.ticket]:
-                return self.layer, -1
-            place += len(self._gone) - at
-        return self.layer, max(place, -1)
+        gone_since = len(self._gone) - bisect_left(self._gone, call.ticket)
+        since = self._calls - call.ticket - gone_since
+        return self.layer, max(len(self.layer) - since, -1)
 
     def expect(self, output: Value, kept: Value, call: Call | None) -> None:
         """Listen for the gradients of ``output``, of a call that has a place (or else ``None``)."""
         watch = instead.watch or self.arrivals.watch
-        if call is not None and watch(call, output, kept):
-            self.watched = True
-            if self.backwards is not None:
-                self.backwards.expect(call.number)
-        if not torch.is_grad_enabled():
-            self.regions.remember(call)
-            self.reentrant = self.reentrant or bool(self.regions)
-            if call is not None and self.regions and self.backwards is not None:
-                self.backwards.expect(call.number)
+        comes = call is not None and watch(call, output, kept)
+        comes_again = not torch.is_grad_enabled() and self.regions.remember(call)
+        self.watched |= comes
+        self.reentrant |= comes_again
+        if call is not None and (comes or comes_again) and self.backwards is not None:
+            self.backwards.expect(call.number)
 
     def expect_again(self, output: Value) -> None:
         """Checkpointing has run a call again, perhaps with a graph, which the first run did not have."""
@@ -228,7 +221,7 @@ class Gradients:
 
     def _transformed(self, call: Call, index: int, grad: Tensor, known: Value) -> Value:
         """A transform is applied to what arrived, with zeros for the rest of the output, and added up."""
-        grads = [grad if at == index else like.zeros() for at, like in enumerate(call.likes)]
+        grads = [grad if at == index else zeros() for at, zeros in enumerate(call.zeros)]
         new = self.capture(call.spec.fill(grads), call.ticket)
         if new is SKIPPED:
             return known

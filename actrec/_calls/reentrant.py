@@ -35,12 +35,15 @@ class Regions(Generic[T]):
     def __init__(self) -> None:
         self._regions: WeakKeyDictionary[Any, _Region[T]] = WeakKeyDictionary()
 
-    def remember(self, call: T | None) -> None:
-        """A call ran without a graph, in regions that will run again: all that have begun and not ended."""
+    def remember(self, call: T | None) -> bool:
+        """A call ran without a graph, in regions that will run again: all that have begun and not ended. Return whether it did."""
+        will_run_again = False
         for run, frame in checkpoint_frames():
             if run != "forward":
-                return
+                break
             self._regions.setdefault(frame.f_locals["ctx"], _Region()).calls.append(call)
+            will_run_again = True
+        return will_run_again
 
     def find(self) -> T | None:
         """Return the call that runs again now, if it was remembered."""
@@ -50,6 +53,3 @@ class Regions(Generic[T]):
         run, frame = again
         region = self._regions.get(frame.f_locals["ctx"]) if run == "backward" else None
         return None if region is None else region.next()
-
-    def __bool__(self) -> bool:
-        return bool(self._regions)

@@ -29,7 +29,6 @@ class Backwards:
         #: Each yields what one layer writes with the passes before a number, once these are committed.
         self.late: list[Callable[[int], Iterator[Call]]] = []
         self.lock = threading.RLock()  # the writer must not be called while it is held
-        self.written = 0  # the gradients of passes before this number are written
         self._complete = complete
         self._expecting: set[int] = set()  # passes that a backward may reach
         self._running: dict[int, int] = {}  # the latest pass that each running backward has reached
@@ -78,7 +77,6 @@ class Backwards:
     def take(self, complete: int) -> Iterator[Call]:
         """Yield the gradients of the passes before ``complete``, to be written now."""
         with self.lock:
-            self.written = max(self.written, complete)
             self._expecting = {number for number in self._expecting if number >= complete}
             for take in self.late:
                 yield from take(complete)

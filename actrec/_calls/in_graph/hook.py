@@ -180,11 +180,10 @@ def _tell_watched(hook: HookInGraph[Any], output: Any) -> None:
         tell(tensors, numbers, outline, [hook.key], hook.late, TOKEN)
         return
     leaves = [at for at in watched if tensors[at].is_leaf]
-    leaf = leaves[0] if leaves else -1
     bases = [base_of(tensor) for tensor in tensors]
     # If there are several views of one tensor, such as its chunks, PyTorch refuses writes to them.
     views = [at for at in watched if _count(bases, bases[at]) == 1]
-    ticket = tell_watched(tensors, numbers, outline, leaf, views, hook.key, TOKEN)
+    ticket = tell_watched(tensors, numbers, outline, len(leaves) > 0, views, hook.key, TOKEN)
     for at in watched:
         if at not in leaves:
             _watch(tensors[at], ticket, at)

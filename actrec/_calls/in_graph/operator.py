@@ -15,17 +15,18 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from actrec._calls.arrivals import instead
+from actrec._calls.gradients import Call
 from actrec._torch import rewind, version
 from actrec._values.snapshot import twin
 from actrec.errors import CaptureError
 
-from .gradients import Watched, watching
 from .outline import values
 
 
@@ -88,7 +89,21 @@ def _tell(
 class _Ticket(bytearray):
     """The memory of a tensor that represents a call in the autograd graph, and keeps the call alive as long as the graph."""
 
-    watched: Watched
+    call: Call | None = None  # if it is recorded
+
+    def watch(self, call: Call, views: Collection[int], *, has_leaf: bool) -> bool:
+        """The call is recorded. Its gradients will be reported, also those of its tensors number ``views``, which are views."""
+        if has_leaf:
+            raise CaptureError(_LEAF)
+        self.call = call
+        call.expect_views(views)
+        return True
+
+
+_LEAF: Final = (
+    "it returned a leaf of the graph, such as a parameter or an input of the model, and compiled code cannot separate the "
+    "gradients of its single calls. Record it without grads, or without compiled=True"
+)
 
 
 #: By their number, which is also their content.
@@ -100,17 +115,18 @@ def _tell_watched(
     tensors: list[Tensor],
     numbers: list[int],
     outline: str,
-    leaf: int,
+    has_leaf: bool,  # noqa: FBT001
     views: list[int],
     *to: Tensor,
 ) -> Tensor:
     """The same, for a value that gradients may reach. Return the ticket to pass to :func:`_tell_gradient` with them."""
-    with watching(leaf, views) as watched:
-        _tell(tensors, numbers, outline, [to[0]], False, to[1])  # noqa: FBT003
     number = next(_ticket_numbers)
-    ticket = _Ticket(number.to_bytes(8, sys.byteorder))
-    ticket.watched = watched
-    _tickets[number] = ticket
+    ticket = _tickets[number] = _Ticket(number.to_bytes(8, sys.byteorder))
+    instead.watch = lambda call, *_: ticket.watch(call, views, has_leaf=has_leaf)
+    try:
+        _tell(tensors, numbers, outline, [to[0]], False, to[1])  # noqa: FBT003
+    finally:
+        instead.watch = None
     return torch.frombuffer(ticket, dtype=torch.int64).view(())
 
 
@@ -119,7 +135,9 @@ def _tell_gradient(grad: Tensor, ticket: Tensor, index: int) -> Tensor:
 
     (Writing to a token would not do: the graphs of several forwards would have saved it, and raise because it changed.)
     """
-    _tickets[int(ticket)].watched.tell(index, grad)
+    call = _tickets[int(ticket)].call
+    if call is not None:
+        call.tell(index, grad)
     if grad.requires_grad:
         message = (
             "record(compiled=True, grads=...): compiled code cannot compute gradients of gradients (create_graph=True). "
@@ -150,7 +168,7 @@ _VALUE = "Tensor[] tensors, SymInt[] numbers, str outlines"
 _TO = "Tensor(a!) token"
 _OPERATORS: Final[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {
     f"tell_2({_VALUE}, Tensor[] keys, bool late, {_TO}) -> ()": (_tell, _nothing),
-    f"tell_watched_2({_VALUE}, int leaf, int[] views, Tensor key, {_TO}) -> Tensor": (
+    f"tell_watched_3({_VALUE}, bool has_leaf, int[] views, Tensor key, {_TO}) -> Tensor": (
         _tell_watched,
         _any_ticket,
     ),
@@ -165,5 +183,5 @@ for _schema, (_body, _fake) in _OPERATORS.items():
     torch.library.register_fake(f"actrec::{_name}", _fake, lib=_library)
 
 tell: Final[Any] = torch.ops.actrec.tell_2.default
-tell_watched: Final[Any] = torch.ops.actrec.tell_watched_2.default
+tell_watched: Final[Any] = torch.ops.actrec.tell_watched_3.default
 tell_gradient: Final[Any] = torch.ops.actrec.tell_gradient_1.default
