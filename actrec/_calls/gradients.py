@@ -137,6 +137,7 @@ class Gradients:
     def settle(self, number: int) -> None:
         """The unit of pass ``number`` is kept, with its gradients. The caller holds the lock."""
         for call in self._open.pop(number, ()):
+            call.held = -1  # to a path they go as they are now
             if call.ticket < 0 and self.backwards is None:
                 self._enter(call)
 
