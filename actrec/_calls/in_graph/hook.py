@@ -46,7 +46,7 @@ _in_bodies: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 class HookInGraph(Hook[T]):
     """A hook that compiled code calls, by the operator."""
 
-    __slots__ = ("__weakref__", "is_told", "key", "late", "told", "watches")
+    __slots__ = ("__weakref__", "key", "late", "told", "watches")
 
     def __init__(self, event: Event, target: T, hear: Callable[..., object]) -> None:
         super().__init__(event, target, hear)
@@ -54,7 +54,6 @@ class HookInGraph(Hook[T]):
         self.watches = event is Event.RETURN and getattr(target, "grads", None) is not None
         #: Whether it may be told when the compiled code has gone on.
         self.late = self.told == _NOTHING or _keeps_all(target)
-        self.is_told = _asked_by_the_compiler(self)
 
     @property
     def kind(self) -> tuple[Event, bool, bool]:
@@ -66,12 +65,26 @@ class HookInGraph(Hook[T]):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, output: Any = None
     ) -> None:
         if is_dynamo_compiling():
-            if self.is_told():
+            if self._runs():
                 _tell(self, args, kwargs, output)
             return
         target = self._target()
         if target is not None:
             self._hear(target, self, module, args, kwargs, output)
+
+    @override
+    @as_constant
+    def _runs(self) -> bool:
+        if is_exporting():
+            return False
+        if transform_depth() is not None:
+            raise CaptureError(_TRANSFORM)
+        if is_in_body():
+            self.is_in_body()
+            return False
+        if self.watches and torch.is_grad_enabled() and is_in_checkpoint() and self.is_recorded():
+            raise CaptureError(_CHECKPOINT)
+        return True
 
     def hear(self, value: Any) -> None:
         """Compiled code has called the module; ``value`` is the output, or the arguments."""
@@ -123,28 +136,6 @@ def _keeps_all(track: Any) -> bool:
 
 
 # --- What the compiler reads -----------------------------------------------------------------------------
-
-
-def _asked_by_the_compiler(hook: HookInGraph[Any]) -> Callable[[], bool]:
-    """Return a function that the compiler calls while it reads a hook; it compiles the answer in as a constant."""
-    known = weakref.ref(hook)
-
-    @as_constant
-    def is_told() -> bool:
-        found = known()
-        if found is None or is_exporting():
-            return False
-        if transform_depth() is not None:
-            raise CaptureError(_TRANSFORM)
-        if is_in_body():
-            found.is_in_body()
-            return False
-        watches = found.watches and torch.is_grad_enabled()
-        if watches and is_in_checkpoint() and found.is_recorded():
-            raise CaptureError(_CHECKPOINT)
-        return True
-
-    return is_told
 
 
 _CHECKPOINT = f"record(compiled=True, grads=...): a layer is called inside a checkpoint() that is compiled. There {AGAIN}"

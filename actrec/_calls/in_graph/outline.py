@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from actrec._torch import as_constant
+from actrec._values.spec import itself
 from actrec._values.stand_ins import Opaque, qualified
 
 # --- What the compiler reads -----------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def _encode(value: Any, tensors: list[Tensor], numbers: list[int]) -> str:
                 return f"('tensor', {at})"
         tensors.append(value)
         return f"('tensor', {len(tensors) - 1})"
-    if value is None or isinstance(value, _LITERALS):
+    if isinstance(value, _LITERALS):
         return f"('literal', {value!r})"
     if isinstance(value, int):
         numbers.append(value)
@@ -65,22 +66,16 @@ def _encode_object(value: Any, tensors: list[Tensor], numbers: list[int]) -> str
     if kind in _NUMBERS:
         return f"('{kind.__name__}', '{value!r}')"
     if isinstance(value, (tuple, list)):
-        children = [_encode(item, tensors, numbers) for item in value]
-        return f"('sequence', {name!r}, [{', '.join(children)}])"
-    if isinstance(value, dict):
-        children = [
-            f"({_encode(key, tensors, numbers)}, {_encode(item, tensors, numbers)})"
-            for key, item in value.items()
-        ]
-        return f"('mapping', {name!r}, [{', '.join(children)}])"
-    if dataclasses.is_dataclass(kind):
-        fields = [
-            f"({field.name!r}, {_encode(getattr(value, field.name), tensors, numbers)})"
-            for field in dataclasses.fields(kind)
-            if hasattr(value, field.name)
-        ]
-        return f"('record', {name!r}, [{', '.join(fields)}])"
-    return f"('opaque', {name!r})"
+        what, items = "sequence", [*value]
+    elif isinstance(value, dict):
+        what, items = "mapping", [one for pair in value.items() for one in pair]
+    elif dataclasses.is_dataclass(kind):
+        names = [field.name for field in dataclasses.fields(kind) if hasattr(value, field.name)]
+        what, items = "record", [one for key in names for one in (key, getattr(value, key))]
+    else:
+        return f"('opaque', {name!r})"
+    children = [_encode(item, tensors, numbers) for item in items]
+    return f"('{what}', {name!r}, [{', '.join(children)}])"
 
 
 _named: dict[str, Any] = {}
@@ -88,7 +83,7 @@ _named: dict[str, Any] = {}
 
 @as_constant
 def _name(constant: Any) -> str:
-    """Return a name by which :func:`decode` finds a class, or a constant that has no literal."""
+    """Return a name by which :func:`values` finds a class, or a constant that has no literal."""
     name = what = qualified(constant) if isinstance(constant, type) else repr(constant)
     number = 1
     while _named.setdefault(name, constant) != constant:  # another one of the same name
@@ -118,93 +113,68 @@ def values(outlines: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> 
 @lru_cache(maxsize=4096)
 def _parsed(outlines: str) -> list[tuple[int, int, _Fill]]:
     parsed = ast.literal_eval(f"[{outlines}]")
-    return [(tensors, numbers, _filling(what)) for tensors, numbers, what in parsed]
+    return [(tensors, numbers, _filling(*what)) for tensors, numbers, what in parsed]
 
 
-def _filling(parsed: tuple[Any, ...]) -> _Fill:
-    """Return a function that makes the value that the parsed text describes."""
-    if parsed == _ALONE:
-        return _first
-    what, *rest = parsed
-    return _FILLING[what](*rest)
+def _filling(what: str, given: Any, children: Sequence[Any] = ()) -> _Fill:
+    """Return a function that makes the value that the parsed text describes: most often once for many calls."""
+    if what == "tensor":
+        return _first if given == 0 else lambda tensors, _: tensors[given]
+    if what == "number":
+        return lambda _, numbers: numbers[given]
+    if what in _MAKING:
+        kind, make, fills = _named[given], _MAKING[what], [_filling(*child) for child in children]
+        return lambda tensors, numbers: make(kind, [fill(tensors, numbers) for fill in fills])
+    constant = _CONSTANTS[what](given)
+    return lambda _, __: constant
 
 
 def _first(tensors: Sequence[Tensor], _: Sequence[int]) -> Any:
     return tensors[0]
 
 
-def _tensor(at: int) -> _Fill:
-    return lambda tensors, _: tensors[at]
+def _sequence(kind: Any, items: list[Any]) -> Any:
+    if kind is tuple or kind is list:
+        return kind(items)
+    if issubclass(kind, tuple):
+        is_in_c = kind is torch.Size or kind.__module__ == "torch.return_types"
+        return kind(items) if is_in_c else tuple.__new__(kind, items)
+    made = list.__new__(kind)
+    list.extend(made, items)
+    return made
 
 
-def _number(at: int) -> _Fill:
-    return lambda _, numbers: numbers[at]
-
-
-def _constant(value: Any) -> _Fill:
-    return lambda _, __: value
-
-
-def _sequence(name: str, children: list[tuple[Any, ...]]) -> _Fill:
-    kind, fills = _named[name], [*map(_filling, children)]
-    is_in_c = kind is torch.Size or kind.__module__ == "torch.return_types"  # made of one sequence
-
-    def fill(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
-        items = [child(tensors, numbers) for child in fills]
-        if kind is list:
-            return items
-        if issubclass(kind, tuple):
-            return kind(items) if is_in_c else tuple.__new__(kind, items)
-        made = list.__new__(kind)
-        list.extend(made, items)
-        return made
-
-    return fill
-
-
-def _mapping(name: str, children: list[tuple[tuple[Any, ...], tuple[Any, ...]]]) -> _Fill:
-    kind, keys = _named[name], [_filling(key) for key, _ in children]
-    fills = [_filling(item) for _, item in children]
+def _mapping(kind: Any, items: list[Any]) -> Any:
+    pairs = zip(items[::2], items[1::2], strict=True)
+    if kind is dict:
+        return dict(pairs)
     base: Any = OrderedDict if issubclass(kind, OrderedDict) else dict
-    is_record = dataclasses.is_dataclass(kind)  # its items are attributes too
-
-    def fill(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
-        made = base.__new__(kind)
-        for key, item in zip(keys, fills, strict=True):
-            name, value = key(tensors, numbers), item(tensors, numbers)
-            base.__setitem__(made, name, value)
-        if is_record:
-            for field in dataclasses.fields(kind):
-                object.__setattr__(made, field.name, base.get(made, field.name))
-        return made
-
-    return fill
+    made = base.__new__(kind)
+    for key, item in pairs:
+        base.__setitem__(made, key, item)
+    if dataclasses.is_dataclass(kind):  # its items are attributes too
+        for field in dataclasses.fields(kind):
+            object.__setattr__(made, field.name, base.get(made, field.name))
+    return made
 
 
-def _record(name: str, children: list[tuple[str, tuple[Any, ...]]]) -> _Fill:
-    kind, fills = _named[name], [(field, _filling(item)) for field, item in children]
-
-    def fill(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
-        made = object.__new__(kind)
-        for field, item in fills:
-            object.__setattr__(made, field, item(tensors, numbers))
-        return made
-
-    return fill
+def _record(kind: Any, items: list[Any]) -> Any:
+    made = object.__new__(kind)
+    for name, item in zip(items[::2], items[1::2], strict=True):
+        object.__setattr__(made, name, item)
+    return made
 
 
-#: The outline of a tensor alone, which most are.
-_ALONE: Final = ("tensor", 0)
-
-_FILLING: Final[dict[str, Callable[..., _Fill]]] = {
-    "tensor": _tensor,
-    "number": _number,
-    "literal": _constant,
-    "float": lambda text: _constant(float(text)),
-    "complex": lambda text: _constant(complex(text)),
-    "named": lambda name: _constant(_named[name]),
-    "opaque": lambda name: _constant(Opaque(qualified(_named[name]))),
+_MAKING: Final[dict[str, Callable[[Any, list[Any]], Any]]] = {
     "sequence": _sequence,
     "mapping": _mapping,
     "record": _record,
+}
+#: How the constants are made of their texts.
+_CONSTANTS: Final[dict[str, Callable[[Any], Any]]] = {
+    "literal": itself,
+    "float": float,
+    "complex": complex,
+    "named": lambda name: _named[name],
+    "opaque": lambda name: Opaque(qualified(_named[name])),
 }
