@@ -104,66 +104,107 @@ class Forward:
             self.own = vars(self.module).get("forward")
             update_wrapper(self, self.forward, updated=())
             vars(self.module)["forward"] = self
-            vars(self.module).setdefault("__getstate__", State(self.module))
+            State.hold(self.module)
 
     def remove(self) -> None:
         """Remove this forward again, unless other code has replaced it meanwhile."""
         self._runner = _nothing
-        attributes = vars(self.module)
         with placing:
-            above = attributes.get("forward")
-            if above is self:
-                del attributes["forward"]
-                own = without_ended(self.own)
-                if own is not None:
-                    attributes["forward"] = own
-            # A block that was entered later ends later: from now on, its forward replaces what this one replaced.
-            while isinstance(above, Forward):
-                if above.own is self:
-                    above.forward, above.own = self.forward, self.own
-                above = above.own
-            is_last = not isinstance(attributes.get("forward"), Forward)
-            if is_last and isinstance(attributes.get("__getstate__"), State):
-                del attributes["__getstate__"]
+            take_off(self.module, self, self.own)
+            State.release(self.module)
+
+
+# --- What blocks put in the place of a forward ---------------------------------------------------------------
+
+#: What was set on their modules themselves, before the functions of :mod:`.in_graph.mark` were.
+own_of_marks: Final[weakref.WeakKeyDictionary[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _is_mark(forward: Any) -> bool:
+    function = getattr(forward, "__func__", None)
+    return function is not None and function in own_of_marks
+
+
+def _below(forward: Any) -> Any:
+    """Return what ``forward`` has replaced on its module; ``None`` also if it is not of a block."""
+    if isinstance(forward, Forward):
+        return forward.own
+    return own_of_marks[forward.__func__] if _is_mark(forward) else None
+
+
+def take_off(module: nn.Module, forward: Any, own: Any) -> None:
+    """Take ``forward``, which had replaced ``own``, off a module. What blocks have placed above it, has replaced ``own`` from now on."""
+    attributes = vars(module)
+    above: Any = attributes.get("forward")
+    if above is forward:
+        del attributes["forward"]
+        if own is not None:
+            attributes["forward"] = own
+        return
+    while above is not None and _below(above) is not forward:
+        above = _below(above)
+    if isinstance(above, Forward):
+        above.own = own
+    elif above is not None:
+        own_of_marks[above.__func__] = own
+
+
+def own_forward(forward: Any) -> Any:
+    """Return ``forward``, or what it has replaced, if it is of a block."""
+    while isinstance(forward, Forward) or _is_mark(forward):
+        forward = _below(forward)
+    return forward
 
 
 class State:
-    """What a module says to be its state, in a copy or a pickle: that without a replaced ``forward``."""
+    """A method of a module that makes its state, for a copy or a pickle: without what blocks have put there."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, name: str) -> None:
         self._module = module
+        self._name = name
+        self._blocks = 0  # that need it
+
+    @staticmethod
+    def hold(module: nn.Module, name: str = "__getstate__") -> None:
+        """Let the method of a module be a state as long as the block needs it."""
+        state = vars(module).setdefault(name, State(module, name))
+        if isinstance(state, State):
+            state._blocks += 1
+
+    @staticmethod
+    def release(module: nn.Module, name: str = "__getstate__") -> None:
+        """A block needs it no longer."""
+        state = vars(module).get(name)
+        if isinstance(state, State):
+            state._blocks -= 1
+            if not state._blocks:
+                del vars(module)[name]
 
     @override
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # Where a class pickles the attributes itself: what the module has without this.
-        return getattr, (self._module, "__getstate__")
+        return getattr, (self._module, self._name)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> Any:
         copied = copy.deepcopy(self._module, memo)  # in the memo: its copying has begun
-        when_copied(memo, partial(vars(copied).pop, "__getstate__", None))
+        when_copied(memo, partial(vars(copied).pop, self._name, None))
         return self
 
     def __call__(self) -> Any:
-        found = getattr(type(self._module), "__getstate__")(self._module)  # noqa: B009  # mypy does not know it
-        if not isinstance(found, dict):  # the class has a state of its own kind
+        found = getattr(type(self._module), self._name)(self._module)
+        is_module = isinstance(found, type(self._module))  # a replica
+        state = vars(found) if is_module else found
+        if not isinstance(state, dict):  # the class has a state of its own kind
             return found
-        kept = {name: value for name, value in found.items() if value is not self}
-        own = without_any(kept.pop("forward", None))
-        return kept if own is None else kept | {"forward": own}
-
-
-def without_any(forward: Any) -> Any:
-    """Return ``forward``, or the forward that it replaced, if it is of a block."""
-    while isinstance(forward, Forward):
-        forward = forward.own
-    return forward
-
-
-def without_ended(forward: Any) -> Any:
-    """Return ``forward``, or the forward that it replaced, if it is of a block that has ended."""
-    while isinstance(forward, Forward) and forward._runner is _nothing:
-        forward = forward.own
-    return forward
+        kept = {name: value for name, value in state.items() if not isinstance(value, State)}
+        own = own_forward(kept.pop("forward", None))
+        if own is not None:
+            kept["forward"] = own
+        if not is_module:
+            return kept
+        vars(found).clear()
+        vars(found).update(kept)
+        return found
 
 
 def _nothing() -> None:

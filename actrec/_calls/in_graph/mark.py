@@ -15,13 +15,13 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from functools import update_wrapper
 from typing import Any, Final, TypeAlias
 
 from torch import nn
 from typing_extensions import override
 
-from actrec._calls.forwards import Forward, State, placing, without_any, without_ended
+from actrec._calls.forwards import State, own_of_marks, placing, take_off
 from actrec._torch import REPLICATE, is_compiled_wrapper
 
 #: The copies of forwards that one selection has, by what they are copies of.
@@ -41,7 +41,7 @@ class Marks(AbstractContextManager[None]):
         """``hooks`` are the modules, once for each hook, with what kind of hook it is."""
         self._model = model
         self._hooks = hooks
-        self._placed: list[_Mark] = []
+        self._placed: list[tuple[nn.Module, types.MethodType]] = []
 
     @override
     def __enter__(self) -> None:
@@ -56,7 +56,10 @@ class Marks(AbstractContextManager[None]):
     def __exit__(self, *_: object) -> None:
         with placing:
             while self._placed:
-                self._placed[-1].remove()
+                module, forward = self._placed[-1]
+                take_off(module, forward, own_of_marks[forward.__func__])
+                for name in _METHODS:
+                    State.release(module, name)
                 self._placed.pop()
 
     def _copies(self) -> _Copies:
@@ -76,71 +79,16 @@ class Marks(AbstractContextManager[None]):
         if original not in copies:
             is_plain = own is None and isinstance(original, types.FunctionType)
             copies[original] = _copied(original if is_plain else _standing_for(original, own))
-        mark = _Mark(module, types.MethodType(copies[original], module), own)
-        self._placed.append(mark)
-        mark.place()
-
-
-@dataclass(eq=False, slots=True)
-class _Mark:
-    """The ``forward`` attribute that one module has while a block is open."""
-
-    module: nn.Module
-    forward: types.MethodType
-    own: Any  # what was set on the module itself, normally nothing
-
-    def place(self) -> None:
-        attributes = vars(self.module)
+        forward = types.MethodType(copies[original], module)
+        own_of_marks[copies[original]] = own
+        self._placed.append((module, forward))
         for name in _METHODS:
-            if isinstance(attributes.get(name), (State, type(None))):
-                attributes[name] = _Inert(self, name)
-        _marks.setdefault(self.module, []).append(self)
-        attributes["forward"] = self.forward
-
-    def remove(self) -> None:
-        """Remove this forward again, unless other code has replaced it meanwhile."""
-        others = [mark for mark in _marks.get(self.module, ()) if mark is not self]
-        _marks[self.module] = others
-        attributes = vars(self.module)
-        own = without_ended(self.own)
-        for name in _METHODS:
-            method = attributes.get(name)
-            if isinstance(method, _Inert) and method._mark is self:
-                del attributes[name]
-                if others:
-                    attributes[name] = _Inert(others[0], name)
-                elif name == _STATE and _is_replaced(attributes.get("forward"), self.forward, own):
-                    attributes[name] = State(self.module)
-        if attributes.get("forward") is self.forward:
-            del attributes["forward"]
-            if own is not None:
-                attributes["forward"] = own
-            return
-        # A block that was entered later ends later: from now on, its forward replaces what this one replaced.
-        above = _standing(attributes.get("forward"), others)
-        while above is not None:
-            if above.own is self.forward:
-                above.own = own
-            above = _standing(above.own, others)
-
-
-def _is_replaced(forward: Any, marked: Any, own: Any) -> bool:
-    """Whether a block that ends early has replaced the forward of a module, besides the one that ``marked`` is of."""
-    return isinstance(own if forward is marked else forward, Forward)
-
-
-def _standing(forward: Any, marks: list[_Mark]) -> _Mark | Forward | None:
-    """Return the mark that has set ``forward`` on the module, or ``forward`` if it is a :class:`Forward`."""
-    if isinstance(forward, Forward):
-        return forward
-    return next((mark for mark in marks if mark.forward is forward), None)
+            State.hold(module, name)
+        attributes["forward"] = forward
 
 
 #: The methods that make a copy, a pickle or a replica of a module.
-_STATE: Final = "__getstate__"
-_METHODS: Final = (_STATE, REPLICATE)
-#: The marks of all open blocks.
-_marks: MutableMapping[nn.Module, list[_Mark]] = weakref.WeakKeyDictionary()
+_METHODS: Final = ("__getstate__", REPLICATE)
 
 
 def _copied(function: Any) -> types.FunctionType:
@@ -148,14 +96,11 @@ def _copied(function: Any) -> types.FunctionType:
     copy = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
+        argdefs=function.__defaults__,
+        closure=function.__closure__,
     )
     copy.__kwdefaults__ = function.__kwdefaults__
-    copy.__dict__.update(vars(function))
-    copy.__doc__, copy.__annotations__ = function.__doc__, function.__annotations__
-    copy.__qualname__, copy.__module__ = function.__qualname__, function.__module__
+    update_wrapper(copy, function)
     return copy
 
 
@@ -167,28 +112,3 @@ def _standing_for(original: Any, own: Any) -> Callable[..., Any]:
 
     forward.__wrapped__ = original  # type: ignore[attr-defined]  # whose parameters it has
     return forward
-
-
-class _Inert:
-    """Replaces a method of a module that has a mark, and returns what the method would return without the mark."""
-
-    def __init__(self, mark: _Mark, name: str) -> None:
-        self._mark = mark
-        self._name = name
-
-    def __call__(self) -> Any:
-        module = self._mark.module
-        found = getattr(type(module), self._name)(module)
-        state = vars(found) if isinstance(found, type(module)) else found
-        if not isinstance(state, dict):  # the class has its own kind of state
-            return found
-        own = without_any(self._mark.own)
-        kept = {name: value for name, value in state.items() if not isinstance(value, _Inert)}
-        kept.pop("forward", None)
-        if own is not None:
-            kept["forward"] = own
-        if state is found:
-            return kept
-        state.clear()
-        state.update(kept)
-        return found
