@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -884,8 +884,9 @@ def test_a_pytorch_in_which_it_does_not_work_is_named(monkeypatch: pytest.Monkey
     def fail() -> str:
         raise RuntimeError("no\nmore")
 
+    test: Any = self_test._failure.__wrapped__
     for failure, told in {fail: "RuntimeError: no", lambda: "1, not 2": "1, not 2"}.items():
-        monkeypatch.setattr(self_test, "_results", [])
+        monkeypatch.setattr(self_test, "_failure", cache(test))
         monkeypatch.setattr(trial, "failure", failure)
         for _ in range(2):
             with pytest.raises(

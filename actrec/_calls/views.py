@@ -145,8 +145,9 @@ class View:
         if self._alone and not self._overlaps():
             return part
         # If all of it comes from the uses before the write, there are no other uses of the view or of this part of its base.
-        known = direct is not None and not part.is_meta and _is_same(part, direct)
-        return part if known else None
+        if direct is None or part.is_meta:
+            return None
+        return part if torch.allclose(part, direct, rtol=0, atol=0, equal_nan=True) else None
 
     def _overlaps(self) -> bool:
         """Whether the call has returned the same elements in another view, too."""
@@ -160,10 +161,6 @@ class View:
                 return True
             marks.as_strided(*other).fill_(1)
         return bool(marks.as_strided(*self._cut).any())
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _is_read_by_nothing_else(

@@ -34,11 +34,6 @@ from actrec.errors import CaptureError
 from .operator import TOKEN, key_to, tell, tell_gradient, tell_watched
 from .outline import ALONE, NOTHING, encode
 
-_OUTPUT, _RECEIVED, _NOTHING = range(3)
-#: Which value of a call the operator passes to a hook.
-_TOLD: Final = {Event.RETURN: _OUTPUT, Event.RECEIVE: _RECEIVED}
-
-
 #: The modules that the compiler has seen in the body of an operator such as ``torch.cond``.
 _in_bodies: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 
@@ -46,14 +41,14 @@ _in_bodies: Final[weakref.WeakSet[nn.Module]] = weakref.WeakSet()
 class HookInGraph(Hook[T]):
     """A hook that compiled code calls, by the operator."""
 
-    __slots__ = ("__weakref__", "key", "late", "told", "watches")
+    __slots__ = ("__weakref__", "key", "late", "watches")
 
     def __init__(self, event: Event, target: T, hear: Callable[..., object]) -> None:
         super().__init__(event, target, hear)
-        self.told = _TOLD.get(event, _NOTHING)
         self.watches = event is Event.RETURN and getattr(target, "grads", None) is not None
+        has_value = event is Event.RETURN or event is Event.RECEIVE
         #: Whether it may be told when the compiled code has gone on.
-        self.late = self.told == _NOTHING or _keeps_all(target)
+        self.late = not has_value or _keeps_all(target)
 
     @property
     def kind(self) -> tuple[Event, bool, bool]:
@@ -96,9 +91,8 @@ class HookInGraph(Hook[T]):
         if self.event is Event.ENTER:
             with target.passes.in_graph():  # type: ignore[attr-defined]  # of a session
                 self._hear(target, self, module, (), None, None)
-        elif self.told == _RECEIVED:
-            args, kwargs = value
-            self._hear(target, self, module, args, kwargs, None)
+        elif self.event is Event.RECEIVE:
+            self._hear(target, self, module, *value, None)
         else:
             self._hear(target, self, module, (), None, value)
 
@@ -150,15 +144,16 @@ def _tell(hook: HookInGraph[Any], args: tuple[Any, ...], kwargs: Any, output: An
     if hook.watches and torch.is_grad_enabled():
         _tell_watched(hook, output)
         return
-    if hook.told == _NOTHING:  # the two most frequent ones, which the compiler reads faster so
-        tell([], [], NOTHING, [hook.key], hook.late, TOKEN)
-    elif hook.told == _OUTPUT and type(output) is Tensor:
+    is_return, is_receive = hook.event is Event.RETURN, hook.event is Event.RECEIVE
+    if is_return and type(output) is Tensor:  # most often, and the compiler reads this faster
         tell([output], [], ALONE, [hook.key], hook.late, TOKEN)
-    else:
+    elif is_return or is_receive:
         tensors: list[Tensor] = []
         numbers: list[int] = []
-        outline = encode(output if hook.told == _OUTPUT else (args, kwargs), tensors, numbers)
+        outline = encode(output if is_return else (args, kwargs), tensors, numbers)
         tell(tensors, numbers, outline, [hook.key], hook.late, TOKEN)
+    else:
+        tell([], [], NOTHING, [hook.key], hook.late, TOKEN)
 
 
 def _tell_watched(hook: HookInGraph[Any], output: Any) -> None:

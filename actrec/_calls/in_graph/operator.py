@@ -16,7 +16,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Collection
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +29,8 @@ from actrec.errors import CaptureError
 
 from .outline import values
 
-
-class Receiver(Protocol):
-    """An object that compiled code reports values to."""
-
-    def hear(self, value: Any) -> None:
-        """Take a value."""
-
-
-#: By their keys. Values for a receiver that is gone are dropped.
-RECEIVER_OF: Final[weakref.WeakValueDictionary[int, Receiver]] = weakref.WeakValueDictionary()
+#: The hooks (``HookInGraph``) that compiled code reports values to, by their keys. Values for one that is gone are dropped.
+_hooks: Final[weakref.WeakValueDictionary[int, Any]] = weakref.WeakValueDictionary()
 
 _numbers: Final = itertools.count()
 #: For each module, the keys of its hooks, by their numbers.
@@ -47,18 +39,18 @@ _keys: Final[weakref.WeakKeyDictionary[nn.Module, dict[int, tuple[int, Tensor]]]
 )
 
 
-def key_to(receiver: Receiver, module: nn.Module, hook: int) -> Tensor:
-    """Return the tensor by which compiled code identifies ``receiver``, as long as that exists.
+def key_to(hook: Any, module: nn.Module, at: int) -> Tensor:
+    """Return the tensor by which compiled code identifies ``hook``, number ``at`` on the module, as long as that exists.
 
     It is the same tensor for each hook of this number on the module: where weights are constants of the graph, the key is too.
     """
     of_module = _keys.setdefault(module, {})
-    if hook not in of_module:
+    if at not in of_module:
         number = next(_numbers)
         with torch.inference_mode(mode=False):
-            of_module[hook] = number, torch.tensor(number, device="cpu")
-    number, key = of_module[hook]
-    RECEIVER_OF[number] = receiver
+            of_module[at] = number, torch.tensor(number, device="cpu")
+    number, key = of_module[at]
+    _hooks[number] = hook
     return key
 
 
@@ -78,9 +70,9 @@ def _tell(
     if version(TOKEN):
         rewind(TOKEN)
     for key, value in zip(keys, values(outlines, tensors, numbers), strict=True):
-        receiver = RECEIVER_OF.get(int(key))
-        if receiver is not None:
-            receiver.hear(value)
+        hook = _hooks.get(int(key))
+        if hook is not None:
+            hook.hear(value)
 
 
 # --- Gradients -------------------------------------------------------------------------------------------

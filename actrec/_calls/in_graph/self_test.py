@@ -6,6 +6,7 @@ A small model is compiled and recorded. This takes half a second, once in a proc
 from __future__ import annotations
 
 import threading
+from functools import cache
 from typing import Final
 
 import torch
@@ -13,26 +14,24 @@ import torch
 from actrec.errors import OptionError
 
 _testing: Final = threading.Lock()
-#: At most one item: what went wrong, or ``None``. Empty before the test.
-_results: list[str | None] = []
 
 
 def prepare() -> None:
     """Raise ``OptionError`` unless recording works in code that this PyTorch compiles."""
     with _testing:
-        if not _results:
-            _results.append(_failure())
-    if _results[0] is not None:
+        failure = _failure()
+    if failure is not None:
         message = (
             f"record(compiled=True): recording in compiled code does not work on torch {torch.__version__}: a self-test "
-            f"failed ({_results[0]}). It needs torch 2.13, for which it was made. Without compiled=True the model runs eagerly in the block, "
+            f"failed ({failure}). It needs torch 2.13, for which it was made. Without compiled=True the model runs eagerly in the block, "
             "and is recorded on every version."
         )
         raise OptionError(message)
 
 
+@cache
 def _failure() -> str | None:
-    """Run the test. Return what goes wrong, if anything does."""
+    """Run the test, once. Return what goes wrong, if anything does."""
     try:
         from .trial import failure  # noqa: PLC0415  # the import fails if this PyTorch lacks something
 
