@@ -36,7 +36,9 @@ _Sized: TypeAlias = "tuple[str, tuple[int, ...]]"
 
 def outline(spec: Spec, shapes: Sequence[Sequence[int | str]]) -> _Sized:
     """Return the outline of a value, and the sizes of its tensors in the order of the outline."""
-    template, sizes = spec.fold(lambda number: _shape(shapes[number]), _constant, _container)
+    template, sizes = spec.fold(
+        lambda number: outline_of_shape(shapes[number]), _constant, _container
+    )
     last = spec.steps[-1]
     if len(template) > LONGEST:  # for its names
         return _name(spec.kind)[:LONGEST], ()
@@ -45,7 +47,8 @@ def outline(spec: Spec, shapes: Sequence[Sequence[int | str]]) -> _Sized:
     return template, sizes
 
 
-def _shape(shape: Sequence[int | str]) -> _Sized:
+def outline_of_shape(shape: Sequence[int | str]) -> _Sized:
+    """Return the outline of a tensor, and its sizes; a dimension that is a name stays one."""
     texts = [_SIZE if isinstance(size, int) else _name(size) for size in shape]
     text = f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
     return text, tuple(size for size in shape if isinstance(size, int))
@@ -53,7 +56,7 @@ def _shape(shape: Sequence[int | str]) -> _Sized:
 
 def _constant(constant: Constant) -> _Sized:
     if is_array(constant.value) and constant.value.shape:
-        text, sizes = _shape(constant.value.shape)
+        text, sizes = outline_of_shape(constant.value.shape)
         return f"{_name(constant.kind)}{text}", sizes
     return "None" if constant.value is None else _name(constant.kind), ()
 

@@ -5,9 +5,9 @@ The size of a summary depends on how much the calls differ, not on their number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ from torch import Tensor
 from actrec._text import shown
 
 from .containers import Value
-from .outline import drawn, outline
+from .outline import drawn, outline, outline_of_shape
 from .spec import Spec, flatten
 
 #: A size of a tensor; the ragged dimension of a nested tensor is a name.
 Size: TypeAlias = "int | str"
 
 #: The least and the largest sizes.
-_Bounds: TypeAlias = "tuple[list[Any], list[Any]]"
+_Bounds: TypeAlias = "tuple[list[int], list[int]]"
 
 #: So many kinds of values are distinguished; the rest counts as "...".
 MOST: Final = 16
@@ -56,9 +56,9 @@ class Summary:
     kinds: dict[str, None] = field(default_factory=dict)  #: as :attr:`Spec.kind` says it
     dtypes: dict[str, None] = field(default_factory=dict)
     devices: dict[str, None] = field(default_factory=dict)
-    #: The least and the largest shape, by the names among the sizes (``None`` for a number).
-    shapes: dict[tuple[str | None, ...], _Bounds] = field(default_factory=dict)
-    #: The least and the largest sizes in nested values, by their outlines; ``None`` if not all are known.
+    #: The least and the largest sizes of single tensors, by their outlines.
+    shapes: dict[str, _Bounds] = field(default_factory=dict)
+    #: The same of nested values; ``None`` if not all are known.
     nested: dict[str, _Bounds] | None = field(default_factory=dict)
     _latest: object = field(default=None, compare=False, repr=False)
 
@@ -101,8 +101,8 @@ class Summary:
 
     def add_shape(self, low: Sequence[Size], high: Sequence[Size]) -> None:
         """Add the least and the largest sizes of values that are single tensors."""
-        names = tuple(size if isinstance(size, str) else None for size in low)
-        _widen(self.shapes, names, low, high)
+        template, least = outline_of_shape(low)
+        _widen(self.shapes, template, least, [size for size in high if isinstance(size, int)])
 
     def update(self, other: Summary) -> None:
         """Add another summary."""
@@ -110,8 +110,8 @@ class Summary:
             self._add_kind(kind)
         self.dtypes.update(other.dtypes)
         self.devices.update(other.devices)
-        for low, high in other.shapes.values():
-            self.add_shape(low, high)
+        for template, sizes in other.shapes.items():
+            _widen(self.shapes, template, *sizes)
         if other.nested is None:
             self.nested = None
         else:
@@ -135,21 +135,17 @@ class Summary:
         """The shapes of the values that are single tensors, as text; a dimension that varies shows its range."""
         if len(self.shapes) > _SHOWN:
             return f"{len(self.shapes)} kinds of shapes"
-        return " | ".join(_range(low, high) for low, high in self.shapes.values())
+        return " | ".join(drawn(template, *sizes) for template, sizes in self.shapes.items())
 
 
-def _widen(known: dict[Any, _Bounds], key: object, low: Sequence[Any], high: Sequence[Any]) -> None:
-    """Include further sizes in the range of a key. Names among the sizes are equal, so the least and the largest are, too."""
-    least, largest = known.setdefault(key, ([*low], [*high]))
+def _widen(
+    known: dict[str, _Bounds], template: str, low: Sequence[int], high: Sequence[int]
+) -> None:
+    """Include further sizes in the least and the largest ones of an outline."""
+    least, largest = known.setdefault(template, ([*low], [*high]))
     least[:] = map(min, least, low)
     largest[:] = map(max, largest, high)
 
 
 _SHOWN: Final = 3
 _LONGEST: Final = 72
-
-
-def _range(low: Iterable[Size], high: Iterable[Size]) -> str:
-    """Return one shape as text; a dimension that varies shows its range."""
-    texts = [str(a) if a == b else f"{a}-{b}" for a, b in zip(low, high, strict=True)]
-    return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
