@@ -87,7 +87,7 @@ class LiveLayer(ReadOnlyLayer):
         call = Call.of(self._slot, number, value, parts=True, before=self._look)
         self._write(call)
         self._look = call.look
-        counts = self._counts(number)
+        counts = self._counts(number) if self._undecided else self._settled
         counts.passes.add(number)
         counts.add(call.look, value)
 
