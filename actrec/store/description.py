@@ -133,17 +133,13 @@ class Description:
 
     def check_same(self, path: object, new: Description) -> None:
         """Raise ``ResumeError`` if ``new`` describes another recording than this one."""
+        compared = [("the model was", self.model, new.model)]
+        compared += [
+            (f"{name} was", self.options[name], new.options[name]) for name in self.options
+        ]
+        compared += self._layer_differences(new)
         differences = [
-            f"{what} {then!r} then, {now!r} now"
-            for what, then, now in (
-                ("the model was", self.model, new.model),
-                *(
-                    (f"{name} was", given, new.options[name])
-                    for name, given in self.options.items()
-                ),
-                *self._layer_differences(new),
-            )
-            if then != now
+            f"{what} {then!r} then, {now!r} now" for what, then, now in compared if then != now
         ]
         if differences:
             message = (
