@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from actrec import CaptureError, load, record
 from actrec._recordings import (
-    pass_runs as _runs,
+    pass_numbers as _runs,
 )
 from actrec.store import (
     Folder,
