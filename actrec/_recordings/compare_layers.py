@@ -58,10 +58,10 @@ def rows(
         masks = None  # it was applied when they were recorded
     kept_a = [] if masks is None else masks[0].of(a)
     kept_b = kept_a if masks is None or masks[1] is None else masks[1].of(b)
-    pairing = _paired(a, b)
+    pairing, passes = _paired(a, b), a.passes
     values = zip(each(_values(a, pairing.ours)), _values(b, pairing.theirs), strict=True)
     for (x, y), call, other in zip(values, pairing.ours, pairing.theirs, strict=False):
-        number = a.passes[call]
+        number = passes[call]
         xs, ys = _comparable(x), _comparable(y)
         if masks is not None and (masks[1] is not None or _shapes(xs) == _shapes(ys)):
             xs, ys = _masked(xs, kept_a[call]), _masked(ys, kept_b[other])
