@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from typing_extensions import override
@@ -62,17 +63,17 @@ class Recorder(Recording[V], Generic[V]):
             for role, those in layers.items()
             if role != "output" and (those or role in asked)
         }
+        keys = {choice.module: choice.key for choice in selection.choices}
         run = _LiveRun(
-            session,
             model,
             selection.aliases,
             session.order,
             session.passes,
             destination.units(),
+            destination.where,
+            modules=weakref.WeakKeyDictionary(keys),
+            session=session,
         )
-        keys = {choice.module: choice.key for choice in selection.choices}
-        run.modules = weakref.WeakKeyDictionary(keys)
-        run.where = destination.where
         super().__init__(run, layers["output"] | tracks.added, beside)
         self._session = session
         self._tracks = tracks  # the hooks refer to them weakly: this reference keeps them alive
@@ -348,26 +349,25 @@ def _no_unit(name: str, units: list[Unit]) -> str:
     )
 
 
+@dataclass(eq=False)
 class _LiveRun(Run):
     """The run of a block that has not ended."""
 
-    def __init__(self, session: Session, *known: Any) -> None:
-        super().__init__(*known)
-        self._session = session
+    session: Session = field(kw_only=True)
 
     @override
     def state(self) -> State:
-        if self._session.active:
+        if self.session.active:
             return "recording"
-        return "interrupted" if self._session.interrupted else "recorded"
+        return "interrupted" if self.session.interrupted else "recorded"
 
     @override
     def deliver(self) -> None:
-        self._session.deliver()
+        self.session.deliver()
 
     @override
     def __reduce__(self) -> tuple[Any, ...]:
         # What is copied stays as it is now.
         count = Count(self.passes.count, set(self.passes.raised))
         known = (self.model, dict(self.aliases), [*self.order], count, self.units.copy())
-        return Run, known, {"where": self.where, "warned": self.warned}
+        return Run, (*known, self.where, self.warned)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from torch import nn
@@ -15,37 +15,19 @@ from .units import Units
 State: TypeAlias = Literal["recording", "recorded", "interrupted"]
 
 
+@dataclass(eq=False)
 class Run:
-    """A run that has ended, with all its values.
+    """A run that has ended, with all its values."""
 
-    Args:
-        model: the type of the recorded model.
-        aliases: further names of layers, each with the one that is listed.
-        order: names in the order in which the layers ran, as far as it is known.
-        passes: how many passes there were, and which of them raised.
-        units: which of the passes are units.
-    """
-
-    #: The path where it is stored, if that is known.
-    where: str = ""
-    #: The warnings at the end of the block.
-    warned: Sequence[str] = ()
+    model: str  #: the type of the recorded model
+    aliases: Mapping[str, str]  #: further names of layers, each with the one that is listed
+    order: Iterable[str]  #: names in the order in which the layers ran, as far as it is known
+    passes: Count
+    units: Units
+    where: str = ""  #: the path where it is stored, if that is known
+    warned: Sequence[str] = ()  #: the warnings at the end of the block
     #: The names of the recorded modules, as long as these exist.
-    modules: Mapping[nn.Module, str] = MappingProxyType({})
-
-    def __init__(
-        self,
-        model: str,
-        aliases: Mapping[str, str],
-        order: Iterable[str],
-        passes: Count,
-        units: Units,
-    ) -> None:
-        self.model = model
-        self.aliases = aliases
-        self.order = order
-        self.passes = passes
-        self.units = units
+    modules: Mapping[nn.Module, str] = field(default_factory=dict)
 
     def state(self) -> State:
         """Return whether the block is running, has ended, or was ended by an exception."""

@@ -7,6 +7,7 @@ are mapped privately: writing to a value changes only the memory of this process
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic
 
@@ -65,14 +66,14 @@ class StoredRecording(Recording[V], Generic[V]):
             layer._transform = info.transform
             layers[role][name] = layer
         run = _StoredRun(
-            ranks,
             ", ".join(dict.fromkeys(one.model for one in described)) or model,
             {name: key for one in reversed(described) for name, key in one.names.items()},
             list(dict.fromkeys(name for _, name in sources)),
             Count(max((rank.committed for rank in ranks), default=0)),
             StoredUnits(sources.get((UNIT.role, UNIT.name), [])),
+            str(disk),
+            ranks=ranks,
         )
-        run.where = str(disk)
         beside = {what: layers[what] for what in WHATS[1:] if layers[what]}
         super().__init__(run, layers["output"] | layers["added"], beside)
 
@@ -184,20 +185,19 @@ class StoredRecording(Recording[V], Generic[V]):
         return f"stored {shown(self._run.model)}" + ("" if self.complete else why)
 
 
+@dataclass(eq=False)
 class _StoredRun(Run):
     """A run, as some ranks have written it."""
 
-    def __init__(self, ranks: Sequence[Rank], *known: Any) -> None:
-        super().__init__(*known)
-        self._ranks = ranks
+    ranks: Sequence[Rank] = field(kw_only=True)
 
     @override
     def raised(self) -> set[RankPass]:
-        return {(one.number, number) for one in self._ranks for number in one.heading.raised}
+        return {(one.number, number) for one in self.ranks for number in one.heading.raised}
 
     @override
     def warnings(self) -> Sequence[str]:
-        found = (text for rank in self._ranks for text in warnings_of(rank.folder))
+        found = (text for rank in self.ranks for text in warnings_of(rank.folder))
         return [*dict.fromkeys(found)]  # ranks of one run give the same warnings
 
 
