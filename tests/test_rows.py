@@ -170,6 +170,16 @@ def test_no_calls_have_no_rows_whatever_could_be_read() -> None:
     assert len(rows(acts, "", "value", flatten=True)) == 0
 
 
+def test_masks_of_two_calls_may_differ_in_their_number_of_dimensions() -> None:
+    model = nn.Identity()
+    with record(model, "") as acts:
+        for shape in ((2, 1, 2), (3, 2)):
+            model(numbered(shape[0], 5))
+            acts.add("mask", torch.ones(shape))
+    found = rows(acts, "", flatten=True, mask="mask")[:]
+    assert same(found, acts[""].cat().repeat_interleave(2, 0))
+
+
 # --- A mask that is a tensor -------------------------------------------------------------------------
 
 CALLS = [(2, 3), (1, 3), (4, 3)]

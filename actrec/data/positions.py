@@ -54,7 +54,7 @@ def read(shape: Shape, rows: Shape, taken: int) -> Reading | None:
     pairs = zip(front, rows, strict=False)
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     is_repeated = same and taken == len(rows) < len(shape) and set(front[same:]) == {1}
-    if same < taken and not is_repeated:
+    if front != rows[:taken] and not is_repeated:
         return None
     return Reading(shape[taken:], max(1, math.prod(rows[same:])))
 
