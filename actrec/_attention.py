@@ -68,8 +68,8 @@ def attention(
         not part of a graph. A query that sees no key has zeros.
 
     Raises:
-        OptionError: there was dropout, or ``output`` differs from the result of these weights: attention was computed in
-            another way, or the arguments are of different calls.
+        OptionError: there was dropout, or the shapes do not fit, or ``output`` differs from the result of these weights:
+            attention was computed in another way, or the arguments are of different calls.
     """
     if dropout_p:
         message = (
@@ -83,6 +83,7 @@ def attention(
     if output is not None and value is None:
         message = "attention(output=...): give the values too, to check it: attention(query, key, value, output=...)."
         raise OptionError(message)
+    _check_shapes(query, key, value, attn_mask, output, enable_gqa=enable_gqa)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     lead = query.shape[:-2], key.shape[:-2]
@@ -99,6 +100,41 @@ def attention(
     for block in _blocks([*of_queries, *(_expanded(one, heads) for one in of_keys)]):
         _compute(block, scale=scale, is_causal=is_causal)
     return weights
+
+
+def _check_shapes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    attn_mask: Tensor | None,
+    output: Tensor | None,
+    *,
+    enable_gqa: bool,
+) -> None:
+    """Raise ``OptionError`` unless these shapes fit: tried on the device that has no data."""
+    given = [one for one in (query, key, value, attn_mask) if one is not None]
+    try:
+        queries, keys, values = map(_without_data, (query, key, key if value is None else value))
+        if enable_gqa:
+            shared = queries.shape[-3] // keys.shape[-3]
+            keys, values = (one.repeat_interleave(shared, -3) for one in (keys, values))
+        scores = queries @ keys.mT
+        if attn_mask is not None:
+            _without_data(attn_mask).expand_as(scores)
+        mixed = scores @ values
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+    else:
+        if output is None or output.shape == mixed.shape:
+            return
+        reason = f"the output is {tuple(output.shape)}, and should be {tuple(mixed.shape)}"
+    shapes = ", ".join(str(tuple(one.shape)) for one in given)
+    message = f"attention(): tensors of shapes {shapes} do not fit: {reason}. Are they of one call?"
+    raise OptionError(message)
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, device="meta")
 
 
 def _expanded(tensor: Tensor | None, heads: torch.Size) -> Tensor | None:

@@ -17,6 +17,7 @@ from actrec._calls.hooks import Hook
 
 from ._text import listed
 from ._torch import hook_tables
+from .errors import OptionError
 
 __all__ = ["assert_unhooked"]
 
@@ -41,7 +42,12 @@ def assert_unhooked(model: nn.Module) -> None:
 
     Raises:
         AssertionError: a hook is left; the message names the modules.
+        OptionError: ``model`` is not a module.
     """
+    given: object = model
+    if not isinstance(given, nn.Module):
+        message = f"assert_unhooked({given!r}): expected the model, a torch.nn.Module, got a {type(given).__name__}."
+        raise OptionError(message)
     hooked = [name for name, module in model.named_modules() if _has_hooks(module)]
     if hooked:
         message = (

@@ -108,7 +108,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out._base is None and not func.is_view:
+        has_memory = isinstance(out, Tensor) and not out.is_meta
+        if has_memory and out._base is None and not func.is_view:
             self.sizes.append(out.numel())
         return out
 
@@ -165,3 +166,26 @@ def test_weights_that_are_not_those_of_the_call_are_refused(
     attention(**given_, output=output)
     with pytest.raises(OptionError, match=said):
         attention(**{**given_, **changed}, output=output)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "reason"),
+    [
+        ([(2, 4, 5, 8), (2, 4, 7, 6)], {}, r"\(2, 4, 5, 8\), \(2, 4, 7, 6\) do not fit"),
+        ([(2, 4, 5, 8), (2, 2, 7, 8)], {}, "do not fit"),
+        ([(2, 4, 5, 8), (2, 3, 7, 8)], {"enable_gqa": True}, "do not fit"),
+        ([(2, 4, 5, 8), (8,)], {}, "do not fit"),
+        ([(4, 5, 8), (4, 7, 8), (4, 6, 8)], {}, "do not fit"),
+        ([(4, 5, 8), (4, 7, 8), (4, 7, 8), (5, 6)], {}, "do not fit"),
+        (
+            [(4, 5, 8), (4, 7, 8), (4, 7, 3)],
+            {"output": torch.zeros(4, 5, 8)},
+            r"the output is \(4, 5, 8\), and should be \(4, 5, 3\)",
+        ),
+    ],
+)
+def test_tensors_of_different_calls_are_told_by_their_shapes(
+    shapes: list[tuple[int, ...]], options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(OptionError, match=rf"attention\(\): .*{reason}.*Are they of one call"):
+        attention(*map(torch.zeros, shapes), **options)

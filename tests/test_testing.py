@@ -8,13 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from actrec import record, testing
+from actrec import OptionError, record, testing
 from actrec.testing import assert_unhooked
 from tests.models import ConvNet
 
 
 def test_a_model_that_was_never_recorded_is_unhooked() -> None:
     assert_unhooked(ConvNet())
+
+
+def test_only_a_model_can_be_checked() -> None:
+    with pytest.raises(
+        OptionError, match=r"assert_unhooked\('model'\): expected the model, .* got a str"
+    ):
+        assert_unhooked("model")  # type: ignore[arg-type]
 
 
 def test_hooks_that_are_there_are_told_by_module() -> None:
