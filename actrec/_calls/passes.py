@@ -238,7 +238,7 @@ class Passes(Count):
         return number
 
     def _number(self, module: nn.Module) -> int:
-        elsewhere = self._open or self._suspended or self.undecided
+        elsewhere = self._open or self.undecided or self._suspended.passes
         number = self._elsewhere(module) if elsewhere else None
         if number is None:
             number = self.count

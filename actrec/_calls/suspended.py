@@ -21,30 +21,27 @@ class Suspended:
     """The generators and coroutines that forwards returned, each with its pass."""
 
     def __init__(self) -> None:
-        #: A plain dict until there is one: quicker to test.
-        self._passes: MutableMapping[Any, int] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._passes)
+        #: By generator or coroutine. A plain dict until there is one: quicker to test.
+        self.passes: MutableMapping[Any, int] = {}
 
     def add(self, one: object, number: int) -> None:
         """A forward of pass ``number`` returned it."""
-        self._passes = self._passes or weakref.WeakKeyDictionary()
-        self._passes[one] = number
+        self.passes = self.passes or weakref.WeakKeyDictionary()
+        self.passes[one] = number
 
     def forget(self, number: int) -> None:
         """Pass ``number`` has ended, whether they have run or not."""
-        for one in [one for one, own in self._passes.items() if own == number]:
-            del self._passes[one]
+        for one in [one for one, own in self.passes.items() if own == number]:
+            del self.passes[one]
 
     def unfinished(self) -> list[int]:
         """Return the passes of those that have not ended."""
-        return [number for one, number in self._passes.items() if _frame(one) is not None]
+        return [number for one, number in self.passes.items() if _frame(one) is not None]
 
     def running(self) -> int | None:
         """Return the pass of the one that this thread is running."""
         # The frames are kept while they are compared: what takes the place of one has its id.
-        stopped = {_frame(one): number for one, number in self._passes.items()}
+        stopped = {_frame(one): number for one, number in self.passes.items()}
         around = frames() if stopped else ()
         return next((stopped[frame] for frame in around if frame in stopped), None)
 
