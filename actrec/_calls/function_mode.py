@@ -64,19 +64,15 @@ def stop_key(owner: Owner) -> str:
     return f"{owner.key}:"
 
 
+@dataclass(eq=False, slots=True)
 class Function:
     """The functions with one name that one module calls, and their track, if they are recorded."""
 
-    __slots__ = ("calls", "is_named", "is_set", "publish", "track")
-
-    def __init__(self, name: str, *, is_named: bool) -> None:
-        #: Whether a query names it: then it is an error if it cannot be recorded.
-        self.is_named = is_named
-        self.calls = 0  # if it is recorded, all; if not, only the first call of each function
-        #: Whether it returns nothing: its value is the tensor that it has written to.
-        self.is_set = name == "setitem"
-        self.track: Track | None = None
-        self.publish: Callable[[], None] | None = None  # until a call has returned a tensor
+    is_named: bool  # by a query: then it is an error if it cannot be recorded
+    is_set: bool  # it returns nothing: its value is the tensor that it has written to
+    calls: int = 0  # if it is recorded, all; if not, only the first call of each function
+    track: Track | None = None
+    publish: Callable[[], None] | None = None  # until a call has returned a tensor
 
 
 class _Mode(TorchFunctionMode):
@@ -267,7 +263,8 @@ class Watcher:
             found = self.by_name.get(name)
             if found is None:
                 queries = [query for query in self.queries if query.asks_for(name)]
-                found = Function(name, is_named=any(query.function == name for query in queries))
+                is_named = any(query.function == name for query in queries)
+                found = Function(is_named, is_set=name == "setitem")
                 treatments: dict[What, Treatment] = {}
                 for query in queries:
                     treatments.setdefault(query.what, query.treatment)
