@@ -808,6 +808,15 @@ def test_a_state_that_is_of_another_kind_stays_as_it_is() -> None:
         assert pickle.loads(pickle.dumps(net))[0].state == "a state"
 
 
+def test_a_method_that_a_module_itself_has_for_its_state_is_left_to_it() -> None:
+    net = nn.Sequential(CopiesItself())
+    own = net[0].__getstate__ = lambda: "a state"
+    with record(net, "0:relu"):
+        net(X)
+        assert net[0].__getstate__ is own
+    assert vars(net[0])["__getstate__"] is own
+
+
 class Reduced(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.relu()
