@@ -201,6 +201,16 @@ def test_the_padded_and_the_unpadded_run_give_the_same_rows() -> None:
         torch.testing.assert_close(hidden, found[0][0])
 
 
+def test_tokens_of_many_steps_are_beside_the_value_that_has_all_of_them(tmp_path: Path) -> None:
+    model, values = Steps(), torch.arange(2 * 40 * WIDTH).float().view(2, 40, WIDTH)
+    with record(model, "hidden", into=tmp_path / "r") as acts:
+        model(values.split(1, 1))
+        acts.add("ids", values[..., 0].long())
+    (batch,) = shuffled(load(tmp_path / "r"), "hidden", "ids", flatten=True, batch_size=99)
+    assert same(batch[0][:, 0].long(), batch[1])
+    assert len(batch[1].unique()) == 80
+
+
 def test_packed_documents_are_told_apart_by_what_is_added() -> None:
     documents = torch.tensor([[0, 0, 1, 1, 1, -1], [2, 3, 3, 3, -1, -1]])
     model = nn.Identity()
@@ -560,6 +570,7 @@ def test_calls_outside_of_units_are_aligned_by_their_passes() -> None:
             model(torch.ones(2, 3))
     dataset = rows(acts, "", "unit")
     assert dataset[:][1] == [None, None, "a", "a"]
+    assert repr(dataset) == "4 rows of '' (3,) float32, 'unit' key"
     assert dataset.where(2).unit == "a"
 
 
