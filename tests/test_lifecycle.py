@@ -31,7 +31,7 @@ from actrec import (
     TransformError,
     record,
 )
-from actrec._calls import placing as _placing
+from actrec._calls import hooks as _hooks
 from tests.conftest import own_hooks
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def test_an_interrupt_between_a_hook_and_its_handle_leaves_no_hook(
 
 def test_an_interrupt_while_hooks_come_off_leaves_none(model: Net, monkeypatch: Any) -> None:
     before = tables(model)
-    delete, calls = _placing.delete, []
+    delete, calls = _hooks.delete, []
 
     def interrupted(module: nn.Module, hook: Any) -> None:
         calls.append(module)
@@ -142,7 +142,7 @@ def test_an_interrupt_while_hooks_come_off_leaves_none(model: Net, monkeypatch: 
             raise KeyboardInterrupt
         delete(module, hook)
 
-    monkeypatch.setattr(_placing, "delete", interrupted)
+    monkeypatch.setattr(_hooks, "delete", interrupted)
     with pytest.raises(KeyboardInterrupt), record(model):
         model(X)
     assert tables(model) == before

@@ -2,7 +2,7 @@
 
 A hook refers weakly to its target, so that dropping a recorder drops what it recorded. In a
 copy of the model, or pickled with it, a hook is an inert function. It always returns ``None``: anything
-else would replace the layer's output. Hooks are registered and removed in ``placing.py``.
+else would replace the layer's output. ``placing.py`` registers and removes all hooks of a block.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Hook(Generic[T]):
     ``hear(target, hook, module, args, kwargs, output)``; before the call, ``output`` is ``None``.
     """
 
-    __slots__ = ("_hear", "_target", "checked_at", "event", "module")
+    __slots__ = ("_handle", "_hear", "_target", "checked_at", "event", "module")
 
     def __init__(self, event: Event, target: T, hear: Callable[..., object]) -> None:
         self.event = event
@@ -70,6 +70,7 @@ class Hook(Generic[T]):
         self.checked_at = -1
         self._target: weakref.ref[T] = weakref.ref(target)
         self._hear = hear
+        self._handle: RemovableHandle | None = None
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Any = None, output: Any = None
@@ -92,11 +93,23 @@ class Hook(Generic[T]):
     def register(self, module: nn.Module) -> RemovableHandle:
         """Register this hook on ``module``."""
         self.module = weakref.ref(module)
-        first = self.event is Event.ENTER
+        first, last = self.event is Event.ENTER, self.event is Event.LEAVE
         if first or self.event is Event.RECEIVE:
-            return module.register_forward_pre_hook(self, prepend=first, with_kwargs=True)
-        last = self.event is Event.LEAVE
-        return module.register_forward_hook(self, with_kwargs=True, always_call=last)
+            handle = module.register_forward_pre_hook(self, prepend=first, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(self, with_kwargs=True, always_call=last)
+        self._handle = handle
+        return handle
+
+    def remove(self) -> None:
+        """Remove this hook from its module, also where other code has replaced the table that its handle refers to."""
+        module = self.module()
+        try:
+            if self._handle is not None:  # else registering it was interrupted
+                self._handle.remove()
+        finally:
+            if module is not None:
+                delete(module, self)
 
     @override
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,14 +11,14 @@ from torch.utils.hooks import RemovableHandle
 from actrec._torch import forward_hooks, hook_tables
 
 from .foreign_hooks import put_stops_last
-from .hooks import Hook, delete
+from .hooks import Hook
 
 
 class Hooks:
     """The hooks of one block."""
 
     def __init__(self) -> None:
-        self._placed: list[tuple[nn.Module, Hook[Any], RemovableHandle]] = []
+        self._placed: list[Hook[Any]] = []
 
     def place(self, plan: Iterable[tuple[nn.Module, Hook[Any]]]) -> None:
         """Register every hook; if one fails, remove those before it."""
@@ -27,13 +26,12 @@ class Hooks:
         _reserve_ids(module for module, _ in plan)
         try:
             for module, hook in plan:
-                self._placed.append((module, hook, hook.register(module)))
+                self._placed.append(hook)
+                hook.register(module)
                 if len(forward_hooks(module)) > 1:
                     put_stops_last(module)
         except BaseException:
             self.remove()
-            for module, hook in plan:  # registering one may have been interrupted: it has no handle
-                delete(module, hook)
             raise
 
     def remove(self) -> None:
@@ -47,12 +45,10 @@ class Hooks:
     def _take_off(self) -> None:
         failures: list[BaseException] = []
         while self._placed:
-            module, hook, handle = self._placed[-1]
-            for off in (handle.remove, partial(delete, module, hook)):
-                try:
-                    off()
-                except BaseException as error:  # noqa: BLE001  # raised below, once all are off
-                    failures.append(error)
+            try:
+                self._placed[-1].remove()
+            except BaseException as error:  # noqa: BLE001  # raised below, once all are off
+                failures.append(error)
             self._placed.pop()
         if failures:
             raise failures[0]
