@@ -49,7 +49,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
         if options.compiled:
             from ._calls.in_graph.room import Room  # noqa: PLC0415
 
-            self._session.eager = Room()
+            self._session.stance = Room()
         self._session.offload = offload_for(self._capture, self._session.passes)
         self._warned_of_resuming = False
         self._yielded: Recorder | None = None  # kept here too: the user may not keep it
@@ -73,14 +73,14 @@ class Block(AbstractContextManager[Recorder[Any]]):
                 self._selection.functions, self._session, tracks.add_function
             )
             stack.callback(self._functions.end)
-            stack.enter_context(self._session.eager)
+            stack.enter_context(self._session.stance)
             for forward in self._forwards():
                 stack.callback(forward.remove)
                 forward.place()
             stack.callback(hooks.remove)
             plan = [*self._plan()]
             hooks.place(plan)
-            stack.enter_context(self._session.eager.marks(self._model, plan))
+            stack.enter_context(self._session.stance.marks(self._model, plan))
             stack.callback(tracks.end)
             # Runs also when the block is garbage-collected before it exited, as in a generator.
             self._clean_up = weakref.finalize(recorder, stack.pop_all().close)
@@ -136,7 +136,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
             yield str(failure)
         if self._session.stop is not None and "NoneType" in str(error):
             yield _STOPPED
-        if self._session.eager.in_graph and is_of_compiler(error):
+        if self._session.stance.in_graph and is_of_compiler(error):
             yield _COMPILED
 
     def _warn(self, choices: Mapping[str, Choice], missing: Missing) -> None:
@@ -215,7 +215,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
 
         Those that begin and end a pass enclose those that report a layer, and early stops come last.
         """
-        hook, tracks = self._session.eager.hook, self._tracks.of
+        hook, tracks = self._session.stance.hook, self._tracks.of
         hooks: dict[nn.Module, list[Hook[Track]]] = {}
         for choice in self._selection.choices:
             track = tracks[choice.key]

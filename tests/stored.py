@@ -14,9 +14,9 @@ from actrec import Opaque
 from actrec.store.call import Call, Look
 from actrec.store.description import Description, LayerInfo
 from actrec.store.format import Slot
-from actrec.store.layout import lay_out
-from actrec.store.layout import write as write_shard
 from actrec.store.ledger import Commit, Ledger
+from actrec.store.new_shard import lay_out
+from actrec.store.new_shard import write as write_shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -686,7 +686,7 @@ def test_what_the_writer_raises_comes_out_of_the_pass(tmp_path: Any, monkeypatch
     full = pytest.raises(WriteError, match="No space left")
     with full, record(net, ["a", "tail"], into=tmp_path / "run"):
         net(X)
-        monkeypatch.setattr("actrec.store.layout.write", broken)
+        monkeypatch.setattr("actrec.store.new_shard.write", broken)
         net(X)
 
 

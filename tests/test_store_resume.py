@@ -75,7 +75,7 @@ def assert_is_the_beginning(found: Any, whole: Any) -> None:
 CHILD = """
 import sys, time
 from tests.test_store_resume import run
-import actrec.store.disk, actrec.store.layout
+import actrec.store.disk, actrec.store.new_shard
 # Killed anywhere: between any two system calls, and in the middle of a file.
 run(sys.argv[1], resume=True, shard_bytes=int(sys.argv[2]), budget=2 * int(sys.argv[2]))
 """

@@ -105,14 +105,14 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int = 0) -> None:
     """Let the writing of shard ``at``, and of all after it, fail."""
-    write = _writer.layout.write
+    write = _writer.new_shard.write
 
     def fail(file: Any, heading: Any, **calls: Any) -> None:
         write(file, heading, **calls)
         if heading.shard >= at:
             raise error
 
-    monkeypatch.setattr(_writer.layout, "write", fail)
+    monkeypatch.setattr(_writer.new_shard, "write", fail)
 
 
 # --- The same as in memory ---------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def test_a_shard_is_written_while_the_disk_has_yet_to_confirm_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     second = threading.Event()
-    finish, write = _new_file.Unfinished.finish, _writer.layout.write
+    finish, write = _new_file.Unfinished.finish, _writer.new_shard.write
 
     def confirm(unfinished: Any) -> None:
         if unfinished._name == "000000.safetensors":
@@ -456,7 +456,7 @@ def test_a_shard_is_written_while_the_disk_has_yet_to_confirm_the_one_before(
             second.set()
 
     monkeypatch.setattr(_new_file.Unfinished, "finish", confirm)
-    monkeypatch.setattr(_writer.layout, "write", written)
+    monkeypatch.setattr(_writer.new_shard, "write", written)
     net = nn.Linear(4, 3)
     with record(net, "", into=Folder(tmp_path / "r", seconds=0)):
         for _ in range(4):
@@ -470,7 +470,7 @@ def test_where_the_disk_refuses_a_shard_the_one_behind_it_is_thrown_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, also: bool
 ) -> None:
     refused = threading.Event()
-    fsync, write = os.fsync, _writer.layout.write
+    fsync, write = os.fsync, _writer.new_shard.write
     fds: list[int] = []
 
     def refuse(fd: int) -> None:
@@ -489,7 +489,7 @@ def test_where_the_disk_refuses_a_shard_the_one_behind_it_is_thrown_away(
                 raise OSError("and that one too")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    monkeypatch.setattr(_writer.layout, "write", written)
+    monkeypatch.setattr(_writer.new_shard, "write", written)
     net = nn.Linear(4, 3)
     with (
         pytest.raises(
@@ -523,14 +523,14 @@ def test_an_error_that_no_call_has_raised_is_raised_at_the_end(
 def test_an_error_at_the_very_end_is_raised_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = _writer.layout.write
+    write = _writer.new_shard.write
 
     def fail(file: Any, heading: Any, **calls: Any) -> None:
         if heading.ended is not None:
             raise OSError("broken")
         write(file, heading, **calls)
 
-    monkeypatch.setattr(_writer.layout, "write", fail)
+    monkeypatch.setattr(_writer.new_shard, "write", fail)
     net = nn.Linear(4, 3)
     with pytest.raises(WriteError, match="broken"), record(net, "", into=tmp_path / "r"):
         net(torch.ones(2, 4))

@@ -30,7 +30,7 @@ class Session:
     stop: EarlyStop | None = None
     offload: Offload | None = None  # moves values from a GPU into memory
     passes: Passes = field(default_factory=Passes)
-    eager: Stance = field(default_factory=Eager)  # towards the compiler
+    stance: Stance = field(default_factory=Eager)  # of the compiler while the block is open
     recording: bool = False  # active, and not paused
     active: bool = False
     interrupted: bool = False
@@ -59,7 +59,7 @@ class Session:
         """The block ends; hooks that are still on some module do nothing from now on."""
         self.active = self.recording = False
         self.interrupted = interrupted
-        if interrupted or self.eager.in_graph:
+        if interrupted or self.stance.in_graph:
             # Compiled code that raised has not reported the end of its pass.
             self.passes.abandon()
 
@@ -78,7 +78,7 @@ class Session:
         """The compiler reads a hook: forbid it to compile the recorded code, and return whether the hook has to run."""
         if is_exporting():  # which is no call of the model's own
             return False
-        self.eager.hold()
+        self.stance.hold()
         # An operator that compiles itself cannot contain a hook that is not compiled.
         return self.recording and not compiles_itself()
 
@@ -91,7 +91,7 @@ class Session:
             return False
         if is_root:
             if is_compiler_loaded():
-                self.eager.hold()
+                self.stance.hold()
             if self.offload is not None and self.passes.running:
                 self.offload.finish()  # a pass that was interrupted may be about to be closed
         self.passes.begin(module, is_root=is_root)

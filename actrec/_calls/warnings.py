@@ -156,7 +156,7 @@ def _nobody_chose(
 
 
 def _why(session: Session) -> str:
-    if session.eager.replaced:
+    if session.stance.replaced:
         return f"The likely cause: {_STANCE}."
     return "Was its .forward() called, a copy of it, or a model made from it (exported, scripted)?"
 
@@ -276,11 +276,11 @@ def _elsewhere(track: Track) -> str | None:
             )
     if track.compiled:
         return _in_a_body(track)
-    return _STANCE if track.session.eager.replaced else None
+    return _STANCE if track.session.stance.replaced else None
 
 
 def _in_a_body(track: Track) -> str:
-    return _IN_A_COMPILED_BODY if track.session.eager.in_graph else _IN_A_BODY
+    return _IN_A_COMPILED_BODY if track.session.stance.in_graph else _IN_A_BODY
 
 
 def _not_called(there: Collection[int], choice: Choice, track: Track) -> str:
@@ -297,4 +297,4 @@ def _not_called(there: Collection[int], choice: Choice, track: Track) -> str:
         return "nn.MultiheadAttention uses its weights without calling it. Record the attention module instead"
     if isinstance(module, Dropout):
         return f"{_NEVER_CALLED}; attention often computes dropout itself, fused (scaled_dot_product_attention) or with F.dropout"
-    return f"{_NEVER_CALLED}, or {_IN_A_BODY}" if track.session.eager.made_way else _NEVER_CALLED
+    return f"{_NEVER_CALLED}, or {_IN_A_BODY}" if track.session.stance.made_way else _NEVER_CALLED

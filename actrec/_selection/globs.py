@@ -1,4 +1,4 @@
-"""Globs over dotted names: ``layer*.*.conv1``, ``blocks.**.attn``, ``h.[0-3].mlp``."""
+"""Globs over dotted names: ``layer*.*.conv1``, ``blocks.**.attn``, ``h.[0-3].mlp``; and which names a pattern matches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import fnmatch
 import re
 from functools import lru_cache
 from typing import Final
+
+from .names import Name
 
 
 def is_glob(query: str) -> bool:
@@ -24,6 +26,14 @@ def glob(pattern: str) -> re.Pattern[str]:
     *front, last = pattern.split(".")
     parts = [r"(?:[^.]+\.)*" if segment == "**" else _segment(segment) + r"\." for segment in front]
     return re.compile("".join(parts) + (".+" if last == "**" else _segment(last)))
+
+
+def matching(names: list[Name], pattern: re.Pattern[str]) -> tuple[list[Name], bool]:
+    """Return the names that match without their wrapper segments, and true; if there are none, those that match in full."""
+    inside_weights = "parametrizations" in pattern.pattern
+    names = [name for name in names if inside_weights or not name.is_machinery]
+    short = [name for name in names if name.short and pattern.fullmatch(name.short)]
+    return short or [n for n in names if n.full and pattern.fullmatch(n.full)], bool(short)
 
 
 #: The special signs. A bracket that is not closed is an ordinary character.

@@ -6,7 +6,6 @@ of a training loop walks the model once. The cache keeps no module alive.
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections import Counter
 from collections.abc import Iterator, MutableMapping
@@ -19,6 +18,7 @@ from torch import nn
 
 from actrec._torch import children_of
 
+from .globs import matching
 from .names import Name, child_of, stripped, type_name
 from .nearest import leaves_out
 
@@ -41,7 +41,7 @@ class Model:
             self.of.setdefault(id(name.module()), []).append(name)
         self.inlined = frozenset(_inlined(self.names))
         #: Returns the names that a pattern matches.
-        self.matching = lru_cache(_MOST_PATTERNS)(partial(_matching, self.names))
+        self.matching = lru_cache(_MOST_PATTERNS)(partial(matching, self.names))
 
     @cached_property
     def by_short(self) -> dict[str, list[Name]]:
@@ -94,14 +94,6 @@ def _walk(
             if child is not None and id(child) not in above:
                 _walk(child_of(name, segment, child), child, names, met, above)
         above.discard(identity)
-
-
-def _matching(names: list[Name], pattern: re.Pattern[str]) -> tuple[list[Name], bool]:
-    """Return the names that match without their wrapper segments; if there are none, those that match in full. And which it is."""
-    inside_weights = "parametrizations" in pattern.pattern
-    names = [name for name in names if inside_weights or not name.is_machinery]
-    short = [name for name in names if name.short and pattern.fullmatch(name.short)]
-    return short or [n for n in names if n.full and pattern.fullmatch(n.full)], bool(short)
 
 
 def _is_leaf(module: nn.Module) -> bool:

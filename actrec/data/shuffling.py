@@ -1,4 +1,4 @@
-"""``shuffled()``: batches of shuffled rows, read in the order of the disk. The order is drawn in ``epochs.py``."""
+"""``shuffled()``: batches of shuffled rows, read in the order of the disk. The order is drawn in ``row_order.py``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from actrec.store.folder import given_rank
 from .ahead import ahead
 from .align import Mask, Passes, RowOptions, Table, table
 from .between import Between
-from .epochs import Order
 from .kept import Kept, counts_of
 from .mixing import RecordedRows, check_for_several, checked_weights, parts, quotas
+from .row_order import Order
 from .selecting import Selector
 from .sources import Files
 from .window import Window, batches

@@ -16,8 +16,8 @@ from torch import Tensor
 from actrec._values.memory import words
 
 from .columns import Column
-from .epochs import Cut, Order, Piece
 from .mixing import RecordedRows
+from .row_order import Cut, Order, Piece
 from .sources import Files
 
 #: Up to this many blocks, and this many bytes, are prefetched.

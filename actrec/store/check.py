@@ -10,12 +10,12 @@ from actrec._progress import showing
 from actrec.errors import CorruptRecordingError
 
 from .description import read_description
-from .format import corrupt, shard_name
+from .format import corrupt
 from .ledger import Commit, Heading, Ledger
 from .part import Part
 from .place import Place
 from .rank import rank_number, shard_names
-from .shard import Shard
+from .shard import Shard, shard_name
 
 _CHUNK: Final = 1 << 24
 

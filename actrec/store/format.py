@@ -15,7 +15,6 @@ from actrec.errors import CorruptRecordingError
 FORMAT: Final = "actrec"
 VERSION: Final = 2
 DESCRIPTION: Final = "rank.json"
-SHARD: Final = ".safetensors"
 UNFINISHED: Final = ".tmp"
 ANOTHER: Final = "it is another file than when it was opened"
 
@@ -31,11 +30,6 @@ MAX_DIMS: Final = 64  # of a tensor, and of a mesh
 
 #: What a layer's values are: outputs, inputs, gradients, values that the user added, or keys of units.
 ROLES: Final[tuple[Role, ...]] = ("output", "input", "gradient", "added", "unit")
-
-
-def shard_name(number: int) -> str:
-    """Return the name of the file of a shard."""
-    return f"{number:06d}{SHARD}"
 
 
 class Slot(NamedTuple):

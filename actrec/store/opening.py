@@ -13,12 +13,13 @@ from actrec.errors import OptionError, RecordingExistsError, WriteError
 
 from .description import Description, read_description
 from .folder import Folder
-from .format import DESCRIPTION, shard_name
-from .layout import write
+from .format import DESCRIPTION
 from .ledger import Commit, Ledger
 from .new_file import FileBeingWritten
+from .new_shard import write
 from .place import place
 from .rank import Rank, is_described, rank_folder, rank_folders
+from .shard import shard_name
 
 
 class Opening:

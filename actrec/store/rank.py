@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from .description import read_description
-from .format import DESCRIPTION, SHARD, Slot, corrupt, shard_name
+from .format import DESCRIPTION, Slot, corrupt
 from .ledger import SoFar
 from .per_process import PerProcess
 from .place import Place
-from .shard import Shard
+from .shard import SHARD, Shard, shard_name
 
 _RANK: Final = re.compile(r"rank-[0-9]{5}")
 #: How many bytes of headers a recording keeps in memory, and how many shards it keeps open, all ranks together.

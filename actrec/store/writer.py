@@ -22,14 +22,14 @@ from actrec._text import count
 from actrec._values.memory import give_back
 from actrec.errors import WriteError
 
-from . import layout
+from . import new_shard
 from .call import Call
 from .folder import Folder
-from .format import shard_name
 from .held import Batch, Held
 from .ledger import Ledger
 from .new_file import Unfinished
 from .place import Place
+from .shard import shard_name
 from .upload import Upload
 
 _SHORTEST: Final = 0.1  # seconds that the thread sleeps
@@ -196,14 +196,16 @@ class Writer:
             self._changed.notify_all()
 
     def _write(self, batch: Batch) -> Unfinished | Upload:
-        parts, tensors = layout.lay_out(batch.calls)
+        parts, tensors = new_shard.lay_out(batch.calls)
         heading = self._ledger.next(parts, batch.commit)
         order = {name: at for at, name in enumerate([*self._order])}
         # A reduction, or a gradient, is first written long after its first call.
         layers = dict(
             sorted(self._ledger.layers.items(), key=lambda one: order.get(one[0].name, len(order)))
         )
-        write = partial(layout.write, heading=heading, layers=layers, parts=parts, tensors=tensors)
+        write = partial(
+            new_shard.write, heading=heading, layers=layers, parts=parts, tensors=tensors
+        )
         return self._disk.begin(shard_name(heading.shard), write)
 
     def _hand_over(self, unfinished: Unfinished | Upload, committed: int) -> None:
