@@ -23,9 +23,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from actrec._selection.functions import FunctionQuery, Owner, What, canonical
+from actrec._selection.functions import FunctionQuery, Owner, canonical
 from actrec._selection.selection import Choice
-from actrec._selection.treatment import Treatment
+from actrec._selection.treatment import Treatment, What
 from actrec._torch import (
     CALL_CODE,
     count_function_modes,

@@ -17,8 +17,8 @@ from actrec._recordings.pass_numbers import Count
 from actrec._recordings.recording import Recording
 from actrec._recordings.run import Run, State
 from actrec._recordings.units import Key
-from actrec._selection.functions import WHATS, What
 from actrec._selection.selection import Selection
+from actrec._selection.treatment import WHATS, What
 from actrec._values.containers import Value
 from actrec.errors import ActrecError, CaptureError, OptionError
 

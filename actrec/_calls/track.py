@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from actrec._recordings.layer import Layer
-from actrec._selection.functions import What
+from actrec._selection.treatment import What
 from actrec._torch import (
     backward_number,
     compiles_itself,

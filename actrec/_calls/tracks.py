@@ -10,10 +10,9 @@ from typing import Any, Final, Protocol
 
 from actrec._recordings.layer import FUNCTION, Layer
 from actrec._recordings.overflow import Overflows
-from actrec._selection.functions import WHATS, What
 from actrec._selection.names import type_name
 from actrec._selection.selection import Choice
-from actrec._selection.treatment import Make
+from actrec._selection.treatment import WHATS, Make, What
 from actrec._text import function_name
 from actrec._values.containers import Value
 from actrec.errors import ActrecError

@@ -13,8 +13,8 @@ from typing import Any, Final, TypeAlias
 from torch import nn
 
 from actrec._recordings.overflow import Overflows
-from actrec._selection.functions import What
 from actrec._selection.selection import Choice
+from actrec._selection.treatment import What
 from actrec._text import count, folded, listed
 from actrec._torch import Dropout
 from actrec._values.spec import tensors

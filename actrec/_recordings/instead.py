@@ -8,9 +8,9 @@ from typing import Any, Final, TypeVar
 
 from torch import Tensor, nn
 
-from actrec._selection.functions import What
 from actrec._selection.globs import glob, is_glob
 from actrec._selection.nearest import nearest
+from actrec._selection.treatment import What
 from actrec._text import count
 from actrec._values.spec import flatten
 

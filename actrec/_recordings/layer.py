@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Generic, Literal, TypeAlias
 from torch import Tensor
 from typing_extensions import TypeVar, override
 
-from actrec._selection.functions import What
+from actrec._selection.treatment import What
 from actrec._tables.html import as_html
 from actrec._text import count, shown, size
 from actrec._values.join import How, joined

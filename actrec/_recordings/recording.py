@@ -12,8 +12,9 @@ from typing import Any, Generic, overload
 from torch import nn
 from typing_extensions import TypeVar, override
 
-from actrec._selection.functions import What, canonical
+from actrec._selection.functions import canonical
 from actrec._selection.queries import Query
+from actrec._selection.treatment import What
 from actrec._tables.rows import Shown
 from actrec._tables.table import Table
 from actrec._text import listed, shown

@@ -17,7 +17,7 @@ State: TypeAlias = Literal["recording", "recorded", "interrupted"]
 
 @dataclass(eq=False)
 class Run:
-    """A run that has ended, with all its values."""
+    """A run that has ended, with all its values. What differs while its block runs, or on disk, is overridden there."""
 
     model: str  #: the type of the recorded model
     aliases: Mapping[str, str]  #: further names of layers, each with the one that is listed

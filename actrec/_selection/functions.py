@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias, TypeGuard
+from typing import Final, TypeGuard
 
 from torch import nn
 
@@ -16,12 +16,9 @@ from .globs import glob, is_glob
 from .model import Model
 from .names import Name
 from .queries import answer
-from .treatment import Treatment
+from .treatment import Treatment, What
 
-#: What of a layer is recorded.
-What: TypeAlias = Literal["output", "input", "gradient"]
-WHATS: Final[tuple[What, ...]] = ("output", "input", "gradient")
-
+#: Operators that are also spelled with an ``r`` or an ``i`` in front: ``__radd__``, ``iadd``.
 _OPERATORS: Final = frozenset(
     {"add", "sub", "mul", "matmul", "truediv", "div", "floordiv", "mod", "pow"}
     | {"and", "or", "xor", "lshift", "rshift"}
@@ -63,7 +60,7 @@ class Owner:
 
     key: str  #: the part before the colon in the names of its functions
     module: nn.Module
-    names: tuple[str, ...]  #: its other names
+    names: tuple[str, ...]  #: all parts before the colon by which its functions may be asked for
 
 
 @dataclass(frozen=True, slots=True)

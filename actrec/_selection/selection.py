@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from actrec.errors import OptionError, SelectionError
 
 from .diagnosis import check_model, why_not
-from .functions import FunctionQuery, What, ask, is_function_query
+from .functions import FunctionQuery, ask, is_function_query
 from .globs import is_glob
 from .meant import layer_for_transform
 from .model import Model, remembered
 from .names import Name
 from .queries import Query, Transform, answer
-from .treatment import Treatment
+from .treatment import Treatment, What
 
 #: The arguments of ``record()`` that take queries for more than outputs.
 _OPTIONS: Mapping[What, str] = {"input": "inputs", "gradient": "grads"}

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias
 
 from actrec.errors import OptionError
 
 from .queries import Query, Transform
+
+#: What of a layer is recorded.
+What: TypeAlias = Literal["output", "input", "gradient"]
+WHATS: Final[tuple[What, ...]] = ("output", "input", "gradient")
 
 #: Makes a reduction, a new one for each layer.
 Make: TypeAlias = Callable[[], Any]

@@ -10,12 +10,12 @@ from actrec._progress import showing
 from actrec.errors import CorruptRecordingError
 
 from .description import read_description
+from .file_names import rank_number, shard_name, shard_names
 from .format import corrupt
 from .ledger import Commit, Heading, Ledger
 from .part import Part
 from .place import Place
-from .rank import rank_number, shard_names
-from .shard import Shard, shard_name
+from .shard import Shard
 
 _CHUNK: Final = 1 << 24
 

@@ -13,10 +13,9 @@ import torch
 
 from actrec._rank import MAX_RANKS
 from actrec._recordings.layer import FUNCTION, Role
-from actrec._selection.functions import WHATS
 from actrec._selection.names import type_name
 from actrec._selection.selection import Selection
-from actrec._selection.treatment import Treatment
+from actrec._selection.treatment import WHATS, Treatment
 from actrec._text import function_name, own_version
 from actrec.errors import ResumeError
 

@@ -2,7 +2,7 @@
 
 Parts belong to the same call if they are of the same layer, of the same unit (outside of units, pass), are the call with the
 same index in it, and are spread in the same way. A call of which parts are missing is left out, like a pass that was never
-committed.
+committed. Calls that a rank has recorded whole are not joined: ``layers.py`` puts them in the order of their passes.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from actrec._recordings.units import Key, missing
 from actrec._text import count, listed
 from actrec.errors import CorruptRecordingError, MissingUnitsError, RecordingNotFoundError
 
+from .file_names import is_described, rank_folders, rank_number
 from .place import Place, place
-from .rank import Rank, is_described, rank_folders, rank_number
+from .rank import Rank
 from .reader import StoredRecording, check_rank
 
 #: The folder of a rank, or a file in it.

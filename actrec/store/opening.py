@@ -12,14 +12,14 @@ from actrec._rank import ANY_RUN, here
 from actrec.errors import OptionError, RecordingExistsError, WriteError
 
 from .description import Description, read_description
+from .file_names import is_described, rank_folder, rank_folders, shard_name
 from .folder import Folder
 from .format import DESCRIPTION
 from .ledger import Commit, Ledger
 from .new_file import FileBeingWritten
 from .new_shard import write
 from .place import place
-from .rank import Rank, is_described, rank_folder, rank_folders
-from .shard import shard_name
+from .rank import Rank
 
 
 class Opening:

@@ -6,74 +6,23 @@ among a million shards.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from .description import read_description
-from .format import DESCRIPTION, Slot, corrupt
+from .file_names import count_shards, rank_number, shard_name
+from .format import Slot
 from .ledger import SoFar
 from .per_process import PerProcess
 from .place import Place
-from .shard import SHARD, Shard, shard_name
+from .shard import Shard
 
-_RANK: Final = re.compile(r"rank-[0-9]{5}")
 #: How many bytes of headers a recording keeps in memory, and how many shards it keeps open, all ranks together.
 _MOST_BYTES: Final = 64 << 20
 _MOST_OPEN: Final = 1024
 _SHOWN: Final = 8  # ranks in a message
-
-
-# --- Folders -----------------------------------------------------------------------------------------
-
-
-def rank_folder(rank: int) -> str:
-    """Return the name of the folder of a rank."""
-    return f"rank-{rank:05d}"
-
-
-def rank_folders(disk: Place) -> list[Place]:
-    """Return the folders of all ranks, in order."""
-    return [disk / name for name in sorted(filter(_RANK.fullmatch, disk.names()))]
-
-
-def rank_number(folder: Place) -> int:
-    """Return the rank of a folder."""
-    return int(folder.name.partition("-")[2])
-
-
-def is_described(folder: Place) -> bool:
-    """Whether a rank has begun to record there; a folder with shards and no description is damaged."""
-    for _ in range(2):  # it may begin between a look at the description and one at the shards
-        with suppress(FileNotFoundError):
-            return folder.size(DESCRIPTION) >= 0
-        if not shard_names(folder):
-            return False
-    raise corrupt(folder.shown(DESCRIPTION), "it is missing")
-
-
-def shard_names(folder: Place) -> list[str]:
-    """Return the names of all shards that exist, in order."""
-    there = (name for name in folder.names() if name.endswith(SHARD))
-    numbers = sorted(int(stem) for name in there if (stem := name[: -len(SHARD)]).isdecimal())
-    return [shard_name(number) for number in numbers]
-
-
-def _count(folder: Place) -> int:
-    """Return how many shards there are; a gap in their numbers is an error."""
-    there = [name for name in folder.names() if name.endswith(SHARD)]
-    longest = max(map(len, there), default=0)
-    last = max((name for name in there if len(name) == longest), default="")
-    if last == shard_name(len(there) - 1):
-        return len(there)  # without parsing the names: there may be a million
-    names = shard_names(folder)
-    for number, name in enumerate(names):
-        if name != shard_name(number):
-            raise corrupt(folder.shown(shard_name(number)), "it is missing")
-    return len(names)
 
 
 # --- How far the ranks have come ---------------------------------------------------------------------
@@ -147,7 +96,7 @@ class Rank:
         self.description = read_description(folder)
         self._limits = max(1, _MOST_BYTES // of), max(1, _MOST_OPEN // of)
         self._opened = PerProcess(_Opened)
-        self.count = _count(folder)  #: of shards
+        self.count = count_shards(folder)  #: of shards
         #: Of the last shard; before there is one, all shards must be of its recording and rank.
         self.heading = self.description.heading(self.number)
         self.layers: dict[Slot, SoFar] = {}

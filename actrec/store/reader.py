@@ -18,7 +18,7 @@ from actrec._recordings.layer import Layer, Role, V
 from actrec._recordings.pass_numbers import Count, RankPass
 from actrec._recordings.recording import Recording
 from actrec._recordings.run import Run
-from actrec._selection.functions import WHATS
+from actrec._selection.treatment import WHATS
 from actrec._text import count, shown
 from actrec.errors import OptionError
 

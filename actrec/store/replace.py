@@ -11,10 +11,10 @@ from pathlib import Path
 from actrec.errors import RecordingExistsError
 
 from .disk import Disk
+from .file_names import rank_folders, shard_names
 from .format import DESCRIPTION, UNFINISHED
 from .lock import LOCK
 from .new_file import sync
-from .rank import rank_folders, shard_names
 from .warned import is_warnings
 
 

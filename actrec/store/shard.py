@@ -25,8 +25,6 @@ from .ledger import HEADING, SO_FAR, Heading, SoFar
 from .part import Group, Leaf, Part
 from .place import Place
 
-#: How the name of a shard's file ends.
-SHARD: Final = ".safetensors"
 #: Bytes that are read rather than mapped: a process can map no more than 65,530 files.
 _SMALL: Final = 1 << 20
 #: The first bytes of a shard identify it: they contain the checksum of the header, which has those of the data.
@@ -44,11 +42,6 @@ _LAYER: Final = {
 }
 _DESCRIPTION: Final = {**HEADING, "layers": [_LAYER]}
 _GROUP: Final = {"structure": None, "dtypes": [str]}
-
-
-def shard_name(number: int) -> str:
-    """Return the name of the file of a shard."""
-    return f"{number:06d}{SHARD}"
 
 
 class Listed(NamedTuple):

@@ -9,9 +9,9 @@ from typing import Any
 from actrec.errors import CorruptRecordingError
 
 from .check import shard_problems
+from .file_names import rank_folders
 from .load import opened
 from .place import Place, place
-from .rank import rank_folders
 
 
 def verify(

@@ -24,12 +24,12 @@ from actrec.errors import WriteError
 
 from . import new_shard
 from .call import Call
+from .file_names import shard_name
 from .folder import Folder
 from .held import Batch, Held
 from .ledger import Ledger
 from .new_file import Unfinished
 from .place import Place
-from .shard import shard_name
 from .upload import Upload
 
 _SHORTEST: Final = 0.1  # seconds that the thread sleeps

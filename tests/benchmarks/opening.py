@@ -22,12 +22,12 @@ from actrec._values.shapes import Summary
 from actrec.store.call import Call
 from actrec.store.description import Description, LayerInfo
 from actrec.store.disk import Disk
+from actrec.store.file_names import shard_name
 from actrec.store.format import Slot
 from actrec.store.ledger import Commit, Ledger, SoFar
 from actrec.store.new_shard import lay_out, write
 from actrec.store.rank import Rank
 from actrec.store.reader import StoredRecording
-from actrec.store.shard import shard_name
 
 from .memory import anonymous, printed_by
 from .timing import Row
