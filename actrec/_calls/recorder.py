@@ -81,13 +81,13 @@ class Recorder(Recording[V], Generic[V]):
         tracks.show_in(self)
 
     def _show(self, name: str, layers: Mapping[What, Layer[Any]]) -> None:
-        """Show these layers under a name. Dicts are replaced, because other threads may be iterating over them."""
+        """Show these layers under a name, and no others. Threads that iterate over all do so over a copy."""
         for role, recording in self._parts.items():
-            shown = {other: one for other, one in recording._layers.items() if other != name}
             if role in layers:
                 layers[role]._units = self._run.units
-                shown[name] = layers[role]
-            recording._layers = shown
+                recording._layers[name] = layers[role]
+            else:
+                recording._layers.pop(name, None)
 
     @property
     def transfers(self) -> dict[str, str]:
@@ -331,7 +331,7 @@ class Recorder(Recording[V], Generic[V]):
         # A copy or a pickle is a plain Recording, which does not record.
         self._run.deliver()
         layers = {
-            role: {name: copy(layer) for name, layer in part._layers.items()}
+            role: {name: copy(layer) for name, layer in [*part._layers.items()]}
             for role, part in self._parts.items()
         }
         return Recording, (copy(self._run), layers.pop("output"), layers)

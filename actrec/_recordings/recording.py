@@ -134,7 +134,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
 
     @override
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
+        return iter([*self._layers])  # a recorder may get more, from other threads
 
     @override
     def __len__(self) -> int:
@@ -336,7 +336,7 @@ class Recording(Shown, Mapping[str, Layer[V]], Generic[V]):
         self._run.deliver()
         types: dict[str, str] = {}
         for part in self._parts.values():
-            for name, layer in part._layers.items():
+            for name, layer in [*part._layers.items()]:
                 types.setdefault(name, layer.type)
         run = self._run
         names = chosen(layers, Known(types, run.aliases, run.modules))
