@@ -30,7 +30,7 @@ from actrec.store import (
     held as _held,
 )
 from actrec.store import (
-    layout as _layout,
+    new_shard as _new_shard,
 )
 from actrec.store import (
     safetensors as _container,
@@ -101,8 +101,8 @@ def test_a_header_takes_little_more_than_twice_what_was_counted_for_its_calls(
             pass
 
     ledger = Ledger(Heading("0" * 32, 99_999, 100_000, 10**18, 10**6, 10**7))
-    parts, entries = _layout.lay_out(calls)
-    _layout.write(File(), ledger.next(parts, Commit(10**7)), ledger.layers, parts, entries)
+    parts, entries = _new_shard.lay_out(calls)
+    _new_shard.write(File(), ledger.next(parts, Commit(10**7)), ledger.layers, parts, entries)
     assert int.from_bytes(written[:8], "little") <= 2 * counted + 4096
 
 
@@ -186,7 +186,7 @@ def test_of_a_pass_that_is_written_in_parts_no_value_is_kept_until_it_is_committ
     value = torch.ones(3)
     kept = weakref.ref(value)
     calls = [Call.of(Slot("output", 0, "a", "A"), 0, value)]
-    parts, _ = _layout.lay_out(calls)
+    parts, _ = _new_shard.lay_out(calls)
     ledger.next(parts, Commit(0, part_of=0))
     del calls, value, _
     gc.collect()

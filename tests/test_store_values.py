@@ -37,7 +37,7 @@ from actrec.store import (
     format as _format,
 )
 from actrec.store import (
-    layout as _layout,
+    new_shard as _new_shard,
 )
 from actrec.store import (
     safetensors as _container,
@@ -113,9 +113,9 @@ def test_every_tensor_is_aligned_to_its_elements_or_else_reading_complex128_ends
 def test_a_tensor_that_a_file_has_at_an_odd_place_is_copied_to_where_it_can_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = _layout._data
+    data = _new_shard._data
     monkeypatch.setattr(
-        _layout, "_data", lambda *args: dataclasses.replace(data(*args), alignment=1)
+        _new_shard, "_data", lambda *args: dataclasses.replace(data(*args), alignment=1)
     )
     values = [
         random(torch.complex128, rows) for rows in (3, 70_000, 1)
@@ -153,14 +153,14 @@ def test_the_most_absurd_memory_layouts_come_back() -> None:
 
 
 def test_small_and_large_pieces_keep_their_order(monkeypatch: Any) -> None:
-    monkeypatch.setattr(_layout, "_SMALL", 100)
+    monkeypatch.setattr(_new_shard, "_SMALL", 100)
     monkeypatch.setattr(_container, "_CHUNK", 150)
     values = [torch.randn(n) for n in (3, 20, 100, 1, 24, 24, 24, 30, 2)]
     assert all(map(same, there_and_back(*values), values))
 
 
 def test_a_large_transposed_tensor_is_written_a_few_rows_at_a_time(monkeypatch: Any) -> None:
-    monkeypatch.setattr(_layout, "_PIECE", 100)
+    monkeypatch.setattr(_new_shard, "_PIECE", 100)
     value = torch.randn(50, 30).t()
     assert same(*there_and_back(value), value)
 

@@ -101,15 +101,13 @@ class Hook(Generic[T]):
         self._handle = handle
         return handle
 
-    def remove(self) -> None:
-        """Remove this hook from its module, also where other code has replaced the table that its handle refers to."""
-        module = self.module()
+    def remove(self, module: nn.Module) -> None:
+        """Remove this hook from ``module``, also where other code has replaced the table that its handle refers to."""
         try:
             if self._handle is not None:  # else registering it was interrupted
                 self._handle.remove()
         finally:
-            if module is not None:
-                delete(module, self)
+            delete(module, self)
 
     @override
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:

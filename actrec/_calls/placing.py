@@ -18,7 +18,7 @@ class Hooks:
     """The hooks of one block."""
 
     def __init__(self) -> None:
-        self._placed: list[Hook[Any]] = []
+        self._placed: list[tuple[nn.Module, Hook[Any]]] = []
 
     def place(self, plan: Iterable[tuple[nn.Module, Hook[Any]]]) -> None:
         """Register every hook; if one fails, remove those before it."""
@@ -26,7 +26,7 @@ class Hooks:
         _reserve_ids(module for module, _ in plan)
         try:
             for module, hook in plan:
-                self._placed.append(hook)
+                self._placed.append((module, hook))
                 hook.register(module)
                 if len(forward_hooks(module)) > 1:
                     put_stops_last(module)
@@ -45,8 +45,9 @@ class Hooks:
     def _take_off(self) -> None:
         failures: list[BaseException] = []
         while self._placed:
+            module, hook = self._placed[-1]
             try:
-                self._placed[-1].remove()
+                hook.remove(module)
             except BaseException as error:  # noqa: BLE001  # raised below, once all are off
                 failures.append(error)
             self._placed.pop()

@@ -16,9 +16,8 @@ from .dtensor import is_distributed
 
 def frees_weights(model: nn.Module) -> bool:
     """Return whether FSDP frees the storages of weights of ``model``, or of a model that it is a part of."""
-    if not _kinds():
-        return False
-    return any(sharded(model)) or any(map(is_distributed, model.parameters()))
+    is_possible = bool(_kinds())  # else the model need not be walked
+    return is_possible and (any(sharded(model)) or any(map(is_distributed, model.parameters())))
 
 
 def sharded(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
