@@ -1,7 +1,6 @@
-"""Every private name of PyTorch, and of torchmetrics, that actrec uses, and what it is for.
+"""Every private name of PyTorch, and of torchmetrics, that actrec uses, what it is for, and what happens in a version that lacks it.
 
-No other module of actrec uses one, and ``tests/test_private_names.py`` notices when one of them changes what it does. Where a
-supported version of PyTorch may lack a name, it says what happens then; the others are names that PyTorch's own Python code uses.
+No other module of actrec uses one, and ``tests/test_private_names.py`` notices when one of them changes what it does.
 """
 
 from __future__ import annotations
@@ -9,6 +8,8 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from operator import attrgetter
 from types import FrameType
@@ -17,7 +18,6 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
-from torch.utils._device import DeviceContext
 from typing_extensions import override
 
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -55,9 +55,10 @@ data_address: Callable[[Tensor], int] | None = getattr(torch._C, "_data_address"
 version: Final[Callable[[Tensor], int]] = attrgetter("_version")
 
 
-def rewind(tensor: Tensor) -> None:
-    """Let ``version`` of ``tensor`` count from 0 again."""
-    torch._C._autograd._unsafe_set_version_counter((tensor,), (0,))
+def rewinding(tensor: Tensor) -> Callable[[], object]:
+    """A function that resets ``version`` of ``tensor`` to its value now. Without the name it does nothing, and a backward may fail."""
+    kind: Any = getattr(torch.autograd, "_unsafe_preserve_version_counter", nullcontext)
+    return partial(kind(tensor).__exit__, None, None, None)
 
 
 def base_of(tensor: Tensor) -> Tensor | None:
@@ -82,20 +83,31 @@ def shard_order(tensor: Tensor) -> list[list[int]]:
 # --- Modes -------------------------------------------------------------------------------------------
 
 
-#: Turns inference mode on or off as long as an object of it exists; the public class has to be entered.
-InferenceMode: Final[Any] = torch._C._InferenceMode
+class PublicInferenceMode(ExitStack):
+    """Turns inference mode on or off as long as this object exists; the public class has to be entered."""
 
-# The stack of dispatch modes of this thread.
-count_dispatch_modes: Final = torch._C._len_torch_dispatch_stack
-_dispatch_mode_at: Final = torch._C._get_dispatch_stack_at
-pop_dispatch_mode: Final = torch._C._pop_torch_dispatch_stack
-push_dispatch_mode: Final = torch._C._push_on_torch_dispatch_stack
+    def __init__(self, mode: Any) -> None:
+        super().__init__()
+        self.enter_context(torch.inference_mode(mode))
 
-# The stack of function modes of this thread.
-count_function_modes: Final = torch._C._len_torch_function_stack
-function_mode_at: Final = torch._C._get_function_stack_at
-pop_function_mode: Final = torch._C._pop_torch_function_stack
-push_function_mode: Final = torch._C._push_on_torch_function_stack
+    def __del__(self) -> None:
+        self.close()
+
+
+#: PyTorch's class for this, which takes a fraction of the time.
+InferenceMode: Final[Any] = getattr(torch._C, "_InferenceMode", PublicInferenceMode)
+
+# The stack of dispatch modes of this thread. Without it, it counts as empty.
+count_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_dispatch_mode_at: Any = getattr(torch._C, "_get_dispatch_stack_at", None)
+pop_dispatch_mode: Any = getattr(torch._C, "_pop_torch_dispatch_stack", None)
+push_dispatch_mode: Any = getattr(torch._C, "_push_on_torch_dispatch_stack", None)
+
+# The stack of function modes of this thread. Without it, functions inside modules cannot be recorded.
+count_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 0)
+function_mode_at: Any = getattr(torch._C, "_get_function_stack_at", None)
+pop_function_mode: Any = getattr(torch._C, "_pop_torch_function_stack", None)
+push_function_mode: Any = getattr(torch._C, "_push_on_torch_function_stack", None)
 
 
 def dispatch_modes() -> list[Any]:
@@ -109,18 +121,24 @@ def function_modes() -> list[Any]:
 
 
 def is_of_pytorch(mode: object) -> bool:
-    """Whether a mode is that of a default device, or one in which tensors represent others."""
-    return isinstance(mode, DeviceContext) or getattr(mode, "_mode_key", None) is not None
+    """Whether a mode is that of a default device, or one in which tensors represent others. Without their names, none is."""
+    device = if_imported("torch.utils._device", "DeviceContext")
+    is_device = device is not None and isinstance(mode, device)
+    return is_device or getattr(mode, "_mode_key", None) is not None
 
 
-#: Whether a tensor represents many, or a step of a derivative, in a transform of ``torch.func``.
-is_wrapped: Final = torch._C._functorch.is_functorch_wrapped_tensor
+_functorch = getattr(torch._C, "_functorch", None)
 
-#: How deep this thread is in transforms of ``torch.func``; ``None`` outside.
-transform_depth: Final = torch._C._functorch.maybe_current_level
+#: Whether a tensor represents many, or a step of a derivative, in a transform of ``torch.func``. Without it: never.
+is_wrapped: Callable[[Tensor], bool] = getattr(
+    _functorch, "is_functorch_wrapped_tensor", lambda _: False
+)
 
-#: Whether a tensor is a batch of gradients at once (``is_grads_batched=True``).
-is_batch: Final = torch._C._functorch.is_legacy_batchedtensor
+#: How deep this thread is in transforms of ``torch.func``; ``None`` outside. Without it, functions in one raise ``CaptureError``.
+transform_depth: Callable[[], int | None] = getattr(_functorch, "maybe_current_level", lambda: None)
+
+#: Whether a tensor is a batch of gradients at once (``is_grads_batched=True``). Without it, no.
+is_batch: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", lambda _: False)
 
 
 # --- Modules -------------------------------------------------------------------------------------------
@@ -150,14 +168,16 @@ def renumber(module: nn.Module, old: int, new: int) -> int:
 #: How ``DataParallel`` makes a replica of a module: the name of a method. A version without it does not ask for one.
 REPLICATE: Final = "_replicate_for_data_parallel"
 
-#: The code that calls a module, by which its calls are found on Python's stack.
-CALL_CODE: Final = nn.Module._call_impl.__code__
+#: The code that calls a module, by which its calls are found on Python's stack. Without it, none are.
+CALL_CODE: Final = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
 
-#: The base of the dropout modules.
-Dropout: Final = nn.modules.dropout._DropoutNd
+#: The base of the dropout modules. Without it, a layer that was not called has one likely cause less.
+DROPOUTS: Final[tuple[type, ...]] = tuple(
+    filter(None, [getattr(nn.modules.dropout, "_DropoutNd", None)])
+)
 
-#: The classes that were registered with PyTorch's pytree.
-PYTREE_NODES: Final[Mapping[type, Any]] = _pytree.SUPPORTED_NODES
+#: The classes that were registered with PyTorch's pytree. Without it, such objects are opaque.
+PYTREE_NODES: Final[Mapping[type, Any]] = getattr(_pytree, "SUPPORTED_NODES", {})
 
 
 def is_replica(module: nn.Module) -> bool:
@@ -189,8 +209,11 @@ def schemas_of(function: Any) -> list[Any]:
 
 # --- The graph of autograd -------------------------------------------------------------------------
 
+_creation: Any = getattr(torch._C._autograd, "_get_creation_meta", None)
+_DEFAULT = getattr(getattr(torch._C._autograd, "CreationMeta", None), "DEFAULT", None)
+
 #: The number of the next node that this thread makes.
-next_number: Final = torch._C._autograd._get_sequence_nr
+next_number: Any = getattr(torch.autograd, "_get_sequence_nr", None)
 
 
 def number_of(node: Any) -> int:
@@ -202,19 +225,23 @@ def number_of(node: Any) -> int:
 def listen(tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
     """Register a hook on a tensor that is not a leaf. It cannot be removed, and this takes less time than ``register_hook()``.
 
-    That also uses up one of the numbers by which actrec sees that a hook was registered on a module; this does not.
+    That also uses up one of the numbers by which actrec sees that a hook was registered on a module; this does not,
+    unless the version lacks the names.
     """
-    hooks: Any = tensor._backward_hooks
-    if hooks is None:
-        hooks = tensor._backward_hooks = OrderedDict()
-        tensor.grad_fn._register_hook_dict(tensor)  # type: ignore[union-attr]
-    hooks[hook] = hook
+    try:
+        hooks: Any = tensor._backward_hooks
+        if hooks is None:
+            register = tensor.grad_fn._register_hook_dict  # type: ignore[union-attr]
+            hooks = tensor._backward_hooks = OrderedDict()
+            register(tensor)
+        hooks[hook] = hook
+    except AttributeError:
+        tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def is_writable_view(tensor: Tensor) -> bool:
-    """Whether PyTorch allows writes to a view: not to one of several outputs of an operation."""
-    autograd = torch._C._autograd
-    return autograd._get_creation_meta(tensor) == autograd.CreationMeta.DEFAULT
+    """Whether PyTorch allows writes to a view: not to one of several outputs of an operation. Without the name, yes."""
+    return _creation is None or _creation(tensor) == _DEFAULT
 
 
 def owners(base: Any) -> tuple[int, int]:
@@ -233,11 +260,18 @@ _USUAL: Final = _references(_PROBE)
 
 
 def owners_of_one_view() -> tuple[int, int]:
-    """Return :func:`owners` of a base that is referred to by one view, and by a variable of the caller."""
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        view = torch.ones(2, device="cpu", requires_grad=True).exp().view(1, 2)
-        base = base_of(view)
-        return owners(base)
+    """Return :func:`owners` of a base that is referred to by one view, and by a variable of the caller.
+
+    Where this version lacks one of the names, return ``(0, 0)``: no base has so few, so each counts as used elsewhere.
+    """
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            view = torch.ones(2, device="cpu", requires_grad=True).exp().view(1, 2)
+            base = base_of(view)
+            known = _creation(view) == _DEFAULT and next_number() == number_of(view.grad_fn) + 1
+            return owners(base) if known else (0, 0)
+    except (AttributeError, TypeError):
+        return 0, 0
 
 
 # --- What this thread is doing -----------------------------------------------------------------------
@@ -274,18 +308,27 @@ def is_recomputing() -> bool:
     return any(name != "forward" for name, _ in checkpoint_frames())
 
 
+def recomputing_number() -> int:
+    """A substitute for the number of the running backward: -1 unless a checkpoint is being recomputed."""
+    return 0 if is_recomputing() else -1
+
+
 #: The number of the backward that this thread is running, or -1.
-backward_number: Final = torch._C._current_graph_task_id
+backward_number: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", recomputing_number)
 
 
 def at_end_of_backward(function: Callable[[], object]) -> None:
-    """Call ``function`` when the running backward has ended."""
-    engine: Any = torch.autograd.Variable._execution_engine
-    engine.queue_callback(function)
+    """Call ``function`` when the running backward has ended; at once, where PyTorch does not say when that is."""
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    queue = getattr(engine, "queue_callback", None)
+    if queue is None:
+        function()
+    else:
+        queue(function)
 
 
 #: Whether ``torch.jit.trace`` is running in this thread; the public name asks the same, a little slower.
-is_jit_tracing: Final = torch._C._is_tracing
+is_jit_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 
 
 def is_jit_comparing() -> bool:
@@ -336,13 +379,14 @@ def stance() -> Any:
     return if_imported("torch._dynamo.eval_frame", "_stance")
 
 
-def set_stance(stance: Any) -> None:
-    """Set the stance. The public function accepts only fixed ones, and its end undoes what the user has set since."""
-    if_imported("torch._dynamo.eval_frame", "_set_stance")(stance)
+def stance_setter() -> Callable[[Any], Any] | None:
+    """The function that sets the stance. The public one accepts only fixed stances, and its end undoes what the user has set since."""
+    setter: Callable[[Any], Any] | None = if_imported("torch._dynamo.eval_frame", "_set_stance")
+    return setter
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Whether ``module`` is what ``torch.compile(model)`` returns."""
+    """Whether ``module`` is what ``torch.compile(model)`` returns. Without the name, always false."""
     kind = if_imported("torch._dynamo.eval_frame", "OptimizedModule")
     return kind is not None and isinstance(module, kind)
 
@@ -359,10 +403,12 @@ def not_compiled_alone(*functions: Any) -> None:
 
 
 def is_of_compiler(error: BaseException) -> bool:
-    """Whether ``error`` was raised by the compiler."""
-    from torch._dynamo import exc  # noqa: PLC0415  # where it has raised something, it has been imported
+    """Whether ``error`` was raised by the compiler. Without the names, it was not."""
+    kinds = [if_imported("torch._dynamo.exc", name) for name in _OF_COMPILER]
+    return isinstance(error, tuple(kind for kind in kinds if kind is not None))
 
-    return isinstance(error, (exc.TorchDynamoException, exc.FailOnRecompileLimitHit))
+
+_OF_COMPILER: Final = ("TorchDynamoException", "FailOnRecompileLimitHit")
 
 
 def compiles_tensor_hooks() -> bool:
@@ -371,20 +417,20 @@ def compiles_tensor_hooks() -> bool:
 
 
 def compiled_frame() -> FrameType | None:
-    """The frame whose compiled code has called the code that runs, if any."""
+    """The frame whose compiled code has called the code that runs. Without the names, ``None``."""
     other = if_imported("torch._compile", "__file__")
     callers = (frame.f_back for frame in _frames_in("torch._dynamo.eval_frame"))
     return next((one for one in callers if one and one.f_code.co_filename != other), None)
 
 
 def is_recomputing_in_graph() -> bool:
-    """Whether the compiled code that has called the code that runs is that of a backward."""
+    """Whether the compiled code that has called the code that runs is that of a backward. Without the name, always false."""
     found = _frames_in("torch._functorch._aot_autograd.runtime_wrappers")
     return any("backward" in frame.f_code.co_name for frame in found)
 
 
 def _bodies() -> Iterator[tuple[str, str]]:
-    """How the compiler reads the bodies of operators such as ``torch.cond``, and which ones."""
+    """How the compiler reads the bodies of operators such as ``torch.cond``, and which ones. Without the names, nothing."""
     for frame in _frames_in("torch._dynamo.variables.higher_order_ops"):
         name = frame.f_code.co_name
         if name.startswith("speculate_subgraph"):

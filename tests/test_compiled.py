@@ -472,3 +472,16 @@ def test_a_compiler_that_comes_inside_the_block_is_told_when_a_pass_begins(
             run(X)
         assert len(acts[""]) == 1 + calls
         assert _torch.stance().stance == "default"
+
+
+def test_without_the_private_names_the_public_stance_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiled_code, "stance_setter", lambda: None)
+    model = nn.Linear(4, 4)
+    run = torch.compile(model, backend="eager")
+    run(X)
+    with record(model) as acts:
+        run(X)
+    assert len(acts[""]) == 1
+    assert _torch.stance().stance == "default"

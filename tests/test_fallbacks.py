@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actrec import ActrecError, UnusedLayerWarning, record
+from actrec import ActrecError, UnusedLayerWarning, _torch, record
 from actrec._calls import hooks as _hooks
 from actrec._calls import session as _session
 from actrec._calls import track as _track
@@ -81,6 +81,23 @@ def test_a_block_that_is_made_outside_and_entered_in_a_compiled_function_is_refu
 
 def stance() -> str:
     return torch._dynamo.eval_frame._stance.stance
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_where_the_stance_cannot_be_replaced_the_public_one_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    compiled = torch.compile(model, backend="eager")
+    compiled(X)
+    monkeypatch.delattr(torch._dynamo.eval_frame, "_set_stance")
+    with record(model) as acts:
+        assert stance() == "force_eager"
+        with record(model) as inner:
+            compiled(X)
+        compiled(X)
+    assert stance() == "default"
+    assert (len(inner["0"]), len(acts["0"])) == (1, 2)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -304,3 +321,15 @@ def test_a_transform_of_a_tensor_on_another_device_runs_there() -> None:
         model(torch.empty(2, 4, device="meta"))
     assert acts[""][0].is_meta
     assert acts[""][0].shape == (4,)
+
+
+# --- The end of a backward -----------------------------------------------------------------------------
+
+
+def test_where_pytorch_does_not_say_when_a_backward_ends_it_counts_as_ended_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.autograd.Variable, "_execution_engine", None)
+    called: list[int] = []
+    _torch.at_end_of_backward(lambda: called.append(1))
+    assert called == [1]

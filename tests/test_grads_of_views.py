@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from actrec import CaptureError, MissingGradientWarning, record
+from actrec import CaptureError, MissingGradientWarning, _torch, record
+from actrec._calls import views as _views
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -602,6 +603,20 @@ def test_the_memory_of_a_view_is_freed_with_it() -> None:
         assert bases[0]() is None, "long before the graph"
         loss.backward()
     assert acts.grads["linear"][0] == X.numel()
+
+
+# --- Without PyTorch's private names ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["_creation", "next_number"])
+def test_where_pytorch_does_not_tell_who_uses_a_base_gradients_of_written_views_are_left_out(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _torch.owners_of_one_view() != (0, 0), "this version tells"
+    monkeypatch.setattr(_torch, name, None)
+    assert _torch.owners_of_one_view() == (0, 0)
+    monkeypatch.setattr(_views, "_FROM_PYTHON", 0)
+    assert_left_out(Residual(nn.Linear(4, 4)))
 
 
 def test_a_view_of_a_leaf_and_a_view_of_nothing_have_their_gradients_too() -> None:

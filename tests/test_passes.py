@@ -20,7 +20,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from actrec import load, record
+from actrec import _torch, load, record
+from actrec._calls import own_calls as _own_calls
+from actrec._calls import track as _track
 from actrec.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -99,6 +101,18 @@ def test_what_checkpointing_recomputes_is_not_recorded_again(
         assert all(map(torch.equal, got[name], expected[name]))
     assert all(map(torch.equal, grads, checkpointed_grads))
     assert got.num_passes == 2
+
+
+@pytest.mark.parametrize("call", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_the_public_fallback_finds_recomputation_too(
+    call: Callable[[nn.Module, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (_track, _own_calls):
+        monkeypatch.setattr(module, "backward_number", _torch.recomputing_number)
+    model = Stack(call)
+    with record(model, "**") as acts:
+        model(X.clone().requires_grad_()).sum().backward()
+    assert {len(layer) for layer in acts.values()} == {1}
 
 
 class Watching(TorchDispatchMode):

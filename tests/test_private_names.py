@@ -106,9 +106,15 @@ def test_private_names_are_found(code: str) -> None:
     assert [*private_uses(ast.parse(code))]
 
 
-def test_the_names_with_a_fallback_are_ones_that_pytorch_has() -> None:
+def test_every_private_name_that_is_asked_for_is_one_that_pytorch_has() -> None:
     """A name that is mistyped, or gone, would quietly be the fallback for ever."""
-    assert _torch.data_address is not None
+    for name in ("data_address", "PYTREE_NODES", "CALL_CODE", "DROPOUTS", "_creation", "_DEFAULT"):
+        assert getattr(_torch, name), name
+    for name, function in vars(_torch).items():
+        is_fallback = getattr(function, "__name__", "") == "<lambda>"
+        assert not is_fallback, name
+    assert _torch.InferenceMode is not _torch.PublicInferenceMode
+    assert _torch.backward_number is not _torch.recomputing_number
 
 
 # --- Tensors -------------------------------------------------------------------------------------------
@@ -148,9 +154,11 @@ def test_the_address_is_that_of_the_storage() -> None:
 
 
 def test_the_count_of_writes_goes_back() -> None:
-    tensor = torch.ones(2).mul_(2).mul_(2)
-    _torch.rewind(tensor)
-    assert _torch.version(tensor) == 0
+    tensor = torch.ones(2).mul_(2)
+    rewind = _torch.rewinding(tensor)
+    tensor.mul_(2)
+    rewind()
+    assert _torch.version(tensor) == 1
 
 
 def test_versions_count_writes_of_all_that_share_the_memory() -> None:
@@ -180,14 +188,15 @@ def test_the_parts_of_a_sparse_tensor_that_is_not_coalesced() -> None:
 # --- Modes -------------------------------------------------------------------------------------------
 
 
-def test_a_guard_ends_inference_mode_while_it_lives() -> None:
+@pytest.mark.parametrize("kind", [_torch.InferenceMode, _torch.PublicInferenceMode])
+def test_a_guard_ends_inference_mode_while_it_lives(kind: Any) -> None:
     off = False
     with torch.inference_mode():
-        guard = _torch.InferenceMode(off)
+        guard = kind(off)
         assert not torch.ones(2).is_inference()
         del guard
         assert torch.ones(2).is_inference()
-        with _torch.InferenceMode(off):
+        with kind(off):
             assert not torch.ones(2).is_inference()
         assert torch.ones(2).is_inference()
 
@@ -292,9 +301,9 @@ def test_the_frame_of_a_modules_call() -> None:
 
 
 def test_kinds_of_modules() -> None:
-    assert isinstance(nn.Dropout(), _torch.Dropout)
-    assert isinstance(nn.Dropout2d(), _torch.Dropout)
-    assert not isinstance(nn.Linear(1, 1), _torch.Dropout)
+    assert isinstance(nn.Dropout(), _torch.DROPOUTS)
+    assert isinstance(nn.Dropout2d(), _torch.DROPOUTS)
+    assert not isinstance(nn.Linear(1, 1), _torch.DROPOUTS)
     assert not _torch.is_replica(nn.Linear(1, 1))
     assert _torch.is_replica(nn.Linear(1, 1)._replicate_for_data_parallel())
 
@@ -369,6 +378,16 @@ def test_a_hook_on_a_tensor_is_called_and_takes_no_number_of_a_handle() -> None:
     assert [grad.tolist() for grad in came] == [[1, 1]] * 2
 
 
+def test_a_hook_on_a_tensor_is_registered_where_the_names_are_gone() -> None:
+    came: list[Tensor] = []
+
+    class Without:
+        register_hook = came.append
+
+    _torch.listen(Without(), "hook")  # type: ignore[arg-type]
+    assert came == ["hook"]
+
+
 def test_what_may_be_written_in_place() -> None:
     tensor = X.clone().requires_grad_().exp()
     assert _torch.is_writable_view(tensor.view(-1))
@@ -434,6 +453,7 @@ def test_checkpointing_is_seen_on_the_stack(kind: dict[str, Any], names: list[li
         seen.append([name for name, _ in _torch.checkpoint_frames()])
         again.append(_torch.is_recomputing())
         assert (_torch.backward_number() != -1) == _torch.is_recomputing()
+        assert _torch.recomputing_number() == again[-1] - 1
         assert all(
             "ctx" in frame.f_locals
             for name, frame in _torch.checkpoint_frames()
@@ -536,12 +556,12 @@ def test_the_stance_of_the_compiler_can_be_replaced() -> None:
     import torch._dynamo
 
     assert _torch.is_compiler_loaded()
-    before = _torch.stance()
+    before, setter = _torch.stance(), _torch.stance_setter()
+    assert setter is not None
     with torch.compiler.set_stance("force_eager"):
         assert _torch.stance().stance == "force_eager"
         assert _torch.stance() is not before
-        _torch.set_stance(before)
-        assert _torch.stance() is before
+    assert setter(before).stance == before.stance
     assert _torch.stance() is before
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from actrec._torch import compiles_itself, is_compiler_loaded, set_stance, stance
+from actrec._torch import compiles_itself, is_compiler_loaded, stance, stance_setter
 from actrec.errors import ActrecError
 
 from .hooks import Hook
@@ -69,6 +69,8 @@ class Eager(Stance):
 
     def __init__(self) -> None:
         self._before: Any = None
+        self._public: Any = None
+        self._set: Any = None
         self._ended = False
 
     @property
@@ -101,11 +103,13 @@ class Eager(Stance):
     def __exit__(self, *_: object) -> None:
         with _taking:
             self._ended = True
-            if self._before is None:
+            if self._public is not None:
+                self._public.__exit__(None, None, None)
+            elif self._before is None:
                 return
-            if stance() is self:
+            elif stance() is self:
                 with suppress(RuntimeError):  # as above
-                    set_stance(_running(self._before))
+                    self._set(_running(self._before))
             else:
                 self.replaced = not isinstance(stance(), Eager)
 
@@ -113,9 +117,13 @@ class Eager(Stance):
         with _taking:
             if self._before is not None or not is_compiler_loaded():
                 return
+            self._set = stance_setter()
+            if self._set is None:
+                self._before = self._public = torch.compiler.set_stance("force_eager")
+                return
             self._before = _running(stance())
             try:
-                set_stance(self)
+                self._set(self)
             except BaseException:
                 self._before = None
                 raise

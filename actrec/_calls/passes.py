@@ -109,7 +109,7 @@ class Passes(Count):
         """Whether the call that begins is made inside those on this thread's stack: else they were interrupted."""
         if thread.graph:
             return _is_inside(thread.calling) or any(one is thread.opened_in for one in frames())
-        return _is_inside(thread.calling, besides=1)  # its own call
+        return CALL_CODE is None or _is_inside(thread.calling, besides=1)  # its own call
 
     def end(self, module: nn.Module, output: object, error: BaseException | None) -> None:
         """The call of ``module`` has ended, and with it those inside whose end was not reported.

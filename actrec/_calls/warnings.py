@@ -16,7 +16,7 @@ from actrec._recordings.overflow import Overflows
 from actrec._selection.selection import Choice
 from actrec._selection.treatment import What
 from actrec._text import count, folded, listed
-from actrec._torch import Dropout
+from actrec._torch import DROPOUTS
 from actrec._values.spec import tensors
 from actrec.errors import (
     IncompleteLayerWarning,
@@ -295,6 +295,6 @@ def _not_called(there: Collection[int], choice: Choice, track: Track) -> str:
         )
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses its weights without calling it. Record the attention module instead"
-    if isinstance(module, Dropout):
+    if isinstance(module, DROPOUTS):
         return f"{_NEVER_CALLED}; attention often computes dropout itself, fused (scaled_dot_product_attention) or with F.dropout"
     return f"{_NEVER_CALLED}, or {_IN_A_BODY}" if track.session.stance.made_way else _NEVER_CALLED

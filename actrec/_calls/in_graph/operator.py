@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from actrec._calls.arrivals import instead
 from actrec._calls.gradients import Call
-from actrec._torch import rewind, version
+from actrec._torch import rewinding, version
 from actrec._values.snapshot import twin
 from actrec.errors import CaptureError
 
@@ -56,6 +56,7 @@ def key_to(hook: Any, module: nn.Module, at: int) -> Tensor:
 
 with torch.inference_mode(mode=False):
     TOKEN: Final = torch.zeros((), dtype=torch.int64, device="cpu")
+_rewind: Final = rewinding(TOKEN)
 
 
 def _tell(
@@ -68,7 +69,7 @@ def _tell(
 ) -> None:
     # A graph that recomputes in its backward has saved the token, and would raise if its version had changed since.
     if version(TOKEN):
-        rewind(TOKEN)
+        _rewind()
     for key, value in zip(keys, values(outlines, tensors, numbers), strict=True):
         hook = _hooks.get(int(key))
         if hook is not None:
