@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from actrec._calls.caller import Caller
 from actrec._calls.capture import Capture
+from actrec._calls.compiled import refuse_compiling
 from actrec._calls.destination import Destination, Memory
 from actrec._calls.forwards import Forward
 from actrec._calls.function_mode import stop_key
@@ -56,6 +57,7 @@ class Block(AbstractContextManager[Recorder[Any]]):
 
     @override
     def __enter__(self) -> Recorder[Any]:
+        refuse_compiling()
         if self._yielded is not None:
             message = "record(): this block was entered before. Call record() again for another recording."
             raise ActrecError(message)

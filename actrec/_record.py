@@ -9,11 +9,9 @@ from typing import Any, Never
 
 import torch
 from torch import nn
-from torch.compiler import is_dynamo_compiling
 
-from actrec._calls.compiled import COMPILING
+from actrec._calls.compiled import refuse_compiling
 from actrec._calls.options import Options, checked_device
-from actrec._calls.own_calls import is_tracing
 from actrec._calls.recorder import Recorder
 from actrec._calls.stop_early import refuse_sharded
 from actrec._recordings.layer import V
@@ -22,7 +20,7 @@ from actrec._selection.selection import select
 from actrec._selection.treatment import Queries, Reducer
 
 from ._block import Block
-from .errors import ActrecError, OptionError
+from .errors import OptionError
 
 
 def record(
@@ -169,8 +167,7 @@ def record(
     """
     if others:
         raise OptionError(_several(layers, others))
-    if is_dynamo_compiling() or is_tracing():
-        raise ActrecError(COMPILING)
+    refuse_compiling()
     if isinstance(into, (str, os.PathLike)):
         # Imported here, because recording into memory does not need the store.
         from .store.folder import Folder  # noqa: PLC0415

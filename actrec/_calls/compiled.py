@@ -23,17 +23,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling  # a constant in what the compiler reads
 from typing_extensions import override
 
 from actrec._torch import compiles_itself, is_compiler_loaded, stance, stance_setter
 from actrec.errors import ActrecError
 
 from .hooks import Hook
+from .own_calls import is_tracing
 
-COMPILING = (
+_COMPILING = (
     "record() was called inside a function that torch.compile is compiling, where hooks do not run. "
     "Open the block outside of the compiled function."
 )
+
+
+def refuse_compiling() -> None:
+    """Raise ``ActrecError`` where the compiler, or a tracer, is reading this code in place of running it."""
+    if is_dynamo_compiling() or is_tracing():
+        raise ActrecError(_COMPILING)
 
 
 #: The compiler has one stance, and the blocks of several threads set and reset it.
@@ -91,7 +99,7 @@ class Eager(Stance):
         try:
             self._take()
         except (RuntimeError, AssertionError) as error:  # the compiler is compiling this
-            raise ActrecError(COMPILING) from error
+            raise ActrecError(_COMPILING) from error
 
     @override
     def hold(self) -> None:
