@@ -63,30 +63,30 @@ def lay_out(calls: Iterable[Call]) -> tuple[list[Part], list[safetensors.Tensor]
 
 
 def _laid_out(slot: Slot, calls: list[Call]) -> tuple[Part, list[safetensors.Tensor]]:
-    # Most calls share a look: work is done once for each look.
+    # Most calls share a look: work is done once for each look, and calls refer to it by its index. (A look is slow to hash: by
+    # looks themselves, this takes four times as long.)
+    looks = {look: at for at, look in enumerate(dict.fromkeys(call.look for call in calls))}
     numbers: dict[object, int] = {}
-    looks = dict.fromkeys(call.look for call in calls)
-    group_of = {look: numbers.setdefault(look.group, len(numbers)) for look in looks}
-    members: list[list[Call]] = [[] for _ in numbers]
-    for call in calls:
-        members[group_of[call.look]].append(call)
-    passes = _numbers([call.number for call in calls])
-    group = _numbers([group_of[call.look] for call in calls])
+    group_of = _numbers([numbers.setdefault(look.group, len(numbers)) for look in looks])
+    which = _numbers([looks[call.look] for call in calls])
+    table = torch.stack([_numbers([call.number for call in calls]), group_of[which]], 1)
     groups = []
-    entries = [_index(f"{slot.key}.calls", torch.stack([passes, group], 1))]
-    for number, some in enumerate(members):
-        alike = {look: at for at, look in enumerate(dict.fromkeys(call.look for call in some))}
-        which = _numbers([alike[call.look] for call in some])
+    entries = [_index(f"{slot.key}.calls", table)]
+    for number in range(len(numbers)):
+        here = table[:, 1] == number
+        some = list(compress(calls, here.tolist()))
+        alike = list(compress(looks, (group_of == number).tolist()))
+        among = torch.cumsum(group_of == number, 0)[which[here]] - 1
         leaves = []
         for at, column in enumerate(zip(*(call.tensors for call in some), strict=True)):
             name = f"{slot.key}.{number}.{at}"
             shapes = _numbers([look.kinds[at][1] for look in alike])
-            leaf = Leaf(column[0].dtype, shapes.view(len(alike), column[0].dim())[which])
+            leaf = Leaf(column[0].dtype, shapes.view(len(alike), column[0].dim())[among])
             leaves.append(leaf)
             entries += [_data(name, leaf, column), _index(f"{name}.shapes", leaf.shapes)]
-        structure = some[0].look.structure
+        structure = alike[0].structure
         groups.append(Group(structure, decode(structure), leaves))
-    return Part(slot, groups, passes, group), entries
+    return Part(slot, groups, *table.unbind(1)), entries
 
 
 def _numbers(numbers: Sequence[object]) -> Tensor:
