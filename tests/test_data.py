@@ -927,7 +927,7 @@ def test_garbage_that_the_thread_itself_collects_does_not_wait_for_it() -> None:
     items = iter([next(taken[0])])
     assert next(items) == 1
     wait_until(lambda: bool(ended))
-    assert ended == ["actrec-ahead_0"]
+    assert ended == ["actrec-ahead"]
 
 
 def test_the_next_window_is_read_evenly_while_batches_of_this_one_are_taken(

@@ -1,10 +1,15 @@
-"""Reading ahead: a thread makes the next items while the program works with the current ones."""
+"""Reading ahead: a thread makes the next items while the program works with the current ones.
+
+With the standard library's executor this would be shorter, and taking a batch would take the training thread several times as long.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import atexit
+from collections.abc import Generator
+from contextlib import closing
+from queue import SimpleQueue
+from threading import Thread, current_thread
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -22,31 +27,49 @@ def ahead(items: Generator[T, None, None], many: int = 1) -> Generator[T, None, 
         items: the items to yield. A single thread makes them, in order.
         many: how many are handed over at a time: each time wakes a thread.
     """
-    thread = ThreadPoolExecutor(1, "actrec-ahead")
+    wanted: SimpleQueue[bool] = SimpleQueue()
+    made: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
+    thread = Thread(
+        target=_make, args=(items, many, wanted, made), name="actrec-ahead", daemon=True
+    )
+
+    def stop() -> None:
+        wanted.put(False)  # noqa: FBT003
+        if thread is not current_thread():  # the garbage collector may run in it
+            thread.join()
+
+    thread.start()
+    atexit.register(stop)  # the thread must end before modules are torn down
     try:
-        coming = thread.submit(_made, items, many)
-        error = None
+        wanted.put(True)  # noqa: FBT003
+        error: BaseException | None = None
         while error is None:
-            found, error = coming.result()
+            found, error = made.get()
             if error is None:
-                coming = thread.submit(_made, items, many)
+                wanted.put(True)  # noqa: FBT003
             yield from found
     finally:
-        # Raised at the end of the program, when the thread has ended; and if the garbage collector runs in the thread, which
-        # cannot wait for itself.
-        with suppress(RuntimeError):
-            thread.submit(items.close)
-            thread.shutdown()
+        atexit.unregister(stop)
+        stop()
     if not isinstance(error, StopIteration):
         raise error
 
 
-def _made(items: Iterator[T], many: int) -> tuple[list[T], BaseException | None]:
-    """Make ``many`` items; or fewer, and the error that ended them."""
-    found: list[T] = []
-    try:
-        while len(found) < many:
-            found.append(next(items))
-    except BaseException as error:  # noqa: BLE001  # it is raised where it belongs
-        return found, error
-    return found, None
+def _make(
+    items: Generator[T, None, None],
+    many: int,
+    wanted: SimpleQueue[bool],
+    made: SimpleQueue[tuple[list[T], BaseException | None]],
+) -> None:
+    """For each request, make ``many`` items; or fewer, and the error that ended them."""
+    with closing(items):
+        while wanted.get():
+            found: list[T] = []
+            error = None
+            try:
+                while len(found) < many:
+                    found.append(next(items))
+            except BaseException as raised:  # noqa: BLE001  # it is raised where it belongs
+                error = raised
+            made.put((found, error))
+            del found, error
