@@ -99,30 +99,31 @@ class Block(AbstractContextManager[Recorder[Any]]):
         trace: TracebackType | None,
     ) -> None:
         choices = self._tracks.choices
-        missing = self._end(error)
+        recorder = self._yielded
+        assert recorder is not None  # noqa: S101  # it was entered
+        missing = self._end(recorder, error)
         failure = self._failure()
         if error is None and failure is not None:
             raise failure
         if error is None:
-            self._warn(choices, missing)
+            self._warn(recorder, choices, missing)
         else:
             for note in self._notes(error, failure):
                 error.add_note(note)
 
-    def _end(self, error: BaseException | None) -> Missing:
+    def _end(self, recorder: Recorder[Any], error: BaseException | None) -> Missing:
         """Record nothing from now on, drop the units that are open, remove the hooks, and close the destination.
 
         Return the functions of which nothing was recorded.
         """
-        assert self._yielded is not None  # noqa: S101  # it was entered
-        units = self._yielded._unit_recorder
+        units = recorder._unit_recorder
         self._session.end(interrupted=error is not None)
         self._tracks.choices = {}
         units.drop_open()
         self._destination.error = None if error is None else type(error).__name__
         missing = self._functions.missing()
         self._clean_up()
-        units.forget_from(self._yielded.num_passes)
+        units.forget_from(recorder.num_passes)
         return missing
 
     def _failure(self) -> Exception | None:
@@ -141,10 +142,11 @@ class Block(AbstractContextManager[Recorder[Any]]):
         if self._session.stance.in_graph and is_of_compiler(error):
             yield _COMPILED
 
-    def _warn(self, choices: Mapping[str, Choice], missing: Missing) -> None:
+    def _warn(
+        self, recorder: Recorder[Any], choices: Mapping[str, Choice], missing: Missing
+    ) -> None:
         """Warn of what was chosen and not recorded, or not as the layer returned it."""
-        recorder, tracks = self._yielded, self._tracks.of
-        assert recorder is not None  # noqa: S101  # it was entered
+        tracks = self._tracks.of
         is_idle = recorder._unit_recorder.nothing_left
         if not is_idle or any(track.called for track in tracks.values()):
             chosen = {key: (choices[key], track) for key, track in tracks.items()}
